@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks NAME`; each checks equality before it times anything."""

@@ -1,0 +1,71 @@
+"""What every benchmark prints and keeps: rows with their unit, spread, machine and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def timed(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> list[float]:
+    """Seconds of `repeats` calls after `warmup` untimed ones."""
+    for _ in range(warmup):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        start = perf_counter()
+        run()
+        seconds.append(perf_counter() - start)
+    return seconds
+
+
+def row(what: str, values: list[float], unit: str, **more: Any) -> dict[str, Any]:
+    """One measured quantity: median and spread (smallest and largest) of its runs."""
+    spread = [min(values), max(values)]
+    return {"what": what, "median": statistics.median(values), "spread": spread, "unit": unit} | more
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the rows were measured."""
+    names = ("torch", "transformers", "datasets", "torchdata", "numpy")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": commit,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:
+    """Write rows as benchmarks/results/NAME.json and return its path."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": command, "machine": machine(), "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    extras = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in named.get("flags", "")]
+    return " ".join([named.get("model name", platform.processor()), *extras])

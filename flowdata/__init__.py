@@ -1,0 +1,3 @@
+"""Fine-tuning without forgetting, in the data layer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Scoring: a plan of packs, a model run over them, a loss for every sample."""
