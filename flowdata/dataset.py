@@ -1,0 +1,202 @@
+"""Samples with their weights: what a loader collates into (batch, weight)."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset
+
+from flowdata.scores import Missing, ScoreMismatchError, Scores, weights_of
+from flowdata.weights import Temperature, resolve_temperature
+
+Layout: TypeAlias = Literal["pair", "triple", "dict"]
+
+
+class FlowWeightedDataset(Dataset[Any]):
+    """A map-style data set whose samples come with their FLOW weight.
+
+    Weights are 0-d float32 tensors, so that the default collation makes them a (B,) tensor; a
+    Python float would become float64. Nothing else of `dataset` is passed through: its other
+    methods would return samples without weights, so ask `.dataset` for them.
+
+    Args:
+        dataset: map-style, N samples: a PyTorch data set, a Hugging Face one, a list.
+        scores_or_weights: the data set's `Scores`, or (N,) floating weights >= 0, or, for a
+            `ConcatDataset`, a list of them, one for each of its parts.
+        temperature: as in `resolve_temperature`; of each part by itself where there are
+            several (`joint_temperature` gives one for all). Only scores use it.
+        layout: ``"pair"`` yields (sample, weight); ``"triple"`` turns a sample (input, target)
+            into (input, target, weight); ``"dict"`` adds the weight to a mapping under `key`.
+        key: the weight's name under ``layout="dict"``.
+        missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"`` for weight 0.
+
+    Raises:
+        TypeError: `dataset` is a stream (use `FlowWeightedIterable`), or a sample does not fit
+            the layout.
+        ScoreMismatchError: the scores or weights are of another length or another data set.
+        ValueError: unusable weights, temperature, layout, or a sample that has `key` already.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> digits = TensorDataset(torch.arange(4.0), torch.tensor([0, 1, 1, 0]))
+        >>> weighted = FlowWeightedDataset(digits, torch.tensor([1.0, 0.5, 0.25, 0.0]))
+        >>> (inputs, targets), weight = next(iter(DataLoader(weighted, batch_size=3)))
+        >>> weight
+        tensor([1.0000, 0.5000, 0.2500])
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        scores_or_weights: Any,
+        *,
+        temperature: Temperature = "median",
+        layout: Layout = "pair",
+        key: str = "weight",
+        missing: Missing = "raise",
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        ):
+            raise TypeError(
+                "dataset must be map-style (with __getitem__ and __len__), got "
+                f"{type(dataset).__name__}; for a stream use FlowWeightedIterable"
+            )
+        self._attach = weight_attacher(layout, key)
+        if layout == "dict" and key in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError(_collision(key))
+        _check_match(dataset, scores_or_weights)
+        weights = gather_weights(scores_or_weights, temperature=temperature, missing=missing)
+        if len(weights) != len(dataset):
+            raise ScoreMismatchError(
+                f"scores_or_weights holds {len(weights)} weights, the data set {len(dataset)} "
+                "samples; pass one weight for each sample, in the data set's order"
+            )
+        self.dataset = dataset
+        self.weights = weights.to("cpu", torch.float32)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.weights)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one sample with its weight."""
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"index {position} of a data set of {len(self)} samples")
+        position %= len(self)
+        # A clone: a view would take the whole weights along to another process.
+        return self._attach(self.dataset[position], self.weights[position].clone())
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return a batch of samples with their weights; loaders prefer this to single ones."""
+        if hasattr(self.dataset, "__getitems__"):
+            samples = self.dataset.__getitems__(indices)
+        else:
+            samples = [self.dataset[index] for index in indices]
+        weights = self.weights[indices].unbind()  # views of this batch's weights alone
+        return [self._attach(s, weight) for s, weight in zip(samples, weights, strict=True)]
+
+
+def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "median") -> float:
+    """Return the temperature that a rule picks over the samples of several data sets together.
+
+    Args:
+        scores: one `Scores` for each data set; samples without a loss are left out.
+        temperature: as in `resolve_temperature`.
+
+    Example:
+        >>> import torch
+        >>> easy, hard = Scores(torch.tensor([0.1, 0.2])), Scores(torch.tensor([1.0, 2.0, 3.0]))
+        >>> joint_temperature([easy, hard])
+        1.0
+    """
+    losses = torch.cat([part.losses for part in scores])
+    return resolve_temperature(losses[~losses.isnan()], temperature)
+
+
+def gather_weights(
+    scores_or_weights: Any, *, temperature: Temperature = "median", missing: Missing = "raise"
+) -> Tensor:
+    """Return `weights_of` one data set, or of several one after another, as (N,) floating."""
+    if not is_several(scores_or_weights):
+        return weights_of(scores_or_weights, temperature=temperature, missing=missing)
+    parts = [weights_of(s, temperature=temperature, missing=missing) for s in scores_or_weights]
+    return torch.cat(parts)
+
+
+def is_several(scores_or_weights: Any) -> bool:
+    """Whether these are the scores or weights of several data sets: a list of them."""
+    return (
+        isinstance(scores_or_weights, list | tuple)
+        and len(scores_or_weights) > 0
+        and all(isinstance(s, Scores) or getattr(s, "ndim", 0) == 1 for s in scores_or_weights)
+    )
+
+
+def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
+    """Return the function (sample, weight) -> sample with weight of a layout."""
+    if layout == "pair":
+        return _pair
+    if layout == "triple":
+        return _triple
+    if layout == "dict":
+        return functools.partial(_add_key, key=key)
+    raise ValueError(f"layout must be 'pair', 'triple' or 'dict', got {layout!r}")
+
+
+def _pair(sample: Any, weight: Tensor) -> tuple[Any, Tensor]:
+    return sample, weight
+
+
+def _triple(sample: Any, weight: Tensor) -> tuple[Any, Any, Tensor]:
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise TypeError(
+            "layout='triple' needs samples (input, target), got "
+            f"{type(sample).__name__}{f' of {len(sample)}' if hasattr(sample, '__len__') else ''}; "
+            "use layout='pair'"
+        )
+    return sample[0], sample[1], weight
+
+
+def _add_key(sample: Any, weight: Tensor, key: str) -> dict[Any, Any]:
+    if not isinstance(sample, Mapping):
+        raise TypeError(
+            f"layout='dict' needs samples that are mappings, got {type(sample).__name__}; "
+            "use layout='pair'"
+        )
+    if key in sample:
+        raise ValueError(_collision(key))
+    return {**sample, key: weight}
+
+
+def _collision(key: str) -> str:
+    return f"the samples have a {key!r} already; pass another key= for the weight"
+
+
+def _check_match(dataset: Any, scores_or_weights: Any) -> None:
+    """Check scores against the data set they are to weigh, or against its parts."""
+    if isinstance(scores_or_weights, Scores):
+        scores_or_weights.check_dataset(dataset)
+    elif is_several(scores_or_weights) and isinstance(dataset, ConcatDataset):
+        if len(scores_or_weights) != len(dataset.datasets):
+            raise ScoreMismatchError(
+                f"{len(scores_or_weights)} scores for {len(dataset.datasets)} concatenated data "
+                "sets; pass one for each, in their order"
+            )
+        for number, (part, scores) in enumerate(
+            zip(dataset.datasets, scores_or_weights, strict=True)
+        ):
+            if isinstance(scores, Scores):
+                scores.check_dataset(part)
+            elif len(scores) != len(part):  # type: ignore[arg-type]
+                raise ScoreMismatchError(
+                    f"scores_or_weights[{number}] holds {len(scores)} weights, part {number} of "
+                    f"the data set {len(part)} samples"  # type: ignore[arg-type]
+                )

@@ -1,0 +1,254 @@
+import io
+import pickle
+from collections import namedtuple
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+
+from flowdata.dataset import FlowWeightedDataset, joint_temperature
+from flowdata.scores import ScoreMismatchError, Scores, content_identity
+from tests import reference
+
+WEIGHTS = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625])
+LABELLED = namedtuple("LABELLED", ["image", "label"])
+
+
+class Nested:
+    """Samples of tuples in dictionaries in named tuples; knows batches when asked to."""
+
+    def __init__(self, length=5):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return LABELLED({"ids": (torch.tensor(index), torch.ones(2) * index)}, index)
+
+
+def rows(length=5):
+    return datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(length)]})
+
+
+def test_pairs_hold_the_sample_and_its_float32_weight():
+    weighted = FlowWeightedDataset(TensorDataset(torch.arange(5)), WEIGHTS.double())
+    (value,), weight = weighted[3]
+    assert value == 3
+    assert weight == 0.125
+    assert weight.shape == ()
+    assert weight.dtype == torch.float32
+    assert len(weighted) == 5
+
+
+def test_scores_give_the_weights_of_the_reference():
+    losses = torch.tensor([0.3, 2.0, 0.7, 1.1])
+    weighted = FlowWeightedDataset(["a", "b", "c", "d"], Scores(losses))
+    expected = reference.flow_weights(losses, reference.median(losses))
+    assert [weight.item() for _, weight in weighted] == pytest.approx(expected, rel=1e-6)
+    fixed = FlowWeightedDataset(["a", "b", "c", "d"], Scores(losses), temperature=3.0)
+    assert fixed[1][1].item() == pytest.approx(reference.flow_weights(losses, 3.0)[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("layout", ["pair", "triple", "dict"])
+def test_default_collation_of_each_layout(layout, num_workers):
+    samples = [{"x": i} if layout == "dict" else (i, -i) for i in range(5)]
+    weighted = FlowWeightedDataset(samples, WEIGHTS, layout=layout)
+    batches = list(DataLoader(weighted, batch_size=3, num_workers=num_workers))
+    if layout == "pair":
+        (x, y), weight = batches[0]
+    elif layout == "triple":
+        x, y, weight = batches[0]
+    else:
+        x, y, weight = batches[0]["x"], -batches[0]["x"], batches[0]["weight"]
+    assert x.tolist() == [0, 1, 2]
+    assert y.tolist() == [0, -1, -2]
+    torch.testing.assert_close(weight, WEIGHTS[:3], rtol=0, atol=0)
+
+
+def test_nested_samples_survive_collation():
+    batch, weight = next(iter(DataLoader(FlowWeightedDataset(Nested(), WEIGHTS), batch_size=5)))
+    assert isinstance(batch, LABELLED)
+    assert batch.image["ids"][0].tolist() == [0, 1, 2, 3, 4]
+    assert batch.image["ids"][1].shape == (5, 2)
+    assert weight.tolist() == WEIGHTS.tolist()
+
+
+def test_triple_takes_a_named_pair_apart():
+    image, label, weight = FlowWeightedDataset(Nested(), WEIGHTS, layout="triple")[2]
+    assert image["ids"][0] == 2
+    assert label == 2
+    assert weight == 0.25
+
+
+@pytest.mark.parametrize("dataset", [rows(), Subset(rows(), range(5)), list(rows())])
+def test_single_samples_and_batches_agree(dataset):
+    weighted = FlowWeightedDataset(dataset, WEIGHTS, layout="dict", key="importance")
+    wanted = [4, 0, 0, 2]
+    singles = [weighted[index] for index in wanted]
+    assert weighted.__getitems__(wanted) == singles
+    assert [sample["text"] for sample in singles] == ["row 4", "row 0", "row 0", "row 2"]
+    assert [sample["importance"].item() for sample in singles] == WEIGHTS[wanted].tolist()
+
+
+def test_hugging_face_rows_keep_their_weight_through_a_loader():
+    weighted = FlowWeightedDataset(rows(), WEIGHTS, layout="dict")
+    seen = {}
+    for batch in DataLoader(weighted, batch_size=2, shuffle=True):
+        seen.update(zip(batch["text"], batch["weight"].tolist(), strict=True))
+    assert seen == {f"row {i}": WEIGHTS[i].item() for i in range(5)}
+
+
+def test_a_weight_sent_elsewhere_does_not_take_all_weights_along():
+    weighted = FlowWeightedDataset(range(100_000), torch.rand(100_000))
+    assert weighted[7][1].untyped_storage().nbytes() == 4
+    assert len(pickle.dumps(weighted[7])) < 2_000
+    buffer = io.BytesIO()
+    torch.save(weighted.__getitems__(list(range(8))), buffer)
+    assert buffer.tell() < 10_000
+
+
+def test_indices_may_be_negative_or_of_numpy_or_torch_and_iteration_ends():
+    weighted = FlowWeightedDataset(list("abcde"), WEIGHTS)
+    assert weighted[-1] == ("e", WEIGHTS[4])
+    assert weighted[np.int64(1)] == weighted[torch.tensor(1)] == ("b", WEIGHTS[1])
+    assert [sample for sample, _ in weighted] == list("abcde")
+    with pytest.raises(IndexError, match="index 5 of a data set of 5 samples"):
+        weighted[5]
+    with pytest.raises(TypeError):
+        weighted[1:3]
+
+
+def test_other_attributes_of_the_data_set_are_not_passed_through():
+    weighted = FlowWeightedDataset(rows(), WEIGHTS)
+    assert not hasattr(weighted, "column_names")
+    assert not hasattr(weighted, "select")
+    assert weighted.dataset.column_names == ["text"]
+
+
+def test_the_weights_given_are_neither_copied_nor_changed():
+    weights = WEIGHTS.clone()
+    weighted = FlowWeightedDataset(range(5), weights)
+    assert weighted.weights.data_ptr() == weights.data_ptr()
+    weighted[0][1].mul_(7)
+    assert weights.tolist() == WEIGHTS.tolist()
+
+
+def test_scores_or_weights_of_another_length_are_refused():
+    with pytest.raises(ScoreMismatchError, match="of 3 samples, the data set has 5"):
+        FlowWeightedDataset(range(5), Scores(torch.ones(3)))
+    with pytest.raises(ScoreMismatchError, match="holds 5 weights, the data set 4 samples"):
+        FlowWeightedDataset(range(4), WEIGHTS)
+
+
+def test_scores_of_another_data_set_are_refused():
+    made_from, other = rows(), datasets.Dataset.from_dict({"text": list("abcde")})
+    scores = Scores(torch.ones(5))
+    scores.metadata["identity"] = {"dataset": content_identity(made_from)}
+    assert len(FlowWeightedDataset(made_from, scores)) == 5
+    with pytest.raises(ScoreMismatchError, match="made from another data set"):
+        FlowWeightedDataset(other, scores)
+
+
+def test_streams_are_sent_to_the_class_for_streams():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(5))
+
+    for stream in (Stream(), iter([1, 2]), rows().to_iterable_dataset()):
+        with pytest.raises(TypeError, match="FlowWeightedIterable"):
+            FlowWeightedDataset(stream, WEIGHTS)
+
+
+def test_a_key_that_is_taken_is_refused():
+    taken = rows().add_column("weight", [1.0] * 5)
+    with pytest.raises(ValueError, match="have a 'weight' already; pass another key="):
+        FlowWeightedDataset(taken, WEIGHTS, layout="dict")
+    plain = FlowWeightedDataset([{"weight": 1}] * 5, WEIGHTS, layout="dict")
+    with pytest.raises(ValueError, match="have a 'weight' already"):
+        plain[0]
+    with pytest.raises(ValueError, match="have a 'weight' already"):
+        plain.__getitems__([0, 1])
+
+
+def test_samples_that_do_not_fit_the_layout_are_refused():
+    with pytest.raises(ValueError, match="layout must be 'pair', 'triple' or 'dict', got 'both'"):
+        FlowWeightedDataset(range(5), WEIGHTS, layout="both")
+    with pytest.raises(TypeError, match="layout='triple' needs samples"):
+        FlowWeightedDataset(range(5), WEIGHTS, layout="triple")[0]
+    with pytest.raises(TypeError, match="got tuple of 3"):
+        FlowWeightedDataset([(1, 2, 3)] * 5, WEIGHTS, layout="triple")[0]
+    with pytest.raises(TypeError, match="layout='dict' needs samples that are mappings, got int"):
+        FlowWeightedDataset(range(5), WEIGHTS, layout="dict")[0]
+
+
+def test_a_batch_of_another_size_than_asked_for_is_refused():
+    class Forgetful(list):
+        def __getitems__(self, indices):
+            return [self[index] for index in indices[:-1]]
+
+    with pytest.raises(ValueError, match="argument 2 is longer than argument 1"):
+        FlowWeightedDataset(Forgetful(range(5)), WEIGHTS).__getitems__([0, 1])
+
+
+def test_missing_losses_are_refused_or_weigh_nothing():
+    scores = Scores(torch.tensor([1.0, float("nan"), 2.0]))
+    with pytest.raises(ValueError, match="indices 1"):
+        FlowWeightedDataset(range(3), scores)
+    assert FlowWeightedDataset(range(3), scores, missing="zero")[1][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([1.0, float("nan")], r"weights\[1\] is nan"),
+        ([1.0, float("inf")], r"weights\[1\] is inf"),
+        ([-1.0, 1.0], r"weights\[0\] is -1.0"),
+    ],
+)
+def test_bad_weights_are_refused_by_index(bad, message):
+    with pytest.raises(ValueError, match=message):
+        FlowWeightedDataset(range(2), torch.tensor(bad))
+
+
+def test_several_data_sets_get_a_temperature_each_or_one_together():
+    easy, hard = torch.tensor([0.1, 0.2, 0.4]), torch.tensor([2.0, 5.0])
+    scores = [Scores(easy), Scores(hard)]
+    both = ConcatDataset([list("abc"), list("de")])
+    each = FlowWeightedDataset(both, scores)
+    expected = reference.flow_weights(easy, 0.2) + reference.flow_weights(hard, 3.5)
+    assert each.weights.tolist() == pytest.approx(expected, rel=1e-6)
+
+    together = joint_temperature(scores)
+    assert together == pytest.approx(reference.median([*easy, *hard]))
+    joint = FlowWeightedDataset(both, scores, temperature=together)
+    expected = reference.flow_weights([*easy, *hard], together)
+    assert joint.weights.tolist() == pytest.approx(expected, rel=1e-6)
+    assert joint[3][0] == "d"
+
+
+def test_several_data_sets_are_matched_with_their_own_scores():
+    both = ConcatDataset([range(3), range(2)])
+    with pytest.raises(ScoreMismatchError, match="of 2 samples, the data set has 3"):
+        FlowWeightedDataset(both, [Scores(torch.ones(2)), Scores(torch.ones(3))])
+    with pytest.raises(ScoreMismatchError, match="1 scores for 2 concatenated data sets"):
+        FlowWeightedDataset(both, [Scores(torch.ones(5))])
+    with pytest.raises(ScoreMismatchError, match=r"scores_or_weights\[0\] holds 2 weights"):
+        FlowWeightedDataset(both, [torch.ones(2), torch.ones(3)])
+
+
+def test_interleaved_data_sets_carry_their_weights_as_columns():
+    first, second = rows(3), rows(3).map(lambda row: {"text": row["text"].upper()})
+    scores = [Scores(torch.tensor([0.1, 0.2, 0.4])), Scores(torch.tensor([1.0, 2.0, 4.0]))]
+    together = joint_temperature(scores)
+    columns = [
+        one.to_column(dataset, temperature=together)
+        for one, dataset in zip(scores, (first, second), strict=True)
+    ]
+    mixed = datasets.interleave_datasets(columns)
+    expected = reference.flow_weights([0.1, 1.0, 0.2, 2.0, 0.4, 4.0], together)
+    assert list(mixed["weight"]) == pytest.approx(expected, rel=1e-6)
+    assert mixed["text"][:2] == ["row 0", "ROW 0"]
