@@ -20,3 +20,57 @@ def effective_sample_size(weights):
     """(Σw)² / Σw²."""
     weights = [float(weight) for weight in weights]
     return sum(weights) ** 2 / sum(weight * weight for weight in weights)
+
+
+def weighted_mean(losses, weights, normalize="count", num_items=None):
+    """Σ wℓ / N or Σ wℓ / Σ w in Python floats, one sample at a time; weight 0 is left out."""
+    pairs = [(float(l), float(w)) for l, w in zip(losses, weights, strict=True)]  # noqa: E741
+    total = math.fsum(loss * weight for loss, weight in pairs if weight)
+    if num_items is None:
+        num_items = len(pairs) if normalize == "count" else math.fsum(w for _, w in pairs)
+    return total / float(num_items) if num_items else 0.0
+
+
+def causal_lm_loss(
+    logits, labels, weights=None, normalize="count", num_items=None, ignore_index=-100
+):
+    """The weighted next-token loss, one token at a time, in Python floats."""
+    losses, token_weights = [], []
+    for b, row in enumerate(labels.tolist()):
+        for t in range(1, len(row)):
+            if row[t] == ignore_index:
+                continue
+            values = logits[b, t - 1].double().tolist()
+            top = max(values)
+            log_sum = top + math.log(math.fsum(math.exp(v - top) for v in values))
+            losses.append(log_sum - values[row[t]])
+            if weights is None:
+                token_weights.append(1.0)
+            else:
+                token_weights.append(float(weights[b] if weights.dim() == 1 else weights[b, t]))
+    return weighted_mean(losses, token_weights, normalize, num_items)
+
+
+def linear_probe(features, targets, strength, loss, steps=20000, rate=0.5):
+    """Plain gradient descent on standardised features; returns (C, D) weight and (C,) bias."""
+    import numpy as np
+
+    x = np.asarray(features, dtype=np.float64)
+    y = np.asarray(targets, dtype=np.float64)
+    mean, scale = x.mean(0), x.std(0)
+    z = (x - mean) / scale
+    if loss == "cross_entropy":
+        y = np.eye(int(y.max()) + 1)[y.astype(int)]
+    weight, bias = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1])
+    for _ in range(steps):
+        out = z @ weight.T + bias
+        if loss == "cross_entropy":
+            out = np.exp(out - out.max(1, keepdims=True))
+            slope = out / out.sum(1, keepdims=True) - y
+        elif loss == "binary_cross_entropy":
+            slope = (1 / (1 + np.exp(-out)) - y) / y.shape[1]
+        else:
+            slope = 2 * (out - y) / y.shape[1]
+        weight = weight - rate * (slope.T @ z / len(x) + strength * weight)
+        bias = bias - rate * slope.mean(0)
+    return weight / scale, bias - (weight / scale) @ mean
