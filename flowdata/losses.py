@@ -1,0 +1,254 @@
+"""Weighted training losses: Σ weight · loss over a stated denominator.
+
+Arithmetic is float32 inside (float64 stays float64), whatever autocast does around it; nothing
+here waits for the device, and everything compiles without graph breaks. A sample of weight 0
+takes no part, even if its loss is NaN: it is left out, not multiplied by 0.
+
+`num_items` makes a loss exact when one optimiser step is spread over accumulated batches or
+ranks: it is the denominator of the *whole* step (`count_items` of every batch, summed), divided by
+the number of ranks if gradients are averaged over them, as DDP and FSDP do. Losses of the parts
+are then summed, not averaged: backward() on each, with no division by the accumulation steps.
+`flowdata.accumulation.with_num_items` does that bookkeeping for any loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Normalize: TypeAlias = Literal["count", "weights"]
+
+
+def weighted_mean(
+    losses: Tensor,
+    weights: Tensor,
+    *,
+    normalize: Normalize = "count",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Return Σ wℓ / N, the FLOW objective, or Σ wℓ / Σ w.
+
+    Source: Sanyal et al., ICML 2025, arXiv:2502.02797, Algorithm 1 (``"count"``). The two differ
+    by the mean weight, usually around 0.4: a learning rate tuned for one does not fit the other.
+
+    Args:
+        losses: (B,) floating, or any other shape: one loss for each weight.
+        weights: the shape of `losses`, >= 0; moved to the device of `losses` if needed.
+        normalize: ``"count"`` divides by the number of losses (those of weight 0 included),
+            ``"weights"`` by the sum of the weights.
+        num_items: the denominator of the whole optimiser step, in the unit that `normalize` names,
+            in place of this batch's own (see the module's docstring).
+
+    Returns:
+        0-d, float64 for float64 losses and float32 otherwise; 0 if all weights are 0.
+
+    Raises:
+        TypeError: `losses` is not floating.
+        ValueError: the shapes differ (nothing is broadcast), or `losses` is 0-d.
+
+    Example:
+        >>> import torch
+        >>> losses = torch.tensor([1.0, 3.0, float("nan")])
+        >>> weighted_mean(losses, torch.tensor([1.0, 0.5, 0.0]))
+        tensor(0.8333)
+    """
+    _check_normalize(normalize)
+    if not losses.is_floating_point():
+        raise TypeError(f"losses must be floating, got dtype {losses.dtype}")
+    if losses.dim() == 0:
+        raise ValueError(
+            "losses must hold one loss per weight, got a 0-d tensor: a model's own `.loss` is "
+            "already averaged and can't be weighted; pass the per-sample losses "
+            "(reduction='none'), or use flowdata.causal_lm_loss(outputs.logits, labels, weights)"
+        )
+    if losses.shape != weights.shape:
+        raise ValueError(
+            f"weights must have the shape of losses, {tuple(losses.shape)}, "
+            f"got {tuple(weights.shape)}; nothing is broadcast"
+        )
+    losses = losses.to(_compute_dtype(losses))
+    weights = weights.to(losses)
+    if num_items is None:
+        num_items = weights.sum() if normalize == "weights" else float(losses.numel())
+    return _divide(_weighted_sum(losses, weights), num_items)
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    normalize: Normalize = "count",
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return the weighted next-token cross-entropy, Σ wℓ over the target tokens / denominator.
+
+    Source: Sanyal et al., ICML 2025, arXiv:2502.02797: the weighted token losses of a batch are
+    divided by the number of its target tokens (``"count"``).
+
+    Args:
+        logits: (B, T, V) floating; position t predicts label t + 1.
+        labels: (B, T) int64, *unshifted*, as Hugging Face models take them; `ignore_index` where
+            there is no target. The first label of a row has no prediction and is never a target.
+        weights: None for all ones; (B,), one per sequence; or (B, T), one per label (weights[b, t]
+            belongs to labels[b, t]). Moved to the device of `logits` if needed.
+        normalize: ``"count"`` divides by the number of target tokens (those of weight 0 included),
+            ``"weights"`` by the sum of the weights over target tokens.
+        num_items: the denominator of the whole optimiser step (see the module's docstring). HF's
+            `num_items_in_batch` is that of ``"count"``, summed over accumulated batches and, with
+            `average_tokens_across_devices`, over ranks: divide it by the number of ranks.
+        ignore_index: the label that marks positions without a target.
+
+    Returns:
+        0-d, float64 for float64 logits and float32 otherwise; 0 without a target or a weight.
+
+    Raises:
+        TypeError: `logits` is not floating, or `labels` is not int64.
+        ValueError: the shapes don't fit.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(2, 3, 4)
+        >>> labels = torch.tensor([[0, 1, 2], [-100, -100, 3]])
+        >>> causal_lm_loss(logits, labels, torch.tensor([1.0, 0.5]))  # log(4) * (2 + 0.5) / 3
+        tensor(1.1552)
+    """
+    _check_labels(logits, labels, "logits (B, T, V)")
+    labels = labels.to(logits.device)
+    token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
+    values = logits.reshape(-1, logits.shape[-1])
+    if weights is not None:
+        dropped = (token_weights == 0)[:, None]
+        values = _DropRows.apply(values, dropped)  # type: ignore[no-untyped-call]
+    losses = F.cross_entropy(
+        values.to(_compute_dtype(values)),
+        next_tokens(labels, ignore_index).flatten(),
+        ignore_index=ignore_index,
+        reduction="none",
+    )
+    if num_items is None:
+        num_items = count_items(labels, weights, normalize=normalize, ignore_index=ignore_index)
+    return _divide(_weighted_sum(losses, token_weights.to(losses)), num_items)
+
+
+def count_items(
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    normalize: Normalize = "count",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return what `causal_lm_loss` divides by: target tokens, or the sum of their weights.
+
+    Sum it over the batches (and ranks) of one optimiser step to get `num_items`.
+
+    Args:
+        labels: (B, T) int64, unshifted.
+        weights: None, (B,) or (B, T), as for `causal_lm_loss`.
+        normalize: ``"count"`` or ``"weights"``.
+        ignore_index: the label that marks positions without a target.
+
+    Returns:
+        0-d, int64 for ``"count"`` and floating for ``"weights"``.
+
+    Example:
+        >>> import torch
+        >>> count_items(torch.tensor([[5, 6, 7], [-100, -100, 8]]))
+        tensor(3)
+    """
+    _check_normalize(normalize)
+    if normalize == "count":
+        return (labels[:, 1:] != ignore_index).sum()
+    return target_weights(labels, weights, ignore_index=ignore_index).sum()
+
+
+def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return labels moved one place left, (B, T): what each position predicts."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def target_weights(
+    labels: Tensor, weights: Tensor | None = None, *, ignore_index: int = -100
+) -> Tensor:
+    """Return the weight of what each position predicts, (B, T) floating; 0 where nothing is.
+
+    Args:
+        labels: (B, T) int64, unshifted.
+        weights: None for all ones, (B,) per sequence or (B, T) per label.
+        ignore_index: the label that marks positions without a target.
+
+    Raises:
+        ValueError: `weights` has another shape.
+    """
+    is_target = next_tokens(labels, ignore_index) != ignore_index
+    if weights is None:
+        return is_target.to(torch.float32)
+    weights = weights.to(labels.device, _compute_dtype(weights))
+    if weights.shape == labels.shape[:1]:
+        moved = weights[:, None]
+    elif weights.shape == labels.shape:
+        moved = F.pad(weights[:, 1:], (0, 1))
+    else:
+        raise ValueError(
+            f"weights must be (B,) = {tuple(labels.shape[:1])}, one per sequence, or (B, T) = "
+            f"{tuple(labels.shape)}, one per label; got {tuple(weights.shape)}"
+        )
+    return torch.where(is_target, moved, 0.0)
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """Σ wℓ, without what weighs 0: 0 · NaN is NaN, in the sum and in its gradient."""
+    return (torch.where(weights == 0, 0.0, losses) * weights).sum()
+
+
+class _DropRows(torch.autograd.Function):
+    """The identity, whose gradient is 0 in dropped rows: cross-entropy's is NaN for NaN logits.
+
+    A `torch.where` over the logits would do the same for the price of another copy of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dropped: Tensor) -> Tensor:
+        ctx.save_for_backward(dropped)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (dropped,) = gradients, ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: somebody differentiates this again
+            return gradient.masked_fill(dropped, 0.0), None
+        return gradient.masked_fill_(dropped, 0.0), None
+
+
+def _divide(total: Tensor, num_items: float | Tensor) -> Tensor:
+    """total / num_items, and 0 where there is nothing to divide by."""
+    items = torch.as_tensor(num_items, dtype=total.dtype, device=total.device)
+    return total / torch.where(items == 0, 1.0, items)
+
+
+def _compute_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _check_normalize(normalize: str) -> None:
+    if normalize not in ("count", "weights"):
+        raise ValueError(
+            f"normalize must be 'count' (the paper: divide by their number) or 'weights' "
+            f"(divide by the sum of the weights), got {normalize!r}"
+        )
+
+
+def _check_labels(values: Tensor, labels: Tensor, name: str) -> None:
+    if not values.is_floating_point():
+        raise TypeError(f"{name} must be floating, got dtype {values.dtype}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 token ids, got dtype {labels.dtype}")
+    if values.dim() != 3 or labels.shape != values.shape[:2]:
+        raise ValueError(
+            f"labels must be (B, T) for {name}, unshifted; got {tuple(labels.shape)} "
+            f"for {tuple(values.shape)}"
+        )
