@@ -74,3 +74,37 @@ def linear_probe(features, targets, strength, loss, steps=20000, rate=0.5):
         weight = weight - rate * (slope.T @ z / len(x) + strength * weight)
         bias = bias - rate * slope.mean(0)
     return weight / scale, bias - (weight / scale) @ mean
+
+
+def anchor_penalty(parameters, started, kind, strength):
+    """strength · Σ (θ − θ*)² or strength · Σ |θ − θ*|, one number at a time."""
+    total = 0.0
+    for now, then in zip(parameters, started, strict=True):
+        for a, b in zip(now.flatten().tolist(), then.flatten().tolist(), strict=True):
+            total += (a - b) ** 2 if kind == "l2" else abs(a - b)
+    return strength * total
+
+
+def wise_ft(pretrained, finetuned, alpha):
+    """α · fine-tuned + (1 − α) · pre-trained, entry by entry, in double precision."""
+    return {
+        name: alpha * finetuned[name].double() + (1 - alpha) * pretrained[name].double()
+        for name in finetuned
+    }
+
+
+def token_rule_weights(rule, losses, temperature=None):
+    """Weights from the current model's token losses, one token at a time."""
+    losses = [float(loss) for loss in losses]
+    if rule == "dft":
+        return [math.exp(-loss) for loss in losses]
+    scale = median(losses) if temperature is None else temperature
+    if rule == "talr":
+        return [math.exp(-loss / scale) for loss in losses]
+    return [math.exp((loss - max(losses)) / scale) for loss in losses]
+
+
+def head_logits(hidden, head, softcap=None, logit_scale=1.0):
+    """All logits, as a model with a scale and a softcap makes them."""
+    logits = head(hidden) * logit_scale
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
