@@ -62,7 +62,7 @@ def flow_weights(
         raise ValueError(f"normalize must be 'none' or 'mean', got {normalize!r}")
     if max_weight is not None and not max_weight > 0:
         raise ValueError(f"max_weight must be positive, got {max_weight!r}")
-    checked = _check_losses(losses)
+    checked = check_values(losses)
     scale = -1.0 / resolve_temperature(checked, temperature)
     weights = torch.empty(checked.shape, dtype=torch.float32, device=checked.device)
     for out, part in zip(weights.split(_CHUNK), checked.split(_CHUNK), strict=True):
@@ -95,7 +95,7 @@ def resolve_temperature(losses: Losses, temperature: Temperature) -> float:
         >>> resolve_temperature(torch.tensor([3.0, 1.0, 2.0, 8.0]), "median")
         2.5
     """
-    checked = _check_losses(losses)
+    checked = check_values(losses)
     rule = f"temperature={temperature!r}"
     if isinstance(temperature, str):
         value = _rule(temperature)(checked)
@@ -138,7 +138,7 @@ def effective_sample_size(weights: Losses) -> float:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         2.0
     """
-    checked = _check_losses(weights, name="weights")
+    checked = check_values(weights, name="weights")
     largest = checked.max().item()
     if largest == 0:
         raise ValueError("weights are all zero: an effective sample size needs one positive weight")
@@ -209,7 +209,8 @@ def _log_ess(values: Tensor, weigh: Callable[[Tensor], Tensor]) -> float:
     return 2 * math.log(total) - math.log(squares)
 
 
-def _check_losses(losses: Losses, name: str = "losses") -> Tensor:
+def check_values(losses: Losses, name: str = "losses") -> Tensor:
+    """Return values as a detached (N,) tensor, uncopied where possible; raise on bad ones."""
     checked = torch.as_tensor(losses).detach()
     if not checked.is_floating_point():
         raise TypeError(f"{name} must be floating, got dtype {checked.dtype}")

@@ -1,0 +1,230 @@
+"""Scores: the losses of a data set under the pre-trained model, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowdata.fingerprint import fingerprint_dataset
+from flowdata.weights import Temperature, check_values, flow_weights
+
+Missing: TypeAlias = Literal["raise", "zero"]
+CONTENT_PREFIX = "content:"  # of a data set's identity that was read off its samples
+
+
+class ScoreMismatchError(ValueError):
+    """Scores or a store meet a model, data set or option that they were not made with."""
+
+
+class Scores:
+    """The loss of every sample under the frozen pre-trained model, in data set order.
+
+    Made by `LossScorer.score` or `Scores.load`, or directly from losses computed elsewhere.
+
+    Args:
+        losses: (N,) floating, kept as float32; nats. NaN marks a sample without a loss.
+        counts: (N,) integer, targets per sample; 1 each by default.
+        metadata: JSON-like: how the losses were made (`identity`, `plan`, `details`).
+        token_losses: (Σ counts,) floating, the targets' losses one after another, or None;
+            kept as `flat_token_losses`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape.
+
+    Example:
+        >>> import torch
+        >>> scores = Scores(torch.tensor([0.1, 1.0, 3.0]))
+        >>> scores.weights()
+        tensor([0.9048, 0.3679, 0.0498])
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        counts: Tensor | None = None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        token_losses: Tensor | None = None,
+    ) -> None:
+        losses = torch.as_tensor(losses).detach().cpu()
+        if losses.dim() != 1 or len(losses) == 0 or not losses.is_floating_point():
+            raise ValueError(
+                "losses must be floating, of shape (N,) with N > 0, got "
+                f"{losses.dtype} of shape {tuple(losses.shape)}"
+            )
+        counts = torch.ones_like(losses) if counts is None else torch.as_tensor(counts).cpu()
+        if counts.shape != losses.shape:
+            raise ValueError(
+                f"counts must have shape {tuple(losses.shape)}, got {tuple(counts.shape)}"
+            )
+        if token_losses is not None and token_losses.shape != (int(counts.sum()),):
+            raise ValueError(
+                f"token_losses must have shape ({int(counts.sum())},), one value for each target "
+                f"that counts tells of, got {tuple(token_losses.shape)}"
+            )
+        finite = losses.isfinite()
+        self.losses = torch.where(finite, losses, torch.nan).float()
+        self.counts = counts.long()
+        self.metadata = dict(metadata or {})
+        self.flat_token_losses = (
+            None if token_losses is None else token_losses.detach().cpu().float()
+        )
+        self._offsets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def __repr__(self) -> str:
+        missing = int(self.losses.isnan().sum())
+        return f"Scores({len(self)} samples, {missing} without a loss)"
+
+    def token_losses(self, index: int) -> Tensor:
+        """Return the losses of sample `index`'s targets, in order: (counts[index],) float32.
+
+        Raises:
+            ValueError: the scores were made without `token_losses=True`.
+            IndexError: there is no such sample.
+        """
+        if self.flat_token_losses is None:
+            raise ValueError(
+                "these scores hold no token losses; score with LossScorer(..., token_losses=True)"
+            )
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        if self._offsets is None:
+            self._offsets = torch.cat([torch.zeros(1, dtype=torch.long), self.counts.cumsum(0)])
+        index %= len(self)
+        return self.flat_token_losses[self._offsets[index] : self._offsets[index + 1]]
+
+    def weights(self, temperature: Temperature = "median", *, missing: Missing = "raise") -> Tensor:
+        """Return the FLOW weights exp(−loss / temperature): (N,) float32 in [0, 1].
+
+        Args:
+            temperature: as in `resolve_temperature`; taken over the samples that have a loss.
+            missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, which
+                gives them weight 0.
+
+        Raises:
+            ValueError: samples without a loss under ``missing="raise"`` (their indices named),
+                no sample with one, or an unusable temperature.
+        """
+        if missing not in ("raise", "zero"):
+            raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
+        absent = self.losses.isnan()
+        if not absent.any():
+            return flow_weights(self.losses, temperature=temperature)
+        if missing == "raise" or absent.all():
+            raise ValueError(
+                f"{int(absent.sum())} of {len(self)} samples have no loss (no target, or a "
+                f"non-finite loss): indices {_listing(absent.nonzero().flatten().tolist())}; "
+                "drop them, or pass missing='zero' to give them weight 0"
+            )
+        weights = torch.zeros_like(self.losses)
+        weights[~absent] = flow_weights(self.losses[~absent], temperature=temperature)
+        return weights
+
+    def check_dataset(self, dataset: Any) -> None:
+        """Check that `dataset` is the one these scores were made from.
+
+        Scores made under a `dataset_id` of the user's own, or from losses computed elsewhere,
+        are checked for their length alone.
+
+        Raises:
+            ScoreMismatchError: another length, or other content.
+        """
+        if len(dataset) != len(self):
+            raise ScoreMismatchError(
+                f"the scores are of {len(self)} samples, the data set has {len(dataset)}; "
+                "score this data set, or select its samples before scoring, not after"
+            )
+        made_from = str(self.metadata.get("identity", {}).get("dataset", ""))
+        if made_from.startswith(CONTENT_PREFIX) and made_from != content_identity(dataset):
+            raise ScoreMismatchError(
+                "the scores were made from another data set of the same length (its samples "
+                "differ in content or order). If they are the same samples in the same order, "
+                "differently transformed, score with dataset_id='a-name' or pass "
+                "scores.weights() instead of scores"
+            )
+
+    def to_column(
+        self,
+        hf_dataset: Any,
+        name: str = "weight",
+        *,
+        temperature: Temperature = "median",
+        missing: Missing = "raise",
+    ) -> Any:
+        """Return the Hugging Face data set with the weights as a float32 column `name`.
+
+        Raises:
+            ScoreMismatchError: the data set has another length.
+            ValueError: it has such a column already, or weights can't be made.
+        """
+        if len(hf_dataset) != len(self):
+            self.check_dataset(hf_dataset)
+        if name in hf_dataset.column_names:
+            raise ValueError(f"the data set has a column {name!r} already; pass another name")
+        weights = self.weights(temperature, missing=missing)
+        return hf_dataset.add_column(name, weights.numpy().astype(np.float32))
+
+    def summary(self, temperature: Temperature = "median") -> dict[str, Any]:
+        """Return the figures that describe the losses and the weights made from them."""
+        from flowdata.report import summarize
+
+        return summarize(self, temperature=temperature)
+
+    def plot(self, path: str | Path, *, temperature: Temperature = "median") -> Path:
+        """Draw the distribution of losses and weights into a PNG and return its path."""
+        from flowdata.report import plot_scores
+
+        return plot_scores(self, path, temperature=temperature)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Return the scores kept in a store folder or a `.safetensors` file.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: it is no finished store, or its content is damaged.
+        """
+        from flowdata.store import load_scores
+
+        return load_scores(Path(path))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the scores into a folder, or a file if the name ends in `.safetensors`."""
+        from flowdata.store import save_scores
+
+        return save_scores(self, Path(path))
+
+
+def weights_of(
+    scores_or_weights: Scores | Tensor | NDArray[np.floating] | list[float],
+    *,
+    temperature: Temperature = "median",
+    missing: Missing = "raise",
+) -> Tensor:
+    """Return the (N,) weights of scores, or weights given directly, checked and not copied.
+
+    Raises:
+        TypeError, ValueError: weights of a wrong dtype or shape, negative or non-finite (first
+            index named); whatever `Scores.weights` raises.
+    """
+    if isinstance(scores_or_weights, Scores):
+        return scores_or_weights.weights(temperature, missing=missing)
+    return check_values(scores_or_weights, name="weights")
+
+
+def content_identity(dataset: Any) -> str:
+    """Return a data set's identity as read off its samples."""
+    return CONTENT_PREFIX + fingerprint_dataset(dataset)
+
+
+def _listing(indices: list[int], most: int = 10) -> str:
+    more = f", … ({len(indices)} in all)" if len(indices) > most else ""
+    return ", ".join(map(str, indices[:most])) + more

@@ -1,0 +1,121 @@
+"""Batches: how long samples are, and how samples become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+Collate = Callable[[list[Any]], Any]
+_CHARACTERS_PER_TOKEN = 3  # of raw text, when only a collate function knows its tokens
+_PADDING = {"labels": -100}  # other fields are padded with 0
+
+
+def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
+    """Return every sample's length in tokens, (N,) int64, or None where all are alike in size.
+
+    Given lengths are taken; else those of the `input_ids` (a column, or one pass over the
+    samples), with the `labels` added where they are another sequence; else of raw text, a
+    third of its characters.
+
+    Raises:
+        ValueError: `lengths` is not (N,) non-negative integers.
+    """
+    if lengths is not None:
+        return _given_lengths(lengths, len(dataset))
+    if "input_ids" in (getattr(dataset, "column_names", None) or ()):
+        return torch.from_numpy(_column_lengths(dataset))
+    if _length_of(dataset[0]) is None:
+        return None
+    found = [_length_of(dataset[index]) for index in range(len(dataset))]
+    return torch.tensor([0 if length is None else length for length in found])
+
+
+def choose_collate(collate_fn: Collate | None, sample: Any) -> Collate:
+    """Return the user's collate function, or the one that fits the first sample."""
+    if collate_fn is not None:
+        return collate_fn
+    is_tokens = isinstance(sample, Mapping) and "input_ids" in sample
+    return pad_collate if is_tokens else default_collate
+
+
+def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a batch of token samples, padded on the right to the longest.
+
+    `input_ids` and every field as long as them become (B, T) tensors, `labels` padded with
+    −100 and all else with 0; `attention_mask` is made where the samples have none. Numbers
+    become (B,) tensors, other fields stay lists.
+
+    Raises:
+        ValueError: a sample's `input_ids` are not one-dimensional.
+    """
+    batch: dict[str, Any] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        batch[name] = _stack(name, values)
+    if "attention_mask" not in batch:
+        masks = [torch.ones(len(sample["input_ids"]), dtype=torch.long) for sample in samples]
+        batch["attention_mask"] = _stack("attention_mask", masks)
+    return batch
+
+
+def _stack(name: str, values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, str | bytes | Mapping) or first is None:
+        return values
+    try:
+        tensors = [torch.as_tensor(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        return values
+    if name == "input_ids" and any(tensor.dim() != 1 for tensor in tensors):
+        raise ValueError(
+            f"a sample's input_ids must be one-dimensional, got shape "
+            f"{tuple(next(t.shape for t in tensors if t.dim() != 1))}; tokenise without "
+            "return_tensors, or pass a collate_fn"
+        )
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        padding = _PADDING.get(name, 0)
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+    return torch.stack(tensors)
+
+
+def _given_lengths(lengths: Any, num_samples: int) -> Tensor:
+    given = torch.as_tensor(lengths).cpu()
+    if given.shape != (num_samples,):
+        raise ValueError(
+            f"lengths must have shape ({num_samples},), one for each sample, "
+            f"got {tuple(given.shape)}"
+        )
+    if given.is_floating_point() or (given < 0).any():
+        raise ValueError("lengths must be non-negative integers: tokens in each sample")
+    return given.long()
+
+
+def _column_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    columns = dataset.select_columns(names).with_format("arrow")[:]
+    found = [columns[name].combine_chunks().value_lengths().to_numpy() for name in names]
+    ids: np.ndarray[Any, np.dtype[np.int64]] = found[0].astype(np.int64)
+    if len(found) == 2:
+        ids += np.where(found[1] == found[0], 0, found[1])
+    return ids
+
+
+def _length_of(sample: Any) -> int | None:
+    if isinstance(sample, Mapping) and "input_ids" in sample:
+        length, labels = len(sample["input_ids"]), sample.get("labels")
+        other = len(labels) if isinstance(labels, Sequence | Tensor | np.ndarray) else length
+        return length if other == length else length + other
+    texts = [sample] if isinstance(sample, str) else _texts(sample)
+    return sum(map(len, texts)) // _CHARACTERS_PER_TOKEN + 1 if texts else None
+
+
+def _texts(sample: Any) -> list[str]:
+    if not isinstance(sample, Mapping | tuple | list):
+        return []
+    fields = sample.values() if isinstance(sample, Mapping) else sample
+    return [field for field in fields if isinstance(field, str)]

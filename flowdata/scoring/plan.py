@@ -1,0 +1,82 @@
+"""The plan: a data set cut into packs, a pure function of lengths, budget and options.
+
+A pack is the unit of work, of storage and of resumption. Which samples share a pack decides
+the last bits of their losses, so a store keeps the plan that it was begun with.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Packs of samples, in the order in which they are run.
+
+    Attributes:
+        order: (N,) int64, every sample's index once, pack after pack.
+        offsets: (packs + 1,) int64; pack p is ``order[offsets[p]:offsets[p + 1]]``.
+        costs: (packs,) int64, tokens (or samples) that a pack runs, padding included.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    costs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def pack(self, index: int) -> Tensor:
+        """Return the sample indices of one pack, int64."""
+        return self.order[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def sizes(self) -> Tensor:
+        """Samples in each pack, (packs,) int64."""
+        return self.offsets.diff()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of the order and the cuts."""
+        content = self.order.numpy().tobytes() + self.offsets.numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+
+def plan_padded(lengths: Tensor, *, max_tokens: int, batch_size: int | None = None) -> Plan:
+    """Return a plan whose padded packs, longest samples first, hold at most `max_tokens`.
+
+    Samples of like length share a pack, so little is padding; the longest come first, so that a
+    pack too large for memory is met at once. A sample longer than the budget is a pack alone.
+
+    Args:
+        lengths: (N,) int64, tokens in each sample.
+        max_tokens: the budget of one pack, counted with padding.
+        batch_size: most samples in a pack; no limit if None.
+
+    Example:
+        >>> plan = plan_padded(torch.tensor([2, 9, 3, 4]), max_tokens=9)
+        >>> [plan.pack(i).tolist() for i in range(len(plan))]
+        [[1], [3, 2], [0]]
+    """
+    order = np.argsort(-lengths.numpy(), kind="stable")
+    longest_first = np.maximum(lengths.numpy()[order], 1)
+    most = len(order) if batch_size is None else batch_size
+    offsets = [0]
+    while offsets[-1] < len(order):
+        fits = int(max_tokens // longest_first[offsets[-1]])
+        offsets.append(min(offsets[-1] + max(1, min(fits, most)), len(order)))
+    cuts = np.asarray(offsets, dtype=np.int64)
+    costs = longest_first[cuts[:-1]] * np.diff(cuts)
+    return Plan(torch.from_numpy(order), torch.from_numpy(cuts), torch.from_numpy(costs))
+
+
+def plan_fixed(num_samples: int, *, batch_size: int) -> Plan:
+    """Return a plan of batches in data set order, for samples that are all alike in size."""
+    offsets = torch.arange(0, num_samples + batch_size, batch_size).clamp_(max=num_samples)
+    return Plan(torch.arange(num_samples), offsets, offsets.diff())

@@ -1,0 +1,130 @@
+"""Precision: which dtype a model is scored in, and a copy of the model that has it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str | torch.dtype, model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the dtype to score in.
+
+    ``"auto"`` is bfloat16 where the device is fast at it (AMX or AVX512-BF16 on a CPU, compute
+    capability 8.0 on a GPU), else the model's own dtype.
+
+    Raises:
+        ValueError: neither ``"auto"`` nor float32, bfloat16 or float16.
+    """
+    if dtype == "auto":
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.bfloat16 if own == torch.float32 and is_fast_at_bfloat16(device) else own
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def is_fast_at_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the dtype's name as a user writes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def scoring_model(
+    model: nn.Module, dtype: torch.dtype, device: torch.device
+) -> Iterator[nn.Module]:
+    """Lend a model in eval mode, of the dtype and on the device wanted, without gradients.
+
+    Where nothing needs converting the caller's own model is lent and its training flags are put
+    back. Else it is a copy whose parameters are converted one by one: the caller's are never
+    touched, and the copy takes only the converted size. To the caller's code the copy looks
+    like the original: floating inputs are converted on the way in, outputs to float32 on the
+    way out.
+    """
+    with torch.no_grad():
+        targets = _target_dtypes(model, dtype)
+        if any(t.device != device or t.dtype != wanted for t, wanted in targets):
+            yield _converted(model, targets, dtype, device)
+            return
+        training = [(module, module.training) for module in model.modules()]
+        try:
+            yield model.eval()
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+def _target_dtypes(model: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
+    """Every parameter and buffer with the dtype it is to have.
+
+    What loses its meaning in 8 bits of mantissa stays as it is: integers, rotary frequencies,
+    BatchNorm, and the modules that a Hugging Face model names as strictly float32.
+    """
+    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    targets = []
+    for path, module in model.named_modules():
+        keep = isinstance(module, nn.modules.batchnorm._BatchNorm) or not strict.isdisjoint(
+            path.split(".")
+        )
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            kept = keep or not tensor.is_floating_point() or "inv_freq" in name
+            targets.append((tensor, tensor.dtype if kept else dtype))
+    return targets
+
+
+def _converted(
+    model: nn.Module,
+    targets: list[tuple[Tensor, torch.dtype]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    memo: dict[int, Any] = {}  # what deepcopy takes instead of copying a tensor itself
+    for tensor, wanted in targets:
+        value = tensor.detach().to(device, wanted, copy=True)
+        memo[id(tensor)] = (
+            nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+        )
+    lent = copy.deepcopy(model, memo).eval()
+    if dtype != torch.float32:
+        lent.register_forward_pre_hook(
+            lambda _, args, kwargs: map_floating((args, kwargs), lambda t: t.to(dtype)),
+            with_kwargs=True,
+        )
+        lent.register_forward_hook(lambda _, args, out: map_floating(out, Tensor.float))
+    return lent
+
+
+def map_floating(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every floating tensor in its tuples, lists and mappings converted."""
+    return map_tensors(value, lambda t: convert(t) if t.is_floating_point() else t)
+
+
+def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every tensor in its tuples, lists and mappings converted."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, tuple | list):
+        items = [map_tensors(item, convert) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        converted = {key: map_tensors(item, convert) for key, item in value.items()}
+        rebuild = isinstance(value, dict) and type(value) is not dict
+        return type(value)(**converted) if rebuild else converted
+    return value

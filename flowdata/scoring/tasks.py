@@ -1,0 +1,260 @@
+"""Tasks: what each loss is, for models that give one prediction for each target.
+
+A method takes a model and a batch and returns the loss of every single target
+(`TargetLosses`); the mean over a sample's targets is the sample's loss. Language models have
+methods of their own, in language.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
+PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
+LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
+
+
+@dataclass(frozen=True)
+class TargetLosses:
+    """The losses of a batch's targets, and whose they are.
+
+    Attributes:
+        values: (n,) float32, sample after sample.
+        counts: (B,) int64, targets of each sample.
+    """
+
+    values: Tensor
+    counts: Tensor
+
+    def columns(self, *, token_losses: bool) -> dict[str, Tensor]:
+        """Return what the store keeps of the batch; a sample's loss is NaN if not finite."""
+        counts = self.counts.cpu()
+        values = self.values.detach().cpu()
+        sums = torch.segment_reduce(values.double(), "sum", lengths=counts, initial=0.0)
+        losses = (sums / counts).float()  # 0 / 0 is NaN: no target, no loss
+        columns = {"loss": torch.where(losses.isfinite(), losses, torch.nan), "count": counts}
+        return columns | ({"token_loss": values.float()} if token_losses else {})
+
+
+Method = Callable[[nn.Module, Any], TargetLosses]
+
+
+def detect_loss(model: nn.Module, batch: Any) -> str:
+    """Return the name of the loss that a model and a batch of samples call for.
+
+    A Hugging Face class name decides; else token batches are causal language modelling,
+    integer targets cross-entropy, targets that are all 0 or 1 binary cross-entropy, other
+    floating targets the mean squared error.
+
+    Raises:
+        ValueError: nothing fits; the message says what to pass.
+    """
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    for ending, loss in (
+        ("ForCausalLM", "causal_lm"),
+        ("LMHeadModel", "causal_lm"),
+        ("ForMaskedLM", "masked_lm"),
+        ("ForTokenClassification", "cross_entropy"),
+    ):
+        if name.endswith(ending):
+            return loss
+    if name.endswith("ForConditionalGeneration") and config is not None:
+        return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
+    inputs, targets = split_batch(batch)
+    if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
+        if isinstance(inputs, Mapping) and "input_ids" in inputs:
+            return "causal_lm"
+        raise ValueError(
+            "loss='auto' found no targets in the batch: samples must be (input, target) pairs or "
+            f"dicts with 'labels', got {_describe(batch)}; pass loss=callable(model, batch)"
+        )
+    if not targets.is_floating_point():
+        return "cross_entropy"
+    return "binary_cross_entropy" if ((targets == 0) | (targets == 1)).all() else "mse"
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """Return a batch's inputs and targets: a pair, or a mapping with `labels` (or `label`)."""
+    if isinstance(batch, Mapping):
+        name = next((n for n in ("labels", "label", "targets", "target") if n in batch), None)
+        inputs = {key: value for key, value in batch.items() if key != name}
+        return inputs, None if name is None else torch.as_tensor(batch[name])
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    return batch, None
+
+
+def prediction_method(loss: str) -> Method:
+    """Return the method of a loss between a model's predictions and its targets."""
+    losses = {
+        "cross_entropy": cross_entropy,
+        "binary_cross_entropy": binary_cross_entropy,
+        "mse": squared_error,
+    }[loss]
+
+    def run(model: nn.Module, batch: Any) -> TargetLosses:
+        inputs, targets = split_batch(batch)
+        if targets is None:
+            raise ValueError(
+                f"loss={loss!r} needs (input, target) pairs or dicts with 'labels', got "
+                f"{_describe(batch)}; pass loss=callable(model, batch) for another layout"
+            )
+        predictions = predict(model, inputs)
+        return losses(predictions.float(), targets.to(predictions.device))
+
+    return run
+
+
+def callable_method(function: Callable[[nn.Module, Any], Tensor]) -> Method:
+    """Return the method of a user's own `(model, batch) -> (B,)` losses."""
+
+    def run(model: nn.Module, batch: Any) -> TargetLosses:
+        values = function(model, batch)
+        if not isinstance(values, Tensor) or values.dim() != 1:
+            raise ValueError(
+                "loss=callable must return a tensor of shape (B,), one loss for each sample, got "
+                f"{tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}; "
+                "use reduction='none'"
+            )
+        return TargetLosses(values.float(), torch.ones(len(values), dtype=torch.long))
+
+    return run
+
+
+def predict(model: nn.Module, inputs: Any) -> Tensor:
+    """Return a model's predictions: its output, or its output's `logits`."""
+    if isinstance(inputs, Mapping):
+        output = call_with(model, inputs)
+    elif isinstance(inputs, tuple | list):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    return logits_of(output)
+
+
+def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> Any:
+    """Call a model with those fields that its `forward` takes by name."""
+    parameters = inspect.signature(innermost(model).forward).parameters
+    named = {name for name in fields if name in parameters}
+    if not named and not _takes_any(parameters):
+        first = fields["input_ids"] if "input_ids" in fields else next(iter(fields.values()))
+        return model(first)
+    if not named:
+        named = {name for name, value in fields.items() if isinstance(value, Tensor)}
+    taken = {
+        name: value
+        for name, value in options.items()
+        if name in parameters or _takes_any(parameters)
+    }
+    return model(**{name: fields[name] for name in named}, **taken)
+
+
+def innermost(model: Any) -> Any:
+    """Return the model inside DDP, torch.compile and PEFT wrappers."""
+    if hasattr(model, "_orig_mod"):
+        return innermost(model._orig_mod)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return innermost(model.module)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return innermost(model.get_base_model())
+    return model
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a model's output: itself, its `logits`, or its first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__}, in which no logits were found; "
+            "pass loss=callable(model, batch)"
+        )
+    return output
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
+    """Losses of classes: targets (B, …) int64, −100 ignored, or (B, C) class probabilities.
+
+    Logits are (B, C, …), or (B, …, C) where only that fits.
+    """
+    if targets.is_floating_point():
+        _check_shapes("cross_entropy", logits, targets, targets.shape)
+        return _one_each(F.cross_entropy(logits, targets.float(), reduction="none"))
+    targets = targets.long()
+    if logits.dim() == 1 or logits.shape[1] == 1:
+        raise ValueError(
+            f"cross_entropy needs logits of at least two classes, got shape {tuple(logits.shape)}; "
+            "for one logit a sample pass loss='binary_cross_entropy'"
+        )
+    if logits.shape[:-1] == targets.shape != logits.shape[:1] + logits.shape[2:]:
+        logits = logits.movedim(-1, 1)
+    _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    kept = (targets != IGNORE_INDEX).flatten(1) if targets.dim() > 1 else (targets != -100)[:, None]
+    return TargetLosses(losses.reshape(kept.shape)[kept], kept.sum(1))
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
+    """Losses of yes-or-no targets: logits and targets (B,), (B, 1) or (B, L)."""
+    if logits.dim() == targets.dim() + 1 and logits.shape[-1] == 1:
+        logits = logits.squeeze(-1)
+    _check_shapes("binary_cross_entropy", logits, targets, logits.shape)
+    losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    return _all_targets(losses)
+
+
+def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:
+    """Squared errors: predictions and targets of one shape, (B, …)."""
+    if predictions.dim() == targets.dim() + 1 and predictions.shape[-1] == 1:
+        predictions = predictions.squeeze(-1)
+    _check_shapes("mse", predictions, targets, predictions.shape)
+    return _all_targets((predictions - targets.float()).square())
+
+
+def _one_each(losses: Tensor) -> TargetLosses:
+    return TargetLosses(losses, torch.ones(len(losses), dtype=torch.long))
+
+
+def _all_targets(losses: Tensor) -> TargetLosses:
+    each = losses.reshape(len(losses), -1)
+    return TargetLosses(each.flatten(), torch.full((len(each),), each.shape[1]))
+
+
+def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Size) -> None:
+    if targets.shape != expected:
+        raise ValueError(
+            f"loss={loss!r}: predictions have shape {tuple(logits.shape)}, so targets must have "
+            f"shape {tuple(expected)}, got {tuple(targets.shape)}"
+        )
+
+
+def _same_shape(inputs: Any, targets: Tensor) -> bool:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    return isinstance(ids, Tensor) and ids.shape == targets.shape
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a mapping with {', '.join(map(repr, batch))}"
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {len(batch)}"
+    return f"a {type(batch).__name__}"
