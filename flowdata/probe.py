@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from flowdata.progress import progress_bar
 from flowdata.rng import preserved_rng
 from flowdata.scoring.precision import map_tensors, resolve_dtype, scoring_model
+from flowdata.scoring.tasks import call_with, split_batch
 
 ProbeLoss: TypeAlias = Literal["auto", "cross_entropy", "binary_cross_entropy", "mse"]
 
@@ -58,7 +59,7 @@ def linear_probe(
         head: D → C; its values are replaced in place, wherever it lives.
         dataset: samples that `collate_fn` turns into batches ``(inputs, targets)``; a tuple or
             list of inputs is passed on as positional arguments, a mapping as keyword arguments.
-            A mapping with the key ``"labels"`` serves as a batch, too. Augment nothing here:
+            A mapping with ``"labels"`` among its keys serves as a batch, too. Augment nothing here:
             give the data set its evaluation transform.
         collate_fn: as for `torch.utils.data.DataLoader`.
         batch_size: samples in one forward pass.
@@ -142,9 +143,15 @@ def compute_features(
     with (
         preserved_rng(),
         scoring_model(model, resolve_dtype(dtype, model, own.device), own.device) as body,
+        progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
     ):
-        for batch in tqdm(loader, "features", unit="batch", disable=not progress, leave=False):
-            inputs, target = _split_batch(map_tensors(batch, lambda t: t.to(own.device)))
+        for batch in loader:
+            inputs, target = split_batch(map_tensors(batch, lambda t: t.to(own.device)))
+            if target is None:
+                raise TypeError(
+                    "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
+                    f"got {type(batch).__name__}"
+                )
             feature = _call(body, inputs)
             if not isinstance(feature, Tensor):
                 raise TypeError(
@@ -158,6 +165,7 @@ def compute_features(
                 )
             features.append(feature if feature.dtype == torch.float64 else feature.float())
             targets.append(target)
+            advance(len(target))
     if not features:
         raise ValueError("dataset is empty: a probe needs at least one sample")
     return torch.cat(features), torch.cat(targets)
@@ -185,8 +193,8 @@ def fit_head(
         targets: (N,) integer classes for ``"cross_entropy"``; (N, C), or (N,) where C is 1, of
             zeros and ones for ``"binary_cross_entropy"`` (multi-label); the same shapes of any
             finite values for ``"mse"`` (regression).
-        loss: ``"auto"`` takes integers of shape (N,) for classes, bools and other integers for
-            multi-label and floating targets for regression.
+        loss: ``"auto"`` takes integers of shape (N,) for classes, all other targets that are 0
+            or 1 for multi-label, and the rest for regression.
         strength: of the ℓ2 penalty, ≥ 0; ``"held_out"`` takes from 1, 0.1, … 1e-6 the one with
             the smallest loss on held-out folds, going down until that loss rises.
         folds: number of held-out folds.
@@ -363,32 +371,15 @@ def _standardise(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor, Ten
     return out, mean, scale
 
 
-def _split_batch(batch: Any) -> tuple[Any, Tensor]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        inputs: Any = {key: value for key, value in batch.items() if key != "labels"}
-        targets = batch["labels"]
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, targets = batch
-    else:
-        raise TypeError(
-            "collate_fn must give batches (inputs, targets) or mappings with the key 'labels'; "
-            f"got {type(batch).__name__}"
-            + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-        )
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets of a batch must be a tensor, got {type(targets).__name__}")
-    return inputs, targets
-
-
 def _call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return call_with(model, inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def _choose_loss(targets: Tensor) -> str:
     if targets.is_floating_point():
-        return "mse"
+        return "binary_cross_entropy" if ((targets == 0) | (targets == 1)).all() else "mse"
     classes = targets.dim() == 1 and targets.dtype != torch.bool
     return "cross_entropy" if classes else "binary_cross_entropy"
 
