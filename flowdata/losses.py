@@ -17,7 +17,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from flowdata.fused_loss import head_losses, weighted_head_loss
+from flowdata.token_weights import TokenRule, rule_weights
 
 Normalize: TypeAlias = Literal["count", "weights"]
 
@@ -83,6 +86,7 @@ def causal_lm_loss(
     *,
     normalize: Normalize = "count",
     num_items: float | Tensor | None = None,
+    token_rule: TokenRule | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Return the weighted next-token cross-entropy, Σ wℓ over the target tokens / denominator.
@@ -101,6 +105,8 @@ def causal_lm_loss(
         num_items: the denominator of the whole optimiser step (see the module's docstring). HF's
             `num_items_in_batch` is that of ``"count"``, summed over accumulated batches and, with
             `average_tokens_across_devices`, over ranks: divide it by the number of ranks.
+        token_rule: weights from the current model's own token losses on top of `weights`:
+            ``"talr"``, ``"dft"``, ``"dro"`` or a callable (see `flowdata.token_weights`).
         ignore_index: the label that marks positions without a target.
 
     Returns:
@@ -117,6 +123,7 @@ def causal_lm_loss(
         >>> causal_lm_loss(logits, labels, torch.tensor([1.0, 0.5]))  # log(4) * (2 + 0.5) / 3
         tensor(1.1552)
     """
+    _check_normalize(normalize)
     _check_labels(logits, labels, "logits (B, T, V)")
     labels = labels.to(logits.device)
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
@@ -130,9 +137,82 @@ def causal_lm_loss(
         ignore_index=ignore_index,
         reduction="none",
     )
+    token_weights = token_weights.to(losses)
+    if token_rule is not None:
+        token_weights = token_weights * _ruled(token_rule, losses, token_weights != 0)
     if num_items is None:
-        num_items = count_items(labels, weights, normalize=normalize, ignore_index=ignore_index)
-    return _divide(_weighted_sum(losses, token_weights.to(losses)), num_items)
+        num_items = _own_items(labels, token_weights, normalize, ignore_index)
+    return _divide(_weighted_sum(losses, token_weights), num_items)
+
+
+def fused_causal_lm_loss(
+    hidden_states: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    normalize: Normalize = "count",
+    num_items: float | Tensor | None = None,
+    token_rule: TokenRule | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return `causal_lm_loss` of head(hidden_states) without ever holding the logits.
+
+    Positions without a target or of weight 0 never reach the head; finding the others is the
+    one point where an accelerator is waited for. Gradients are made along with the loss, so the
+    work is that of the full logits, in tiles of 64 MiB; a `token_rule` takes one more pass
+    through the head. On CUDA the same tiles run there; Liger's
+    fused loss is not used, as its ``reduction="none"`` gradients assume weights of 1.
+
+    Args:
+        hidden_states: (B, T, d) floating: what the model hands to its head.
+        head: d → V. A plain `nn.Linear`, with or without bias, is fused; any other module (an
+            adapter, a quantised layer) is called tile by tile, and again in the backward pass.
+        labels: as for `causal_lm_loss`, and so are weights, normalize, num_items, token_rule and
+            ignore_index.
+        softcap: logits become softcap · tanh(logits / softcap), after `logit_scale` (Gemma 2).
+        logit_scale: factor on the logits (Cohere; the inverse of Granite's `logits_scaling`).
+
+    Returns:
+        0-d, float64 for float64 hidden states and float32 otherwise; 0 without a target or a
+        weight.
+
+    Raises:
+        TypeError: `hidden_states` is not floating, `labels` is not int64, or the head's weight
+            is sharded (a DTensor): compute the loss inside the model's forward, where FSDP has
+            gathered it.
+        ValueError: the shapes don't fit, or a label lies outside the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(8, 4, bias=False)
+        >>> _ = torch.nn.init.zeros_(head.weight)
+        >>> labels = torch.tensor([[0, 1, 2], [-100, -100, 3]])
+        >>> loss = fused_causal_lm_loss(torch.ones(2, 3, 8), head, labels, torch.tensor([1.0, 0.5]))
+        >>> round(loss.item(), 4)
+        1.1552
+    """
+    _check_normalize(normalize)
+    _check_labels(hidden_states, labels, "hidden_states (B, T, d)")
+    _check_head(head)
+    labels = labels.to(hidden_states.device)
+    targets = next_tokens(labels, ignore_index).flatten()
+    token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
+    kept = ((targets != ignore_index) & (token_weights != 0)).nonzero().flatten()
+    hidden, targets = hidden_states.flatten(0, 1)[kept], targets[kept]
+    _check_targets(targets, head)
+    token_weights = token_weights[kept]
+    if token_rule is not None:
+        losses = head_losses(hidden, head, targets, softcap=softcap, logit_scale=logit_scale)
+        token_weights = token_weights * _ruled(token_rule, losses, token_weights != 0)
+    if num_items is None:
+        num_items = _own_items(labels, token_weights, normalize, ignore_index)
+    coefficients = _divide(token_weights, num_items)
+    return weighted_head_loss(
+        hidden, head, targets, coefficients, softcap=softcap, logit_scale=logit_scale
+    )
 
 
 def count_items(
@@ -224,6 +304,17 @@ class _DropRows(torch.autograd.Function):
         return gradient.masked_fill_(dropped, 0.0), None
 
 
+def _ruled(rule: TokenRule, losses: Tensor, takes_part: Tensor) -> Tensor:
+    """A rule's weights, 0 where nothing takes part: there the rule may have made anything."""
+    return torch.where(takes_part, rule_weights(rule, losses, takes_part), 0.0)
+
+
+def _own_items(labels: Tensor, token_weights: Tensor, normalize: str, ignore_index: int) -> Tensor:
+    if normalize == "weights":
+        return token_weights.sum()
+    return count_items(labels, ignore_index=ignore_index)
+
+
 def _divide(total: Tensor, num_items: float | Tensor) -> Tensor:
     """total / num_items, and 0 where there is nothing to divide by."""
     items = torch.as_tensor(num_items, dtype=total.dtype, device=total.device)
@@ -251,4 +342,27 @@ def _check_labels(values: Tensor, labels: Tensor, name: str) -> None:
         raise ValueError(
             f"labels must be (B, T) for {name}, unshifted; got {tuple(labels.shape)} "
             f"for {tuple(values.shape)}"
+        )
+
+
+def _check_head(head: nn.Module) -> None:
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            "head must be a module, such as a model's `get_output_embeddings()`, got "
+            f"{type(head).__name__}"
+        )
+    if hasattr(getattr(head, "weight", None), "full_tensor"):
+        raise TypeError(
+            "head's weight is sharded (a DTensor): compute the loss inside the model's forward, "
+            "where FSDP has gathered it, or use causal_lm_loss on the logits"
+        )
+
+
+def _check_targets(targets: Tensor, head: nn.Module) -> None:
+    size = getattr(head, "out_features", None)
+    outside = targets < 0 if size is None else (targets < 0) | (targets >= size)
+    if outside.any():
+        raise ValueError(
+            f"labels must lie in [0, {size}) or be ignore_index, got "
+            f"{int(targets[outside][0])}; is the head that of this tokenizer?"
         )

@@ -1,0 +1,171 @@
+"""Token weights: rules on the current model's losses, and reference losses laid along labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+TokenRule: TypeAlias = "Literal['talr', 'dft', 'dro'] | Callable[[Tensor, Tensor], Tensor]"
+
+
+def rule_weights(rule: TokenRule, losses: Tensor, takes_part: Tensor) -> Tensor:
+    """Return the weights that a current-model rule gives to the tokens of a batch, detached.
+
+    Args:
+        rule: ``"talr"``, ``"dft"`` or ``"dro"`` (the functions below with their defaults), or a
+            callable (losses, takes_part) -> weights.
+        losses: (n,) floating, the tokens' losses under the model that is trained.
+        takes_part: (n,) bool, False for positions without a target or of weight 0.
+
+    Raises:
+        ValueError: an unknown rule, or a callable's weights have another shape.
+    """
+    if isinstance(rule, str) and rule not in _RULES:
+        raise ValueError(
+            f"token_rule must be one of {', '.join(map(repr, _RULES))} or a callable "
+            f"(losses, takes_part) -> weights, got {rule!r}"
+        )
+    weights = (_RULES[rule] if isinstance(rule, str) else rule)(losses.detach(), takes_part)
+    if weights.shape != losses.shape:
+        raise ValueError(
+            f"token_rule must return weights of shape {tuple(losses.shape)}, one for each token, "
+            f"got {tuple(weights.shape)}"
+        )
+    return weights.detach()
+
+
+def talr_weights(losses: Tensor, takes_part: Tensor, *, temperature: float | None = None) -> Tensor:
+    """Return exp(−loss / temperature), by default with the median of the batch's token losses.
+
+    Source: token-adaptive loss reweighting, arXiv:2509.20758.
+
+    Example:
+        >>> import torch
+        >>> talr_weights(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
+        tensor([0.5134, 0.2636, 0.0025])
+    """
+    return torch.exp(-losses / _temperature(losses, takes_part, temperature))
+
+
+def dft_weights(losses: Tensor, takes_part: Tensor) -> Tensor:
+    """Return the token's own probability, exp(−loss): dynamic fine-tuning, arXiv:2508.05629.
+
+    Example:
+        >>> import torch
+        >>> dft_weights(torch.tensor([0.0, 1.0]), torch.tensor([True, True]))
+        tensor([1.0000, 0.3679])
+    """
+    return torch.exp(-losses)
+
+
+def dro_weights(losses: Tensor, takes_part: Tensor, *, temperature: float | None = None) -> Tensor:
+    """Return exp(+loss / temperature) over its largest value: the sign that accentuates forgetting.
+
+    For contrast. Without the division a single hard token overflows; with ``normalize="weights"``
+    it changes nothing.
+
+    Example:
+        >>> import torch
+        >>> dro_weights(torch.tensor([1.0, 3.0]), torch.tensor([True, True]))
+        tensor([0.3679, 1.0000])
+    """
+    hardest = torch.where(takes_part, losses, 0.0).amax()
+    return torch.exp((losses - hardest) / _temperature(losses, takes_part, temperature))
+
+
+def selective_token_weights(reference_losses: Tensor, *, max_perplexity: float = 2.5) -> Tensor:
+    """Return 1 for tokens that the reference model finds easy and 0 for the rest.
+
+    Source: selective token masking, arXiv:2501.14315: tokens whose perplexity exp(loss) under the
+    reference model exceeds a threshold are dropped.
+
+    Args:
+        reference_losses: floating, any shape: token losses of the frozen model, nats.
+        max_perplexity: the threshold, > 1 (2.5 in the paper).
+
+    Returns:
+        The shape of `reference_losses`, float32.
+
+    Raises:
+        ValueError: the threshold is not above 1, the perplexity of a certain token.
+
+    Example:
+        >>> import torch
+        >>> selective_token_weights(torch.tensor([0.1, 0.9, 1.0]))
+        tensor([1., 1., 0.])
+    """
+    if not max_perplexity > 1:
+        raise ValueError(f"max_perplexity must be > 1, got {max_perplexity!r}")
+    return (reference_losses <= math.log(max_perplexity)).to(torch.float32)
+
+
+def align_token_weights(
+    weights: Tensor,
+    labels: Tensor,
+    *,
+    truncated: Literal["no", "right", "left"] = "no",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return one sample's token weights laid along its labels, 0 where there is no target.
+
+    Scores keep one value for each target, in order; a loss wants one for each label.
+
+    Args:
+        weights: (n,) floating, one for each target of the sample as it was scored.
+        labels: (T,) int64, unshifted, as they are trained on; the first is never a target.
+        truncated: ``"no"`` wants as many targets as weights; ``"right"`` says that labels may
+            have lost their end since the sample was scored, ``"left"`` their start.
+        ignore_index: the label that marks positions without a target.
+
+    Returns:
+        (T,) in the dtype of `weights`.
+
+    Raises:
+        ValueError: the number of targets doesn't fit.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([-100, -100, 7, 8])
+        >>> align_token_weights(torch.tensor([0.5, 0.2, 0.9]), labels, truncated="right")
+        tensor([0.0000, 0.0000, 0.5000, 0.2000])
+    """
+    if truncated not in ("no", "right", "left"):
+        raise ValueError(f"truncated must be 'no', 'right' or 'left', got {truncated!r}")
+    is_target = labels != ignore_index
+    is_target[:1] = False
+    found = int(is_target.sum())
+    if found > len(weights) or (truncated == "no" and found != len(weights)):
+        raise ValueError(
+            f"labels have {found} targets, but the sample was scored with {len(weights)}: these "
+            "are other labels (another template, mask or truncation); score what you train on, "
+            "or pass truncated='right' or 'left' if labels were only cut since"
+        )
+    aligned = weights.new_zeros(len(labels))
+    aligned[is_target] = weights[len(weights) - found :] if truncated == "left" else weights[:found]
+    return aligned
+
+
+def _temperature(losses: Tensor, takes_part: Tensor, temperature: float | None) -> Tensor | float:
+    if temperature is not None:
+        return temperature
+    # A median of 0 means that half of the tokens are certain: they keep weight 1, the rest 0.
+    return _median(losses, takes_part).clamp_min(torch.finfo(losses.dtype).tiny)
+
+
+def _median(losses: Tensor, takes_part: Tensor) -> Tensor:
+    """Mean of the two middle values of those that take part, without asking the device."""
+    ordered = torch.where(takes_part, losses, torch.inf).sort().values
+    count = takes_part.sum()
+    middle = torch.stack([(count - 1).clamp_min(0) // 2, count // 2])
+    return ordered.gather(0, middle.clamp_max(len(ordered) - 1)).mean()
+
+
+_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "talr": talr_weights,
+    "dft": dft_weights,
+    "dro": dro_weights,
+}
