@@ -108,3 +108,29 @@ def head_logits(hidden, head, softcap=None, logit_scale=1.0):
     """All logits, as a model with a scale and a softcap makes them."""
     logits = head(hidden) * logit_scale
     return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def sample_at(integer_weights, point):
+    """The sample whose share of the summed weights holds the point, by walking along."""
+    for sample, weight in enumerate(integer_weights):
+        if point < weight:
+            return sample
+        point -= weight
+    raise ValueError("the point lies beyond the total")
+
+
+def inclusion_chances(weights, count):
+    """The probability of each sample to be among `count` drawn one by one without replacement."""
+    chances = [0.0] * len(weights)
+
+    def draw(left, chance, chosen):
+        if len(chosen) == count:
+            for sample in chosen:
+                chances[sample] += chance
+            return
+        total = sum(weights[sample] for sample in left)
+        for sample in left:
+            draw(left - {sample}, chance * weights[sample] / total, (*chosen, sample))
+
+    draw(frozenset(range(len(weights))), 1.0, ())
+    return chances

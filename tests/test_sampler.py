@@ -1,0 +1,583 @@
+import math
+import statistics
+import warnings
+from collections import Counter
+from itertools import islice, permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, TensorDataset
+from torchdata.nodes import Batcher, Loader, ParallelMapper, SamplerWrapper
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.draws import (
+    PERMUTATION,
+    POINTS,
+    CumulativeWeights,
+    KeyedPermutation,
+    multiply_high,
+    random_words,
+)
+from flowdata.sampler import FlowSampler
+from flowdata.scores import Scores
+from tests import reference
+
+WEIGHTS = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 3
+
+
+def drawn(sampler):
+    return np.fromiter(sampler, dtype=np.int64)
+
+
+def chi_square_is_plausible(counts, expected):
+    """Within 5 standard deviations of its mean; bins are joined until they expect about 50."""
+    bins = np.unique((np.cumsum(expected) - expected / 2) // 50, return_inverse=True)[1]
+    counts, expected = np.bincount(bins, counts), np.bincount(bins, expected)
+    freedom = len(expected) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+# The pure part: words, permutation, cumulative weights.
+
+
+def test_any_part_of_a_stream_of_words_is_the_same_as_in_the_whole():
+    whole = random_words((3, 1), POINTS, 0, 1000)
+    for start, count in [(0, 1), (1, 7), (5, 995), (998, 2)]:
+        np.testing.assert_array_equal(
+            random_words((3, 1), POINTS, start, count), whole[start : start + count]
+        )
+    for other in [((3, 2), POINTS), ((4, 1), POINTS), ((3, 1), PERMUTATION)]:
+        assert not np.isin(random_words(*other, 0, 1000), whole).any()
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.integers(0, 2**63 - 1))
+def test_the_high_half_of_products_is_exact(words, factor):
+    result = multiply_high(np.array(words, dtype=np.uint64), factor)
+    assert result.tolist() == [word * factor >> 64 for word in words]
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 1000, 10_007, 65_537])
+def test_a_permutation_holds_every_value_once_in_whatever_order_it_is_asked(size):
+    permutation = KeyedPermutation(size, (0, size))
+    values = permutation(np.arange(size))
+    assert sorted(values.tolist()) == list(range(size))
+    some = np.arange(size)[::-3]
+    np.testing.assert_array_equal(permutation(some), values[some])
+
+
+def test_small_permutations_all_come_equally_often():
+    seen = Counter(tuple(KeyedPermutation(4, (7, e))(np.arange(4)).tolist()) for e in range(4800))
+    counts = np.array([seen[order] for order in permutations(range(4))])
+    assert chi_square_is_plausible(counts, np.full(24, 200.0))
+
+
+def test_a_permutation_has_no_visible_order():
+    values = KeyedPermutation(100_000, (0, 0))(np.arange(100_000)) / 100_000
+    for lag in (1, 2, 316, 317, 633):  # 317 is the grid's side
+        assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 4 / math.sqrt(100_000)
+    cells = np.histogram2d(np.arange(100_000), values, bins=20)[0].ravel()
+    assert chi_square_is_plausible(cells, np.full(400, 250.0))
+    pairs = np.histogram2d(values[:-1], values[1:], bins=20)[0].ravel()
+    assert chi_square_is_plausible(pairs, np.full(400, 99_999 / 400))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.just(0.0), st.floats(1e-9, 1.0), st.floats(1e-300, 1e300)),
+        min_size=1,
+        max_size=300,
+    ).filter(any)
+)
+def test_points_fall_on_the_sample_that_a_walk_finds(weights):
+    table = CumulativeWeights(np.array(weights))
+    ends = table._ends.tolist()
+    integers = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    points = {0, table.total // 3, table.total - 1}
+    points |= {p for end in ends for p in (end - 1, end) if 0 <= p < table.total}
+    points = sorted(points)
+    expected = [reference.sample_at(integers, point) for point in points]
+    assert table.find(np.array(points)).tolist() == expected
+    share = [weight / math.fsum(weights) for weight in weights]
+    assert [i / table.total for i in integers] == pytest.approx(share, abs=2**-60, rel=2**-50)
+
+
+# Frequencies.
+
+
+@pytest.mark.parametrize("count", [1_000, 1_000_000])
+@pytest.mark.parametrize("factor", [0.3, 1, 2.7])
+def test_systematic_counts_are_within_one_of_what_each_sample_deserves(count, factor):
+    weights = np.random.default_rng(count).random(count) ** 4
+    weights[::7] = 0
+    num_samples = int(count * factor)
+    counts = np.bincount(drawn(FlowSampler(weights, num_samples, seed=1)), minlength=count)
+    deserved = num_samples * weights / weights.sum()
+    assert counts.sum() == num_samples
+    assert np.abs(counts - deserved).max() < 1 + 1e-6
+    assert counts[::7].max() == 0
+
+
+def test_systematic_draws_favour_no_sample_over_many_epochs():
+    sampler = FlowSampler(WEIGHTS)
+    counts = np.zeros(1000)
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        counts += np.bincount(drawn(sampler), minlength=1000)
+    expected = 200_000 * (WEIGHTS / WEIGHTS.sum()).numpy()
+    assert np.abs(counts - expected).max() < 5 * math.sqrt(200 * 0.25)  # Bernoulli per epoch
+
+
+@pytest.mark.parametrize("count", [1_000, 1_000_000])
+def test_multinomial_frequencies_pass_a_chi_square_test(count):
+    weights = np.random.default_rng(0).random(count) ** 2
+    indices = drawn(FlowSampler(weights, 1_000_000, method="multinomial", seed=5))
+    counts = np.bincount(indices, minlength=count)
+    assert chi_square_is_plausible(counts, 1_000_000 * weights / weights.sum())
+
+
+@pytest.mark.slow
+def test_frequencies_are_right_above_two_to_the_24():
+    count = 2**25
+    weights = torch.rand(count, generator=torch.Generator().manual_seed(1))
+    expected = weights.double().numpy() * (count / weights.sum(dtype=torch.float64).item())
+    counts = np.bincount(drawn(FlowSampler(weights)), minlength=count)
+    assert np.abs(counts - expected).max() < 1 + 1e-6
+    counts = np.bincount(drawn(FlowSampler(weights, method="multinomial")), minlength=count)
+    assert chi_square_is_plausible(counts, expected)
+
+
+def test_no_two_multinomial_draws_hang_together():
+    indices = drawn(FlowSampler(torch.ones(1000), 100_000, method="multinomial")) / 1000
+    for lag in (1, 2, 4):
+        assert abs(np.corrcoef(indices[:-lag], indices[lag:])[0, 1]) < 4 / math.sqrt(100_000)
+
+
+def test_without_replacement_chances_are_those_of_drawing_one_by_one():
+    weights = np.array([8.0, 4.0, 2.0, 1.0, 0.0, 1.0])
+    sampler = FlowSampler(weights, 3, replacement=False)
+    counts, first = np.zeros(6), np.zeros(6)
+    for epoch in range(4000):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(set(indices)) == 3
+        counts[indices] += 1
+        first[indices[0]] += 1
+    chances = np.array(reference.inclusion_chances(weights, 3))
+    spread = 5 * np.sqrt(4000 * chances * (1 - chances)) + 1e-9
+    assert (np.abs(counts - 4000 * chances) <= spread).all()
+    # The order among those drawn is random: the heavy ones don't come first.
+    assert (np.abs(first - counts / 3) <= 5 * np.sqrt(counts)).all()
+
+
+def test_without_replacement_and_all_samples_it_is_a_permutation():
+    assert sorted(FlowSampler(WEIGHTS, replacement=False)) == list(range(1000))
+
+
+def test_resampled_batches_have_the_gradient_of_the_weighted_mean_loss():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 8, generator=generator)
+    targets = inputs @ torch.randn(8, generator=generator) + torch.randn(500, generator=generator)
+    weights = (-torch.rand(500, generator=generator) * 3).exp()
+    theta = torch.zeros(8, requires_grad=True)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, theta, retain_graph=True)[0]
+
+    losses = (inputs @ theta - targets) ** 2
+    wanted = gradient((weights * losses).sum() / weights.sum())
+    data = TensorDataset(inputs, targets)
+    for method in ("systematic", "multinomial"):
+        sampler = FlowSampler(weights, 320, method=method)
+        means = []
+        for epoch in range(60):
+            sampler.set_epoch(epoch)
+            loader = DataLoader(data, batch_size=32, sampler=sampler)
+            means.append(torch.stack([gradient(((x @ theta - y) ** 2).mean()) for x, y in loader]))
+        batches = torch.cat(means)
+        error = batches.mean(0) - wanted
+        spread = batches.std(0) / math.sqrt(len(batches))
+        assert (error.abs() < 4 * spread).all()
+        uniform = gradient(losses.mean())
+        assert ((uniform - wanted).abs() > 4 * spread).any()  # the test can tell them apart
+
+
+# The order.
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    sampler = FlowSampler(WEIGHTS, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first == list(FlowSampler(WEIGHTS, seed=3))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
+    assert list(FlowSampler(WEIGHTS, seed=4)) not in (first, second)
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_the_order_stays_the_same_from_release_to_release():
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert list(FlowSampler(weights, 8, seed=1)) == [3, 2, 3, 1, 2, 0, 1, 3]
+    multinomial = FlowSampler(weights, 8, seed=1, method="multinomial")
+    assert list(multinomial) == [3, 3, 3, 3, 2, 1, 3, 3]
+    assert list(FlowSampler(weights, 3, seed=1, replacement=False)) == [1, 3, 2]
+
+
+def test_indices_are_python_ints_drawn_lazily():
+    sampler = FlowSampler(torch.ones(2_000_000))
+    assert type(next(iter(sampler))) is int
+    assert sampler.state_dict()["position"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "multinomial"}, {"replacement": False}])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 20, 997])
+def test_ranks_deal_out_the_global_order(count, replicas, options):
+    whole = list(FlowSampler(WEIGHTS, count, seed=2, **options))
+    assert len(whole) == count
+    samplers = [
+        FlowSampler(WEIGHTS, count, seed=2, num_replicas=replicas, rank=rank, **options)
+        for rank in range(replicas)
+    ]
+    for rank, sampler in enumerate(samplers):
+        assert len(sampler) == len(list(sampler))
+        assert list(sampler) == whole[rank::replicas]
+
+
+def test_drop_last_gives_every_rank_as_many():
+    whole = list(FlowSampler(WEIGHTS, 23))
+    for rank in range(4):
+        sampler = FlowSampler(WEIGHTS, 23, num_replicas=4, rank=rank, drop_last=True)
+        assert list(sampler) == whole[:20][rank::4]
+        assert len(sampler) == 5
+
+
+def test_it_is_a_distributed_sampler_that_knows_of_no_group():
+    sampler = FlowSampler(WEIGHTS)
+    assert isinstance(sampler, DistributedSampler)
+    assert (sampler.num_replicas, sampler.rank) == (1, 0)
+
+
+# Stopping and going on.
+
+
+def run_ranks(count, replicas, take, state=None, **options):
+    """Let all ranks take so many indices each; return them in global order, and the state."""
+    samplers = [
+        FlowSampler(WEIGHTS, count, num_replicas=replicas, rank=r, **options)
+        for r in range(replicas)
+    ]
+    taken = []
+    for sampler in samplers:
+        if state is not None:
+            sampler.load_state_dict(state)
+        taken.append(list(islice(sampler, take)))
+    longest = max(map(len, taken))
+    merged = [part[k] for k in range(longest) for part in taken if k < len(part)]
+    return merged, samplers[0].state_dict()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "multinomial"}, {"replacement": False}])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), count=st.integers(1, 60))
+def test_any_number_of_ranks_continues_the_very_same_order(data, count, options):
+    whole = list(FlowSampler(WEIGHTS, count, **options))
+    seen, state = [], None
+    while len(seen) < count:
+        replicas, take = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 20))
+        part, state = run_ranks(count, replicas, take, state, **options)
+        seen += part
+        assert state["position"] == len(seen)
+    assert seen == whole
+
+
+def test_a_state_in_a_later_block_and_epoch_is_exact():
+    sampler = FlowSampler(WEIGHTS, 50_000, seed=9)
+    sampler.set_epoch(4)
+    whole = list(sampler)
+    iterator = iter(sampler)
+    for _ in range(33_333):
+        next(iterator)
+    resumed = FlowSampler(WEIGHTS, 50_000, seed=9)
+    resumed.load_state_dict(sampler.state_dict())
+    resumed.set_epoch(4)  # what a loop does anyway at the start of the epoch it resumes
+    assert len(resumed) == 50_000 - 33_333
+    assert list(resumed) == whole[33_333:] == list(iterator)
+    assert list(resumed) == whole  # the next pass is whole again
+
+
+def test_setting_another_epoch_drops_what_was_to_be_resumed():
+    sampler = FlowSampler(WEIGHTS)
+    state = {**sampler.state_dict(), "position": 900}
+    sampler.load_state_dict(state)
+    sampler.set_epoch(1)
+    assert len(list(sampler)) == 1000
+
+
+def test_a_finished_epoch_is_over_once():
+    sampler = FlowSampler(WEIGHTS)
+    list(sampler)
+    state = sampler.state_dict()
+    assert state["position"] == 1000
+    resumed = FlowSampler(WEIGHTS)
+    resumed.load_state_dict(state)
+    assert list(resumed) == []
+    assert list(resumed) == list(sampler)
+    resumed.set_epoch(1)
+    resumed.load_state_dict(state)  # as loaders do that restore late
+    assert resumed.epoch == 1
+    assert len(list(resumed)) == 1000
+
+
+def test_prefetching_workers_need_the_consumed_count():
+    data = TensorDataset(torch.arange(1000))
+    sampler = FlowSampler(WEIGHTS, num_replicas=2, rank=1)
+    loader = iter(DataLoader(data, batch_size=8, sampler=sampler, num_workers=2))
+    seen = [index for _ in range(5) for index in next(loader)[0].tolist()]
+    del loader
+    assert sampler.state_dict()["position"] > 2 * 40
+    state = sampler.state_dict(consumed=40)
+    assert state["position"] == 2 * 40
+    resumed = FlowSampler(WEIGHTS)
+    resumed.load_state_dict(state)
+    whole = list(FlowSampler(WEIGHTS))
+    assert seen == whole[1:80:2]
+    assert list(resumed) == whole[80:]
+    resumed.load_state_dict(state)
+    iterator = iter(resumed)
+    for _ in range(100):
+        next(iterator)
+    assert resumed.state_dict(consumed=10)["position"] == 90  # of the pass that began at 80
+    with pytest.raises(ValueError, match="consumed must lie between 0 and 920, got 921"):
+        resumed.state_dict(consumed=921)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stateful_loader_goes_on_from_4_to_6_to_1_ranks(num_workers):
+    count, seen, state = 500, [], None
+    data = TensorDataset(torch.arange(1000))
+
+    def loaders(replicas):
+        for rank in range(replicas):
+            sampler = FlowSampler(WEIGHTS, count, seed=1, num_replicas=replicas, rank=rank)
+            yield StatefulDataLoader(data, batch_size=5, sampler=sampler, num_workers=num_workers)
+
+    for replicas, batches in [(4, 7), (6, 8), (1, 1000)]:
+        taken, saved = [], None
+        for loader in loaders(replicas):
+            if state is not None:
+                loader.load_state_dict(state)
+            iterator = iter(loader)
+            rows = [batch[0] for batch in islice(iterator, batches)]
+            saved = saved or loader.state_dict()
+            taken.append(torch.cat(rows))
+            del iterator
+        assert len({len(part) for part in taken}) == 1
+        seen += torch.stack(taken, dim=1).flatten().tolist()
+        state = saved
+    assert seen == list(FlowSampler(WEIGHTS, count, seed=1))
+
+
+def test_a_stateful_loader_that_finished_an_epoch_goes_on_with_the_next():
+    data = TensorDataset(torch.arange(1000))
+
+    def build():
+        sampler = FlowSampler(WEIGHTS, 40)
+        return sampler, StatefulDataLoader(data, batch_size=10, sampler=sampler, num_workers=2)
+
+    sampler, loader = build()
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        batches = [batch[0].tolist() for batch in loader]
+        if epoch == 0:
+            state = loader.state_dict()
+    resumed_sampler, resumed = build()
+    resumed.load_state_dict(state)
+    resumed_sampler.set_epoch(1)
+    assert [batch[0].tolist() for batch in resumed] == batches
+
+
+def test_torchdata_nodes_see_and_resume_the_order():
+    def build():
+        node = SamplerWrapper(FlowSampler(WEIGHTS, 100, seed=1))
+        node = ParallelMapper(node, lambda index: index, num_workers=2, method="thread")
+        return Loader(Batcher(node, 10))
+
+    loader = build()
+    epochs = [[i for batch in loader for i in batch] for _ in range(2)]
+    sampler = FlowSampler(WEIGHTS, 100, seed=1)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        assert epochs[epoch] == list(sampler)
+
+    stopped = build()
+    iterator = iter(stopped)
+    seen = [i for _ in range(4) for i in next(iterator)]
+    resumed = build()
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + [i for batch in resumed for i in batch] == epochs[0]
+    assert [i for batch in resumed for i in batch] == epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"seed": 1}, "seed=0, this sampler 1"),
+        ({"num_samples": 999}, "num_samples=1000, this sampler 999"),
+        ({"method": "multinomial"}, "algorithm='systematic', this sampler 'multinomial'"),
+        ({"replacement": False}, "algorithm='systematic', this sampler 'gumbel_top_k'"),
+        ({"scores_or_weights": WEIGHTS.flip(0)}, "weights="),
+    ],
+)
+def test_states_of_other_samplers_are_refused_and_change_nothing(other, named):
+    sampler = FlowSampler(WEIGHTS)
+    iterator = iter(sampler)
+    next(iterator)
+    state = sampler.state_dict()
+    options = {"scores_or_weights": WEIGHTS} | other
+    foreign = FlowSampler(options.pop("scores_or_weights"), **options)
+    with pytest.raises(ValueError, match=f"state_dict has {named}"):
+        foreign.load_state_dict(state)
+    assert foreign.state_dict()["position"] == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"version": 99}, "state_dict has version=99"),
+        ({"position": 1001}, "is 1001 of 1000 draws"),
+        ({"position": -1}, "position'. must be an integer >= 0"),
+        ({"epoch": None}, "epoch'. must be an integer >= 0"),
+    ],
+)
+def test_damaged_states_are_refused(damage, message):
+    sampler = FlowSampler(WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(sampler.state_dict() | damage)
+    with pytest.raises(ValueError, match="state_dict has version=None"):
+        sampler.load_state_dict({})
+
+
+def test_a_state_is_plain_data():
+    assert FlowSampler(WEIGHTS, 10, seed=3).state_dict() == {
+        "version": 1,
+        "algorithm": "systematic",
+        "seed": 3,
+        "num_samples": 10,
+        "weights": FlowSampler(WEIGHTS.double())._digest,
+        "epoch": 0,
+        "position": 0,
+    }
+
+
+# What goes in.
+
+
+def test_scores_give_the_weights():
+    losses = torch.tensor([0.1, 1.0, 3.0])
+    weights = FlowSampler(Scores(losses), temperature="mean").weights
+    expected = reference.flow_weights(losses, statistics.mean(losses.tolist()))
+    assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+    missing = Scores(torch.tensor([0.1, math.nan, 3.0]))
+    with pytest.raises(ValueError, match="indices 1"):
+        FlowSampler(missing)
+    assert 1 not in list(FlowSampler(missing, 100, missing="zero"))
+
+
+def test_several_scores_make_the_order_of_a_concatenation():
+    scores = [Scores(torch.tensor([0.1, 0.2, 0.4])), Scores(torch.tensor([2.0, 5.0]))]
+    both = FlowWeightedDataset(ConcatDataset([range(3), range(2)]), scores)
+    assert FlowSampler(scores).weights.tolist() == both.weights.tolist()
+
+
+def test_memory_mapped_weights_are_not_copied(tmp_path):
+    np.save(tmp_path / "weights.npy", WEIGHTS.numpy())
+    mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that the map is read-only
+        sampler = FlowSampler(mapped)
+    assert np.shares_memory(sampler.weights, mapped)
+    assert list(sampler) == list(FlowSampler(WEIGHTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_of_any_floating_type_and_scale_give_the_same_order(dtype):
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.0, 2.0])
+    expected = list(FlowSampler(weights, 50))
+    assert list(FlowSampler(weights.to(dtype), 50)) == expected
+    assert list(FlowSampler(weights.double() * 2.0**-1000, 50)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"scores_or_weights": torch.tensor([1.0, -1.0])}, ValueError, r"weights\[1\] is -1.0"),
+        ({"scores_or_weights": torch.tensor([math.nan])}, ValueError, r"weights\[0\] is nan"),
+        ({"scores_or_weights": torch.tensor([1, math.inf])}, ValueError, r"weights\[1\] is inf"),
+        ({"scores_or_weights": torch.zeros(3)}, ValueError, "sum to 0; at least one must be posi"),
+        ({"scores_or_weights": torch.ones(2).double() * 1.5e308}, ValueError, "scale them"),
+        ({"scores_or_weights": torch.ones(3, dtype=torch.int64)}, TypeError, "must be floating"),
+        ({"scores_or_weights": torch.ones(0)}, ValueError, "not empty"),
+        ({"num_samples": 0}, ValueError, "num_samples must lie between 1 and 2.31 - 1, got 0"),
+        ({"num_samples": 2**31}, ValueError, "num_samples must lie between"),
+        ({"num_samples": 2.5}, TypeError, "float"),
+        ({"method": "residual"}, ValueError, "method must be 'systematic' or 'multinomial'"),
+        ({"rank": 2, "num_replicas": 2}, ValueError, "rank must lie between 0 and .* 1, got 2"),
+        ({"rank": -1}, ValueError, "got -1"),
+        ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer >= 0"),
+        ({"scores_or_weights": TensorDataset(WEIGHTS)}, TypeError, "the weights act twice"),
+        (
+            {"scores_or_weights": torch.tensor([1.0, 0.0, 1.0]), "replacement": False},
+            ValueError,
+            "num_samples is 3, but without replacement only the 2 of 3 samples",
+        ),
+        ({"num_samples": 1001, "replacement": False}, ValueError, "num_samples is 1001"),
+    ],
+)
+def test_bad_input_is_refused(arguments, error, message):
+    arguments = {"scores_or_weights": WEIGHTS} | arguments
+    with pytest.raises(error, match=message):
+        FlowSampler(arguments.pop("scores_or_weights"), **arguments)
+
+
+# What it tells.
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "multinomial"}, {"replacement": False, "num_samples": 300}]
+)
+def test_the_explanation_agrees_with_what_is_drawn(options):
+    sampler = FlowSampler(WEIGHTS, **options)
+    told = sampler.explain()
+    assert told["effective_sample_size"] == pytest.approx(reference.effective_sample_size(WEIGHTS))
+    assert told["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
+    distinct, heaviest = [], []
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        counts = np.bincount(drawn(sampler), minlength=1000)
+        distinct.append((counts > 0).mean())
+        heaviest.append(counts[WEIGHTS.argmax()])
+    assert told["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
+    if "replacement" not in options:
+        assert told["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
+    else:
+        assert told["largest_repeat"] == 1
+
+
+def test_the_explanation_warns_when_few_samples_carry_the_epoch():
+    weights = torch.full((1000,), 1e-4)
+    weights[:3] = 1
+    with pytest.warns(UserWarning, match="3 of 1000 samples carry the epoch"):
+        FlowSampler(weights).explain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FlowSampler(WEIGHTS).explain()
