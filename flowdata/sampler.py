@@ -67,6 +67,8 @@ class FlowSampler(DistributedSampler[int]):
 
     Accelerate and the Trainer repeat the first indices of an epoch to fill its last batches,
     unless ``even_batches=False``, ``dataloader_drop_last=True`` or a divisible `num_samples`.
+    A Trainer that is resumed on several ranks misses the sampler: let a callback's
+    `on_epoch_begin` call ``sampler.set_epoch(int(state.epoch))``.
 
     Args:
         scores_or_weights: `Scores`, or (N,) floating weights >= 0 (a tensor, an array or a

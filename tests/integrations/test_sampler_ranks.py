@@ -1,0 +1,272 @@
+"""What real training loops see of a FlowSampler on two ranks, counted sample by sample.
+
+Run by torchrun, the file is its own script: `main` calls the loop that is named on every rank.
+"""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from flowdata.sampler import FlowSampler
+
+COUNT, EPOCHS, BATCH = 96, 2, 4
+WEIGHTS = torch.rand(60, generator=torch.Generator().manual_seed(0)) ** 2
+
+
+class Numbers(Dataset):
+    """Samples that carry their index, so that a loop can tell what it was given."""
+
+    def __len__(self):
+        return len(WEIGHTS)
+
+    def __getitem__(self, index):
+        return {"x": torch.ones(3) * index, "labels": torch.tensor(1.0), "index": index}
+
+
+class Recorder(nn.Module):
+    """A linear model that writes down which samples it was trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.seen = []
+
+    def forward(self, x, labels, index):
+        if self.training:
+            self.seen.append(index.tolist())
+        return {"loss": nn.functional.mse_loss(self.linear(x / 60)[:, 0], labels)}
+
+
+def expected(epochs=EPOCHS, count=COUNT):
+    sampler = FlowSampler(WEIGHTS, count, num_replicas=1, rank=0)
+    orders = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    return orders
+
+
+def interleaved(ranks):
+    """The global order again, where rank r holds every R-th index."""
+    return [index for column in zip(*ranks, strict=True) for index in column]
+
+
+def dealt_in_batches(ranks):
+    """The global order again, where rank r holds every R-th batch."""
+    return [index for column in zip(*ranks, strict=True) for batch in column for index in batch]
+
+
+def flat(batches):
+    return [index for batch in batches for index in batch]
+
+
+def launch(loop, folder, processes=2):
+    """Run a loop under torchrun; return what each rank recorded."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", __file__, loop, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{loop}-{r}.json").read_text()) for r in range(processes)]
+
+
+def run_ddp(folder):
+    """Plain PyTorch: DistributedDataParallel, one sampler on each rank."""
+    dist.init_process_group("gloo")
+    model = Recorder()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    sampler = FlowSampler(WEIGHTS, COUNT + 1, drop_last=True)
+    assert (sampler.num_replicas, sampler.rank) == (2, dist.get_rank())
+    loader = DataLoader(Numbers(), batch_size=BATCH, sampler=sampler, num_workers=1)
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            optimizer.zero_grad()
+            wrapped(**batch)["loss"].backward()
+            optimizer.step()
+    dist.destroy_process_group()
+    return model.seen
+
+
+def run_stateful(folder):
+    """StatefulDataLoader with workers: the first call stops mid-epoch, the next goes on."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    dist.init_process_group("gloo")
+    sampler = FlowSampler(WEIGHTS, COUNT)
+    sampler.set_epoch(1)
+    loader = StatefulDataLoader(Numbers(), batch_size=BATCH, sampler=sampler, num_workers=2)
+    saved, batches = folder / "loader.pt", 5
+    if saved.exists():
+        loader.load_state_dict(torch.load(saved))
+        batches = None
+    seen = [batch["index"].tolist() for batch in islice(iter(loader), batches)]
+    if dist.get_rank() == 0:
+        torch.save(loader.state_dict(), saved)
+    dist.destroy_process_group()
+    return seen
+
+
+def run_accelerate(folder):
+    """Accelerate shards the batches of one global sampler."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    sampler = FlowSampler(WEIGHTS, COUNT, num_replicas=1, rank=0)
+    model = Recorder()
+    wrapped, optimizer, loader = accelerator.prepare(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        DataLoader(Numbers(), batch_size=BATCH, sampler=sampler),
+    )
+    for _ in range(EPOCHS):
+        for batch in loader:
+            optimizer.zero_grad()
+            accelerator.backward(wrapped(**batch)["loss"])
+            optimizer.step()
+    accelerator.end_training()
+    return model.seen
+
+
+def run_trainer(folder):
+    """Hugging Face Trainer, straight through."""
+    trainer = build_trainer(folder / "trainer")
+    trainer.train()
+    return trainer.model.seen
+
+
+def run_trainer_resumed(folder):
+    """Hugging Face Trainer, stopped within the second epoch and resumed."""
+    from transformers import TrainerCallback
+
+    class SetEpoch(TrainerCallback):
+        """Resumed on several ranks, the Trainer does not reach the sampler by itself."""
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            trainer.sampler.set_epoch(int(state.epoch))
+
+    build_trainer(folder / "resumed", max_steps=17, save_steps=17).train()
+    trainer = build_trainer(folder / "resumed")
+    trainer.add_callback(SetEpoch())
+    trainer.train(resume_from_checkpoint=True)
+    return trainer.model.seen
+
+
+def build_trainer(folder, **options):
+    from transformers import Trainer, TrainingArguments
+
+    class Sampling(Trainer):
+        sampler = FlowSampler(WEIGHTS, COUNT, num_replicas=1, rank=0)
+
+        def _get_train_sampler(self, train_dataset=None):
+            return self.sampler
+
+    arguments = TrainingArguments(
+        str(folder),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        use_cpu=True,
+        report_to=[],
+        remove_unused_columns=False,
+        save_strategy="steps",
+        disable_tqdm=True,
+        **options,
+    )
+    return Sampling(Recorder(), arguments, train_dataset=Numbers())
+
+
+def run_lightning(folder):
+    """Lightning leaves a DistributedSampler alone and sets its epoch."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Recorder()
+
+        def train_dataloader(self):
+            sampler = FlowSampler(WEIGHTS, COUNT, drop_last=True)
+            return DataLoader(Numbers(), batch_size=BATCH, sampler=sampler)
+
+        def training_step(self, batch, _):
+            return self.model(**batch)["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    module = Module()
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=EPOCHS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    ).fit(module)
+    return module.model.seen
+
+
+def test_ddp_ranks_share_the_order(tmp_path):
+    ranks = launch("ddp", tmp_path)
+    whole = [order[:COUNT] for order in expected(count=COUNT + 1)]
+    assert interleaved([flat(rank) for rank in ranks]) == flat(whole)
+    assert flat(whole) != flat(expected())
+
+
+def test_a_stateful_loader_on_two_ranks_goes_on_with_one(tmp_path):
+    first = launch("stateful", tmp_path)
+    second = launch("stateful", tmp_path, processes=1)
+    assert [len(flat(rank)) for rank in first] == [20, 20]
+    assert interleaved([flat(rank) for rank in first]) + flat(second[0]) == expected()[1]
+
+
+def test_accelerate_deals_out_the_batches_of_the_order(tmp_path):
+    assert dealt_in_batches(launch("accelerate", tmp_path)) == flat(expected())
+
+
+def test_the_hugging_face_trainer_sees_the_order(tmp_path):
+    assert dealt_in_batches(launch("trainer", tmp_path)) == flat(expected())
+
+
+def test_a_resumed_hugging_face_trainer_sees_the_rest_of_the_order(tmp_path):
+    whole = flat(expected())
+    assert dealt_in_batches(launch("trainer_resumed", tmp_path)) == whole[17 * 2 * BATCH :]
+
+
+def test_lightning_ranks_share_the_order(tmp_path):
+    ranks = launch("lightning", tmp_path)
+    assert interleaved([flat(rank) for rank in ranks]) == flat(expected())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_plain_loader_sees_the_order(num_workers):
+    sampler = FlowSampler(WEIGHTS, COUNT)
+    loader = DataLoader(Numbers(), batch_size=BATCH, sampler=sampler, num_workers=num_workers)
+    for epoch, order in enumerate(expected()):
+        sampler.set_epoch(epoch)
+        assert flat(batch["index"].tolist() for batch in loader) == order
+
+
+def main():
+    """Record what one rank's loop sees."""
+    import os
+
+    loop, folder = sys.argv[1], Path(sys.argv[2])
+    seen = globals()[f"run_{loop}"](folder)
+    (folder / f"{loop}-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
