@@ -29,7 +29,7 @@ _VOLATILE_CONFIG = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
 def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
-    """Return the digest of a model's class, configuration, parameters and buffers.
+    """Return the digest of a model's modules, configuration, parameters and buffers.
 
     Tensors are reduced where they are, by a multiply-add checksum over their bits that no
     single changed bit can leave as it was; 8 bytes for every 64 KiB leave the device.
@@ -39,6 +39,9 @@ def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
         skip_adapters: leave PEFT adapters out, so that the digest is that of the base model.
     """
     digest = hashlib.sha256(_canonical(_class_name(model)))
+    if not skip_adapters:
+        for path, module in model.named_modules():
+            digest.update(_canonical([path, _class_name(module), module.extra_repr()]))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         digest.update(_canonical(_stable_config(config.to_dict())))

@@ -104,18 +104,26 @@ def read_manifest(folder: Path) -> Manifest | None:
         StoreError: the folder holds other things, or a manifest that can't be read.
     """
     if (folder / SCORES).exists():
-        return _read(folder / SCORES)[1]
+        return _as_manifest(_read(folder / SCORES)[1], folder / SCORES)
     if (folder / MANIFEST).exists():
-        return _parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+        content = (folder / MANIFEST).read_bytes()
+        return _as_manifest(_parse(content, folder / MANIFEST), folder / MANIFEST)
+    check_folder(folder)
+    return None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise StoreError unless a store is at `folder`, or could be begun there."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; a store is a folder: pass another path")
+    if (folder / SCORES).exists() or (folder / MANIFEST).exists():
+        return
     foreign = sorted(p.name for p in folder.iterdir() if p.name != LOCK) if folder.exists() else []
     if foreign:
         raise StoreError(
             f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {foreign[0]}"
             f"{' and more' if len(foreign) > 1 else ''}; pass an empty or a new folder"
         )
-    return None
 
 
 def load_scores(path: Path) -> Scores:
@@ -131,13 +139,13 @@ def load_scores(path: Path) -> Scores:
             f"{path} is not finished: call LossScorer.score with store={str(path)!r} again, "
             "it goes on where it stopped"
         )
-    tensors, manifest = _read(file)
+    tensors, metadata = _read(file)
     if not {"loss", "count"} <= set(tensors):
         raise StoreError(f"{file} holds no 'loss' and 'count': it is not a file of scores")
     return Scores(
         tensors["loss"],
         tensors["count"],
-        metadata=manifest,
+        metadata=_as_manifest(metadata, file),
         token_losses=tensors.get("token_loss"),
     )
 
@@ -168,11 +176,39 @@ def finish(folder: Path, scores: Scores) -> None:
         (folder / PARTS).rmdir()
 
 
+def verify_store(folder: Path) -> dict[str, str]:
+    """Return, for each file of a store, "whole" or what is wrong with it.
+
+    Raises:
+        FileNotFoundError: there is no folder.
+        StoreError: it is not a store.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no store at {folder}")
+    findings: dict[str, str] = {}
+    complete = folder / SCORES
+    for file in (complete,) if complete.exists() else sorted((folder / PARTS).glob("*")):
+        findings[str(file.relative_to(folder))] = _state(file)
+    if not complete.exists():
+        manifest = read_manifest(folder)
+        findings[SCORES] = "not there yet: scoring is not finished" if manifest else "not there"
+    return findings
+
+
+def _state(file: Path) -> str:
+    try:
+        _read(file)
+    except (StoreError, OSError) as error:
+        return str(error)
+    return "whole"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the store's lock for a block; wait, and say so, while another process has it."""
     from filelock import FileLock, Timeout
 
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(folder / LOCK))
     try:
@@ -305,25 +341,34 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise StoreError(f"{path} is damaged or no safetensors file ({error})") from None
     if text is None:
         raise StoreError(f"{path} was not written by flowdata: its header names no 'flowdata'")
-    metadata = _parse_manifest(text.encode(), path)
+    metadata = _parse(text.encode(), path)
     if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
     return tensors, metadata
 
 
-def _parse_manifest(content: bytes, path: Path) -> Manifest:
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    """Return a JSON object that names this format."""
     try:
-        manifest = json.loads(content)
+        parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or "format" not in manifest:
+    if not isinstance(parsed, dict) or "format" not in parsed:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
-    if manifest["format"] != FORMAT:
+    if parsed["format"] != FORMAT:
         raise StoreError(
-            f"{path} has format {manifest['format']!r}, this version of flowdata "
+            f"{path} has format {parsed['format']!r}, this version of flowdata "
             f"({flowdata.__version__}) reads format {FORMAT}; use the version that wrote it"
         )
-    return manifest
+    return parsed
+
+
+def _as_manifest(parsed: dict[str, Any], path: Path) -> Manifest:
+    """Return a JSON object that has a manifest's fields."""
+    for field in ("identity", "plan", "details"):
+        if not isinstance(parsed.get(field), dict):
+            raise StoreError(f"{path} is damaged: its field {field!r} should be an object")
+    return parsed
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:

@@ -134,3 +134,41 @@ def inclusion_chances(weights, count):
 
     draw(frozenset(range(len(weights))), 1.0, ())
     return chances
+
+
+def causal_lm_sample_loss(model, sample):
+    """(mean loss, targets) of one sample alone: float32 logits, shifted labels, one at a time."""
+    import torch
+
+    ids, labels = torch.as_tensor(sample["input_ids"]), torch.as_tensor(sample["labels"])
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0].float()
+    losses = []
+    for position in range(1, len(ids)):
+        if labels[position] != -100:
+            log_probabilities = torch.log_softmax(logits[position - 1], dim=0)
+            losses.append(-log_probabilities[labels[position]].item())
+    return (sum(losses) / len(losses) if losses else math.nan), len(losses)
+
+
+def head_losses(hidden, weight, targets, bias=None, scale=1.0, softcap=None):
+    """−log softmax of every row's target over full float64 logits."""
+    import torch
+
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return -torch.log_softmax(logits, dim=1)[torch.arange(len(targets)), targets]
+
+
+def running_median_weights(windows, loss_of):
+    """Weights of windows one after another, each under the exact median of all losses so far."""
+    seen, weights = [], []
+    for window in windows:
+        losses = [loss_of(sample) for sample in window]
+        seen += losses
+        weights += flow_weights(losses, median(seen))
+    return weights

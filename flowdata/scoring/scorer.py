@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,11 @@ from flowdata.scoring.tasks import (
     LOSSES,
     Method,
     callable_method,
-    detect_loss,
     innermost,
+    loss_of_batch,
+    loss_of_model,
     prediction_method,
+    unwrapped,
 )
 from flowdata.store import (
     Manifest,
@@ -47,6 +49,7 @@ logger = logging.getLogger("flowdata")
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
 _PARTS = 200  # at most about so many parts, whatever the number of packs
+_LOOKED_AT = 64  # samples from which loss="auto" tells the kind of targets
 _CHECKED_SAMPLES = 2  # on which a fast way is compared with the plain one
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -106,6 +109,7 @@ class LossScorer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
         if not callable(loss) and loss not in ("auto", *LOSSES):
             raise ValueError(
                 f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
@@ -123,7 +127,7 @@ class LossScorer:
             )
         if compile not in ("auto", True, False):
             raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
-        self.model = model
+        self.model: nn.Module = model
         self.loss = loss
         own = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
         self.device = own.device if device is None else torch.device(device)
@@ -151,6 +155,7 @@ class LossScorer:
         dataset_id: str | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         num_workers: int = 0,
+        details: Mapping[str, Any] | None = None,
     ) -> Scores:
         """Return the losses of a data set, from the store where it has them.
 
@@ -163,6 +168,7 @@ class LossScorer:
             dataset_id: names the data set's content; None fingerprints its samples.
             lengths: (N,) tokens in each sample; None reads them off the samples.
             num_workers: DataLoader workers that read and collate.
+            details: JSON-like notes for readers, kept in the scores' metadata.
 
         Raises:
             TypeError: not map-style, or samples that can't be fingerprinted.
@@ -172,13 +178,13 @@ class LossScorer:
         """
         _check_dataset(dataset)
         with preserved_rng():
-            sample = dataset[0]
-            collate = choose_collate(collate_fn, sample)
+            collate = choose_collate(collate_fn, dataset[0])
             loss = self.loss
             if loss == "auto":
-                few = [sample, *(dataset[i] for i in range(1, min(64, len(dataset))))]
-                loss = detect_loss(innermost(self.model), collate(few))
-            run = _Run(self, dataset, collate, loss, lengths, num_workers)
+                loss = loss_of_model(innermost(self.model)) or loss_of_batch(
+                    collate([dataset[i] for i in range(min(_LOOKED_AT, len(dataset)))])
+                )
+            run = _Run(self, dataset, collate, loss, lengths, num_workers, dict(details or {}))
             if store is None:
                 return run.fresh(self._identity(dataset, dataset_id, collate_fn, loss))
             with locked(Path(store)):
@@ -217,15 +223,17 @@ class _Run:
         loss: str | LossFunction,
         lengths: Any,
         num_workers: int,
+        details: dict[str, Any],
     ) -> None:
         self.scorer, self.dataset, self.collate = scorer, dataset, collate
         self.loss, self.lengths, self.num_workers = loss, lengths, num_workers
+        self.details = details
 
     def fresh(self, identity: dict[str, Any]) -> Scores:
         """Score without a store."""
         plan, options = self.plan(None)
         columns = dict(self.packs(plan, range(len(plan))))
-        return self.merge(plan, columns, make_manifest(identity, options, self.details()))
+        return self.merge(plan, columns, make_manifest(identity, options, self.details))
 
     def stored(self, folder: Path, kept: Manifest | None, identity: dict[str, Any]) -> Scores:
         """Score into a store, or take from it what is there."""
@@ -235,7 +243,7 @@ class _Run:
                 self.explain(f"losses of {len(self.dataset):,} samples found in {folder}")
                 return load_scores(folder)
         plan, options = self.plan(kept)
-        manifest = kept or make_manifest(identity, options, self.details())
+        manifest = kept or make_manifest(identity, options, self.details)
         check_identity(kept["plan"] if kept else options, options, folder)
         if kept is None:
             write_manifest(folder, manifest)
@@ -366,9 +374,6 @@ class _Run:
 
     def on_device(self, batch: Any) -> Any:
         return map_tensors(batch, lambda t: t.to(self.scorer.device, non_blocking=True))
-
-    def details(self) -> dict[str, Any]:
-        return {"model": type(innermost(self.scorer.model)).__name__}
 
     def sentence(self, method: str) -> str:
         name = self.loss if isinstance(self.loss, str) else "the given callable"

@@ -47,16 +47,8 @@ class TargetLosses:
 Method = Callable[[nn.Module, Any], TargetLosses]
 
 
-def detect_loss(model: nn.Module, batch: Any) -> str:
-    """Return the name of the loss that a model and a batch of samples call for.
-
-    A Hugging Face class name decides; else token batches are causal language modelling,
-    integer targets cross-entropy, targets that are all 0 or 1 binary cross-entropy, other
-    floating targets the mean squared error.
-
-    Raises:
-        ValueError: nothing fits; the message says what to pass.
-    """
+def loss_of_model(model: nn.Module) -> str | None:
+    """Return the name of the loss that a Hugging Face model's class says, if it says one."""
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
     for ending, loss in (
@@ -69,6 +61,18 @@ def detect_loss(model: nn.Module, batch: Any) -> str:
             return loss
     if name.endswith("ForConditionalGeneration") and config is not None:
         return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
+    return None
+
+
+def loss_of_batch(batch: Any) -> str:
+    """Return the name of the loss that a batch of samples calls for.
+
+    Token batches are causal language modelling, integer targets cross-entropy, targets that
+    are all 0 or 1 binary cross-entropy, other floating targets the mean squared error.
+
+    Raises:
+        ValueError: nothing fits; the message says what to pass.
+    """
     inputs, targets = split_batch(batch)
     if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
         if isinstance(inputs, Mapping) and "input_ids" in inputs:
@@ -158,14 +162,19 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     return model(**{name: fields[name] for name in named}, **taken)
 
 
-def innermost(model: Any) -> Any:
-    """Return the model inside DDP, torch.compile and PEFT wrappers."""
+def unwrapped(model: Any) -> Any:
+    """Return the model inside torch.compile's and DDP's wrappers."""
     if hasattr(model, "_orig_mod"):
-        return innermost(model._orig_mod)
+        return unwrapped(model._orig_mod)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return innermost(model.module)
+        return unwrapped(model.module)
+    return model
+
+
+def innermost(model: Any) -> Any:
+    """Return the model inside a PEFT model, else the model itself."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return innermost(model.get_base_model())
+        return model.get_base_model()
     return model
 
 

@@ -1,0 +1,8 @@
+"""`python -m flowdata` is the `flowdata` command."""
+
+import sys
+
+from flowdata.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

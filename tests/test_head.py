@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+from flowdata.scoring.head import Head, read_head, target_losses
+from tests import reference
+
+
+class Config:
+    logit_scale = 0.5
+    logits_scaling = 4.0
+    final_logit_softcapping = 30.0
+
+
+@pytest.mark.parametrize("vocabulary", [7, 2048, 5000])
+@pytest.mark.parametrize(("bias", "scale", "softcap"), [(0, 1.0, None), (1, 0.3, 5.0)])
+def test_losses_equal_full_logits_in_float64(vocabulary, bias, scale, softcap):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1500, 24), torch.randn(vocabulary, 24)
+    targets = torch.randint(0, vocabulary, (1500,))
+    offset = torch.randn(vocabulary) if bias else None
+    found = target_losses(hidden, Head(weight, offset, scale, softcap), targets)
+    expected = reference.head_losses(hidden, weight, targets, offset, scale, softcap)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_no_worse_than_bfloat16_logits():
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 64).bfloat16()
+    weight = (torch.randn(4096, 64) * 0.2).bfloat16()
+    targets = torch.randint(0, 4096, (512,))
+    exact = reference.head_losses(hidden, weight, targets)
+    plain = nn.functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+    found = target_losses(hidden, Head(weight), targets)
+    assert (found - exact).abs().mean() < 0.5 * (plain - exact).abs().mean()
+    assert (found - exact).abs().max() < (plain - exact).abs().max() + 1e-3
+
+
+def test_losses_are_never_negative():
+    hidden, weight = torch.full((1, 4), 30.0), torch.eye(4) * 30
+    hidden[0, 1:] = -30
+    assert target_losses(hidden, Head(weight), torch.tensor([0])).item() == 0
+
+
+def test_no_row_gives_no_loss():
+    empty = target_losses(torch.empty(0, 4), Head(torch.randn(9, 4)), torch.empty(0).long())
+    assert empty.shape == (0,)
+
+
+def test_a_plain_linear_layer_is_read_and_others_are_not():
+    layer = nn.Linear(4, 9)
+    head = read_head(layer, Config())
+    assert (head.scale, head.softcap) == (0.125, 30.0)
+    assert head.weight.data_ptr() == layer.weight.data_ptr()
+    assert read_head(None, Config()) is None
+    assert read_head(nn.Sequential(layer), Config()) is None
+    assert read_head(nn.utils.parametrizations.weight_norm(nn.Linear(4, 9)), Config()) is None
+    layer.register_forward_hook(lambda *_: None)
+    assert read_head(layer, Config()) is None

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from flowdata.scoring.precision import map_tensors, resolve_dtype, scoring_model
+from tests.models import TinyResNet, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+def test_the_callers_own_model_is_lent_when_nothing_needs_converting():
+    model = TinyResNet().train()
+    model.block.eval()
+    before = [module.training for module in model.modules()]
+    with scoring_model(model, torch.float32, CPU) as lent:
+        assert lent is model
+        assert not any(module.training for module in lent.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == before
+
+
+def test_training_flags_come_back_after_an_error():
+    model = TinyResNet().train()
+    with pytest.raises(KeyError), scoring_model(model, torch.float32, CPU):
+        raise KeyError
+    assert model.training
+
+
+def test_a_copy_takes_the_dtype_and_shares_nothing():
+    model = tiny_llama(tie_word_embeddings=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with scoring_model(model, torch.bfloat16, CPU) as lent:
+        assert all(p.dtype == torch.bfloat16 for p in lent.parameters())
+        assert lent.lm_head.weight is lent.model.embed_tokens.weight
+        assert lent.model.rotary_emb.inv_freq.dtype == torch.float32
+        for parameter in lent.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_norm_stays_in_float32_and_the_copy_looks_like_the_original():
+    model = TinyResNet()
+    with scoring_model(model, torch.bfloat16, CPU) as lent:
+        assert lent.stem[0].weight.dtype == torch.bfloat16
+        assert lent.stem[1].weight.dtype == torch.float32
+        images = torch.randn(4, 3, 8, 8)
+        found = lent(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, model.eval()(images), atol=2e-2, rtol=2e-2)
+
+
+def test_dtypes_have_names():
+    model = nn.Linear(2, 2)
+    assert resolve_dtype("bfloat16", model, CPU) == torch.bfloat16
+    assert resolve_dtype(torch.float16, model, CPU) == torch.float16
+    assert resolve_dtype("auto", nn.Linear(2, 2).half(), CPU) == torch.float16
+    for wrong in ("int8", "bf16", torch.int8):
+        with pytest.raises(ValueError, match="dtype must be 'auto' or one of float32"):
+            resolve_dtype(wrong, model, CPU)
+
+
+def test_tensors_are_found_wherever_a_batch_keeps_them():
+    from collections import namedtuple
+
+    from transformers import BatchEncoding
+
+    Pair = namedtuple("Pair", "a b")
+    value = {"x": [torch.ones(1), "text"], "y": Pair(torch.ones(1), None)}
+    moved = map_tensors(value, lambda tensor: tensor + 1)
+    assert moved["x"][0].item() == 2
+    assert isinstance(moved["y"], Pair)
+    assert moved["y"].a.item() == 2
+    assert map_tensors(BatchEncoding({"z": torch.ones(1)}), lambda t: t + 1)["z"].item() == 2

@@ -1,0 +1,127 @@
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from flowdata import ScoreMismatchError, Scores, flow_weights
+from flowdata.scores import weights_of
+
+
+def test_weights_are_those_of_the_losses():
+    scores = Scores(torch.tensor([0.5, 1.0, 4.0]))
+    assert torch.equal(scores.weights(), flow_weights(scores.losses))
+    assert torch.equal(scores.weights(2.0), flow_weights(scores.losses, temperature=2.0))
+    assert scores.counts.tolist() == [1, 1, 1]
+
+
+def test_samples_without_a_loss_raise_or_weigh_nothing():
+    scores = Scores(torch.tensor([0.5, torch.nan, 4.0, torch.inf]), torch.tensor([2, 0, 1, 3]))
+    assert scores.losses.isnan().tolist() == [False, True, False, True]
+    with pytest.raises(ValueError, match=r"2 of 4 samples have no loss.*indices 1, 3; drop them"):
+        scores.weights()
+    weights = scores.weights(missing="zero")
+    assert weights[[1, 3]].tolist() == [0, 0]
+    assert torch.equal(weights[[0, 2]], flow_weights(torch.tensor([0.5, 4.0])))
+    with pytest.raises(ValueError, match="missing must be 'raise' or 'zero'"):
+        scores.weights(missing="ignore")
+    with pytest.raises(ValueError, match="2 of 2 samples have no loss"):
+        Scores(torch.tensor([torch.nan, torch.nan])).weights(missing="zero")
+
+
+def test_long_lists_of_missing_samples_are_cut():
+    with pytest.raises(ValueError, match=r"8, 9, … \(50 in all\)"):
+        Scores(torch.full((50,), torch.nan)).weights()
+
+
+def test_token_losses_are_those_of_one_sample():
+    scores = Scores(
+        torch.tensor([1.5, torch.nan, 3.0]),
+        torch.tensor([2, 0, 1]),
+        token_losses=torch.tensor([1.0, 2.0, 3.0]),
+    )
+    assert scores.token_losses(0).tolist() == [1.0, 2.0]
+    assert scores.token_losses(1).tolist() == []
+    assert scores.token_losses(-1).tolist() == [3.0]
+    with pytest.raises(IndexError, match="sample 3 of 3"):
+        scores.token_losses(3)
+    with pytest.raises(ValueError, match="token_losses=True"):
+        Scores(torch.ones(2)).token_losses(0)
+
+
+@pytest.mark.parametrize("name", ["folder", "file.safetensors"])
+def test_saving_and_loading_keeps_everything(tmp_path, name):
+    scores = Scores(
+        torch.tensor([1.5, torch.nan]),
+        torch.tensor([2, 0]),
+        metadata={"details": {"note": "kept"}},
+        token_losses=torch.tensor([1.0, 2.0]),
+    )
+    loaded = Scores.load(scores.save(tmp_path / name))
+    assert torch.equal(loaded.losses, scores.losses) or loaded.losses.isnan().tolist() == [0, 1]
+    assert loaded.losses[0].item() == 1.5
+    assert torch.equal(loaded.counts, scores.counts)
+    assert torch.equal(loaded.flat_token_losses, scores.flat_token_losses)
+    assert loaded.metadata["details"] == {"note": "kept"}
+
+
+def test_a_column_is_float32_and_named(tmp_path):
+    data = datasets.Dataset.from_dict({"x": [1, 2, 3]})
+    scores = Scores(torch.tensor([0.5, 1.0, 4.0]))
+    column = scores.to_column(data, "w")
+    assert column.features["w"].dtype == "float32"
+    np.testing.assert_array_equal(np.float32(column["w"]), scores.weights().numpy())
+    assert data.column_names == ["x"]
+    with pytest.raises(ValueError, match="has a column 'x' already"):
+        scores.to_column(data, "x")
+    with pytest.raises(ScoreMismatchError, match="of 3 samples, the data set has 2"):
+        scores.to_column(data.select([0, 1]))
+
+
+def test_weights_given_directly_are_checked_and_not_copied():
+    weights = torch.tensor([1.0, 0.5])
+    assert weights_of(weights).data_ptr() == weights.data_ptr()
+    array = np.array([1.0, 0.5])
+    assert weights_of(array).numpy().__array_interface__["data"] == (array.ctypes.data, False)
+    with pytest.raises(ValueError, match=r"weights\[1\] is -0.5"):
+        weights_of(torch.tensor([1.0, -0.5]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"losses": torch.ones(2, 2)}, r"of shape \(N,\)"),
+        ({"losses": torch.ones(0)}, "N > 0"),
+        ({"losses": torch.ones(2).long()}, "must be floating"),
+        (
+            {"losses": torch.ones(2), "counts": torch.ones(3).long()},
+            r"counts must have shape \(2,\)",
+        ),
+        ({"losses": torch.ones(2), "token_losses": torch.ones(3)}, r"token_losses must have shape"),
+    ],
+)
+def test_wrong_shapes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Scores(**arguments)
+
+
+def test_another_data_set_is_refused():
+    scores = Scores(torch.ones(3), metadata={"identity": {"dataset": "content:abc"}})
+    with pytest.raises(ScoreMismatchError, match="the scores are of 3 samples"):
+        scores.check_dataset([1, 2])
+    with pytest.raises(ScoreMismatchError, match=r"differ in content or order.*dataset_id="):
+        scores.check_dataset([1, 2, 3])
+    Scores(torch.ones(3), metadata={"identity": {"dataset": "mine"}}).check_dataset([1, 2, 3])
+
+
+def test_only_finished_stores_load(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no store at"):
+        Scores.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is empty"):
+        Scores.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"is not a flowdata store.*notes.txt"):
+        Scores.load(tmp_path)
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        Scores.load(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="is not a flowdata store"):
+        Scores(torch.ones(2)).save(tmp_path)
