@@ -1,0 +1,402 @@
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from flowdata.scoring.scorer import LossScorer
+from flowdata.streaming import FlowWeightedIterable
+from tests import reference
+
+COUNT, WINDOW = 50, 8
+GENERATOR = torch.Generator().manual_seed(0)
+INPUTS = torch.randn(COUNT, 4, generator=GENERATOR) * 2
+LABELS = torch.randint(3, (COUNT,), generator=GENERATOR)
+
+
+def scorer():
+    torch.manual_seed(1)
+    return LossScorer(nn.Linear(4, 3), "cross_entropy", dtype="float32", progress=False)
+
+
+@torch.no_grad()
+def loss_of(index):
+    torch.manual_seed(1)
+    model = nn.Linear(4, 3)
+    return nn.functional.cross_entropy(model(INPUTS[index]), LABELS[index]).item()
+
+
+def collate(samples):
+    """What the scorer's model gets; samples are indices or rows with an index."""
+    indices = [s["index"] if isinstance(s, dict) else s for s in samples]
+    return INPUTS[indices], LABELS[indices]
+
+
+class Split(IterableDataset):
+    """A stream as PyTorch asks for: it splits itself between workers and keeps its state."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        start, self.position = self.position, 0
+        for index in range(start or first, COUNT, step):
+            self.position = index + step
+            yield index
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def hugging_face():
+    return datasets.Dataset.from_dict({"index": range(COUNT)}).to_iterable_dataset(num_shards=2)
+
+
+def node():
+    return Mapper(IterableWrapper(range(COUNT)), int)
+
+
+def loader():
+    return StatefulDataLoader(Split(), batch_size=None, num_workers=1)
+
+
+SOURCES = {
+    "list": lambda: list(range(COUNT)),
+    "torch stream": Split,
+    "hugging face stream": hugging_face,
+    "torchdata node": node,
+    "loader with a worker": loader,
+}
+
+
+def build(source=None, **options):
+    source = list(range(COUNT)) if source is None else source
+    return FlowWeightedIterable(
+        source, scorer(), **({"window": WINDOW, "collate_fn": collate} | options)
+    )
+
+
+def plain(items):
+    """(index, weight) pairs as numbers."""
+    return [(s["index"] if isinstance(s, dict) else int(s), w.item()) for s, w in items]
+
+
+# Weights.
+
+
+def windows(count=COUNT, window=WINDOW):
+    return [range(start, min(start + window, count)) for start in range(0, count, window)]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_weights_under_a_running_median_are_those_of_the_exact_one(source):
+    items = plain(build(SOURCES[source]()))
+    indices, weights = zip(*items, strict=True)
+    assert sorted(indices) == list(range(COUNT))
+    order = [indices[w.start : w.stop] for w in windows()]
+    expected = reference.running_median_weights(order, loss_of)
+    assert weights == pytest.approx(expected, rel=0.01)  # loss / temperature times 0.1 %
+
+
+def test_weights_under_a_batch_median_or_a_fixed_temperature():
+    losses = [[loss_of(index) for index in window] for window in windows()]
+    of_batches = [
+        w for part in losses for w in reference.flow_weights(part, reference.median(part))
+    ]
+    weights = [weight for _, weight in plain(build(temperature="batch_median"))]
+    assert weights == pytest.approx(of_batches, rel=1e-4)
+    fixed = [weight for part in losses for weight in reference.flow_weights(part, 0.7)]
+    assert [w for _, w in plain(build(temperature=0.7))] == pytest.approx(fixed, rel=1e-4)
+
+
+def test_the_running_median_goes_on_over_epochs():
+    stream = build()
+    list(stream)
+    assert stream.state_dict()["median"]
+    counted = sum(stream.state_dict()["median"].values())
+    list(stream)
+    assert sum(stream.state_dict()["median"].values()) == 2 * counted == 2 * COUNT
+
+
+def test_layouts_are_those_of_the_map_style_data_set():
+    row = next(iter(build(hugging_face(), layout="dict", key="importance")))
+    assert row["importance"].dtype == torch.float32
+    assert row["importance"].untyped_storage().nbytes() == 4
+    batch, weight = next(iter(DataLoader(build(), batch_size=5)))
+    assert batch.tolist() == [0, 1, 2, 3, 4]
+    assert weight.shape == (5,)
+
+
+def test_a_sample_without_a_loss_is_refused_or_weighs_nothing():
+    def gap(model, batch):
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return losses.masked_fill((batch[0] == INPUTS[11]).all(1), float("nan"))
+
+    torch.manual_seed(1)
+    gappy = LossScorer(nn.Linear(4, 3), gap, dtype="float32", progress=False)
+    options = {"window": WINDOW, "collate_fn": collate}
+    stream = FlowWeightedIterable(range(COUNT), gappy, **options)
+    with pytest.raises(ValueError, match="sample 11 of the stream has no loss"):
+        list(stream)
+    stream = FlowWeightedIterable(range(COUNT), gappy, missing="zero", **options)
+    weights = [weight.item() for _, weight in stream]
+    assert weights[11] == 0
+    assert min(weights[:11] + weights[12:]) > 0
+    assert sum(stream.state_dict()["median"].values()) == COUNT - 1
+
+
+# Reading.
+
+
+def test_no_more_than_a_window_is_read_ahead():
+    read = []
+
+    def source():
+        for index in range(COUNT):
+            read.append(index)
+            yield index
+
+    iterator = iter(build(source()))
+    for passed in range(1, 30):
+        next(iterator)
+        assert len(read) <= passed + WINDOW - 1
+
+
+@pytest.mark.parametrize("source", ["list", "torch stream", "hugging face stream"])
+def test_workers_share_the_stream(source):
+    loader = DataLoader(build(SOURCES[source]()), batch_size=None, num_workers=2)
+    assert sorted(index for index, _ in plain(loader)) == list(range(COUNT))
+
+
+def test_ranks_share_a_stream_that_each_reads_whole():
+    parts = [[i for i, _ in plain(build(num_replicas=3, rank=rank))] for rank in range(3)]
+    assert parts == [list(range(rank, COUNT, 3)) for rank in range(3)]
+
+
+def test_ranks_and_workers_share_a_stream_together():
+    seen = []
+    for rank in range(2):
+        stream = build(num_replicas=2, rank=rank)
+        seen += plain(DataLoader(stream, batch_size=None, num_workers=2))
+    assert sorted(index for index, _ in seen) == list(range(COUNT))
+
+
+def test_a_stream_split_by_node_needs_no_ranks():
+    seen = []
+    for rank in range(2):
+        part = split_dataset_by_node(hugging_face(), rank, 2)
+        seen += [index for index, _ in plain(build(part))]
+    assert sorted(seen) == list(range(COUNT))
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 8, 9, 31, COUNT - 1, COUNT])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_stream_resumes_exactly(source, stop, tmp_path):
+    whole = plain(build(SOURCES[source]()))
+    stopped = build(SOURCES[source]())
+    seen = plain(islice(stopped, stop))
+    torch.save(stopped.state_dict(), tmp_path / "state.pt")
+    resumed = build(SOURCES[source]())
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert seen + plain(resumed) == whole
+
+
+def test_a_finished_stream_is_over_once():
+    stream = build(Split())
+    list(stream)
+    resumed = build(Split())
+    resumed.load_state_dict(stream.state_dict())
+    assert list(resumed) == []
+    assert len(list(resumed)) == COUNT
+
+
+def test_a_window_that_is_resumed_is_not_scored_again():
+    stopped = build()
+    list(islice(stopped, 11))
+    resumed = build()
+    calls = []
+    real = resumed.scorer.score
+    resumed.scorer.score = lambda *a, **k: calls.append(list(a[0])) or real(*a, **k)
+    resumed.load_state_dict(stopped.state_dict())
+    list(islice(resumed, 5))
+    assert calls == []
+    next(iter(islice(resumed, 1)))
+    assert calls == [list(range(8))]  # a new pass
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("source", ["list", "torch stream", "hugging face stream"])
+def test_a_stateful_loader_resumes_the_stream(source, num_workers):
+    def make():
+        return StatefulDataLoader(build(SOURCES[source]()), batch_size=3, num_workers=num_workers)
+
+    def take(batches):
+        return [(i, w) for b in batches for i, w in zip(*plain_batch(b), strict=True)]
+
+    def plain_batch(batch):
+        samples, weights = batch
+        samples = samples["index"] if isinstance(samples, dict) else samples
+        return samples.tolist(), weights.tolist()
+
+    whole = take(make())
+    assert sorted(index for index, _ in whole) == list(range(COUNT))
+    stopped = make()
+    iterator = iter(stopped)
+    seen = take(islice(iterator, 7))
+    state = stopped.state_dict()
+    del iterator
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert seen + take(resumed) == whole
+
+
+def test_a_stream_is_a_node_like_any_other():
+    def make():
+        return Loader(Batcher(IterableWrapper(build()), 5))
+
+    whole = [plain(batch) for batch in make()]
+    stopped = make()
+    iterator = iter(stopped)
+    seen = [plain(next(iterator)) for _ in range(4)]
+    resumed = make()
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + [plain(batch) for batch in resumed] == whole
+
+
+def test_states_of_other_streams_are_refused():
+    state = build().state_dict()
+    for other, named in [
+        ({"window": 4}, "window=8, this stream 4"),
+        ({"temperature": 0.5}, "temperature='running_median', this stream 0.5"),
+        ({"resample": True}, "resample=False, this stream True"),
+        ({"num_replicas": 2}, r"share=\[0, 1\], this stream \[0, 2\]"),
+    ]:
+        with pytest.raises(ValueError, match=f"state_dict has {named}"):
+            build(**other).load_state_dict(state)
+    with pytest.raises(ValueError, match="version=None"):
+        build().load_state_dict({})
+
+
+# Resampling.
+
+
+def test_resampling_accepts_a_sample_as_often_as_its_weight():
+    weights = [weight for _, weight in plain(build(temperature=1.0))]
+    stream = build(temperature=1.0, resample=True)
+    counts = torch.zeros(COUNT)
+    for epoch in range(200):
+        stream.set_epoch(epoch)
+        counts[list(stream)] += 1
+    chances = torch.tensor(weights)
+    assert ((counts - 200 * chances).abs() < 5 * (200 * chances * (1 - chances)).sqrt()).all()
+
+
+def test_resampling_is_a_function_of_seed_and_epoch_and_resumes_exactly():
+    def make(seed=3, epoch=0):
+        stream = build(resample=True, seed=seed)
+        stream.set_epoch(epoch)
+        return stream
+
+    whole = list(make())
+    assert whole == list(make())
+    assert whole != list(make(seed=4))
+    assert whole != list(make(epoch=1))
+    stopped = make()
+    seen = list(islice(stopped, 9))
+    resumed = make()
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + list(resumed) == whole
+
+
+def test_epochs_reach_a_shuffled_source():
+    stream = build(hugging_face().shuffle(seed=0, buffer_size=20))
+    first = plain(stream)
+    stream.set_epoch(1)
+    second = plain(stream)
+    assert [i for i, _ in first] != [i for i, _ in second]
+    assert sorted(i for i, _ in second) == list(range(COUNT))
+
+
+# What goes in.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"source": 3}, TypeError, "dataset must be iterable, got int"),
+        ({"temperature": "median"}, ValueError, "must be 'running_median', 'batch_median' or"),
+        ({"temperature": -1.0}, ValueError, "must be finite and > 0"),
+        ({"window": 0}, ValueError, "window must be an integer >= 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
+        ({"missing": "drop"}, ValueError, "missing must be 'raise' or 'zero'"),
+        ({"layout": "both"}, ValueError, "layout must be"),
+        ({"rank": 1}, ValueError, "rank must lie between 0 and num_replicas - 1 = 0, got 1"),
+    ],
+)
+def test_bad_input_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
+
+
+def test_a_scorer_must_score():
+    with pytest.raises(TypeError, match="scorer must be a LossScorer, got Linear"):
+        FlowWeightedIterable([1], nn.Linear(2, 2))
+
+
+# Ranks.
+
+
+def test_the_running_median_is_merged_over_ranks_on_request(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", __file__, str(tmp_path)]
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, (before, after) in enumerate(ranks):
+        mine = [range(rank, 2 * WINDOW, 2), range(2 * WINDOW + rank, 4 * WINDOW, 2)]
+        others = [loss_of(i) for i in range(1 - rank, 4 * WINDOW, 2)]
+        assert before == pytest.approx(reference.running_median_weights(mine, loss_of), rel=0.01)
+        next_window = [loss_of(i) for i in range(4 * WINDOW + rank, COUNT, 2)][:WINDOW]
+        seen = [loss_of(i) for window in mine for i in window] + others + next_window
+        expected = reference.flow_weights(next_window, reference.median(seen))
+        assert after == pytest.approx(expected, rel=0.01)
+
+
+def main():
+    """One rank of the test above: two windows alone, a merger, one window more."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    stream = build(num_replicas=2, rank=rank)
+    iterator = iter(stream)
+    before = [weight.item() for _, weight in islice(iterator, 2 * WINDOW)]
+    stream.merge_ranks()
+    after = [weight.item() for _, weight in islice(iterator, WINDOW)]
+    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps([before, after]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
