@@ -10,7 +10,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("flowdata").setLevel(logging.INFO)
     try:
-        code: int = options.run(options)
+        with _logging_to_stderr():
+            code: int = options.run(options)
     except MISTAKES as error:
         print(f"flowdata {options.command}: {error}", file=sys.stderr)
         return 2
@@ -183,6 +183,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command(verify).add_argument("store", help="folder to check")
     return parser
+
+
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("flowdata"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _temperature(text: str) -> float | str:

@@ -1,0 +1,162 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from flowdata import Scores
+from flowdata.cli import main
+from tests.models import tiny_llama
+from tests.test_text import TEMPLATE, tokenizer
+
+__all__ = ["tokenizer"]  # the fixture
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [{"question": f"{n}+1=", "answer": "x" * (n % 7 + 1)} for n in range(30)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
+    store = tmp_path / "store"
+    score = ("score", model_folder, data, "--store", store, "--dtype", "float32")
+    code, out, _ = run(capsys, *score)
+    assert code == 0
+    assert "30 samples scored into" in out
+    assert f"next: flowdata report {store}" in out
+    scores = Scores.load(store)
+    assert len(scores) == 30
+    assert scores.counts.tolist() == [n % 7 + 2 for n in range(30)]
+
+    code, out, err = run(capsys, *score, "--json")
+    assert code == 0
+    assert json.loads(out)["samples"] == 30
+    assert "losses of 30 samples found" in err
+
+    code, out, _ = run(capsys, "report", store)
+    assert code == 0
+    page = (store / "report" / "report.html").read_text()
+    assert "effective sample size" in out
+    assert "+1=" in page  # the samples' own text
+
+    code, out, _ = run(capsys, "verify", store)
+    assert (code, out) == (0, "scores.safetensors: whole\n")
+    file = store / "scores.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, out, _ = run(capsys, "verify", store, "--json")
+    assert code == 1
+    assert json.loads(out)["whole"] is False
+
+
+def test_chats_parquet_limits_and_cuts(capsys, model_folder, tmp_path):
+    chats = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]
+        for n in (1, 40)
+    ]
+    file = tmp_path / "chats.parquet"
+    datasets.Dataset.from_dict({"messages": [*chats, chats[0]]}).to_parquet(file)
+    code, out, err = run(
+        capsys,
+        "score",
+        model_folder,
+        file,
+        "--store",
+        tmp_path / "s",
+        "--limit",
+        2,
+        "--max-length",
+        40,
+        "--json",
+    )
+    assert code == 0
+    assert json.loads(out)["num_cut"] == 1
+    assert "1 of 2 samples were longer than 40 tokens and were cut" in err
+    assert Scores.load(tmp_path / "s").metadata["details"]["num_cut"] == 1
+
+
+def bad(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    return file
+
+
+def test_bad_input_is_told_in_one_line(capsys, model_folder, data, tmp_path):
+    store = ("--store", tmp_path / "s")
+
+    def told(*arguments):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert "Traceback" not in err
+        return err.splitlines()[-1]
+
+    broken = bad(tmp_path, "a.jsonl", '{"question": "a", "answer": "b"}\n\n{"question"\n')
+    assert "a.jsonl, line 3: not JSON" in told("score", model_folder, broken, *store)
+    listed = bad(tmp_path, "b.jsonl", "[1]\n")
+    assert "b.jsonl, line 1: should be a JSON object" in told("score", model_folder, listed, *store)
+    empty = bad(tmp_path, "c.jsonl", "\n")
+    assert "c.jsonl holds no rows" in told("score", model_folder, empty, *store)
+    assert "there is no file" in told("score", model_folder, tmp_path / "no.jsonl", *store)
+    assert "column 'reply' is missing; there are 'question', 'answer'" in told(
+        "score", model_folder, data, "--completion-column", "reply", *store
+    )
+    bare = tmp_path / "bare"
+    tiny_llama().save_pretrained(bare)
+    assert "no tokenizer could be loaded from" in told("score", bare, data, *store)
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    assert "neither a config.json nor a GGUF file" in told("score", nothing, data, *store)
+    assert "is not a flowdata store" in told("score", model_folder, data, "--store", tmp_path)
+    assert "there is no store at" in told("report", tmp_path / "nowhere")
+    assert "finite and > 0" in told(
+        "score", model_folder, data, "--temperature", "-1", "--store", tmp_path / "t"
+    )
+
+
+def test_another_model_is_refused(capsys, model_folder, data, tmp_path, tokenizer):
+    other = tmp_path / "other"
+    tiny_llama(rope_theta=77.0).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    run(capsys, "score", model_folder, data, "--store", tmp_path / "s")
+    code, _, err = run(capsys, "score", other, data, "--store", tmp_path / "s")
+    assert code == 2
+    assert "was made with another model" in err
+
+
+def test_a_template_can_be_turned_off(capsys, model_folder, data, tmp_path):
+    assert TEMPLATE
+    totals = []
+    for flag in ("--template", "--no-template"):
+        arguments = ("score", model_folder, data, "--store", tmp_path / flag, flag, "--json")
+        totals.append(json.loads(run(capsys, *arguments)[1])["targets"])
+    assert totals[0] == totals[1]  # completions are the same, prompts are not
+    details = [
+        Scores.load(tmp_path / f).metadata["details"] for f in ("--template", "--no-template")
+    ]
+    assert [d["chat_template"] for d in details] == [True, False]
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "flowdata", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("0.")
+    assert Path(sys.executable).with_name("flowdata").exists()
