@@ -7,15 +7,30 @@ w = exp(−loss / temperature), so that easy samples count more and the model dr
 
 __version__ = "0.1.0"
 
+from flowdata.companions import ParameterAnchor, wise_ft
+from flowdata.dataset import FlowWeightedDataset, joint_temperature
+from flowdata.losses import causal_lm_loss, weighted_mean
+from flowdata.probe import linear_probe
+from flowdata.sampler import FlowSampler
 from flowdata.scores import ScoreMismatchError, Scores
 from flowdata.scoring.scorer import LossScorer
+from flowdata.streaming import FlowWeightedIterable
 from flowdata.weights import effective_sample_size, flow_weights, resolve_temperature
 
 __all__ = [
+    "FlowSampler",
+    "FlowWeightedDataset",
+    "FlowWeightedIterable",
     "LossScorer",
+    "ParameterAnchor",
     "ScoreMismatchError",
     "Scores",
+    "causal_lm_loss",
     "effective_sample_size",
     "flow_weights",
+    "joint_temperature",
+    "linear_probe",
     "resolve_temperature",
+    "weighted_mean",
+    "wise_ft",
 ]
