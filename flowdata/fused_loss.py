@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowdata.scoring.head import Head, finish_logits, target_losses
 
-_TILE = 1 << 24  # logits held at a time: 64 MiB in float32, from 64 rows at a vocabulary of 256k
+_TILE = 1 << 25  # logits held at a time: 128 MiB in float32, 128 rows at a vocabulary of 256k
 _FEWEST_ROWS = 64  # below which the weight's gradient is read and written too often
 _COLUMNS = 8192  # of the weight's gradient in low precision, until it is added in float32
 

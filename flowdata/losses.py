@@ -8,7 +8,7 @@ takes no part, even if its loss is NaN: it is left out, not multiplied by 0.
 ranks: it is the denominator of the *whole* step (`count_items` of every batch, summed), divided by
 the number of ranks if gradients are averaged over them, as DDP and FSDP do. Losses of the parts
 are then summed, not averaged: backward() on each, with no division by the accumulation steps.
-`flowdata.accumulation.with_num_items` does that bookkeeping for any loop.
+`flowdata.accumulation.AccumulatedBatches` does that bookkeeping for any loop.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def fused_causal_lm_loss(
 
     Positions without a target or of weight 0 never reach the head; finding the others is the
     one point where an accelerator is waited for. Gradients are made along with the loss, so the
-    work is that of the full logits, in tiles of 64 MiB; a `token_rule` takes one more pass
+    work is that of the full logits, in tiles of 128 MiB; a `token_rule` takes one more pass
     through the head. On CUDA the same tiles run there; Liger's
     fused loss is not used, as its ``reduction="none"`` gradients assume weights of 1.
 

@@ -1,0 +1,112 @@
+"""Weights through any collator: taken off the samples before it, put on the batch after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class WeightedCollator:
+    """A collator whose batches keep their samples' weights.
+
+    Samples of every layout of `FlowWeightedDataset` are understood: pairs become
+    (batch, weights), triples (inputs, targets, weights), and mappings a mapping with `key`.
+    The weights are (B,) float32; mappings may hold one for each token instead, (T,), which are
+    padded or joined just as the collator did with `input_ids`.
+
+    Args:
+        collate_fn: the collator of the samples without weights, such as a Hugging Face one.
+        key: the weight's name in samples that are mappings.
+
+    Raises (when called):
+        ValueError: only some samples have a weight, or token weights can't be laid along the
+            batch's `input_ids`.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.rnn import pad_sequence
+        >>> collate = WeightedCollator(pad_sequence)
+        >>> first, second = torch.tensor([1, 2]), torch.tensor([3])
+        >>> batch, weights = collate([(first, torch.tensor(0.5)), (second, torch.tensor(1.0))])
+        >>> batch.shape, weights
+        (torch.Size([2, 2]), tensor([0.5000, 1.0000]))
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], key: str = "weight") -> None:
+        self.collate_fn, self.key = collate_fn, key
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Return the collated batch with its weights; as it is where no sample has one."""
+        first = samples[0]
+        if isinstance(first, Mapping):
+            return self._mappings(samples)
+        if isinstance(first, tuple | list) and len(first) in (2, 3) and is_weight(first[-1]):
+            weights = stack_weights([sample[-1] for sample in samples])
+            if len(first) == 2:
+                return self.collate_fn([sample[0] for sample in samples]), weights
+            return (*self.collate_fn([tuple(sample[:2]) for sample in samples]), weights)
+        return self.collate_fn(list(samples))
+
+    def _mappings(self, samples: Sequence[Mapping[str, Any]]) -> Any:
+        having = [self.key in sample for sample in samples]
+        if not any(having):
+            return self.collate_fn(list(samples))
+        if not all(having):
+            raise ValueError(
+                f"sample {having.index(False)} of the batch has no {self.key!r}, others do; weigh "
+                "all of the data set's samples"
+            )
+        plain = [{k: v for k, v in sample.items() if k != self.key} for sample in samples]
+        batch = self.collate_fn(plain)
+        weights = [torch.as_tensor(sample[self.key], dtype=torch.float32) for sample in samples]
+        if weights[0].dim() == 0:
+            return {**batch, self.key: torch.stack(weights)}
+        tokens = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+        return {**batch, self.key: lay_along(weights, tokens, batch["input_ids"])}
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value is the weight of a sample: a 0-d floating tensor."""
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def stack_weights(weights: Sequence[Any]) -> Tensor:
+    """Return the (B,) float32 tensor of a batch's weights."""
+    return torch.stack([torch.as_tensor(weight, dtype=torch.float32) for weight in weights])
+
+
+def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor) -> Tensor:
+    """Return token weights where a collator put the tokens, 0 on padding: the shape of `batch`.
+
+    Args:
+        weights: for each sample (T,) floating, one for each of its tokens.
+        tokens: the samples' `input_ids`, (T,).
+        batch: the collated `input_ids`: (B, T) padded on either side, or (1, ΣT) joined.
+
+    Raises:
+        ValueError: the numbers of weights and tokens differ, or the tokens are not found.
+    """
+    for number, (weight, ids) in enumerate(zip(weights, tokens, strict=True)):
+        if weight.shape != ids.shape:
+            raise ValueError(
+                f"sample {number} of the batch has {len(weight)} token weights for {len(ids)} "
+                "tokens; cut both together (flowdata.token_weights.align_token_weights)"
+            )
+    if len(batch) == 1 and len(tokens) > 1:
+        weights, tokens = [torch.cat(list(weights))], [torch.cat(list(tokens))]
+    laid = torch.zeros(batch.shape)
+    for row, (weight, ids) in enumerate(zip(weights, tokens, strict=True)):
+        width = len(ids)
+        if torch.equal(batch[row, :width], ids):
+            laid[row, :width] = weight
+        elif width <= batch.shape[1] and torch.equal(batch[row, batch.shape[1] - width :], ids):
+            laid[row, batch.shape[1] - width :] = weight
+        else:
+            raise ValueError(
+                f"the collator changed the tokens of sample {row} of the batch, so its token "
+                "weights can't follow; truncate and mask in the data set, not in the collator"
+            )
+    return laid

@@ -1,0 +1,508 @@
+"""FlowTrainer: real Trainers on tiny models, on one rank and two."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from flowdata import ScoreMismatchError, Scores
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin, check_trainer
+from flowdata.losses import weighted_mean
+from flowdata.sampler import FlowSampler
+from tests.integrations import tiny, train_worker
+
+NORMALIZE = ("count", "weights")
+
+
+def arguments(folder, **options):
+    options = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        **options,
+    }
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        **options,
+    )
+
+
+def flow_trainer(folder, cls=FlowTrainer, model=None, **options):
+    settings = options.pop("settings", {})
+    options = {"train_dataset": tiny.make_samples(), "data_collator": tiny.collate} | options
+    return cls(model or tiny.make_model(), arguments(folder, **settings), **options)
+
+
+def curve(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
+    expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
+    gradient = train_worker.trainer(tiny.N // steps, steps, normalize)
+    tiny.assert_same_gradient(gradient, expected)
+
+
+def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
+    kept = tiny.run_on_two_ranks("trainer", tmp_path, 16, 4, 1)["trainer"]
+    for normalize in NORMALIZE:
+        expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
+        for rank in kept:
+            for size in (16, 4, 1):
+                tiny.assert_same_gradient(rank[size, normalize], expected)
+
+
+def test_resuming_on_two_ranks_is_exact(tmp_path):
+    for rank in tiny.run_on_two_ranks("resumed", tmp_path, 2)["resumed"]:
+        for normalize in NORMALIZE:
+            for whole, resumed in rank[2, normalize].values():
+                assert torch.equal(whole, resumed)
+            assert not torch.equal(rank[2, normalize][False][0], rank[2, normalize][True][0])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_weights_of_one_give_the_unweighted_curve(tmp_path, steps):
+    settings = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 2}
+    plain = flow_trainer(tmp_path, Trainer, settings=settings)
+    flow = flow_trainer(tmp_path, scores=torch.ones(tiny.N), settings=settings)
+    assert curve(flow) == pytest.approx(curve(plain), rel=1e-6)
+    torch.testing.assert_close(parameters(flow), parameters(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_zero_give_no_gradient(tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 1.0}
+    trainer = flow_trainer(tmp_path, scores=torch.zeros(tiny.N), settings=settings)
+    before = parameters(trainer)
+    assert curve(trainer) == [0.0] * 6
+    assert torch.equal(parameters(trainer), before)
+
+
+def test_scores_are_checked_and_turned_into_weights(tmp_path):
+    samples, losses = tiny.make_samples(), torch.rand(tiny.N)
+    trainer = flow_trainer(tmp_path, scores=Scores(losses), temperature=0.5)
+    weights = [trainer.train_dataset[i]["weight"] for i in range(tiny.N)]
+    torch.testing.assert_close(torch.stack(weights), torch.exp(-losses / 0.5))
+    with pytest.raises(ScoreMismatchError, match=f"of {tiny.N} samples, the data set has 31"):
+        flow_trainer(tmp_path, scores=Scores(losses), train_dataset=samples[:-1])
+
+
+class Tuples(Dataset):
+    """Samples as (ids, labels) tuples, with a collator that makes a mapping of them."""
+
+    def __init__(self):
+        self.samples = tiny.make_samples()
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return tuple(self.samples[index].values())
+
+    @staticmethod
+    def collate(samples):
+        return tiny.collate([{"input_ids": ids, "labels": labels} for ids, labels in samples])
+
+
+def layouts():
+    samples, weights = tiny.make_samples(), tiny.make_weights()
+    hf = tiny.as_hf_dataset(samples, text=["x"] * len(samples)).with_format("torch")
+    wide = FlowWeightedDataset([{**s, "text": "x"} for s in samples], weights)
+    return {
+        "hf with scores": {"train_dataset": hf, "scores": weights},
+        "hf with a column": {
+            "train_dataset": tiny.as_hf_dataset(samples, weight=weights.numpy()).with_format(
+                "torch"
+            )
+        },
+        "hf with token weights": {
+            "train_dataset": tiny.as_hf_dataset(
+                samples,
+                weight=[
+                    [w] * len(s["input_ids"])
+                    for w, s in zip(weights.tolist(), samples, strict=True)
+                ],
+            ).with_format("torch")
+        },
+        "weighted pairs": {"train_dataset": wide},
+        "weighted dicts": {
+            "train_dataset": FlowWeightedDataset(wide.dataset, weights, layout="dict", key="w"),
+            "weight_key": "w",
+        },
+        "tuples": {
+            "train_dataset": Tuples(),
+            "scores": weights,
+            "data_collator": Tuples.collate,
+        },
+    }
+
+
+@pytest.mark.parametrize("layout", list(layouts()))
+def test_weights_survive_columns_and_collators(tmp_path, layout):
+    kept = []
+    flow_trainer(
+        tmp_path,
+        callbacks=[train_worker.keep_gradient(kept)],
+        settings={"per_device_train_batch_size": tiny.N, "max_steps": 1, "max_grad_norm": 0.0},
+        **layouts()[layout],
+    ).train()
+    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(tiny.make_weights()))
+
+
+def test_streams_bring_their_weights_along(tmp_path):
+    stream = tiny.as_hf_dataset(tiny.make_samples(), weight=tiny.make_weights().numpy())
+    stream = stream.with_format("torch").to_iterable_dataset()
+    kept = []
+    flow_trainer(
+        tmp_path,
+        train_dataset=stream,
+        callbacks=[train_worker.keep_gradient(kept)],
+        settings={"per_device_train_batch_size": tiny.N, "max_steps": 1, "max_grad_norm": 0.0},
+    ).train()
+    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(tiny.make_weights()))
+
+
+def test_evaluation_stays_unweighted(tmp_path):
+    weighted = FlowWeightedDataset(tiny.make_samples(), tiny.make_weights(), layout="dict")
+    settings = {"per_device_eval_batch_size": 5}
+    plain = flow_trainer(
+        tmp_path, Trainer, eval_dataset=tiny.make_samples(), settings=settings
+    ).evaluate()
+    for eval_dataset in (tiny.make_samples(), weighted):
+        flow = flow_trainer(
+            tmp_path, scores=tiny.make_weights(), eval_dataset=eval_dataset, settings=settings
+        )
+        assert flow.evaluate()["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+    flow.compute_metrics = lambda prediction: {"shape": prediction.predictions.shape[0]}
+    assert flow.evaluate()["eval_shape"] == tiny.N
+
+
+def test_resampling_leaves_the_loss_alone_and_reshuffles_each_epoch(tmp_path):
+    weights = torch.zeros(tiny.N)
+    weights[:4] = 1
+    seen = []
+
+    def collate(samples):
+        seen.append([len(s["input_ids"]) for s in samples])
+        return tiny.collate(samples)
+
+    settings = {"max_steps": 16, "per_device_train_batch_size": 4}
+    trainer = flow_trainer(
+        tmp_path, scores=weights, resample=True, data_collator=collate, settings=settings
+    )
+    losses = curve(trainer)
+    allowed = {len(s["input_ids"]) for s in tiny.make_samples()[:4]}
+    assert all(length in allowed for batch in seen for length in batch)
+    assert seen[:8] != seen[8:16]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not hasattr(trainer.train_dataset, "weights")
+
+
+def test_lora_trains_its_adapters_by_the_weights(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def lora():
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        return peft.get_peft_model(tiny.make_model(), config)
+
+    kept = []
+    flow_trainer(
+        tmp_path,
+        model=lora(),
+        scores=tiny.make_weights(),
+        callbacks=[train_worker.keep_gradient(kept)],
+        settings={
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 1,
+            "max_grad_norm": 0.0,
+        },
+    ).train()
+    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(tiny.make_weights(), model=lora()))
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=tiny.VOCABULARY,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                output_router_logits=True,
+                router_aux_loss_coef=0.5,
+            )
+        )
+
+    plain = flow_trainer(tmp_path, Trainer, model=make())
+    flow = flow_trainer(tmp_path, model=make(), scores=torch.ones(tiny.N))
+    assert curve(flow) == pytest.approx(curve(plain), rel=1e-5)
+
+
+def bert(cls, **config):
+    torch.manual_seed(0)
+    return cls(
+        BertConfig(
+            vocab_size=tiny.VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **config,
+        )
+    )
+
+
+def t5():
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=tiny.VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def collate_labels(samples):
+    batch = tiny.collate([{**s, "labels": s["input_ids"]} for s in samples])
+    return batch | {"labels": torch.stack([torch.as_tensor(s["labels"]) for s in samples])}
+
+
+def with_labels(labels):
+    return [{"input_ids": s["input_ids"], "labels": labels[i]} for i, s in enumerate(samples())]
+
+
+def samples():
+    return tiny.make_samples()
+
+
+OTHERS = {
+    "classes": (
+        lambda: bert(BertForSequenceClassification, num_labels=3),
+        lambda: with_labels(torch.arange(tiny.N) % 3),
+        lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"),
+    ),
+    "several classes": (
+        lambda: bert(
+            BertForSequenceClassification,
+            num_labels=3,
+            problem_type="multi_label_classification",
+        ),
+        lambda: with_labels((torch.arange(tiny.N * 3).view(-1, 3) % 2).float()),
+        lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels, reduction="none"),
+    ),
+    "regression": (
+        lambda: bert(BertForSequenceClassification, num_labels=1),
+        lambda: with_labels(torch.arange(tiny.N) % 2 * 1.0),
+        lambda logits, labels: (logits.squeeze(-1) - labels).square(),
+    ),
+    "token classes": (
+        lambda: bert(BertForTokenClassification, num_labels=tiny.VOCABULARY),
+        samples,
+        lambda logits, labels: F.cross_entropy(logits.mT, labels, reduction="none"),
+    ),
+    "masked tokens": (
+        lambda: bert(BertForMaskedLM),
+        samples,
+        lambda logits, labels: F.cross_entropy(logits.mT, labels, reduction="none"),
+    ),
+    "encoder and decoder": (
+        t5,
+        samples,
+        lambda logits, labels: F.cross_entropy(logits.mT, labels, reduction="none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_other_models_have_the_gradient_of_the_plain_weighted_loss(tmp_path, kind):
+    make, data, losses_of = OTHERS[kind]
+    collate = (
+        collate_labels if data()[0]["labels"].dim() == 0 or kind == "several classes" else None
+    )
+    collate = collate or tiny.collate
+    weights, model = tiny.make_weights(), make()
+    batch = collate(data())
+    losses = losses_of(model(**batch).logits, batch["labels"])
+    per_target = weights.view(-1, *[1] * (losses.dim() - 1)).expand_as(losses)
+    targets = (batch["labels"] != -100).sum()
+    if batch["labels"].is_floating_point():
+        targets = losses.numel()
+    weighted_mean(losses, per_target, num_items=targets).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    kept = []
+
+    class Keep(FlowTrainer):
+        def _clip_grad_norm(self, model):
+            kept.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            )
+
+    flow_trainer(
+        tmp_path,
+        Keep,
+        model=make(),
+        train_dataset=data(),
+        scores=weights,
+        data_collator=collate,
+        settings={
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 1,
+        },
+    ).train()
+    tiny.assert_same_gradient(kept[0], expected)
+    settings = {"per_device_train_batch_size": 8, "max_steps": 3}
+    options = {"train_dataset": data(), "data_collator": collate, "settings": settings}
+    plain = curve(flow_trainer(tmp_path, Trainer, model=make(), **options))
+    ones = flow_trainer(tmp_path, model=make(), scores=torch.ones(tiny.N), **options)
+    assert curve(ones) == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
+    def sample_loss(outputs, labels):
+        return outputs.logits.float().square().mean((1, 2))
+
+    weights, kept = tiny.make_weights(), []
+    model, batch = tiny.make_model(), tiny.collate(tiny.make_samples())
+    for normalize in NORMALIZE:
+        model.zero_grad()
+        losses = sample_loss(model(**batch), None)
+        weighted_mean(losses, weights, normalize=normalize).backward()
+        flow_trainer(
+            tmp_path,
+            scores=weights,
+            sample_loss=sample_loss,
+            normalize=normalize,
+            callbacks=[train_worker.keep_gradient(kept)],
+            settings={
+                "per_device_train_batch_size": tiny.N,
+                "max_steps": 1,
+                "max_grad_norm": 0.0,
+            },
+        ).train()
+        tiny.assert_same_gradient(kept.pop(), tiny.flat_gradient(model))
+
+
+def test_a_token_rule_needs_no_scores(tmp_path):
+    kept = []
+    settings = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+    }
+    options = {"callbacks": [train_worker.keep_gradient(kept)], "settings": settings}
+    flow_trainer(tmp_path, token_rule="dft", **options).train()
+    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(None, token_rule="dft"))
+    with pytest.raises(ValueError, match="token_rule is for causal language models"):
+        flow_trainer(
+            tmp_path,
+            model=bert(BertForMaskedLM),
+            token_rule="dft",
+            **options,
+        ).train()
+
+
+def test_what_would_drop_or_double_the_weights_is_refused(tmp_path):
+    weights, samples = tiny.make_weights(), tiny.make_samples()
+    weighted = FlowWeightedDataset(samples, weights)
+    with pytest.raises(ValueError, match="training would be unweighted: pass scores="):
+        flow_trainer(tmp_path)
+    with pytest.raises(ValueError, match="carries weights"):
+        flow_trainer(tmp_path, train_dataset=weighted, scores=weights)
+    with pytest.raises(ValueError, match="carries weights"):
+        flow_trainer(tmp_path, train_dataset=weighted, resample=True)
+    with pytest.raises(ValueError, match="resample=True needs scores="):
+        flow_trainer(tmp_path, resample=True)
+    with pytest.raises(ValueError, match="label_smoothing_factor computes a loss of its own"):
+        flow_trainer(tmp_path, scores=weights, settings={"label_smoothing_factor": 0.1})
+    with pytest.raises(ValueError, match="compute_loss_func never sees the weights"):
+        flow_trainer(tmp_path, scores=weights, compute_loss_func=lambda *args, **kwargs: 0)
+    with pytest.raises(TypeError, match="put FlowTrainerMixin before the Trainer"):
+        type("Backwards", (Trainer, FlowTrainerMixin), {})
+
+
+def test_a_sampler_that_weighs_as_well_or_is_sharded_twice_is_refused(tmp_path):
+    weights = tiny.make_weights()
+
+    class Twice(FlowTrainer):
+        def _get_train_sampler(self, *args):
+            return FlowSampler(weights)
+
+    class Sharded(FlowTrainer):
+        def _get_train_sampler(self, *args):
+            return FlowSampler(weights, num_replicas=2, rank=0)
+
+    with pytest.raises(ValueError, match="the weights would act twice"):
+        flow_trainer(tmp_path, Twice, scores=weights).train()
+    with pytest.raises(ValueError, match="would be sharded twice"):
+        flow_trainer(tmp_path, Sharded, scores=weights, resample=True).train()
+
+
+def test_a_loss_that_ignores_the_weights_is_refused(tmp_path):
+    class Ignores(FlowTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return model(**{k: v for k, v in inputs.items() if k != "weight"}).loss
+
+    with pytest.raises(RuntimeError, match="ignores the weights"):
+        flow_trainer(tmp_path, Ignores, scores=tiny.make_weights()).train()
+
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights())
+    trainer.data_collator = lambda samples: tiny.collate(samples)
+    with pytest.raises(ValueError, match="a training batch has no 'weight'"):
+        trainer.train()
+
+
+def test_check_trainer_refuses_a_trainer_that_takes_no_notice(tmp_path):
+    weighted = FlowWeightedDataset(tiny.make_samples(), tiny.make_weights(), layout="dict")
+    with pytest.raises(ValueError, match="Trainer ignores the weights"):
+        check_trainer(flow_trainer(tmp_path, Trainer, train_dataset=weighted))
+    check_trainer(flow_trainer(tmp_path, Trainer))
+    check_trainer(flow_trainer(tmp_path, train_dataset=weighted))
+
+
+def test_the_order_of_batches_is_the_trainers_own(tmp_path):
+    settings = {"train_sampling_strategy": "sequential"}
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings)
+    assert isinstance(trainer._get_train_sampler(), SequentialSampler)

@@ -1,0 +1,261 @@
+"""Train one step by an adapter, keep its gradient: torchrun -m … ADAPTERS FOLDER [SIZE …].
+
+Run in this process by the single-rank tests, and by torchrun for two ranks.
+"""
+
+import os
+import sys
+import tempfile
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from flowdata.accumulation import AccumulatedBatches
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.collator import WeightedCollator
+from flowdata.losses import causal_lm_loss, count_items
+from tests.integrations import tiny
+
+
+def hf_arguments(cls, batch_size, steps, **options):
+    return cls(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=steps,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        **options,
+    )
+
+
+def keep_gradient(kept):
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            kept.append(tiny.flat_gradient(model))
+
+    return Keep()
+
+
+def trainer(batch_size, steps, normalize="count", **options):
+    from transformers import TrainingArguments
+
+    from flowdata.integrations.transformers import FlowTrainer
+
+    kept = []
+    FlowTrainer(
+        tiny.make_model(),
+        hf_arguments(TrainingArguments, batch_size, steps),
+        train_dataset=tiny.make_samples(),
+        scores=tiny.make_weights(),
+        data_collator=tiny.collate,
+        normalize=normalize,
+        callbacks=[keep_gradient(kept)],
+        **options,
+    ).train()
+    return kept[0]
+
+
+def sft(batch_size, steps, normalize="count", token_weights=False, config=(), **options):
+    from trl import SFTConfig
+
+    from flowdata.integrations.trl import FlowSFTTrainer
+
+    kept, samples = [], tiny.make_samples()
+    if token_weights:
+        weights = [w.tolist() for w in tiny.make_token_weights(samples)]
+        data = {"train_dataset": tiny.as_hf_dataset(samples, weight=weights)}
+    else:
+        data = {"train_dataset": tiny.as_hf_dataset(samples), "scores": tiny.make_weights()}
+    FlowSFTTrainer(
+        options.pop("model", None) or tiny.make_model(),
+        hf_arguments(SFTConfig, batch_size, steps, bf16=False, **dict(config)),
+        processing_class=tiny.make_tokenizer(),
+        normalize=normalize,
+        callbacks=[keep_gradient(kept)],
+        **data,
+        **options,
+    ).train()
+    return kept[0]
+
+
+def lightning(batch_size, steps, normalize="count"):
+    import lightning.pytorch as pl
+
+    from flowdata.integrations.lightning import FlowDataModule
+
+    kept = []
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny.make_model()
+
+        def training_step(self, item, index):
+            (batch, weights), num_items = item
+            logits = self.model(batch["input_ids"], batch["attention_mask"]).logits
+            options = {"normalize": normalize, "num_items": num_items}
+            return causal_lm_loss(logits, batch["labels"], weights, **options)
+
+        def on_before_optimizer_step(self, optimizer):
+            kept.append(tiny.flat_gradient(self.model))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(
+        Module(),
+        FlowDataModule(
+            tiny.make_samples(),
+            tiny.make_weights(),
+            batch_size=batch_size,
+            collate_fn=tiny.collate,
+            normalize=normalize,
+        ),
+    )
+    return kept[0]
+
+
+def loop(batch_size, steps, normalize, prepare):
+    """A plain loop; `prepare` wraps the model and says how this rank's batches are loaded."""
+    samples = FlowWeightedDataset(tiny.make_samples(), tiny.make_weights())
+    model, loader = prepare(tiny.make_model(), samples, batch_size)
+    batches = AccumulatedBatches(
+        loader, steps, lambda item: count_items(item[0]["labels"], item[1], normalize=normalize)
+    )
+    for (batch, weights), num_items in batches:
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        options = {"normalize": normalize, "num_items": num_items}
+        causal_lm_loss(logits, batch["labels"], weights, **options).backward()
+    gradients = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def collated(samples, batch_size, sampler=None):
+    collate = WeightedCollator(tiny.collate)
+    return DataLoader(samples, batch_size, sampler=sampler, collate_fn=collate)
+
+
+def plain(batch_size, steps, normalize="count"):
+    return loop(batch_size, steps, normalize, lambda m, s, b: (m, collated(s, b)))
+
+
+def ddp(batch_size, steps, normalize="count"):
+    def prepare(model, samples, size):
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        return wrapped, collated(samples, size, DistributedSampler(samples))
+
+    return loop(batch_size, steps, normalize, prepare)
+
+
+def fsdp2(batch_size, steps, normalize="count"):
+    def prepare(model, samples, size):
+        mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for layer in model.model.layers:
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        return model, collated(samples, size, DistributedSampler(samples))
+
+    return loop(batch_size, steps, normalize, prepare)
+
+
+def accelerate(batch_size, steps, normalize="count"):
+    from accelerate import Accelerator
+
+    def prepare(model, samples, size):
+        return Accelerator(cpu=True).prepare(model, collated(samples, size))
+
+    return loop(batch_size, steps, normalize, prepare)
+
+
+ADAPTERS = {
+    "trainer": trainer,
+    "sft": sft,
+    "lightning": lightning,
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "accelerate": accelerate,
+}
+
+
+def resumed(batch_size, steps, normalize):
+    """Parameters after two epochs at once, and after one that went on from its checkpoint."""
+    from transformers import TrainingArguments
+
+    from flowdata.integrations.transformers import FlowTrainer
+
+    def run(folder, resume=None, **options):
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            num_train_epochs=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="steps",
+            save_steps=6,  # of 8: in the middle of the second epoch
+            dataloader_pin_memory=False,
+        )
+        trainer = FlowTrainer(
+            tiny.make_model(),
+            arguments,
+            train_dataset=tiny.make_samples(),
+            scores=tiny.make_weights(),
+            data_collator=tiny.collate,
+            normalize=normalize,
+            **options,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    kept = {}
+    for resample in (False, True):
+        folder = [tempfile.mkdtemp()]
+        torch.distributed.broadcast_object_list(folder)
+        whole = run(folder[0], resample=resample)
+        torch.distributed.barrier()
+        checkpoint = f"{folder[0]}/checkpoint-6"
+        kept[resample] = whole, run(folder[0], checkpoint, resample=resample)
+    return kept
+
+
+ADAPTERS["resumed"] = resumed
+
+
+def main(adapters, folder, *sizes):
+    torch.distributed.init_process_group("gloo")
+    for adapter in adapters.split(","):
+        kept = {
+            (int(size), normalize): ADAPTERS[adapter](
+                int(size), tiny.N // 2 // int(size), normalize
+            )
+            for size in sizes
+            for normalize in ("count", "weights")
+        }
+        torch.save(kept, f"{folder}/{adapter}.{torch.distributed.get_rank()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
