@@ -76,6 +76,17 @@ def test_small_permutations_all_come_equally_often():
     assert chi_square_is_plausible(counts, np.full(24, 200.0))
 
 
+def test_no_value_or_pair_of_values_is_favoured_in_a_place():
+    values = np.stack([KeyedPermutation(11, (5, e))(np.arange(11)) for e in range(6000)])
+    for place in range(11):
+        counts = np.bincount(values[:, place], minlength=11)
+        assert chi_square_is_plausible(counts, np.full(11, 6000 / 11))
+    pairs = np.bincount(values[:, 3] * 11 + values[:, 4], minlength=121).reshape(11, 11)
+    assert pairs.diagonal().sum() == 0
+    pairs = pairs[~np.eye(11, dtype=bool)]
+    assert chi_square_is_plausible(pairs, np.full(110, 6000 / 110))
+
+
 def test_a_permutation_has_no_visible_order():
     values = KeyedPermutation(100_000, (0, 0))(np.arange(100_000)) / 100_000
     for lag in (1, 2, 316, 317, 633):  # 317 is the grid's side
@@ -225,10 +236,12 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_the_order_stays_the_same_from_release_to_release():
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert list(FlowSampler(weights, 8, seed=1)) == [3, 2, 3, 1, 2, 0, 1, 3]
+    assert list(FlowSampler(weights, 8, seed=1)) == [3, 2, 2, 3, 3, 1, 0, 1]
     multinomial = FlowSampler(weights, 8, seed=1, method="multinomial")
     assert list(multinomial) == [3, 3, 3, 3, 2, 1, 3, 3]
-    assert list(FlowSampler(weights, 3, seed=1, replacement=False)) == [1, 3, 2]
+    assert list(FlowSampler(weights, 3, seed=1, replacement=False)) == [3, 2, 1]
+    many = iter(FlowSampler(torch.ones(10**6), seed=1))
+    assert list(islice(many, 4)) == [806390, 984155, 636023, 36286]
 
 
 def test_indices_are_python_ints_drawn_lazily():
@@ -358,6 +371,24 @@ def test_prefetching_workers_need_the_consumed_count():
     assert resumed.state_dict(consumed=10)["position"] == 90  # of the pass that began at 80
     with pytest.raises(ValueError, match="consumed must lie between 0 and 920, got 921"):
         resumed.state_dict(consumed=921)
+
+
+def test_a_plain_loader_that_prefetches_goes_on_from_4_to_6_to_1_ranks():
+    count, seen, state = 500, [], None
+    data = TensorDataset(torch.arange(1000))
+    for replicas, batches in [(4, 7), (6, 8), (1, 1000)]:
+        taken = []
+        for rank in range(replicas):
+            sampler = FlowSampler(WEIGHTS, count, seed=1, num_replicas=replicas, rank=rank)
+            if state is not None:
+                sampler.load_state_dict(state)
+            loader = iter(DataLoader(data, batch_size=5, sampler=sampler, num_workers=2))
+            taken.append(torch.cat([batch[0] for batch in islice(loader, batches)]))
+            del loader
+        seen += torch.stack(taken, dim=1).flatten().tolist()
+        state = sampler.state_dict(consumed=len(taken[0]))
+        assert state["position"] == len(seen)
+    assert seen == list(FlowSampler(WEIGHTS, count, seed=1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,0 +1,173 @@
+"""What FlowWeightedDataset and FlowSampler add to a DataLoader, for each batch of small samples.
+
+`python -m benchmarks loader` times a bare shuffling DataLoader and the same with each of the two,
+turn by turn, so that a slow moment of the machine meets all three. The samples, smallest first:
+one row of a tensor of tokens; one row of a Hugging Face data set of tokens, padded by a collator;
+a 32 × 32 image, cropped, flipped and normalised by Pillow as a CIFAR recipe does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
+
+from benchmarks.rows import row, write
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.sampler import FlowSampler
+
+BATCH = 32
+
+
+class Images(Dataset):
+    """CIFAR-like images with the augmentation that fine-tuning recipes use."""
+
+    def __init__(self, count: int) -> None:
+        rng = np.random.default_rng(0)
+        self.images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        self.labels = rng.integers(0, 10, count).tolist()
+        self.mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        self.deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = ImageOps.expand(Image.fromarray(self.images[index]), 4)
+        left, top = random.randrange(9), random.randrange(9)
+        image = image.crop((left, top, left + 32, top + 32))
+        if random.random() < 0.5:
+            image = ImageOps.mirror(image)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels.float().div(255).sub_(self.mean).div_(self.deviation), self.labels[index]
+
+
+def tensor_rows(count: int) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """Rows of 128 tokens, one tensor holding all of them."""
+    return TensorDataset(torch.arange(count * 128).view(count, 128)), default_collate
+
+
+def text_rows(count: int) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """Tokenised texts of 64 to 192 tokens in a Hugging Face data set, and their collator."""
+    import datasets
+
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 32_000, rng.integers(64, 193)).tolist() for _ in range(count)]
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids}), pad
+
+
+def image_rows(count: int) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """Small images and their labels."""
+    return Images(count), default_collate
+
+
+def pad(samples: list[Any]) -> dict[str, torch.Tensor]:
+    """Pad token rows to the longest; stack their weights if they have any."""
+    rows = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
+    ids = [torch.tensor(sample["input_ids"]) for sample in rows]
+    labels = [torch.tensor(sample["labels"]) for sample in rows]
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+    if isinstance(samples[0], tuple):
+        batch["weight"] = torch.stack([weight for _, weight in samples])
+    return batch
+
+
+SAMPLES = {"tensor row": tensor_rows, "text row": text_rows, "image": image_rows}
+
+
+def main(arguments: list[str]) -> None:
+    """Print and keep the added cost for each kind of sample and number of workers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks loader", description=__doc__)
+    parser.add_argument("--count", type=int, default=9_600, help="samples in a pass")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 2, 4])
+    parser.add_argument("--dry-run", action="store_true", help="print, but keep no results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = []
+    for kind, make in SAMPLES.items():
+        dataset, collate = make(options.count)
+        weights = torch.rand(options.count, generator=torch.Generator().manual_seed(0))
+        check(dataset, weights)
+        for workers in options.workers:
+            rows += measure(kind, dataset, collate, weights, workers, options.repeats)
+    for each in rows:
+        print(f"{each['what']:60} {each['median']:9.2f} {each['unit']}  {each['spread']}")
+    if not options.dry_run:
+        command = " ".join(["python -m benchmarks loader", *arguments])
+        print(write("loader", rows, command))
+
+
+def check(dataset: Any, weights: torch.Tensor) -> None:
+    """Weighted samples must be the bare ones with their own weight, singly and in batches."""
+    indices = [3, 0, len(weights) - 1, 3]
+    weighted = FlowWeightedDataset(dataset, weights)
+    random.seed(0)
+    expected = [(dataset[index], weights[index]) for index in indices]
+    for got in (lambda: [weighted[i] for i in indices], lambda: weighted.__getitems__(indices)):
+        random.seed(0)
+        for (sample, weight), (bare, its_weight) in zip(got(), expected, strict=True):
+            assert weight == its_weight
+            torch.testing.assert_close(sample, bare, rtol=0, atol=0)
+
+
+def measure(
+    kind: str,
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    weights: torch.Tensor,
+    workers: int,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """Microseconds for each batch, bare, and what each addition costs in the same round."""
+    shuffled = RandomSampler(dataset)
+    variants = {
+        "bare": (dataset, shuffled),
+        "FlowSampler": (dataset, FlowSampler(weights, replacement=False)),  # the same samples
+        "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), shuffled),
+    }
+    rounds = []
+    for number in range(repeats + 1):
+        names = random.Random(number).sample(list(variants), len(variants))
+        took = {name: once(*variants[name], collate, workers) for name in names}
+        rounds += [took] * (number > 0)  # the first one warms up
+    bare = [took["bare"] for took in rounds]
+    where = f"{kind}, {workers} workers"
+    rows = [row(f"{where}: bare", bare, "µs/batch", batch=BATCH)]
+    for name in ("FlowSampler", "FlowWeightedDataset"):
+        added = [took[name] - took["bare"] for took in rounds]
+        rows.append(row(f"{where}: {name} adds", added, "µs/batch", batch=BATCH))
+        share = [100 * extra / statistics.median(bare) for extra in added]
+        rows.append(row(f"{where}: {name} adds", share, "% of bare", batch=BATCH))
+    return rows
+
+
+def once(dataset: Any, sampler: Any, collate: Callable[[list[Any]], Any], workers: int) -> float:
+    """Microseconds a batch takes: the median over stretches of one pass, workers started."""
+    loader = DataLoader(
+        dataset, batch_size=BATCH, sampler=sampler, collate_fn=collate, num_workers=workers
+    )
+    stretch = 4 * max(1, workers)
+    iterator = iter(loader)
+    for _ in range(1 + 2 * workers):  # what the workers had prefetched while they started
+        next(iterator)
+    seconds = []
+    while True:
+        start = perf_counter()
+        if sum(1 for _ in islice(iterator, stretch)) < stretch:
+            return statistics.median(seconds) / stretch * 1e6
+        seconds.append(perf_counter() - start)

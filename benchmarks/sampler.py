@@ -1,0 +1,193 @@
+"""FlowSampler against the usual ways to draw samples by weight.
+
+`python -m benchmarks sampler` measures, each in a process of its own: set-up, the time to the
+first index, indices a second from set-up to the last one and once the first is there, and memory
+over the float32 weights. Before anything is timed, each one's counts are checked against
+num_samples · w / Σw. The peers are `WeightedRandomSampler`, numpy's `Generator.choice`, and the
+`DistributedSamplerWrapper` that training frameworks put around a sampler (all of its indices in a
+list, of which a `DistributedSampler` takes a rank's), here for one rank of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import resource
+from collections import deque
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler, Sampler, WeightedRandomSampler
+
+from benchmarks.rows import row, write
+from flowdata.sampler import FlowSampler
+
+SIZES = [10**6, 2**24, 10**8]
+
+
+class Choice(Sampler[int]):
+    """Numpy's weighted choice as a sampler."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.chances = weights.double().numpy()
+        self.chances /= self.chances.sum()
+
+    def __len__(self) -> int:
+        return len(self.chances)
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.chances)
+        yield from np.random.default_rng(0).choice(count, count, p=self.chances).tolist()
+
+
+class Wrapper(DistributedSampler):
+    """The wrapper of training frameworks: a distributed sampler over another one's list."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.inner = WeightedRandomSampler(weights, len(weights))
+        super().__init__(range(len(weights)), 1, 0, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = list(self.inner)
+        return (drawn[position] for position in super().__iter__())
+
+
+PEERS = {
+    "FlowSampler systematic": lambda weights: FlowSampler(weights, num_replicas=1, rank=0),
+    "FlowSampler multinomial": lambda weights: FlowSampler(
+        weights, num_replicas=1, rank=0, method="multinomial"
+    ),
+    "FlowSampler without replacement, half": lambda weights: FlowSampler(
+        weights, len(weights) // 2, num_replicas=1, rank=0, replacement=False
+    ),
+    "WeightedRandomSampler": lambda weights: WeightedRandomSampler(weights, len(weights)),
+    "numpy Generator.choice": Choice,
+    "DistributedSamplerWrapper": Wrapper,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Print and keep each sampler's figures at each size."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sampler", description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--dry-run", action="store_true", help="print, but keep no results")
+    options = parser.parse_args(arguments)
+    for peer in options.peers:
+        check(peer)
+    rows = []
+    for size in options.sizes:
+        for peer in options.peers:
+            rows += measured(peer, size, options.repeats)
+    rows += ratios(rows)
+    for each in rows:
+        median = "fails" if each["median"] is None else f"{each['median']:.4g}"
+        print(f"{each['what']:75} {median:>10} {each['unit']}  {each.get('why', '')}")
+    if not options.dry_run:
+        print(write("sampler", rows, " ".join(["python -m benchmarks sampler", *arguments])))
+
+
+def check(peer: str, size: int = 100_000) -> None:
+    """A sampler's counts must be those its weights deserve: within one, or by chi-square."""
+    weights = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    counts = np.bincount(np.fromiter(PEERS[peer](weights), dtype=np.int64), minlength=size)
+    deserved = counts.sum() * weights.double().numpy() / weights.sum(dtype=torch.float64).item()
+    if "without" in peer:
+        assert counts.max() == 1
+        drawn = weights.numpy()[counts > 0].mean()
+        assert drawn > 1.1 * weights.mean().item(), "heavy samples must come more often"
+    elif "systematic" in peer:
+        assert np.abs(counts - deserved).max() < 1 + 1e-6
+    else:
+        parts = [part.sum(axis=1) for part in (counts.reshape(-1, 100), deserved.reshape(-1, 100))]
+        statistic = ((parts[0] - parts[1]) ** 2 / parts[1]).sum()
+        freedom = len(parts[0]) - 1
+        assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom), peer
+
+
+def measured(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
+    """The figures of one sampler at one size, each run in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    runs = []
+    for _ in range(repeats):
+        with context.Pool(1) as pool:
+            runs.append(pool.apply(one_run, (peer, size)))
+        if "failure" in runs[-1]:
+            why = runs[-1]["failure"]
+            return [
+                {"what": f"{peer}, {size}: {name}", "median": None, "unit": unit, "why": why}
+                for name, unit in UNITS.items()
+                if name != RESUMED
+            ]
+    return [
+        row(f"{peer}, {size}: {name}", [run[name] for run in runs], unit)
+        for name, unit in UNITS.items()
+        if name in runs[0]
+    ]
+
+
+RESUMED = "first index, resumed at the end"
+UNITS = {
+    "set-up": "s",
+    "first index": "s",
+    "indices, set-up included": "1/s",
+    "indices, once begun": "1/s",
+    "memory over the weights": "MiB",
+    RESUMED: "s",
+}
+
+
+def one_run(peer: str, size: int) -> dict[str, Any]:
+    """Set a sampler up, take its first index and drain it."""
+    torch.set_num_threads(1)
+    weights = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = perf_counter()
+    try:
+        sampler = PEERS[peer](weights)
+        ready = perf_counter()
+        iterator = iter(sampler)
+        next(iterator)
+    except RuntimeError as error:
+        return {"failure": str(error).splitlines()[0]}
+    begun = perf_counter()
+    deque(iterator, maxlen=0)
+    end = perf_counter()
+    count = len(sampler)
+    figures = {} if not isinstance(sampler, FlowSampler) else {RESUMED: resumption(sampler)}
+    return figures | {
+        "set-up": ready - start,
+        "first index": begun - ready,
+        "indices, set-up included": count / (end - start),
+        "indices, once begun": (count - 1) / (end - begun),
+        "memory over the weights": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
+        / 1024,
+    }
+
+
+def resumption(sampler: FlowSampler) -> float:
+    """Seconds from a state at the last position of the order to the index there."""
+    state = {**sampler.state_dict(), "position": len(sampler) - 1}
+    start = perf_counter()
+    sampler.load_state_dict(state)
+    next(iter(sampler))
+    return perf_counter() - start
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times faster the systematic sampler is than each peer, set-up included."""
+    name = "indices, set-up included"
+    found = {r["what"]: r["median"] for r in rows if r["what"].endswith(name)}
+    own = "FlowSampler systematic"
+    ours = {what.split(", ")[1]: speed for what, speed in found.items() if what.startswith(own)}
+    return [
+        {"what": f"{own} / {what}", "median": ours[what.split(", ")[1]] / speed, "unit": "times"}
+        for what, speed in found.items()
+        if "FlowSampler" not in what and speed is not None and what.split(", ")[1] in ours
+    ]
