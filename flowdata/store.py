@@ -126,6 +126,11 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether the complete scores are there."""
+    return (folder / SCORES).exists()
+
+
 def load_scores(path: Path) -> Scores:
     """Return the scores of a finished store, or of a file written by `save_scores`."""
     if not path.exists():

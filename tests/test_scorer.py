@@ -212,6 +212,19 @@ def test_auto_names_what_it_chose():
     assert chosen(torch.randn(5, 3)) == "mse"
 
 
+def test_auto_is_low_precision_for_language_models_alone():
+    from flowdata.scoring.precision import is_fast_at_bfloat16
+
+    fast = is_fast_at_bfloat16(torch.device("cpu"))
+    scorer = quiet(tiny_llama(), dtype="auto")
+    scorer.score(token_samples(3))
+    assert f"causal_lm in {'bfloat16' if fast else 'float32'}" in scorer.explain()
+    for model, loss in ((TinyResNet(), "auto"), (TinyResNet(), per_sample)):
+        scorer = quiet(model, loss, dtype="auto")
+        scorer.score(images())
+        assert "in float32" in scorer.explain()
+
+
 def test_base_reference_scores_without_adapters():
     from peft import LoraConfig, get_peft_model
 
@@ -459,7 +472,7 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, message):
         (images(), {"lengths": [1, 2]}, ValueError, r"lengths must have shape \(20,\)"),
         (images(), {"lengths": [-1] * 20}, ValueError, "lengths must be non-negative"),
         (torch.randn(5, 3, 8, 8), {}, ValueError, "found no targets in the batch"),
-        (images(classes=9), {}, (ValueError, IndexError), ""),
+        (images(classes=9), {}, IndexError, "Target 7 is out of bounds"),
     ],
 )
 def test_bad_data_is_refused(data, options, error, message):

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from flowdata.fingerprint import fingerprint_callable, fingerprint_model
-from flowdata.progress import progress_bar, say
+from flowdata.progress import say
 from flowdata.rng import preserved_rng
 from flowdata.scores import Scores, content_identity
-from flowdata.scoring.batches import Collate, choose_collate, sample_lengths
-from flowdata.scoring.language import agrees, methods
-from flowdata.scoring.plan import Plan, plan_fixed, plan_padded
-from flowdata.scoring.precision import map_tensors, name_of, resolve_dtype, scoring_model
+from flowdata.scoring.batches import Collate, choose_collate
+from flowdata.scoring.job import Job, LossFunction, make_plan, merge_packs, run_packs
+from flowdata.scoring.precision import name_of, resolve_dtype
 from flowdata.scoring.tasks import (
     LANGUAGE_LOSSES,
     LOSSES,
-    Method,
-    callable_method,
     innermost,
     loss_of_batch,
     loss_of_model,
-    prediction_method,
     unwrapped,
 )
 from flowdata.store import (
@@ -36,6 +29,7 @@ from flowdata.store import (
     PartWriter,
     check_identity,
     finish,
+    is_finished,
     load_scores,
     locked,
     make_manifest,
@@ -44,15 +38,8 @@ from flowdata.store import (
     write_manifest,
 )
 
-logger = logging.getLogger("flowdata")
-
-_MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
-_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 _PARTS = 200  # at most about so many parts, whatever the number of packs
 _LOOKED_AT = 64  # samples from which loss="auto" tells the kind of targets
-_CHECKED_SAMPLES = 2  # on which a fast way is compared with the plain one
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class LossScorer:
@@ -67,8 +54,9 @@ class LossScorer:
         loss: ``"causal_lm"``, ``"seq2seq_lm"``, ``"masked_lm"``, ``"cross_entropy"``,
             ``"binary_cross_entropy"``, ``"mse"``, or a callable ``(model, batch) -> (B,)``
             tensor of losses; ``"auto"`` decides from model and batch and says what it chose.
-        dtype: ``"auto"`` is bfloat16 where the device is fast at it and the loss a named one,
-            else the model's own; or ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        dtype: ``"auto"`` is bfloat16 for language models where the device is fast at it, else
+            the model's own: a classifier's loss rests on one target, whose rounding errors
+            nothing averages out. Or ``"float32"``, ``"bfloat16"``, ``"float16"``.
         device: where to score; None is where the model is.
         max_tokens: tokens in one pack, padding included; None chooses by device.
         batch_size: most samples in one pack; None leaves that to `max_tokens`, or chooses by
@@ -127,13 +115,12 @@ class LossScorer:
             )
         if compile not in ("auto", True, False):
             raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
+        own = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
         self.model: nn.Module = model
         self.loss = loss
-        own = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
         self.device = own.device if device is None else torch.device(device)
-        if callable(loss) and dtype == "auto":  # its code was written for the model as it is
-            dtype = own.dtype if own.is_floating_point() else torch.float32
-        self.dtype = resolve_dtype(dtype, model, self.device)
+        resolve_dtype(dtype, model, self.device)  # refuses a wrong one now
+        self.dtype = dtype
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.reference = reference
@@ -178,228 +165,106 @@ class LossScorer:
         """
         _check_dataset(dataset)
         with preserved_rng():
-            collate = choose_collate(collate_fn, dataset[0])
-            loss = self.loss
-            if loss == "auto":
-                loss = loss_of_model(innermost(self.model)) or loss_of_batch(
-                    collate([dataset[i] for i in range(min(_LOOKED_AT, len(dataset)))])
-                )
-            run = _Run(self, dataset, collate, loss, lengths, num_workers, dict(details or {}))
+            job = self._job(dataset, collate_fn, lengths, num_workers)
+            identity = self._identity(job, dataset_id, collate_fn)
             if store is None:
-                return run.fresh(self._identity(dataset, dataset_id, collate_fn, loss))
+                return _score(job, identity, dict(details or {}))
             with locked(Path(store)):
-                manifest = read_manifest(Path(store))  # before the fingerprints: it may refuse
-                identity = self._identity(dataset, dataset_id, collate_fn, loss)
-                return run.stored(Path(store), manifest, identity)
+                return _score_into(Path(store), job, identity, dict(details or {}))
+
+    def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
+        collate = choose_collate(collate_fn, dataset[0])
+        loss = self.loss
+        if loss == "auto":
+            loss = loss_of_model(innermost(self.model)) or loss_of_batch(
+                collate([dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))])
+            )
+        return Job(
+            model=self.model,
+            loss=loss,
+            dtype=self._dtype(loss),
+            device=self.device,
+            reference=self.reference,
+            token_losses=self.token_losses,
+            compiled=self.compile is True,
+            max_tokens=self.max_tokens,
+            batch_size=self.batch_size,
+            dataset=dataset,
+            collate=collate,
+            lengths=lengths,
+            num_workers=num_workers,
+            progress=self.progress,
+            announce=self._announce,
+        )
 
     def _identity(
-        self,
-        dataset: Any,
-        dataset_id: str | None,
-        collate_fn: Collate | None,
-        loss: str | LossFunction,
+        self, job: Job, dataset_id: str | None, collate_fn: Collate | None
     ) -> dict[str, Any]:
         """What losses depend on: equal identities, equal losses."""
+        loss = job.loss
         return {
-            "model": fingerprint_model(self.model, skip_adapters=self.reference == "base"),
-            "dataset": content_identity(dataset) if dataset_id is None else dataset_id,
-            "num_samples": len(dataset),
+            "model": fingerprint_model(job.model, skip_adapters=job.reference == "base"),
+            "dataset": content_identity(job.dataset) if dataset_id is None else dataset_id,
+            "num_samples": len(job.dataset),
             "loss": loss if isinstance(loss, str) else "callable:" + fingerprint_callable(loss),
-            "reference": self.reference,
-            "token_losses": self.token_losses,
+            "reference": job.reference,
+            "token_losses": job.token_losses,
             "collate_fn": fingerprint_callable(collate_fn),
-            "dtype": name_of(self.dtype),
+            "dtype": name_of(job.dtype),
         }
 
+    def _dtype(self, loss: str | LossFunction) -> torch.dtype:
+        if self.dtype == "auto" and loss not in LANGUAGE_LOSSES:
+            floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+            return next(floating, torch.float32)
+        return resolve_dtype(self.dtype, self.model, self.device)
 
-class _Run:
-    """One call of `LossScorer.score`."""
-
-    def __init__(
-        self,
-        scorer: LossScorer,
-        dataset: Any,
-        collate: Collate,
-        loss: str | LossFunction,
-        lengths: Any,
-        num_workers: int,
-        details: dict[str, Any],
-    ) -> None:
-        self.scorer, self.dataset, self.collate = scorer, dataset, collate
-        self.loss, self.lengths, self.num_workers = loss, lengths, num_workers
-        self.details = details
-
-    def fresh(self, identity: dict[str, Any]) -> Scores:
-        """Score without a store."""
-        plan, options = self.plan(None)
-        columns = dict(self.packs(plan, range(len(plan))))
-        return self.merge(plan, columns, make_manifest(identity, options, self.details))
-
-    def stored(self, folder: Path, kept: Manifest | None, identity: dict[str, Any]) -> Scores:
-        """Score into a store, or take from it what is there."""
-        if kept is not None:
-            check_identity(kept["identity"], identity, folder)
-            if (folder / "scores.safetensors").exists():
-                self.explain(f"losses of {len(self.dataset):,} samples found in {folder}")
-                return load_scores(folder)
-        plan, options = self.plan(kept)
-        manifest = kept or make_manifest(identity, options, self.details)
-        check_identity(kept["plan"] if kept else options, options, folder)
-        if kept is None:
-            write_manifest(folder, manifest)
-        columns = dict(read_parts(folder, manifest, plan.sizes))
-        todo = [index for index in range(len(plan)) if index not in columns]
-        writer = PartWriter(folder, manifest, packs_per_part=max(1, len(plan) // _PARTS))
-        try:
-            for index, pack in self.packs(plan, todo):
-                columns[index] = pack
-                writer.add(index, pack)
-        except BaseException:
-            writer.flush()
-            done = sum(len(pack["loss"]) for pack in columns.values())
-            say(
-                f"stopped with {done:,} of {len(self.dataset):,} samples kept in {folder}; "
-                "the same call goes on from there",
-                shown=self.scorer.progress,
-            )
-            raise
-        writer.flush()
-        scores = self.merge(plan, columns, manifest)
-        finish(folder, scores)
-        return scores
-
-    def plan(self, kept: Manifest | None) -> tuple[Plan, dict[str, Any]]:
-        """The plan, with a begun store's options before the scorer's, and its description."""
-        options = dict(kept["plan"]) if kept else {}
-        device = "cuda" if self.scorer.device.type == "cuda" else "cpu"
-        lengths = sample_lengths(self.dataset, self.lengths)
-        batch_size = options.get("batch_size", self.scorer.batch_size)
-        max_tokens = options.get("max_tokens", self.scorer.max_tokens)
-        if lengths is None:
-            max_tokens, batch_size = None, batch_size or _BATCH_SIZE[device]
-            plan = plan_fixed(len(self.dataset), batch_size=batch_size)
-        else:
-            max_tokens = max_tokens or _MAX_TOKENS[device]
-            plan = plan_padded(lengths, max_tokens=max_tokens, batch_size=batch_size)
-        self.cut = f"{len(plan):,} pack{'s' * (len(plan) != 1)} of at most " + (
-            f"{batch_size} samples" if max_tokens is None else f"{max_tokens:,} tokens"
-        )
-        described = {"max_tokens": max_tokens, "batch_size": batch_size, "packs": len(plan)}
-        return plan, described | {"digest": plan.digest}
-
-    def packs(self, plan: Plan, todo: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Run packs and yield each one's number and columns."""
-        if not todo:
-            return
-        scorer = self.scorer
-        batches = DataLoader(
-            self.dataset,
-            batch_sampler=[plan.pack(index).tolist() for index in todo],
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(0),
-        )
-        total, left = int(plan.costs.sum()), int(plan.costs[list(todo)].sum())
-        unit = "tokens" if "tokens" in self.cut else "samples"
-        with (
-            scoring_model(scorer.model, scorer.dtype, scorer.device) as model,
-            _adapters_off(model) if scorer.reference == "base" else nullcontext(),
-            _compiled(model, scorer.compile is True),
-            progress_bar(total, "scoring", unit, done=total - left, shown=scorer.progress) as bar,
-        ):
-            method, name = self.method(model)
-            self.explain(self.sentence(name))
-            for index, batch in zip(todo, batches, strict=True):
-                targets = method(model, self.on_device(batch))
-                columns = targets.columns(token_losses=scorer.token_losses)
-                self.check_pack(columns, plan.pack(index))
-                yield index, columns
-                bar(int(plan.costs[index]))
-
-    def method(self, model: nn.Module) -> tuple[Method, str]:
-        """The fastest way to the losses that agrees with the plainest, and its name."""
-        if not isinstance(self.loss, str):
-            return callable_method(self.loss), ""
-        if self.loss not in LANGUAGE_LOSSES:
-            return prediction_method(self.loss), ""
-        *ways, (plainest, plain) = methods(model, self.loss)
-        count = min(_CHECKED_SAMPLES, len(self.dataset))
-        batch = self.on_device(self.collate([self.dataset[index] for index in range(count)]))
-        for name, method in ways:
-            reason = agrees(method, plain, model, batch, self.scorer.dtype)
-            if not reason:
-                return method, name
-            logger.warning("not scoring by %s: %s", name, reason)
-        return plain, plainest
-
-    def merge(
-        self, plan: Plan, columns: dict[int, dict[str, Tensor]], manifest: Manifest
-    ) -> Scores:
-        """Put the packs' columns into data set order."""
-        merged = {
-            name: torch.cat([columns[index][name] for index in range(len(plan))])
-            for name in columns[0]
-        }
-        losses, counts = torch.empty(len(self.dataset)), torch.empty(len(self.dataset)).long()
-        losses[plan.order], counts[plan.order] = merged["loss"], merged["count"]
-        token_losses = merged.get("token_loss")
-        if token_losses is not None:
-            samples = token_losses.split(merged["count"].tolist())
-            token_losses = torch.cat([samples[i] for i in plan.order.argsort().tolist()])
-        scores = Scores(losses, counts, metadata=manifest, token_losses=token_losses)
-        self.report_missing(scores)
-        return scores
-
-    def report_missing(self, scores: Scores) -> None:
-        """Say how many samples have no loss."""
-        missing = scores.losses.isnan()
-        if missing.any():
-            logger.warning(
-                "%d of %d samples have no loss: %d without a target, %d with a non-finite loss; "
-                "the first is sample %d. weights(missing='zero') gives them weight 0",
-                int(missing.sum()),
-                len(scores),
-                int((scores.counts == 0).sum()),
-                int((missing & (scores.counts > 0)).sum()),
-                int(missing.int().argmax()),
-            )
-
-    def check_pack(self, columns: dict[str, Tensor], samples: Tensor) -> None:
-        """Refuse losses that can't be matched to samples."""
-        if len(columns["loss"]) != len(samples):
-            raise ValueError(
-                f"a batch of {len(samples)} samples gave {len(columns['loss'])} losses; collate_fn "
-                "and loss must keep one entry for each sample, in order"
-            )
-
-    def on_device(self, batch: Any) -> Any:
-        return map_tensors(batch, lambda t: t.to(self.scorer.device, non_blocking=True))
-
-    def sentence(self, method: str) -> str:
-        name = self.loss if isinstance(self.loss, str) else "the given callable"
-        where = f"{name} in {name_of(self.scorer.dtype)} on {self.scorer.device}"
-        return "; ".join(filter(None, [where, method, self.cut]))
-
-    def explain(self, sentence: str) -> None:
-        self.scorer._explanation = sentence
-        say(sentence, shown=self.scorer.progress)
+    def _announce(self, sentence: str) -> None:
+        self._explanation = sentence
+        say(sentence, shown=self.progress)
 
 
-def _adapters_off(model: Any) -> AbstractContextManager[None]:
-    off: AbstractContextManager[None] = model.disable_adapter()
-    return off
+def _score(job: Job, identity: dict[str, Any], details: dict[str, Any]) -> Scores:
+    plan, options = make_plan(job, {})
+    packs = dict(run_packs(job, plan, options, range(len(plan))))
+    return merge_packs(plan, packs, make_manifest(identity, options, details))
 
 
-@contextmanager
-def _compiled(model: Any, wanted: bool) -> Iterator[None]:
-    """Compile a module's call for a block."""
-    if wanted:
-        model.compile(dynamic=True)
+def _score_into(
+    folder: Path, job: Job, identity: dict[str, Any], details: dict[str, Any]
+) -> Scores:
+    """Take from a store what is there, and score and add what is not."""
+    kept: Manifest | None = read_manifest(folder)
+    if kept is not None:
+        check_identity(kept["identity"], identity, folder)
+        if is_finished(folder):
+            job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
+            return load_scores(folder)
+    plan, options = make_plan(job, kept["plan"] if kept else {})
+    if kept is None:
+        kept = make_manifest(identity, options, details)
+        write_manifest(folder, kept)
+    check_identity(kept["plan"], options, folder)
+    packs = dict(read_parts(folder, kept, plan.sizes))
+    todo = [index for index in range(len(plan)) if index not in packs]
+    writer = PartWriter(folder, kept, packs_per_part=max(1, len(plan) // _PARTS))
     try:
-        yield
-    finally:
-        if wanted:
-            model._compiled_call_impl = None
+        for index, columns in run_packs(job, plan, options, todo):
+            packs[index] = columns
+            writer.add(index, columns)
+        writer.flush()
+    except BaseException:
+        writer.flush()
+        done = sum(len(columns["loss"]) for columns in packs.values())
+        say(
+            f"stopped with {done:,} of {len(job.dataset):,} samples kept in {folder}; "
+            "the same call goes on from there",
+            shown=job.progress,
+        )
+        raise
+    scores = merge_packs(plan, packs, kept)
+    finish(folder, scores)
+    return scores
 
 
 def _check_dataset(dataset: Any) -> None:
