@@ -172,3 +172,12 @@ def running_median_weights(windows, loss_of):
         seen += losses
         weights += flow_weights(losses, median(seen))
     return weights
+
+
+def quantile(losses, share):
+    """Linear interpolation between the two nearest values in order."""
+    ordered = sorted(float(loss) for loss in losses)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

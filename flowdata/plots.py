@@ -1,0 +1,127 @@
+"""Pictures of losses and weights. Matplotlib is imported here, and only when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+Theme = Literal["light", "dark"]
+
+COLOURS: dict[str, dict[str, str]] = {
+    "light": {"paper": "#ffffff", "ink": "#1f2430", "faint": "#d5d9e0", "muted": "#6b7280"},
+    "dark": {"paper": "#14171f", "ink": "#e6e8ee", "faint": "#343a47", "muted": "#9aa2b1"},
+}
+BLUE, ORANGE, GREEN = "#3b82c4", "#e07b39", "#2f9e77"
+_TAIL = 0.995  # losses beyond this quantile share the last bar
+
+
+@contextmanager
+def figure(
+    width: float, height: float, panels: int = 1, *, theme: Theme = "light", **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Give a figure and its axes, in inches and side by side; global settings stay as they are.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('pictures need matplotlib: pip install "flowdata[plotting]"') from None
+    colours = COLOURS[theme]
+    style = {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": colours["ink"],
+        "axes.labelcolor": colours["ink"],
+        "axes.edgecolor": colours["faint"],
+        "axes.facecolor": colours["paper"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": colours["faint"],
+        "grid.linewidth": 0.6,
+        "xtick.color": colours["muted"],
+        "ytick.color": colours["muted"],
+        "figure.facecolor": colours["paper"],
+        "legend.frameon": False,
+    }
+    with rc_context(style):
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(drawing)
+        yield drawing, drawing.subplots(1, panels, **options)
+
+
+def png(drawing: Any) -> bytes:
+    """Return a figure as the bytes of a PNG."""
+    out = BytesIO()
+    drawing.savefig(out, format="png", dpi=160)
+    return out.getvalue()
+
+
+def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
+    """Draw how the losses (N,) are distributed, with the temperature and the weight it gives."""
+    values = losses.double().cpu().numpy()
+    top = max(np.quantile(values, _TAIL), 1.5 * temperature)
+    clipped = np.minimum(values, top)
+    axes.hist(clipped, bins=_bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
+    axes.axvline(temperature, color=ORANGE, linewidth=1.8, linestyle="--")
+    axes.set(title="Losses under the pre-trained model", xlabel="loss (nats)", ylabel="samples")
+    axes.set_xlim(0, top)
+    axes.margins(y=0.14)  # room for the label
+    if (beyond := int((values > top).sum())) > 0:
+        axes.set_xlabel(
+            f"loss (nats); the last bar holds {beyond:,} larger ones, up to {values.max():.3g}"
+        )
+    weight = axes.twinx()
+    weight.grid(False)
+    points = np.linspace(0, top, 200)
+    weight.plot(points, np.exp(-points / temperature), color=ORANGE, linewidth=1.8)
+    weight.set(ylim=(0, 1.14), yticks=[0, 0.5, 1])
+    weight.set_ylabel("weight", color=ORANGE)
+    weight.tick_params(axis="y", colors=ORANGE)
+    axes.annotate(
+        f"temperature {temperature:.3g}",
+        (temperature, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(5, -4),
+        textcoords="offset points",
+        va="top",
+        color=ORANGE,
+    )
+
+
+def draw_weights(axes: Any, weights: Tensor) -> None:
+    """Draw how the weights (N,) are distributed, with their mean."""
+    values = weights.double().cpu().numpy()
+    axes.hist(values, bins=_bins(len(values), 0.0, max(1.0, values.max())), color=GREEN, alpha=0.85)
+    axes.axvline(values.mean(), color=ORANGE, linewidth=1.8, linestyle="--")
+    axes.annotate(
+        f"mean {values.mean():.3g}",
+        (values.mean(), 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(5, -4),
+        textcoords="offset points",
+        va="top",
+        color=ORANGE,
+    )
+    axes.set(title="Weights", xlabel="weight", ylabel="samples")
+    axes.set_xlim(0, max(1.0, values.max()))
+    axes.margins(y=0.14)
+
+
+def _bins(samples: int, low: float, high: float) -> Any:
+    """Edges of 10 to 50 bars, more for more samples."""
+    return np.linspace(low, high, int(np.clip(2 * samples ** (1 / 3), 10, 50)) + 1)

@@ -1,0 +1,180 @@
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from flowdata.report import QUANTILES, extremes, plot_scores, summarize, write_report
+from flowdata.scores import Scores
+from tests import reference
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def some_scores(samples=200, missing=(3, 77)):
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(samples, generator=generator).mul(0.5).exp()
+    losses[list(missing)] = torch.nan
+    counts = torch.randint(1, 50, (samples,), generator=generator)
+    return Scores(losses, counts, metadata={"identity": {"loss": "causal_lm"}})
+
+
+@pytest.mark.parametrize("rule", ["median", "q0.25", 0.7])
+def test_the_summary_matches_the_obvious_figures(rule):
+    scores = some_scores()
+    present = [loss for loss in scores.losses.tolist() if loss == loss]
+    temperature = {"median": reference.median(present), "q0.25": reference.quantile(present, 0.25)}
+    temperature = temperature.get(rule, 0.7)
+    weights = reference.flow_weights(present, temperature)
+    summary = summarize(scores, rule)
+    assert summary["samples"] == 200
+    assert summary["missing"] == 2
+    assert summary["targets"] == int(scores.counts.sum())
+    assert summary["temperature"] == pytest.approx(temperature)
+    assert summary["temperature_rule"] == ("given" if rule == 0.7 else rule)
+    assert summary["loss"]["mean"] == pytest.approx(sum(present) / 198)
+    for name, share in QUANTILES.items():
+        assert summary["loss"][name] == pytest.approx(reference.quantile(present, share), rel=1e-5)
+    assert summary["weight"]["mean"] == pytest.approx(sum(weights) / 198, rel=1e-5)
+    assert summary["weight"]["min"] == pytest.approx(min(weights), rel=1e-5)
+    assert summary["weight"]["max"] == pytest.approx(max(weights), rel=1e-5)
+    effective = reference.effective_sample_size(weights)
+    assert summary["effective_sample_size"] == pytest.approx(effective, rel=1e-5)
+    assert summary["effective_share"] == pytest.approx(effective / 198, rel=1e-5)
+    assert summary == json.loads(json.dumps(summary))
+
+
+def test_a_callable_rule_is_named():
+    def smallest(losses):
+        return losses.min().item()
+
+    assert summarize(some_scores(), smallest)["temperature_rule"] == "smallest"
+
+
+def test_extremes_are_those_of_a_full_sort():
+    scores = some_scores()
+    present = [i for i in range(200) if i not in (3, 77)]
+    ordered = sorted(present, key=lambda i: scores.losses[i].item())
+    easy, hard = extremes(scores, 7)
+    assert easy == ordered[:7]
+    assert hard == ordered[::-1][:7]
+    assert sorted(extremes(scores, 1000)[0]) == present
+
+
+def test_the_picture_is_a_png_of_the_distribution_asked_for(tmp_path):
+    scores = some_scores()
+    median = plot_scores(scores, tmp_path / "new" / "median.png")
+    quarter = scores.plot(tmp_path / "quarter.png", temperature="q0.25")
+    assert median == tmp_path / "new" / "median.png"
+    assert median.read_bytes().startswith(PNG)
+    assert quarter.read_bytes().startswith(PNG)
+    assert quarter.read_bytes() != median.read_bytes()
+
+
+@pytest.mark.parametrize("losses", [[0.5], [0.0, 1.0, 1.0], [2.0, 2.0], [0.1, 0.1, 1e6]])
+def test_odd_distributions_are_drawn_without_a_warning(tmp_path, losses, recwarn):
+    write_report(Scores(torch.tensor(losses)), tmp_path)
+    assert not recwarn.list
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; fails on a tag that closes what isn't open."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.text, self.tags, self.attributes, self.open = "", [], [], []
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [value for _, value in attrs if value]
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_shows_figures_and_samples_and_stands_alone(tmp_path):
+    scores = some_scores()
+    report = write_report(scores, tmp_path, samples=lambda i: f"text of {i}.", top=4)
+    source = report.page.read_text(encoding="utf-8")
+    page = Page(source)
+    easy, hard = extremes(scores, 4)
+    assert re.findall(r"text of (\d+)\.", page.text) == [str(i) for i in easy + hard]
+    for index in easy + hard:
+        assert f"#{index}" in page.text
+    assert "200samples, 2 without a loss" in page.text
+    assert f"{report.summary['temperature']:.3g}temperature (median)" in page.text
+    assert "causal_lm" in page.text
+    assert "script" not in page.tags
+    outside = [value for value in page.attributes if re.match(r"(https?:)?//|[^d].*\.png", value)]
+    assert outside == []
+    assert source.count("data:image/png;base64,") == 4  # two pictures, light and dark
+    assert report.picture.read_bytes().startswith(PNG)
+
+
+def test_every_text_is_escaped(tmp_path):
+    nasty = "</pre><script>alert('&')</script> {body} <img src=x onerror=\"y\">"
+    scores = Scores(torch.tensor([0.5, 1.0]), metadata={
+        "identity": {nasty: nasty}, "details": {"data": {nasty: [nasty]}}
+    })  # fmt: skip
+    page = Page(write_report(scores, tmp_path, samples=lambda _: nasty).page.read_text("utf-8"))
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 2
+    assert page.text.count(nasty) == 6  # two samples in two lists, a name and a value
+
+
+def test_a_long_sample_is_cut_with_a_count(tmp_path):
+    scores = Scores(torch.tensor([1.0]))
+    text = "ab" * 1000
+    page = write_report(scores, tmp_path, samples=lambda _: text).page.read_text("utf-8")
+    assert "ab … (1,400 more characters)" in page
+    assert text not in page
+
+
+def test_without_texts_or_with_no_samples_listed_the_page_shows_numbers(tmp_path):
+    scores = some_scores()
+    assert "<pre>" not in write_report(scores, tmp_path).page.read_text("utf-8")
+    assert "Easiest samples" not in write_report(scores, tmp_path, top=0).page.read_text("utf-8")
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none of the 2 samples has a loss"):
+        summarize(Scores(torch.tensor([float("nan")] * 2)))
+    with pytest.raises(ValueError, match="top must be >= 0, got -1"):
+        write_report(some_scores(), tmp_path, top=-1)
+    with pytest.raises(ValueError, match="pass a positive float"):
+        write_report(Scores(torch.tensor([0.0, 0.0, 1.0])), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "flowdata[plotting]"')):
+        plot_scores(some_scores(), tmp_path / "losses.png")
+
+
+def test_the_module_and_a_summary_need_no_matplotlib():
+    code = (
+        "import sys, torch, flowdata.report\n"
+        "flowdata.report.summarize(flowdata.Scores(torch.tensor([1.0])))\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_users_matplotlib_settings_stay_as_they_are(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    backend = matplotlib.get_backend()
+    plot_scores(some_scores(), tmp_path / "losses.png")
+    assert dict(matplotlib.rcParams) == before
+    assert matplotlib.get_backend() == backend
