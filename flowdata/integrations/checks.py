@@ -15,7 +15,7 @@ def check_loader(loader: Any) -> None:
     Raises:
         ValueError: a `FlowSampler` draws from a `FlowWeightedDataset`.
     """
-    if find_sampler(loader) is not None and carries_weights(getattr(loader, "dataset", None)):
+    if find_sampler(loader) is not None and carries_weights(loader):
         raise ValueError(TWICE)
 
 
@@ -32,13 +32,16 @@ def find_sampler(loader: Any) -> FlowSampler | None:
 
 
 def carries_weights(dataset: Any, key: str | None = None) -> bool:
-    """Whether a data set's samples carry weights: it wraps a `FlowWeightedDataset` or has `key`."""
+    """Whether samples carry weights: a column `key`, or a `FlowWeightedDataset` somewhere inside.
+
+    `dataset` may be a loader, too.
+    """
     if key is not None and key in (getattr(dataset, "column_names", None) or ()):
         return True
     while dataset is not None:
         if isinstance(dataset, FlowWeightedDataset):
             return True
-        dataset = getattr(dataset, "dataset", None)
+        dataset = getattr(dataset, "dataset", getattr(dataset, "loader", None))
     return False
 
 

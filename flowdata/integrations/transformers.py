@@ -85,7 +85,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         weight_key: str = "weight",
         **kwargs: Any,
     ) -> None:
-        carried = _carries(train_dataset, weight_key)
+        carried = _carries(train_dataset, weight_key, unknown=scores is None)
         if carried and (scores is not None or resample):
             raise ValueError(
                 f"train_dataset carries weights ({weight_key!r}) already: pass it without scores "
@@ -356,11 +356,11 @@ class _BatchCollator(WeightedCollator):
         return batch
 
 
-def _carries(dataset: Any, key: str) -> bool:
+def _carries(dataset: Any, key: str, *, unknown: bool) -> bool:
     """Whether a data set's samples have weights; a stream is not consumed to find out."""
     if dataset is None or carries_weights(dataset, key):
         return dataset is not None
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        return True
+        return unknown
     first = dataset[0] if len(dataset) else None
     return isinstance(first, Mapping) and key in first

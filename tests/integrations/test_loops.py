@@ -1,0 +1,104 @@
+"""Plain loops, DDP, FSDP2 and Accelerate: three lines each, as the README shows them."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from flowdata.accumulation import AccumulatedBatches
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.checks import carries_weights, check_loader, find_sampler
+from flowdata.integrations.collator import WeightedCollator
+from flowdata.sampler import FlowSampler
+from tests.integrations import tiny, train_worker
+
+NORMALIZE = ("count", "weights")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("steps", [1, 4, 16])
+@pytest.mark.parametrize("adapter", ["plain", "accelerate"])
+def test_accumulated_gradients_are_those_of_the_full_batch(adapter, steps, normalize):
+    expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
+    gradient = getattr(train_worker, adapter)(tiny.N // steps, steps, normalize)
+    tiny.assert_same_gradient(gradient, expected)
+
+
+def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
+    kept = tiny.run_on_two_ranks("ddp,fsdp2,accelerate", tmp_path, 16, 4, 1)
+    for normalize in NORMALIZE:
+        expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
+        for ranks in kept.values():
+            for rank in ranks:
+                for size in (16, 4, 1):
+                    tiny.assert_same_gradient(rank[size, normalize], expected)
+
+
+def test_the_keras_layout_collates_into_inputs_targets_and_weights():
+    data = TensorDataset(torch.arange(4.0), torch.tensor([0, 1, 1, 0]))
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    triples = FlowWeightedDataset(data, weights, layout="triple")
+    collate = WeightedCollator(torch.utils.data.default_collate)
+    for options in ({}, {"collate_fn": collate}):
+        inputs, targets, sample_weight = next(iter(DataLoader(triples, batch_size=4, **options)))
+        assert inputs.tolist() == [0, 1, 2, 3]
+        assert targets.tolist() == [0, 1, 1, 0]
+        assert torch.equal(sample_weight, weights)
+
+
+def left_padded(samples):
+    width = max(len(s["input_ids"]) for s in samples)
+    rows = [[0] * (width - len(s["input_ids"])) + s["input_ids"].tolist() for s in samples]
+    return {"input_ids": torch.tensor(rows)}
+
+
+def joined(samples):
+    return {"input_ids": torch.cat([s["input_ids"] for s in samples])[None]}
+
+
+def test_token_weights_go_where_the_collator_put_the_tokens():
+    samples = tiny.make_samples(5)
+    marked = [s | {"weight": s["input_ids"].float()} for s in samples]
+    for collate in (tiny.collate, left_padded, joined):
+        batch = WeightedCollator(collate)(marked)
+        assert torch.equal(batch["weight"], batch["input_ids"].float())
+    with pytest.raises(ValueError, match="changed the tokens of sample 0"):
+        WeightedCollator(lambda s: {"input_ids": tiny.collate(s)["input_ids"] + 1})(marked)
+    marked[1]["weight"] = marked[1]["weight"][:-1]
+    with pytest.raises(ValueError, match=r"sample 1 of the batch has \d+ token weights for \d+"):
+        WeightedCollator(tiny.collate)(marked)
+
+
+def test_samples_without_weights_pass_and_mixtures_are_refused():
+    samples = tiny.make_samples(3)
+    assert "weight" not in WeightedCollator(tiny.collate)(samples)
+    with pytest.raises(ValueError, match="sample 1 of the batch has no 'weight', others do"):
+        WeightedCollator(tiny.collate)([samples[0] | {"weight": 1.0}, samples[1]])
+    pairs = [(torch.ones(2), torch.tensor(1)), (torch.zeros(2), torch.tensor(0))]
+    inputs, targets = WeightedCollator(torch.utils.data.default_collate)(pairs)
+    assert inputs.shape == (2, 2)
+    assert targets.tolist() == [1, 0]
+
+
+def test_a_loader_that_weighs_and_resamples_is_refused():
+    data, weights = TensorDataset(torch.arange(6.0)), torch.rand(6)
+    weighted = FlowWeightedDataset(data, weights)
+    for wrapped in (weighted, torch.utils.data.Subset(weighted, range(6))):
+        loader = DataLoader(wrapped, sampler=FlowSampler(weights))
+        with pytest.raises(ValueError, match="the weights would act twice"):
+            check_loader(loader)
+        with pytest.raises(ValueError, match="the weights would act twice"):
+            check_loader(AccumulatedBatches(loader, 2, len))
+    check_loader(DataLoader(weighted, shuffle=True))
+    check_loader(DataLoader(data, sampler=FlowSampler(weights)))
+    assert find_sampler(DataLoader(data)) is None
+    assert not carries_weights(data)
+
+
+def test_the_last_step_of_an_epoch_may_have_fewer_batches():
+    loader = DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4)
+    batches = AccumulatedBatches(loader, 2, lambda batch: len(batch[0]))
+    for _ in range(2):  # a second epoch, too
+        assert [items.item() for _, items in batches] == [8, 8, 2]
+    assert len(batches) == 3
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        AccumulatedBatches(loader, 0, len)
