@@ -81,8 +81,10 @@ class KeyedPermutation:
         row = positions // self.columns
         column = positions - row * self.columns
         for row_shifts, column_shifts in zip(self._shifts[::2], self._shifts[1::2], strict=True):
-            row = _wrap(row + row_shifts.take(column), self.rows)
-            column = _wrap(column + column_shifts.take(row), self.columns)
+            row += row_shifts.take(column)
+            row += self.rows & (row >> 63)  # all ones where the row has fallen below 0
+            column += column_shifts.take(row)
+            column += self.columns & (column >> 63)
         result: Ints = row * self.columns + column
         return result
 
@@ -128,7 +130,7 @@ class CumulativeWeights:
         return samples
 
 
-def systematic_points(strata: Ints, total: int, num_samples: int, key: tuple[int, int]) -> Ints:
+def systematic_points(strata: Ints, total: int, num_samples: int, offset: int) -> Ints:
     """Return the point floor((stratum · total + offset) / num_samples) of every stratum, exactly.
 
     Systematic resampling (Kitagawa, 1996): one random offset for all, so that a share of the
@@ -138,13 +140,17 @@ def systematic_points(strata: Ints, total: int, num_samples: int, key: tuple[int
         strata: (K,) int64 in [0, num_samples), with num_samples below 2^31.
         total: below 2^63.
         num_samples: number of equal strata that the total is cut into.
-        key: (seed, epoch).
+        offset: in [0, total), from `systematic_offset`.
     """
-    offset = int(random_words(key, OFFSET, 0, 1)[0]) * total >> 64
     step, step_rest = divmod(total, num_samples)
     shift, shift_rest = divmod(offset, num_samples)
     points: Ints = strata * step + shift + (strata * step_rest + shift_rest) // num_samples
     return points
+
+
+def systematic_offset(total: int, key: tuple[int, int]) -> int:
+    """Return the epoch's random offset, uniform in [0, total)."""
+    return int(random_words(key, OFFSET, 0, 1)[0]) * total >> 64
 
 
 def multinomial_points(positions: Ints, total: int, key: tuple[int, int]) -> Ints:
@@ -195,9 +201,3 @@ def sum_of(weights: NDArray[np.floating]) -> float:
     """Return the sum of the weights in float64."""
     with np.errstate(over="ignore"):
         return sum(float(chunk.sum()) for chunk in chunks(weights))
-
-
-def _wrap(values: Ints, side: int) -> Ints:
-    """Bring values from [-side, side) to [0, side): add the side where the sign bit is set."""
-    wrapped: Ints = values + (side & (values >> 63))
-    return wrapped

@@ -23,6 +23,7 @@ from flowdata.draws import (
     gumbel_top_k,
     multinomial_points,
     sum_of,
+    systematic_offset,
     systematic_points,
 )
 from flowdata.scores import Missing
@@ -309,9 +310,9 @@ class FlowSampler(DistributedSampler[int]):
         table = self._table
         if self.method == "multinomial":
             return lambda positions: table.find(multinomial_points(positions, table.total, key))
-        strata = KeyedPermutation(count, key)
+        strata, offset = KeyedPermutation(count, key), systematic_offset(table.total, key)
         return lambda positions: table.find(
-            systematic_points(strata(positions), table.total, count, key)
+            systematic_points(strata(positions), table.total, count, offset)
         )
 
 

@@ -300,7 +300,7 @@ def test_states_of_other_streams_are_refused():
 
 def test_resampling_accepts_a_sample_as_often_as_its_weight():
     weights = [weight for _, weight in plain(build(temperature=1.0))]
-    stream = build(temperature=1.0, resample=True)
+    stream = build(temperature=1.0, resample=True, window=COUNT)
     counts = torch.zeros(COUNT)
     for epoch in range(200):
         stream.set_epoch(epoch)
