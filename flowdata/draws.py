@@ -169,26 +169,35 @@ def multinomial_points(positions: Ints, total: int, key: tuple[int, int]) -> Int
 def gumbel_top_k(weights: NDArray[np.floating], count: int, key: tuple[int, int]) -> Ints:
     """Return `count` distinct samples drawn ∝ weight without replacement, rising: int64.
 
-    Gumbel-top-k (Vieira, 2014; Efraimidis and Spirakis, 2006) in its exponential form: the
-    smallest −log(u) / weight are those of the largest log(weight) + Gumbel noise.
+    Gumbel-top-k (Vieira, 2014): those with the largest log(weight) + Gumbel noise are as if
+    drawn one by one. The noise is made twice, first for the threshold, to be held only once.
 
     Args:
         weights: (N,) float32 or float64, >= 0, at least `count` of them positive.
         count: samples to draw.
         key: (seed, epoch).
     """
-    times = np.empty(len(weights))
-    done = 0
+    ranks = np.empty(len(weights))
+    for start, part in _gumbel_ranks(weights, key):
+        ranks[start : start + len(part)] = part
+    ranks.partition(count - 1)
+    last = ranks[count - 1]
+    del ranks
+    chosen = [start + np.flatnonzero(part <= last) for start, part in _gumbel_ranks(weights, key)]
+    return np.concatenate(chosen)[:count]
+
+
+def _gumbel_ranks(
+    weights: NDArray[np.floating], key: tuple[int, int]
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield −(log(weight) + Gumbel noise) in chunks with their start: smallest is drawn first."""
+    start = 0
     for chunk in chunks(weights):
-        words = random_words(key, NOISE, done, len(chunk))
-        uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        with np.errstate(divide="ignore", over="ignore"):  # a weight of 0 is never reached
-            np.divide(-np.log(uniform), chunk, out=times[done : done + len(chunk)])
-        done += len(chunk)
-    latest = np.partition(times, count - 1)[count - 1]
-    chosen = np.flatnonzero(times < latest)
-    ties = np.flatnonzero(times == latest)[: count - len(chosen)]
-    return np.sort(np.concatenate([chosen, ties]))
+        words = random_words(key, NOISE, start, len(chunk))
+        uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        with np.errstate(divide="ignore"):  # a weight of 0 is never reached
+            yield start, np.log(-np.log(uniform)) - np.log(chunk)
+        start += len(chunk)
 
 
 def chunks(weights: NDArray[np.floating]) -> Iterator[NDArray[np.float64]]:

@@ -1,4 +1,5 @@
 import math
+import pickle
 import statistics
 import warnings
 from collections import Counter
@@ -186,6 +187,11 @@ def test_without_replacement_chances_are_those_of_drawing_one_by_one():
     assert (np.abs(first - counts / 3) <= 5 * np.sqrt(counts)).all()
 
 
+def test_without_replacement_the_tiniest_weight_comes_before_a_weight_of_zero():
+    weights = torch.tensor([1.0, 0.0, 1e-310, 0.0], dtype=torch.float64)
+    assert sorted(FlowSampler(weights, 2, replacement=False)) == [0, 2]
+
+
 def test_without_replacement_and_all_samples_it_is_a_permutation():
     assert sorted(FlowSampler(WEIGHTS, replacement=False)) == list(range(1000))
 
@@ -271,6 +277,32 @@ def test_drop_last_gives_every_rank_as_many():
         sampler = FlowSampler(WEIGHTS, 23, num_replicas=4, rank=rank, drop_last=True)
         assert list(sampler) == whole[:20][rank::4]
         assert len(sampler) == 5
+
+
+def test_drop_last_leaves_out_less_than_one_round_of_ranks_after_a_resumption():
+    whole = list(FlowSampler(WEIGHTS, 101))
+    first, state = run_ranks(101, 4, 5, drop_last=True)
+    second, state = run_ranks(101, 6, 100, state, drop_last=True)
+    assert first + second == whole[:98]
+    assert state["position"] == 101
+
+
+def test_loaders_may_ask_for_an_iterator_twice():
+    data = TensorDataset(torch.arange(1000))
+    sampler = FlowSampler(WEIGHTS)
+    whole = list(sampler)
+    sampler.load_state_dict({**sampler.state_dict(), "position": 900})
+    loader = DataLoader(data, batch_size=None, sampler=sampler, num_workers=2)
+    assert [int(row[0]) for row in loader] == whole[900:]
+
+
+def test_a_copy_goes_on_by_itself():
+    sampler = FlowSampler(WEIGHTS)
+    iterator = iter(sampler)
+    next(iterator)
+    copied = pickle.loads(pickle.dumps(sampler))
+    assert copied.state_dict() == sampler.state_dict()
+    assert list(copied) == list(FlowSampler(WEIGHTS))
 
 
 def test_it_is_a_distributed_sampler_that_knows_of_no_group():
