@@ -137,7 +137,7 @@ def measure(
     shuffled = RandomSampler(dataset)
     variants = {
         "bare": (dataset, shuffled),
-        "FlowSampler": (dataset, FlowSampler(weights, replacement=False)),  # the same samples
+        "FlowSampler": (dataset, FlowSampler(weights)),
         "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), shuffled),
     }
     rounds = []

@@ -124,7 +124,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._median = RunningMedian()  # of what this process has read
         self._others = RunningMedian()  # of the other ranks, when they were last merged
         self._source_state: Any = None  # at the start of the current window
-        self._weights: Tensor | None = None  # of the current window
+        self._in_use: float | None = None  # the current window's temperature
         self._read = self._yielded = 0  # samples before the current window; within it
         self._begun = self._ended = False
 
@@ -155,17 +155,19 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._others = sum(map(RunningMedian, counts), RunningMedian())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands: plain data and tensors.
+        """Return where the stream stands: plain data.
 
-        It holds the source's state at the start of the current window, the window's weights, so
-        that it is read again but not scored again, and the running median's counts.
+        It holds the source's state at the start of the current window, how far the window has
+        been yielded, its temperature, and the running median's counts. The window is read and
+        scored again, so that a source that does not resume exactly (a Hugging Face shuffle
+        buffer is refilled with other samples) still gives every sample its own weight.
         """
         return {
             **self._identity(),
             "epoch": self.epoch,
             "source": self._source_state,
             "read": self._read,
-            "weights": self._weights,
+            "in_use": self._in_use,
             "yielded": self._yielded,
             "ended": self._ended,
             "median": dict(self._median.counts),
@@ -188,7 +190,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self.set_epoch(state_dict["epoch"])
         self._begun, self._ended = False, state_dict["ended"]
         self._source_state, self._read = state_dict["source"], state_dict["read"]
-        self._weights, self._yielded = state_dict["weights"], state_dict["yielded"]
+        self._in_use, self._yielded = state_dict["in_use"], state_dict["yielded"]
         self._median = RunningMedian(state_dict["median"])
         self._others = RunningMedian(state_dict["others"])
 
@@ -211,7 +213,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
 
     def _rewind(self) -> None:
         """Let the next pass begin at the start of the source."""
-        self._source_state = self._weights = None
+        self._source_state = self._in_use = None
         self._read = self._yielded = 0
         self._begun = self._ended = False
 
@@ -220,19 +222,18 @@ class FlowWeightedIterable(IterableDataset[Any]):
             return
         samples = self._samples()
         while window := list(islice(samples, self.window)):
-            if self._weights is None:
-                self._weights = self._weigh(window)
-            accepted = self._accepted(len(window), self._weights)
+            weights = self._weigh(window)
+            accepted = self._accepted(weights) if self.resample else []
             while self._yielded < len(window):
                 index = self._yielded
                 self._yielded += 1
                 if not self.resample:
-                    yield self._attach(window[index], self._weights[index].clone())
+                    yield self._attach(window[index], weights[index].clone())
                 elif accepted[index]:
                     yield window[index]
             self._source_state = self._state_of_source()
             self._read += len(window)
-            self._weights, self._yielded = None, 0
+            self._in_use, self._yielded = None, 0
         self._ended = True
 
     def _samples(self) -> Iterator[Any]:
@@ -261,24 +262,30 @@ class FlowWeightedIterable(IterableDataset[Any]):
             )
         weights = torch.zeros(len(losses))
         if present.any():
-            weights[present] = flow_weights(
-                losses[present], temperature=self._temperature_of(losses[present])
-            )
+            if self._in_use is None:  # else the window is resumed, and counted already
+                self._in_use = self._temperature_of(losses[present])
+            weights[present] = flow_weights(losses[present], temperature=self._in_use)
         return weights
 
     def _temperature_of(self, losses: Tensor) -> float:
-        if self.temperature == "running_median":
+        if not isinstance(self.temperature, str):
+            return self.temperature
+        if self.temperature == "batch_median":
+            median = losses.double().quantile(0.5).item()
+        else:
             self._median.update(losses)
-            return (self._median + self._others).median()
-        rule = "median" if self.temperature == "batch_median" else self.temperature
-        return resolve_temperature(losses, rule)
+            median = (self._median + self._others).median()
+        if median == 0:
+            raise ValueError(
+                f"temperature={self.temperature!r} is 0 up to sample {self._read + len(losses)} of "
+                "the stream: half of the losses are 0; pass a positive float as temperature"
+            )
+        return median
 
-    def _accepted(self, count: int, weights: Tensor) -> list[bool]:
+    def _accepted(self, weights: Tensor) -> list[bool]:
         """Which samples of the window resampling keeps: a function of seed and position."""
-        if not self.resample:
-            return []
         first = (self._share()[0] << 48) + self._read
-        words = random_words((self.seed, self.epoch), ACCEPTANCE, first, count)
+        words = random_words((self.seed, self.epoch), ACCEPTANCE, first, len(weights))
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         accepted: list[bool] = (uniform < weights).tolist()
         return accepted

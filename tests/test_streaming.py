@@ -160,6 +160,16 @@ def test_a_sample_without_a_loss_is_refused_or_weighs_nothing():
     assert sum(stream.state_dict()["median"].values()) == COUNT - 1
 
 
+@pytest.mark.parametrize("temperature", ["running_median", "batch_median"])
+def test_a_median_of_zero_is_refused_with_a_remedy(temperature):
+    zeros = LossScorer(nn.Linear(4, 3), lambda model, batch: torch.zeros(len(batch[0])))
+    stream = FlowWeightedIterable(
+        range(COUNT), zeros, temperature=temperature, window=WINDOW, collate_fn=collate
+    )
+    with pytest.raises(ValueError, match=f"'{temperature}' is 0 .* pass a positive float"):
+        next(iter(stream))
+
+
 # Reading.
 
 
@@ -228,18 +238,27 @@ def test_a_finished_stream_is_over_once():
     assert len(list(resumed)) == COUNT
 
 
-def test_a_window_that_is_resumed_is_not_scored_again():
+def test_a_resumed_window_is_not_counted_twice():
     stopped = build()
     list(islice(stopped, 11))
     resumed = build()
-    calls = []
-    real = resumed.scorer.score
-    resumed.scorer.score = lambda *a, **k: calls.append(list(a[0])) or real(*a, **k)
     resumed.load_state_dict(stopped.state_dict())
-    list(islice(resumed, 5))
-    assert calls == []
-    next(iter(islice(resumed, 1)))
-    assert calls == [list(range(8))]  # a new pass
+    list(resumed)
+    assert sum(resumed.state_dict()["median"].values()) == COUNT
+
+
+def test_every_sample_has_its_own_weight_where_the_source_does_not_resume_exactly():
+    def make():  # the samples in its buffer are lost, and others take their place
+        return build(hugging_face().shuffle(seed=0, buffer_size=10), temperature=0.7)
+
+    stopped = make()
+    list(islice(stopped, 11))
+    resumed = make()
+    resumed.load_state_dict(stopped.state_dict())
+    items = plain(resumed)
+    assert [index for index, _ in items] != [index for index, _ in plain(make())][11:]
+    expected = reference.flow_weights([loss_of(index) for index, _ in items], 0.7)
+    assert [weight for _, weight in items] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
