@@ -7,6 +7,7 @@ The body runs once; what is optimised afterwards is convex in the head alone.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -182,9 +183,11 @@ def fit_head(
 ) -> nn.Linear:
     """Fit a linear head to features by L-BFGS on all samples at once, in float64, and return it.
 
-    Minimises mean loss + strength / 2 · ‖W‖², where W acts on features brought to mean 0 and
-    variance 1 (the bias is free); the solution is converted back to plain features. The problem
-    is convex: the head's values before the call don't matter.
+    Minimises mean loss + strength / 2 · ‖W‖², where W acts on features brought to mean 0 each and
+    variance 1 on average (the bias is free); the solution is converted back to plain features.
+    One scale serves all features: a feature that is almost always 0 would otherwise get a weight
+    so large that fine-tuning diverges. The problem is convex: the head's values before the call
+    don't matter.
 
     Args:
         head: D → C; its values are replaced in place. Without a bias, features are scaled but
@@ -354,17 +357,15 @@ def _best_strength(problem: _Problem, folds: int) -> float:
     return best
 
 
-def _standardise(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of variance 1 (and mean 0), with the mean and the scale that were taken out."""
-    mean = features.mean(0, dtype=torch.float64) if centre else features.new_zeros(()).double()
-    mean = mean.expand(features.shape[1])
-    variance = torch.zeros_like(mean)
+def _standardise(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor, float]:
+    """Features of mean variance 1 (and mean 0), with the means and the scale taken out."""
+    mean = features.new_zeros(features.shape[1], dtype=torch.float64)
+    if centre:
+        mean = features.mean(0, dtype=torch.float64)
+    squares = 0.0
     for rows in features.split(_ROWS):
-        variance = variance + (rows.double() - mean).square_().sum(0) / len(features)
-    # A feature that never changes carries nothing; its rounding noise must not be blown up.
-    scale = variance.sqrt()
-    noise = 1e-6 * features.abs().amax(0).double()
-    scale = torch.where(scale > noise, scale, torch.inf)
+        squares += (rows.double() - mean).square_().sum().item()
+    scale = math.sqrt(squares / features.numel()) or 1.0
     out = torch.empty_like(features)
     for target, rows in zip(out.split(_ROWS), features.split(_ROWS), strict=True):
         target.copy_((rows.double() - mean) / scale)
