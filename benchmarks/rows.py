@@ -32,7 +32,8 @@ def timed(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> list[
 def row(what: str, values: list[float], unit: str, **more: Any) -> dict[str, Any]:
     """One measured quantity: median and spread (smallest and largest) of its runs."""
     spread = [min(values), max(values)]
-    return {"what": what, "median": statistics.median(values), "spread": spread, "unit": unit} | more
+    median = statistics.median(values)
+    return {"what": what, "median": median, "spread": spread, "unit": unit, **more}
 
 
 def machine() -> dict[str, Any]:

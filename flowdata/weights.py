@@ -7,6 +7,7 @@ losses give the same weights on every machine. Arithmetic is float64 inside.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -211,13 +212,18 @@ def _log_ess(values: Tensor, weigh: Callable[[Tensor], Tensor]) -> float:
 
 def check_values(losses: Losses, name: str = "losses") -> Tensor:
     """Return values as a detached (N,) tensor, uncopied where possible; raise on bad ones."""
-    checked = torch.as_tensor(losses).detach()
+    with warnings.catch_warnings():  # torch warns of read-only memory maps; nothing is written
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        checked = torch.as_tensor(losses).detach()
     if not checked.is_floating_point():
         raise TypeError(f"{name} must be floating, got dtype {checked.dtype}")
     if checked.dim() != 1 or checked.numel() == 0:
         raise ValueError(f"{name} must be 1-D and not empty, got shape {tuple(checked.shape)}")
     if checked.dtype in (torch.bfloat16, torch.float16):
         checked = checked.float()  # numpy knows no bfloat16; the conversion is exact
+    low, high = torch.aminmax(checked)  # one pass, and NaN comes through
+    if low >= 0 and high < torch.inf:
+        return checked
     for bad, what, remedy in (
         (~checked.isfinite(), "not finite", "find out why, or drop or zero-weight these samples"),
         (checked < 0, "negative", "FLOW needs values >= 0; subtract their minimum first"),

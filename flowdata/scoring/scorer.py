@@ -128,6 +128,7 @@ class LossScorer:
         self.compile = compile
         self.progress = progress
         self._explanation = "nothing scored yet"
+        self._fingerprinted: tuple[list[tuple[int, int]], str] = ([], "")
 
     def explain(self) -> str:
         """Return a sentence on the last `score`: what was chosen and why."""
@@ -168,8 +169,10 @@ class LossScorer:
             job = self._job(dataset, collate_fn, lengths, num_workers)
             identity = self._identity(job, dataset_id, collate_fn)
             if store is None:
+                identity["model"] = self._model_identity()
                 return _score(job, identity, dict(details or {}))
             with locked(Path(store)):
+                identity["model"] = self._model_identity(fresh=True)
                 return _score_into(Path(store), job, identity, dict(details or {}))
 
     def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
@@ -200,10 +203,9 @@ class LossScorer:
     def _identity(
         self, job: Job, dataset_id: str | None, collate_fn: Collate | None
     ) -> dict[str, Any]:
-        """What losses depend on: equal identities, equal losses."""
+        """What losses depend on beside the model: equal identities, equal losses."""
         loss = job.loss
         return {
-            "model": fingerprint_model(job.model, skip_adapters=job.reference == "base"),
             "dataset": content_identity(job.dataset) if dataset_id is None else dataset_id,
             "num_samples": len(job.dataset),
             "loss": loss if isinstance(loss, str) else "callable:" + fingerprint_callable(loss),
@@ -212,6 +214,18 @@ class LossScorer:
             "collate_fn": fingerprint_callable(collate_fn),
             "dtype": name_of(job.dtype),
         }
+
+    def _model_identity(self, *, fresh: bool = False) -> str:
+        """The model's fingerprint; unless `fresh`, of when PyTorch last saw a tensor written.
+
+        That spares streams, which score window after window, a pass over the parameters each.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        seen = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if fresh or self._fingerprinted[0] != seen:
+            base = self.reference == "base"
+            self._fingerprinted = (seen, fingerprint_model(self.model, skip_adapters=base))
+        return self._fingerprinted[1]
 
     def _dtype(self, loss: str | LossFunction) -> torch.dtype:
         if self.dtype == "auto" and loss not in LANGUAGE_LOSSES:
