@@ -1,0 +1,48 @@
+"""ℓ2 and WiSE-FT added to FLOW, on the digits of custom_loop.py.
+
+    pip install "flowdata[demo]"; python examples/companions.py
+
+FLOW works on the data, these on the parameters: they add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+from custom_loop import accuracy, fine_tune, pretrain
+
+from flowdata import ParameterAnchor, wise_ft
+
+
+def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
+    """Print and return (old, new) accuracy of each way to fine-tune."""
+    options = argparse.ArgumentParser(description="ℓ2 and WiSE-FT added to FLOW")
+    options.add_argument("--epochs", type=int, default=5)
+    options.add_argument("--strength", type=float, default=0.003, help="of the ℓ2 penalty")
+    options.add_argument("--alpha", type=float, default=0.5, help="share of the fine-tuned weights")
+    given = options.parse_args(argv)
+    pretrained, old, new = pretrain()
+
+    flow = copy.deepcopy(pretrained)
+    fine_tune(flow, new, given.epochs)
+
+    anchored = copy.deepcopy(pretrained)
+    anchor = ParameterAnchor(anchored, kind="l2", strength=given.strength)
+    fine_tune(anchored, new, given.epochs, penalty=anchor)
+
+    models = {
+        "pre-trained": pretrained,
+        "FLOW": flow,
+        "FLOW + l2": anchored,
+        "FLOW + WiSE-FT": wise_ft(pretrained, flow, given.alpha),
+    }
+    table = {name: (accuracy(model, old), accuracy(model, new)) for name, model in models.items()}
+    print(f"{'':16}{'upright':>8}{'turned':>10}{'mean':>8}")
+    for name, (before, after) in table.items():
+        print(f"{name:16}{before:8.3f}{after:10.3f}{(before + after) / 2:8.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()
