@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from flowdata.scores import Scores
+from flowdata.weights import Temperature, resolve_temperature
 
 TokenRule: TypeAlias = "Literal['talr', 'dft', 'dro'] | Callable[[Tensor, Tensor], Tensor]"
 
@@ -147,6 +150,66 @@ def align_token_weights(
     aligned = weights.new_zeros(len(labels))
     aligned[is_target] = weights[len(weights) - found :] if truncated == "left" else weights[:found]
     return aligned
+
+
+def token_weight_column(
+    scores: Scores,
+    labels: Iterable[Any],
+    *,
+    mode: Literal["token", "both"] = "token",
+    temperature: Temperature = "median",
+    truncated: Literal["no", "right", "left"] = "no",
+) -> list[list[float]]:
+    """Return each sample's token weights exp(−loss / temperature), laid along its labels.
+
+    A data set with this column (``dataset.add_column("weight", ...)``) trains under
+    `FlowTrainer`, `FlowSFTTrainer` or `WeightedCollator`, packed or padded.
+
+    Source: the token and both modes of the authors' code of arXiv:2502.02797, where the
+    temperature is taken over all target tokens.
+
+    Args:
+        scores: made with ``token_losses=True``, N samples.
+        labels: N label sequences, (T,) int64 each, unshifted, in the data set's order.
+        mode: ``"token"``, or ``"both"``: each token's weight times its sample's, whose own
+            temperature the same rule picks from the samples' losses.
+        temperature: as in `resolve_temperature`.
+        truncated: as in `align_token_weights`.
+
+    Raises:
+        ValueError: scores without token losses, another number of samples, or labels whose
+            targets are not those that were scored (the sample named).
+
+    Example:
+        >>> import torch
+        >>> from flowdata import Scores
+        >>> losses = torch.tensor([1.0, 1.0, 1.0])
+        >>> scores = Scores(torch.ones(2), torch.tensor([1, 2]), token_losses=losses)
+        >>> column = token_weight_column(scores, [[5, 6], [5, 6, 7]])
+        >>> [[round(weight, 3) for weight in row] for row in column]
+        [[0.0, 0.368], [0.0, 0.368, 0.368]]
+    """
+    if mode not in ("token", "both"):
+        raise ValueError(f"mode must be 'token' or 'both', got {mode!r}")
+    sequences = [torch.as_tensor(row) for row in labels]
+    if len(sequences) != len(scores):
+        raise ValueError(
+            f"{len(sequences)} label sequences for the scores of {len(scores)} samples"
+        )
+    ragged = [scores.token_losses(index) for index in range(len(scores))]
+    scale = resolve_temperature(torch.cat(ragged), temperature)
+    factors = torch.ones(len(scores))
+    if mode == "both":
+        factors = scores.weights(temperature, missing="zero")
+    column = []
+    for index, (losses, sequence) in enumerate(zip(ragged, sequences, strict=True)):
+        weights = torch.exp(-losses / scale) * factors[index]
+        try:
+            aligned = align_token_weights(weights, sequence, truncated=truncated)
+        except ValueError as error:
+            raise ValueError(f"sample {index}: {error}") from None
+        column.append(aligned.tolist())
+    return column
 
 
 def _temperature(losses: Tensor, takes_part: Tensor, temperature: float | None) -> Tensor | float:

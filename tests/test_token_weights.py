@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowdata.losses import causal_lm_loss
+from flowdata.scores import Scores
 from flowdata.token_weights import (
     align_token_weights,
     dft_weights,
@@ -13,6 +14,7 @@ from flowdata.token_weights import (
     rule_weights,
     selective_token_weights,
     talr_weights,
+    token_weight_column,
 )
 from tests import reference
 
@@ -120,6 +122,43 @@ def test_weights_are_laid_along_labels_whatever_was_cut():
     kept = align_token_weights(weights, labels[3:], truncated="left")
     assert kept.tolist() == pytest.approx([0, 0, 0.3, 0.4])
     assert align_token_weights(weights[:0], labels[:1]).tolist() == [0]
+
+
+def ragged_scores():
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.rand(7, generator=generator) * 3
+    losses = torch.stack([part.mean() for part in tokens.split([1, 4, 2])])
+    labels = [[1, 2], [-100, 3, 4, -100, 5, 6], [7, 8, 9]]
+    return Scores(losses, torch.tensor([1, 4, 2]), token_losses=tokens), tokens, labels
+
+
+@pytest.mark.parametrize("mode", ["token", "both"])
+def test_a_column_holds_the_weight_of_every_target(mode):
+    scores, tokens, labels = ragged_scores()
+    expected = reference.flow_weights(tokens, reference.median(tokens))
+    if mode == "both":
+        samples = reference.flow_weights(scores.losses, reference.median(scores.losses))
+        expected = [w * samples[i] for w, i in zip(expected, [0, 1, 1, 1, 1, 2, 2], strict=True)]
+    column = token_weight_column(scores, labels, mode=mode)
+    assert [len(row) for row in column] == [2, 6, 3]
+    assert [w for row in column for w in row if w] == pytest.approx(expected, rel=1e-5)
+    assert [[w > 0 for w in row] for row in column] == [
+        [t > 0 and label != -100 for t, label in enumerate(row)] for row in labels
+    ]
+
+
+def test_a_column_says_which_sample_does_not_fit():
+    scores, _, labels = ragged_scores()
+    with pytest.raises(ValueError, match="sample 2: labels have 1 targets, but the sample was"):
+        token_weight_column(scores, [*labels[:2], [7, 8]])
+    cut = token_weight_column(scores, [*labels[:2], [7, 8]], truncated="right")
+    assert cut[2] == token_weight_column(scores, labels)[2][:2]
+    with pytest.raises(ValueError, match="2 label sequences for the scores of 3 samples"):
+        token_weight_column(scores, labels[:2])
+    with pytest.raises(ValueError, match="mode must be 'token' or 'both'"):
+        token_weight_column(scores, labels, mode="sequence")
+    with pytest.raises(ValueError, match="these scores hold no token losses"):
+        token_weight_column(Scores(torch.ones(3)), labels)
 
 
 @pytest.mark.parametrize(

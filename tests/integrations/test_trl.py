@@ -5,10 +5,11 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from flowdata import LossScorer, Scores
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.trl import FlowSFTTrainer
 from flowdata.losses import causal_lm_loss
-from flowdata.token_weights import align_token_weights
+from flowdata.token_weights import token_weight_column
 from tests.integrations import tiny, train_worker
 
 NORMALIZE = ("count", "weights")
@@ -186,24 +187,24 @@ def test_evaluation_stays_unweighted(tmp_path):
         assert flow[name] == pytest.approx(plain[name], rel=1e-6)
 
 
-def test_reference_token_weights_end_to_end():
-    """The stored, ragged token losses of a scorer become the weights of a packed trainer."""
-    samples = tiny.make_samples()
-    generator = torch.Generator().manual_seed(7)
-    ragged = [
-        torch.rand(int((s["labels"][1:] != -100).sum()), generator=generator) for s in samples
-    ]
-    laid = [
-        align_token_weights(weights, sample["labels"])
-        for weights, sample in zip(ragged, samples, strict=True)
-    ]
-    expected = tiny.full_batch_gradient(laid)
-    original, tiny.make_token_weights = tiny.make_token_weights, lambda samples: laid
-    try:
-        gradient = train_worker.sft(8, 1, token_weights=True, config=PACKED)
-    finally:
-        tiny.make_token_weights = original
-    tiny.assert_same_gradient(gradient, expected)
+@pytest.mark.parametrize("mode", ["token", "both"])
+def test_reference_token_weights_end_to_end(tmp_path, mode):
+    """Token losses of a real scorer, stored ragged, become the weights of a packed trainer."""
+    dataset = tiny.as_hf_dataset(tiny.make_samples())
+    scorer = LossScorer(tiny.make_model(1), token_losses=True, dtype="float32", progress=False)
+    scorer.score(dataset, store=tmp_path / "scores")
+    scores = Scores.load(tmp_path / "scores")
+    column = token_weight_column(scores, dataset["labels"], mode=mode)
+    expected = tiny.full_batch_gradient([torch.tensor(row) for row in column])
+    kept = []
+    settings = PACKED | {"per_device_train_batch_size": 8, "max_steps": 1, "max_grad_norm": 0.0}
+    sft(
+        tmp_path,
+        settings=settings,
+        train_dataset=dataset.add_column("weight", column),
+        callbacks=[train_worker.keep_gradient(kept)],
+    ).train()
+    tiny.assert_same_gradient(kept[0], expected)
 
 
 def test_modes_that_cannot_be_right_are_refused(tmp_path):
