@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, default_collate
+
 import flowdata
+from tests.models import TinyResNet, images
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,3 +61,24 @@ def test_doctests_of_the_package():
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    model = TinyResNet()
+    names = {
+        "flowdata": flowdata,
+        "DataLoader": DataLoader,
+        "model": model,
+        "dataset": images(),
+        "collate": default_collate,
+        "per_sample_loss": lambda model, batch: F.cross_entropy(
+            model(batch[0]), batch[1], reduction="none"
+        ),
+    }
+    exec(code, names)
+    names["loss"].backward()
+    assert model.head.weight.grad is not None
+    assert sum(len(labels) for _, labels in names["loader"]) == 20
+    assert len(flowdata.Scores.load("scores")) == 20
