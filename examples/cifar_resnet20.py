@@ -144,6 +144,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
         "FLOW, FlowSampler": DataLoader(fashion, batch_size=128, sampler=sampler),
     }
     for name, loader in loaders.items():
+        print(f"{name} …", file=sys.stderr, flush=True)
         body, head = tuned = copy.deepcopy(probed)
         train(tuned, loader, options.epochs, options.rate)
         if name.startswith("FLOW"):  # the recipe's second round: the head alone, no weights
