@@ -85,7 +85,9 @@ def train(model: nn.Module, loader: DataLoader, epochs: int, rate: float) -> Non
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     model.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        if isinstance(loader.sampler, flowdata.FlowSampler):
+            loader.sampler.set_epoch(epoch)
         for x, y, *weight in loader:
             losses = F.cross_entropy(model(x), y, reduction="none")
             loss = flowdata.weighted_mean(losses, *weight) if weight else losses.mean()
@@ -146,7 +148,9 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
     for name, loader in loaders.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         body, head = tuned = copy.deepcopy(probed)
-        train(tuned, loader, options.epochs, options.rate)
+        resampled = loader.sampler is sampler  # Σwℓ / Σw, where weighting is Σwℓ / N
+        rate = options.rate * (sampler.explain()["mean_weight"] if resampled else 1)
+        train(tuned, loader, options.epochs, rate)
         if name.startswith("FLOW"):  # the recipe's second round: the head alone, no weights
             flowdata.linear_probe(body, head, fashion)
         learned = accuracy(tuned, fashion_test)

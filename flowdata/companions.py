@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+
+from flowdata.files import replacing
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 Shapes: TypeAlias = Mapping[str, list[int]]
@@ -262,7 +262,6 @@ def _average_files(pretrained: Path, finetuned: Path, alpha: float, output: Path
     """Write a safetensors file tensor by tensor: 8 bytes of length, a JSON header, the data."""
     from safetensors import safe_open
 
-    draft = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     with ExitStack() as stack:
         old, new = (
             stack.enter_context(safe_open(path, framework="pt")) for path in (pretrained, finetuned)
@@ -283,15 +282,11 @@ def _average_files(pretrained: Path, finetuned: Path, alpha: float, output: Path
             }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the data starts aligned
-        stack.callback(draft.unlink, missing_ok=True)
-        with draft.open("wb") as file:
+        with replacing(output) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 averaged = _average(old.get_tensor(name), new.get_tensor(name), alpha)
                 file.write(averaged.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(output)
     return output
 
 

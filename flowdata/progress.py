@@ -41,7 +41,7 @@ def progress_bar(
 
 def say(message: str, *, shown: bool = True) -> None:
     """Log a sentence, and print it where the program has set up no logging."""
-    logger.info(message)
+    logger.log(logging.INFO if shown else logging.DEBUG, message)
     if shown and not logger.hasHandlers():
         print(f"flowdata: {message}", file=sys.stderr)
 
@@ -62,4 +62,5 @@ class _Lines:
         rate = (self.done - self.began_with) / max(self.last - self.start, 1e-9)
         share = self.done / max(self.total, 1)
         done = f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%})"
-        print(f"{self.what}: {done}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        print(f"{self.what}: {done}, {speed}/s", file=sys.stderr, flush=True)

@@ -43,7 +43,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +53,7 @@ import torch
 from torch import Tensor
 
 import flowdata
+from flowdata.files import replacing
 from flowdata.scores import ScoreMismatchError, Scores
 
 FORMAT = 1
@@ -317,7 +317,8 @@ def _split_packs(
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    _write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1, sort_keys=True).encode())
 
 
 def store_digest(manifest: Manifest) -> str:
@@ -331,7 +332,8 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) 
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     signed = {**metadata, "checksum": _checksum(tensors, metadata)}
-    _write_bytes(path, save(tensors, metadata={"flowdata": _canonical(signed).decode()}))
+    with replacing(path) as file:
+        file.write(save(tensors, metadata={"flowdata": _canonical(signed).decode()}))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -383,27 +385,6 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write under another name, sync, rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _canonical(value: Any) -> bytes:

@@ -93,6 +93,7 @@ def test_a_rules_weights_are_constants_for_the_gradient():
 
 
 def test_a_rule_compiles_without_graph_breaks():
+    torch.compiler.reset()
     logits, labels = torch.randn(2, 4, 6), torch.randint(6, (2, 4))
     compiled = torch.compile(causal_lm_loss, fullgraph=True, backend="aot_eager")
     for rule in RULES:
