@@ -63,11 +63,14 @@ def scoring_model(
             yield _converted(model, targets, dtype, device)
             return
         training = [(module, module.training) for module in model.modules()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             yield model.eval()
         finally:
             for module, flag in training:
                 module.training = flag
+            for parameter, flag in trainable:  # PEFT sets them when it turns adapters on again
+                parameter.requires_grad = flag
 
 
 def _target_dtypes(model: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
