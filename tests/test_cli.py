@@ -9,7 +9,7 @@ import pytest
 from flowdata import Scores
 from flowdata.cli import main
 from tests.models import tiny_llama
-from tests.test_text import TEMPLATE, tokenizer
+from tests.test_text import tokenizer
 
 __all__ = ["tokenizer"]  # the fixture
 
@@ -142,7 +142,6 @@ def test_another_model_is_refused(capsys, model_folder, data, tmp_path, tokenize
 
 
 def test_a_template_can_be_turned_off(capsys, model_folder, data, tmp_path):
-    assert TEMPLATE
     totals = []
     for flag in ("--template", "--no-template"):
         arguments = ("score", model_folder, data, "--store", tmp_path / flag, flag, "--json")
