@@ -264,7 +264,5 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items())
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
     content = [_class_name(tokenizer), vocabulary, rules, tokenizer.chat_template, special]
     return hashlib.sha256(_canonical(content)).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -32,6 +33,8 @@ class Scores:
         metadata: JSON-like: how the losses were made (`identity`, `plan`, `details`).
         token_losses: (Σ counts,) floating, the targets' losses one after another, or None;
             kept as `flat_token_losses`.
+        columns: further values of every sample by name, (N,) floating each (see
+            `LossScorer`); kept as float32 in `columns`.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape.
@@ -50,6 +53,7 @@ class Scores:
         *,
         metadata: dict[str, Any] | None = None,
         token_losses: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
         losses = torch.as_tensor(losses).detach().cpu()
         if losses.dim() != 1 or len(losses) == 0 or not losses.is_floating_point():
@@ -67,6 +71,12 @@ class Scores:
                 f"token_losses must have shape ({int(counts.sum())},), one value for each target "
                 f"that counts tells of, got {tuple(token_losses.shape)}"
             )
+        for name, values in (columns or {}).items():
+            if values.shape != losses.shape:
+                raise ValueError(
+                    f"columns[{name!r}] must have shape {tuple(losses.shape)}, "
+                    f"got {tuple(values.shape)}"
+                )
         finite = losses.isfinite()
         self.losses = torch.where(finite, losses, torch.nan).float()
         self.counts = counts.long()
@@ -74,6 +84,9 @@ class Scores:
         self.flat_token_losses = (
             None if token_losses is None else token_losses.detach().cpu().float()
         )
+        self.columns = {
+            name: values.detach().cpu().float() for name, values in (columns or {}).items()
+        }
         self._offsets: Tensor | None = None
 
     def __len__(self) -> int:
@@ -101,31 +114,44 @@ class Scores:
         index %= len(self)
         return self.flat_token_losses[self._offsets[index] : self._offsets[index + 1]]
 
-    def weights(self, temperature: Temperature = "median", *, missing: Missing = "raise") -> Tensor:
+    def weights(
+        self,
+        temperature: Temperature = "median",
+        *,
+        column: str = "loss",
+        missing: Missing = "raise",
+    ) -> Tensor:
         """Return the FLOW weights exp(−loss / temperature): (N,) float32 in [0, 1].
 
         Args:
             temperature: as in `resolve_temperature`; taken over the samples that have a loss.
+            column: which of `columns` takes the loss's place, such as ``"gradient_norm"``.
             missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, which
                 gives them weight 0.
 
         Raises:
             ValueError: samples without a loss under ``missing="raise"`` (their indices named),
-                no sample with one, or an unusable temperature.
+                no sample with one, an unusable temperature, or no such column.
         """
         if missing not in ("raise", "zero"):
             raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
-        absent = self.losses.isnan()
+        if column != "loss" and column not in self.columns:
+            raise ValueError(
+                f"column must be 'loss' or one of {sorted(self.columns)}, got {column!r}; score "
+                "with LossScorer(..., columns=...) to have more"
+            )
+        values = self.losses if column == "loss" else self.columns[column]
+        absent = values.isnan()
         if not absent.any():
-            return flow_weights(self.losses, temperature=temperature)
+            return flow_weights(values, temperature=temperature)
         if missing == "raise" or absent.all():
             raise ValueError(
                 f"{int(absent.sum())} of {len(self)} samples have no loss (no target, or a "
                 f"non-finite loss): indices {_listing(absent.nonzero().flatten().tolist())}; "
                 "drop them, or pass missing='zero' to give them weight 0"
             )
-        weights = torch.zeros_like(self.losses)
-        weights[~absent] = flow_weights(self.losses[~absent], temperature=temperature)
+        weights = torch.zeros_like(values)
+        weights[~absent] = flow_weights(values[~absent], temperature=temperature)
         return weights
 
     def check_dataset(self, dataset: Any) -> None:

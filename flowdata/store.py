@@ -12,11 +12,12 @@
     count         int64 (N,)      its number of targets
     token_loss    float32 (Σcount,)   optional: the targets' losses, sample after sample
     token_offset  int64 (N+1,)    with token_loss: where each sample's targets begin
+    any other     float32 (N,)    a further column, such as entropy or gradient_norm
 
 **A part** holds whole packs of the plan, one after another, samples in the plan's order:
 
     pack          int64 (K,)      which packs
-    loss, count   as above, for the packs' samples; token_loss optional
+    loss, count   as above, for the packs' samples; token_loss and further columns optional
 
 **Metadata.** Both kinds carry one string, `flowdata`, in the safetensors header: canonical JSON
 (sorted keys, no spaces) with `checksum`, the hex SHA-256 over the canonical JSON without it,
@@ -57,6 +58,7 @@ from flowdata.files import replacing
 from flowdata.scores import ScoreMismatchError, Scores
 
 FORMAT = 1
+_OWN = {"loss", "count", "token_loss", "token_offset"}  # every other tensor is a further column
 SCORES, MANIFEST, PARTS, LOCK = "scores.safetensors", "manifest.json", "parts", ".lock"
 logger = logging.getLogger("flowdata")
 
@@ -152,6 +154,7 @@ def load_scores(path: Path) -> Scores:
         tensors["count"],
         metadata=_as_manifest(metadata, file),
         token_losses=tensors.get("token_loss"),
+        columns={name: tensors[name] for name in set(tensors) - _OWN},
     )
 
 
@@ -164,7 +167,7 @@ def save_scores(scores: Scores, path: Path) -> Path:
     manifest = make_manifest(
         metadata.get("identity", {}), metadata.get("plan", {}), metadata.get("details", {})
     )
-    tensors = {"loss": scores.losses, "count": scores.counts}
+    tensors = {**scores.columns, "loss": scores.losses, "count": scores.counts}
     if scores.flat_token_losses is not None:
         tensors["token_loss"] = scores.flat_token_losses
         tensors["token_offset"] = torch.cat([torch.zeros(1).long(), scores.counts.cumsum(0)])

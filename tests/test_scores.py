@@ -125,3 +125,21 @@ def test_only_finished_stores_load(tmp_path):
         Scores.load(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="is not a flowdata store"):
         Scores(torch.ones(2)).save(tmp_path)
+
+
+def test_further_columns_take_the_losses_place_and_survive_the_store(tmp_path):
+    norms = torch.tensor([3.0, 1.0, 2.0])
+    scores = Scores(torch.tensor([0.1, 0.2, 0.3]), columns={"gradient_norm": norms})
+    loaded = Scores.load(scores.save(tmp_path / "store"))
+    assert loaded.columns["gradient_norm"].tolist() == [3.0, 1.0, 2.0]
+    torch.testing.assert_close(
+        loaded.weights(column="gradient_norm"), torch.exp(-norms / 2.0), rtol=1e-6, atol=0
+    )
+
+
+def test_columns_of_another_shape_or_name_are_refused():
+    with pytest.raises(ValueError, match=r"columns\['entropy'\] must have shape \(2,\), got \(3,\)"):
+        Scores(torch.ones(2), columns={"entropy": torch.ones(3)})
+    scores = Scores(torch.ones(2), columns={"entropy": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"column must be 'loss' or one of \['entropy'\]"):
+        scores.weights(column="margin")

@@ -14,8 +14,9 @@ from flowdata.progress import say
 from flowdata.rng import preserved_rng
 from flowdata.scores import Scores, content_identity
 from flowdata.scoring.batches import Collate, choose_collate
-from flowdata.scoring.job import Job, LossFunction, make_plan, merge_packs, run_packs
+from flowdata.scoring.job import Job, LossFunction, make_plan
 from flowdata.scoring.precision import name_of, resolve_dtype
+from flowdata.scoring.run import merge_packs, run_packs
 from flowdata.scoring.tasks import (
     LANGUAGE_LOSSES,
     LOSSES,
