@@ -83,13 +83,19 @@ def main(arguments: list[str]) -> None:
     rows = []
     for size in options.sizes:
         for peer in options.peers:
-            rows += measured(peer, size, options.repeats)
-    rows += ratios(rows)
-    for each in rows:
-        median = "fails" if each["median"] is None else f"{each['median']:.4g}"
-        print(f"{each['what']:75} {median:>10} {each['unit']}  {each.get('why', '')}")
+            rows += show(measured(peer, size, options.repeats))
+    rows += show(ratios(rows))
     if not options.dry_run:
         print(write("sampler", rows, " ".join(["python -m benchmarks sampler", *arguments])))
+
+
+def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print rows as soon as they are there, and return them."""
+    for each in rows:
+        median = "fails" if each["median"] is None else f"{each['median']:.4g}"
+        why = each.get("why", "")
+        print(f"{each['what']:75} {median:>10} {each['unit']}  {why}", flush=True)
+    return rows
 
 
 def check(peer: str, size: int = 100_000) -> None:
