@@ -181,3 +181,22 @@ def quantile(losses, share):
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def target_columns(hidden, weight, targets, bias=None, scale=1.0, softcap=None):
+    """(entropy, correct, gradient norm) of every row, the last through autograd, in float64."""
+    import torch
+
+    found = []
+    for h, target in zip(hidden.double(), targets, strict=True):
+        layer = weight.detach().double().requires_grad_()
+        logits = layer @ h + (0 if bias is None else bias.detach().double())
+        logits = logits * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        log_p = torch.log_softmax(logits, dim=0)
+        entropy = -(log_p.exp() * log_p).sum().item()
+        correct = float(logits.argmax() == target)
+        (gradient,) = torch.autograd.grad(-log_p[target], layer)
+        found.append((entropy, correct, gradient.norm().item()))
+    return [torch.tensor(values) for values in zip(*found, strict=True)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROWS, _COLUMNS = 1024, 2048  # one tile of logits: stays in a core's cache
+_LOWEST = -1e15  # below every logit; finite, its square too, so that 0 · (z − top) is 0
 
 
 @dataclass(frozen=True)
@@ -53,40 +56,120 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
 
 
 def target_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """Return −log softmax(logits)[target] of every row, computed tile by tile.
+    """Return −log softmax(logits)[target] of every row: the losses of `target_values`."""
+    return target_values(hidden, head, targets)[0]
 
-    The log-sum-exp runs in float32 over tiles of logits that the matrix product leaves in the
-    hidden states' dtype; the target's own logit is a float32 dot product, which is where most
-    of a low-precision loss's error would come from.
+
+def target_values(
+    hidden: Tensor, head: Head, targets: Tensor, columns: Sequence[str] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of every row's target and further columns, computed tile by tile.
+
+    Tiles of logits are added up in float32 over all classes but the target. Its own logit is a
+    float32 dot product, and the loss is log(1 + Σ exp(other − target)): a confident prediction's
+    small loss keeps its relative accuracy, where the usual difference of two large numbers, one
+    of them rounded, loses it.
 
     Args:
         hidden: (n, d) floating.
         head: its weight has the dtype of `hidden`.
         targets: (n,) int64 in [0, V).
+        columns: names of further columns, see columns.py.
 
     Returns:
-        (n,) float32, nats, never negative.
+        (n,) float32 losses in nats, never negative, and (n,) float32 for each name.
     """
-    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(hidden), _ROWS):
-        rows = slice(start, start + _ROWS)
-        target_logits = _target_logits(hidden[rows], head, targets[rows])
-        losses[rows] = _log_sum_exp(hidden[rows], head).sub_(target_logits).clamp_min_(0)
-    return losses
+    parts = [
+        _values(_tally(h, head, t, moments=bool(columns)), h, head, t, columns)
+        for h, t in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
+    ]
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return values.pop("loss"), values
 
 
-def _log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
-    """(n,) float32 over the vocabulary, one tile of columns after another."""
-    total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
-    tile = hidden.new_empty(len(hidden) * _COLUMNS)
+class Tally(NamedTuple):
+    """What the logits z of all classes but the target add up to, (n,) float32 each.
+
+    Attributes:
+        top: the largest.
+        total: Σ exp(z − top).
+        first: Σ exp(z − top) · (z − top), or 0 where no column needs it.
+        squares: Σ exp(2 (z − top)) · slope(z)², or 0 likewise.
+    """
+
+    top: Tensor
+    total: Tensor
+    first: Tensor
+    squares: Tensor
+
+
+def _values(
+    tally: Tally, hidden: Tensor, head: Head, targets: Tensor, columns: Sequence[str]
+) -> dict[str, Tensor]:
+    """The loss and the named columns; `gap` is the logit of "any other class"."""
+    target = _target_logits(hidden, head, targets)
+    gap = tally.top + tally.total.log() - target
+    values = {"loss": F.softplus(gap)}
+    others = gap.sigmoid()  # 1 − p(target)
+    if "entropy" in columns:
+        within = tally.total.log() - tally.first / tally.total  # of the others among themselves
+        values["entropy"] = (
+            torch.special.entr(others) + (-gap).sigmoid() * values["loss"] + others * within
+        )
+    if "correct" in columns:
+        values["correct"] = (target > tally.top).float()
+    if "gradient_norm" in columns:
+        slope = _slope(target, head)
+        norm = (tally.squares / tally.total.square() + slope * slope).sqrt() * others
+        values["gradient_norm"] = norm * abs(head.scale) * hidden.float().norm(dim=1)
+    return values
+
+
+def _tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tally:
+    """Add up one tile of columns after another; `moments` asks for the last two sums."""
+    zeros = torch.zeros(len(hidden), device=hidden.device)
+    tally = Tally(torch.full_like(zeros, _LOWEST), zeros, zeros, zeros)
+    product = hidden.new_empty(len(hidden) * _COLUMNS)
+    logits = product if product.dtype == torch.float32 else product.float()
     for start in range(0, len(head.weight), _COLUMNS):
         columns = slice(start, start + _COLUMNS)
         weight = head.weight[columns]
-        out = tile[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-        logits = torch.mm(hidden, weight.t(), out=out).float()
-        bias = None if head.bias is None else head.bias[columns]
-        total = torch.logaddexp(total, finish_logits(logits, bias, head).logsumexp(1))
-    return total
+        shape = len(hidden), len(weight)
+        tile = product[: shape[0] * shape[1]].view(shape)
+        values = logits[: shape[0] * shape[1]].view(shape)
+        torch.mm(hidden, weight.t(), out=tile)
+        if values.dtype != tile.dtype:
+            values.copy_(tile)
+        finish_logits(values, None if head.bias is None else head.bias[columns], head)
+        tally = _fold(tally, values, targets - start, head, moments=moments)
+    return tally
+
+
+def _fold(tally: Tally, logits: Tensor, targets: Tensor, head: Head, *, moments: bool) -> Tally:
+    """Add a tile of float32 logits, which is overwritten; targets count from its first column."""
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    place = targets.clamp(0, logits.shape[1] - 1)[:, None]
+    logits.scatter_(1, place, logits.gather(1, place).masked_fill_(inside[:, None], _LOWEST))
+    top = torch.maximum(tally.top, logits.amax(1))
+    shift = tally.top - top
+    factor = shift.exp()
+    if not moments:
+        total = factor * tally.total + logits.sub_(top[:, None]).exp_().sum(1)
+        return Tally(top, total, tally.first, tally.squares)
+    logits.clamp_min_(_LOWEST)  # a class ruled out by a bias of −inf
+    slope = _slope(logits, head)
+    weights = logits.sub_(top[:, None]).exp()
+    return Tally(
+        top,
+        factor * tally.total + weights.sum(1),
+        factor * (tally.first + shift * tally.total) + logits.mul_(weights).sum(1),
+        factor * factor * tally.squares + weights.mul_(slope).square_().sum(1),
+    )
+
+
+def _slope(logits: Tensor, head: Head) -> Tensor | float:
+    """What the softcap leaves of a logit's derivative."""
+    return 1.0 if head.softcap is None else 1 - (logits / head.softcap).square()
 
 
 def _target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

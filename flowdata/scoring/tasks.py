@@ -8,13 +8,16 @@ methods of their own, in language.py.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowdata.scoring.columns import columns_of_logits
 
 IGNORE_INDEX = -100
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
@@ -29,19 +32,28 @@ class TargetLosses:
     Attributes:
         values: (n,) float32, sample after sample.
         counts: (B,) int64, targets of each sample.
+        further: further columns by name (see columns.py), (n,) float32 each.
     """
 
     values: Tensor
     counts: Tensor
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def columns(self, *, token_losses: bool) -> dict[str, Tensor]:
-        """Return what the store keeps of the batch; a sample's loss is NaN if not finite."""
+        """Return what the store keeps of the batch; a sample's value is NaN if not finite."""
         counts = self.counts.cpu()
-        values = self.values.detach().cpu()
-        sums = torch.segment_reduce(values.double(), "sum", lengths=counts, initial=0.0)
-        losses = (sums / counts).float()  # 0 / 0 is NaN: no target, no loss
-        columns = {"loss": torch.where(losses.isfinite(), losses, torch.nan), "count": counts}
-        return columns | ({"token_loss": values.float()} if token_losses else {})
+        values = {"loss": self.values, **self.further}
+        columns = {name: _means(each.detach().cpu(), counts) for name, each in values.items()}
+        columns["count"] = counts
+        if token_losses:
+            columns["token_loss"] = self.values.detach().cpu().float()
+        return columns
+
+
+def _means(values: Tensor, counts: Tensor) -> Tensor:
+    sums = torch.segment_reduce(values.double(), "sum", lengths=counts, initial=0.0)
+    means = (sums / counts).float()  # 0 / 0 is NaN: no target, no value
+    return torch.where(means.isfinite(), means, torch.nan)
 
 
 Method = Callable[[nn.Module, Any], TargetLosses]
@@ -97,13 +109,11 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     return batch, None
 
 
-def prediction_method(loss: str) -> Method:
-    """Return the method of a loss between a model's predictions and its targets."""
-    losses = {
-        "cross_entropy": cross_entropy,
-        "binary_cross_entropy": binary_cross_entropy,
-        "mse": squared_error,
-    }[loss]
+def prediction_method(loss: str, columns: Sequence[str] = ()) -> Method:
+    """Return the method of a loss between a model's predictions and its targets.
+
+    Further columns, by name, are those of `cross_entropy` alone.
+    """
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
         inputs, targets = split_batch(batch)
@@ -112,8 +122,16 @@ def prediction_method(loss: str) -> Method:
                 f"loss={loss!r} needs (input, target) pairs or dicts with 'labels', got "
                 f"{_describe(batch)}; pass loss=callable(model, batch) for another layout"
             )
-        predictions = predict(model, inputs)
-        return losses(predictions.float(), targets.to(predictions.device))
+        with _last_linear(model) if "gradient_norm" in columns else nullcontext([]) as calls:
+            predictions = predict(model, inputs)
+        targets = targets.to(predictions.device)
+        if loss == "binary_cross_entropy":
+            return binary_cross_entropy(predictions.float(), targets)
+        if loss == "mse":
+            return squared_error(predictions.float(), targets)
+        logits = predictions.float()
+        hidden = next((h for h, out in calls if torch.equal(out.float(), logits)), None)
+        return cross_entropy(logits, targets, columns, hidden)
 
     return run
 
@@ -196,14 +214,19 @@ def logits_of(output: Any) -> Tensor:
     return output
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, columns: Sequence[str] = (), hidden: Tensor | None = None
+) -> TargetLosses:
     """Losses of classes: targets (B, …) int64, −100 ignored, or (B, C) class probabilities.
 
-    Logits are (B, C, …), or (B, …, C) where only that fits.
+    Logits are (B, C, …), or (B, …, C) where only that fits; `hidden` is (B, …, d), what the layer
+    that made them was given.
     """
     if targets.is_floating_point():
         _check_shapes("cross_entropy", logits, targets, targets.shape)
-        return _one_each(F.cross_entropy(logits, targets.float(), reduction="none"))
+        losses = F.cross_entropy(logits, targets.float(), reduction="none")
+        further = columns_of_logits(logits, targets.float(), columns, hidden)
+        return TargetLosses(losses, torch.ones(len(losses), dtype=torch.long), further)
     targets = targets.long()
     if logits.dim() == 1 or logits.shape[1] == 1:
         raise ValueError(
@@ -214,8 +237,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
         logits = logits.movedim(-1, 1)
     _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    kept = (targets != IGNORE_INDEX).flatten(1) if targets.dim() > 1 else (targets != -100)[:, None]
-    return TargetLosses(losses.reshape(kept.shape)[kept], kept.sum(1))
+    kept = targets != IGNORE_INDEX
+    further = {}
+    if columns:
+        rows = logits.movedim(1, -1)[kept]
+        seen = None if hidden is None else hidden.reshape(*targets.shape, -1)[kept]
+        further = columns_of_logits(rows, targets[kept], columns, seen)
+    return TargetLosses(losses[kept], kept[:, None].flatten(1).sum(1), further)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
@@ -235,13 +263,26 @@ def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:
     return _all_targets((predictions - targets.float()).square())
 
 
-def _one_each(losses: Tensor) -> TargetLosses:
-    return TargetLosses(losses, torch.ones(len(losses), dtype=torch.long))
-
-
 def _all_targets(losses: Tensor) -> TargetLosses:
     each = losses.reshape(len(losses), -1)
     return TargetLosses(each.flatten(), torch.full((len(each),), each.shape[1]))
+
+
+@contextmanager
+def _last_linear(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record what the linear layer that is called last is given, and what it gives."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[:] = [(args[0], output)]
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Size) -> None:

@@ -1,0 +1,165 @@
+import pytest
+import torch
+from torch import nn
+
+from flowdata.scoring.columns import COLUMNS, check_columns, columns_of_logits
+from flowdata.scoring.head import Head, target_values
+from flowdata.scoring.tasks import prediction_method
+from tests import reference
+from tests.models import TinyResNet, images
+
+HEADS = [(False, 1.0, None), (True, 0.3, None), (True, 0.7, 5.0)]
+
+
+def head_case(bias, scale, softcap, *, rows=40, width=24, vocabulary=5000):
+    """Rows of which a third are predicted rightly, a few of these with great confidence."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, width), torch.randn(vocabulary, width) * 0.4
+    targets = torch.randint(0, vocabulary, (rows,))
+    offset = torch.randn(vocabulary) if bias else None
+    head = Head(weight, offset, scale, softcap)
+    logits = reference.head_logits(hidden, lambda h: h @ weight.T + (offset if bias else 0))
+    targets[: rows // 3] = logits[: rows // 3].argmax(1)
+    hidden[: rows // 8] *= 3
+    return hidden, head, targets
+
+
+def expected_columns(hidden, head, targets):
+    values = reference.target_columns(
+        hidden, head.weight, targets, head.bias, head.scale, head.softcap
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_the_tiled_heads_columns_are_those_of_autograd(case):
+    hidden, head, targets = head_case(*case)
+    losses, found = target_values(hidden, head, targets, COLUMNS)
+    assert torch.equal(losses, target_values(hidden, head, targets)[0])
+    for name, expected in expected_columns(hidden, head, targets).items():
+        torch.testing.assert_close(found[name].double(), expected.double(), rtol=2e-5, atol=1e-6)
+    assert 0 < found["correct"].mean() < 1
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_columns_of_full_logits_are_those_of_autograd(case):
+    hidden, head, targets = head_case(*case)
+    logits = reference.head_logits(
+        hidden,
+        lambda h: h @ head.weight.T + (0 if head.bias is None else head.bias),
+        head.softcap,
+        head.scale,
+    )
+    found = columns_of_logits(
+        logits, targets, COLUMNS, hidden, scale=head.scale, softcap=head.softcap
+    )
+    for name, expected in expected_columns(hidden, head, targets).items():
+        torch.testing.assert_close(found[name].double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_confident_predictions_keep_their_small_loss_and_gradient():
+    hidden, head = torch.eye(3) * 4, Head(torch.eye(3) * 4)
+    losses, found = target_values(hidden, head, torch.arange(3), COLUMNS)
+    exact = torch.log1p(2 * torch.exp(torch.tensor(-16.0, dtype=torch.float64)))
+    torch.testing.assert_close(losses.double(), exact.expand(3), rtol=1e-6, atol=0)
+    for name, expected in expected_columns(hidden, head, torch.arange(3)).items():
+        torch.testing.assert_close(found[name].double(), expected.double(), rtol=1e-5, atol=0)
+
+
+def test_classes_that_a_bias_rules_out_change_nothing():
+    hidden, head, targets = head_case(True, 1.0, None)
+    ruled_out = torch.ones(5000, dtype=torch.bool).scatter_(0, targets, False)
+    ruled_out[:4000] = False
+    head.bias[ruled_out] = -torch.inf
+    losses, found = target_values(hidden, head, targets, COLUMNS)
+    left = Head(head.weight[~ruled_out], head.bias[~ruled_out])
+    places = (~ruled_out).cumsum(0) - 1
+    expected_losses, expected = target_values(hidden, left, places[targets], COLUMNS)
+    torch.testing.assert_close(losses, expected_losses)
+    for name in COLUMNS:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_a_class_as_likely_as_the_target_makes_it_no_correct_one():
+    weight = torch.tensor([[1.0], [1.0], [0.0]])
+    found = target_values(torch.ones(2, 1), Head(weight), torch.tensor([0, 1]), ("correct",))[1]
+    assert found["correct"].tolist() == [0, 0]
+    logits = torch.tensor([[1.0, 1.0, 0.0]])
+    assert columns_of_logits(logits, torch.tensor([0]), ("correct",))["correct"].item() == 0
+
+
+# --- classifiers -----------------------------------------------------------------------------
+
+
+def test_a_classifiers_columns_are_those_of_its_last_layers_gradient():
+    model, data = TinyResNet().eval(), images(6)
+    inputs, targets = data.tensors
+    found = prediction_method("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
+        token_losses=False
+    )
+    for row, (image, target) in enumerate(data):
+        logits = model(image[None])
+        loss = nn.functional.cross_entropy(logits, target[None])
+        (gradient,) = torch.autograd.grad(loss, model.head.weight, retain_graph=True)
+        p = logits.softmax(1)
+        assert found["gradient_norm"][row].item() == pytest.approx(gradient.norm().item(), rel=1e-5)
+        assert found["entropy"][row].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+        assert found["correct"][row].item() == float(logits.argmax() == target)
+        assert found["loss"][row].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_targets_given_as_probabilities():
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.rand(5, 3).softmax(1)
+    found = prediction_method("cross_entropy", COLUMNS)(model, [inputs, targets]).further
+    for row in range(5):
+        logits = model(inputs[row : row + 1])
+        loss = nn.functional.cross_entropy(logits, targets[row : row + 1])
+        (gradient,) = torch.autograd.grad(loss, model.weight)
+        assert found["gradient_norm"][row].item() == pytest.approx(gradient.norm().item(), rel=1e-5)
+        assert found["correct"][row].item() == float(logits.argmax() == targets[row].argmax())
+
+
+def test_a_sample_of_several_targets_has_their_mean():
+    """As in token classification: logits (B, T, C), targets (B, T), −100 ignored."""
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 3), torch.randn(2, 5, 4)
+    targets = torch.tensor([[0, 2, -100, 1, -100], [-100] * 5])
+    found = prediction_method("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
+        token_losses=False
+    )
+    kept = targets[0] != -100
+    values = reference.target_columns(inputs[0][kept], model.weight, targets[0][kept], model.bias)
+    for name, expected in zip(COLUMNS, values, strict=True):
+        assert found[name][0].item() == pytest.approx(expected.double().mean().item(), rel=1e-5)
+        assert found[name][1].isnan()
+
+
+def test_logits_that_no_linear_layer_gives_have_no_gradient_norm():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softplus())
+    batch = [torch.randn(2, 4), torch.tensor([0, 1])]
+    assert set(prediction_method("cross_entropy", COLUMNS[:2])(model, batch).further) == {
+        "entropy",
+        "correct",
+    }
+    with pytest.raises(ValueError, match="'gradient_norm' needs what the model's last linear"):
+        prediction_method("cross_entropy", COLUMNS)(model, batch)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def test_columns_are_put_in_order_and_wrong_ones_refused():
+    assert check_columns(["gradient_norm", "entropy", "entropy"], "auto") == (
+        "entropy",
+        "gradient_norm",
+    )
+    assert check_columns((), len) == ()
+    with pytest.raises(TypeError, match=r"such as \('entropy',\), got a string"):
+        check_columns("entropy", "auto")
+    with pytest.raises(ValueError, match=r"among 'entropy', .*, got 'margin'"):
+        check_columns(["margin"], "auto")
+    for loss, named in ((len, "a callable"), ("mse", "'mse'")):
+        with pytest.raises(ValueError, match=f"logits of classes, which loss={named} doesn't have"):
+            check_columns(["entropy"], loss)
