@@ -200,3 +200,36 @@ def target_columns(hidden, weight, targets, bias=None, scale=1.0, softcap=None):
         (gradient,) = torch.autograd.grad(-log_p[target], layer)
         found.append((entropy, correct, gradient.norm().item()))
     return [torch.tensor(values) for values in zip(*found, strict=True)]
+
+
+def weighted_second_moment(x, apart, temperature):
+    """Mean of exp(−⟨e, x⟩² / temperature) x xᵀ over samples, and each entry's standard error."""
+    import numpy as np
+
+    x, apart = np.asarray(x, dtype=np.float64), np.asarray(apart, dtype=np.float64)
+    weights = np.exp(-((x @ apart) ** 2) / temperature)
+    dimensions = range(x.shape[1])
+    products = [[weights * x[:, i] * x[:, j] for j in dimensions] for i in dimensions]
+    mean = np.array([[entry.mean() for entry in row] for row in products])
+    error = np.array([[entry.std() / len(x) ** 0.5 for entry in row] for row in products])
+    return mean, error
+
+
+def attention(queries, keys, values, scaling, window=None, softcap=None, sinks=None):
+    """(H, T, d) causal attention, one head and one query at a time; keys may begin earlier."""
+    import torch
+
+    out = torch.zeros(*queries.shape[:2], values.shape[-1], dtype=torch.float64)
+    before, groups = keys.shape[1] - queries.shape[1], len(queries) // len(keys)
+    for head, rows in enumerate(queries.double()):
+        for place, query in enumerate(rows):
+            last = before + place
+            first = 0 if window is None else max(0, last + 1 - window)
+            scores = keys[head // groups, first : last + 1].double() @ query * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            shares = torch.softmax(scores, 0)[: last + 1 - first]
+            out[head, place] = shares @ values[head // groups, first : last + 1].double()
+    return out

@@ -1,0 +1,161 @@
+"""The theory of FLOW in the linear setting, drawn: what stalls, what is kept, and against what.
+
+    python examples/theory.py [--output theory.png]
+
+A model θ* meets data y = ⟨θ̃*, x⟩, x ~ N(0, Σ); e = θ* − θ̃*. Each sample's loss under θ* is
+⟨e, x⟩², so it weighs exp(−⟨e, x⟩² / temperature), and the FLOW objective has the gradient
+2 M (θ − θ̃*) with M = E[exp(−⟨e, x⟩² / temperature) x xᵀ]. The weight is a Gaussian in x itself, so
+M is a Gaussian integral (completing the square, then Sherman–Morrison):
+
+    M = μ (Σ − (1 − μ²) Σe eᵀΣ / (eᵀΣe)),   μ = (temperature / (temperature + 2 eᵀΣe))^½
+
+and gradient descent goes θ_K = θ̃* + (I − 2ηM)^K e. For Σ = I, e is an eigenvector of M, of
+eigenvalue μ³, while all directions across it have μ: FLOW slows down along e, and only there.
+
+What the picture shows, and what it doesn't: for Σ = I every method moves θ along e alone, so all
+of them trade old for new along one curve, and FLOW's temperature is one more dial on it. Where Σ
+is no multiple of I the curves part: FLOW lies close to ℓ2, which is the best there can be when the
+old data are N(0, I), since its penalty is then the old risk itself; averaging is behind both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdata import flow_weights
+from flowdata.plots import BLUE, GREEN, ORANGE, figure, png
+
+
+def weighted_covariance(covariance: Tensor, apart: Tensor, temperature: float) -> Tensor:
+    """Return M = E[exp(−⟨e, x⟩² / temperature) x xᵀ], (D, D), of x ~ N(0, Σ) and e = `apart`."""
+    along = covariance @ apart
+    spread = apart @ along
+    mu = (temperature / (temperature + 2 * spread)) ** 0.5
+    return mu * (covariance - (1 - mu**2) * torch.outer(along, along) / spread)
+
+
+def predicted(matrix: Tensor, apart: Tensor, rate: float, steps: int) -> Tensor:
+    """Return θ_K − θ̃* = (I − 2ηM)^K e after K = 0, …, `steps`: (steps + 1, D)."""
+    step = torch.eye(len(apart)).to(matrix) - 2 * rate * matrix
+    path = [apart]
+    for _ in range(steps):
+        path.append(step @ path[-1])
+    return torch.stack(path)
+
+
+def descended(x: Tensor, apart: Tensor, weights: Tensor, rate: float, steps: int) -> Tensor:
+    """Return the same path, gone by autograd on mean(weight · ⟨θ − θ̃*, x⟩²) over samples x."""
+    theta = apart.clone().requires_grad_()  # θ̃* is 0: only differences matter
+    path = [apart]
+    for _ in range(steps):
+        loss = (weights * (x @ theta).square()).mean()
+        (gradient,) = torch.autograd.grad(loss, theta)
+        theta = (theta - rate * gradient).detach().requires_grad_()
+        path.append(theta.detach())
+    return torch.stack(path)
+
+
+def l2_anchored(covariance: Tensor, apart: Tensor, strength: float) -> Tensor:
+    """Return θ − θ̃* at the minimum of E⟨θ − θ̃*, x⟩² + strength · ‖θ − θ*‖²."""
+    eye = torch.eye(len(apart)).to(covariance)
+    return strength * torch.linalg.solve(covariance + strength * eye, apart)
+
+
+def averaged(apart: Tensor, alpha: float) -> Tensor:
+    """Return θ − θ̃* of WiSE-FT: `alpha` of θ̃* and 1 − `alpha` of θ*."""
+    return (1 - alpha) * apart
+
+
+def risks(off: Tensor, apart: Tensor, covariance: Tensor, old: Tensor) -> tuple[float, float]:
+    """Return the excess risks of θ, given as θ − θ̃*, on the new data and on the old data."""
+    back = off - apart
+    return (off @ covariance @ off).item(), (back @ old @ back).item()
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Draw the picture and return its path."""
+    parser = argparse.ArgumentParser(description="FLOW's closed forms, drawn")
+    parser.add_argument("--output", type=Path, default=Path("runs/theory.png"))
+    parser.add_argument("--samples", type=int, default=200_000)
+    output: Path = parser.parse_args(argv).output
+    samples: int = parser.parse_args(argv).samples
+    apart = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    old = torch.eye(3, dtype=torch.float64)
+    skewed = torch.diag(torch.tensor([0.2, 2.0, 1.0], dtype=torch.float64))
+    with figure(15, 4.6, panels=3) as (drawing, (left, middle, right)):
+        _draw_stalling(left, apart, samples)
+        _draw_trade_off(middle, apart, old, old)
+        middle.set_title("Old against new, Σ = I: one curve for all")
+        _draw_trade_off(right, apart, skewed, old)
+        right.set_title("Σ = diag(0.2, 2, 1): the curves part")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(png(drawing))
+    print(output)
+    return output
+
+
+def _draw_stalling(axes: Any, apart: Tensor, samples: int) -> None:
+    """The distance left along e: lines are predicted, dots are gradient descent on samples."""
+    steps, rate, length = 60, 0.05, apart.norm()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, len(apart), generator=generator, dtype=apart.dtype)
+    for temperature, colour in (
+        (float("inf"), "#9aa2b1"),
+        (4.0, BLUE),
+        (1.0, GREEN),
+        (0.2, ORANGE),
+    ):
+        if temperature == float("inf"):
+            matrix, weights, name = torch.eye(len(apart)).to(apart), torch.ones(len(x)), "∞ (plain)"
+        else:
+            matrix = weighted_covariance(torch.eye(len(apart)).to(apart), apart, temperature)
+            weights = flow_weights((x @ apart).square(), temperature=temperature)
+            name = f"{temperature:g}"
+        line = predicted(matrix, apart, rate, steps) @ apart / length**2
+        dots = descended(x, apart, weights, rate, steps) @ apart / length**2
+        axes.plot(line, color=colour, label=f"temperature {name}")
+        axes.plot(range(0, steps + 1, 6), dots[::6], "o", color=colour, markersize=4)
+    axes.set(title="FLOW stalls along e", xlabel="step", ylabel="share of e left", ylim=(0, 1.02))
+    axes.legend(fontsize=8)
+
+
+def _draw_trade_off(axes: Any, apart: Tensor, covariance: Tensor, old: Tensor) -> None:
+    """Excess risk on the old data against that on the new one, along each method's own dial."""
+    grid = torch.linspace(0, 1, 81, dtype=torch.float64)
+    rate, steps = 0.1, 40
+    dials: dict[str, tuple[Callable[[float], Tensor], str, Any]] = {
+        "plain, over the steps": (
+            lambda t: predicted(covariance, apart, rate / 10, round(400 * t))[-1],
+            "-",
+            "#9aa2b1",
+        ),
+        "ℓ2, over the strength": (
+            lambda t: l2_anchored(covariance, apart, 10 ** (6 * t - 3)),
+            "--",
+            BLUE,
+        ),
+        "averaging, over α": (lambda t: averaged(apart, t), ":", ORANGE),
+        f"FLOW, {steps} steps, over the temperature": (
+            lambda t: predicted(
+                weighted_covariance(covariance, apart, 10 ** (6 * t - 3)), apart, rate, steps
+            )[-1],
+            "-.",
+            GREEN,
+        ),
+    }
+    for name, (dial, style, colour) in dials.items():
+        points = [risks(dial(t), apart, covariance, old) for t in grid.tolist()]
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=name, linewidth=1.8)
+    axes.set(xlabel="excess risk on the new data", ylabel="excess risk on the old data")
+    axes.grid(True, axis="both")
+    axes.legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main()
