@@ -147,7 +147,7 @@ def _loss_and_gradients(
         torch.mm(hidden[rows], head.weight.t(), out=product)
         if value.dtype != product.dtype:
             value.copy_(product)
-        finish_logits(value, bias, head)
+        finish_logits(value, bias, logit_scale, softcap)
         slope = None if softcap is None else (value / softcap).square_().neg_().add_(1)
         top, picked = value.amax(1, keepdim=True), value.gather(1, target)
         total = value.sub_(top).exp_().sum(1, keepdim=True)

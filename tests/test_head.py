@@ -1,8 +1,12 @@
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from flowdata.scoring.head import Head, read_head, target_losses
+from flowdata.scoring.columns import COLUMNS
+from flowdata.scoring.head import Head, read_head, target_losses, target_values
 from tests import reference
 
 
@@ -58,3 +62,38 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
     assert read_head(nn.utils.parametrizations.weight_norm(nn.Linear(4, 9)), Config()) is None
     layer.register_forward_hook(lambda *_: None)
     assert read_head(layer, Config()) is None
+
+
+def peak_bytes(run):
+    """The most memory that a call holds at once, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_does_not_grow_with_the_vocabulary(dtype):
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(1024, 16).to(dtype), torch.randint(0, 4096, (1024,))
+    peaks = {}
+    for vocabulary in (4096, 65536):
+        head = Head(torch.randn(vocabulary, 16).to(dtype))
+        peaks[vocabulary] = peak_bytes(
+            lambda head=head: target_values(hidden, head, targets, COLUMNS)
+        )
+        logits = peak_bytes(lambda head=head: (hidden @ head.weight.T).float())
+        assert logits >= 4 * 1024 * vocabulary  # the measure sees what it should
+    assert peaks[65536] <= 1.01 * peaks[4096]
+    assert peaks[65536] < 0.3 * logits
+
+
+def test_the_compiled_kernel_gives_what_the_eager_one_gives():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(70, 24).bfloat16(), torch.randn(5000, 24).bfloat16()
+    targets, bias = torch.randint(0, 5000, (70,)), torch.randn(5000).bfloat16()
+    eager, compiled = (Head(weight, bias, 0.5, 5.0, kernel) for kernel in ("eager", "compiled"))
+    losses, columns = target_values(hidden, eager, targets, COLUMNS)
+    found, found_columns = target_values(hidden, compiled, targets, COLUMNS)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_columns, columns, rtol=1e-4, atol=1e-5)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ROWS, _COLUMNS = 1024, 2048  # one tile of logits: stays in a core's cache
-_LOWEST = -1e15  # below every logit; finite, its square too, so that 0 · (z − top) is 0
+LOWEST = -1e15  # below every logit; finite, its square too, so that 0 · (z − top) is 0
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class Head:
         bias: (V,) floating, or None.
         scale: factor on the logits.
         softcap: their bound, or None.
+        kernel: how tiles are added up: ``"eager"``, ``"compiled"`` (one fused pass, after some
+            seconds of compiling), or ``"triton"`` (logits stay on the chip; CUDA only).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    kernel: Literal["eager", "compiled", "triton"] = "eager"
 
 
 def read_head(module: nn.Module | None, config: Any) -> Head | None:
@@ -79,9 +82,10 @@ def target_values(
     Returns:
         (n,) float32 losses in nats, never negative, and (n,) float32 for each name.
     """
+    rows, _ = _tile_size(hidden)
     parts = [
         _values(_tally(h, head, t, moments=bool(columns)), h, head, t, columns)
-        for h, t in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return values.pop("loss"), values
@@ -119,7 +123,7 @@ def _values(
     if "correct" in columns:
         values["correct"] = (target > tally.top).float()
     if "gradient_norm" in columns:
-        slope = _slope(target, head)
+        slope = _slope(target, head.softcap)
         norm = (tally.squares / tally.total.square() + slope * slope).sqrt() * others
         values["gradient_norm"] = norm * abs(head.scale) * hidden.float().norm(dim=1)
     return values
@@ -127,37 +131,75 @@ def _values(
 
 def _tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tally:
     """Add up one tile of columns after another; `moments` asks for the last two sums."""
+    if head.kernel == "triton":
+        from flowdata.scoring import head_triton
+
+        return head_triton.tally(hidden, head, targets, moments=moments)
+    add = _compiled_add() if head.kernel == "compiled" else _add
     zeros = torch.zeros(len(hidden), device=hidden.device)
-    tally = Tally(torch.full_like(zeros, _LOWEST), zeros, zeros, zeros)
-    product = hidden.new_empty(len(hidden) * _COLUMNS)
-    logits = product if product.dtype == torch.float32 else product.float()
-    for start in range(0, len(head.weight), _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        weight = head.weight[columns]
-        shape = len(hidden), len(weight)
-        tile = product[: shape[0] * shape[1]].view(shape)
-        values = logits[: shape[0] * shape[1]].view(shape)
-        torch.mm(hidden, weight.t(), out=tile)
-        if values.dtype != tile.dtype:
-            values.copy_(tile)
-        finish_logits(values, None if head.bias is None else head.bias[columns], head)
-        tally = _fold(tally, values, targets - start, head, moments=moments)
+    tally = Tally(torch.full_like(zeros, LOWEST), zeros, zeros, zeros)
+    _, columns = _tile_size(hidden)
+    product = hidden.new_empty(len(hidden) * columns, dtype=_product_dtype(hidden))
+    logits = product.float()  # the same one if that is their dtype
+    for start in range(0, len(head.weight), columns):
+        weight = head.weight[start : start + columns]
+        bias = None if head.bias is None else head.bias[start : start + columns]
+        shape, size = (len(hidden), len(weight)), len(hidden) * len(weight)
+        tile = _multiply(hidden, weight, product[:size].view(shape))
+        buffer = None if head.kernel == "compiled" else logits[:size].view(shape)
+        tally = add(tally, tile, buffer, bias, targets - start, head.scale, head.softcap, moments)
     return tally
 
 
-def _fold(tally: Tally, logits: Tensor, targets: Tensor, head: Head, *, moments: bool) -> Tally:
-    """Add a tile of float32 logits, which is overwritten; targets count from its first column."""
+def _tile_size(hidden: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tile of logits; on a CPU it is to stay in a cache."""
+    return (4096, 8192) if hidden.is_cuda else (1024, 2048)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """A GPU writes the products of low precision in float32; a CPU can't."""
+    return torch.float32 if hidden.is_cuda else hidden.dtype
+
+
+def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    if out.dtype == hidden.dtype:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+
+
+@functools.cache
+def _compiled_add() -> Any:
+    """`_add` as one pass over a tile; compiled once for all models of a process."""
+    return torch.compile(_add, dynamic=True)
+
+
+def _add(
+    tally: Tally,
+    tile: Tensor,
+    buffer: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    moments: bool,
+) -> Tally:
+    """Add a tile of products, by way of a float32 buffer that is overwritten.
+
+    Targets count from the tile's first column; a target's own logit is left out.
+    """
+    logits = tile.to(torch.float32, copy=True) if buffer is None else buffer.copy_(tile)
+    finish_logits(logits, bias, scale, softcap)
     inside = (targets >= 0) & (targets < logits.shape[1])
     place = targets.clamp(0, logits.shape[1] - 1)[:, None]
-    logits.scatter_(1, place, logits.gather(1, place).masked_fill_(inside[:, None], _LOWEST))
+    logits.scatter_(1, place, logits.gather(1, place).masked_fill_(inside[:, None], LOWEST))
     top = torch.maximum(tally.top, logits.amax(1))
     shift = tally.top - top
     factor = shift.exp()
     if not moments:
         total = factor * tally.total + logits.sub_(top[:, None]).exp_().sum(1)
         return Tally(top, total, tally.first, tally.squares)
-    logits.clamp_min_(_LOWEST)  # a class ruled out by a bias of −inf
-    slope = _slope(logits, head)
+    logits.clamp_min_(LOWEST)  # a class ruled out by a bias of −inf
+    slope = _slope(logits, softcap)
     weights = logits.sub_(top[:, None]).exp()
     return Tally(
         top,
@@ -167,22 +209,25 @@ def _fold(tally: Tally, logits: Tensor, targets: Tensor, head: Head, *, moments:
     )
 
 
-def _slope(logits: Tensor, head: Head) -> Tensor | float:
+def _slope(logits: Tensor, softcap: float | None) -> Tensor | float:
     """What the softcap leaves of a logit's derivative."""
-    return 1.0 if head.softcap is None else 1 - (logits / head.softcap).square()
+    return 1.0 if softcap is None else 1 - (logits / softcap).square()
 
 
 def _target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     dots = (hidden.float() * head.weight[targets].float()).sum(1)
-    return finish_logits(dots, None if head.bias is None else head.bias[targets], head)
+    bias = None if head.bias is None else head.bias[targets]
+    return finish_logits(dots, bias, head.scale, head.softcap)
 
 
-def finish_logits(logits: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+def finish_logits(
+    logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     """What the model does to float32 logits after the matrix product; in place."""
     if bias is not None:
         logits += bias
-    if head.scale != 1.0:
-        logits *= head.scale
-    if head.softcap is not None:
-        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
