@@ -233,3 +233,20 @@ def attention(queries, keys, values, scaling, window=None, softcap=None, sinks=N
             shares = torch.softmax(scores, 0)[: last + 1 - first]
             out[head, place] = shares @ values[head // groups, first : last + 1].double()
     return out
+
+
+def mofo_step(values, gradients, momentum, rate, decay, share):
+    """One SGD step with momentum that moves only the entries of largest momentum, one by one."""
+    momentum = [decay * m + g for m, g in zip(momentum, gradients, strict=True)]
+    count = max(1, round(share * len(values)))
+    largest = sorted(range(len(values)), key=lambda i: -abs(momentum[i]))[:count]
+    moved = [v - rate * momentum[i] if i in largest else v for i, v in enumerate(values)]
+    return moved, momentum
+
+
+def paired_t(differences):
+    """The t statistic of a paired test."""
+    count = len(differences)
+    centre = sum(differences) / count
+    variance = sum((d - centre) ** 2 for d in differences) / (count - 1)
+    return centre / (variance / count) ** 0.5

@@ -1,0 +1,83 @@
+"""What is forgotten, and at what price: FLOW and the methods of the field, side by side.
+
+    python -m benchmarks forgetting vision [--quick]     # ResNet-20: new images against CIFAR-10
+    python -m benchmarks forgetting language [--quick]   # SmolLM2-135M: GSM8K against the rest
+    python -m benchmarks forgetting theory               # the closed forms, drawn
+    python -m benchmarks forgetting table                # tables, pictures and the README's table
+
+A study that was stopped goes on where it was. `recipes/` holds the paper's full-size runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+RESULTS = Path(__file__).parent.parent / "results"
+README = Path(__file__).parents[2] / "README.md"
+QUICK_RESULTS = Path("runs/forgetting")  # not in the repository
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a study, or write what the results files say."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks forgetting", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("vision",):
+        module = importlib.import_module(f"benchmarks.forgetting.{name}")
+        command = commands.add_parser(name)
+        _add_study_options(command)
+        module.add_options(command)
+        command.set_defaults(module=module)
+    table = commands.add_parser("table")
+    theory = commands.add_parser("theory")
+    for command in (table, theory):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    table.add_argument("--readme", type=Path, help="default: the repository's, for its own results")
+    options = parser.parse_args(argv)
+    if options.command in ("vision", "language"):
+        _study(options)
+    elif options.command == "theory":
+        importlib.import_module("examples.theory").main(
+            ["--output", str(options.results / "forgetting_theory.png")]
+        )
+    else:
+        _tables(options.results, options.readme)
+
+
+def _study(options: argparse.Namespace) -> None:
+    options.results = options.results or (QUICK_RESULTS if options.quick else RESULTS)
+    options.methods = _named(options.methods or ["main"], options.module)
+    options.module.study(options)
+    _tables(options.results, None)
+
+
+def _named(asked: list[str], module: ModuleType) -> list[str]:
+    """The methods that names, or names of groups, stand for."""
+    main, extra = list(module.MAIN), list(module.EXTRA)
+    groups = {"main": main, "extra": extra, "all": main + extra}
+    names = [name for group in asked for name in groups.get(group, [group])]
+    if unknown := sorted(set(names) - set(main + extra)):
+        sys.exit(f"no method {unknown[0]!r}; there are {', '.join(main + extra)}")
+    return names
+
+
+def _tables(results: Path, readme: Path | None) -> None:
+    from benchmarks.forgetting.tables import write_tables
+
+    if readme is None and results == RESULTS:
+        readme = README
+    for path in write_tables(results, readme):
+        print(path)
+
+
+def _add_study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one rate, two seeds")
+    parser.add_argument("--methods", nargs="+", help="names, or: main (default), extra, all")
+    parser.add_argument("--rates", nargs="+", type=float, help="the sweep's grid, ascending")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--results", type=Path, help="folder of the results files")

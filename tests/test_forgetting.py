@@ -1,0 +1,512 @@
+"""The study of forgetting: its methods, its bookkeeping, its tables, and a tiny run of it."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import flowdata
+from benchmarks import forgetting
+from benchmarks.forgetting import methods, study, tables, vision
+from tests import reference
+
+# --- methods ---------------------------------------------------------------------------------
+
+X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.randn(32, 2, generator=torch.Generator().manual_seed(1))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def fitted(*parts, model=None, steps=6, rate=0.1, momentum=0.9, seed=0, watch=None):
+    """A network trained on all of X in each step, and where it started."""
+    model = model or network()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loss(batch):
+        if watch:
+            watch(model)
+        return (model(X) - Y).square().mean()
+
+    methods.train(
+        model,
+        [None] * steps,
+        steps,
+        loss,
+        lambda p: torch.optim.SGD(p, lr=rate, momentum=momentum),
+        methods.Method(parts=parts),
+        seed=seed,
+    )
+    return start, dict(model.state_dict())
+
+
+def moved(start, end):
+    return {name for name in start if not torch.equal(start[name], end[name])}
+
+
+def test_training_is_plain_sgd_under_a_cosine():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 6))
+        optimizer.zero_grad()
+        (model(X) - Y).square().mean().backward()
+        optimizer.step()
+    _, end = fitted()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(end[name], value)
+
+
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
+    shares = [methods.cosine(step, 100, 0.1) for step in range(101)]
+    assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert shares[55] == pytest.approx(0.5)
+    assert shares[100] == pytest.approx(0)
+
+
+def test_an_anchor_pulls_back_to_the_start():
+    start, free = fitted(steps=20)
+    _, held = fitted(methods.anchor("l2", 1.0), steps=20)
+    far = [sum((end[n] - start[n]).square().sum() for n in ("0.weight", "3.weight"))
+           for end in (free, held)]  # fmt: skip
+    assert far[1] < 0.5 * far[0]
+
+
+def test_wise_ft_averages_start_and_end():
+    start, end = fitted()
+    _, averaged = fitted(methods.wise_ft(0.25))
+    for name, wanted in reference.wise_ft(start, end, 0.25).items():
+        if end[name].is_floating_point():
+            torch.testing.assert_close(averaged[name].double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_averaging_is_the_mean_of_all_weights_on_the_way():
+    seen = []
+    fitted(watch=lambda model: seen.append(model[0].weight.detach().clone()))
+    _, end = fitted()
+    _, averaged = fitted(methods.averaging)
+    wanted = torch.stack([*seen, end["0.weight"]]).mean(0)
+    torch.testing.assert_close(averaged["0.weight"], wanted)
+
+
+def test_mofo_moves_the_entries_of_largest_momentum_alone():
+    model = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(6.0).reshape(2, 3) / 10)
+    values, momentum = model.weight.flatten().tolist(), [0.0] * 6
+    for step in range(4):
+        weight = torch.tensor(values).reshape(2, 3)
+        gradient = 2 * (X @ weight.T - Y).T @ X / Y.numel()
+        rate = 0.1 * methods.cosine(step, 4, 0.0)
+        values, momentum = reference.mofo_step(
+            values, gradient.flatten().tolist(), momentum, rate, 0.9, 0.34
+        )
+    _, end = fitted(methods.mofo(0.34), model=model, steps=4)
+    torch.testing.assert_close(end["weight"].flatten(), torch.tensor(values))
+
+
+def test_mofo_takes_adams_first_moment_as_momentum():
+    model = nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    methods.train(
+        model,
+        [None],
+        1,
+        lambda _: (model(X) - Y).square().mean(),
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        methods.Method(parts=(methods.mofo(0.5),)),
+        seed=0,
+    )
+    assert int((model.weight != before).sum()) == 3
+
+
+def test_hft_trains_another_half_of_the_layers_in_each_round():
+    changed, last = [], {}
+
+    def watch(model):
+        now = {n: p.detach().clone() for n, p in model.named_parameters()}
+        if last:
+            changed.append({n.split(".")[0] for n in now if not torch.equal(now[n], last[n])})
+        last.update(now)
+
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)), nn.Linear(3, 2))
+    fitted(methods.hft(4), model=model, steps=13, watch=watch, momentum=0.0)
+    assert all(len(layers) == 3 for layers in changed)
+    assert changed[0] == changed[1] == changed[2]  # one round
+    assert len({frozenset(layers) for layers in changed}) > 1
+
+
+def test_a_tied_parameter_is_one_block_of_hft():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    start, end = fitted(methods.hft(1), model=model, steps=2)
+    assert len({name[2:] for name in moved(start, end)}) == 2
+    assert len(moved(start, end)) in (2, 4)  # the last layer, or the tied one under both names
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, (1, 3)), nn.Flatten(), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x[:, None, None]))
+
+
+def test_lora_moves_convolutions_and_linear_layers_by_low_rank_and_leaves_the_modules_whole():
+    start, end = fitted(methods.lora(1), model=Convolutional(), steps=5)
+    assert list(end) == list(start)
+    assert {n for n in moved(start, end) if "running" not in n and "num" not in n} == {
+        "body.0.weight",
+        "head.weight",
+    }
+    difference = (end["body.0.weight"] - start["body.0.weight"]).flatten(1)
+    assert torch.linalg.matrix_rank(difference, atol=1e-5) == 1
+
+
+def test_lora_gives_gradients_back_to_all_parameters():
+    model = Convolutional()
+    fitted(methods.lora(1), model=model, steps=1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_parts_add_up():
+    start, alone = fitted(methods.lora(2), model=Convolutional())
+    _, both = fitted(methods.wise_ft(0.5), methods.lora(2), model=Convolutional())
+    for name in ("body.0.weight", "head.weight"):
+        torch.testing.assert_close(both[name], (start[name] + alone[name]) / 2)
+
+
+SCORES = flowdata.Scores(
+    torch.tensor([0.1, 0.5, 1.0, 4.0]),
+    torch.tensor([1, 2, 1, 1]),
+    token_losses=torch.tensor([0.1, 0.2, 0.8, 1.0, 4.0]),
+    columns={"gradient_norm": torch.tensor([1.0, 2.0, 3.0, 4.0])},
+)
+
+
+def test_dro_prefers_hard_samples_as_strongly_as_flow_prefers_easy_ones():
+    weights = methods.dro(SCORES)
+    assert weights.mean() == pytest.approx(1)
+    assert weights.tolist() == sorted(weights.tolist())
+    assert flowdata.effective_sample_size(weights) == pytest.approx(
+        flowdata.effective_sample_size(SCORES.weights()), rel=1e-4
+    )
+    slopes = weights.log().diff() / SCORES.losses.diff()  # exp(+loss / temperature): one slope
+    torch.testing.assert_close(slopes, slopes[:1].expand(3))
+
+
+def test_token_weights_lie_along_the_targets():
+    tokens = torch.tensor(reference.flow_weights(SCORES.flat_token_losses.tolist(), 0.8))
+    torch.testing.assert_close(methods.flow_tokens(SCORES), tokens.float())
+    samples = SCORES.weights()
+    torch.testing.assert_close(
+        methods.flow_both(SCORES), (tokens * samples[[0, 1, 1, 2, 3]]).float()
+    )
+    assert methods.easy_tokens(SCORES).tolist() == [1, 1, 1, 0, 0]  # perplexity up to 2.5
+    with pytest.raises(ValueError, match="vision has none"):
+        methods.flow_tokens(flowdata.Scores(SCORES.losses))
+
+
+def test_running_median_weights_are_those_of_a_stream():
+    losses = torch.rand(40, generator=torch.Generator().manual_seed(3)) + 0.1
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    windows = [order[i : i + 16] for i in range(0, 40, 16)]
+    wanted = reference.running_median_weights(windows, lambda i: losses[i].item())
+    found = methods.running_median(flowdata.Scores(losses), window=16)
+    torch.testing.assert_close(found[order], torch.tensor(wanted), rtol=3e-3, atol=0)
+
+
+def test_gradient_norms_are_those_of_autograd():
+    torch.manual_seed(0)
+    head, features = nn.Linear(5, 3), torch.randn(7, 5)
+    labels = torch.arange(7) % 3
+    norms = vision.gradient_norms(head, features, labels)
+    for feature, label, norm in zip(features, labels, norms, strict=True):
+        head.zero_grad()
+        nn.functional.cross_entropy(head(feature[None]), label[None]).backward()
+        wanted = (head.weight.grad.square().sum() + head.bias.grad.square().sum()).sqrt()
+        assert norm.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+# --- the study -------------------------------------------------------------------------------
+
+
+def test_a_sweep_finds_the_best_rate_and_goes_beyond_its_grid():
+    tried = []
+
+    def peak(at):
+        def score(rate):
+            tried.append(rate)
+            return -abs(math.log(rate / at))
+
+        return score
+
+    assert study.sweep(peak(0.03), (0.01, 0.03, 0.1)) == 0.03
+    assert tried == [0.01, 0.03, 0.1]
+    assert study.sweep(peak(1.0), (0.01, 0.03, 0.1)) == 1.0
+    assert tried[3:] == [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+    assert study.sweep(peak(0.001), (0.01, 0.03)) == 0.001
+    assert study.sweep(peak(9.0), (0.5,)) == 0.5  # one rate: no sweep
+    assert study.sweep(lambda rate: 1.0, (0.01, 0.03)) == 0.01  # equals: the smaller one
+
+
+class Pretend:
+    """Runs that know their result: a bowl over the rate, with noise by seed."""
+
+    def __init__(self, fails_at=None):
+        self.runs, self.fails_at = [], fails_at
+
+    def __call__(self, method, rate, seed):
+        self.runs.append((method, rate, seed))
+        if len(self.runs) == self.fails_at:
+            raise KeyboardInterrupt
+        gain = {"standard": 0.0, "FLOW": 4.0, "l2": 2.0, "FLOW + l2": 5.0}[method]
+        target = 80 - 10 * abs(math.log10(rate / 0.03)) + seed
+        if rate > 0.5:
+            target = math.nan
+        return {
+            "validation": target,
+            "target": {"accuracy": target},
+            "retained": {"CIFAR-10 accuracy": 60 + gain + seed + 0.1 * gain * (seed % 2)},
+            "effective_share": 0.5,
+        }
+
+
+NAMES = ("standard", "FLOW", "l2", "FLOW + l2")
+OPTIONS = {"study": "vision", "target": "pretend", "images": 5}
+
+
+def pretend(path, run=None, names=NAMES, rates=(0.01, 0.03, 0.1)):
+    given = {"methods": dict.fromkeys(names, rates), "seeds": 3}
+    return study.run_study(path, OPTIONS, run or Pretend(), **given)
+
+
+def test_each_method_is_swept_on_the_first_seed_and_repeated_at_its_best_rate(tmp_path):
+    run = Pretend()
+    records = pretend(tmp_path / "r.jsonl", run)
+    wanted = [("FLOW", 0.01, 0), ("FLOW", 0.03, 0), ("FLOW", 0.1, 0), ("FLOW", 0.03, 1)]
+    assert run.runs[5:9] == wanted
+    assert len(records) == len(run.runs) == 4 * 5
+    assert study.chosen_rates(records) == dict.fromkeys(NAMES, 0.03)
+    lines = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert {"method", "rate", "seed", "target", "retained", "seconds", "options"} <= set(records[0])
+
+
+def test_every_method_is_run_at_the_rate_of_standard_fine_tuning_too(tmp_path):
+    class Apart(Pretend):
+        def __call__(self, method, rate, seed):
+            record = super().__call__(method, rate, seed)
+            if method != "standard":
+                record["validation"] = -abs(rate - 0.1)
+            return record
+
+    records = pretend(tmp_path / "r.jsonl", run := Apart(), names=("FLOW", "standard"))
+    assert run.runs[0][0] == "standard"
+    assert study.chosen_rates(records) == {"standard": 0.03, "FLOW": 0.1}
+    for rate in (0.03, 0.1):
+        assert [("FLOW", rate, seed) in run.runs for seed in range(3)] == [True] * 3
+    assert {r["rate"] for r in tables.common_runs(records)["FLOW"]} == {0.03}
+    assert {r["rate"] for r in tables.chosen_runs(records)["FLOW"]} == {0.1}
+    assert len(tables.common_runs(records)["FLOW"]) == 3
+
+
+def test_a_study_that_was_stopped_goes_on_and_runs_nothing_twice(tmp_path):
+    path, whole = tmp_path / "r.jsonl", Pretend()
+    pretend(tmp_path / "whole.jsonl", whole)
+    with pytest.raises(KeyboardInterrupt):
+        pretend(path, first := Pretend(fails_at=8))
+    with path.open("a") as file:
+        file.write('{"method": "FLOW", "ra')  # a line torn by the interruption
+    records = pretend(path, second := Pretend())
+    assert first.runs[:7] + second.runs == whole.runs
+    assert len(records) == len(whole.runs)
+    pretend(path, third := Pretend())
+    assert third.runs == []
+
+
+def test_runs_under_other_options_count_apart(tmp_path):
+    path = tmp_path / "r.jsonl"
+    pretend(path)
+    run = Pretend()
+    records = study.run_study(
+        path, OPTIONS | {"images": 6}, run, methods={"standard": (0.03,)}, seeds=1
+    )
+    assert len(records) == len(run.runs) == 1
+    assert [len(group) for _, group in tables.studies(study.read_records(path))] == [20, 1]
+
+
+def test_a_run_that_diverged_is_never_chosen(tmp_path):
+    records = pretend(tmp_path / "r.jsonl", rates=(0.3, 1.0), names=("standard",))
+    assert study.chosen_rates(records) == {"standard": 0.03}
+
+
+def test_the_choice_of_a_rate_is_blind_to_what_is_forgotten(tmp_path):
+    def run(method, rate, seed):
+        record = Pretend()(method, rate, seed)
+        record["retained"] = {"CIFAR-10 accuracy": 0.0 if rate == 0.03 else 99.0}
+        return record
+
+    records = pretend(tmp_path / "r.jsonl", run)
+    assert set(study.chosen_rates(records).values()) == {0.03}
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path):
+    pretend(tmp_path / "forgetting_pretend.jsonl")
+    return tmp_path
+
+
+def test_the_table_holds_mean_and_spread_of_the_chosen_runs(results):
+    records = study.read_records(results / "forgetting_pretend.jsonl")
+    page = tables.report(*tables.studies(records)[0])
+    retained = [64.0, 65.4, 66.0]
+    spread = f"{statistics.mean(retained):.1f} ± {statistics.stdev(retained):.1f}"
+    average = [(80 + seed + kept) / 2 for seed, kept in enumerate(retained)]
+    assert "All at the rate of standard fine-tuning" in page
+    row = next(line for line in page.splitlines() if line.startswith("| FLOW | 0.03 |"))
+    assert row.split(" | ")[2:] == [
+        "81.0 ± 1.0",
+        spread,
+        f"{statistics.mean(average):.1f} ± {statistics.stdev(average):.1f} |",
+    ]
+    assert "| FLOW + l2 | l2 |" in page
+    assert "| FLOW + l2 | FLOW |" in page
+
+
+def test_differences_are_paired_by_seed_and_tested():
+    differences = [1.0, 1.5, 0.7, 1.2]
+    p = float(tables.paired_p(differences).split()[1])
+    t, freedom = reference.paired_t(differences), 3
+    x = np.linspace(abs(t), 4000, 4_000_001)  # the tail of Student's density, summed up
+    scale = math.gamma(2) / (math.sqrt(freedom * math.pi) * math.gamma(1.5))
+    tail = np.trapezoid(scale * (1 + x**2 / freedom) ** -2, x)
+    assert p == pytest.approx(2 * tail, abs=6e-4)
+    assert tables.paired_p([0.0, 0.0]) == "p 1"
+
+    def run(seed, value):
+        return {"seed": seed, "target": {"nll": value}, "retained": {"perplexity": 2 * value}}
+
+    ours, theirs = [run(0, 1.0), run(2, 3.0), run(1, 2.5)], [run(1, 2.0), run(0, 1.0)]
+    assert tables.compare(ours, theirs, "perplexity").startswith("+0.50 ± 0.71 (p 0.5")
+    assert tables.compare(ours[:1], theirs, "perplexity") == "+0.00"
+
+
+def test_tables_and_pictures_are_written_beside_the_results(results):
+    readme = results / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    forgetting.main(["table", "--results", str(results), "--readme", str(readme)])
+    assert (results / "forgetting_pretend.png").read_bytes()[:4] == b"\x89PNG"
+    assert "# Forgetting: vision, pretend" in (results / "forgetting_pretend.md").read_text()
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| FLOW + l2 | 0.03 |" in text
+    forgetting.main(["table", "--results", str(results), "--readme", str(readme)])
+    assert readme.read_text() == text
+
+
+def test_a_text_without_the_marks_is_refused(results):
+    with pytest.raises(ValueError, match="the table goes between"):
+        tables.with_table("no marks", "table")
+
+
+def test_the_readme_says_what_the_results_files_say():
+    text = forgetting.README.read_text()
+    assert text == tables.with_table(text, tables.readme_table(forgetting.RESULTS))
+
+
+def test_unknown_methods_and_missing_assets_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="no method 'magic'; there are standard"):
+        forgetting.main(["vision", "--quick", "--methods", "magic"])
+    with pytest.raises(SystemExit, match=r"holds no cifar10_resnet20\.safetensors"):
+        forgetting.main(["vision", "--assets", str(tmp_path), "--results", str(tmp_path)])
+
+
+# --- vision ----------------------------------------------------------------------------------
+
+TINY = vision.Sizes(images=160, epochs=1, batch=32, validation=60, test=200)
+needs_assets = pytest.mark.skipif(not vision.ASSETS.is_dir(), reason="needs the shared assets")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return vision.Vision(vision.ASSETS, "digits", TINY)
+
+
+@needs_assets
+@pytest.mark.slow
+def test_flow_forgets_less_than_standard_fine_tuning_and_the_probe_nothing():
+    digits = vision.Vision(vision.ASSETS, "digits", replace(TINY, images=320, epochs=2, test=300))
+    runs = {name: digits.run(name, 0.03, 0) for name in ("linear probe", "standard", "FLOW")}
+    kept = {name: run["retained"]["CIFAR-10 accuracy"] for name, run in runs.items()}
+    learned = {name: run["target"]["accuracy"] for name, run in runs.items()}
+    assert kept["linear probe"] > 75
+    assert kept["standard"] < kept["FLOW"] - 5 < kept["linear probe"]
+    assert learned["FLOW"] > 80
+    assert digits.run("FLOW", 0.03, 0)["target"] == runs["FLOW"]["target"]  # the seed decides
+
+
+@needs_assets
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in {**vision.MAIN, **vision.EXTRA} if n != "standard"])
+def test_every_method_has_a_working_row(digits, name):
+    record = digits.run(name, 0.01, 1)
+    assert record["target"]["accuracy"] > 50
+    assert record["retained"]["CIFAR-10 accuracy"] > 15
+
+
+@needs_assets
+@pytest.mark.slow
+def test_the_command_runs_a_set_given_by_path_and_writes_its_table(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    images = rng.integers(0, 100, (200, 20, 20)) + 100 * labels[:, None, None]
+    np.savez(tmp_path / "own.npz", images=images.astype(np.uint8), labels=labels)
+    command = ["vision", "--quick", "--targets", f"shades={tmp_path / 'own.npz'}"]
+    command += ["--methods", "standard", "FLOW", "--seeds", "2", "--results", str(tmp_path)]
+    forgetting.main(command)
+    assert "forgetting_shades.md" in capsys.readouterr().out
+    records = study.read_records(tmp_path / "forgetting_shades.jsonl")
+    assert [(r["method"], r["seed"]) for r in records] == [
+        (name, seed) for name in ("standard", "FLOW") for seed in (0, 1)
+    ]
+    assert all(record["target"]["accuracy"] > 90 for record in records)
+    forgetting.main(command)
+    assert study.read_records(tmp_path / "forgetting_shades.jsonl") == records
+
+
+# --- on a user's own model and data ----------------------------------------------------------
+
+
+def test_the_study_runs_on_a_model_of_ones_own_in_one_script(tmp_path, capsys):
+    from examples import measure_forgetting
+
+    assert (
+        len((forgetting.README.parent / "examples/measure_forgetting.py").open().readlines()) < 100
+    )
+    given = ["--methods", "standard", "FLOW", "FLOW, sampler", "--rates", "0.1", "--seeds", "2"]
+    given += ["--epochs", "5", "--output", str(tmp_path / "mine")]
+    page = measure_forgetting.main(given)
+    assert page in capsys.readouterr().out
+    records = study.read_records(tmp_path / "mine.jsonl")
+    kept = {(r["method"], r["seed"]): r["retained"]["old accuracy"] for r in records}
+    assert len(kept) == 6
+    assert all(kept["FLOW", seed] > kept["standard", seed] + 2 for seed in (0, 1))
+    assert (tmp_path / "mine.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| FLOW | standard |" in (tmp_path / "mine.md").read_text()
