@@ -82,7 +82,7 @@ def target_values(
     Returns:
         (n,) float32 losses in nats, never negative, and (n,) float32 for each name.
     """
-    rows, _ = _tile_size(hidden)
+    rows, _ = tile_size(hidden)
     parts = [
         _values(_tally(h, head, t, moments=bool(columns)), h, head, t, columns)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -138,7 +138,7 @@ def _tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tal
     add = _compiled_add() if head.kernel == "compiled" else _add
     zeros = torch.zeros(len(hidden), device=hidden.device)
     tally = Tally(torch.full_like(zeros, LOWEST), zeros, zeros, zeros)
-    _, columns = _tile_size(hidden)
+    _, columns = tile_size(hidden)
     product = hidden.new_empty(len(hidden) * columns, dtype=_product_dtype(hidden))
     logits = product.float()  # the same one if that is their dtype
     for start in range(0, len(head.weight), columns):
@@ -151,7 +151,7 @@ def _tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tal
     return tally
 
 
-def _tile_size(hidden: Tensor) -> tuple[int, int]:
+def tile_size(hidden: Tensor) -> tuple[int, int]:
     """Rows and columns of a tile of logits; on a CPU it is to stay in a cache."""
     return (4096, 8192) if hidden.is_cuda else (1024, 2048)
 

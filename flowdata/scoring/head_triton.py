@@ -68,7 +68,7 @@ def merge(parts: Tally) -> Tally:
     )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _tally(  # type: ignore[no-untyped-def]
     hidden,
     weight,

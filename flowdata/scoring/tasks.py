@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ def prediction_method(loss: str, columns: Sequence[str] = ()) -> Method:
                 f"loss={loss!r} needs (input, target) pairs or dicts with 'labels', got "
                 f"{_describe(batch)}; pass loss=callable(model, batch) for another layout"
             )
-        with _last_linear(model) if "gradient_norm" in columns else nullcontext([]) as calls:
+        with _last_linear(model, wanted="gradient_norm" in columns) as calls:
             predictions = predict(model, inputs)
         targets = targets.to(predictions.device)
         if loss == "binary_cross_entropy":
@@ -269,14 +269,14 @@ def _all_targets(losses: Tensor) -> TargetLosses:
 
 
 @contextmanager
-def _last_linear(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record what the linear layer that is called last is given, and what it gives."""
+def _last_linear(model: nn.Module, *, wanted: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record what the linear layer that is called last is given and gives, where wanted."""
     calls: list[tuple[Tensor, Tensor]] = []
 
     def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         calls[:] = [(args[0], output)]
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.modules() if wanted and isinstance(module, nn.Linear)]
     handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield calls

@@ -1,0 +1,53 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowdata import bench
+from tests import reference
+from tests.models import tiny_llama, token_samples
+
+
+def test_the_usual_loop_gives_the_losses_of_one_sample_at_a_time():
+    model, samples = tiny_llama().eval(), token_samples(11)
+    expected = [reference.causal_lm_sample_loss(model, sample)[0] for sample in samples]
+    found = bench.usual_loop(model, samples, batch_size=4)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_operations_are_those_that_torch_counts():
+    """All tokens but the last are targets; torch counts all of attention, not its causal half."""
+    model = tiny_llama(attn_implementation="eager").eval()
+    sample = {"input_ids": torch.arange(20), "labels": torch.arange(20)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=sample["input_ids"][None])
+    attention = 2 * 2 * 32 * 2 * 20**2  # two products, two layers of width 32
+    head_of_one = 2 * 32 * 199  # whose next token there is not
+    expected = counter.get_total_flops() - attention / 2 - head_of_one
+    assert bench.flops(model, [sample]) == expected
+    prompt = {**sample, "labels": torch.where(torch.arange(20) < 15, -100, torch.arange(20))}
+    assert bench.flops(model, [prompt]) == expected - 14 * head_of_one
+
+
+def test_samples_share_a_template_and_have_the_lengths_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    samples = bench.random_samples([(3, 2), (1, 4)], generator=generator, template=5)
+    assert [len(sample["input_ids"]) for sample in samples] == [10, 10]
+    assert torch.equal(samples[0]["input_ids"][:5], samples[1]["input_ids"][:5])
+    assert [(sample["labels"] == -100).sum().item() for sample in samples] == [8, 6]
+    lengths = torch.tensor(bench.lognormal_lengths(2000, generator)).float()
+    assert lengths.min() >= 1
+    assert 150 < lengths.sum(1).mean() < 250
+
+
+def test_a_short_measurement_says_what_it_found():
+    measured = bench.run_bench(dtype="float32", device="cpu", samples=2)
+    assert measured.ratio == pytest.approx(measured.flowdata / measured.usual_loop)
+    assert measured.largest_difference < 1e-3
+    assert measured.share_of_matmul > 0
+    assert json.loads(json.dumps(measured.as_dict())) == dataclasses.asdict(measured)
+    assert "float32 on cpu" in str(measured)
+    with pytest.raises(ValueError, match="samples must be a positive number, got 0"):
+        bench.run_bench(samples=0)
