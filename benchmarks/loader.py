@@ -1,7 +1,9 @@
 """What FlowWeightedDataset and FlowSampler add to a DataLoader, for each batch of small samples.
 
 `python -m benchmarks loader` times a bare shuffling DataLoader and the same with each of the two,
-turn by turn, so that a slow moment of the machine meets all three. The samples, smallest first:
+turn by turn, so that a slow moment of the machine meets all alike. A fourth loader's samples bring
+a weight that is looked up by hand: what any further 0-d tensor costs PyTorch's collation and
+worker processes, whoever adds it. The samples, smallest first:
 one row of a tensor of tokens; one row of a Hugging Face data set of tokens, padded by a collator;
 a 32 × 32 image, cropped, flipped and normalised by Pillow as a CIFAR recipe does.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from time import perf_counter
@@ -27,6 +30,19 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 
 BATCH = 32
+
+
+class ByHand(Dataset):
+    """What one would write oneself: a sample and its weight."""
+
+    def __init__(self, dataset: Any, weights: torch.Tensor) -> None:
+        self.dataset, self.weights = dataset, weights
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
+        return self.dataset[index], self.weights[index]
 
 
 class Images(Dataset):
@@ -92,21 +108,27 @@ SAMPLES = {"tensor row": tensor_rows, "text row": text_rows, "image": image_rows
 def main(arguments: list[str]) -> None:
     """Print and keep the added cost for each kind of sample and number of workers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks loader", description=__doc__)
-    parser.add_argument("--count", type=int, default=9_600, help="samples in a pass")
+    parser.add_argument("--count", type=int, default=3_200, help="samples in a pass")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2, 4])
     parser.add_argument("--dry-run", action="store_true", help="print, but keep no results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     rows = []
     for kind, make in SAMPLES.items():
         dataset, collate = make(options.count)
         weights = torch.rand(options.count, generator=torch.Generator().manual_seed(0))
         check(dataset, weights)
         for workers in options.workers:
-            rows += measure(kind, dataset, collate, weights, workers, options.repeats)
-    for each in rows:
-        print(f"{each['what']:60} {each['median']:9.2f} {each['unit']}  {each['spread']}")
+            found = measure(kind, dataset, collate, weights, workers, options.repeats)
+            rows += found
+            for each in found:
+                low, high = each["spread"]
+                spread = f"{low:9.2f} … {high:9.2f}"
+                print(
+                    f"{each['what']:48} {each['median']:9.2f} {each['unit']:9} {spread}", flush=True
+                )
     if not options.dry_run:
         command = " ".join(["python -m benchmarks loader", *arguments])
         print(write("loader", rows, command))
@@ -139,6 +161,7 @@ def measure(
         "bare": (dataset, shuffled),
         "FlowSampler": (dataset, FlowSampler(weights)),
         "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), shuffled),
+        "a weight by hand": (ByHand(dataset, weights), shuffled),
     }
     rounds = []
     for number in range(repeats + 1):
@@ -148,7 +171,7 @@ def measure(
     bare = [took["bare"] for took in rounds]
     where = f"{kind}, {workers} workers"
     rows = [row(f"{where}: bare", bare, "µs/batch", batch=BATCH)]
-    for name in ("FlowSampler", "FlowWeightedDataset"):
+    for name in list(variants)[1:]:
         added = [took[name] - took["bare"] for took in rounds]
         rows.append(row(f"{where}: {name} adds", added, "µs/batch", batch=BATCH))
         share = [100 * extra / statistics.median(bare) for extra in added]
