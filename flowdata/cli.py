@@ -1,7 +1,9 @@
 """The command line: flowdata demo | score | report | verify.
 
+`torchrun --nproc-per-node=4 -m flowdata score …` shares the work among processes.
+
 Exit codes: 0 done; 1 `verify` found damage or an unfinished store; 2 bad input, nothing lost;
-130 interrupted, what was scored is kept.
+130 interrupted or 143 terminated, what was scored is kept.
 """
 
 from __future__ import annotations
@@ -9,22 +11,27 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import flowdata
+from flowdata.scoring.ranks import RankError
 
-MISTAKES = (ValueError, TypeError, OSError, ImportError)
+MISTAKES = (ValueError, TypeError, OSError, ImportError, RankError)
+_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(argv)
     try:
-        with _logging_to_stderr():
+        with _logging_to_stderr(), _terminable():
             code: int = options.run(options)
     except MISTAKES as error:
         print(f"flowdata {options.command}: {error}", file=sys.stderr)
@@ -46,6 +53,13 @@ def demo(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """Score a causal language model's fine-tuning set into a store."""
+    with _process_group() as device:
+        options.device = options.device or device
+        return _score(options)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from flowdata.fingerprint import fingerprint_tokenizer
     from flowdata.loading import load_model, load_tokenizer, read_rows
     from flowdata.text import Columns, find_columns, tokenize_rows
 
@@ -79,6 +93,7 @@ def score(options: argparse.Namespace) -> int:
     details = {
         "model": options.model,
         "data": {"source": options.data, "split": options.split, **vars(columns)},
+        "tokenizer": fingerprint_tokenizer(tokenizer),
         "chat_template": template or columns.messages is not None,
         "max_length": options.max_length,
         "num_cut": samples.num_cut,
@@ -90,6 +105,8 @@ def score(options: argparse.Namespace) -> int:
         lengths=samples.lengths,
         details=details,
     )
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     summary = {"store": options.store, "num_cut": samples.num_cut, **_summary(scores, options)}
     told = [
         f"{len(scores):,} samples scored into {options.store} ({scorer.explain()})",
@@ -183,6 +200,43 @@ def _parser() -> argparse.ArgumentParser:
 
     command(verify).add_argument("store", help="folder to check")
     return parser
+
+
+@contextmanager
+def _process_group() -> Iterator[str | None]:
+    """Join the process group that torchrun began, if it did; gives this rank's device."""
+    if not os.environ.keys() >= _TORCHRUN:
+        yield None
+        return
+    import torch
+    import torch.distributed as dist
+
+    device = None
+    if torch.cuda.is_available():
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the program as an error would, so that what is done is kept."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from flowdata.rng import preserved_rng
+from flowdata.samples import Readable, Unreadable
 
 _SAMPLED_ITEMS = 512  # of a data set that only code can read; see fingerprint_dataset
 _ARROW_ROWS = 4096  # rows of a Hugging Face data set that are in memory at a time
@@ -38,10 +39,10 @@ def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
         model: any module; nothing in it is touched.
         skip_adapters: leave PEFT adapters out, so that the digest is that of the base model.
     """
-    digest = hashlib.sha256(_canonical(_class_name(model)))
+    digest = hashlib.sha256(_canonical(_module_class(model)))
     if not skip_adapters:
         for path, module in model.named_modules():
-            digest.update(_canonical([path, _class_name(module), module.extra_repr()]))
+            digest.update(_canonical([path, _module_class(module), module.extra_repr()]))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         digest.update(_canonical(_stable_config(config.to_dict())))
@@ -56,7 +57,7 @@ def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_dataset(dataset: Any) -> str:
+def fingerprint_dataset(dataset: Any, *, skip_unreadable: bool = False) -> str:
     """Return the digest of a map-style data set's length and content.
 
     Tensor data sets, Arrow tables of Hugging Face data sets (their rows before any transform)
@@ -64,8 +65,13 @@ def fingerprint_dataset(dataset: Any) -> str:
     first to the last, are read through `__getitem__`, with the random generators seeded alike
     each time, so that random transforms give the same digest again.
 
+    Args:
+        dataset: map-style.
+        skip_unreadable: let a mark stand for a sample on which the data set raises.
+
     Raises:
         TypeError: a sample holds something without stable content; pass `dataset_id`.
+        SampleError: the data set raises on a sample.
     """
     length = len(dataset)
     digest = hashlib.sha256(_canonical([_dataset_kind(dataset), length]))
@@ -77,10 +83,12 @@ def fingerprint_dataset(dataset: Any) -> str:
     else:
         whole = isinstance(dataset, list | tuple) or length <= _SAMPLED_ITEMS
         wanted = range(length) if whole else np.linspace(0, length - 1, _SAMPLED_ITEMS).astype(int)
+        samples = Readable(dataset, skip=skip_unreadable)
         with preserved_rng(seed=0):
             for index in wanted:
+                sample = samples[int(index)]
                 try:
-                    update_digest(digest, dataset[int(index)])
+                    update_digest(digest, None if isinstance(sample, Unreadable) else sample)
                 except _NoContentError as error:
                     raise TypeError(
                         f"dataset[{index}] holds a {error}, whose content can't be "
@@ -140,6 +148,13 @@ def _canonical(value: Any) -> bytes:
 
 def _class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _module_class(module: nn.Module) -> str:
+    """A module's class; FSDP2 puts one of its own before it."""
+    kind = type(module)
+    own = kind.__bases__[-1] if hasattr(kind, "set_reshard_after_forward") else kind
+    return f"{own.__module__}.{own.__qualname__}"
 
 
 def _dataset_kind(dataset: Any) -> str:

@@ -30,7 +30,8 @@ class Scores:
     Args:
         losses: (N,) floating, kept as float32; nats. NaN marks a sample without a loss.
         counts: (N,) integer, targets per sample; 1 each by default.
-        metadata: JSON-like: how the losses were made (`identity`, `plan`, `details`).
+        metadata: JSON-like: how the losses were made (`identity`, `plan`, `details`, and under
+            `skipped` the reasons why samples could not be read, by index).
         token_losses: (Σ counts,) floating, the targets' losses one after another, or None;
             kept as `flat_token_losses`.
         columns: further values of every sample by name, (N,) floating each (see
@@ -169,7 +170,10 @@ class Scores:
                 "score this data set, or select its samples before scoring, not after"
             )
         made_from = str(self.metadata.get("identity", {}).get("dataset", ""))
-        if made_from.startswith(CONTENT_PREFIX) and made_from != content_identity(dataset):
+        skipped = bool(self.metadata.get("skipped"))
+        if made_from.startswith(CONTENT_PREFIX) and made_from != content_identity(
+            dataset, skip_unreadable=skipped
+        ):
             raise ScoreMismatchError(
                 "the scores were made from another data set of the same length (its samples "
                 "differ in content or order). If they are the same samples in the same order, "
@@ -246,9 +250,9 @@ def weights_of(
     return check_values(scores_or_weights, name="weights")
 
 
-def content_identity(dataset: Any) -> str:
-    """Return a data set's identity as read off its samples."""
-    return CONTENT_PREFIX + fingerprint_dataset(dataset)
+def content_identity(dataset: Any, *, skip_unreadable: bool = False) -> str:
+    """Return a data set's identity as read off its samples (see `fingerprint_dataset`)."""
+    return CONTENT_PREFIX + fingerprint_dataset(dataset, skip_unreadable=skip_unreadable)
 
 
 def _listing(indices: list[int], most: int = 10) -> str:

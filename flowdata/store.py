@@ -4,39 +4,47 @@
         scores.safetensors    once complete: all that a reader needs
         manifest.json         what the scores are of; written before the first part
         parts/*.safetensors   while scoring: what is done so far, removed at the end
-        .lock                 held by the one process that scores
+        .lock                 while scoring: who scores
 
 **scores.safetensors** is a plain safetensors file, readable without this library:
 
-    loss          float32 (N,)    each sample's mean loss over its targets; NaN: it has none
-    count         int64 (N,)      its number of targets
-    token_loss    float32 (Σcount,)   optional: the targets' losses, sample after sample
-    token_offset  int64 (N+1,)    with token_loss: where each sample's targets begin
-    any other     float32 (N,)    a further column, such as entropy or gradient_norm
+    loss            float32 (N,)    each sample's mean loss over its targets; NaN: it has none
+    count           int64 (N,)      its number of targets
+    token_loss      float32 (Σcount,)   optional: the targets' losses, sample after sample
+    token_offset    int64 (N+1,)    with token_loss: where each sample's targets begin
+    pack_checksum   int64 (packs,)  optional: for repair, see below
+    any other       float32 (N,)    a further column, such as entropy or gradient_norm
 
 **A part** holds whole packs of the plan, one after another, samples in the plan's order:
 
-    pack          int64 (K,)      which packs
-    loss, count   as above, for the packs' samples; token_loss and further columns optional
+    pack            int64 (K,)      which packs
+    loss, count     as above, for the packs' samples; token_loss and further columns optional
 
 **Metadata.** Both kinds carry one string, `flowdata`, in the safetensors header: canonical JSON
-(sorted keys, no spaces) with `checksum`, the hex SHA-256 over the canonical JSON without it,
-then, for each tensor in name order, `name|dtype|shape` in torch's words and the tensor's
-little-endian bytes. In `scores.safetensors` the JSON is the manifest, in a part
-`{"format": …, "store": <store digest>}`.
+(sorted keys, no spaces) of `manifest`, the signed manifest, and `content`, the hex SHA-256 over the
+canonical JSON of that and then, for each tensor in name order, `name|dtype|shape` in torch's words
+and the tensor's little-endian bytes.
 
-**manifest.json**, fields:
+**The signed manifest** has the fields below and `checksum`, the hex SHA-256 over the canonical
+JSON of the others. manifest.json holds the same, indented.
 
-    format     1; other versions are refused
+    format     2; other versions are refused
     flowdata   the version that wrote it
     identity   what must agree for losses to be reused: model, dataset, loss, dtype, …
-    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest
-    details    anything a reader may want to know (the data file, the method chosen, …)
+    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …
+    details    anything a reader may want to know (the data file, …)
+    skipped    {"index": reason} of samples that could not be read; in a part, of its own
+    layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
+               scores.safetensors, bytes counted from the file's begin
 
-The *store digest*, SHA-256 over format, identity and plan, ties parts to their manifest. Every
-file is written under another name, synced and renamed, so a reader sees all of it or nothing. A
-part that is torn, truncated, changed, duplicated or foreign is left out, with a warning, and
-only its packs are scored again.
+**What survives what.** The *store digest*, SHA-256 over format, identity and plan, says what
+belongs together. Every file is written under another name, synced and renamed, so a reader sees
+all of it or nothing. A part that is torn, truncated, changed, duplicated or foreign is left out,
+with a warning, and only its packs are scored again. A lost manifest.json is taken from any whole
+file. Of a damaged scores.safetensors those packs are kept whose `pack_checksum` agrees: the first
+8 bytes, little-endian, of BLAKE2b keyed with the store digest over the pack's number (8 bytes,
+little-endian) and the bytes of its samples' values, column by column in name order. The plan says
+which samples a pack has. Files are data: nothing in them is run, no name in them is a path.
 """
 
 from __future__ import annotations
@@ -46,8 +54,11 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -55,11 +66,16 @@ from torch import Tensor
 
 import flowdata
 from flowdata.files import replacing
+from flowdata.locks import lock
+from flowdata.packs import Columns, checksums, join, octets, places, reorder, split
 from flowdata.scores import ScoreMismatchError, Scores
 
-FORMAT = 1
-_OWN = {"loss", "count", "token_loss", "token_offset"}  # every other tensor is a further column
+FORMAT = 2
 SCORES, MANIFEST, PARTS, LOCK = "scores.safetensors", "manifest.json", "parts", ".lock"
+_FIELDS = ("identity", "plan", "details", "skipped")  # objects, all of them
+_OWN = {"loss", "count", "token_loss", "token_offset", "pack_checksum"}  # others: further columns
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}
+_SECONDS, _SHARE = 10.0, 0.01  # a crash loses at most so long, or so much of the time so far
 logger = logging.getLogger("flowdata")
 
 Manifest = dict[str, Any]
@@ -69,30 +85,60 @@ class StoreError(ValueError):
     """A folder or file that is no store, is unfinished, damaged or of another format."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Packs that are done, by number, and why samples of them were skipped, by index."""
+
+    packs: dict[int, Columns] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def add(self, packs: Mapping[int, Columns], skipped: Mapping[int, str]) -> None:
+        """Take packs that are not there yet."""
+        self.packs.update({pack: packs[pack] for pack in packs.keys() - self.packs.keys()})
+        self.skipped.update(skipped)
+
+
 def make_manifest(
-    identity: Mapping[str, Any], plan: Mapping[str, Any], details: Mapping[str, Any]
+    identity: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    details: Mapping[str, Any],
+    skipped: Mapping[int, str] | None = None,
 ) -> Manifest:
-    """Return the manifest of a new store."""
-    return {
+    """Return the manifest of a store, as it will be read back.
+
+    Raises:
+        TypeError: `details` holds what JSON can't.
+    """
+    manifest = {
         "format": FORMAT,
         "flowdata": flowdata.__version__,
         "identity": dict(identity),
         "plan": dict(plan),
         "details": dict(details),
+        "skipped": {str(index): reason for index, reason in (skipped or {}).items()},
     }
+    try:
+        as_read: Manifest = json.loads(json.dumps(manifest))
+    except TypeError as error:
+        raise TypeError(f"details must be JSON-like (strings, numbers, lists): {error}") from None
+    return as_read
 
 
-def check_identity(kept: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def check_identity(
+    kept: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    what: str,
+    remedy: str = "Score into another folder, or delete this one if its losses are unwanted",
+) -> None:
     """Raise ScoreMismatchError with what differs unless both identities are the same."""
     names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
     if names:
         differing = "; ".join(
-            f"{name}: the store has {_short(kept.get(name))}, this run {_short(wanted.get(name))}"
+            f"{name}: {what} has {_short(kept.get(name))}, this run {_short(wanted.get(name))}"
             for name in names
         )
         raise ScoreMismatchError(
-            f"the store {path} was made with another {' and '.join(names)} ({differing}). "
-            "Score into another folder, or delete this one if its losses are no longer wanted"
+            f"{what} was made with another {' and '.join(names)} ({differing}). {remedy}"
         )
 
 
@@ -103,14 +149,20 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a store, None for a folder that is empty or not there yet.
 
     Raises:
-        StoreError: the folder holds other things, or a manifest that can't be read.
+        StoreError: the folder holds other things, or no manifest in it can be read.
     """
-    if (folder / SCORES).exists():
-        return _as_manifest(_read(folder / SCORES)[1], folder / SCORES)
-    if (folder / MANIFEST).exists():
-        content = (folder / MANIFEST).read_bytes()
-        return _as_manifest(_parse(content, folder / MANIFEST), folder / MANIFEST)
     check_folder(folder)
+    problem: StoreError | None = None
+    for file in (folder / MANIFEST, folder / SCORES, *_parts(folder)):
+        try:
+            return _manifest_in(file)
+        except FileNotFoundError:
+            continue
+        except StoreError as error:
+            logger.warning("%s", error)
+            problem = problem or error
+    if problem is not None:
+        raise problem
     return None
 
 
@@ -118,19 +170,15 @@ def check_folder(folder: Path) -> None:
     """Raise StoreError unless a store is at `folder`, or could be begun there."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; a store is a folder: pass another path")
-    if (folder / SCORES).exists() or (folder / MANIFEST).exists():
-        return
-    foreign = sorted(p.name for p in folder.iterdir() if p.name != LOCK) if folder.exists() else []
-    if foreign:
+    if (folder / PARTS).is_symlink():
+        raise StoreError(f"{folder / PARTS} is a link: a store keeps its parts in itself")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if not name.startswith((LOCK, f".{SCORES}", f".{MANIFEST}"))]
+    if foreign and not {SCORES, MANIFEST}.intersection(foreign) and not _parts(folder):
         raise StoreError(
             f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {foreign[0]}"
             f"{' and more' if len(foreign) > 1 else ''}; pass an empty or a new folder"
         )
-
-
-def is_finished(folder: Path) -> bool:
-    """Return whether the complete scores are there."""
-    return (folder / SCORES).exists()
 
 
 def load_scores(path: Path) -> Scores:
@@ -146,42 +194,58 @@ def load_scores(path: Path) -> Scores:
             f"{path} is not finished: call LossScorer.score with store={str(path)!r} again, "
             "it goes on where it stopped"
         )
-    tensors, metadata = _read(file)
-    if not {"loss", "count"} <= set(tensors):
-        raise StoreError(f"{file} holds no 'loss' and 'count': it is not a file of scores")
-    return Scores(
-        tensors["loss"],
-        tensors["count"],
-        metadata=_as_manifest(metadata, file),
-        token_losses=tensors.get("token_loss"),
-        columns={name: tensors[name] for name in set(tensors) - _OWN},
-    )
+    tensors, manifest = _read(file)
+    if "pack" in tensors or not {"loss", "count"} <= tensors.keys():
+        raise StoreError(f"{file} is no file of scores: it lacks a loss and count of each sample")
+    try:
+        return Scores(
+            tensors["loss"],
+            tensors["count"],
+            metadata=manifest,
+            token_losses=tensors.get("token_loss"),
+            columns={name: tensors[name] for name in tensors.keys() - _OWN},
+        )
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{file} is damaged: {error}") from None
 
 
 def save_scores(scores: Scores, path: Path) -> Path:
     """Write scores as a finished store, or as one file if `path` ends in `.safetensors`."""
-    file = path if path.suffix == ".safetensors" else path / SCORES
-    if file.parent == path:
-        read_manifest(path)  # refuses a folder of other things
-    metadata = scores.metadata
-    manifest = make_manifest(
-        metadata.get("identity", {}), metadata.get("plan", {}), metadata.get("details", {})
-    )
-    tensors = {**scores.columns, "loss": scores.losses, "count": scores.counts}
-    if scores.flat_token_losses is not None:
-        tensors["token_loss"] = scores.flat_token_losses
-        tensors["token_offset"] = torch.cat([torch.zeros(1).long(), scores.counts.cumsum(0)])
-    _write(file, tensors, manifest)
+    if path.suffix == ".safetensors":
+        _write(path, _tensors_of(scores), _manifest_of(scores))
+    else:
+        check_folder(path)
+        _write(path / SCORES, _tensors_of(scores), _manifest_of(scores))
     return path
 
 
-def finish(folder: Path, scores: Scores) -> None:
-    """Write the complete scores, then remove the parts they were merged from."""
-    save_scores(scores, folder)
-    for part in (folder / PARTS).glob("*"):
+def finish(folder: Path, scores: Scores, order: Tensor, sizes: Tensor) -> None:
+    """Write the complete scores, then remove the parts they were merged from.
+
+    Args:
+        folder: the store.
+        scores: in data set order.
+        order: (N,) int64, the plan's.
+        sizes: (packs,) int64, the plan's.
+    """
+    manifest, tensors = _manifest_of(scores), _tensors_of(scores)
+    of_samples = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
+    tensors["pack_checksum"] = checksums(reorder(of_samples, order), sizes, store_digest(manifest))
+    _write(folder / SCORES, tensors, manifest)
+    write_manifest(folder, {**manifest, "layout": _layout(folder / SCORES)})
+    for part in _parts(folder):
         part.unlink()
-    if (folder / PARTS).exists():
+    with suppress(OSError):  # it isn't there, or somebody's files are in it
         (folder / PARTS).rmdir()
+
+
+def repair_manifest(folder: Path) -> None:
+    """Write manifest.json anew from a whole scores.safetensors, should it be missing or damaged."""
+    try:
+        _manifest_in(folder / MANIFEST)
+    except (StoreError, OSError):
+        file = folder / SCORES
+        write_manifest(folder, {**_manifest_in(file), "layout": _layout(file)})
 
 
 def verify_store(folder: Path) -> dict[str, str]:
@@ -193,19 +257,26 @@ def verify_store(folder: Path) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no store at {folder}")
-    findings: dict[str, str] = {}
-    complete = folder / SCORES
-    for file in (complete,) if complete.exists() else sorted((folder / PARTS).glob("*")):
-        findings[str(file.relative_to(folder))] = _state(file)
-    if not complete.exists():
-        manifest = read_manifest(folder)
-        findings[SCORES] = "not there yet: scoring is not finished" if manifest else "not there"
+    check_folder(folder)
+    files = [file for file in (folder / SCORES, folder / MANIFEST) if file.exists()]
+    findings = {
+        str(file.relative_to(folder)): _state(file, folder) for file in [*files, *_parts(folder)]
+    }
+    if not (folder / SCORES).exists():
+        findings[SCORES] = "not there yet: scoring is not finished" if findings else "not there"
     return findings
 
 
-def _state(file: Path) -> str:
+def _state(file: Path, folder: Path) -> str:
     try:
-        _read(file)
+        if file.name == MANIFEST:
+            _manifest_in(file)
+        elif file.name == SCORES:
+            load_scores(file)
+        else:
+            manifest = _read(file)[1]
+            if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):
+                return f"{file} belongs to another store"
     except (StoreError, OSError) as error:
         return str(error)
     return "whole"
@@ -213,106 +284,150 @@ def _state(file: Path) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the store's lock for a block; wait, and say so, while another process has it."""
-    from filelock import FileLock, Timeout
-
+    """Hold the store's lock for a block, without what a killed process left half written."""
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder / LOCK))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is scoring into %s; waiting for it to end", folder)
-        lock.acquire()
-    try:
+    with lock(folder / LOCK, what=f"scoring into {folder}"):
+        for name in (f".{SCORES}.*", f".{MANIFEST}.*", f"{PARTS}/.*.safetensors.*"):
+            for draft in folder.glob(name):
+                draft.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 # --- parts -----------------------------------------------------------------------------------
 
 
 class PartWriter:
-    """Collects packs and writes them as parts: a crash loses what one part would hold.
+    """Collects packs and writes them as parts; a context, at whose end the rest is written.
+
+    A crash loses at most 10 seconds, or a hundredth of the time so far.
 
     Args:
         folder: the store.
         manifest: its manifest, already written.
-        packs_per_part: how many packs are collected before a part is written.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, packs_per_part: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.parts = folder / PARTS
         self.parts.mkdir(exist_ok=True)
-        self.metadata = {"format": FORMAT, "store": store_digest(manifest)}
-        self.packs_per_part = packs_per_part
-        self.waiting: dict[int, dict[str, Tensor]] = {}
+        self.manifest = manifest
+        self.begun = self.written = monotonic()
+        self.waiting: dict[int, Columns] = {}
+        self.skipped: dict[str, str] = {}
 
-    def add(self, pack: int, columns: dict[str, Tensor]) -> None:
-        """Take one pack's columns (`loss`, `count`, maybe `token_loss`)."""
+    def add(self, pack: int, columns: Columns, skipped: Mapping[int, str]) -> None:
+        """Take one pack's columns, and why samples of it were skipped."""
         self.waiting[pack] = columns
-        if len(self.waiting) >= self.packs_per_part:
+        self.skipped.update({str(index): reason for index, reason in skipped.items()})
+        now = monotonic()
+        if now - self.written >= max(_SECONDS, _SHARE * (now - self.begun)):
             self.flush()
 
     def flush(self) -> None:
         """Write what has been collected."""
+        self.written = monotonic()
         if self.waiting:
-            columns = list(self.waiting.values())
-            tensors = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
-            tensors["pack"] = torch.tensor(list(self.waiting))
-            _write(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, self.metadata)
-            self.waiting = {}
+            tensors = {**join(list(self.waiting.values())), "pack": torch.tensor([*self.waiting])}
+            manifest = {**self.manifest, "skipped": self.skipped}
+            manifest.pop("layout", None)
+            _write(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, manifest)
+            self.waiting, self.skipped = {}, {}
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.flush()
+        except OSError as second:
+            if error is None:
+                raise
+            logger.warning("the last %d packs could not be kept: %s", len(self.waiting), second)
 
 
-def read_parts(
-    folder: Path, manifest: Manifest, pack_sizes: Tensor
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield every pack that an earlier run finished, with its columns.
-
-    A part that can't be trusted is left out with a warning; so is a pack seen before.
+def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) -> Kept:
+    """Return every pack that earlier runs finished and that can be trusted.
 
     Args:
         folder: the store.
         manifest: its manifest.
-        pack_sizes: (number of packs,) int64, samples in each pack of the plan.
+        order: (N,) int64, the plan's.
+        sizes: (packs,) int64, the plan's samples in each pack.
     """
-    seen: set[int] = set()
-    store = store_digest(manifest)
-    for file in sorted((folder / PARTS).glob("*.safetensors")):
+    kept = Kept()
+    for file in _parts(folder):
         try:
-            tensors, metadata = _read(file)
-            if metadata.get("store") != store:
-                raise StoreError(f"{file} belongs to another store")
-            packs = list(_split_packs(tensors, pack_sizes, file))
+            kept.add(*_packs_of_part(file, store_digest(manifest), sizes))
         except (StoreError, OSError) as error:
             logger.warning("%s; what it held is scored again", error)
-            continue
-        for pack, columns in packs:
-            if pack not in seen:
-                seen.add(pack)
-                yield pack, columns
+    if (folder / SCORES).exists():
+        skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
+        salvaged = _packs_of_damaged(folder / SCORES, manifest, order, sizes)
+        logger.warning("%d of %d packs of %s are whole", len(salvaged), len(sizes), folder / SCORES)
+        kept.add(salvaged, skipped)
+    return kept
 
 
-def _split_packs(
-    tensors: dict[str, Tensor], pack_sizes: Tensor, file: Path
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    if not {"pack", "loss", "count"} <= set(tensors):
+def _packs_of_part(
+    file: Path, store: str, sizes: Tensor
+) -> tuple[dict[int, Columns], dict[int, str]]:
+    tensors, manifest = _read(file)
+    if store_digest(manifest) != store:
+        raise StoreError(f"{file} belongs to another store")
+    if not {"pack", "loss", "count"} <= tensors.keys():
         raise StoreError(f"{file} is not a part: it lacks one of pack, loss and count")
     packs = tensors.pop("pack")
-    if len(packs) and not (packs.min() >= 0 and packs.max() < len(pack_sizes)):
+    if packs.dim() != 1 or packs.dtype != torch.int64 or len(packs) == 0:
+        raise StoreError(f"{file} names no packs")
+    if not (packs.min() >= 0 and packs.max() < len(sizes)):
         raise StoreError(f"{file} names packs that the plan does not have")
-    sizes = pack_sizes[packs]
-    if not len(tensors["loss"]) == len(tensors["count"]) == int(sizes.sum()):
-        raise StoreError(f"{file} does not hold one loss and count for every sample of its packs")
-    counts = tensors["count"].split(sizes.tolist())
-    targets = [int(part.sum()) for part in counts]
-    split = {
-        name: values.split(targets if name == "token_loss" else sizes.tolist())
-        for name, values in tensors.items()
-    }
-    for position, pack in enumerate(packs.tolist()):
-        yield pack, {name: parts[position] for name, parts in split.items()}
+    sizes = sizes[packs]
+    targets = int(tensors["count"].sum())
+    for name, values in tensors.items():
+        wanted = torch.int64 if name == "count" else torch.float32
+        length = targets if name == "token_loss" else int(sizes.sum())
+        if values.shape != (length,) or values.dtype != wanted:
+            raise StoreError(f"{file} does not hold one {name} for every sample of its packs")
+    if (tensors["count"] < 0).any():
+        raise StoreError(f"{file} holds negative counts")
+    skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
+    return dict(zip(packs.tolist(), split(tensors, sizes), strict=True)), skipped
+
+
+def _packs_of_damaged(
+    file: Path, manifest: Manifest, order: Tensor, sizes: Tensor
+) -> dict[int, Columns]:
+    """The packs of a damaged scores.safetensors whose checksum agrees."""
+    try:
+        tensors = _tensors_at(file.read_bytes(), manifest.get("layout") or _layout(file))
+    except (StoreError, OSError):
+        return {}
+    kept = tensors.pop("pack_checksum", torch.empty(0))
+    offsets, losses = tensors.pop("token_offset", None), tensors.get("token_loss")
+    samples = tensors.keys() - {"token_loss"}
+    if kept.shape != sizes.shape or not {"loss", "count"} <= samples:
+        return {}
+    if any(tensors[name].shape != order.shape for name in samples):
+        return {}
+    if losses is None:
+        columns = reorder(tensors, order)
+    elif offsets is None or offsets.shape != (len(order) + 1,):
+        return {}
+    else:  # a sample whose place can't be trusted gets no targets, and so another checksum
+        starts, counts = offsets[:-1], tensors["count"]
+        placed = (starts >= 0) & (counts >= 0) & (starts + counts == offsets[1:])
+        placed &= offsets[1:] <= len(losses)
+        tensors["count"] = counts.where(placed, 0)
+        tensors["token_loss"] = losses[places(starts, tensors["count"])]
+        columns = reorder(tensors, order)
+    agree = kept == checksums(columns, sizes, store_digest(manifest))
+    packs = split(columns, sizes)
+    return {index: packs[index] for index in agree.nonzero().flatten().tolist()}
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -321,73 +436,159 @@ def _split_packs(
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
     with replacing(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1, sort_keys=True).encode())
+        file.write(json.dumps(_signed(manifest), indent=1, sort_keys=True).encode())
 
 
 def store_digest(manifest: Manifest) -> str:
-    """Return the digest that ties parts to their manifest."""
+    """Return the digest that says which files belong together."""
     tied = {name: manifest[name] for name in ("format", "identity", "plan")}
     return hashlib.sha256(_canonical(tied)).hexdigest()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def _parts(folder: Path) -> list[Path]:
+    return [file for file in sorted((folder / PARTS).glob("[!.]*.safetensors")) if file.is_file()]
+
+
+def _manifest_of(scores: Scores) -> Manifest:
+    given = {name: scores.metadata.get(name, {}) for name in _FIELDS}
+    return make_manifest(**given)
+
+
+def _tensors_of(scores: Scores) -> Columns:
+    tensors = {**scores.columns, "loss": scores.losses, "count": scores.counts}
+    if scores.flat_token_losses is not None:
+        tensors["token_loss"] = scores.flat_token_losses
+        tensors["token_offset"] = torch.cat([torch.zeros(1).long(), scores.counts.cumsum(0)])
+    return tensors
+
+
+def _write(path: Path, tensors: Columns, manifest: Manifest) -> None:
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    signed = {**metadata, "checksum": _checksum(tensors, metadata)}
     with replacing(path) as file:
-        file.write(save(tensors, metadata={"flowdata": _canonical(signed).decode()}))
+        file.write(save(tensors, {"flowdata": _metadata(tensors, manifest)}))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a file's tensors and metadata, both proven by the checksum."""
+def _metadata(tensors: Columns, manifest: Manifest) -> str:
+    signed = _signed(manifest)
+    return _canonical({"manifest": signed, "content": _content(tensors, signed)}).decode()
+
+
+def _read(path: Path) -> tuple[Columns, Manifest]:
+    """Return a file's tensors and manifest, both proven by checksums."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("flowdata")
+            text = (file.metadata() or {}).get("flowdata", "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError) as error:
+    except (SafetensorError, UnicodeDecodeError, ValueError, KeyError, RuntimeError) as error:
         raise StoreError(f"{path} is damaged or no safetensors file ({error})") from None
-    if text is None:
-        raise StoreError(f"{path} was not written by flowdata: its header names no 'flowdata'")
-    metadata = _parse(text.encode(), path)
-    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+    manifest, content = _parse_metadata(text, path)
+    if content != _content(tensors, _signed(manifest)):
         raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
-    return tensors, metadata
+    return tensors, manifest
 
 
-def _parse(content: bytes, path: Path) -> dict[str, Any]:
-    """Return a JSON object that names this format."""
+def _parse_metadata(text: str, path: Path) -> tuple[Manifest, Any]:
+    """The manifest in a safetensors file's header, proven, and the checksum of the whole."""
+    metadata = _parse_json(text, path)
+    if not isinstance(metadata, dict) or "manifest" not in metadata:
+        older = isinstance(metadata, dict) and "format" in metadata  # format 1 had it flat
+        return _proven(metadata if older else None, path), None
+    return _proven(metadata["manifest"], path), metadata.get("content")
+
+
+def _parse_json(text: str | bytes, path: Path) -> Any:
+    if not text:
+        raise StoreError(f"{path} was not written by flowdata, or is damaged: it holds no manifest")
     try:
-        parsed = json.loads(content)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {error}") from None
+
+
+def _proven(parsed: Any, path: Path) -> Manifest:
+    """A signed manifest without its checksum, which is proven."""
     if not isinstance(parsed, dict) or "format" not in parsed:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
     if parsed["format"] != FORMAT:
         raise StoreError(
-            f"{path} has format {parsed['format']!r}, this version of flowdata "
+            f"{path} has format {_short(parsed['format'])}, this version of flowdata "
             f"({flowdata.__version__}) reads format {FORMAT}; use the version that wrote it"
         )
+    if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
+        raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
+    for name in _FIELDS:
+        if not isinstance(parsed.get(name), dict):
+            raise StoreError(f"{path} is damaged: its field {name!r} should be an object")
+    if not all(index.isdecimal() and len(index) < 20 for index in parsed["skipped"]):
+        raise StoreError(f"{path} is damaged: its field 'skipped' should name indices")
     return parsed
 
 
-def _as_manifest(parsed: dict[str, Any], path: Path) -> Manifest:
-    """Return a JSON object that has a manifest's fields."""
-    for field in ("identity", "plan", "details"):
-        if not isinstance(parsed.get(field), dict):
-            raise StoreError(f"{path} is damaged: its field {field!r} should be an object")
-    return parsed
+def _signed(manifest: Manifest) -> Manifest:
+    return {**manifest, "checksum": hashlib.sha256(_canonical(manifest)).hexdigest()}
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(_canonical(metadata))
+def _content(tensors: Mapping[str, Tensor], signed: Manifest) -> str:
+    digest = hashlib.sha256(_canonical(signed))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(octets(tensor))
     return digest.hexdigest()
+
+
+def _manifest_in(file: Path) -> Manifest:
+    """The manifest in manifest.json or in a safetensors file's header, itself proven."""
+    if file.name == MANIFEST:
+        return _proven(_parse_json(file.read_bytes(), file), file)
+    return _parse_metadata(str(_header(file)[1].get("__metadata__", {}).get("flowdata", "")), file)[
+        0
+    ]
+
+
+def _layout(file: Path) -> dict[str, list[Any]]:
+    """Where the tensors of a safetensors file lie: dtype, first byte and end of each."""
+    begin, header = _header(file)
+    try:
+        return {
+            name: [entry["dtype"], *(begin + place for place in entry["data_offsets"])]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{file} is damaged: its header tells of no tensors") from error
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's tensors begin, and what its header says."""
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+        content = file.read(length)
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: its header is {error}") from None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise StoreError(f"{path} is damaged: its header should be an object")
+    return 8 + length, header
+
+
+def _tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:
+    """The one-dimensional tensors at such places; zeros stand in for what a file lacks."""
+    tensors: Columns = {}
+    try:
+        for name, (dtype, first, end) in layout.items():
+            if not 0 <= first <= end <= 2 * len(content) + 2**20:
+                raise ValueError(f"tensor {name!r} can't lie in bytes {first} to {end}")
+            values = bytearray(content[first:end].ljust(end - first, b"\0"))
+            kind = _DTYPES[dtype]
+            tensors[name] = torch.frombuffer(values, dtype=kind) if values else torch.empty(0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"no tensors where they should be: {error}") from None
+    return tensors
 
 
 def _canonical(value: Any) -> bytes:

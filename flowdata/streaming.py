@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from flowdata.dataset import Layout, weight_attacher
 from flowdata.draws import ACCEPTANCE, random_words
 from flowdata.scores import Missing
+from flowdata.scoring.scorer import LossScorer
 from flowdata.sketch import RunningMedian
 from flowdata.weights import flow_weights, resolve_temperature
 
@@ -251,7 +252,8 @@ class FlowWeightedIterable(IterableDataset[Any]):
 
     def _weigh(self, window: list[Any]) -> Tensor:
         """(W,) weights of a window, its losses counted in the running median."""
-        scores = self.scorer.score(window, collate_fn=self.collate_fn, dataset_id="window")
+        alone: dict[str, Any] = {"shared": False} if isinstance(self.scorer, LossScorer) else {}
+        scores = self.scorer.score(window, collate_fn=self.collate_fn, dataset_id="window", **alone)
         losses = scores.losses.detach().cpu()
         present = losses.isfinite()
         if self.missing == "raise" and not present.all():

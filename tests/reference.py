@@ -250,3 +250,18 @@ def paired_t(differences):
     centre = sum(differences) / count
     variance = sum((d - centre) ** 2 for d in differences) / (count - 1)
     return centre / (variance / count) ** 0.5
+
+
+def reordered_columns(columns, order):
+    """Columns of samples in another order, one sample and one target at a time."""
+    import torch
+
+    ends = columns["count"].cumsum(0).tolist()
+    ordered = {name: [] for name in columns}
+    for sample in order:
+        for name in columns:
+            if name == "token_loss":
+                ordered[name] += columns[name][([0, *ends])[sample] : ends[sample]].tolist()
+            else:
+                ordered[name].append(columns[name][sample].item())
+    return {name: torch.tensor(ordered[name], dtype=columns[name].dtype) for name in columns}

@@ -59,7 +59,7 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     assert "+1=" in page  # the samples' own text
 
     code, out, _ = run(capsys, "verify", store)
-    assert (code, out) == (0, "scores.safetensors: whole\n")
+    assert (code, out) == (0, "scores.safetensors: whole\nmanifest.json: whole\n")
     file = store / "scores.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     code, out, _ = run(capsys, "verify", store, "--json")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdata.scoring.placement import is_placed
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,7 +60,7 @@ def scoring_model(
     way out.
     """
     with torch.no_grad():
-        targets = _target_dtypes(model, dtype)
+        targets = [] if is_placed(model) else _target_dtypes(model, dtype)
         if any(t.device != device or t.dtype != wanted for t, wanted in targets):
             yield _converted(model, targets, dtype, device)
             return

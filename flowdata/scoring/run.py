@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,68 +12,145 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flowdata.packs import Columns, join, reorder
 from flowdata.progress import progress_bar
+from flowdata.samples import Unreadable
 from flowdata.scores import Scores
+from flowdata.scoring.batches import Collate
 from flowdata.scoring.job import Job, choose_method, moved
+from flowdata.scoring.placement import is_sharded, reshard
 from flowdata.scoring.plan import Plan
 from flowdata.scoring.precision import scoring_model
+from flowdata.scoring.ranks import Ranks
 
 logger = logging.getLogger("flowdata")
 
-Columns = dict[str, Tensor]
+Done = tuple[int, Columns, dict[int, str]]  # a pack, its columns, samples skipped and why
 
 
 def run_packs(
-    job: Job, plan: Plan, options: Mapping[str, Any], todo: Sequence[int]
-) -> Iterator[tuple[int, Columns]]:
-    """Run packs of a plan and yield each one's number and columns, its samples in plan order."""
+    job: Job, plan: Plan, options: Mapping[str, Any], todo: Sequence[int], ranks: Ranks
+) -> Iterator[Done]:
+    """Run this rank's share of packs; a pack's columns have its samples in plan order.
+
+    Ranks that hold a model together all run every pack.
+    """
     if not todo:
         return
-    batches = DataLoader(
-        job.dataset,
-        batch_sampler=[plan.pack(index).tolist() for index in todo],
-        collate_fn=job.collate,
-        num_workers=job.num_workers,
-        generator=torch.Generator().manual_seed(0),
-    )
-    total, left = int(plan.costs.sum()), int(plan.costs[list(todo)].sum())
+    together = ranks.size > 1 and is_sharded(job.model)
+    claimed: deque[int] = deque()
+
+    def claim() -> Iterator[list[int]]:
+        for index in todo if together else ranks.claims(todo, ahead=job.num_workers > 0):
+            claimed.append(index)
+            yield plan.pack(index).tolist()
+
+    costs = torch.cat([plan.costs.new_zeros(1), plan.costs[list(todo)].cumsum(0)]).tolist()
+    total, shown = int(plan.costs.sum()), 0
     unit = "samples" if options["max_tokens"] is None else "tokens"
     with (
         scoring_model(job.model, job.dtype, job.device) as model,
         _adapters_off(model) if job.reference == "base" else nullcontext(),
         _compiled(model) if job.compiled else nullcontext(),
-        progress_bar(total, "scoring", unit, done=total - left, shown=job.progress) as advance,
+        progress_bar(total, "scoring", unit, done=total - costs[-1], shown=job.progress) as advance,
     ):
-        method, method_name = choose_method(job, model)
+        method, method_name = choose_method(job, model, options)
+        if len(set(ranks.gather("method", method_name))) > 1:
+            raise ValueError(
+                f"rank {ranks.rank} can score by {method_name!r}, another rank can't: losses would "
+                "depend on who makes them; run on machines of one kind"
+            )
         job.announce("; ".join(filter(None, [job.name, method_name, _cut(options)])))
-        for index, batch in zip(todo, batches, strict=True):
-            columns = method(model, moved(job, batch)).columns(token_losses=job.token_losses)
-            if len(columns["loss"]) != len(plan.pack(index)):
-                raise ValueError(
-                    f"a batch of {len(plan.pack(index))} samples gave {len(columns['loss'])} "
-                    "losses; collate_fn and loss must keep one entry for each sample, in order"
-                )
-            yield index, columns
-            advance(int(plan.costs[index]))
+        for batch, reasons in _loaded(job, claim()):
+            index = claimed.popleft()
+            if not together and not ranks.begins(index):
+                continue
+            yield _score_pack(job, model, method, plan, index, batch, reasons)
+            done = costs[min(ranks.claimed, len(todo)) - len(claimed)]
+            advance(done - shown)
+            shown = done
+        reshard(job.model)
+
+
+def _score_pack(
+    job: Job, model: Any, method: Any, plan: Plan, index: int, batch: Any, reasons: dict[int, str]
+) -> Done:
+    samples = plan.pack(index)
+    readable = torch.ones(len(samples), dtype=torch.bool)
+    readable[list(reasons)] = False
+    expected = int(readable.sum())
+    if expected == 0:
+        columns = {"loss": torch.empty(0), "count": torch.empty(0, dtype=torch.long)}
+        columns |= {"token_loss": torch.empty(0)} if job.token_losses else {}
+    else:
+        columns = method(model, moved(job, batch)).columns(token_losses=job.token_losses)
+    if len(columns["loss"]) != expected:
+        raise ValueError(
+            f"a batch of {expected} samples gave {len(columns['loss'])} "
+            "losses; collate_fn and loss must keep one entry for each sample, in order"
+        )
+    skipped = {int(samples[place]): reason for place, reason in reasons.items()}
+    return index, _spread(columns, readable) if reasons else columns, skipped
+
+
+def _spread(columns: Columns, readable: Tensor) -> Columns:
+    """Columns with NaN, or a count of 0, at the samples that could not be read."""
+    spread = {}
+    for name, values in columns.items():
+        if name == "token_loss":
+            spread[name] = values
+        else:
+            fill = torch.nan if values.is_floating_point() else 0
+            spread[name] = torch.full((len(readable),), fill, dtype=values.dtype)
+            spread[name][readable] = values
+    return spread
+
+
+def _loaded(job: Job, packs: Iterator[list[int]]) -> Iterator[tuple[Any, dict[int, str]]]:
+    """Batches of packs as they are claimed, and the reasons of what could not be read."""
+    loader: DataLoader[Any] = DataLoader(
+        job.dataset,
+        batch_sampler=packs,  # it need not have a length
+        collate_fn=_WithReasons(job.collate),
+        num_workers=job.num_workers,
+        generator=torch.Generator().manual_seed(0),
+    )
+    try:
+        batches = iter(loader)
+    except Exception as error:  # which one depends on what can't be pickled
+        if job.num_workers == 0 or "pickle" not in f"{type(error).__name__} {error}".lower():
+            raise
+        raise ValueError(
+            f"the data set or collate_fn can't be sent to DataLoader workers ({error}); define it "
+            "at the top level of a module, or pass num_workers=0"
+        ) from error
+    yield from batches
+
+
+class _WithReasons:
+    """Collates what could be read; gives with it, by place, the reasons of what could not."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> tuple[Any, dict[int, str]]:
+        reasons = {
+            place: sample.reason
+            for place, sample in enumerate(samples)
+            if isinstance(sample, Unreadable)
+        }
+        return None if len(reasons) == len(samples) else self.collate(samples), reasons
 
 
 def merge_packs(plan: Plan, packs: Mapping[int, Columns], metadata: dict[str, Any]) -> Scores:
     """Return the packs' columns in data set order; say how many samples have no loss."""
-    columns = {
-        name: torch.cat([packs[index][name] for index in range(len(plan))]) for name in packs[0]
-    }
-    where = plan.order.argsort()
-    token_losses = columns.pop("token_loss", None)
-    if token_losses is not None:
-        samples = token_losses.split(columns["count"].tolist())
-        token_losses = torch.cat([samples[index] for index in where.tolist()])
-    ordered = {name: values[where] for name, values in columns.items()}
+    columns = reorder(join([packs[index] for index in range(len(plan))]), plan.order.argsort())
     scores = Scores(
-        ordered.pop("loss"),
-        ordered.pop("count"),
+        columns.pop("loss"),
+        columns.pop("count"),
         metadata=metadata,
-        token_losses=token_losses,
-        columns=ordered,
+        token_losses=columns.pop("token_loss", None),
+        columns=columns,
     )
     missing = scores.losses.isnan()
     if missing.any():

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal
+from time import sleep
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flowdata.fingerprint import fingerprint_callable, fingerprint_model
+from flowdata.packs import join, split
 from flowdata.progress import say
 from flowdata.rng import preserved_rng
+from flowdata.samples import CollateReadable, Readable, first_readable
 from flowdata.scores import Scores, content_identity
 from flowdata.scoring.batches import Collate, choose_collate
 from flowdata.scoring.job import Job, LossFunction, make_plan
+from flowdata.scoring.placement import home, is_placed, is_sharded
+from flowdata.scoring.plan import Plan
 from flowdata.scoring.precision import name_of, resolve_dtype
+from flowdata.scoring.ranks import Ranks, ranks_of_this_call
 from flowdata.scoring.run import merge_packs, run_packs
 from flowdata.scoring.tasks import (
     LANGUAGE_LOSSES,
@@ -26,21 +33,25 @@ from flowdata.scoring.tasks import (
     unwrapped,
 )
 from flowdata.store import (
+    Kept,
     Manifest,
     PartWriter,
+    StoreError,
     check_identity,
     finish,
-    is_finished,
     load_scores,
     locked,
     make_manifest,
+    read_kept,
     read_manifest,
-    read_parts,
+    repair_manifest,
     write_manifest,
 )
 
-_PARTS = 200  # at most about so many parts, whatever the number of packs
+_SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
 _LOOKED_AT = 64  # samples from which loss="auto" tells the kind of targets
+_ALIKE = "All ranks have to make the same call"
+T = TypeVar("T")
 
 
 class LossScorer:
@@ -116,10 +127,10 @@ class LossScorer:
             )
         if compile not in ("auto", True, False):
             raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
-        own = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+        _check_placed(model, dtype, device)
         self.model: nn.Module = model
         self.loss = loss
-        self.device = own.device if device is None else torch.device(device)
+        self.device = home(model) if device is None else torch.device(device)
         resolve_dtype(dtype, model, self.device)  # refuses a wrong one now
         self.dtype = dtype
         self.max_tokens = max_tokens
@@ -128,6 +139,7 @@ class LossScorer:
         self.token_losses = token_losses
         self.compile = compile
         self.progress = progress
+        self._says = progress
         self._explanation = "nothing scored yet"
         self._fingerprinted: tuple[list[tuple[int, int]], str] = ([], "")
 
@@ -144,9 +156,15 @@ class LossScorer:
         dataset_id: str | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         num_workers: int = 0,
+        on_error: Literal["raise", "skip"] = "raise",
+        shared: bool = True,
         details: Mapping[str, Any] | None = None,
     ) -> Scores:
         """Return the losses of a data set, from the store where it has them.
+
+        Inside a process group of `torch.distributed` all ranks make the same call, share the
+        work and get the same scores. The losses are the same to the last bit for any number of
+        ranks on like machines with the same number of threads.
 
         Args:
             dataset: map-style: `__len__` and `__getitem__`.
@@ -157,27 +175,46 @@ class LossScorer:
             dataset_id: names the data set's content; None fingerprints its samples.
             lengths: (N,) tokens in each sample; None reads them off the samples.
             num_workers: DataLoader workers that read and collate.
+            on_error: ``"skip"`` leaves samples that the data set raises on without a loss, and
+                keeps the reasons in the scores' metadata, `skipped`.
+            shared: False scores on this rank alone, whatever the others do.
             details: JSON-like notes for readers, kept in the scores' metadata.
 
         Raises:
             TypeError: not map-style, or samples that can't be fingerprinted.
-            ValueError: an empty data set, a store that is none or of another format, targets
-                that don't fit the loss.
+            ValueError: an empty data set, one that raises on a sample (its index named), a store
+                that is none or of another format, targets that don't fit the loss.
+            RankError: another rank failed.
             ScoreMismatchError: the store was made with another model, data set, loss or dtype.
         """
-        _check_dataset(dataset)
-        with preserved_rng():
-            job = self._job(dataset, collate_fn, lengths, num_workers)
+        ranks = ranks_of_this_call(shared=shared)
+        with preserved_rng(), ranks.failing_together():
+            _check_dataset(dataset)
+            if on_error not in ("raise", "skip"):
+                raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+            skip = on_error == "skip"
+            self._says = self.progress and ranks.is_first
+            job = self._job(Readable(dataset, skip=skip), collate_fn, lengths, num_workers)
+            if dataset_id is None:
+                dataset_id = content_identity(dataset, skip_unreadable=skip)
             identity = self._identity(job, dataset_id, collate_fn)
+            identity["model"] = self._model_identity(fresh=store is not None)
+            manifest = make_manifest(identity, {}, details or {})
+            for rank, (theirs, stored) in enumerate(
+                ranks.gather("identity", [manifest["identity"], store is not None])
+            ):
+                check_identity(theirs, manifest["identity"], f"rank {rank}'s call", _ALIKE)
+                if stored != (store is not None):
+                    raise ValueError(f"store must be given on all ranks or none, as rank {rank}")
             if store is None:
-                identity["model"] = self._model_identity()
-                return _score(job, identity, dict(details or {}))
-            with locked(Path(store)):
-                identity["model"] = self._model_identity(fresh=True)
-                return _score_into(Path(store), job, identity, dict(details or {}))
+                scores = _score(job, manifest, ranks)
+            else:
+                scores = _score_into(Path(store), job, manifest, ranks)
+            ranks.leave()
+        return scores
 
     def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
-        collate = choose_collate(collate_fn, dataset[0])
+        collate = CollateReadable(choose_collate(collate_fn, first_readable(dataset)))
         loss = self.loss
         if loss == "auto":
             loss = loss_of_model(innermost(self.model)) or loss_of_batch(
@@ -197,17 +234,15 @@ class LossScorer:
             collate=collate,
             lengths=lengths,
             num_workers=num_workers,
-            progress=self.progress,
+            progress=self._says,
             announce=self._announce,
         )
 
-    def _identity(
-        self, job: Job, dataset_id: str | None, collate_fn: Collate | None
-    ) -> dict[str, Any]:
+    def _identity(self, job: Job, dataset_id: str, collate_fn: Collate | None) -> dict[str, Any]:
         """What losses depend on beside the model: equal identities, equal losses."""
         loss = job.loss
         return {
-            "dataset": content_identity(job.dataset) if dataset_id is None else dataset_id,
+            "dataset": dataset_id,
             "num_samples": len(job.dataset),
             "loss": loss if isinstance(loss, str) else "callable:" + fingerprint_callable(loss),
             "reference": job.reference,
@@ -229,57 +264,131 @@ class LossScorer:
         return self._fingerprinted[1]
 
     def _dtype(self, loss: str | LossFunction) -> torch.dtype:
-        if self.dtype == "auto" and loss not in LANGUAGE_LOSSES:
+        if self.dtype == "auto" and (loss not in LANGUAGE_LOSSES or is_placed(self.model)):
             floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
             return next(floating, torch.float32)
         return resolve_dtype(self.dtype, self.model, self.device)
 
     def _announce(self, sentence: str) -> None:
         self._explanation = sentence
-        say(sentence, shown=self.progress)
+        say(sentence, shown=self._says)
 
 
-def _score(job: Job, identity: dict[str, Any], details: dict[str, Any]) -> Scores:
-    plan, options = make_plan(job, {})
-    packs = dict(run_packs(job, plan, options, range(len(plan))))
-    return merge_packs(plan, packs, make_manifest(identity, options, details))
+def _score(job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
+    """Score all packs, keeping them in memory."""
+    plan, manifest = _planned(job, wanted, None, ranks)
+    kept = Kept()
+    for pack, columns, skipped in run_packs(job, plan, manifest["plan"], range(len(plan)), ranks):
+        kept.add({pack: columns}, skipped)
+    ranks.gather("done", True)
+    if ranks.size > 1 and not is_sharded(job.model):
+        mine = sorted(kept.packs)
+        joined = join([kept.packs[pack] for pack in mine]) if mine else {}
+        for packs, columns, skipped in ranks.exchange((mine, joined, kept.skipped)):
+            cut = split(columns, plan.sizes[packs]) if packs else []
+            kept.add(dict(zip(packs, cut, strict=True)), skipped)
+    return _merged(plan, kept, manifest)
 
 
-def _score_into(
-    folder: Path, job: Job, identity: dict[str, Any], details: dict[str, Any]
-) -> Scores:
+def _score_into(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
     """Take from a store what is there, and score and add what is not."""
-    kept: Manifest | None = read_manifest(folder)
-    if kept is not None:
-        check_identity(kept["identity"], identity, folder)
-        if is_finished(folder):
+    scores = _finished(folder, wanted) if ranks.is_first else None
+    with locked(folder) if ranks.is_first and scores is None else nullcontext():
+        if ranks.is_first and scores is None:  # perhaps another process has just finished
+            scores = _finished(folder, wanted)
+        if ranks.from_first("finished", scores is not None):
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
-            return load_scores(folder)
-    plan, options = make_plan(job, kept["plan"] if kept else {})
-    if kept is None:
-        kept = make_manifest(identity, options, details)
-        write_manifest(folder, kept)
-    check_identity(kept["plan"], options, folder)
-    packs = dict(read_parts(folder, kept, plan.sizes))
-    todo = [index for index in range(len(plan)) if index not in packs]
-    writer = PartWriter(folder, kept, packs_per_part=max(1, len(plan) // _PARTS))
+        else:
+            scores = _score_missing(folder, job, wanted, ranks)
+    return _shown(lambda: load_scores(folder), ranks) if scores is None else scores
+
+
+def _finished(folder: Path, wanted: Manifest) -> Scores | None:
+    """The scores of a finished and whole store."""
     try:
-        for index, columns in run_packs(job, plan, options, todo):
-            packs[index] = columns
-            writer.add(index, columns)
-        writer.flush()
+        scores = load_scores(folder)
+    except (StoreError, FileNotFoundError, NotADirectoryError):
+        return None
+    check_identity(scores.metadata["identity"], wanted["identity"], f"the store {folder}")
+    with suppress(OSError):  # a folder that can only be read will do
+        repair_manifest(folder)
+    return scores
+
+
+def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores | None:
+    """Score the packs that a store does not have, and finish it on rank 0, which gets scores."""
+    begun = read_manifest(folder) if ranks.is_first else None
+    if begun is not None:
+        check_identity(begun["identity"], wanted["identity"], f"the store {folder}")
+    plan, manifest = _planned(job, wanted, begun, ranks)
+    kept = Kept()
+    if ranks.is_first:
+        write_manifest(folder, manifest)
+        kept = read_kept(folder, manifest, plan.order, plan.sizes)
+    missing = [pack for pack in range(len(plan)) if pack not in kept.packs]
+    todo = ranks.from_first("todo", missing)
+    done = sum(int(plan.sizes[pack]) for pack in kept.packs)
+    del kept
+    writes = ranks.is_first or not is_sharded(job.model)
+    try:
+        with PartWriter(folder, manifest) if writes else nullcontext() as writer:
+            for pack, columns, skipped in run_packs(job, plan, manifest["plan"], todo, ranks):
+                if writer is not None:
+                    writer.add(pack, columns, skipped)
+                    done += len(columns["loss"])
     except BaseException:
-        writer.flush()
-        done = sum(len(columns["loss"]) for columns in packs.values())
+        least = "at least " if ranks.size > 1 else ""
         say(
-            f"stopped with {done:,} of {len(job.dataset):,} samples kept in {folder}; "
+            f"stopped with {least}{done:,} of {len(job.dataset):,} samples kept in {folder}; "
             "the same call goes on from there",
             shown=job.progress,
         )
         raise
-    scores = merge_packs(plan, packs, kept)
-    finish(folder, scores)
+    ranks.gather("done", True)
+    scores = None
+    if ranks.is_first:
+        kept = _shown(lambda: _all_kept(folder, manifest, plan), ranks)
+        scores = _merged(plan, kept, manifest)
+        finish(folder, scores, plan.order, plan.sizes)
+    ranks.from_first("merged", True)
     return scores
+
+
+def _planned(
+    job: Job, wanted: Manifest, begun: Manifest | None, ranks: Ranks
+) -> tuple[Plan, Manifest]:
+    """The plan, on all ranks that of rank 0, and the manifest with it."""
+    begun = ranks.from_first("begun", begun)
+    plan, options = make_plan(job, begun["plan"] if begun else {})
+    if begun:
+        check_identity(begun["plan"], options, "the store")
+    manifest: Manifest = ranks.from_first("manifest", begun or {**wanted, "plan": options})
+    check_identity(manifest["plan"], options, "rank 0's plan", _ALIKE)
+    return plan, manifest
+
+
+def _all_kept(folder: Path, manifest: Manifest, plan: Plan) -> Kept:
+    kept = read_kept(folder, manifest, plan.order, plan.sizes)
+    if len(kept.packs) < len(plan):
+        raise StoreError(
+            f"{len(plan) - len(kept.packs)} packs that were just written are not in {folder}; all "
+            "ranks have to write into one folder, on a file system that they share. Call again"
+        )
+    return kept
+
+
+def _merged(plan: Plan, kept: Kept, manifest: Manifest) -> Scores:
+    named = {name: manifest[name] for name in ("identity", "plan", "details")}
+    return merge_packs(plan, kept.packs, make_manifest(**named, skipped=kept.skipped))
+
+
+def _shown(read: Callable[[], T], ranks: Ranks) -> T:
+    """What `read` gives, once the file system shows what other ranks wrote."""
+    for _ in range(_SECONDS_TO_SHOW if ranks.size > 1 else 0):
+        with suppress(StoreError, FileNotFoundError):
+            return read()
+        sleep(1)
+    return read()
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -290,3 +399,16 @@ def _check_dataset(dataset: Any) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("dataset is empty: there is nothing to score")
+
+
+def _check_placed(model: nn.Module, dtype: str | torch.dtype, device: object) -> None:
+    if not is_placed(model):
+        return
+    own = {name_of(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    wanted = dtype if isinstance(dtype, str) else name_of(dtype)
+    if device is not None or wanted not in ("auto", *own):
+        raise ValueError(
+            "a model that is sharded, or spread over devices, is scored as and where it is: leave "
+            f"device=None, got {device!r}, and dtype='auto' (its own, {', '.join(sorted(own))}), "
+            f"got {wanted!r}; to score in another dtype, load it in that"
+        )
