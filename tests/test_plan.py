@@ -25,7 +25,7 @@ def test_every_sample_is_in_one_pack_within_the_budget(lengths, max_tokens, batc
 def test_longest_samples_come_first(lengths):
     plan = plan_padded(torch.tensor(lengths), max_tokens=64)
     ordered = [lengths[i] for i in plan.order.tolist()]
-    assert ordered == sorted(lengths, reverse=True)
+    assert [max(1, each) for each in ordered] == sorted([max(1, n) for n in lengths], reverse=True)
 
 
 def test_plans_are_deterministic_and_their_digest_tells_them_apart():
@@ -41,3 +41,21 @@ def test_samples_alike_in_size_stay_in_order(samples, expected):
     plan = plan_fixed(samples, batch_size=3)
     assert plan.order.tolist() == list(range(samples))
     assert plan.sizes.tolist() == plan.costs.tolist() == expected
+
+
+def test_a_million_samples_take_a_few_bytes_each():
+    lengths = torch.randint(1, 3000, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    plan = plan_padded(lengths, max_tokens=4096)
+    assert torch.equal(plan.order.sort().values, torch.arange(len(lengths)))
+    assert (lengths[plan.order].diff() <= 0).all()
+    kept = sum(t.nbytes for t in (plan.order, plan.offsets, plan.costs))
+    assert kept / len(lengths) < 20
+    assert lengths.sum() / plan.costs.sum() > 0.99  # hardly any padding
+
+
+def test_order_is_the_same_whatever_the_longest():
+    lengths = torch.randint(1, 99, (500,), generator=torch.Generator().manual_seed(0))
+    plain = plan_padded(lengths, max_tokens=512)
+    for longest in (300, 70_000):  # keys of one, two and four bytes
+        plan = plan_padded(torch.cat([torch.tensor([longest]), lengths]), max_tokens=512)
+        assert torch.equal(plan.order[1:] - 1, plain.order)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from flowdata.samples import first_readable
+
 Collate = Callable[[list[Any]], Any]
 _CHARACTERS_PER_TOKEN = 3  # of raw text, when only a collate function knows its tokens
 _PADDING = {"labels": -100}  # other fields are padded with 0
@@ -29,9 +31,9 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
         return _given_lengths(lengths, len(dataset))
     if "input_ids" in (getattr(dataset, "column_names", None) or ()):
         return torch.from_numpy(_column_lengths(dataset))
-    if _length_of(dataset[0]) is None:
+    if length_of(first_readable(dataset)) is None:
         return None
-    found = [_length_of(dataset[index]) for index in range(len(dataset))]
+    found = [length_of(dataset[index]) for index in range(len(dataset))]
     return torch.tensor([0 if length is None else length for length in found])
 
 
@@ -105,7 +107,8 @@ def _column_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     return ids
 
 
-def _length_of(sample: Any) -> int | None:
+def length_of(sample: Any) -> int | None:
+    """Return a sample's length in tokens, estimated where it is text; None where it has none."""
     if isinstance(sample, Mapping) and "input_ids" in sample:
         length, labels = len(sample["input_ids"]), sample.get("labels")
         other = len(labels) if isinstance(labels, Sequence | Tensor | np.ndarray) else length

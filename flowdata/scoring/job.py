@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.scoring.batches import Collate, sample_lengths
+from flowdata.scoring.batches import Collate, length_of, sample_lengths
+from flowdata.scoring.inputs import padded
 from flowdata.scoring.language import agrees, methods
+from flowdata.scoring.packed import (
+    Packing,
+    common_prefix,
+    why_batch_not_packed,
+    why_not_packed,
+)
 from flowdata.scoring.plan import Plan, plan_fixed, plan_padded
 from flowdata.scoring.precision import map_tensors, name_of
 from flowdata.scoring.tasks import LANGUAGE_LOSSES, Method, callable_method, prediction_method
@@ -20,7 +29,7 @@ logger = logging.getLogger("flowdata")
 
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
-_CHECKED_SAMPLES = 2  # on which a fast way is compared with the plain one
+_LOOKED_AT = 16  # samples from which a common prefix is told and ways to score are checked
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -56,38 +65,77 @@ class Job:
         loss = self.loss if isinstance(self.loss, str) else "the given callable"
         return f"{loss} in {name_of(self.dtype)} on {self.device}"
 
+    @functools.cached_property
+    def few(self) -> list[Any]:
+        """Samples from all over the data set, shortest first."""
+        found = []
+        for index in range(0, len(self.dataset), -(-len(self.dataset) // _LOOKED_AT)):
+            with contextlib.suppress(Exception):  # the run will meet it and say so
+                found.append(self.dataset[index])
+        found = found or [self.dataset[0]]
+        return sorted(found, key=lambda sample: length_of(sample) or 0)
+
+    @functools.cached_property
+    def prefix(self) -> Tensor:
+        """Tokens with which probably all samples begin, (P,) int64; empty if nothing uses them."""
+        if self.loss != "causal_lm" or why_not_packed(self.model, self.loss) or len(self.few) < 2:
+            return torch.empty(0, dtype=torch.long)
+        return common_prefix(self.collate(self.few), self.loss)
+
 
 def make_plan(job: Job, kept: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
     """Return the plan and its description; a begun store's options go before the job's."""
-    kind = "cuda" if job.device.type == "cuda" else "cpu"
+    kind = _kind(job.device)
     lengths = sample_lengths(job.dataset, job.lengths)
     batch_size = kept.get("batch_size", job.batch_size)
     max_tokens = kept.get("max_tokens", job.max_tokens)
+    prefix = kept.get("prefix", len(job.prefix))
     if lengths is None:
         max_tokens, batch_size = None, batch_size or _BATCH_SIZE[kind]
         plan = plan_fixed(len(job.dataset), batch_size=batch_size)
     else:
         max_tokens = max_tokens or _MAX_TOKENS[kind]
-        plan = plan_padded(lengths, max_tokens=max_tokens, batch_size=batch_size)
-    options = {"max_tokens": max_tokens, "batch_size": batch_size}
+        plan = plan_padded(lengths - prefix, max_tokens=max_tokens, batch_size=batch_size)
+    options = {"max_tokens": max_tokens, "batch_size": batch_size, "prefix": prefix}
     return plan, {**options, "packs": len(plan), "digest": plan.digest}
 
 
-def choose_method(job: Job, model: nn.Module) -> tuple[Method, str]:
-    """Return the fastest way to the losses that agrees with the plainest, and its name."""
+def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tuple[Method, str]:
+    """Return the fastest way to the losses that agrees with the plainest, and its name.
+
+    `options` are those of the plan whose packs it is for.
+    """
     if not isinstance(job.loss, str):
         return callable_method(job.loss), ""
     if job.loss not in LANGUAGE_LOSSES:
         return prediction_method(job.loss), ""
-    *ways, (plainest, plain) = methods(model, job.loss)
-    few = range(min(_CHECKED_SAMPLES, len(job.dataset)))
-    batch = moved(job, job.collate([job.dataset[index] for index in few]))
+    shorter, longer = (job.few[len(job.few) * part // 4] for part in (1, 3))
+    batch = moved(job, job.collate([longer, shorter]))
+    prefix = job.prefix[: options["prefix"]]
+    max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
+    why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
+    packing = None if why_not else Packing(padded(job.loss, max_tokens), prefix, max_tokens)
+    *ways, (plainest, plain) = methods(model, job.loss, packing=packing, max_tokens=max_tokens)
     for name, method in ways:
         reason = agrees(method, plain, model, batch, job.dtype)
         if not reason:
-            return method, name
+            return method, _described(name, prefix, why_not, job)
         logger.warning("not scoring by %s: %s", name, reason)
     return plain, plainest
+
+
+def _described(way: str, prefix: Tensor, why_not_packed: str, job: Job) -> str:
+    """What is said of the way that was chosen."""
+    if why_not_packed:
+        return f"{way}, samples padded ({why_not_packed})"
+    if not len(prefix) or "packed" not in way:
+        return way
+    saved = len(prefix) * (len(job.dataset) - 1)
+    return f"{way}, a prefix of {len(prefix):,} tokens run once ({saved:,} tokens saved)"
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def moved(job: Job, batch: Any) -> Any:

@@ -1,19 +1,24 @@
 """Language models: losses of target tokens, from the fastest way that agrees with the model.
 
-Each way is a method (see tasks.py) over a padded batch; `methods` lists them, fastest first:
+Each way is a method (see tasks.py); `methods` lists them, fastest first. A way prepares a batch
 
-1. hidden states of target positions only, through the tiled head of head.py;
-2. the same positions through the model's own head and whatever follows it;
-3. the model's logits of all positions;
-4. the same, one sample at a time.
+- by packing: without padding, and with a common prefix run once (packed.py);
+- or padded, as it was collated (inputs.py);
 
-`agrees` compares a method with the last one. The first two run the model's own `forward` and
+and runs what it prepared
+
+1. for hidden states of target positions only, through the tiled head of head.py;
+2. for the same positions through the model's own head and whatever follows it;
+3. for the model's logits of all positions;
+4. for the same, one sample at a time.
+
+`agrees` compares a method with the last one. All run the model's own `forward`, and the first two
 only change what its output layer sees, so that every architecture's peculiarities stay in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.scoring.head import Head, read_head, target_losses
+from flowdata.scoring.inputs import Prepare, Work, padded, rows_of
+from flowdata.scoring.packed import Packing
 from flowdata.scoring.tasks import (
     IGNORE_INDEX,
     Method,
@@ -34,21 +41,36 @@ from flowdata.scoring.tasks import (
 _ROWS_AT_ONCE = 256  # of full logits in float32
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+Run = Callable[[nn.Module, Work], TargetLosses]
 
-def methods(model: nn.Module, loss: str) -> list[tuple[str, Method]]:
-    """Return the ways to score a batch, named, fastest first, the plainest last."""
+
+def methods(
+    model: nn.Module, loss: str, *, packing: Packing | None = None, max_tokens: int | None = None
+) -> list[tuple[str, Method]]:
+    """Return the ways to score a batch, named, fastest first, the plainest last.
+
+    Args:
+        model: the model as it is run.
+        loss: the language loss's name.
+        packing: packs batches, where they can be packed.
+        max_tokens: beyond this a padded batch is run in slices.
+    """
     output_layer = _output_layer(model)
     config: Any = getattr(innermost(model), "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ways: list[tuple[str, Method]] = []
+    runs: list[tuple[str, Run]] = []
     if output_layer is not None:
         head = read_head(output_layer, text_config)
         if head is not None:
-            ways.append(("target positions through a tiled head", _tiled(output_layer, head, loss)))
-        ways.append(("target positions through the model's head", _gathered(output_layer, loss)))
-    ways.append(("full logits", _full_logits(loss)))
-    ways.append(("full logits, one sample at a time", _one_by_one(_full_logits(loss))))
-    return ways
+            runs.append(("target positions through a tiled head", _tiled(output_layer, head)))
+        runs.append(("target positions through the model's head", _gathered(output_layer)))
+    ways: list[tuple[str, Method]] = []
+    if packing is not None:
+        ways += [(f"{name}, samples packed", _method(packing, run)) for name, run in runs]
+    whole = padded(loss, max_tokens)
+    ways += [(name, _method(whole, run)) for name, run in [*runs, ("full logits", _full_logits)]]
+    plain = _one_by_one(_method(padded(loss), _full_logits))
+    return [*ways, ("full logits, one sample at a time", plain)]
 
 
 def agrees(method: Method, plain: Method, model: nn.Module, batch: Any, dtype: torch.dtype) -> str:
@@ -71,64 +93,50 @@ def agrees(method: Method, plain: Method, model: nn.Module, batch: Any, dtype: t
     return ""
 
 
-def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[str, Any], Tensor]:
-    """Return a model's inputs and, for each of its output positions, the target or −100.
-
-    Labels are as Hugging Face gives them: unshifted for causal models. Without labels every
-    token that is not padding is a target.
-    """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise ValueError(
-            f"loss={loss!r} needs batches that are mappings with 'input_ids' and 'labels', got "
-            f"{type(batch).__name__}; pass a collate_fn that makes them, or loss=callable"
-        )
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = _labels(batch, loss)
-    if loss == "causal_lm":
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        inputs = _without_right_padding_mask(inputs)
-    elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = _decoder_inputs(innermost(model), labels)
-    return inputs, labels
-
-
-def _tiled(output_layer: nn.Module, head: Head, loss: str) -> Method:
-    def run(model: nn.Module, batch: Any) -> TargetLosses:
-        inputs, labels = inputs_and_targets(model, batch, loss)
-        is_target = labels != IGNORE_INDEX
+def _tiled(output_layer: nn.Module, head: Head) -> Run:
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        is_target = work.targets != IGNORE_INDEX
         with _seeing(output_layer, lambda hidden: hidden.flatten(0, -2)[None, :1]) as seen:
-            call_with(model, inputs, use_cache=False)
+            call_with(model, work.inputs, use_cache=False)
         hidden = seen[0][is_target].to(head.weight.dtype)
-        return TargetLosses(target_losses(hidden, head, labels[is_target]), is_target.sum(1))
+        return TargetLosses(target_losses(hidden, head, work.targets[is_target]), work.counts)
 
     return run
 
 
-def _gathered(output_layer: nn.Module, loss: str) -> Method:
-    def run(model: nn.Module, batch: Any) -> TargetLosses:
-        inputs, labels = inputs_and_targets(model, batch, loss)
-        is_target = labels != IGNORE_INDEX
+def _gathered(output_layer: nn.Module) -> Run:
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        is_target = work.targets != IGNORE_INDEX
         with _seeing(output_layer, lambda hidden: hidden[is_target][None]):
-            logits = logits_of(call_with(model, inputs, use_cache=False))
-        return TargetLosses(_losses(logits[0], labels[is_target]), is_target.sum(1))
+            logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        return TargetLosses(_losses(logits[0], work.targets[is_target]), work.counts)
 
     return run
 
 
-def _full_logits(loss: str) -> Method:
-    def run(model: nn.Module, batch: Any) -> TargetLosses:
-        inputs, labels = inputs_and_targets(model, batch, loss)
-        is_target = labels != IGNORE_INDEX
-        logits = logits_of(call_with(model, inputs, use_cache=False))
-        if logits.shape[:2] != labels.shape:
-            raise ValueError(
-                f"loss={loss!r}: the model gives logits of shape {tuple(logits.shape)} for "
-                f"labels of shape {tuple(labels.shape)}; they should be (B, T, V) and (B, T). "
-                "Pass loss=callable(model, batch)"
-            )
-        return TargetLosses(_losses(logits[is_target], labels[is_target]), is_target.sum(1))
+def _full_logits(model: nn.Module, work: Work) -> TargetLosses:
+    is_target = work.targets != IGNORE_INDEX
+    logits = logits_of(call_with(model, work.inputs, use_cache=False))
+    if logits.shape[:2] != work.targets.shape:
+        raise ValueError(
+            f"the model gives logits of shape {tuple(logits.shape)} for labels of shape "
+            f"{tuple(work.targets.shape)}; they should be (B, T, V) and (B, T). "
+            "Pass loss=callable(model, batch)"
+        )
+    return TargetLosses(_losses(logits[is_target], work.targets[is_target]), work.counts)
 
-    return run
+
+def _method(prepare: Prepare, run: Run) -> Method:
+    """Return the method that prepares a batch in one way and runs it in another."""
+
+    def method(model: nn.Module, batch: Any) -> TargetLosses:
+        parts = []
+        for work in prepare(model, batch):
+            with work.around():
+                parts.append(run(model, work))
+        return joined(parts)
+
+    return method
 
 
 def _one_by_one(method: Method) -> Method:
@@ -136,27 +144,20 @@ def _one_by_one(method: Method) -> Method:
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
         size = len(batch["input_ids"])
-        parts = [method(model, _sample_of(batch, index, size)) for index in range(size)]
-        return TargetLosses(
-            torch.cat([part.values for part in parts]), torch.cat([part.counts for part in parts])
-        )
+        return joined([method(model, rows_of(batch, i, i + 1)) for i in range(size)])
 
     return run
 
 
-def _sample_of(batch: Mapping[str, Any], index: int, size: int) -> dict[str, Any]:
-    fields = {
-        key: value[index : index + 1]
-        for key, value in batch.items()
-        if isinstance(value, Tensor | list) and len(value) == size
-    }
-    mask = fields.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        width, length = mask.shape[1], int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1
-        for key, value in fields.items():
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
-                fields[key] = value[:, :length]
-    return fields
+def joined(parts: list[TargetLosses]) -> TargetLosses:
+    """Return the losses of samples that were run apart, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return TargetLosses(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.counts for part in parts]),
+        {name: torch.cat([part.further[name] for part in parts]) for name in parts[0].further},
+    )
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -190,39 +191,3 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
         return None
     layer = inner.get_output_embeddings()
     return layer if isinstance(layer, nn.Module) else None
-
-
-def _labels(batch: Mapping[str, Any], loss: str) -> Tensor:
-    if "labels" in batch:
-        labels: Tensor = batch["labels"]
-        return labels
-    if loss != "causal_lm":
-        raise ValueError(f"loss={loss!r} needs 'labels' in every sample, −100 where nothing counts")
-    ids: Tensor = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    return ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
-
-
-def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Drop a mask that causality makes needless; else count positions from the first real token.
-
-    No position of a causal model sees padding to its right, and without a mask attention takes
-    its fastest kernel.
-    """
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        return inputs
-    if bool((mask[:, 1:] <= mask[:, :-1]).all()):
-        return {key: value for key, value in inputs.items() if key != "attention_mask"}
-    if "position_ids" in inputs:
-        return inputs
-    return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
-
-
-def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return shifted
-    raise ValueError(
-        "loss='seq2seq_lm' needs 'decoder_input_ids' in the batch: the model can't make them"
-    )

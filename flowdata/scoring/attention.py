@@ -1,0 +1,166 @@
+"""Attention over samples laid end to end: a token sees its own sample, and a common prefix.
+
+Hugging Face decoders that take their attention from `AttentionInterface` are given this one for
+the time of a call. The samples lie in blocks, each of samples padded to one length: then every
+block is a plain batch to the attention kernel, a view of the flat tensors without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdata.scoring.varlen import has_varlen, varlen
+
+NAME = "flowdata_blocks"
+_SCORES_AT_ONCE = 2**24  # of explicit attention, in float32
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # (1, H, T, d) each, layer by layer
+
+
+@dataclass
+class Pass:
+    """One forward pass over blocks of samples, and what its layers leave behind.
+
+    Attributes:
+        blocks: (samples, length) of each block, in the order in which they lie.
+        prefix: keys and values that every sample sees before its own; empty without a prefix.
+        seen: this pass's own keys and values.
+        layers: attention layers run so far.
+    """
+
+    blocks: list[tuple[int, int]]
+    prefix: KeysAndValues = field(default_factory=list)
+    seen: KeysAndValues | None = None
+    layers: int = 0
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, length: int, before: int, window: int | None, like: Tensor) -> Tensor:
+        """Return what is added to a block's scores, (length, before + length): 0 or −inf."""
+        if (length, window) not in self._masks:
+            distance = torch.arange(before, before + length, device=like.device)[:, None]
+            distance = distance - torch.arange(before + length, device=like.device)
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            added = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self._masks[length, window] = added.masked_fill_(hidden, -torch.inf)
+        return self._masks[length, window]
+
+
+_running: ContextVar[Pass] = ContextVar("_running")
+
+
+@contextmanager
+def attending(model: nn.Module, run: Pass) -> Iterator[Pass]:
+    """Let a model's attention layers run over blocks; its configuration is put back after."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attend)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [
+        (config, config._attn_implementation_internal)
+        for config in configs.values()
+        if hasattr(config, "_attn_implementation_internal")
+    ]
+    token = _running.set(run)
+    try:
+        for config, _ in before:  # not by its property, which sets sub-configurations as well
+            config._attn_implementation_internal = NAME
+        yield run
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        _running.reset(token)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `AttentionInterface` calls it: (1, H, T, d) queries to (1, T, H, d) outputs."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None or position_bias is not None or len(query) != 1 or not causal:
+        raise ValueError(f"{type(module).__name__} asks for attention other than plain causal")
+    run = _running.get()
+    if run.seen is not None:
+        run.seen.append((key, value))
+    before = run.prefix[run.layers] if run.prefix else None
+    run.layers += 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and s_aux is None and has_varlen(query):
+        return varlen(run.blocks, query, key, value, before, scaling, sliding_window)[None], None
+    parts, start = [], 0
+    for count, length in run.blocks:
+        stop = start + count * length
+        q, k, v = (_block(flat, start, stop, count) for flat in (query, key, value))
+        if before is not None:
+            k, v = (_with_prefix(*pair) for pair in zip(before, (k, v), strict=True))
+        extra = k.shape[2] - length
+        windowed = sliding_window is not None and k.shape[2] > sliding_window
+        window = sliding_window if windowed else None
+        mask = run.mask(length, extra, window, query) if extra or windowed else None
+        if softcap is None and s_aux is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+        else:
+            mask = run.mask(length, extra, window, query)
+            out = _explicit(q, k, v, mask, scaling, softcap, s_aux)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _block(flat: Tensor, start: int, stop: int, count: int) -> Tensor:
+    """(1, H, T, d) to a block's (samples, H, length, d), a view."""
+    return flat[0, :, start:stop].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _with_prefix(prefix: Tensor, own: Tensor) -> Tensor:
+    return torch.cat([prefix.expand(len(own), -1, -1, -1), own], 2)
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax in float32 over capped scores and a sink, a few queries at a time."""
+    groups = k.shape[1]
+    q = q.unflatten(1, (groups, -1))
+    k, v = k.unsqueeze(2), v.unsqueeze(2)
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    step = max(1, _SCORES_AT_ONCE // (q.shape[:3].numel() * k.shape[3]))
+    for start in range(0, q.shape[3], step):
+        rows = slice(start, start + step)
+        scores = (q[..., rows, :] @ k.transpose(3, 4)).float() * scaling
+        if softcap is not None:
+            scores = (scores / softcap).tanh_() * softcap
+        scores += mask[rows]
+        if sinks is not None:
+            column = sinks.float().view(1, groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, column], -1)
+        weights = scores.softmax(-1)[..., : k.shape[3]].to(v.dtype)
+        out[..., rows, :] = weights @ v
+    return out.flatten(1, 2)

@@ -1,0 +1,131 @@
+"""Inputs: a batch of token samples as what a language model is given, and its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdata.scoring.tasks import IGNORE_INDEX, innermost
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of a model, and what to read off its outputs.
+
+    Attributes:
+        inputs: the call's keyword arguments.
+        targets: (B, T) int64, for each output position its target or −100.
+        counts: (samples,) int64, targets of each sample, in the order in which they lie.
+        around: makes the context that the call needs.
+    """
+
+    inputs: dict[str, Any]
+    targets: Tensor
+    counts: Tensor
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+Prepare = Callable[[nn.Module, Any], list[Work]]  # of a batch, its samples in order
+
+
+def padded(loss: str, max_tokens: int | None = None) -> Prepare:
+    """Return what runs batches as they were collated, in slices where they exceed `max_tokens`."""
+
+    def prepare(model: nn.Module, batch: Any) -> list[Work]:
+        return [_padded_work(model, part, loss) for part in _slices(batch, max_tokens)]
+
+    return prepare
+
+
+def _padded_work(model: nn.Module, batch: Any, loss: str) -> Work:
+    inputs, targets = inputs_and_targets(model, batch, loss)
+    return Work(inputs, targets, (targets != IGNORE_INDEX).sum(1))
+
+
+def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[str, Any], Tensor]:
+    """Return a model's inputs and, for each of its output positions, the target or −100.
+
+    Labels are as Hugging Face gives them: unshifted for causal models. Without labels every
+    token that is not padding is a target.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(
+            f"loss={loss!r} needs batches that are mappings with 'input_ids' and 'labels', got "
+            f"{type(batch).__name__}; pass a collate_fn that makes them, or loss=callable"
+        )
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = _labels(batch, loss)
+    if loss == "causal_lm":
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        inputs = _without_right_padding_mask(inputs)
+    elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = _decoder_inputs(innermost(model), labels)
+    return inputs, labels
+
+
+def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return some samples of a batch, without padding on the right that all of them have."""
+    size = len(batch["input_ids"])
+    fields = {
+        key: value[start:stop]
+        for key, value in batch.items()
+        if isinstance(value, Tensor | list) and len(value) == size
+    }
+    mask = fields.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        width, length = mask.shape[1], int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1
+        for key, value in fields.items():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
+                fields[key] = value[:, :length]
+    return fields
+
+
+def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if max_tokens is None or not isinstance(ids, Tensor) or ids.numel() <= max_tokens:
+        return [batch]
+    if any(len(value) != len(ids) for value in batch.values() if isinstance(value, Tensor)):
+        return [batch]  # fields of another layout can't be cut
+    step = max(1, max_tokens // ids.shape[1])
+    return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
+
+
+def _labels(batch: Mapping[str, Any], loss: str) -> Tensor:
+    if "labels" in batch:
+        labels: Tensor = batch["labels"]
+        return labels
+    if loss != "causal_lm":
+        raise ValueError(f"loss={loss!r} needs 'labels' in every sample, −100 where nothing counts")
+    ids: Tensor = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
+
+
+def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Drop a mask that causality makes needless; else count positions from the first real token.
+
+    No position of a causal model sees padding to its right, and without a mask attention takes
+    its fastest kernel.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return inputs
+    if bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return {key: value for key, value in inputs.items() if key != "attention_mask"}
+    if "position_ids" in inputs:
+        return inputs
+    return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return shifted
+    raise ValueError(
+        "loss='seq2seq_lm' needs 'decoder_input_ids' in the batch: the model can't make them"
+    )

@@ -1,0 +1,175 @@
+"""Packing: batches without padding, cut after the last target, a common prefix run once.
+
+A padded batch becomes one flat sequence of blocks (attention.py), each of samples of like length;
+their tokens keep the positions that they had. A prefix that all samples share is run alone, once
+for a model, and only its keys and values are kept: causality makes them equal for every sample.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.scoring.attention import KeysAndValues, Pass, attending
+from flowdata.scoring.inputs import Prepare, Work, inputs_and_targets
+from flowdata.scoring.tasks import IGNORE_INDEX, call_with, innermost
+
+_LIKE = 1 / 16  # samples in a block are at most this much shorter than its longest
+_SAFE_LAYERS = {"full_attention", "sliding_attention"}
+_LEAST_PREFIX = 8  # tokens; below, nothing is gained
+
+
+def why_not_packed(model: nn.Module, loss: str) -> str:
+    """Return "" if a model's layers can be trusted with packed samples, else the reason.
+
+    It has to take positions from `position_ids` and attention from Hugging Face's
+    `AttentionInterface`, and nothing else in it may mix tokens.
+    """
+    inner = innermost(model)
+    if loss != "causal_lm":
+        return f"{loss} is not causal"
+    if not type(inner).__module__.startswith("transformers."):
+        return f"{type(inner).__name__} is not one of transformers' own models"
+    if not getattr(inner, "_supports_attention_backend", False):
+        return f"{type(inner).__name__} has an attention of its own"
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return f"{type(inner).__name__} takes no position_ids"
+    config = inner.config.get_text_config()
+    if inner.config.is_encoder_decoder or getattr(inner, "_is_stateful", False):
+        return f"{type(inner).__name__} is more than a decoder of attention layers"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _SAFE_LAYERS
+    if kinds:
+        return f"{type(inner).__name__} has layers of kind {', '.join(sorted(kinds))}"
+    return ""
+
+
+def why_batch_not_packed(model: nn.Module, batch: Any) -> str:
+    """Return "" if a batch of samples can become one flat sequence, else the reason."""
+    inputs, _ = inputs_and_targets(model, batch, "causal_lm")
+    taken = inspect.signature(innermost(model).forward).parameters
+    fields = [name for name in inputs if name in taken and name != "input_ids"]
+    return f"samples have {', '.join(fields)}" if fields else ""
+
+
+def common_prefix(batch: Any, loss: str) -> Tensor:
+    """Return the tokens with which all samples of a batch begin, (P,) int64.
+
+    It ends before the first position whose hidden state a target needs, and is empty where there
+    is little to gain.
+    """
+    if loss != "causal_lm" or not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return torch.empty(0, dtype=torch.long)
+    inputs, targets = inputs_and_targets(nn.Identity(), batch, loss)
+    ids = inputs["input_ids"]
+    alike = (ids == ids[:1]).all(0) & (targets == IGNORE_INDEX).all(0)
+    if "attention_mask" in batch:
+        alike &= (batch["attention_mask"] != 0).all(0)
+    length = int(alike.long().cumprod(0).sum())
+    return ids[0, : length if length >= _LEAST_PREFIX else 0].clone()
+
+
+class Packing:
+    """Prepares a batch as one flat sequence, or as `otherwise` does where it can't.
+
+    Args:
+        otherwise: what prepares batches with padding on the left, or with inputs beside tokens.
+        prefix: (P,) int64; what all samples of a batch share of it is not run again.
+        max_tokens: a batch that was planned with the prefix, but does not share it, can be far
+            larger; then it is left to `otherwise`.
+    """
+
+    def __init__(
+        self, otherwise: Prepare, prefix: Tensor | None = None, max_tokens: int | None = None
+    ) -> None:
+        self.otherwise = otherwise
+        self.most_tokens = math.inf if max_tokens is None else 2 * max_tokens
+        self.prefix = torch.empty(0, dtype=torch.long) if prefix is None else prefix
+        self._of_prefix: KeysAndValues = []
+
+    def __call__(self, model: nn.Module, batch: Any) -> list[Work]:  # noqa: D102
+        works = self._packed(model, batch)
+        return self.otherwise(model, batch) if works is None else works
+
+    def _packed(self, model: nn.Module, batch: Any) -> list[Work] | None:
+        if why_batch_not_packed(model, batch):
+            return None
+        inputs, targets = inputs_and_targets(model, batch, "causal_lm")
+        ids, is_target = inputs["input_ids"], targets != IGNORE_INDEX
+        skipped = self._shared(ids, is_target)
+        positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        ends = (is_target * positions).amax(1).clamp_min_(skipped + 1).tolist()
+        blocks = _blocks([end - skipped for end in ends], _LIKE if ids.device.type == "cpu" else 0)
+        if sum(count * length for count, length in blocks) > self.most_tokens:
+            return None
+        flat = functools.partial(_flat, blocks=blocks, skipped=skipped)
+        packed = {
+            "input_ids": flat(ids),
+            "position_ids": flat((positions - 1).expand_as(ids)),
+        }
+        before = [
+            (keys[:, :, :skipped], values[:, :, :skipped])
+            for keys, values in (self._keys_and_values(model, ids.device) if skipped else [])
+        ]
+        around = functools.partial(_all_layers_attending, model, Pass(blocks, before))
+        return [Work(packed, flat(targets), is_target.sum(1), around)]
+
+    def _shared(self, ids: Tensor, is_target: Tensor) -> int:
+        """How many tokens of the prefix all samples of a batch begin with, none of them needed."""
+        most = min(len(self.prefix), ids.shape[1] - 1)
+        alike = (ids[:, :most] == self.prefix[:most].to(ids.device)).all(0)
+        alike &= ~is_target[:, :most].any(0)
+        length = int(alike.long().cumprod(0).sum())
+        return length if length >= _LEAST_PREFIX else 0
+
+    def _keys_and_values(self, model: nn.Module, device: torch.device) -> KeysAndValues:
+        if not self._of_prefix:
+            length = len(self.prefix)
+            inputs = {
+                "input_ids": self.prefix[None].to(device),
+                "position_ids": torch.arange(length, device=device)[None],
+            }
+            alone = Pass([(1, length)], seen=[])
+            with _all_layers_attending(model, alone):
+                call_with(model, inputs, use_cache=False, logits_to_keep=1)
+            self._of_prefix = alone.seen or []
+        return self._of_prefix
+
+
+@contextmanager
+def _all_layers_attending(model: nn.Module, run: Pass) -> Iterator[None]:
+    """Attention over blocks for a call; raises where a layer did not take part."""
+    run.layers = 0
+    with attending(model, run):
+        yield
+    wanted = innermost(model).config.get_text_config().num_hidden_layers
+    if run.layers != wanted:
+        raise RuntimeError(f"{run.layers} layers of {wanted} have attention that can be replaced")
+
+
+def _blocks(lengths: Sequence[int], like: float) -> list[tuple[int, int]]:
+    """Cut samples into runs of like length: (samples, longest) of each."""
+    blocks: list[tuple[int, int]] = []
+    count, longest, shortest = 0, 0, 0
+    for length in lengths:
+        low, high = min(length, shortest or length), max(length, longest)
+        if count and low < high * (1 - like):
+            blocks.append((count, longest))
+            count, low, high = 0, length, length
+        count, longest, shortest = count + 1, high, low
+    return [*blocks, (count, longest)]
+
+
+def _flat(values: Tensor, blocks: Sequence[tuple[int, int]], skipped: int) -> Tensor:
+    """(B, T) values to the (1, tokens) of the blocks."""
+    parts, row = [], 0
+    for count, length in blocks:
+        parts.append(values[row : row + count, skipped : skipped + length].reshape(-1))
+        row += count
+    return torch.cat(parts)[None]

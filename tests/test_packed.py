@@ -1,0 +1,348 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from flowdata import LossScorer
+from flowdata.scoring import attention, packed, varlen
+from flowdata.scoring.batches import pad_collate
+from flowdata.scoring.inputs import padded
+from flowdata.scoring.packed import Packing, common_prefix, why_not_packed
+from tests import reference, zoo
+from tests.models import tiny_llama, token_samples
+
+BLOCKS = [(2, 9), (1, 4), (3, 1)]
+HEADS, GROUPS, WIDTH = 4, 2, 8
+
+
+class Layer(nn.Module):
+    is_causal = True
+
+
+def parts(seed=0, before=0):
+    """Queries, keys and values of `BLOCKS`, and keys and values of a prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(count * length for count, length in BLOCKS)
+    flat = [
+        torch.randn(1, tokens, heads, WIDTH, generator=generator).transpose(1, 2)
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
+    prefix = [torch.randn(1, GROUPS, before, WIDTH, generator=generator) for _ in range(2)]
+    return flat, prefix
+
+
+def expected_attention(flat, prefix, **options):
+    outs, start = [], 0
+    for length in [length for count, length in BLOCKS for _ in range(count)]:
+        q, k, v = (each[0, :, start : start + length] for each in flat)
+        k, v = (torch.cat([p[0], own], 1) for p, own in zip(prefix, (k, v), strict=True))
+        outs.append(reference.attention(q, k, v, 0.3, **options).transpose(0, 1))
+        start += length
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 4},
+        {"softcap": 0.8},
+        {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+        {"window": 6, "softcap": 0.8, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+@pytest.mark.parametrize("at_once", [attention._SCORES_AT_ONCE, 64])
+def test_samples_attend_to_themselves_and_the_prefix(before, options, at_once, monkeypatch):
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", at_once)
+    flat, prefix = parts(before=before)
+    token = attention._running.set(attention.Pass(BLOCKS, [tuple(prefix)] if before else []))
+    names = {"window": "sliding_window", "sinks": "s_aux"}
+    given_options = {names.get(name, name): value for name, value in options.items()}
+    out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, **given_options)
+    attention._running.reset(token)
+    wanted = expected_attention(flat, prefix, **options)
+    torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("release", ["2.10", "2.13"])
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_gpu_kernel_is_given_what_it_documents(release, before, window, monkeypatch):
+    """The kernel runs on GPUs alone; here a slow one with its signature takes its place."""
+
+    def run(q, k, v, cu_q, cu_k, max_q, max_k, scale, left):
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        outs = []
+        for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1), cu_k.unfold(0, 2, 1), strict=True):
+            heads = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+            reach = None if left < 0 else left + 1
+            outs.append(reference.attention(*heads, scale, window=reach).transpose(0, 1))
+        return torch.cat(outs).to(q.dtype)
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        assert is_causal
+        assert key.shape[1] == query.shape[1]  # it knew no grouped heads
+        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, WIDTH**-0.5, -1)
+
+    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert enable_gqa
+        assert window_size[1] == 0
+        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+
+    kernel = {"2.10": old, "2.13": new}[release]
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    flat, prefix = parts(before=before)
+    arguments = (BLOCKS, *flat, tuple(prefix) if before else None, 0.3, window)
+    if release == "2.10" and window is not None:
+        with pytest.raises(ValueError, match="has no sliding window"):
+            varlen.varlen(*arguments)
+        return
+    wanted = expected_attention(flat, prefix, window=window)
+    torch.testing.assert_close(varlen.varlen(*arguments).double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.sampled_from([0, 1 / 16, 0.5]))
+def test_blocks_hold_every_sample_in_order_with_little_padding(lengths, like):
+    blocks = packed._blocks(lengths, like)
+    assert sum(count for count, _ in blocks) == len(lengths)
+    start = 0
+    for count, longest in blocks:
+        inside = lengths[start : start + count]
+        assert max(inside) == longest
+        assert min(inside) >= longest * (1 - like)
+        start += count
+
+
+# --- what is run -----------------------------------------------------------------------------
+
+
+def tokens_run(model, samples, **options):
+    """(losses, tokens that went through the model's layers while packs were run, explanation)."""
+    run = []
+    handle = model.model.norm.register_forward_hook(lambda _, args, __: run.append(args[0].numel()))
+    scorer = LossScorer(model, dtype="float32", progress=False, **options)
+    losses = scorer.score(samples, dataset_id="counted").losses
+    handle.remove()
+    return losses, [count // model.config.hidden_size for count in run], scorer.explain()
+
+
+def losses_alone(model, samples):
+    return torch.tensor([reference.causal_lm_sample_loss(model, s)[0] for s in samples])
+
+
+def wild_llama():
+    return zoo.decoder("llama").eval()
+
+
+def prompted(samples, template):
+    """Samples behind a template."""
+    none = torch.full_like(template, -100)
+    return [
+        {
+            "input_ids": torch.cat([template, sample["input_ids"]]),
+            "labels": torch.cat([none, sample["labels"]]),
+        }
+        for sample in samples
+    ]
+
+
+def test_nothing_behind_the_last_target_is_run():
+    model, samples = wild_llama(), token_samples(9)
+    for sample in samples:
+        sample["labels"][-2:] = -100
+    losses, run, _ = tokens_run(model, samples, batch_size=1)
+    assert (losses - losses_alone(model, samples)).nan_to_num().abs().max() < 1e-4
+    ends = [max(1, int((s["labels"] != -100).nonzero().max())) for s in samples]
+    assert sorted(run[-9:]) == sorted(ends)  # the last target's own token is not needed either
+
+
+def test_a_common_prefix_is_run_once():
+    model, template = wild_llama(), torch.arange(20, 60)
+    samples = prompted(token_samples(20), template)
+    losses, run, how = tokens_run(model, samples, max_tokens=100)
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+    assert "a prefix of 40 tokens run once (760 tokens saved)" in how
+    assert run.count(40) == 1
+    longest = max(len(sample["input_ids"]) for sample in samples) - 40
+    assert max(run[-5:]) <= max(100, longest)
+
+
+def test_packs_that_share_less_of_the_prefix_use_what_they_share():
+    model, template = wild_llama(), torch.arange(20, 60)
+    samples = prompted(token_samples(32), template)
+    samples[1]["input_ids"][30] = 9  # of those not looked at
+    samples[3]["input_ids"][3] = 9
+    losses, _, how = tokens_run(model, samples, max_tokens=100)
+    assert "a prefix of 40 tokens" in how
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+
+
+def test_a_prefix_never_reaches_into_what_targets_need():
+    model = wild_llama()
+    samples = prompted(token_samples(8), torch.arange(20, 60))
+    for sample in samples:
+        sample["labels"][20:] = sample["input_ids"][20:]
+    losses, _, how = tokens_run(model, samples)
+    assert "a prefix of 19 tokens" in how
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+    samples[1]["labels"][2] = samples[1]["input_ids"][2]
+    assert "prefix" not in tokens_run(model, samples)[2]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma 2", "gpt-oss"])
+def test_a_prefix_longer_than_the_window(name):
+    model = zoo.decoder(name)
+    samples = prompted(token_samples(8), torch.arange(20, 60))
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    losses = scorer.score(samples).losses
+    assert "a prefix of 40 tokens" in scorer.explain()
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+
+
+def test_common_prefixes():
+    samples = prompted(token_samples(4), torch.arange(20, 40))
+    assert common_prefix(pad_collate(samples), "causal_lm").tolist() == list(range(20, 40))
+    assert len(common_prefix(pad_collate(token_samples(4)), "causal_lm")) == 0
+    assert len(common_prefix(pad_collate(samples), "masked_lm")) == 0
+    short = {"input_ids": torch.arange(20, 30), "labels": torch.arange(20, 30)}
+    assert len(common_prefix(pad_collate([*samples, short]), "causal_lm")) == 0
+
+
+def test_samples_without_targets_are_packed_too():
+    model, samples = wild_llama(), token_samples(6)
+    samples[2]["labels"][:] = -100
+    losses, _, how = tokens_run(model, samples)
+    assert "samples packed" in how
+    assert math.isnan(losses[2])
+    assert (losses - losses_alone(model, samples)).nan_to_num().abs().max() < 1e-4
+
+
+def test_a_bit_depends_on_the_pack_alone():
+    model, samples = wild_llama(), prompted(token_samples(12), torch.arange(20, 60))
+    batch = pad_collate(samples[:4])
+    packing = Packing(padded("causal_lm"), torch.arange(20, 60))
+    with torch.no_grad():
+        packing(model, pad_collate(samples[4:]))
+        late = packing(model, batch)[0]
+        early = Packing(padded("causal_lm"), torch.arange(20, 60))(model, batch)[0]
+        logits = []
+        for work in (late, early):
+            with work.around():
+                logits.append(model(**work.inputs, use_cache=False).logits)
+    assert torch.equal(*logits)
+
+
+# --- what is not packed ------------------------------------------------------------------------
+
+
+def test_left_padding_is_left_as_it_is():
+    samples = token_samples(6)
+    batch = pad_collate(
+        [{name: value.flip(0) for name, value in sample.items()} for sample in samples]
+    )
+    batch = {name: value.flip(1) for name, value in batch.items()}
+    model = wild_llama()
+    (work,) = Packing(padded("causal_lm"))(model, batch)
+    assert work.inputs["input_ids"].shape == batch["input_ids"].shape
+    scorer = LossScorer(model, dtype="float32", progress=False)
+
+    def left(chosen):
+        longest = max(len(sample["input_ids"]) for sample in chosen)
+        padding = [longest - len(sample["input_ids"]) for sample in chosen]
+        pairs = list(zip(chosen, padding, strict=True))
+        fill = {"input_ids": 0, "labels": -100}
+        made = {
+            name: torch.stack([nn.functional.pad(s[name], (p, 0), value=v) for s, p in pairs])
+            for name, v in fill.items()
+        }
+        mask = [nn.functional.pad(torch.ones_like(s["labels"]), (p, 0)) for s, p in pairs]
+        return made | {"attention_mask": torch.stack(mask)}
+
+    losses = scorer.score(samples, collate_fn=left).losses
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+    assert "samples padded (samples have attention_mask, position_ids)" in scorer.explain()
+
+
+def test_a_batch_far_larger_than_planned_is_cut():
+    model = wild_llama()
+    batch = pad_collate(token_samples(30))
+    works = Packing(padded("causal_lm", 100), torch.arange(50), max_tokens=100)(model, batch)
+    assert len(works) > 5
+    assert max(work.inputs["input_ids"].numel() for work in works) <= 100
+    assert sum(len(work.counts) for work in works) == 30
+
+
+def test_reasons_not_to_pack():
+    class Remote(type(tiny_llama())):
+        pass
+
+    assert why_not_packed(wild_llama(), "causal_lm") == ""
+    remote = Remote(tiny_llama().config)
+    assert why_not_packed(remote, "causal_lm") == "Remote is not one of transformers' own models"
+    assert why_not_packed(zoo.t5(), "seq2seq_lm") == "seq2seq_lm is not causal"
+    bloom = why_not_packed(zoo.decoder("bloom"), "causal_lm")
+    assert bloom == "BloomForCausalLM has an attention of its own"
+    model = tiny_llama()
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    assert "layers of kind linear_attention" in why_not_packed(model, "causal_lm")
+
+
+def test_samples_that_see_each_other_are_noticed(monkeypatch, caplog):
+    whole = packed.Pass
+    monkeypatch.setattr(
+        packed, "Pass", lambda blocks, *rest, **more: whole([(1, sum(c * n for c, n in blocks))])
+    )
+    model, samples = wild_llama(), token_samples(8)
+    losses, _, how = tokens_run(model, samples)
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+    assert "packed" not in how
+    assert "samples packed: a sample's loss differs by" in caplog.text
+
+
+def test_layers_with_another_attention_are_noticed(caplog):
+    model, samples = wild_llama(), token_samples(8)
+    layer = model.model.layers[1].self_attn
+    layer.config = type(model.config)(**model.config.to_dict(), attn_implementation="sdpa")
+    plain = layer.forward
+
+    def own(*args, **kwargs):
+        layer.config._attn_implementation_internal = "sdpa"
+        return plain(*args, **kwargs)
+
+    layer.forward = own
+    losses, _, how = tokens_run(model, samples)
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+    assert "packed" not in how
+    assert "1 layers of 2 have attention that can be replaced" in caplog.text
+
+
+def test_the_configuration_comes_back():
+    model = wild_llama()
+    before = model.config._attn_implementation
+    LossScorer(model, dtype="float32", progress=False).score(token_samples(4))
+    assert model.config._attn_implementation == before
+
+    def fails():
+        with attention.attending(model, attention.Pass([])):
+            assert model.config._attn_implementation == attention.NAME
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fails()
+    assert model.config._attn_implementation == before
+
+
+def test_attention_other_than_causal_is_refused():
+    flat, _ = parts()
+    token = attention._running.set(attention.Pass(BLOCKS))
+    mask = torch.zeros(1, 1, 1, 1)
+    for arguments, options in (((mask,), {}), ((None,), {"is_causal": False})):
+        with pytest.raises(ValueError, match="Layer asks for attention other than plain causal"):
+            attention._attend(Layer(), *flat, *arguments, **options)
+    attention._running.reset(token)
