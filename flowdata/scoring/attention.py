@@ -130,7 +130,8 @@ def _attend(
 
 def _block(flat: Tensor, start: int, stop: int, count: int) -> Tensor:
     """(1, H, T, d) to a block's (samples, H, length, d), a view."""
-    return flat[0, :, start:stop].unflatten(1, (count, -1)).transpose(0, 1)
+    heads, _, width = flat.shape[1:]
+    return flat[0, :, start:stop].view(heads, count, -1, width).transpose(0, 1)
 
 
 def _with_prefix(prefix: Tensor, own: Tensor) -> Tensor:

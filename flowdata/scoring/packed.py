@@ -67,7 +67,7 @@ def common_prefix(batch: Any, loss: str) -> Tensor:
     if loss != "causal_lm" or not isinstance(batch, Mapping) or "input_ids" not in batch:
         return torch.empty(0, dtype=torch.long)
     inputs, targets = inputs_and_targets(nn.Identity(), batch, loss)
-    ids = inputs["input_ids"]
+    ids: Tensor = inputs["input_ids"]
     alike = (ids == ids[:1]).all(0) & (targets == IGNORE_INDEX).all(0)
     if "attention_mask" in batch:
         alike &= (batch["attention_mask"] != 0).all(0)

@@ -45,7 +45,7 @@ def varlen(
         scaling: factor on the scores.
         window: keys that a query sees at most, itself included.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen as kernels
 
     lengths = tuple(length for count, length in blocks for _ in range(count))
     q, k, v = (flat[0].transpose(0, 1) for flat in (query, key, value))
@@ -56,7 +56,8 @@ def varlen(
             torch.cat([x for part in own.split(lengths) for x in (prefix[0].transpose(0, 1), part)])
             for prefix, own in zip(before, (k, v), strict=True)
         )
-    takes = inspect.signature(varlen_attn).parameters
+    kernel: Any = kernels.varlen_attn
+    takes = inspect.signature(kernel).parameters
     options: dict[str, Any] = {}
     if "window_size" in takes:
         options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -75,9 +76,8 @@ def varlen(
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     of_queries = _offsets(lengths, 0, query.device)
     of_keys = _offsets(lengths, extra, query.device)
-    out: Tensor = varlen_attn(
-        q, k, v, of_queries, of_keys, max(lengths), max(lengths) + extra, **options
-    )
+    longest = max(lengths)
+    out: Tensor = kernel(q, k, v, of_queries, of_keys, longest, longest + extra, **options)
     return out
 
 
