@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks forgetting", description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("vision",):
+    for name in ("vision", "language"):
         module = importlib.import_module(f"benchmarks.forgetting.{name}")
         command = commands.add_parser(name)
         _add_study_options(command)

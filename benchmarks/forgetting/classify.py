@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import flowdata
-from benchmarks.forgetting.methods import Method, train
+from benchmarks.forgetting.methods import Method, passes, train
 
 
 def sample_weights(method: Method, scores: flowdata.Scores) -> Tensor:
@@ -31,6 +30,7 @@ def fine_tune(
     epochs: int,
     batch: int,
     dtype: str = "float32",
+    workers: int = 0,
 ) -> None:
     """Train in place by SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
 
@@ -44,9 +44,11 @@ def fine_tune(
         epochs: passes over the data.
         batch: samples in one; what is left over at the end of an epoch is dropped.
         dtype: of the forward pass, under autocast.
+        workers: that load samples.
     """
     torch.manual_seed(seed)
-    loader = partial(DataLoader, batch_size=batch, drop_last=True)
+    device = next(model.parameters()).device
+    loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)
     if method.resample:
         batches = loader(data, sampler=flowdata.FlowSampler(weights, seed=seed))
         rate *= weights.mean().item()  # Σwℓ / Σw makes steps larger by that than Σwℓ / N
@@ -55,32 +57,27 @@ def fine_tune(
         batches = loader(weighted, shuffle=True)
 
     def loss(batch: list[Tensor]) -> Tensor:
-        inputs, targets, *weight = batch
-        with autocast(dtype):
+        inputs, targets, *weight = (part.to(device, non_blocking=True) for part in batch)
+        with autocast(device, dtype):
             logits = model(inputs)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return flowdata.weighted_mean(losses, *weight) if weight else losses.mean()
 
     sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4)
-    train(model, _passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)
+    train(model, passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Any, dtype: str = "float32") -> float:
+def accuracy(model: nn.Module, data: Any, dtype: str = "float32", workers: int = 0) -> float:
     """Return the share of right answers, in %."""
+    device = next(model.parameters()).device
+    loader = DataLoader(data, batch_size=256, num_workers=workers)
     model.eval()
-    with autocast(dtype):
-        hits = [model(x).argmax(1) == y for x, y in DataLoader(data, batch_size=256)]
-    return 100 * torch.cat(hits).float().mean().item()
+    with autocast(device, dtype):
+        hits = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in loader)
+    return 100 * hits / len(data)
 
 
-def autocast(dtype: str) -> torch.autocast:
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Return a context that computes in bfloat16, or does nothing for float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def _passes(loader: DataLoader[Any], epochs: int) -> Iterator[Any]:
-    for epoch in range(epochs):
-        if isinstance(loader.sampler, flowdata.FlowSampler):
-            loader.sampler.set_epoch(epoch)
-        yield from loader
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

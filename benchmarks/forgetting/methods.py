@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 import flowdata
 from flowdata import Scores, flow_weights
@@ -101,6 +102,14 @@ def cosine(step: int, steps: int, warmup: float) -> float:
         return (step + 1) / rise
     done = (step - rise) / max(steps - rise, 1)
     return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(done, 1.0))).item())
+
+
+def passes(loader: DataLoader[Any], epochs: int) -> Iterator[Any]:
+    """Give a loader's batches, epoch after epoch."""
+    for epoch in range(epochs):
+        if isinstance(loader.sampler, flowdata.FlowSampler):
+            loader.sampler.set_epoch(epoch)
+        yield from loader
 
 
 # --- parts -----------------------------------------------------------------------------------

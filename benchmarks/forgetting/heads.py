@@ -1,0 +1,150 @@
+"""The recipe for a task with a head of its own, as one run of any method.
+
+It is the paper's: a new head is probed on the frozen body, its losses make the weights, head and
+body are fine-tuned, and the head is fitted once more on the fine-tuned body: for every method
+here, so that none has an advantage by it. The old task is measured with its own head and
+BatchNorm put back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flowdata
+from benchmarks.forgetting.classify import accuracy, fine_tune, sample_weights
+from benchmarks.forgetting.methods import ABLATIONS, METHODS, VISION_ONLY
+from benchmarks.forgetting.study import Record
+from flowdata.companions import batch_norm_state
+from flowdata.probe import compute_features, fit_head
+
+MAIN, EXTRA = METHODS, {**ABLATIONS, **VISION_ONLY}
+ALL = {**MAIN, **EXTRA}
+_PROBE_STRENGTH = 1e-3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained and measured in a run, and in which precision."""
+
+    images: int = 3000
+    epochs: int = 5
+    batch: int = 64
+    validation: int = 1000
+    test: int = 2000
+    dtype: str = "bfloat16"
+
+
+class Parts(NamedTuple):
+    """A task's data: what is trained on, the same without augmentation, and what is measured."""
+
+    train: Any
+    scored: Any
+    validation: Any
+    test: Any
+
+
+class Start(NamedTuple):
+    """What all methods begin with under one seed: the probed network and what it scores."""
+
+    model: nn.Sequential
+    parts: Parts
+    scores: flowdata.Scores
+
+
+class HeadTask:
+    """Runs a method on one task.
+
+    Args:
+        old: body, (B, …) → (B, D), and the head it was trained with, an `nn.Linear`.
+        old_test: samples (input, class) of the old task.
+        old_name: the old task's, for the records.
+        classes: of the new task.
+        split: seed → `Parts` of the new task.
+        sizes: see there.
+        workers: that load samples; 0 for data in memory.
+    """
+
+    def __init__(
+        self,
+        old: nn.Sequential,
+        old_test: Any,
+        old_name: str,
+        classes: int,
+        split: Callable[[int], Parts],
+        sizes: Sizes,
+        workers: int = 0,
+    ) -> None:
+        self.old, self.old_test, self.old_name = old, old_test, old_name
+        self.classes, self.split, self.sizes, self.workers = classes, split, sizes, workers
+        self.start = lru_cache(maxsize=8)(self._start)
+
+    def _start(self, seed: int) -> Start:
+        parts, (body, old_head) = self.split(seed), self.old
+        head = nn.Linear(old_head.in_features, self.classes, device=old_head.weight.device)
+        features, targets = self._probe(body, head, parts.scored)
+        model = nn.Sequential(body, head)
+        scorer = flowdata.LossScorer(model, "cross_entropy", progress=False)
+        losses = scorer.score(parts.scored, num_workers=self.workers).losses
+        norms = gradient_norms(head, features, targets)
+        return Start(model, parts, flowdata.Scores(losses, columns={"gradient_norm": norms}))
+
+    def run(self, name: str, rate: float, seed: int) -> Record:
+        """Fine-tune by a method and measure accuracy, in %, on both tasks."""
+        start, method, sizes = self.start(seed), ALL[name], self.sizes
+        model = copy.deepcopy(start.model).to(memory_format=torch.channels_last)
+        weights = sample_weights(method, start.scores)
+        if method.trains:
+            fine_tune(
+                model,
+                start.parts.train,
+                weights,
+                method,
+                rate=rate,
+                seed=seed,
+                epochs=sizes.epochs,
+                batch=sizes.batch,
+                dtype=sizes.dtype,
+                workers=self.workers,
+            )
+            self._probe(*model, start.parts.scored)
+        measure = partial(accuracy, model, dtype=sizes.dtype, workers=self.workers)
+        validation, target = measure(start.parts.validation), measure(start.parts.test)
+        model[0].load_state_dict(batch_norm_state(self.old[0]), strict=False)
+        model[1] = self.old[1]
+        return {
+            "validation": validation,
+            "target": {"accuracy": target},
+            "retained": {f"{self.old_name} accuracy": measure(self.old_test)},
+            "median_loss": flowdata.resolve_temperature(start.scores.losses, "median"),
+            "mean_weight": weights.mean().item(),
+            "effective_share": flowdata.effective_sample_size(weights) / len(weights),
+        }
+
+    def _probe(self, body: nn.Module, head: nn.Linear, data: Any) -> tuple[Tensor, Tensor]:
+        """Fit the head on the body's features; return these and the classes."""
+        found = compute_features(
+            body, data, dtype=self.sizes.dtype, num_workers=self.workers, progress=False
+        )
+        fit_head(head, *found, strength=_PROBE_STRENGTH)
+        return found
+
+
+@torch.no_grad()
+def gradient_norms(head: nn.Linear, features: Tensor, targets: Tensor) -> Tensor:
+    """Return (N,) norms of each sample's gradient of the cross-entropy in the head."""
+    logits = head(features)
+    errors = logits.softmax(1) - F.one_hot(targets, logits.shape[1])
+    return errors.norm(dim=1) * (features.square().sum(1) + 1).sqrt()
+
+
+def grids(names: list[str], rates: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:
+    """Return the rates to try for each method; one that doesn't train has none."""
+    return {name: rates if ALL[name].trains else (0.0,) for name in names}
