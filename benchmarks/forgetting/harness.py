@@ -1,0 +1,94 @@
+"""Language tasks through lm-evaluation-harness, on local files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+TASKS = Path(__file__).parent / "tasks"
+_METRICS = {
+    "wikitext": ("word_perplexity,none", "WikiText-2 perplexity", 1),
+    "piqa": ("acc,none", "PIQA accuracy", 100),
+    "gsm8k": ("exact_match,number", "exact match accuracy", 100),
+}
+
+
+def check_installed() -> None:
+    """Exit with the remedy if the harness is not there."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise SystemExit(
+            "PIQA and WikiText-2 need lm-evaluation-harness: pip install lm_eval==0.4.13, "
+            "or leave them out with --no-harness"
+        ) from None
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    files: dict[str, Path],
+    *,
+    limits: dict[str, int],
+    batch: int = 16,
+) -> dict[str, float]:
+    """Return what the harness measures, by name.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        files: of each task (``wikitext``, ``piqa``, ``gsm8k``) its data: text or JSON lines.
+        limits: documents of each task; a task of none is left out.
+        batch: documents in one forward pass.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    found = {}
+    manager = TaskManager(include_defaults=False)
+    model.eval()
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    for name, limit in limits.items():
+        if limit == 0:
+            continue
+        with _task(name, files[name], limit) as task:
+            results = simple_evaluate(
+                model=language_model,
+                tasks=[task],
+                task_manager=manager,
+                apply_chat_template=name == "gsm8k",
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        key, shown, scale = _METRICS[name]
+        found[shown] = scale * results["results"][f"flowdata_{name}"][key]
+    return found
+
+
+@contextmanager
+def _task(name: str, data: Path, limit: int) -> Iterator[dict[str, Any]]:
+    """The task's configuration, with its first `limit` documents in a file of their own."""
+    import yaml
+
+    config: dict[str, Any] = yaml.safe_load((TASKS / f"{name}.yaml").read_text())
+    text = data.read_text(encoding="utf-8")
+    rows = articles(text) if data.suffix == ".txt" else map(json.loads, text.splitlines())
+    kept = [row for row, _ in zip(rows, range(limit), strict=False)]
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
+        yield config | {"dataset_kwargs": {"data_files": {"test": str(file)}}}
+
+
+def articles(text: str) -> Iterator[dict[str, str]]:
+    """Cut WikiText at its headings of first rank, " = Title = "."""
+    parts = re.split(r"^(?= = [^=].*[^=] = $)", text, flags=re.MULTILINE)
+    yield from ({"text": part} for part in parts if part.strip())
