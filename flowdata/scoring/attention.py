@@ -98,14 +98,27 @@ def _attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None or position_bias is not None or len(query) != 1 or not causal:
         raise ValueError(f"{type(module).__name__} asks for attention other than plain causal")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _over_blocks(query, key, value, scaling, sliding_window, softcap, s_aux), None
+
+
+@torch.library.custom_op("flowdata::over_blocks", mutates_args=())  # opaque to torch.compile
+def _over_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     run = _running.get()
     if run.seen is not None:
-        run.seen.append((key, value))
+        run.seen.append((key.clone(), value.clone()))
     before = run.prefix[run.layers] if run.prefix else None
     run.layers += 1
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and s_aux is None and has_varlen(query):
-        return varlen(run.blocks, query, key, value, before, scaling, sliding_window)[None], None
+    if softcap is None and sinks is None and has_varlen(query):
+        return varlen(run.blocks, query, key, value, before, scaling, sliding_window)[None]
     parts, start = [], 0
     for count, length in run.blocks:
         stop = start + count * length
@@ -115,17 +128,22 @@ def _attend(
         extra = k.shape[2] - length
         windowed = sliding_window is not None and k.shape[2] > sliding_window
         window = sliding_window if windowed else None
-        mask = run.mask(length, extra, window, query) if extra or windowed else None
-        if softcap is None and s_aux is None:
+        if softcap is None and sinks is None:
+            mask = run.mask(length, extra, window, query) if extra or windowed else None
             out = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         else:
             mask = run.mask(length, extra, window, query)
-            out = _explicit(q, k, v, mask, scaling, softcap, s_aux)
+            out = _explicit(q, k, v, mask, scaling, softcap, sinks)
         parts.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+@_over_blocks.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 def _block(flat: Tensor, start: int, stop: int, count: int) -> Tensor:

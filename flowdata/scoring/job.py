@@ -7,12 +7,13 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flowdata.scoring.batches import Collate, length_of, sample_lengths
+from flowdata.scoring.compiled import is_compiled, pays, run_eagerly
 from flowdata.scoring.inputs import padded
 from flowdata.scoring.language import agrees, methods
 from flowdata.scoring.packed import (
@@ -49,7 +50,7 @@ class Job:
     device: torch.device
     reference: str
     token_losses: bool
-    compiled: bool
+    compile: Literal["auto"] | bool
     max_tokens: int | None
     batch_size: int | None
     dataset: Any
@@ -96,8 +97,20 @@ def make_plan(job: Job, kept: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
     else:
         max_tokens = max_tokens or _MAX_TOKENS[kind]
         plan = plan_padded(lengths - prefix, max_tokens=max_tokens, batch_size=batch_size)
-    options = {"max_tokens": max_tokens, "batch_size": batch_size, "prefix": prefix}
+    options = {
+        "max_tokens": max_tokens,
+        "batch_size": batch_size,
+        "prefix": prefix,
+        "compile": kept.get("compile", _compiles(job, lengths)),
+    }
     return plan, {**options, "packs": len(plan), "digest": plan.digest}
+
+
+def _compiles(job: Job, lengths: Tensor | None) -> bool:
+    if job.compile != "auto":
+        return job.compile
+    tokens = 0 if lengths is None else int(lengths.sum()) - len(job.prefix) * len(lengths)
+    return pays(job.model, tokens, job.dtype, job.device)
 
 
 def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tuple[Method, str]:
@@ -116,22 +129,28 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
     packing = None if why_not else Packing(padded(job.loss, max_tokens), prefix, max_tokens)
     *ways, (plainest, plain) = methods(model, job.loss, packing=packing, max_tokens=max_tokens)
+    compiled = is_compiled(model)
+    if compiled and (reason := agrees(ways[0][1], plain, model, batch, job.dtype)):
+        logger.warning("not compiling: %s", reason)
+        run_eagerly(model)
+        compiled = False
     for name, method in ways:
         reason = agrees(method, plain, model, batch, job.dtype)
         if not reason:
-            return method, _described(name, prefix, why_not, job)
+            return method, _described(name, prefix, why_not, job, compiled=compiled)
         logger.warning("not scoring by %s: %s", name, reason)
     return plain, plainest
 
 
-def _described(way: str, prefix: Tensor, why_not_packed: str, job: Job) -> str:
+def _described(way: str, prefix: Tensor, why_not_packed: str, job: Job, *, compiled: bool) -> str:
     """What is said of the way that was chosen."""
+    parts = [way, "layers compiled"] if compiled else [way]
     if why_not_packed:
-        return f"{way}, samples padded ({why_not_packed})"
-    if not len(prefix) or "packed" not in way:
-        return way
-    saved = len(prefix) * (len(job.dataset) - 1)
-    return f"{way}, a prefix of {len(prefix):,} tokens run once ({saved:,} tokens saved)"
+        parts.append(f"samples padded ({why_not_packed})")
+    elif len(prefix) and "packed" in way:
+        saved = len(prefix) * (len(job.dataset) - 1)
+        parts.append(f"a prefix of {len(prefix):,} tokens run once ({saved:,} tokens saved)")
+    return ", ".join(parts)
 
 
 def _kind(device: torch.device) -> str:

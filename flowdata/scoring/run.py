@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from flowdata.progress import progress_bar
 from flowdata.samples import Unreadable
 from flowdata.scores import Scores
 from flowdata.scoring.batches import Collate
+from flowdata.scoring.compiled import compiled_layers
 from flowdata.scoring.job import Job, choose_method, moved
 from flowdata.scoring.placement import is_sharded, reshard
 from flowdata.scoring.plan import Plan
@@ -51,7 +52,7 @@ def run_packs(
     with (
         scoring_model(job.model, job.dtype, job.device) as model,
         _adapters_off(model) if job.reference == "base" else nullcontext(),
-        _compiled(model) if job.compiled else nullcontext(),
+        compiled_layers(model) if options["compile"] else nullcontext(),
         progress_bar(total, "scoring", unit, done=total - costs[-1], shown=job.progress) as advance,
     ):
         method, method_name = choose_method(job, model, options)
@@ -175,13 +176,3 @@ def _cut(options: Mapping[str, Any]) -> str:
 def _adapters_off(model: Any) -> AbstractContextManager[None]:
     off: AbstractContextManager[None] = model.disable_adapter()
     return off
-
-
-@contextmanager
-def _compiled(model: Any) -> Iterator[None]:
-    """Compile a module's call for a block."""
-    model.compile(dynamic=True)
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = None

@@ -75,7 +75,8 @@ class LossScorer:
             device for samples without a length.
         reference: ``"base"`` scores a PEFT model with its adapters off.
         token_losses: keep the loss of every target as well.
-        compile: ``True`` runs the model through `torch.compile`; ``"auto"`` and ``False`` don't.
+        compile: ``True`` runs the model's layers through `torch.compile`, ``False`` doesn't,
+            ``"auto"`` does where the job is long enough for it to pay.
         progress: show a progress bar and say what was chosen.
 
     Raises:
@@ -227,7 +228,7 @@ class LossScorer:
             device=self.device,
             reference=self.reference,
             token_losses=self.token_losses,
-            compiled=self.compile is True,
+            compile=self.compile,
             max_tokens=self.max_tokens,
             batch_size=self.batch_size,
             dataset=dataset,
