@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,16 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from flowdata.fingerprint import fingerprint_callable, fingerprint_model
 from flowdata.progress import progress_bar
 from flowdata.rng import preserved_rng
-from flowdata.scoring.precision import map_tensors, resolve_dtype, scoring_model
+from flowdata.scores import content_identity
+from flowdata.scoring.precision import map_tensors, name_of, resolve_dtype, scoring_model
 from flowdata.scoring.tasks import call_with, split_batch
+from flowdata.store import check_identity, make_manifest, read_file, write_file
 
 ProbeLoss: TypeAlias = Literal["auto", "cross_entropy", "binary_cross_entropy", "mse"]
 
 STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # tried from strong to weak
 _TOLERANCE = 1e-7  # largest entry of the gradient at the solution, as a share of that at 0
 _HELD_OUT_TOLERANCE = 1e-4  # is enough to rank the strengths
+_ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
 _ROWS = 8192  # rows of features in float64 at a time
 
 
@@ -43,6 +48,8 @@ def linear_probe(
     folds: int = 5,
     dtype: str | torch.dtype = "auto",
     num_workers: int = 0,
+    store: str | Path | None = None,
+    dataset_id: str | None = None,
     progress: bool = True,
 ) -> nn.Linear:
     """Fit a linear head on the features of a frozen body and return it.
@@ -70,6 +77,8 @@ def linear_probe(
         dtype: of the body's pass, as for `LossScorer`: ``"auto"`` is bfloat16 where the device
             is fast at it. The head is fitted in float64 in any case.
         num_workers: as for `torch.utils.data.DataLoader`.
+        store: see `compute_features`.
+        dataset_id: see `compute_features`.
         progress: shows a bar while the features are computed.
 
     Returns:
@@ -79,6 +88,7 @@ def linear_probe(
         TypeError: `head` is no `nn.Linear`, or a batch is not made of inputs and targets.
         ValueError: `dataset` is empty, features or targets don't fit the head, or a value is not
             finite (first sample named). The head is then left as it was.
+        ScoreMismatchError, StoreError: see `compute_features`.
 
     Example:
         >>> import torch
@@ -97,6 +107,8 @@ def linear_probe(
         batch_size=batch_size,
         dtype=dtype,
         num_workers=num_workers,
+        store=store,
+        dataset_id=dataset_id,
         progress=progress,
     )
     return fit_head(head, features, targets, loss=loss, strength=strength, folds=folds)
@@ -110,6 +122,8 @@ def compute_features(
     batch_size: int = 256,
     dtype: str | torch.dtype = "auto",
     num_workers: int = 0,
+    store: str | Path | None = None,
+    dataset_id: str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the features and the targets of every sample, in the data set's order.
@@ -121,6 +135,9 @@ def compute_features(
         batch_size: samples in one forward pass.
         dtype: see `linear_probe`.
         num_workers: as for `torch.utils.data.DataLoader`.
+        store: a file, ``*.safetensors``, that keeps the features. The same call again reads them
+            without running the body; another body, data set or dtype is refused.
+        dataset_id: names the data set's content for `store`; None fingerprints its samples.
         progress: shows a bar.
 
     Returns:
@@ -130,7 +147,57 @@ def compute_features(
     Raises:
         TypeError: a batch is not made of inputs and targets, or the body returns no tensor.
         ValueError: `dataset` is empty, or the features are not (B, D).
+        ScoreMismatchError: `store` holds features of another body, data set or dtype.
+        StoreError: `store` is damaged, or no file of features.
     """
+    own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+    scored = resolve_dtype(dtype, model, own.device)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        return _features(model, dataset, collate_fn, batch_size, scored, num_workers, progress)
+
+    if store is None:
+        return compute()
+    with preserved_rng():
+        identity = {
+            "kind": "features",
+            "body": fingerprint_model(model),
+            "dataset": content_identity(dataset) if dataset_id is None else dataset_id,
+            "num_samples": len(dataset),
+            "collate_fn": fingerprint_callable(collate_fn),
+            "dtype": name_of(scored),
+        }
+    features, targets = _stored(Path(store), identity, compute)
+    return features.to(own.device), targets.to(own.device)
+
+
+def _stored(
+    file: Path, identity: dict[str, Any], compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What the file holds, if it is of this identity; else computed, and kept there."""
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"store must name a file *.safetensors for the features, got {str(file)!r}"
+        )
+    if file.exists():
+        tensors, manifest = read_file(file)
+        check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
+        return tensors["feature"], tensors["target"]
+    features, targets = compute()
+    kept = {"feature": features.cpu(), "target": targets.cpu()}
+    write_file(file, kept, make_manifest(identity, {}, {}))
+    return features, targets
+
+
+def _features(
+    model: nn.Module,
+    dataset: Any,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+    dtype: torch.dtype,
+    num_workers: int,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
     own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     # A generator of the loader's own: the default one would advance the global random state.
     loader: DataLoader[Any] = DataLoader(
@@ -143,7 +210,7 @@ def compute_features(
     features, targets = [], []
     with (
         preserved_rng(),
-        scoring_model(model, resolve_dtype(dtype, model, own.device), own.device) as body,
+        scoring_model(model, dtype, own.device) as body,
         progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
     ):
         for batch in loader:

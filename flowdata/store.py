@@ -194,7 +194,7 @@ def load_scores(path: Path) -> Scores:
             f"{path} is not finished: call LossScorer.score with store={str(path)!r} again, "
             "it goes on where it stopped"
         )
-    tensors, manifest = _read(file)
+    tensors, manifest = read_file(file)
     if "pack" in tensors or not {"loss", "count"} <= tensors.keys():
         raise StoreError(f"{file} is no file of scores: it lacks a loss and count of each sample")
     try:
@@ -212,10 +212,10 @@ def load_scores(path: Path) -> Scores:
 def save_scores(scores: Scores, path: Path) -> Path:
     """Write scores as a finished store, or as one file if `path` ends in `.safetensors`."""
     if path.suffix == ".safetensors":
-        _write(path, _tensors_of(scores), _manifest_of(scores))
+        write_file(path, _tensors_of(scores), _manifest_of(scores))
     else:
         check_folder(path)
-        _write(path / SCORES, _tensors_of(scores), _manifest_of(scores))
+        write_file(path / SCORES, _tensors_of(scores), _manifest_of(scores))
     return path
 
 
@@ -231,7 +231,7 @@ def finish(folder: Path, scores: Scores, order: Tensor, sizes: Tensor) -> None:
     manifest, tensors = _manifest_of(scores), _tensors_of(scores)
     of_samples = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
     tensors["pack_checksum"] = checksums(reorder(of_samples, order), sizes, store_digest(manifest))
-    _write(folder / SCORES, tensors, manifest)
+    write_file(folder / SCORES, tensors, manifest)
     write_manifest(folder, {**manifest, "layout": _layout(folder / SCORES)})
     for part in _parts(folder):
         part.unlink()
@@ -274,7 +274,7 @@ def _state(file: Path, folder: Path) -> str:
         elif file.name == SCORES:
             load_scores(file)
         else:
-            manifest = _read(file)[1]
+            manifest = read_file(file)[1]
             if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):
                 return f"{file} belongs to another store"
     except (StoreError, OSError) as error:
@@ -330,7 +330,7 @@ class PartWriter:
             tensors = {**join(list(self.waiting.values())), "pack": torch.tensor([*self.waiting])}
             manifest = {**self.manifest, "skipped": self.skipped}
             manifest.pop("layout", None)
-            _write(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, manifest)
+            write_file(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, manifest)
             self.waiting, self.skipped = {}, {}
 
     def __enter__(self) -> PartWriter:
@@ -376,7 +376,7 @@ def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) ->
 def _packs_of_part(
     file: Path, store: str, sizes: Tensor
 ) -> tuple[dict[int, Columns], dict[int, str]]:
-    tensors, manifest = _read(file)
+    tensors, manifest = read_file(file)
     if store_digest(manifest) != store:
         raise StoreError(f"{file} belongs to another store")
     if not {"pack", "loss", "count"} <= tensors.keys():
@@ -462,7 +462,8 @@ def _tensors_of(scores: Scores) -> Columns:
     return tensors
 
 
-def _write(path: Path, tensors: Columns, manifest: Manifest) -> None:
+def write_file(path: Path, tensors: Columns, manifest: Manifest) -> None:
+    """Write tensors and manifest as one safetensors file, checksummed, whole or not at all."""
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -475,8 +476,12 @@ def _metadata(tensors: Columns, manifest: Manifest) -> str:
     return _canonical({"manifest": signed, "content": _content(tensors, signed)}).decode()
 
 
-def _read(path: Path) -> tuple[Columns, Manifest]:
-    """Return a file's tensors and manifest, both proven by checksums."""
+def read_file(path: Path) -> tuple[Columns, Manifest]:
+    """Return a file's tensors and manifest, both proven by checksums.
+
+    Raises:
+        StoreError: it is damaged, of another format, or not written by `write_file`.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

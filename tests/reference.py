@@ -265,3 +265,8 @@ def reordered_columns(columns, order):
             else:
                 ordered[name].append(columns[name][sample].item())
     return {name: torch.tensor(ordered[name], dtype=columns[name].dtype) for name in columns}
+
+
+def mean_over_views(losses_of_views):
+    """The mean of each sample's losses over views, one sample at a time."""
+    return [sum(losses) / len(losses) for losses in zip(*losses_of_views, strict=True)]

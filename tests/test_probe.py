@@ -3,10 +3,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from flowdata.probe import compute_features, fit_head, linear_probe
+from flowdata.scores import ScoreMismatchError
+from flowdata.store import StoreError
 from tests import reference
 
 
@@ -312,3 +315,81 @@ def test_a_model_left_mid_pass_by_an_error_gets_its_flags_back():
     with pytest.raises(RuntimeError):
         quiet(nn.Linear(8, 3), TensorDataset(torch.zeros(4, 5), torch.zeros(4).long()), body)
     assert all(module.training for module in body.modules())
+
+
+# --- features kept on disk -------------------------------------------------------------------
+
+
+def kept(file, model=None, **options):
+    x, y = blobs()
+    model = model or nn.Linear(3, 2)
+    return compute_features(model, TensorDataset(x, y), store=file, progress=False, **options)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Counting.calls += 1
+        return super().forward(x)
+
+
+def test_features_are_kept_and_read_without_running_the_body(tmp_path):
+    torch.manual_seed(0)
+    body, file = Counting(3, 2), tmp_path / "new" / "features.safetensors"
+    Counting.calls = 0
+    first = kept(file, body, dtype="float32")
+    assert Counting.calls == 1
+    second = kept(str(file), body, dtype="float32", batch_size=7)
+    assert Counting.calls == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    plain = kept(None, body, dtype="float32")
+    assert all(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
+    x, y = blobs()
+    heads = [
+        quiet(nn.Linear(2, 3), TensorDataset(x, y), body, store=store, dtype="float32")
+        for store in (file, None)
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_features_of_another_body_data_set_or_dtype_are_refused(tmp_path):
+    torch.manual_seed(0)
+    x, y = blobs(seed=1)
+    body, file = nn.Linear(3, 2), tmp_path / "f.safetensors"
+    kept(file, body, dtype="float32")
+    before = file.read_bytes()
+    with pytest.raises(ScoreMismatchError, match=r"another body .*Name another file"):
+        kept(file, nn.Linear(3, 2), dtype="float32")
+    with pytest.raises(ScoreMismatchError, match="another dtype"):
+        kept(file, body, dtype="bfloat16")
+    with pytest.raises(ScoreMismatchError, match="another dataset"):
+        compute_features(body, TensorDataset(x, y), store=file, dtype="float32", progress=False)
+    assert file.read_bytes() == before
+
+
+def test_a_data_set_may_be_named_by_its_user(tmp_path):
+    body, file = nn.Linear(3, 2), tmp_path / "f.safetensors"
+    first = kept(file, body, dataset_id="blobs", dtype="float32")
+    x, y = blobs(seed=5)
+    again = compute_features(
+        body, TensorDataset(x, y), store=file, dataset_id="blobs", dtype="float32", progress=False
+    )
+    assert torch.equal(first[0], again[0])
+
+
+def test_a_damaged_or_foreign_file_is_neither_read_nor_overwritten(tmp_path):
+    file = tmp_path / "f.safetensors"
+    body = nn.Linear(3, 2)
+    kept(file, body)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="damaged"):
+        kept(file, body)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(StoreError, match="not written by flowdata"):
+        kept(tmp_path / "other.safetensors", body)
+    assert file.read_bytes() == bytes(content)
+    with pytest.raises(ValueError, match=r"store must name a file \*\.safetensors"):
+        kept(tmp_path / "folder", body)
