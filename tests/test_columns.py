@@ -35,7 +35,7 @@ def expected_columns(hidden, head, targets):
 def test_the_tiled_heads_columns_are_those_of_autograd(case):
     hidden, head, targets = head_case(*case)
     losses, found = target_values(hidden, head, targets, COLUMNS)
-    assert torch.equal(losses, target_values(hidden, head, targets)[0])
+    torch.testing.assert_close(losses, target_values(hidden, head, targets)[0])
     for name, expected in expected_columns(hidden, head, targets).items():
         torch.testing.assert_close(found[name].double(), expected.double(), rtol=2e-5, atol=1e-6)
     assert 0 < found["correct"].mean() < 1

@@ -47,6 +47,14 @@ def test_losses_are_never_negative():
     assert target_losses(hidden, Head(weight), torch.tensor([0])).item() == 0
 
 
+def test_huge_losses_do_not_overflow():
+    hidden, weight = torch.tensor([[30.0, 0.0], [1.0, 0.0]]), torch.tensor([[30.0, 0], [-30, 0]])
+    found = target_losses(hidden, Head(weight), torch.tensor([1, 0]))
+    expected = reference.head_losses(hidden, weight, torch.tensor([1, 0]))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-9)
+    assert found[0] == 1800
+
+
 def test_no_row_gives_no_loss():
     empty = target_losses(torch.empty(0, 4), Head(torch.randn(9, 4)), torch.empty(0).long())
     assert empty.shape == (0,)
@@ -62,6 +70,13 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
     assert read_head(nn.utils.parametrizations.weight_norm(nn.Linear(4, 9)), Config()) is None
     layer.register_forward_hook(lambda *_: None)
     assert read_head(layer, Config()) is None
+
+
+def test_a_negative_scale_is_left_to_the_model():
+    class Negative:
+        logit_scale = -1.0
+
+    assert read_head(nn.Linear(4, 9), Negative()) is None
 
 
 def peak_bytes(run):

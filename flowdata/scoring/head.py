@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_ROWS_OF_A_CORE = 64  # of a tile in float32: with 2048 columns half a MiB
 LOWEST = -1e15  # below every logit; finite, its square too, so that 0 · (z − top) is 0
 
 
@@ -24,7 +25,7 @@ class Head:
     Attributes:
         weight: (V, d) floating.
         bias: (V,) floating, or None.
-        scale: factor on the logits.
+        scale: factor on the logits, positive.
         softcap: their bound, or None.
         kernel: how tiles are added up: ``"eager"``, ``"compiled"`` (one fused pass, after some
             seconds of compiling), or ``"triton"`` (logits stay on the chip; CUDA only).
@@ -41,7 +42,8 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
     """Return the head that a module and a Hugging Face configuration describe.
 
     None unless the module is a plain `nn.Linear` with a dense weight: adapters, quantised and
-    sharded layers must be called. A configuration can't say everything; compare before use.
+    sharded layers must be called, and so must those whose scale is negative. A configuration
+    can't say everything; compare before use.
     """
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return None
@@ -50,6 +52,8 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    if scale < 0:
+        return None
     return Head(
         module.weight.detach(),
         None if module.bias is None else module.bias.detach(),
@@ -68,10 +72,10 @@ def target_values(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of every row's target and further columns, computed tile by tile.
 
-    Tiles of logits are added up in float32 over all classes but the target. Its own logit is a
-    float32 dot product, and the loss is log(1 + Σ exp(other − target)): a confident prediction's
-    small loss keeps its relative accuracy, where the usual difference of two large numbers, one
-    of them rounded, loses it.
+    The loss is log(1 + Σ exp(z − target's z)) over all other classes, added up in float32, and
+    the target's own logit is a float32 dot product: a confident prediction's small loss keeps its
+    relative accuracy, where the usual difference of two large numbers, one of them rounded, loses
+    it.
 
     Args:
         hidden: (n, d) floating.
@@ -84,7 +88,7 @@ def target_values(
     """
     rows, _ = tile_size(hidden)
     parts = [
-        _values(_tally(h, head, t, moments=bool(columns)), h, head, t, columns)
+        _values(h, head, t, columns)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -97,8 +101,8 @@ class Tally(NamedTuple):
     Attributes:
         top: the largest.
         total: Σ exp(z − top).
-        first: Σ exp(z − top) · (z − top), or 0 where no column needs it.
-        squares: Σ exp(2 (z − top)) · slope(z)², or 0 likewise.
+        first: Σ exp(z − top) · (z − top).
+        squares: Σ exp(2 (z − top)) · slope(z)².
     """
 
     top: Tensor
@@ -108,11 +112,15 @@ class Tally(NamedTuple):
 
 
 def _values(
-    tally: Tally, hidden: Tensor, head: Head, targets: Tensor, columns: Sequence[str]
+    hidden: Tensor, head: Head, targets: Tensor, columns: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The loss and the named columns; `gap` is the logit of "any other class"."""
     target = _target_logits(hidden, head, targets)
-    gap = tally.top + tally.total.log() - target
+    if not columns and head.kernel != "triton" and not hidden.is_cuda:
+        odds = _odds(hidden, head, targets, target)
+        if odds.isfinite().all():
+            return {"loss": odds.log1p()}
+    tally = _tally(hidden, head, targets)
+    gap = tally.top + tally.total.log() - target  # the logit of "any other class"
     values = {"loss": F.softplus(gap)}
     others = gap.sigmoid()  # 1 − p(target)
     if "entropy" in columns:
@@ -125,34 +133,107 @@ def _values(
     if "gradient_norm" in columns:
         slope = _slope(target, head.softcap)
         norm = (tally.squares / tally.total.square() + slope * slope).sqrt() * others
-        values["gradient_norm"] = norm * abs(head.scale) * hidden.float().norm(dim=1)
+        values["gradient_norm"] = norm * head.scale * hidden.float().norm(dim=1)
     return values
 
 
-def _tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tally:
-    """Add up one tile of columns after another; `moments` asks for the last two sums."""
+def _odds(hidden: Tensor, head: Head, targets: Tensor, target_logits: Tensor) -> Tensor:
+    """(1 − p) / p of every target: Σ exp(z − target's z) of the others.
+
+    It needs no running maximum, and overflows only beyond a loss of 88 nats.
+    """
+    odds = torch.zeros_like(target_logits)
+    for rows, products, bias, buffer in _tiles(hidden, head, targets):
+        add = _compiled(_add_odds) if buffer is None else _add_odds
+        odds[rows] += add(products, buffer, bias, head.scale, head.softcap, target_logits[rows])
+    return odds
+
+
+def _add_odds(
+    products: Tensor,
+    buffer: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    target_logits: Tensor,
+) -> Tensor:
+    logits = _logits(products, buffer, bias, scale, softcap)
+    return logits.sub_(target_logits[:, None]).exp_().sum(1)
+
+
+def _tally(hidden: Tensor, head: Head, targets: Tensor) -> Tally:
     if head.kernel == "triton":
         from flowdata.scoring import head_triton
 
-        return head_triton.tally(hidden, head, targets, moments=moments)
-    add = _compiled_add() if head.kernel == "compiled" else _add
-    zeros = torch.zeros(len(hidden), device=hidden.device)
-    tally = Tally(torch.full_like(zeros, LOWEST), zeros, zeros, zeros)
-    _, columns = tile_size(hidden)
-    product = hidden.new_empty(len(hidden) * columns, dtype=_product_dtype(hidden))
-    logits = product.float()  # the same one if that is their dtype
-    for start in range(0, len(head.weight), columns):
-        weight = head.weight[start : start + columns]
-        bias = None if head.bias is None else head.bias[start : start + columns]
-        shape, size = (len(hidden), len(weight)), len(hidden) * len(weight)
-        tile = _multiply(hidden, weight, product[:size].view(shape))
-        buffer = None if head.kernel == "compiled" else logits[:size].view(shape)
-        tally = add(tally, tile, buffer, bias, targets - start, head.scale, head.softcap, moments)
-    return tally
+        return head_triton.tally(hidden, head, targets)
+    sums = torch.zeros(4, len(hidden), device=hidden.device)
+    sums[0] = LOWEST
+    for rows, products, bias, buffer in _tiles(hidden, head, targets):
+        add = _compiled(_add_tally) if buffer is None else _add_tally
+        before = Tally(*sums[:, rows])
+        after = add(products, buffer, bias, head.scale, head.softcap, before)
+        torch.stack(after, out=sums[:, rows])
+    return Tally(*sums)
+
+
+def _add_tally(
+    products: Tensor,
+    buffer: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    tally: Tally,
+) -> Tally:
+    logits = _logits(products, buffer, bias, scale, softcap).clamp_min_(LOWEST)
+    slope = _slope(logits, softcap)
+    top = torch.maximum(tally.top, logits.amax(1))
+    shift = tally.top - top
+    factor = shift.exp()
+    weights = logits.sub_(top[:, None]).exp()
+    return Tally(
+        top,
+        factor * tally.total + weights.sum(1),
+        factor * (tally.first + shift * tally.total) + logits.mul_(weights).sum(1),
+        factor * factor * tally.squares + weights.mul_(slope).square_().sum(1),
+    )
+
+
+@functools.cache
+def _compiled(add: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as one pass over a tile; compiled once for all models of a process."""
+    return torch.compile(add, dynamic=True)
+
+
+def _tiles(
+    hidden: Tensor, head: Head, targets: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+    """Yield rows, their products with some columns, −inf at the targets, bias and a buffer.
+
+    A compiled pass takes all rows and no buffer. The eager one makes several passes over its
+    float32 buffer: that has to stay in a core's cache.
+    """
+    _, width = tile_size(hidden)
+    in_passes = head.kernel == "eager" and not hidden.is_cuda
+    step = _ROWS_OF_A_CORE * torch.get_num_threads() if in_passes else len(hidden)
+    step = max(1, min(step, len(hidden)))
+    buffer = torch.empty(step * width, device=hidden.device) if head.kernel == "eager" else None
+    memory = hidden.new_empty(len(hidden) * width, dtype=_product_dtype(hidden))
+    every = torch.arange(len(hidden), device=hidden.device)
+    for start in range(0, len(head.weight), width):
+        columns = slice(start, start + width)
+        weight, bias = head.weight[columns], None if head.bias is None else head.bias[columns]
+        shape = len(hidden), len(weight)
+        products = _multiply(hidden, weight, memory[: shape[0] * shape[1]].view(shape))
+        inside = (targets >= start) & (targets < start + shape[1])
+        place = every, (targets - start).clamp_(0, shape[1] - 1)
+        products.index_put_(place, products[place].masked_fill_(inside, -torch.inf))
+        for first in range(0, len(hidden), step):
+            rows = slice(first, first + step)
+            yield rows, products[rows], bias, buffer
 
 
 def tile_size(hidden: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tile of logits; on a CPU it is to stay in a cache."""
+    """Rows and columns of a tile of products."""
     return (4096, 8192) if hidden.is_cuda else (1024, 2048)
 
 
@@ -167,46 +248,20 @@ def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
-@functools.cache
-def _compiled_add() -> Any:
-    """`_add` as one pass over a tile; compiled once for all models of a process."""
-    return torch.compile(_add, dynamic=True)
-
-
-def _add(
-    tally: Tally,
-    tile: Tensor,
+def _logits(
+    products: Tensor,
     buffer: Tensor | None,
     bias: Tensor | None,
-    targets: Tensor,
     scale: float,
     softcap: float | None,
-    moments: bool,
-) -> Tally:
-    """Add a tile of products, by way of a float32 buffer that is overwritten.
-
-    Targets count from the tile's first column; a target's own logit is left out.
-    """
-    logits = tile.to(torch.float32, copy=True) if buffer is None else buffer.copy_(tile)
+) -> Tensor:
+    """float32 logits of products, in the buffer if there is one; what was −inf stays lowest."""
+    if buffer is None:
+        logits = products.to(torch.float32, copy=True)
+    else:
+        logits = buffer[: products.numel()].view(products.shape).copy_(products)
     finish_logits(logits, bias, scale, softcap)
-    inside = (targets >= 0) & (targets < logits.shape[1])
-    place = targets.clamp(0, logits.shape[1] - 1)[:, None]
-    logits.scatter_(1, place, logits.gather(1, place).masked_fill_(inside[:, None], LOWEST))
-    top = torch.maximum(tally.top, logits.amax(1))
-    shift = tally.top - top
-    factor = shift.exp()
-    if not moments:
-        total = factor * tally.total + logits.sub_(top[:, None]).exp_().sum(1)
-        return Tally(top, total, tally.first, tally.squares)
-    logits.clamp_min_(LOWEST)  # a class ruled out by a bias of −inf
-    slope = _slope(logits, softcap)
-    weights = logits.sub_(top[:, None]).exp()
-    return Tally(
-        top,
-        factor * tally.total + weights.sum(1),
-        factor * (tally.first + shift * tally.total) + logits.mul_(weights).sum(1),
-        factor * factor * tally.squares + weights.mul_(slope).square_().sum(1),
-    )
+    return logits if softcap is None else logits.masked_fill_(products == -torch.inf, LOWEST)
 
 
 def _slope(logits: Tensor, softcap: float | None) -> Tensor | float:

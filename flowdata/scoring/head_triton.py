@@ -18,11 +18,11 @@ _ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a program's tile; shared memory hol
 _PROGRAMS = 512  # at least so many, to keep every multiprocessor busy when rows are few
 
 
-def tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tally:
-    """Return what `head.tally` returns, from one launch and a merge."""
+def tally(hidden: Tensor, head: Head, targets: Tensor) -> Tally:
+    """Return what head.py's own `_tally` does, from one launch and a merge."""
     n, width = hidden.shape
     vocabulary = len(head.weight)
-    blocks = triton.cdiv(n, _ROWS)
+    blocks = triton.cdiv(n, _ROWS)  # the moments cost little beside the products, so all are taken
     ranges = max(1, min(triton.cdiv(_PROGRAMS, max(1, blocks)), triton.cdiv(vocabulary, _COLUMNS)))
     span = triton.cdiv(triton.cdiv(vocabulary, ranges), _COLUMNS) * _COLUMNS
     ranges = triton.cdiv(vocabulary, span)
@@ -43,7 +43,6 @@ def tally(hidden: Tensor, head: Head, targets: Tensor, *, moments: bool) -> Tall
             1.0 if head.softcap is None else head.softcap,
             HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap is not None,
-            MOMENTS=moments,
             LOWEST=LOWEST,
             PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
             ROWS=_ROWS,
@@ -83,7 +82,6 @@ def _tally(  # type: ignore[no-untyped-def]
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    MOMENTS: tl.constexpr,
     LOWEST: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,10 +123,9 @@ def _tally(  # type: ignore[no-untyped-def]
         factor = tl.exp(shift)
         shifted = tl.maximum(z, LOWEST) - new_top[:, None]
         e = tl.exp(shifted)
-        if MOMENTS:
-            slope = 1 - slope * slope
-            first = factor * (first + shift * total) + tl.sum(e * shifted, 1)
-            squares = factor * factor * squares + tl.sum(e * e * slope * slope, 1)
+        slope = 1 - slope * slope
+        first = factor * (first + shift * total) + tl.sum(e * shifted, 1)
+        squares = factor * factor * squares + tl.sum(e * e * slope * slope, 1)
         total = factor * total + tl.sum(e, 1)
         top = new_top
     part = sums + tl.program_id(1).to(tl.int64) * n + rows
