@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import flowdata
-from flowdata.scoring.ranks import RankError
+from flowdata.scoring.ranks import RankError, of_this_attempt
 
 MISTAKES = (ValueError, TypeError, OSError, ImportError, RankError)
 _TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -215,7 +215,13 @@ def _process_group() -> Iterator[str | None]:
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl")
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "gloo" if device is None else "cpu:gloo,cuda:nccl",
+        store=of_this_attempt(store),
+        rank=rank,
+        world_size=size,
+    )
     try:
         yield device
     finally:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep
@@ -178,7 +179,21 @@ def ranks_of_this_call(*, shared: bool) -> Ranks:
     if not (shared and grouped) or get_worker_info() is not None:
         return Ranks(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
     rank = dist.get_rank()
-    store = dist.distributed_c10d._get_default_store()
+    store = of_this_attempt(dist.distributed_c10d._get_default_store())
     call = store.add(f"flowdata/calls of rank {rank}", 1)
-    own = dist.PrefixStore(f"flowdata/{call}", store)  # type: ignore[attr-defined]
-    return Ranks(own, rank, dist.get_world_size())
+    return Ranks(_prefixed(f"flowdata/{call}", store), rank, dist.get_world_size())
+
+
+def of_this_attempt(store: Any) -> Any:
+    """Return a store's part that earlier attempts of a restarted job have not written to.
+
+    torchrun's static rendezvous, the default on one node, keeps its store over restarts. On
+    several nodes each attempt has a store of its own, and nodes may count restarts differently.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return store
+    return _prefixed("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+def _prefixed(prefix: str, store: Any) -> Any:
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]

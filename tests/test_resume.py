@@ -1,0 +1,264 @@
+"""What goes wrong while scoring, and how it goes on from there."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from flowdata import FlowWeightedDataset, LossScorer, Scores
+from flowdata.samples import SampleError
+from tests.models import tiny_llama, token_samples
+from tests.test_text import tokenizer
+
+__all__ = ["tokenizer"]  # the fixture
+ROOT = Path(__file__).parent.parent
+
+
+def quiet(model, loss="auto", **options):
+    return LossScorer(model, loss, dtype="float32", progress=False, **options)
+
+
+def numbers(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(count, 4, generator=generator), torch.arange(count) % 3)
+
+
+class Broken(Dataset):
+    """Raises on some samples."""
+
+    def __init__(self, samples, bad):
+        self.samples, self.bad = samples, bad
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise OSError(f"no file {index}.png")
+        return self.samples[index]
+
+
+# --- samples that can't be read ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"dataset_id": "d"}])
+def test_a_sample_that_raises_is_named(options, workers):
+    data = Broken(numbers(), {17})
+    with pytest.raises(SampleError, match=r"dataset\[17\] raised OSError: no file 17.png"):
+        quiet(nn.Linear(4, 3)).score(data, num_workers=workers, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", [{0}, {17, 30}, set(range(8)), {0, 39}])
+def test_samples_that_raise_can_be_skipped(tmp_path, bad, workers):
+    model, samples = tiny_llama(), token_samples(40)
+    scorer = quiet(model, token_losses=True, max_tokens=120)
+    expected = scorer.score(samples)
+    data = Broken(samples, bad)
+    scores = scorer.score(data, on_error="skip", store=tmp_path, num_workers=workers)
+    missing = scores.losses.isnan()
+    assert missing.nonzero().flatten().tolist() == sorted(bad)
+    assert scores.counts[missing].eq(0).all()
+    assert (scores.losses - expected.losses)[~missing].abs().max() < 1e-4
+    assert scores.counts[~missing].equal(expected.counts[~missing])
+    last = max(set(range(40)) - bad)
+    assert (scores.token_losses(last) - expected.token_losses(last)).abs().max() < 1e-3
+    reasons = {str(index): f"OSError: no file {index}.png" for index in bad}
+    assert Scores.load(tmp_path).metadata["skipped"] == reasons
+    assert (
+        scorer.score(data, on_error="skip", store=tmp_path)
+        .losses[~missing]
+        .equal(scores.losses[~missing])
+    )
+    weighted = FlowWeightedDataset(data, scores, missing="zero")  # the same data set, still
+    assert weighted[last][1] > 0
+
+
+def test_a_whole_pack_can_be_skipped(tmp_path):
+    bad = set(range(4, 12))
+    for folder in (None, tmp_path):
+        scores = quiet(nn.Linear(4, 3), batch_size=4).score(
+            Broken(numbers(), bad), on_error="skip", store=folder
+        )
+        assert scores.losses.isnan().sum() == 8
+
+
+def test_nothing_but_unreadable_samples_is_an_error():
+    data = Broken(numbers(), set(range(40)))
+    with pytest.raises(SampleError, match="none of the data set's 40 samples can be read"):
+        quiet(nn.Linear(4, 3)).score(data, on_error="skip")
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', got 'ignore'"):
+        quiet(nn.Linear(4, 3)).score(data, on_error="ignore")
+
+
+# --- disks and processes -------------------------------------------------------------------------
+
+
+@contextmanager
+def file_size_limit(size):
+    """No file of this process may grow beyond `size` bytes: a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
+    data, scorer = numbers(4000), quiet(nn.Linear(4, 3), batch_size=200)
+    expected = scorer.score(data)
+    monkeypatch.setattr("flowdata.store._SECONDS", 0.0)
+    monkeypatch.setattr("flowdata.store._SHARE", 0.0)  # a part for each pack
+    with file_size_limit(20_000), pytest.raises(OSError, match="File too large"):
+        scorer.score(data, store=tmp_path)  # parts are small; the final file is not
+    assert len(list(tmp_path.glob("parts/*"))) == 20
+    assert not list(tmp_path.glob("**/.*"))  # nothing half written, no lock
+    scores = scorer.score(data, store=tmp_path)
+    assert torch.equal(scores.losses, expected.losses)
+
+
+def test_the_first_error_is_not_masked_by_a_full_disk(tmp_path, caplog):
+    packs = []
+
+    def fails(model, batch):
+        packs.append(1)
+        if len(packs) == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+            raise RuntimeError("the first error")
+        return model(batch[0]).sum(1)
+
+    with file_size_limit(100_000), pytest.raises(RuntimeError, match="the first error"):
+        quiet(nn.Linear(4, 3), fails, batch_size=2).score(numbers(), store=tmp_path)
+    assert "the last 4 packs could not be kept: [Errno 27] File too large" in caplog.text
+
+
+@contextmanager
+def read_only(folder):
+    """Even for root, who may write whatever the permissions say."""
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+        yield
+        folder.chmod(0o700)
+        return
+    for command in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+        done = subprocess.run(["mount", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"root here can't make a folder read-only: {done.stderr}")
+    yield
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_can_not_be_written_to(tmp_path):
+    model = nn.Linear(4, 3)
+    begun, finished = tmp_path / "begun", tmp_path / "finished"
+    begun.mkdir()
+    expected = quiet(model).score(numbers(), store=finished)
+    with read_only(begun), pytest.raises(OSError, match=r"Permission denied|Read-only file system"):
+        quiet(model).score(numbers(), store=begun)
+    with read_only(finished):
+        assert torch.equal(quiet(model).score(numbers(), store=finished).losses, expected.losses)
+
+
+def test_a_collate_function_that_workers_can_not_be_sent():
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with pytest.raises(ValueError, match=r"can't be sent to .* workers .*num_workers=0"):
+            quiet(nn.Linear(4, 3)).score(
+                numbers(),
+                num_workers=1,
+                collate_fn=lambda batch: torch.utils.data.default_collate(batch),
+            )
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+# --- torchrun --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def score_command(tmp_path_factory, tokenizer):
+    """`flowdata score` of a tiny model and a data set that takes it a while."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny_llama().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"question": f"{n}+1=" * 9, "answer": "x" * (n % 97 + 1)} for n in range(1200)]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["-m", "flowdata", "score", folder / "model", data, "--dtype", "float32"]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def children(pid):
+    """Processes that `pid` has started."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+def wait_for(happened, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+def test_torchrun_restarts_after_a_killed_rank_and_one_process_has_the_same_bits(
+    score_command, tmp_path
+):
+    """A rank is killed while it scores; torchrun ends the other and starts both anew."""
+    arguments = [*score_command, "--max-tokens", "128", "--quiet"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"]
+    options = {"env": environment(), "text": True, "stdout": subprocess.PIPE}
+    job = subprocess.Popen(
+        [sys.executable, *torchrun, *arguments, "--store", tmp_path / "two", "--json"],
+        stderr=subprocess.PIPE,
+        **options,
+    )
+    wait_for(lambda: (tmp_path / "two" / "manifest.json").exists())
+    time.sleep(0.3)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    wait_for(lambda: list(tmp_path.glob("two/parts/*")))  # of the rank that was told to end
+    out, err = job.communicate(timeout=180)
+    assert job.returncode == 0, err
+    assert json.loads(out)["samples"] == 1200
+    one = subprocess.run(
+        [sys.executable, *arguments, "--store", tmp_path / "one"], check=True, **options
+    )
+    assert one.returncode == 0
+    first, second = (Scores.load(tmp_path / name) for name in ("one", "two"))
+    assert torch.equal(first.losses, second.losses)
+    assert first.metadata == second.metadata
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_store_that_goes_on(score_command, tmp_path, number, code):
+    arguments = [sys.executable, *score_command, "--max-tokens", "128", "--store", tmp_path / "s"]
+    job = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "s" / "manifest.json").exists())
+    time.sleep(0.5)
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == code, err
+    assert "of 1,200 samples kept in" in err
+    assert "the same call goes on from there" in err
+    assert list(tmp_path.glob("s/parts/*.safetensors"))
+    assert not (tmp_path / "s" / ".lock").exists()
