@@ -2,11 +2,14 @@ import pytest
 import torch
 from torch import nn
 
+from flowdata import FlowSampler, FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
+from flowdata.scoring.batches import pad_collate
 from flowdata.scoring.columns import COLUMNS, check_columns, columns_of_logits
 from flowdata.scoring.head import Head, target_values
+from flowdata.scoring.language import methods
 from flowdata.scoring.tasks import prediction_method
 from tests import reference
-from tests.models import TinyResNet, images
+from tests.models import TinyResNet, images, tiny_llama, token_samples
 
 HEADS = [(False, 1.0, None), (True, 0.3, None), (True, 0.7, 5.0)]
 
@@ -145,6 +148,111 @@ def test_logits_that_no_linear_layer_gives_have_no_gradient_norm():
     with pytest.raises(ValueError, match="'gradient_norm' needs what the model's last linear"):
         prediction_method("cross_entropy", COLUMNS)(model, batch)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- language models -------------------------------------------------------------------------
+
+
+def gemma(**options):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(vocab_size=199, **sizes, **heads, **options)
+    return Gemma2ForCausalLM(config).eval()
+
+
+LANGUAGE_MODELS = {
+    "llama": lambda: tiny_llama(initializer_range=0.2).eval(),
+    "softcapped": lambda: gemma(final_logit_softcapping=0.5, initializer_range=0.2),
+}
+
+
+def expected_of(model, samples, name):
+    """The mean over a sample's targets, through autograd with respect to the head's weight."""
+    means = []
+    for sample in samples:
+        hidden = model.model(input_ids=sample["input_ids"][None]).last_hidden_state[0, :-1]
+        kept = sample["labels"][1:] != -100
+        values = reference.target_columns(
+            hidden[kept].detach(),
+            model.lm_head.weight,
+            sample["labels"][1:][kept],
+            softcap=getattr(model.config, "final_logit_softcapping", None),
+        )
+        means.append(values[COLUMNS.index(name)].double().mean())
+    return torch.stack(means)
+
+
+@pytest.mark.parametrize("way", range(4))
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_every_way_to_score_a_language_model_gives_the_same_columns(name, way):
+    model, samples = LANGUAGE_MODELS[name](), token_samples(5, longest=20)
+    with torch.no_grad():
+        method_name, method = methods(model, "causal_lm", columns=COLUMNS)[way]
+        found = method(model, pad_collate(samples)).columns(token_losses=False)
+    for column in COLUMNS:
+        expected = expected_of(model, samples, column).float()
+        torch.testing.assert_close(found[column], expected, rtol=1e-3, atol=1e-4, msg=method_name)
+    assert not model.lm_head._forward_hooks
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_head_that_configurations_do_not_tell_of_has_no_gradient_norm():
+    model, samples = tiny_llama(initializer_range=0.2), token_samples(6)
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 7
+        return output
+
+    model.forward = scaled
+    options = {"dtype": "float32", "progress": False}
+    scores = LossScorer(model, columns=["entropy"], **options).score(samples)
+    assert scores.columns["entropy"].isfinite().all()
+    with pytest.raises(ValueError, match="its configuration doesn't tell; leave it out of columns"):
+        LossScorer(model, columns=["gradient_norm"], **options).score(samples)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_keep_columns_and_make_weights_of_them(dtype):
+    model, samples = LANGUAGE_MODELS["llama"](), token_samples(9)
+    scorer = LossScorer(model, columns=COLUMNS, dtype=dtype, max_tokens=100, progress=False)
+    scores = scorer.score(samples)
+    assert "tiled head" in scorer.explain()
+    for name, margin in (("entropy", 3e-2), ("gradient_norm", 3e-2)):
+        expected = expected_of(model, samples, name).float()
+        margin = margin if dtype == "bfloat16" else 1e-3
+        torch.testing.assert_close(scores.columns[name], expected, rtol=margin, atol=1e-4)
+    weights = scores.weights(column="gradient_norm")
+    norms = scores.columns["gradient_norm"]
+    torch.testing.assert_close(weights, torch.exp(-norms / norms.quantile(0.5)))
+    assert FlowWeightedDataset(samples, weights)[3][1] == weights[3]
+    assert len(list(FlowSampler(weights, seed=0))) == 9
+
+
+def test_columns_are_part_of_a_stores_identity(tmp_path):
+    model, data = TinyResNet(), images(8)
+    options = {"dtype": "float32", "progress": False, "batch_size": 3}
+    scores = LossScorer(model, columns=COLUMNS, **options).score(data, store=tmp_path)
+    again = LossScorer(model, columns=COLUMNS[::-1], **options)
+    loaded = again.score(data, store=tmp_path)
+    assert "found in" in again.explain()
+    assert set(Scores.load(tmp_path).columns) == set(COLUMNS)
+    for name in COLUMNS:
+        assert torch.equal(loaded.columns[name], scores.columns[name])
+    with pytest.raises(ScoreMismatchError, match="made with another columns"):
+        LossScorer(model, **options).score(data, store=tmp_path)
+
+
+def test_losses_that_have_no_columns_are_refused_at_construction():
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="which loss='mse' doesn't have"):
+        LossScorer(model, "mse", columns=["entropy"])
+    with pytest.raises(ValueError, match="which loss=a callable doesn't have"):
+        LossScorer(model, lambda model, batch: batch, columns=["entropy"])
 
 
 # --- names -----------------------------------------------------------------------------------

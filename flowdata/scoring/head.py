@@ -49,17 +49,23 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
         return None
     if module._forward_hooks or module._forward_pre_hooks:
         return None
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale, softcap = logit_options(config)
     if scale < 0:
         return None
     return Head(
         module.weight.detach(),
         None if module.bias is None else module.bias.detach(),
         scale,
-        getattr(config, "final_logit_softcapping", None),
+        softcap,
     )
+
+
+def logit_options(config: Any) -> tuple[float, float | None]:
+    """Return the scale and the softcap that a Hugging Face configuration tells of."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def target_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Job:
     device: torch.device
     reference: str
     token_losses: bool
+    columns: tuple[str, ...]
     compile: Literal["auto"] | bool
     max_tokens: int | None
     batch_size: int | None
@@ -121,14 +122,16 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     if not isinstance(job.loss, str):
         return callable_method(job.loss), ""
     if job.loss not in LANGUAGE_LOSSES:
-        return prediction_method(job.loss), ""
+        return prediction_method(job.loss, job.columns), ""
     shorter, longer = (job.few[len(job.few) * part // 4] for part in (1, 3))
     batch = moved(job, job.collate([longer, shorter]))
     prefix = job.prefix[: options["prefix"]]
     max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
     packing = None if why_not else Packing(padded(job.loss, max_tokens), prefix, max_tokens)
-    *ways, (plainest, plain) = methods(model, job.loss, packing=packing, max_tokens=max_tokens)
+    *ways, (plainest, plain) = methods(
+        model, job.loss, packing=packing, max_tokens=max_tokens, columns=job.columns
+    )
     compiled = is_compiled(model)
     if compiled and (reason := agrees(ways[0][1], plain, model, batch, job.dtype)):
         logger.warning("not compiling: %s", reason)

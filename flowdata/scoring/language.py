@@ -18,7 +18,7 @@ only change what its output layer sees, so that every architecture's peculiariti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdata.scoring.head import Head, read_head, target_losses
+from flowdata.scoring.columns import columns_of_logits
+from flowdata.scoring.head import Head, finish_logits, logit_options, read_head, target_values
 from flowdata.scoring.inputs import Prepare, Work, padded, rows_of
 from flowdata.scoring.packed import Packing
 from flowdata.scoring.tasks import (
@@ -45,7 +46,12 @@ Run = Callable[[nn.Module, Work], TargetLosses]
 
 
 def methods(
-    model: nn.Module, loss: str, *, packing: Packing | None = None, max_tokens: int | None = None
+    model: nn.Module,
+    loss: str,
+    *,
+    packing: Packing | None = None,
+    max_tokens: int | None = None,
+    columns: Sequence[str] = (),
 ) -> list[tuple[str, Method]]:
     """Return the ways to score a batch, named, fastest first, the plainest last.
 
@@ -54,6 +60,7 @@ def methods(
         loss: the language loss's name.
         packing: packs batches, where they can be packed.
         max_tokens: beyond this a padded batch is run in slices.
+        columns: names of further columns, see columns.py.
     """
     output_layer = _output_layer(model)
     config: Any = getattr(innermost(model), "config", None)
@@ -62,14 +69,17 @@ def methods(
     if output_layer is not None:
         head = read_head(output_layer, text_config)
         if head is not None:
-            runs.append(("target positions through a tiled head", _tiled(output_layer, head)))
-        runs.append(("target positions through the model's head", _gathered(output_layer)))
+            tiled = _tiled(output_layer, head, columns)
+            runs.append(("target positions through a tiled head", tiled))
+        gathered = _gathered(output_layer, text_config, columns)
+        runs.append(("target positions through the model's head", gathered))
+    full_logits = _full_logits(output_layer, text_config, columns)
     ways: list[tuple[str, Method]] = []
     if packing is not None:
         ways += [(f"{name}, samples packed", _method(packing, run)) for name, run in runs]
     whole = padded(loss, max_tokens)
-    ways += [(name, _method(whole, run)) for name, run in [*runs, ("full logits", _full_logits)]]
-    plain = _one_by_one(_method(padded(loss), _full_logits))
+    ways += [(name, _method(whole, run)) for name, run in [*runs, ("full logits", full_logits)]]
+    plain = _one_by_one(_method(padded(loss), full_logits))
     return [*ways, ("full logits, one sample at a time", plain)]
 
 
@@ -87,44 +97,56 @@ def agrees(method: Method, plain: Method, model: nn.Module, batch: Any, dtype: t
         wanted = plain(model, batch).columns(token_losses=False)
     if found["count"].tolist() != wanted["count"].tolist():
         return f"it counts {found['count'].tolist()} targets, not {wanted['count'].tolist()}"
-    allowed = TOLERANCE[dtype] * wanted["loss"].clamp_min(1) * (1 + 2 / wanted["count"].sqrt())
-    differences = (found["loss"] - wanted["loss"]).abs()
-    if (differences > allowed).any():  # NaN, a sample without a loss, never is
-        return f"a sample's loss differs by {differences.nan_to_num().max():.2g}"
+    rounding = TOLERANCE[dtype] * (1 + 2 / wanted["count"].sqrt())
+    for name in set(wanted) - {"count", "correct"}:  # a tie may be broken either way
+        differences = (found[name] - wanted[name]).abs()
+        if (differences > rounding * wanted[name].clamp_min(1)).any():  # NaN, no loss, never is
+            return f"a sample's {name} differs by {differences.nan_to_num().max():.2g}"
     return ""
 
 
-def _tiled(output_layer: nn.Module, head: Head) -> Run:
+def _tiled(output_layer: nn.Module, head: Head, columns: Sequence[str]) -> Run:
     def run(model: nn.Module, work: Work) -> TargetLosses:
         is_target = work.targets != IGNORE_INDEX
         with _seeing(output_layer, lambda hidden: hidden.flatten(0, -2)[None, :1]) as seen:
             call_with(model, work.inputs, use_cache=False)
         hidden = seen[0][is_target].to(head.weight.dtype)
-        return TargetLosses(target_losses(hidden, head, work.targets[is_target]), work.counts)
+        values, further = target_values(hidden, head, work.targets[is_target], columns)
+        return TargetLosses(values, work.counts, further)
 
     return run
 
 
-def _gathered(output_layer: nn.Module) -> Run:
+def _gathered(output_layer: nn.Module, config: Any, columns: Sequence[str]) -> Run:
     def run(model: nn.Module, work: Work) -> TargetLosses:
         is_target = work.targets != IGNORE_INDEX
-        with _seeing(output_layer, lambda hidden: hidden[is_target][None]):
+        with (
+            _seeing(output_layer, lambda hidden: hidden[is_target][None]),
+            _last_call(output_layer, wanted="gradient_norm" in columns) as calls,
+        ):
             logits = logits_of(call_with(model, work.inputs, use_cache=False))
-        return TargetLosses(_losses(logits[0], work.targets[is_target]), work.counts)
+        call = [(given[0], made[0]) for given, made in calls]
+        return _of_logits(logits[0], work.targets[is_target], work.counts, columns, call, config)
 
     return run
 
 
-def _full_logits(model: nn.Module, work: Work) -> TargetLosses:
-    is_target = work.targets != IGNORE_INDEX
-    logits = logits_of(call_with(model, work.inputs, use_cache=False))
-    if logits.shape[:2] != work.targets.shape:
-        raise ValueError(
-            f"the model gives logits of shape {tuple(logits.shape)} for labels of shape "
-            f"{tuple(work.targets.shape)}; they should be (B, T, V) and (B, T). "
-            "Pass loss=callable(model, batch)"
-        )
-    return TargetLosses(_losses(logits[is_target], work.targets[is_target]), work.counts)
+def _full_logits(output_layer: nn.Module | None, config: Any, columns: Sequence[str]) -> Run:
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        is_target = work.targets != IGNORE_INDEX
+        with _last_call(output_layer, wanted="gradient_norm" in columns) as calls:
+            logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        if logits.shape[:2] != work.targets.shape:
+            raise ValueError(
+                f"the model gives logits of shape {tuple(logits.shape)} for labels of shape "
+                f"{tuple(work.targets.shape)}; they should be (B, T, V) and (B, T). "
+                "Pass loss=callable(model, batch)"
+            )
+        call = [(given[is_target], made[is_target]) for given, made in calls]
+        kept, targets = logits[is_target], work.targets[is_target]
+        return _of_logits(kept, targets, work.counts, columns, call, config)
+
+    return run
 
 
 def _method(prepare: Prepare, run: Run) -> Method:
@@ -161,13 +183,63 @@ def joined(parts: list[TargetLosses]) -> TargetLosses:
     )
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(n,) float32 cross-entropies of (n, V) logits, a few rows in float32 at a time."""
-    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    for start in range(0, len(targets), _ROWS_AT_ONCE):
+def _of_logits(
+    logits: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    columns: Sequence[str],
+    call: list[tuple[Tensor, Tensor]],
+    config: Any,
+) -> TargetLosses:
+    """Cross-entropies of (n, V) logits and further columns, a few rows in float32 at a time.
+
+    `call` holds what the output layer was given and made, (n, d) and (n, V), where recorded.
+    """
+    scale, softcap = logit_options(config)
+    hidden = next((given for given, _ in call), None)
+    for _, made in call:
+        _check_logit_options(made, logits, targets, scale, softcap)
+    parts = []
+    for start in range(0, max(1, len(targets)), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        losses[rows] = F.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
-    return losses
+        z, h = logits[rows].float(), None if hidden is None else hidden[rows]
+        further = columns_of_logits(z, targets[rows], columns, h, scale=scale, softcap=softcap)
+        losses = F.cross_entropy(z, targets[rows], reduction="none")
+        parts.append(TargetLosses(losses, counts[:0], further))
+    whole = joined(parts)
+    return TargetLosses(whole.values, counts, whole.further)
+
+
+def _check_logit_options(
+    made: Tensor, logits: Tensor, targets: Tensor, scale: float, softcap: float | None
+) -> None:
+    """Raise unless the logits are what the configuration makes of the output layer's values."""
+    expected = finish_logits(made.gather(1, targets[:, None]).float(), None, scale, softcap)
+    found = logits.gather(1, targets[:, None]).float()
+    if not torch.allclose(found, expected, rtol=2e-2, atol=2e-2):
+        raise ValueError(
+            "the column 'gradient_norm' needs to know how logits follow from the output layer, but "
+            "the model does something to them that its configuration doesn't tell; leave it out "
+            "of columns"
+        )
+
+
+@contextmanager
+def _last_call(layer: nn.Module | None, *, wanted: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record what a layer is given and makes, where wanted and where there is one."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    if layer is None or not wanted:
+        yield calls
+        return
+
+    def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[:] = [(args[0], output)]
+
+    handle = layer.register_forward_hook(record)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -83,6 +83,7 @@ def _score_pack(
     if expected == 0:
         columns = {"loss": torch.empty(0), "count": torch.empty(0, dtype=torch.long)}
         columns |= {"token_loss": torch.empty(0)} if job.token_losses else {}
+        columns |= {name: torch.empty(0) for name in job.columns}
     else:
         columns = method(model, moved(job, batch)).columns(token_losses=job.token_losses)
     if len(columns["loss"]) != expected:

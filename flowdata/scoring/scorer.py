@@ -18,6 +18,7 @@ from flowdata.rng import preserved_rng
 from flowdata.samples import CollateReadable, Readable, first_readable
 from flowdata.scores import Scores, content_identity
 from flowdata.scoring.batches import Collate, choose_collate
+from flowdata.scoring.columns import check_columns
 from flowdata.scoring.job import Job, LossFunction, make_plan
 from flowdata.scoring.placement import home, is_placed, is_sharded
 from flowdata.scoring.plan import Plan
@@ -75,6 +76,11 @@ class LossScorer:
             device for samples without a length.
         reference: ``"base"`` scores a PEFT model with its adapters off.
         token_losses: keep the loss of every target as well.
+        columns: what else to keep of every sample, in the same pass, among ``"entropy"``,
+            ``"correct"`` and ``"gradient_norm"``: means over its targets of the predictive
+            entropy, of whether the target was the likeliest class, and of the norm of the loss's
+            gradient with respect to the last layer's weight. `Scores.weights` takes any of them
+            in place of the loss.
         compile: ``True`` runs the model's layers through `torch.compile`, ``False`` doesn't,
             ``"auto"`` does where the job is long enough for it to pay.
         progress: show a progress bar and say what was chosen.
@@ -105,6 +111,7 @@ class LossScorer:
         batch_size: int | None = None,
         reference: Literal["model", "base"] = "model",
         token_losses: bool = False,
+        columns: Sequence[str] = (),
         compile: Literal["auto"] | bool = "auto",
         progress: bool = True,
     ) -> None:
@@ -138,6 +145,7 @@ class LossScorer:
         self.batch_size = batch_size
         self.reference = reference
         self.token_losses = token_losses
+        self.columns = check_columns(columns, loss)
         self.compile = compile
         self.progress = progress
         self._says = progress
@@ -228,6 +236,7 @@ class LossScorer:
             device=self.device,
             reference=self.reference,
             token_losses=self.token_losses,
+            columns=check_columns(self.columns, loss),
             compile=self.compile,
             max_tokens=self.max_tokens,
             batch_size=self.batch_size,
@@ -250,6 +259,7 @@ class LossScorer:
             "token_losses": job.token_losses,
             "collate_fn": fingerprint_callable(collate_fn),
             "dtype": name_of(job.dtype),
+            **({"columns": list(job.columns)} if job.columns else {}),
         }
 
     def _model_identity(self, *, fresh: bool = False) -> str:
