@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from flowdata.rng import preserved_rng
 from flowdata.samples import Readable, Unreadable
+from flowdata.scoring.placement import whole_parameters
 
 _SAMPLED_ITEMS = 512  # of a data set that only code can read; see fingerprint_dataset
 _ARROW_ROWS = 4096  # rows of a Hugging Face data set that are in memory at a time
@@ -48,10 +49,14 @@ def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
         digest.update(_canonical(_stable_config(config.to_dict())))
     adapters = set(getattr(model, "peft_config", {})) if skip_adapters else set()
     sums: list[Tensor] = []
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+    tensors = dict(sorted([*model.named_parameters(), *model.named_buffers()]))
+    for name, tensor in tensors.items():
         if adapters.isdisjoint(name.split(".")):
             digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
-            sums.append(_checksums(tensor.detach()))
+            path, _, own = name.rpartition(".")
+            owner = model.get_submodule(path)
+            with whole_parameters(owner):  # what accelerate has offloaded is on no device
+                sums.append(_checksums(getattr(owner, own).detach()))
     for part in sums:  # only now is the device waited for
         digest.update(part.cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -172,7 +177,7 @@ def _stable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(tensor: Tensor) -> Tensor:
-    """(ceil(bytes / 64 KiB),) int64: Σ (word · odd multiplier mod 2^32) over each row of words."""
+    """(ceil(bytes / 64 KiB),) int64: of each row, Σ over pairs of (word · odd number mod 2^32)."""
     if hasattr(tensor, "full_tensor"):  # a sharded DTensor: every rank sees the whole
         tensor = tensor.full_tensor()
     octets = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -183,7 +188,8 @@ def _checksums(tensor: Tensor) -> Tensor:
     # One row at a time stays in a core's cache; a GPU wants many.
     rows = whole.view(torch.int32).view(-1, _WORDS).split(1 if not octets.is_cuda else 1024)
     last_row = last.view(torch.int32).view(-1, _WORDS)
-    return torch.cat([(part * multipliers).sum(1) for part in (*rows, last_row)])
+    # Summed as pairs of words: no conversion, and still no changed bit is lost.
+    return torch.cat([(part * multipliers).view(torch.int64).sum(1) for part in (*rows, last_row)])
 
 
 @functools.lru_cache(maxsize=8)

@@ -17,9 +17,8 @@ Columns = dict[str, Tensor]
 
 
 def join(packs: Sequence[Mapping[str, Tensor]]) -> Columns:
-    """Return packs' columns one pack after another; NaN where one lacks a further column."""
-    names = dict.fromkeys(name for pack in packs for name in pack)
-    return {name: torch.cat([_column(pack, name) for pack in packs]) for name in names}
+    """Return packs' columns one pack after another."""
+    return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
 
 
 def split(columns: Mapping[str, Tensor], sizes: Tensor) -> list[Columns]:
@@ -81,7 +80,3 @@ def octets(tensor: Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _column(pack: Mapping[str, Tensor], name: str) -> Tensor:
-    return pack[name] if name in pack else torch.full_like(pack["loss"], torch.nan)

@@ -31,7 +31,8 @@ JSON of the others. manifest.json holds the same, indented.
     format     2; other versions are refused
     flowdata   the version that wrote it
     identity   what must agree for losses to be reused: model, dataset, loss, dtype, …
-    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …
+    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …; and
+               threads, with which each process computes: last bits depend on both
     details    anything a reader may want to know (the data file, …)
     skipped    {"index": reason} of samples that could not be read; in a part, of its own
     layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of

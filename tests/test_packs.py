@@ -31,8 +31,6 @@ def test_packs_are_cut_and_joined():
     assert first["token_loss"].tolist() == [0, 1]
     assert second["token_loss"].tolist() == [2, 3, 4, 5, 6]
     assert equal(join([first, second]), COLUMNS)
-    del first["entropy"]  # as in a pack of unreadable samples alone
-    assert join([first, second])["entropy"].isnan().tolist() == [True, True, False, False, False]
 
 
 def test_places():

@@ -396,6 +396,30 @@ def lengths(samples):
     return [len(sample["input_ids"]) for sample in samples]
 
 
+def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(tmp_path):
+    seen = []
+
+    class Stopping:
+        def __call__(self, model, batch):
+            seen.append(torch.get_num_threads())
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return per_sample(model, batch)
+
+    scorer, before = quiet(TinyResNet(), Stopping(), batch_size=4), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(images(), store=tmp_path)
+        torch.set_num_threads(1)
+        scorer.score(images(), store=tmp_path)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2] * 6
+    assert Scores.load(tmp_path).metadata["plan"]["threads"] == 2
+
+
 def test_a_damaged_part_is_scored_again(tmp_path, caplog):
     samples = token_samples(40)
     whole = quiet(tiny_llama(), max_tokens=90).score(samples)
