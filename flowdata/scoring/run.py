@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ def run_packs(
     total, shown = int(plan.costs.sum()), 0
     unit = "samples" if options["max_tokens"] is None else "tokens"
     with (
+        _threads(options["threads"]),
         scoring_model(job.model, job.dtype, job.device) as model,
         _adapters_off(model) if job.reference == "base" else nullcontext(),
         compiled_layers(model) if options["compile"] else nullcontext(),
@@ -172,6 +173,17 @@ def _cut(options: Mapping[str, Any]) -> str:
     packs, tokens = options["packs"], options["max_tokens"]
     most = f"{options['batch_size']} samples" if tokens is None else f"{tokens:,} tokens"
     return f"{packs:,} pack{'s' * (packs != 1)} of at most {most}"
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute with so many threads: on a CPU the last bits of a loss depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _adapters_off(model: Any) -> AbstractContextManager[None]:

@@ -371,7 +371,9 @@ def _planned(
     """The plan, on all ranks that of rank 0, and the manifest with it."""
     begun = ranks.from_first("begun", begun)
     plan, options = make_plan(job, begun["plan"] if begun else {})
+    options["threads"] = ranks.from_first("threads", torch.get_num_threads())
     if begun:
+        options["threads"] = begun["plan"].get("threads", options["threads"])
         check_identity(begun["plan"], options, "the store")
     manifest: Manifest = ranks.from_first("manifest", begun or {**wanted, "plan": options})
     check_identity(manifest["plan"], options, "rank 0's plan", _ALIKE)
