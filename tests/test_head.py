@@ -1,4 +1,5 @@
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from flowdata.scoring.columns import COLUMNS
-from flowdata.scoring.head import Head, read_head, target_losses, target_values
+from flowdata.scoring.head import Head, kernels, read_head, target_losses, target_values
 from tests import reference
 
 
@@ -70,6 +71,15 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
     assert read_head(nn.utils.parametrizations.weight_norm(nn.Linear(4, 9)), Config()) is None
     layer.register_forward_hook(lambda *_: None)
     assert read_head(layer, Config()) is None
+
+
+def test_a_gpu_tries_triton_first_where_it_is_installed(monkeypatch):
+    on_gpu, on_cpu = Head(SimpleNamespace(is_cuda=True)), Head(torch.ones(2, 2))
+    monkeypatch.setattr("flowdata.scoring.head.find_spec", lambda name: name == "triton")
+    assert [head.kernel for _, head in kernels(on_gpu)] == ["triton", "eager"]
+    assert [head.kernel for _, head in kernels(on_cpu)] == ["eager"]
+    monkeypatch.setattr("flowdata.scoring.head.find_spec", lambda name: None)
+    assert [head.kernel for _, head in kernels(on_gpu)] == ["eager"]
 
 
 def test_a_negative_scale_is_left_to_the_model():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,6 +59,13 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
         scale,
         softcap,
     )
+
+
+def kernels(head: Head) -> list[tuple[str, Head]]:
+    """Return the ways in which a head can be run where its weight is, named, fastest first."""
+    if head.weight.is_cuda and find_spec("triton") is not None:
+        return [("a Triton head", replace(head, kernel="triton")), ("a tiled head", head)]
+    return [("a tiled head", head)]
 
 
 def logit_options(config: Any) -> tuple[float, float | None]:

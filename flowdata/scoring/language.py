@@ -27,7 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.scoring.columns import columns_of_logits
-from flowdata.scoring.head import Head, finish_logits, logit_options, read_head, target_values
+from flowdata.scoring.head import (
+    Head,
+    finish_logits,
+    kernels,
+    logit_options,
+    read_head,
+    target_values,
+)
 from flowdata.scoring.inputs import Prepare, Work, padded, rows_of
 from flowdata.scoring.packed import Packing
 from flowdata.scoring.tasks import (
@@ -69,8 +76,9 @@ def methods(
     if output_layer is not None:
         head = read_head(output_layer, text_config)
         if head is not None:
-            tiled = _tiled(output_layer, head, columns)
-            runs.append(("target positions through a tiled head", tiled))
+            for name, way in kernels(head):
+                run = _tiled(output_layer, way, columns)
+                runs.append((f"target positions through {name}", run))
         gathered = _gathered(output_layer, text_config, columns)
         runs.append(("target positions through the model's head", gathered))
     full_logits = _full_logits(output_layer, text_config, columns)
