@@ -11,6 +11,7 @@ from tests.models import TinyResNet, images, tiny_llama, token_samples
 from tests.test_packed import prompted
 
 CPU = torch.device("cpu")
+CALL = "_compiled_call_impl"
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +39,19 @@ def test_one_graph_serves_all_layers_and_shapes(name):
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
-def test_a_layer_that_can_not_be_compiled_runs_as_it_is(caplog):
-    class Shy(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, *args, **kwargs):
-            if torch.compiler.is_compiling():
-                raise NotImplementedError("not for compilers")
-            return self.layer(*args, **kwargs)
+def test_a_layer_that_can_not_be_compiled_runs_as_it_is(monkeypatch, caplog):
+    def fails(*_, **__):
+        raise NotImplementedError("this layer has no graph")
 
     model, samples = tiny_llama().eval(), token_samples(6)
     expected, _ = scored(model, samples)
-    model.model.layers[1].mlp = Shy(model.model.layers[1].mlp)
+    layer = type(model.model.layers[0])
+    monkeypatch.setattr(layer, "compile", lambda self, **_: setattr(self, CALL, fails))
     found, how = scored(model, samples, compile=True)
-    assert (found - expected).abs().max() < 1e-4
+    assert torch.equal(found, expected)
     assert "samples packed" in how
     assert "layers compiled" not in how
-    assert "not compiling: " in caplog.text
+    assert "not compiling: NotImplementedError: this layer has no graph" in caplog.text
 
 
 def test_a_machine_that_can_not_compile(monkeypatch, caplog):
@@ -99,11 +94,11 @@ def test_compiling_pays_on_long_jobs_alone():
 
 
 def test_a_resumed_run_keeps_the_choice_of_its_store(tmp_path, monkeypatch):
-    model, samples = tiny_llama().eval(), token_samples(12)
+    model, samples = tiny_llama().eval(), token_samples(40)
 
     class Stops(list):
         def __getitem__(self, index):
-            if stopping and index == 5:
+            if stopping and index == 17:  # not one of those looked at first
                 raise KeyboardInterrupt
             return super().__getitem__(index)
 

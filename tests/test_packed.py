@@ -205,6 +205,24 @@ def test_a_prefix_longer_than_the_window(name):
     assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("unreadable", [0, 1, 30])
+def test_a_prefix_in_spite_of_samples_that_can_not_be_read(unreadable):
+    class Holed(list):
+        def __getitem__(self, index):
+            if index == unreadable:
+                raise OSError("hole")
+            return super().__getitem__(index)
+
+    model, samples = wild_llama(), prompted(token_samples(32), torch.arange(20, 60))
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    sizes = {"dataset_id": "holed", "lengths": [len(s["input_ids"]) for s in samples]}
+    losses = scorer.score(Holed(samples), on_error="skip", **sizes).losses
+    assert "a prefix of 40 tokens" in scorer.explain()
+    wrong = (losses - losses_alone(model, samples)).abs() > 1e-4
+    assert not wrong.any()
+    assert losses.isnan().nonzero().flatten().tolist() == [unreadable]
+
+
 def test_common_prefixes():
     samples = prompted(token_samples(4), torch.arange(20, 40))
     assert common_prefix(pad_collate(samples), "causal_lm").tolist() == list(range(20, 40))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from flowdata import LossScorer
 from tests import reference, zoo
@@ -130,15 +131,17 @@ def test_wrapped_models():
     assert "samples packed" in how
 
 
-def test_data_parallel_models(tmp_path):
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+def test_data_parallel_models(wrap, tmp_path):
     model, samples = tiny_llama().eval(), token_samples(8)
     expected, _ = plain_losses(model, samples)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
     )
     try:
-        found, how = scored(nn.parallel.DistributedDataParallel(model), samples, "float32")
+        found, how = scored(wrap(model), samples, "float32")
     finally:
         torch.distributed.destroy_process_group()
     assert (found - expected).abs().max() < 1e-4
     assert "samples packed" in how
+    assert ("the model's head" in how) == (wrap is fully_shard)  # a sharded weight isn't read

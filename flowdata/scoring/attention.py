@@ -138,7 +138,7 @@ def _over_blocks(
             out = _explicit(q, k, v, mask, scaling, softcap, sinks)
         parts.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+    return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None].contiguous()
 
 
 @_over_blocks.register_fake

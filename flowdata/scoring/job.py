@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flowdata.samples import SampleError, Unreadable, first_readable
 from flowdata.scoring.batches import Collate, length_of, sample_lengths
 from flowdata.scoring.compiled import is_compiled, pays, run_eagerly
 from flowdata.scoring.inputs import padded
@@ -30,6 +31,7 @@ logger = logging.getLogger("flowdata")
 
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
+_CHECKED = 2048  # tokens of a sample whose full logits are still held for a check
 _LOOKED_AT = 16  # samples from which a common prefix is told and ways to score are checked
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -72,10 +74,10 @@ class Job:
         """Samples from all over the data set, shortest first."""
         found = []
         for index in range(0, len(self.dataset), -(-len(self.dataset) // _LOOKED_AT)):
-            with contextlib.suppress(Exception):  # the run will meet it and say so
+            with contextlib.suppress(SampleError):  # the run will meet it and say so
                 found.append(self.dataset[index])
-        found = found or [self.dataset[0]]
-        return sorted(found, key=lambda sample: length_of(sample) or 0)
+        readable = [sample for sample in found if not isinstance(sample, Unreadable)]
+        return sorted(readable or [first_readable(self.dataset)], key=_tokens)
 
     @functools.cached_property
     def prefix(self) -> Tensor:
@@ -123,8 +125,8 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
         return callable_method(job.loss), ""
     if job.loss not in LANGUAGE_LOSSES:
         return prediction_method(job.loss, job.columns), ""
-    shorter, longer = (job.few[len(job.few) * part // 4] for part in (1, 3))
-    batch = moved(job, job.collate([longer, shorter]))
+    few = [sample for sample in job.few if _tokens(sample) <= _CHECKED] or job.few[:1]
+    batch = moved(job, job.collate([few[-1], few[len(few) // 4]]))
     prefix = job.prefix[: options["prefix"]]
     max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
@@ -154,6 +156,10 @@ def _described(way: str, prefix: Tensor, why_not_packed: str, job: Job, *, compi
         saved = len(prefix) * (len(job.dataset) - 1)
         parts.append(f"a prefix of {len(prefix):,} tokens run once ({saved:,} tokens saved)")
     return ", ".join(parts)
+
+
+def _tokens(sample: Any) -> int:
+    return length_of(sample) or 0
 
 
 def _kind(device: torch.device) -> str:

@@ -35,7 +35,10 @@ def why_not_packed(model: nn.Module, loss: str) -> str:
     inner = innermost(model)
     if loss != "causal_lm":
         return f"{loss} is not causal"
-    if not type(inner).__module__.startswith("transformers."):
+    own = next(
+        c for c in type(inner).__mro__ if not c.__module__.startswith("torch.")
+    )  # not FSDP's
+    if not own.__module__.startswith("transformers."):
         return f"{type(inner).__name__} is not one of transformers' own models"
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{type(inner).__name__} has an attention of its own"
