@@ -12,7 +12,7 @@ from torch import nn
 
 import flowdata
 from benchmarks import forgetting
-from benchmarks.forgetting import heads, methods, study, tables, vision
+from benchmarks.forgetting import folders, heads, methods, study, tables, vision
 from tests import reference
 
 # --- methods ---------------------------------------------------------------------------------
@@ -510,3 +510,53 @@ def test_the_study_runs_on_a_model_of_ones_own_in_one_script(tmp_path, capsys):
     assert all(kept["FLOW", seed] > kept["standard", seed] + 2 for seed in (0, 1))
     assert (tmp_path / "mine.png").read_bytes()[:4] == b"\x89PNG"
     assert "| FLOW | standard |" in (tmp_path / "mine.md").read_text()
+
+
+# --- the paper's image folders ---------------------------------------------------------------
+
+
+class TinyBody(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x))).mean((2, 3))
+
+
+def shades(folder, classes, images):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(images):
+            pixels = rng.integers(0, 60, (30, 40, 3)) + 60 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}/{number}.png")
+
+
+def test_image_folders_are_learned_by_one_command(tmp_path):
+    for part in ("train", "test"):
+        shades(tmp_path / "new" / part, 3, 20)
+    shades(tmp_path / "old", 2, 5)
+    command = ["--imagenet", str(tmp_path / "old"), "--targets", f"shades={tmp_path / 'new'}"]
+    command += ["--methods", "standard", "FLOW", "FLOW, sampler", "LoRA", "--rates", "0.01"]
+    command += ["--seeds", "1", "--epochs", "2", "--batch", "16", "--pixels", "24"]
+    command += ["--workers", "0", "--results", str(tmp_path)]
+    network = nn.Sequential(TinyBody(), nn.Linear(8, 2))
+    records = folders.main(command, network)
+    assert [record["method"] for record in records] == ["standard", "FLOW", "FLOW, sampler", "LoRA"]
+    assert all(record["target"]["accuracy"] > 80 for record in records)
+    assert (tmp_path / "forgetting_resnet18_shades.jsonl").exists()
+
+
+def test_images_are_cut_from_the_middle_or_at_random(tmp_path):
+    shades(tmp_path, 1, 1)
+    plain, augmented = (folders.Images(tmp_path, 16, augment=flag) for flag in (False, True))
+    assert plain[0][0].shape == (3, 16, 16)
+    assert torch.equal(plain[0][0], plain[0][0])
+    assert len({augmented[0][0].sum().item() for _ in range(8)}) > 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="holds no images: give it one folder for each class"):
+        folders.Images(tmp_path / "empty", 16)

@@ -1,0 +1,136 @@
+"""The paper's vision runs: an ImageNet ResNet learns folders of images, one study for each.
+
+    python -m benchmarks.forgetting.folders --network resnet18 --imagenet IMAGENET/val \
+        --targets cifar10=PATH cifar100=PATH flowers=PATH caltech=PATH dogs=PATH cars=PATH
+
+A folder holds ``train/`` and ``test/`` with one folder for each class, as torchvision's
+`ImageFolder` takes them; ImageNet's validation set has one for each class in the order of their
+names. Fine-tuning sees random crops and flips; losses are scored with the evaluation transform.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from benchmarks.forgetting import RESULTS
+from benchmarks.forgetting.heads import MAIN, HeadTask, Parts, Sizes, grids
+from benchmarks.forgetting.study import Record, run_study
+
+MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """The images of a folder with one folder for each class.
+
+    Args:
+        folder: holds them.
+        size: of the square that is cut from each, in pixels.
+        augment: cut at random and flip, instead of the middle.
+    """
+
+    def __init__(self, folder: Path, size: int, *, augment: bool = False) -> None:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        self.samples = [
+            (file, label) for label, name in enumerate(names)
+            for file in sorted((folder / name).rglob("*.*"))
+        ]  # fmt: skip
+        if not self.samples:
+            raise SystemExit(f"{folder} holds no images: give it one folder for each class")
+        self.classes, self.size, self.augment = len(names), size, augment
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        file, label = self.samples[index]
+        with Image.open(file) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
+        scale = self.size * 256 / 224 / min(pixels.shape[1:])
+        shape = [max(self.size, round(side * scale)) for side in pixels.shape[1:]]
+        pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
+        room = [side - self.size for side in shape]
+        drawn = [int(torch.randint(r + 1, ())) if self.augment else r // 2 for r in room]
+        cut = pixels[:, drawn[0] : drawn[0] + self.size, drawn[1] : drawn[1] + self.size]
+        if self.augment and torch.rand(()) < 0.5:
+            cut = cut.flip(-1)
+        return (cut - MEAN) / STD, label
+
+
+def load_network(name: str, weights: str) -> nn.Sequential:
+    """Return body and head of a torchvision ResNet."""
+    try:
+        import torchvision
+    except ImportError:
+        raise SystemExit("the networks come from torchvision: pip install torchvision") from None
+    network = getattr(torchvision.models, name)(weights=weights)
+    head, network.fc = network.fc, nn.Identity()
+    return nn.Sequential(network, head)
+
+
+def task(
+    network: nn.Sequential, old: Path, folder: Path, sizes: Sizes, *, pixels: int, workers: int
+) -> HeadTask:
+    """Return the task of learning one folder; a tenth of its training images choose the rate."""
+    augmented = Images(folder / "train", pixels, augment=True)
+    plain, test = Images(folder / "train", pixels), Images(folder / "test", pixels)
+
+    def split(seed: int) -> Parts:
+        order = np.random.default_rng(seed).permutation(len(plain)).tolist()
+        held_out = min(sizes.validation, len(order) // 10)
+        chosen, rest = order[held_out:][: sizes.images], order[:held_out]
+        few = Subset(test, range(min(sizes.test, len(test))))
+        return Parts(Subset(augmented, chosen), Subset(plain, chosen), Subset(plain, rest), few)
+
+    return HeadTask(
+        network, Images(old, pixels), "ImageNet", plain.classes, split, sizes, workers=workers
+    )
+
+
+def main(argv: list[str] | None = None, network: nn.Sequential | None = None) -> list[Record]:
+    """Run the study of every folder; `network` stands in for torchvision's."""
+    parser = argparse.ArgumentParser(description="The paper's vision runs")
+    parser.add_argument("--network", default="resnet18", help="resnet18, resnet50, …")
+    parser.add_argument("--weights", default="IMAGENET1K_V1")
+    parser.add_argument("--imagenet", type=Path, required=True, help="its validation images")
+    parser.add_argument("--targets", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--methods", nargs="+", default=list(MAIN))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = (network or load_network(given.network, given.weights)).to(device)
+    everything = 1 << 31
+    sizes = Sizes(everything, given.epochs, given.batch, 5000, everything)
+    records = []
+    for name, path in (target.split("=", 1) for target in given.targets):
+        learned = task(
+            network, given.imagenet, Path(path), sizes, pixels=given.pixels, workers=given.workers
+        )
+        options = {"study": "vision", "target": name, "network": given.network}
+        records += run_study(
+            given.results / f"forgetting_{given.network}_{name}.jsonl",
+            options | {"pixels": given.pixels} | asdict(sizes),
+            learned.run,
+            methods=grids(given.methods, tuple(given.rates)),
+            seeds=given.seeds,
+        )
+    return records
+
+
+if __name__ == "__main__":
+    main()
