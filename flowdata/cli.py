@@ -1,4 +1,4 @@
-"""The command line: flowdata demo | score | report | verify.
+"""The command line: flowdata demo | score | report | verify | bench.
 
 `torchrun --nproc-per-node=4 -m flowdata score …` shares the work among processes.
 
@@ -150,6 +150,15 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Measure scoring on this machine against the usual loop."""
+    from flowdata.bench import run_bench
+
+    measured = run_bench(dtype=options.dtype, device=options.device, samples=options.samples)
+    _tell(options, measured.as_dict(), str(measured))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flowdata", description="Fine-tuning without forgetting, in the data layer."
@@ -199,6 +208,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--top", type=int, default=10, help="easiest and hardest samples shown")
 
     command(verify).add_argument("store", help="folder to check")
+
+    add = command(bench).add_argument
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", help="default: a GPU if there is one")
+    add("--samples", type=int, default=64, help="random samples (default: %(default)s)")
     return parser
 
 

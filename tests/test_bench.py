@@ -1,4 +1,4 @@
-import dataclasses
+import functools
 import json
 
 import pytest
@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowdata import bench
+from flowdata.cli import main
 from tests import reference
 from tests.models import tiny_llama, token_samples
 
@@ -42,12 +43,22 @@ def test_samples_share_a_template_and_have_the_lengths_asked_for():
     assert 150 < lengths.sum(1).mean() < 250
 
 
-def test_a_short_measurement_says_what_it_found():
-    measured = bench.run_bench(dtype="float32", device="cpu", samples=2)
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "random_llama", functools.partial(bench.random_llama, width=192))
+    monkeypatch.setattr(bench, "matmul_rate", functools.partial(bench.matmul_rate, size=256))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_short_measurement_says_what_it_found(capsys):
+    assert main(["bench", "--json", "--dtype", "float32", "--device", "cpu", "--samples", "2"]) == 0
+    measured = bench.Measured(**json.loads(capsys.readouterr().out))
     assert measured.ratio == pytest.approx(measured.flowdata / measured.usual_loop)
     assert measured.largest_difference < 1e-3
     assert measured.share_of_matmul > 0
-    assert json.loads(json.dumps(measured.as_dict())) == dataclasses.asdict(measured)
     assert "float32 on cpu" in str(measured)
+
+
+def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="samples must be a positive number, got 0"):
         bench.run_bench(samples=0)
