@@ -224,12 +224,13 @@ def _process_group() -> Iterator[str | None]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     device = None
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     dist.init_process_group(
         "gloo" if device is None else "cpu:gloo,cuda:nccl",
         store=of_this_attempt(store),

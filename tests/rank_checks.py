@@ -46,8 +46,8 @@ def alone(samples=SAMPLES, **options):
 
 def any_number_of_ranks_gives_the_bits_of_one():
     expected = alone()
-    for size in (1, 2, 3, 4):
-        for workers in (0, 2):
+    for workers, sizes in ((0, (1, 2, 3, 4)), (2, (1, 3))):
+        for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 stored = in_ranks(size, _scored, SAMPLES, workers, f"{folder}/s")
                 assert stored == [expected] * size, (size, workers, "store")

@@ -49,6 +49,7 @@ def test_losses_are_bit_identical_after_a_few_kills():
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [1])
 def test_losses_are_bit_identical_after_fifty_kills_with_changing_rank_counts(seed):
     seen = killed(50, seed)
@@ -204,6 +205,7 @@ def test_corruptions_never_give_a_wrong_number(templates, tmp_path):
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(3600)
 def test_a_thousand_corruptions_never_give_a_wrong_number(templates, tmp_path):
     outcomes = corruptions(range(1000, 2000), templates, tmp_path)
     assert sum(outcomes.values()) == 1000

@@ -1,0 +1,235 @@
+"""Scoring beyond one process: python -m benchmarks scale [--samples N] [--rows N].
+
+1, 2 and 4 processes of one thread each against ideal; what coordination costs for each pack; plan
+and store at many samples; and what keeping losses safely (identities, checksums, files) adds to
+scoring a real language model, where its file is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import flowdata
+from benchmarks import rows
+from benchmarks.scoring import language
+from flowdata.fingerprint import fingerprint_model
+from flowdata.packs import split
+from flowdata.scoring import scorer as scorer_module
+from flowdata.scoring.plan import plan_padded
+from flowdata.scoring.ranks import Ranks
+from flowdata.store import PartWriter, finish, load_scores, make_manifest, read_kept
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    """Measure everything and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=10_000_000, help="of plan and store")
+    parser.add_argument("--rows", type=int, default=96, help="of GSM8K, scored by a model")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", help="a causal language model; random Llama layers without")
+    options = parser.parse_args(argv)
+    measured = [
+        *coordination(options.repeats),
+        *plan_and_store(options.samples),
+        *overhead(options.model, options.rows),
+        *processes(options.repeats),
+    ]
+    print(rows.write("scale", measured, " ".join(["python -m benchmarks scale", *argv])))
+
+
+def told(what: str, values: list[float], unit: str, **more: Any) -> Row:
+    """A row, printed as it comes."""
+    one = rows.row(what, values, unit, **more)
+    extras = "  ".join(f"{name} {value:.4g}" for name, value in more.items())
+    print(f"{what:58}{one['median']:12,.4g} {unit:14}{extras}", flush=True)
+    return one
+
+
+def coordination(repeats: int, packs: int = 2000) -> list[Row]:
+    """Microseconds that a rank spends on claiming one pack, over TCP on this machine."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    measured = []
+    for ahead in (False, True):
+        seconds = []
+        for repeat in range(repeats):
+            store = dist.PrefixStore(f"{ahead} {repeat}", server)
+            ranks = Ranks(store, 0, 2)
+            begun = time.perf_counter()
+            for pack in ranks.claims(range(packs), ahead=ahead):
+                ranks.begins(pack)
+            seconds.append((time.perf_counter() - begun) / packs * 1e6)
+        workers = "with" if ahead else "without"
+        measured.append(told(f"claim of a pack, {workers} DataLoader workers", seconds, "us/pack"))
+    return measured
+
+
+def plan_and_store(most: int) -> list[Row]:
+    """Seconds and bytes of the plan and the store, at 1/100, 1/10 and all of `most` samples."""
+    sizes = sorted({max(most // 100, 1000), max(most // 10, 1000), most})
+    return [one for samples in sizes for one in _plan_and_store(samples)]
+
+
+def _plan_and_store(samples: int) -> list[Row]:
+    generator, measured = torch.Generator().manual_seed(0), list[Row]()
+    lengths = torch.randint(20, 400, (samples,), generator=generator)
+    loss, count = torch.rand(samples, generator=generator), torch.ones(samples).long()
+    step = stopwatch(measured, samples)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan = step("plan", lambda: plan_padded(lengths, max_tokens=16384))
+        digest = step("digest of the plan", lambda: plan.digest)
+        manifest = make_manifest({"samples": samples}, {"digest": digest}, {})
+        packs = split({"loss": loss[plan.order], "count": count[plan.order]}, plan.sizes)
+
+        def write() -> None:
+            with PartWriter(folder, manifest) as writer:
+                for number, columns in enumerate(packs):
+                    writer.add(number, columns, {})
+
+        step("parts written", write)
+        step("parts read", lambda: read_kept(folder, manifest, plan.order, plan.sizes))
+        scores = flowdata.Scores(loss, count, metadata=manifest)
+        step("scores written", lambda: finish(folder, scores, plan.order, plan.sizes))
+        step("scores read", lambda: load_scores(folder))
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [
+        *measured,
+        told(f"store, {samples:,} samples", [size / samples], "bytes/sample"),
+        told(f"peak memory up to {samples:,} samples", [peak], "MiB"),
+    ]
+
+
+def stopwatch(measured: list[Row], samples: int) -> Callable[[str, Callable[[], Any]], Any]:
+    """Runs a step and adds its row."""
+
+    def step(what: str, run: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - begun
+        per_sample = seconds / samples * 1e9
+        measured.append(told(f"{what}, {samples:,} samples", [seconds], "s", ns_each=per_sample))
+        return result
+
+    return step
+
+
+def overhead(model_path: str | None, count: int) -> list[Row]:
+    """Share of scoring a language model that goes into keeping the losses safely."""
+    case = language.Case(width=None if model_path else 576, layers=30)
+    model, samples = language.make(case, count, model_path or "")
+    scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
+    parts: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder, timing(parts):
+        begun = time.perf_counter()
+        scorer.score(samples, store=folder)
+        total = time.perf_counter() - begun
+    measured = [told(f"scoring {len(samples)} samples into a store", [total], "s")]
+    for name, seconds in parts.items():
+        measured.append(told(f"  {name}", [seconds], "s", percent=100 * seconds / total))
+    share = 100 * sum(parts.values()) / total
+    measured.append(told("keeping losses safely, of scoring", [share], "%"))
+    alone = rows.timed(lambda: fingerprint_model(model), repeats=3)
+    measured.append(told("fingerprint of the model, alone", alone, "s"))
+    return measured
+
+
+WATCHED = (
+    (scorer_module, "fingerprint_model", "fingerprint of the model"),
+    (scorer_module, "content_identity", "fingerprint of the data"),
+    (scorer_module, "read_kept", "reading parts"),
+    (scorer_module, "finish", "checksums and final files"),
+    (PartWriter, "add", "writing parts while scoring"),
+    (PartWriter, "__exit__", "writing the last part"),
+)
+
+
+@contextmanager
+def timing(seconds: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of those parts of `LossScorer.score` that only keep losses safe."""
+    originals = [getattr(owner, name) for owner, name, _ in WATCHED]
+    for (owner, name, what), original in zip(WATCHED, originals, strict=True):
+        setattr(owner, name, _timed(original, what, seconds))
+    try:
+        yield
+    finally:
+        for (owner, name, _), original in zip(WATCHED, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _timed(original: Callable[..., Any], what: str, seconds: dict[str, float]) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return original(*args, **options)
+        finally:
+            seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - begun
+
+    return run
+
+
+def processes(repeats: int, samples: int = 240) -> list[Row]:
+    """Samples a second of 1, 2 and 4 processes of one thread; their losses compared first."""
+    seconds: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    losses: list[torch.Tensor] = []
+    for _ in range(repeats):
+        for size, times in seconds.items():
+            with tempfile.TemporaryDirectory() as name:
+                times.append(_run_ranks(size, samples, Path(name)))
+                losses.append(flowdata.Scores.load(Path(name) / "store").losses)
+                if not torch.equal(losses[0], losses[-1]):
+                    raise SystemExit(f"{size} processes give other losses: nothing reported")
+    measured = []
+    one, cores = min(seconds[1]), os.cpu_count() or 1
+    for size, times in seconds.items():
+        ideal = one / min(size, cores)
+        speed = [samples / value for value in times]
+        efficiency = ideal / min(times)
+        measured.append(
+            told(f"{size} processes of one thread", speed, "samples/s", of_ideal=efficiency)
+        )
+    return measured
+
+
+def _run_ranks(size: int, samples: int, folder: Path) -> float:
+    """Seconds of scoring itself, imports and model left out, as rank 0 measured them."""
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
+    command = [sys.executable, *launch, "-m", "benchmarks.scale", str(samples), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return float((folder / "seconds").read_text())
+
+
+def score_as_rank(samples: int, folder: Path) -> None:
+    """What each process of `_run_ranks` does."""
+    dist.init_process_group("gloo")
+    model, data = language.make(language.Case(layers=2), samples, "")
+    scorer = flowdata.LossScorer(
+        model, "causal_lm", dtype="float32", max_tokens=1024, progress=False
+    )
+    scorer.score(data[:8])  # warm
+    dist.barrier()
+    begun = time.perf_counter()
+    scorer.score(data, store=folder / "store", dataset_id="benchmark")
+    if dist.get_rank() == 0:
+        (folder / "seconds").write_text(str(time.perf_counter() - begun))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    score_as_rank(int(sys.argv[1]), Path(sys.argv[2]))
