@@ -5,7 +5,8 @@
     python -m benchmarks forgetting theory               # the closed forms, drawn
     python -m benchmarks forgetting table                # tables, pictures and the README's table
 
-A study that was stopped goes on where it was. `recipes/` holds the paper's full-size runs.
+A study that was stopped goes on where it was. The paper's full-size runs are one command each:
+see `folders` (ImageNet ResNets on folders of images) and `metamath` (Gemma 2, Llama 3.2).
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ _PROBE_STRENGTH = 1e-3
 class Sizes:
     """How much is trained and measured in a run, and in which precision."""
 
-    images: int = 3000
-    epochs: int = 5
+    images: int = 2500
+    epochs: int = 4
     batch: int = 64
     validation: int = 1000
     test: int = 2000

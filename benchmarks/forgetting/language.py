@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 import flowdata
 from benchmarks.forgetting import harness
@@ -127,10 +127,11 @@ class Language:
         limits = {"wikitext": self.sizes.wikitext, "piqa": self.sizes.piqa}
         exact = self._harness(model, {"gsm8k": self.sizes.exact_match})
         means = torch.stack([part.mean() for part in weights])
+        held_out, target, code = nlls(model, [validation, self.test, self.code])
         return {
-            "validation": -nll(model, validation),
-            "target": {"nll": nll(model, self.test), **exact},
-            "retained": {**self._harness(model, limits), "code nll": nll(model, self.code)},
+            "validation": -held_out,
+            "target": {"nll": target, **exact},
+            "retained": {**self._harness(model, limits), "code nll": code},
             "loss_quartiles": scores.losses.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
             "mean_weight": means.mean().item(),
             "effective_share": flowdata.effective_sample_size(means) / len(means),
@@ -184,11 +185,14 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor], rule: Any = None) -> 
         return fused_causal_lm_loss(hidden, head, batch["labels"], batch["weight"], token_rule=rule)
 
 
-def nll(model: nn.Module, samples: TokenSamples) -> float:
-    """Return the mean loss of all target tokens, in nats."""
+def nlls(model: nn.Module, sets: list[TokenSamples]) -> list[float]:
+    """Return the mean loss of all target tokens of each set, in nats; scored in one pass."""
     scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
-    scores = scorer.score(samples, dataset_id=samples.digest())
-    return ((scores.losses.double() * scores.counts).sum() / scores.counts.sum()).item()
+    scores = scorer.score(ConcatDataset(sets), dataset_id=" ".join(part.digest() for part in sets))
+    sizes = [len(part) for part in sets]
+    sums = [part.sum().item() for part in (scores.losses.double() * scores.counts).split(sizes)]
+    counts = [part.sum().item() for part in scores.counts.split(sizes)]
+    return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
 def target_weights(method: Method, scores: flowdata.Scores) -> list[Tensor]:
@@ -206,8 +210,8 @@ def mixed(problems: list[Any], rows: int, seed: int) -> list[dict[str, str]]:
     """Return a third each of problems, code and prose, shuffled."""
     order = np.random.default_rng(seed)
     share = -(-rows // 3)
-    code = _continuations("Continue this Python code:", _cut(code_files(held_out=False), 1000))
-    prose = _continuations("Continue this text:", _cut(pydoc_data.topics.topics.values(), 1000))
+    code = _continuations("Continue this Python code:", _cut(code_files(held_out=False), 600))
+    prose = _continuations("Continue this text:", _cut(pydoc_data.topics.topics.values(), 600))
     parts = [problems[:share]]
     for kind in (code, prose):
         parts.append([kind[index] for index in order.permutation(len(kind))[:share]])

@@ -82,10 +82,10 @@ def train(
         )
         model.train()
         for step, batch in enumerate(batches):
+            optimizer.zero_grad()
             value = loss(batch)
             for hook in hooks:
                 value = value + hook.penalty()
-            optimizer.zero_grad()
             value.backward()
             for hook in hooks:
                 hook.before_step(step, optimizer)
