@@ -36,6 +36,22 @@ def row(what: str, values: list[float], unit: str, **more: Any) -> dict[str, Any
     return {"what": what, "median": median, "spread": spread, "unit": unit, **more}
 
 
+def peak_memory(run: Callable[[], object]) -> float | None:
+    """MiB that a call adds to the process's resident memory at its highest; None off Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to now
+        before = _status("VmRSS")
+        run()
+        return (_status("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def machine() -> dict[str, Any]:
     """Where and with what the rows were measured."""
     names = ("torch", "transformers", "datasets", "torchdata", "numpy")

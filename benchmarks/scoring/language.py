@@ -1,0 +1,180 @@
+"""Language models: real tokens a second of every loop on the same samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import rows
+from benchmarks.scoring import peers
+from flowdata import bench
+from flowdata.bench import Samples
+
+ASSETS = Path(__file__).parents[3] / "shared/assets/language"
+CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
+EXACT = 12  # samples whose losses are compared, and that the float32 loops are timed on
+ALLOWED = {"float32": 1e-4, "bfloat16": 0.1}
+
+Loop = Callable[[Any, Samples], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and data, and which loops run on them.
+
+    Attributes:
+        width, layers, vocabulary: the random Llama's; `width` None means SmolLM2 itself.
+        lengths: ``"gsm8k"`` or ``"lognormal"``.
+        samples: how many, of those that `--samples` asks for.
+        template: a shared template makes up a third of the tokens.
+        loops: names among `LOOPS`.
+    """
+
+    width: int | None = 576
+    layers: int = 12
+    vocabulary: int = 49152
+    lengths: str = "gsm8k"
+    samples: float = 1.0
+    template: bool = False
+    loops: tuple[str, ...] = ("usual loop", "sorted, logits of targets only", "flowdata")
+
+
+LOOPS: dict[str, Loop] = {
+    "usual loop, float32": bench.usual_loop,
+    "flowdata, float32": lambda m, s: peers.scored(m, s, dtype="float32"),
+    "usual loop": bench.usual_loop,
+    "one sample at a time": peers.one_at_a_time,
+    "lm-eval": peers.lm_eval,
+    "TRL": peers.trl,
+    "sorted, logits of targets only": peers.sorted_targets,
+    "flowdata": lambda m, s: peers.scored(m, s, dtype="bfloat16"),
+    "flowdata, compiled": lambda m, s: peers.scored(m, s, dtype="bfloat16", compile=True),
+}
+NEEDED = {"lm-eval": "lm_eval", "TRL": "trl"}
+CASES = {
+    "gsm8k": Case(loops=tuple(LOOPS)),
+    "template": Case(template=True, samples=0.5),
+    "lognormal": Case(lengths="lognormal", samples=0.5),
+    "vocabulary-32k": Case(vocabulary=32000, samples=0.33),
+    "vocabulary-128k": Case(vocabulary=128256, samples=0.33),
+    "wide-32k": Case(width=2048, layers=3, vocabulary=32000, samples=0.33),
+    "wide-128k": Case(width=2048, layers=3, vocabulary=128256, samples=0.33),
+    "smollm2": Case(width=None, samples=0.33),
+}
+
+
+def measure(
+    name: str, samples: int, repeats: int, only: list[str], smollm2: str
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each loop of a case, equality checked first, timed in turn."""
+    case = CASES[name]
+    if case.width is None and not Path(smollm2).exists():
+        print(f"smollm2 is left out: there is no {smollm2}; pass --smollm2 FILE")
+        return
+    model, data = make(case, max(EXACT, round(samples * case.samples)), smollm2)
+    low, few = copy.deepcopy(model).bfloat16(), data[:EXACT]
+    exact = peers.one_at_a_time(model, few)
+    runs: dict[str, Callable[[], Tensor]] = {}
+    for loop in case.loops:
+        if only and loop not in only:
+            continue
+        if loop in NEEDED and find_spec(NEEDED[loop]) is None:
+            print(f"{loop} is left out: {NEEDED[loop]} is not installed")
+            continue
+        used = (model, few) if loop.endswith("float32") else (low, data)
+        runs[loop] = lambda run=LOOPS[loop], used=used: run(*used)
+    errors, memory = {}, {}
+    for loop, run in runs.items():
+        found: list[Tensor] = []
+        memory[loop] = rows.peak_memory(lambda run=run, found=found: found.append(run()))
+        errors[loop] = (found[0][:EXACT] - exact).abs().max().item()
+        if not errors[loop] <= ALLOWED[dtype_of(loop)]:
+            raise SystemExit(f"{loop} gives other losses, by up to {errors[loop]:.2g}")
+    seconds: dict[str, list[float]] = {loop: [] for loop in runs}
+    for _ in range(repeats):  # in turn, so that a slow moment slows them alike
+        for loop, run in runs.items():
+            seconds[loop] += rows.timed(run, repeats=1, warmup=0)
+    rate = bench.matmul_rate(torch.bfloat16, torch.device("cpu"))
+    speeds = {}
+    for loop, times in seconds.items():
+        used = few if loop.endswith("float32") else data
+        tokens = sum(len(sample["input_ids"]) for sample in used)
+        speeds[loop] = row = rows.row(
+            f"{name}: {loop}", [tokens / s for s in times], "tokens/s", dtype=dtype_of(loop)
+        )
+        row["largest_error"], row["memory_mib"] = errors[loop], memory[loop]
+        row["share_of_matmul"] = bench.flops(model, used) / tokens * row["median"] / rate
+    ours = max((row["median"] for loop, row in speeds.items() if "flowdata" in loop), default=None)
+    for row in speeds.values():
+        row["matmul_tflops"], row["best_flowdata_ratio"] = (
+            rate / 1e12,
+            ours and ours / row["median"],
+        )
+        yield row
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:6.0f} MiB"
+    ratio = "" if row["best_flowdata_ratio"] is None else f"{row['best_flowdata_ratio']:6.2f}x"
+    print(
+        f"{row['what']:48}{row['median']:8,.0f} tokens/s {ratio} "
+        f"{row['share_of_matmul']:4.0%} of matmul {memory}  error {row['largest_error']:.0e}",
+        flush=True,
+    )
+
+
+def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
+    """The case's model in float32 and its samples."""
+    if case.width is None:
+        return smollm2_itself(count, smollm2)
+    generator = torch.Generator().manual_seed(0)
+    lengths = gsm8k_lengths(count) if case.lengths == "gsm8k" else None
+    lengths = lengths or bench.lognormal_lengths(count, generator)
+    own = sum(map(sum, lengths)) / count
+    model = bench.random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
+    return model, bench.random_samples(
+        lengths,
+        generator=generator,
+        vocabulary=case.vocabulary,
+        template=round(own / 2) if case.template else 0,
+    )
+
+
+def gsm8k_lengths(count: int) -> list[list[int]]:
+    """Tokens of GSM8K's questions and answers; empty where the data is missing."""
+    file = ASSETS / "gsm8k_train.jsonl"
+    if not file.exists():
+        print(f"{file} is missing: lognormal lengths stand in for it")
+        return []
+    from flowdata.loading import read_rows
+
+    texts = [(row["question"], row["answer"]) for row in read_rows(str(file), limit=count)]
+    return [[int(len(text) / CHARACTERS_PER_TOKEN) for text in pair] for pair in texts]
+
+
+def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
+    """SmolLM2-135M-Instruct and GSM8K's questions and answers through its tokenizer."""
+    from flowdata.loading import load_model, load_tokenizer, read_rows
+    from flowdata.text import Columns, find_columns, tokenize_rows
+
+    questions = read_rows(str(ASSETS / "gsm8k_train.jsonl"), limit=count)
+    columns = find_columns(questions[0], Columns(None, "question", "answer"))
+    samples = tokenize_rows(questions, load_tokenizer(file), columns, template=False)
+    tensors = [
+        {name: torch.as_tensor(sample[name]) for name in ("input_ids", "labels")}
+        for sample in (samples[index] for index in range(len(samples)))
+    ]
+    return load_model(file).eval(), tensors
+
+
+def dtype_of(loop: str) -> str:
+    """The dtype that a loop's name tells."""
+    return "float32" if loop.endswith("float32") else "bfloat16"

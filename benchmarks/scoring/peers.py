@@ -1,0 +1,101 @@
+"""The loops that people write, and those of other libraries: (model, samples) -> (N,) losses."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowdata.bench import Samples
+from flowdata.scoring.batches import pad_collate
+from flowdata.scoring.plan import plan_padded
+from flowdata.scoring.scorer import LossScorer
+
+
+def scored(model: Any, samples: Samples, **options: Any) -> Tensor:
+    """The library: fingerprint of the model, plan and self-check included."""
+    scorer = LossScorer(model, "causal_lm", progress=False, **options)
+    return scorer.score(samples, dataset_id="benchmark").losses
+
+
+def one_at_a_time(model: Any, samples: Samples) -> Tensor:
+    """No padding, full logits in float32."""
+    losses = []
+    with torch.no_grad():
+        for sample in samples:
+            logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0, :-1]
+            losses.append(F.cross_entropy(logits.float(), sample["labels"][1:]))
+    return torch.stack(losses)
+
+
+def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tensor:
+    """A strong loop of one's own: sorted by length, logits of target positions, in float32."""
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    plan = plan_padded(lengths, max_tokens=max_tokens)
+    losses = torch.empty(len(samples))
+    with torch.no_grad():
+        for pack in range(len(plan)):
+            indices = plan.pack(pack)
+            batch = pad_collate([samples[index] for index in indices.tolist()])
+            labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+            kept = labels != -100
+            hidden = model.model(**batch, use_cache=False).last_hidden_state[kept]
+            each = F.cross_entropy(model.lm_head(hidden).float(), labels[kept], reduction="none")
+            counts = kept.sum(1)
+            losses[indices] = torch.stack([part.mean() for part in each.split(counts.tolist())])
+    return losses
+
+
+def lm_eval(model: Any, samples: Samples, batch_size: int = 16) -> Tensor:
+    """lm-eval's `HFLM._loglikelihood_tokens`: sorted, padded, full logits."""
+    from lm_eval.models.huggingface import HFLM
+
+    evaluated = HFLM(pretrained=model, tokenizer=_tokenizer(), batch_size=batch_size)
+    requests = []
+    for sample in samples:
+        ids, labels = sample["input_ids"].tolist(), sample["labels"]
+        prompt = int((labels == -100).sum())
+        requests.append((("", ""), ids[:prompt], ids[prompt:]))
+    found = evaluated._loglikelihood_tokens(requests, disable_tqdm=True)
+    pairs = zip(found, requests, strict=True)
+    return torch.tensor([-total / len(ids) for (total, _), (_, _, ids) in pairs])
+
+
+def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
+    """TRL's `DPOTrainer.compute_ref_log_probs` over padded batches in the data's order."""
+    from accelerate import Accelerator
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = copy.copy(model)  # its forward is replaced
+    add_fused_lm_head(model)
+    trainer = SimpleNamespace(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        ref_model=model,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        ld_alpha=None,
+    )
+    losses = []
+    for start in range(0, len(samples), batch_size):
+        batch = pad_collate(samples[start : start + batch_size])
+        mask = (batch.pop("labels") != -100).long()
+        sums = DPOTrainer.compute_ref_log_probs(trainer, model, {**batch, "completion_mask": mask})
+        losses.append(-torch.cat(sums).float() / mask[:, 1:].sum(1))
+    return torch.cat(losses)
+
+
+def _tokenizer() -> Any:
+    """The least that lm-eval asks for: the samples are tokens already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>"
+    )
