@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, overload
@@ -21,6 +21,7 @@ from flowdata.files import replacing
 StateDict: TypeAlias = Mapping[str, Tensor]
 Shapes: TypeAlias = Mapping[str, list[int]]
 Module = TypeVar("Module", bound=nn.Module)
+Measured = TypeVar("Measured")
 
 _BUCKET = 1 << 26  # bytes of differences held at a time
 
@@ -225,6 +226,39 @@ def wise_ft(pretrained: Any, finetuned: Any, alpha: float, output: str | Path | 
         "pretrained and finetuned must both be modules, state dicts or paths of safetensors "
         f"files; got {type(pretrained).__name__} and {type(finetuned).__name__}"
     )
+
+
+def sweep_wise_ft(
+    pretrained: nn.Module,
+    finetuned: nn.Module,
+    alphas: Iterable[float],
+    measure: Callable[[nn.Module], Measured],
+) -> dict[float, Measured]:
+    """Return what `measure` finds at each α of `wise_ft`, with one model in memory beside the two.
+
+    Args:
+        pretrained: the model before fine-tuning.
+        finetuned: and after; neither is modified.
+        alphas: each from 0 to 1.
+        measure: called with the averaged model, which the next α overwrites.
+
+    Raises:
+        ValueError: see `wise_ft`.
+
+    Example:
+        >>> import torch
+        >>> old, new = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        >>> found = sweep_wise_ft(old, new, (0.0, 1.0), lambda model: model.weight.item())
+        >>> found == {0.0: old.weight.item(), 1.0: new.weight.item()}
+        True
+    """
+    start, end = pretrained.state_dict(), finetuned.state_dict()
+    model = copy.deepcopy(finetuned)
+    found = {}
+    for alpha in alphas:
+        model.load_state_dict(wise_ft(start, end, alpha))
+        found[alpha] = measure(model)
+    return found
 
 
 def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowdata.companions import ParameterAnchor, batch_norm_state, wise_ft
+from flowdata.companions import ParameterAnchor, batch_norm_state, sweep_wise_ft, wise_ft
 from tests import reference
 
 
@@ -272,6 +272,29 @@ def test_files_are_streamed(tmp_path):
         wise_ft(*paths, 0.5, tmp_path / "mean.safetensors")
     assert written == sorted(written)
     assert written[20] > 15 * 256 * 256 * 4  # on disk before the rest is read
+
+
+def test_a_sweep_measures_what_each_average_gives_and_leaves_both_ends_alone():
+    old, new = two_ends()
+    kept = copy.deepcopy((old.state_dict(), new.state_dict()))
+    x = torch.randn(5, 3)
+    models = set()
+
+    def measure(model):
+        models.add(id(model))
+        with torch.no_grad():
+            return model.eval()(x)
+
+    found = sweep_wise_ft(old, new, (0.0, 0.3, 1.0), measure)
+    assert list(found) == [0.0, 0.3, 1.0]
+    assert len(models) == 1
+    for alpha, output in found.items():
+        with torch.no_grad():
+            torch.testing.assert_close(output, wise_ft(old, new, alpha).eval()(x))
+    for model, state in zip((old, new), kept, strict=True):
+        assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        sweep_wise_ft(old, new, (0.5, 1.5), measure)
 
 
 BAD_PAIRS = [
