@@ -11,10 +11,11 @@ from flowdata.scoring import attention, packed, varlen
 from flowdata.scoring.batches import pad_collate
 from flowdata.scoring.inputs import padded
 from flowdata.scoring.packed import Packing, common_prefix, why_not_packed
+from flowdata.scoring.prompts import shared_prompts
 from tests import reference, zoo
 from tests.models import tiny_llama, token_samples
 
-BLOCKS = [(2, 9), (1, 4), (3, 1)]
+BLOCKS = [attention.Block(2, 9), attention.Block(1, 4), attention.Block(3, 1)]
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
 
@@ -25,7 +26,7 @@ class Layer(nn.Module):
 def parts(seed=0, before=0):
     """Queries, keys and values of `BLOCKS`, and keys and values of a prefix."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = sum(count * length for count, length in BLOCKS)
+    tokens = sum(count * length for count, length, _ in BLOCKS)
     flat = [
         torch.randn(1, tokens, heads, WIDTH, generator=generator).transpose(1, 2)
         for heads in (HEADS, GROUPS, GROUPS)
@@ -36,7 +37,7 @@ def parts(seed=0, before=0):
 
 def expected_attention(flat, prefix, **options):
     outs, start = [], 0
-    for length in [length for count, length in BLOCKS for _ in range(count)]:
+    for length in [length for count, length, _ in BLOCKS for _ in range(count)]:
         q, k, v = (each[0, :, start : start + length] for each in flat)
         k, v = (torch.cat([p[0], own], 1) for p, own in zip(prefix, (k, v), strict=True))
         outs.append(reference.attention(q, k, v, 0.3, **options).transpose(0, 1))
@@ -69,33 +70,62 @@ def test_samples_attend_to_themselves_and_the_prefix(before, options, at_once, m
     torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
 
 
+def slow_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, left):
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    outs = []
+    for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1), cu_k.unfold(0, 2, 1), strict=True):
+        heads = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        reach = None if left < 0 else left + 1
+        outs.append(reference.attention(*heads, scale, window=reach).transpose(0, 1))
+    return torch.cat(outs).to(q.dtype)
+
+
+def old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    assert is_causal
+    assert key.shape[1] == query.shape[1]  # it knew no grouped heads
+    return slow_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, WIDTH**-0.5, -1)
+
+
+def new_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
+    assert enable_gqa
+    assert window_size[1] == 0
+    return slow_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("window", [None, 6])
+def test_answers_attend_to_their_prompt_alone(before, window, monkeypatch):
+    flat, prefix = parts(before=before)
+    blocks = [attention.Block(1, 9), attention.Block(2, 5, after=0), attention.Block(1, 6)]
+    starts = [(0, 9, None), (9, 5, 0), (14, 5, 0), (19, 6, None)]
+    wanted = []
+    for start, length, prompt in starts:
+        q, k, v = (each[0, :, start : start + length] for each in flat)
+        shown = [(k, v)] if prompt is None else [tuple(e[0, :, :9] for e in flat[1:]), (k, v)]
+        shown = [tuple(each[0] for each in prefix), *shown]
+        k, v = (torch.cat(each, 1) for each in zip(*shown, strict=True))
+        wanted.append(reference.attention(q, k, v, 0.3, window=window).transpose(0, 1))
+    wanted = torch.cat(wanted)
+    flat = [each[:, :, :25] for each in flat]
+    token = attention._running.set(attention.Pass(blocks, [tuple(prefix)] if before else []))
+    out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, sliding_window=window)
+    attention._running.reset(token)
+    torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_kernel)
+    out = varlen.varlen(blocks, *flat, tuple(prefix) if before else None, 0.3, window)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("release", ["2.10", "2.13"])
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_gpu_kernel_is_given_what_it_documents(release, before, window, monkeypatch):
     """The kernel runs on GPUs alone; here a slow one with its signature takes its place."""
 
-    def run(q, k, v, cu_q, cu_k, max_q, max_k, scale, left):
-        assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
-        outs = []
-        for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1), cu_k.unfold(0, 2, 1), strict=True):
-            heads = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
-            reach = None if left < 0 else left + 1
-            outs.append(reference.attention(*heads, scale, window=reach).transpose(0, 1))
-        return torch.cat(outs).to(q.dtype)
-
-    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        assert is_causal
-        assert key.shape[1] == query.shape[1]  # it knew no grouped heads
-        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, WIDTH**-0.5, -1)
-
-    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert enable_gqa
-        assert window_size[1] == 0
-        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
-
-    kernel = {"2.10": old, "2.13": new}[release]
+    kernel = {"2.10": old_kernel, "2.13": new_kernel}[release]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     flat, prefix = parts(before=before)
     arguments = (BLOCKS, *flat, tuple(prefix) if before else None, 0.3, window)
@@ -256,6 +286,52 @@ def test_a_bit_depends_on_the_pack_alone():
     assert torch.equal(*logits)
 
 
+def answers(samples, count=4):
+    """Several answers to each sample's prompt, in a mixed order."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for sample in samples:
+        prompt = int((sample["labels"] == -100).sum())
+        for length in torch.randint(1, 20, (count,), generator=generator).tolist():
+            answer = torch.randint(2, 199, (length,), generator=generator)
+            none = torch.full((prompt,), -100)
+            ids = torch.cat([sample["input_ids"][:prompt], answer])
+            made.append({"input_ids": ids, "labels": torch.cat([none, answer])})
+    return [made[index] for index in torch.randperm(len(made), generator=generator).tolist()]
+
+
+@pytest.mark.parametrize("template", [0, 12])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma 2", "gpt-2"])
+def test_answers_to_one_prompt_run_it_once(name, template):
+    prompts = prompted(token_samples(8, longest=80), torch.arange(20, 20 + template))
+    model, samples = zoo.decoder(name), answers(prompts)
+    run = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _, args, __: run.append(args[0].numel())
+    )
+    scorer = LossScorer(model, dtype="float32", max_tokens=300, progress=False)
+    losses = scorer.score(samples).losses
+    handle.remove()
+    assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
+    assert "shared prompts run once (about " in scorer.explain()
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    assert sum(run[4:]) < 0.6 * tokens  # the first calls check the method
+
+
+def test_shared_prompts_are_told_by_their_tokens():
+    assert shared_prompts(token_samples(9)) is None
+    assert shared_prompts(["text", "text"]) is None
+    samples = answers(token_samples(5), count=3)
+    groups, lengths = shared_prompts([*samples, {"input_ids": [4, 5], "labels": [-100, -100]}])
+    assert groups.bincount().tolist().count(3) == 5
+    assert lengths[-1] == 0
+    for index, sample in enumerate(samples):
+        assert lengths[index] == (sample["labels"] == -100).sum() - 1
+        prompt = sample["input_ids"][: lengths[index]].tolist()
+        alike = [s["input_ids"][: lengths[index]].tolist() == prompt for s in samples]
+        assert (groups[:-1] == groups[index]).tolist() == alike
+
+
 # --- what is not packed ------------------------------------------------------------------------
 
 
@@ -314,7 +390,9 @@ def test_reasons_not_to_pack():
 def test_samples_that_see_each_other_are_noticed(monkeypatch, caplog):
     whole = packed.Pass
     monkeypatch.setattr(
-        packed, "Pass", lambda blocks, *rest, **more: whole([(1, sum(c * n for c, n in blocks))])
+        packed,
+        "Pass",
+        lambda blocks, *rest, **more: whole([attention.Block(1, sum(c * n for c, n, _ in blocks))]),
     )
     model, samples = wild_llama(), token_samples(8)
     losses, _, how = tokens_run(model, samples)

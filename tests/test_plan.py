@@ -59,3 +59,18 @@ def test_order_is_the_same_whatever_the_longest():
     for longest in (300, 70_000):  # keys of one, two and four bytes
         plan = plan_padded(torch.cat([torch.tensor([longest]), lengths]), max_tokens=512)
         assert torch.equal(plan.order[1:] - 1, plain.order)
+
+
+def test_groups_stay_together_as_long_as_their_longest():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 99, (300,), generator=generator)
+    groups = torch.randint(0, 60, (300,), generator=generator)
+    plan = plan_padded(lengths, max_tokens=500, groups=groups)
+    assert plan.order.sort().values.tolist() == list(range(300))
+    ordered = groups[plan.order]
+    assert len(ordered.unique_consecutive()) == len(groups.unique())
+    longest = [int(lengths[groups == group].max()) for group in ordered.unique_consecutive()]
+    assert longest == sorted(longest, reverse=True)
+    for index, cost in enumerate(plan.costs.tolist()):
+        pack = plan.pack(index)
+        assert int(lengths[pack].max()) * len(pack) <= cost <= max(500, int(lengths.max()))

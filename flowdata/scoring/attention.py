@@ -7,11 +7,11 @@ block is a plain batch to the attention kernel, a view of the flat tensors witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,21 @@ from flowdata.scoring.varlen import has_varlen, varlen
 NAME = "flowdata_blocks"
 _SCORES_AT_ONCE = 2**24  # of explicit attention, in float32
 
+
+class Block(NamedTuple):
+    """Samples that lie side by side, each padded to one length.
+
+    Attributes:
+        samples: how many.
+        length: tokens of each.
+        after: an earlier block, of one sample, that these samples see before themselves.
+    """
+
+    samples: int
+    length: int
+    after: int | None = None
+
+
 KeysAndValues = list[tuple[Tensor, Tensor]]  # (1, H, T, d) each, layer by layer
 
 
@@ -30,27 +45,27 @@ class Pass:
     """One forward pass over blocks of samples, and what its layers leave behind.
 
     Attributes:
-        blocks: (samples, length) of each block, in the order in which they lie.
+        blocks: in the order in which they lie.
         prefix: keys and values that every sample sees before its own; empty without a prefix.
         seen: this pass's own keys and values.
         layers: attention layers run so far.
     """
 
-    blocks: list[tuple[int, int]]
+    blocks: list[Block]
     prefix: KeysAndValues = field(default_factory=list)
     seen: KeysAndValues | None = None
     layers: int = 0
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     def mask(self, length: int, before: int, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to a block's scores, (length, before + length): 0 or −inf."""
-        if (length, window) not in self._masks:
+        if (length, before, window) not in self._masks:
             distance = torch.arange(before, before + length, device=like.device)[:, None]
             distance = distance - torch.arange(before + length, device=like.device)
             hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
             added = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[length, window] = added.masked_fill_(hidden, -torch.inf)
-        return self._masks[length, window]
+            self._masks[length, before, window] = added.masked_fill_(hidden, -torch.inf)
+        return self._masks[length, before, window]
 
 
 _running: ContextVar[Pass] = ContextVar("_running")
@@ -119,12 +134,14 @@ def _over_blocks(
     run.layers += 1
     if softcap is None and sinks is None and has_varlen(query):
         return varlen(run.blocks, query, key, value, before, scaling, sliding_window)[None]
-    parts, start = [], 0
-    for count, length in run.blocks:
+    parts, own, start = [], [], 0
+    for count, length, after in run.blocks:
         stop = start + count * length
         q, k, v = (_block(flat, start, stop, count) for flat in (query, key, value))
-        if before is not None:
-            k, v = (_with_prefix(*pair) for pair in zip(before, (k, v), strict=True))
+        own.append((k, v))
+        earlier = ([] if before is None else [before]) + ([] if after is None else [own[after]])
+        if earlier:
+            k, v = (_behind([pair[i] for pair in earlier], own[-1][i]) for i in (0, 1))
         extra = k.shape[2] - length
         windowed = sliding_window is not None and k.shape[2] > sliding_window
         window = sliding_window if windowed else None
@@ -152,8 +169,9 @@ def _block(flat: Tensor, start: int, stop: int, count: int) -> Tensor:
     return flat[0, :, start:stop].view(heads, count, -1, width).transpose(0, 1)
 
 
-def _with_prefix(prefix: Tensor, own: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(len(own), -1, -1, -1), own], 2)
+def _behind(earlier: Sequence[Tensor], own: Tensor) -> Tensor:
+    """A block's keys, or values, behind those that all its samples see before."""
+    return torch.cat([*(each.expand(len(own), -1, -1, -1) for each in earlier), own], 2)
 
 
 def _explicit(

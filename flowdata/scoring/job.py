@@ -25,6 +25,7 @@ from flowdata.scoring.packed import (
 )
 from flowdata.scoring.plan import Plan, plan_fixed, plan_padded
 from flowdata.scoring.precision import map_tensors, name_of
+from flowdata.scoring.prompts import shared_prompts
 from flowdata.scoring.tasks import LANGUAGE_LOSSES, Method, callable_method, prediction_method
 
 logger = logging.getLogger("flowdata")
@@ -94,19 +95,34 @@ def make_plan(job: Job, kept: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
     batch_size = kept.get("batch_size", job.batch_size)
     max_tokens = kept.get("max_tokens", job.max_tokens)
     prefix = kept.get("prefix", len(job.prefix))
+    groups, saved = (None, torch.zeros(1)) if lengths is None else _groups(job, prefix)
     if lengths is None:
         max_tokens, batch_size = None, batch_size or _BATCH_SIZE[kind]
         plan = plan_fixed(len(job.dataset), batch_size=batch_size)
     else:
         max_tokens = max_tokens or _MAX_TOKENS[kind]
-        plan = plan_padded(lengths - prefix, max_tokens=max_tokens, batch_size=batch_size)
+        plan = plan_padded(
+            lengths - prefix - saved, max_tokens=max_tokens, batch_size=batch_size, groups=groups
+        )
     options = {
         "max_tokens": max_tokens,
         "batch_size": batch_size,
         "prefix": prefix,
+        "shared_prompts": int(saved.sum()),
         "compile": kept.get("compile", _compiles(job, lengths)),
     }
     return plan, {**options, "packs": len(plan), "digest": plan.digest}
+
+
+def _groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
+    """Which samples share a prompt, and how many tokens that saves each on average."""
+    is_packed = job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
+    found = shared_prompts(job.dataset) if is_packed else None
+    if found is None:
+        return None, torch.zeros(1, dtype=torch.long)
+    groups, prompts = found
+    counts = groups.bincount()[groups]
+    return groups, (prompts - prefix).clamp_min(0) * (counts - 1) // counts
 
 
 def _compiles(job: Job, lengths: Tensor | None) -> bool:
@@ -132,7 +148,12 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
     packing = None if why_not else Packing(padded(job.loss, max_tokens), prefix, max_tokens)
     *ways, (plainest, plain) = methods(
-        model, job.loss, packing=packing, max_tokens=max_tokens, columns=job.columns
+        model,
+        job.loss,
+        packing=packing,
+        max_tokens=max_tokens,
+        columns=job.columns,
+        compiled=is_compiled(model),
     )
     compiled = is_compiled(model)
     if compiled and (reason := agrees(ways[0][1], plain, model, batch, job.dtype)):
@@ -142,19 +163,23 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     for name, method in ways:
         reason = agrees(method, plain, model, batch, job.dtype)
         if not reason:
-            return method, _described(name, prefix, why_not, job, compiled=compiled)
+            return method, _described(name, options, why_not, job, compiled=compiled)
         logger.warning("not scoring by %s: %s", name, reason)
     return plain, plainest
 
 
-def _described(way: str, prefix: Tensor, why_not_packed: str, job: Job, *, compiled: bool) -> str:
+def _described(
+    way: str, options: Mapping[str, Any], why_not_packed: str, job: Job, *, compiled: bool
+) -> str:
     """What is said of the way that was chosen."""
     parts = [way, "layers compiled"] if compiled else [way]
+    prefix, shared = options["prefix"], options["shared_prompts"]
     if why_not_packed:
         parts.append(f"samples padded ({why_not_packed})")
-    elif len(prefix) and "packed" in way:
-        saved = len(prefix) * (len(job.dataset) - 1)
-        parts.append(f"a prefix of {len(prefix):,} tokens run once ({saved:,} tokens saved)")
+    elif "packed" in way:
+        saved = prefix * (len(job.dataset) - 1)
+        parts += [f"a prefix of {prefix:,} tokens run once ({saved:,} tokens saved)"] * bool(prefix)
+        parts += [f"shared prompts run once (about {shared:,} tokens saved)"] * bool(shared)
     return ", ".join(parts)
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowdata.scoring.attention import KeysAndValues, Pass, attending
+from flowdata.scoring.attention import Block, KeysAndValues, Pass, attending
 from flowdata.scoring.inputs import Prepare, Work, inputs_and_targets
 from flowdata.scoring.tasks import IGNORE_INDEX, call_with, innermost
 
@@ -108,10 +109,11 @@ class Packing:
         skipped = self._shared(ids, is_target)
         positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         ends = (is_target * positions).amax(1).clamp_min_(skipped + 1).tolist()
-        blocks = _blocks([end - skipped for end in ends], _LIKE if ids.device.type == "cpu" else 0)
-        if sum(count * length for count, length in blocks) > self.most_tokens:
+        pieces = _pieces(ends, skipped, _prompts(ids, is_target, skipped), ids.device)
+        blocks = [piece.block for piece in pieces]
+        if sum(block.samples * block.length for block in blocks) > self.most_tokens:
             return None
-        flat = functools.partial(_flat, blocks=blocks, skipped=skipped)
+        flat = functools.partial(_flat, pieces=pieces)
         packed = {
             "input_ids": flat(ids),
             "position_ids": flat((positions - 1).expand_as(ids)),
@@ -138,7 +140,7 @@ class Packing:
                 "input_ids": self.prefix[None].to(device),
                 "position_ids": torch.arange(length, device=device)[None],
             }
-            alone = Pass([(1, length)], seen=[])
+            alone = Pass([Block(1, length)], seen=[])
             with _all_layers_attending(model, alone):
                 call_with(model, inputs, use_cache=False, logits_to_keep=1)
             self._of_prefix = alone.seen or []
@@ -156,6 +158,61 @@ def _all_layers_attending(model: nn.Module, run: Pass) -> Iterator[None]:
         raise RuntimeError(f"{run.layers} layers of {wanted} have attention that can be replaced")
 
 
+class _Piece(NamedTuple):
+    """What of a padded batch becomes a block."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    after: int | None = None
+
+    @property
+    def block(self) -> Block:
+        rows, columns = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+        return Block(rows, columns, self.after)
+
+
+def _prompts(ids: Tensor, is_target: Tensor, skipped: int) -> list[tuple[int, int]]:
+    """Cut a batch into (samples, end of their prompt) where neighbours share one, else (1, 0)."""
+    firsts = is_target.long().argmax(1)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    same = ((ids[1:] == ids[:-1]) | (columns >= firsts[1:, None])).all(1)
+    same &= (firsts[1:] == firsts[:-1]) & (firsts[1:] - skipped >= _LEAST_PREFIX)
+    groups: list[tuple[int, int]] = []
+    for first, joins in zip(firsts.tolist(), [False, *same.tolist()], strict=True):
+        if joins:
+            groups[-1] = (groups[-1][0] + 1, first)
+        else:
+            groups.append((1, 0))
+    return groups
+
+
+def _pieces(
+    ends: Sequence[int], skipped: int, prompts: Sequence[tuple[int, int]], device: torch.device
+) -> list[_Piece]:
+    """Lay out a batch: runs of samples of like length, each shared prompt before its answers."""
+    like = _LIKE if device.type == "cpu" else 0
+    pieces: list[_Piece] = []
+    row = 0
+    for end_of_prompt, run in itertools.groupby(_with_rows(prompts), key=lambda each: each[1:]):
+        count = sum(samples for samples, *_ in run)
+        start, after = skipped, None
+        if end_of_prompt[0]:
+            after, start = len(pieces), end_of_prompt[0]
+            pieces.append(_Piece((row, row + 1), (skipped, start)))
+        for samples, length in _blocks([end - start for end in ends[row : row + count]], like):
+            pieces.append(_Piece((row, row + samples), (start, start + length), after))
+            row += samples
+    return pieces
+
+
+def _with_rows(prompts: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(samples, end, row): samples without a shared prompt are all of row −1, to be one run."""
+    row = 0
+    for count, end in prompts:
+        yield count, end, row if end else -1
+        row += count
+
+
 def _blocks(lengths: Sequence[int], like: float) -> list[tuple[int, int]]:
     """Cut samples into runs of like length: (samples, longest) of each."""
     blocks: list[tuple[int, int]] = []
@@ -169,10 +226,7 @@ def _blocks(lengths: Sequence[int], like: float) -> list[tuple[int, int]]:
     return [*blocks, (count, longest)]
 
 
-def _flat(values: Tensor, blocks: Sequence[tuple[int, int]], skipped: int) -> Tensor:
-    """(B, T) values to the (1, tokens) of the blocks."""
-    parts, row = [], 0
-    for count, length in blocks:
-        parts.append(values[row : row + count, skipped : skipped + length].reshape(-1))
-        row += count
+def _flat(values: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+    """(B, T) values to the (1, tokens) of the pieces."""
+    parts = [values[slice(*piece.rows), slice(*piece.columns)].reshape(-1) for piece in pieces]
     return torch.cat(parts)[None]

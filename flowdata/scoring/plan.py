@@ -48,7 +48,13 @@ class Plan:
         return hashlib.sha256(content).hexdigest()
 
 
-def plan_padded(lengths: Tensor, *, max_tokens: int, batch_size: int | None = None) -> Plan:
+def plan_padded(
+    lengths: Tensor,
+    *,
+    max_tokens: int,
+    batch_size: int | None = None,
+    groups: Tensor | None = None,
+) -> Plan:
     """Return a plan whose padded packs, longest samples first, hold at most `max_tokens`.
 
     Samples of like length share a pack, so little is padding; the longest come first, so that a
@@ -58,6 +64,7 @@ def plan_padded(lengths: Tensor, *, max_tokens: int, batch_size: int | None = No
         lengths: (N,) int64, tokens in each sample.
         max_tokens: the budget of one pack, counted with padding.
         batch_size: most samples in a pack; no limit if None.
+        groups: (N,) int64 in [0, N); samples of a group stay together, as long as its longest.
 
     Example:
         >>> plan = plan_padded(torch.tensor([2, 9, 3, 4]), max_tokens=9)
@@ -65,8 +72,15 @@ def plan_padded(lengths: Tensor, *, max_tokens: int, batch_size: int | None = No
         [[1], [3, 2], [0]]
     """
     sizes = np.maximum(lengths.numpy(), 1)
+    if groups is not None:
+        longest = np.zeros(len(sizes), dtype=sizes.dtype)
+        np.maximum.at(longest, groups.numpy(), sizes)
+        sizes = longest[groups.numpy()]
     shortness = (sizes.max() - sizes).astype(np.min_scalar_type(sizes.max()))  # sorts faster
-    order = np.argsort(shortness, kind="stable")
+    if groups is None:
+        order = np.argsort(shortness, kind="stable")
+    else:
+        order = np.lexsort((groups.numpy(), shortness))
     longest_first = sizes[order]
     most = len(order) if batch_size is None else batch_size
     offsets = [0]

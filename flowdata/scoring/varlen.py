@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def has_varlen(query: Tensor) -> bool:
 
 
 def varlen(
-    blocks: list[tuple[int, int]],
+    blocks: Sequence[tuple[int, int, int | None]],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,7 +38,7 @@ def varlen(
     seen by all its queries. Its signature has changed between releases; the installed one's counts.
 
     Args:
-        blocks: (samples, length) of each block, in the order in which they lie.
+        blocks: samples, length and earlier block (see attention.py) of each block.
         query: (1, H, T, d).
         key: (1, H_kv, T, d).
         value: (1, H_kv, T, d).
@@ -47,21 +48,28 @@ def varlen(
     """
     from torch.nn.attention import varlen as kernels
 
-    lengths = tuple(length for count, length in blocks for _ in range(count))
     q, k, v = (flat[0].transpose(0, 1) for flat in (query, key, value))
-    extra = 0
-    if before is not None:
-        extra = before[0].shape[2]
-        k, v = (
-            torch.cat([x for part in own.split(lengths) for x in (prefix[0].transpose(0, 1), part)])
-            for prefix, own in zip(before, (k, v), strict=True)
-        )
+    first = [] if before is None else [[each[0].transpose(0, 1) for each in before]]
+    lengths, seen, own, start = [], [], [], 0
+    for count, length, after in blocks:
+        own.append(start)
+        earlier = list(first)
+        if after is not None:
+            rows = slice(own[after], own[after] + blocks[after][1])
+            earlier.append([k[rows], v[rows]])
+        for _ in range(count):
+            lengths.append(length)
+            seen.append([*earlier, [k[start : start + length], v[start : start + length]]])
+            start += length
+    behind = [sum(len(keys) for keys, _ in parts) for parts in seen]
+    if behind != lengths:
+        k, v = (torch.cat([part[i] for parts in seen for part in parts]) for i in (0, 1))
     kernel: Any = kernels.varlen_attn
     takes = inspect.signature(kernel).parameters
     options: dict[str, Any] = {}
     if "window_size" in takes:
         options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None or max(lengths) + extra <= window:
+    elif window is None or max(behind) <= window:
         options["is_causal"] = True
     else:
         raise ValueError("this PyTorch's varlen_attn has no sliding window")
@@ -74,15 +82,13 @@ def varlen(
         options["enable_gqa"] = True
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    of_queries = _offsets(lengths, 0, query.device)
-    of_keys = _offsets(lengths, extra, query.device)
-    longest = max(lengths)
-    out: Tensor = kernel(q, k, v, of_queries, of_keys, longest, longest + extra, **options)
+    of_queries, of_keys = (_offsets(tuple(each), query.device) for each in (lengths, behind))
+    out: Tensor = kernel(q, k, v, of_queries, of_keys, max(lengths), max(behind), **options)
     return out
 
 
 @functools.lru_cache(maxsize=4)  # the same for every layer of a pass
-def _offsets(lengths: tuple[int, ...], extra: int, device: torch.device) -> Tensor:
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(samples + 1,) int32: where each sample begins."""
-    cuts = F.pad((torch.tensor(lengths) + extra).cumsum(0), (1, 0)).int()
+    cuts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     return cuts.to(device, non_blocking=True)
