@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     """Measure everything and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=10_000_000, help="of plan and store")
-    parser.add_argument("--rows", type=int, default=96, help="of GSM8K, scored by a model")
+    parser.add_argument("--rows", type=int, default=300, help="of GSM8K, scored by a model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", help="a causal language model; random Llama layers without")
     options = parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """Kills, corruptions and fuzz: briefly in every run, at length under `pytest -m chaos`."""
 
+import copy
 import json
 import random
 import shutil
@@ -261,7 +262,7 @@ def mutated_manifest(manifest, draw):
     manifest = json.loads(json.dumps(manifest))
     for _ in range(draw.choice([1, 2])):
         field = draw.choice([*manifest, "layout", "new"])
-        value = draw.choice(HOSTILE)
+        value = copy.deepcopy(draw.choice(HOSTILE))
         if isinstance(manifest.get(field), dict) and draw.random() < 0.6:
             manifest[field][draw.choice([*manifest[field], "new"])] = value
         else:
