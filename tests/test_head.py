@@ -76,10 +76,11 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
 def test_a_gpu_tries_triton_first_where_it_is_installed(monkeypatch):
     on_gpu, on_cpu = Head(SimpleNamespace(is_cuda=True)), Head(torch.ones(2, 2))
     monkeypatch.setattr("flowdata.scoring.head.find_spec", lambda name: name == "triton")
-    assert [head.kernel for _, head in kernels(on_gpu)] == ["triton", "eager"]
-    assert [head.kernel for _, head in kernels(on_cpu)] == ["eager"]
+    assert [head.kernel for _, head in kernels(on_gpu, compiled=False)] == ["triton", "eager"]
+    assert [head.kernel for _, head in kernels(on_cpu, compiled=False)] == ["eager"]
+    assert [head.kernel for _, head in kernels(on_cpu, compiled=True)] == ["compiled", "eager"]
     monkeypatch.setattr("flowdata.scoring.head.find_spec", lambda name: None)
-    assert [head.kernel for _, head in kernels(on_gpu)] == ["eager"]
+    assert [head.kernel for _, head in kernels(on_gpu, compiled=False)] == ["eager"]
 
 
 def test_a_negative_scale_is_left_to_the_model():

@@ -61,11 +61,14 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
     )
 
 
-def kernels(head: Head) -> list[tuple[str, Head]]:
+def kernels(head: Head, *, compiled: bool) -> list[tuple[str, Head]]:
     """Return the ways in which a head can be run where its weight is, named, fastest first."""
+    ways = [("a tiled head", head)]
     if head.weight.is_cuda and find_spec("triton") is not None:
-        return [("a Triton head", replace(head, kernel="triton")), ("a tiled head", head)]
-    return [("a tiled head", head)]
+        ways.insert(0, ("a Triton head", replace(head, kernel="triton")))
+    elif compiled:
+        ways.insert(0, ("a compiled tiled head", replace(head, kernel="compiled")))
+    return ways
 
 
 def logit_options(config: Any) -> tuple[float, float | None]:

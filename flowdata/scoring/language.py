@@ -59,6 +59,7 @@ def methods(
     packing: Packing | None = None,
     max_tokens: int | None = None,
     columns: Sequence[str] = (),
+    compiled: bool = False,
 ) -> list[tuple[str, Method]]:
     """Return the ways to score a batch, named, fastest first, the plainest last.
 
@@ -68,6 +69,7 @@ def methods(
         packing: packs batches, where they can be packed.
         max_tokens: beyond this a padded batch is run in slices.
         columns: names of further columns, see columns.py.
+        compiled: the head may be compiled as well.
     """
     output_layer = _output_layer(model)
     config: Any = getattr(innermost(model), "config", None)
@@ -76,7 +78,7 @@ def methods(
     if output_layer is not None:
         head = read_head(output_layer, text_config)
         if head is not None:
-            for name, way in kernels(head):
+            for name, way in kernels(head, compiled=compiled):
                 run = _tiled(output_layer, way, columns)
                 runs.append((f"target positions through {name}", run))
         gathered = _gathered(output_layer, text_config, columns)
