@@ -117,7 +117,8 @@ def make_plan(job: Job, kept: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
 def _groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
     """Which samples share a prompt, and how many tokens that saves each on average."""
     is_packed = job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
-    found = shared_prompts(job.dataset) if is_packed else None
+    read = job.lengths is None  # else the samples' lengths were given so as not to read them all
+    found = shared_prompts(job.dataset) if is_packed and read else None
     if found is None:
         return None, torch.zeros(1, dtype=torch.long)
     groups, prompts = found
