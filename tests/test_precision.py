@@ -9,8 +9,8 @@ CPU = torch.device("cpu")
 
 
 def test_the_callers_own_model_is_lent_when_nothing_needs_converting():
-    model = TinyResNet().train()
-    model.block.eval()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout())).train()
+    model[1].eval()
     before = [module.training for module in model.modules()]
     with scoring_model(model, torch.float32, CPU) as lent:
         assert lent is model
@@ -47,6 +47,23 @@ def test_batch_norm_stays_in_float32_and_the_copy_looks_like_the_original():
         found = lent(images)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, model.eval()(images), atol=2e-2, rtol=2e-2)
+
+
+def test_a_convolutional_network_runs_with_channels_last_and_shares_the_rest():
+    model = TinyResNet().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(4, 3, 8, 8)
+    with scoring_model(model, torch.float32, CPU) as lent:
+        weight = lent.block[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert lent.block(lent.stem(images)).is_contiguous(memory_format=torch.channels_last)
+        assert lent.head.weight.data_ptr() == model.head.weight.data_ptr()
+        assert lent.stem[1].running_mean.data_ptr() != model.stem[1].running_mean.data_ptr()
+        found = lent(images)
+    assert model.training
+    assert model.block[0].weight.is_contiguous()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(found, model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 def test_dtypes_have_names():

@@ -55,14 +55,16 @@ def scoring_model(
 
     Where nothing needs converting the caller's own model is lent and its training flags are put
     back. Else it is a copy whose parameters are converted one by one: the caller's are never
-    touched, and the copy takes only the converted size. To the caller's code the copy looks
+    touched, and the copy takes only the size of what had to be converted, convolutions' memory
+    format included. To the caller's code the copy looks
     like the original: floating inputs are converted on the way in, outputs to float32 on the
     way out.
     """
     with torch.no_grad():
         targets = [] if is_placed(model) else _target_dtypes(model, dtype)
-        if any(t.device != device or t.dtype != wanted for t, wanted in targets):
-            yield _converted(model, targets, dtype, device)
+        kernels = _convolution_kernels(model) if targets else set()
+        if kernels or any(t.device != device or t.dtype != wanted for t, wanted in targets):
+            yield _converted(model, targets, kernels, dtype, device)
             return
         training = [(module, module.training) for module in model.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -94,15 +96,28 @@ def _target_dtypes(model: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, t
     return targets
 
 
+def _convolution_kernels(model: nn.Module) -> set[int]:
+    """The weights of a convolutional network, by id: they run fastest with channels last.
+
+    A lone convolution is a transformer's patch embedding, and better left as it is.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Conv2d]
+    return {id(layer.weight) for layer in layers} if len(layers) > 1 else set()
+
+
 def _converted(
     model: nn.Module,
     targets: list[tuple[Tensor, torch.dtype]],
+    kernels: set[int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
     memo: dict[int, Any] = {}  # what deepcopy takes instead of copying a tensor itself
     for tensor, wanted in targets:
-        value = tensor.detach().to(device, wanted, copy=True)
+        written = not isinstance(tensor, nn.Parameter)  # by layers in training mode
+        value = tensor.detach().to(device, wanted, copy=written)
+        if id(tensor) in kernels:
+            value = value.contiguous(memory_format=torch.channels_last)
         memo[id(tensor)] = (
             nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
         )
