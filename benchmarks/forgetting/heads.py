@@ -15,17 +15,16 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import flowdata
 from benchmarks.forgetting.classify import accuracy, fine_tune, sample_weights
-from benchmarks.forgetting.methods import ABLATIONS, METHODS, VISION_ONLY
+from benchmarks.forgetting.methods import ABLATIONS, METHODS
 from benchmarks.forgetting.study import Record
 from flowdata.companions import batch_norm_state
 from flowdata.probe import compute_features, fit_head
 
-MAIN, EXTRA = METHODS, {**ABLATIONS, **VISION_ONLY}
+MAIN, EXTRA = METHODS, ABLATIONS
 ALL = {**MAIN, **EXTRA}
 _PROBE_STRENGTH = 1e-3
 
@@ -89,12 +88,12 @@ class HeadTask:
     def _start(self, seed: int) -> Start:
         parts, (body, old_head) = self.split(seed), self.old
         head = nn.Linear(old_head.in_features, self.classes, device=old_head.weight.device)
-        features, targets = self._probe(body, head, parts.scored)
+        self._probe(body, head, parts.scored)
         model = nn.Sequential(body, head)
-        scorer = flowdata.LossScorer(model, "cross_entropy", progress=False)
-        losses = scorer.score(parts.scored, num_workers=self.workers).losses
-        norms = gradient_norms(head, features, targets)
-        return Start(model, parts, flowdata.Scores(losses, columns={"gradient_norm": norms}))
+        scorer = flowdata.LossScorer(
+            model, "cross_entropy", columns=("gradient_norm",), progress=False
+        )
+        return Start(model, parts, scorer.score(parts.scored, num_workers=self.workers))
 
     def run(self, name: str, rate: float, seed: int) -> Record:
         """Fine-tune by a method and measure accuracy, in %, on both tasks."""
@@ -128,21 +127,11 @@ class HeadTask:
             "effective_share": flowdata.effective_sample_size(weights) / len(weights),
         }
 
-    def _probe(self, body: nn.Module, head: nn.Linear, data: Any) -> tuple[Tensor, Tensor]:
-        """Fit the head on the body's features; return these and the classes."""
-        found = compute_features(
+    def _probe(self, body: nn.Module, head: nn.Linear, data: Any) -> None:
+        features, targets = compute_features(
             body, data, dtype=self.sizes.dtype, num_workers=self.workers, progress=False
         )
-        fit_head(head, *found, strength=_PROBE_STRENGTH)
-        return found
-
-
-@torch.no_grad()
-def gradient_norms(head: nn.Linear, features: Tensor, targets: Tensor) -> Tensor:
-    """Return (N,) norms of each sample's gradient of the cross-entropy in the head."""
-    logits = head(features)
-    errors = logits.softmax(1) - F.one_hot(targets, logits.shape[1])
-    return errors.norm(dim=1) * (features.square().sum(1) + 1).sqrt()
+        fit_head(head, features, targets, strength=_PROBE_STRENGTH)
 
 
 def grids(names: list[str], rates: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:

@@ -107,7 +107,13 @@ class Language:
         if sizes.data == "mixed":
             chosen = mixed(chosen, sizes.rows, seed)
         samples = self._tokens(chosen[: sizes.rows])
-        scorer = flowdata.LossScorer(self.model, "causal_lm", token_losses=True, progress=False)
+        scorer = flowdata.LossScorer(
+            self.model,
+            "causal_lm",
+            token_losses=True,
+            columns=("gradient_norm",),
+            progress=False,
+        )
         folder = self.scores / samples.digest()[:16]
         scores = scorer.score(samples, store=folder, dataset_id=samples.digest())
         return samples, self._tokens(validation), scores

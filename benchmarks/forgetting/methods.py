@@ -307,11 +307,9 @@ TEMPERATURES = ("q0.1", "q0.25", "q0.75", "mean", "ess0.1", "ess0.25", "ess0.5",
 ABLATIONS: dict[str, Method] = {
     **{f"FLOW, {rule}": Method(partial(flow, temperature=rule)) for rule in TEMPERATURES},
     "FLOW, running median": Method(running_median),
+    "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
     **{f"l2, {strength:g}": Method(parts=(anchor("l2", strength),)) for strength in (1e-3, 1e-1)},
     **{f"WiSE-FT, {alpha:g}": Method(parts=(wise_ft(alpha),)) for alpha in (0.25, 0.75)},
-}
-VISION_ONLY: dict[str, Method] = {
-    "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
 }
 LANGUAGE_ONLY: dict[str, Method] = {
     "TALR": Method(rule="talr"),
