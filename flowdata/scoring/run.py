@@ -116,6 +116,7 @@ def _loaded(job: Job, packs: Iterator[list[int]]) -> Iterator[tuple[Any, dict[in
         batch_sampler=packs,  # it need not have a length
         collate_fn=_WithReasons(job.collate),
         num_workers=job.num_workers,
+        pin_memory=job.device.type == "cuda",  # its copies then need not be waited for
         generator=torch.Generator().manual_seed(0),
     )
     try:
