@@ -138,7 +138,7 @@ def test_further_columns_take_the_losses_place_and_survive_the_store(tmp_path):
 
 
 def test_columns_of_another_shape_or_name_are_refused():
-    with pytest.raises(ValueError, match=r"columns\['entropy'\] must have shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"columns\['entropy'\] must have shape \(2,\), got"):
         Scores(torch.ones(2), columns={"entropy": torch.ones(3)})
     scores = Scores(torch.ones(2), columns={"entropy": torch.ones(2)})
     with pytest.raises(ValueError, match=r"column must be 'loss' or one of \['entropy'\]"):
