@@ -69,11 +69,16 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:
-    """Write rows as benchmarks/results/NAME.json and return its path."""
+    """Put a run's rows into benchmarks/results/NAME.json, a list of runs, and return its path.
+
+    They take the place of what the same command gave before.
+    """
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "machine": machine(), "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    kept = json.loads(path.read_text()) if path.exists() else []
+    runs = [run for run in kept if run["command"] != command]
+    runs.append({"command": command, "machine": machine(), "rows": rows})
+    path.write_text(json.dumps(runs, indent=1) + "\n")
     return path
 
 

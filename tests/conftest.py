@@ -1,5 +1,7 @@
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
