@@ -37,4 +37,5 @@ def main(argv: list[str]) -> None:
         for row in found:
             show(row)
             measured.append(row)
-    print(rows.write("scoring", measured, " ".join(["python -m benchmarks scoring", *argv])))
+        path = rows.write("scoring", measured, " ".join(["python -m benchmarks scoring", *argv]))
+    print(path)
