@@ -15,7 +15,6 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable
-from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -165,8 +164,12 @@ def measure(
     }
     rounds = []
     for number in range(repeats + 1):
-        names = random.Random(number).sample(list(variants), len(variants))
-        took = {name: once(*variants[name], collate, workers) for name in names}
+        mixed = random.Random(number).sample(list(variants.items()), len(variants))
+        loaders = {
+            name: DataLoader(data, BATCH, sampler=sampler, collate_fn=collate, num_workers=workers)
+            for name, (data, sampler) in mixed
+        }
+        took = one_by_one(loaders) if workers else in_lockstep(loaders)
         rounds += [took] * (number > 0)  # the first one warms up
     bare = [took["bare"] for took in rounds]
     where = f"{kind}, {workers} workers"
@@ -179,18 +182,30 @@ def measure(
     return rows
 
 
-def once(dataset: Any, sampler: Any, collate: Callable[[list[Any]], Any], workers: int) -> float:
-    """Microseconds a batch takes: the median over stretches of one pass, workers started."""
-    loader = DataLoader(
-        dataset, batch_size=BATCH, sampler=sampler, collate_fn=collate, num_workers=workers
-    )
-    stretch = 4 * max(1, workers)
-    iterator = iter(loader)
-    for _ in range(1 + 2 * workers):  # what the workers had prefetched while they started
-        next(iterator)
-    seconds = []
-    while True:
-        start = perf_counter()
-        if sum(1 for _ in islice(iterator, stretch)) < stretch:
-            return statistics.median(seconds) / stretch * 1e6
-        seconds.append(perf_counter() - start)
+def in_lockstep(loaders: dict[str, DataLoader]) -> dict[str, float]:
+    """Microseconds of each loader's batches, the median of a pass that all make side by side."""
+    iterators = {name: iter(loader) for name, loader in loaders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(min(map(len, loaders.values()))):
+        for name, iterator in iterators.items():
+            start = perf_counter()
+            next(iterator)
+            seconds[name].append(perf_counter() - start)
+    return {name: statistics.median(found) * 1e6 for name, found in seconds.items()}
+
+
+def one_by_one(loaders: dict[str, DataLoader]) -> dict[str, float]:
+    """Microseconds of each loader's batches, as fast as its own workers alone deliver them."""
+    took = {}
+    for name, loader in loaders.items():
+        stretch, seconds = 4 * loader.num_workers, []
+        iterator = iter(loader)
+        for _ in range(1 + 2 * loader.num_workers):  # prefetched while the workers started
+            next(iterator)
+        for _ in range((len(loader) - 1) // stretch - 1):
+            start = perf_counter()
+            for _ in range(stretch):
+                next(iterator)
+            seconds.append(perf_counter() - start)
+        took[name] = statistics.median(seconds) / stretch * 1e6
+    return took

@@ -1,9 +1,10 @@
 """What weights cost in training: python -m benchmarks training [--tiny] [--routes …] …
 
 Each measurement is a process of its own, so that peak memory is its own too. Weighted and
-unweighted runs of a route take turns in one process; the fused loss is compared with the
-same loss of full logits, at each vocabulary, head and loss alone: forward, backward, and the
-gradients of the head. Equality is checked before anything is timed.
+unweighted runs of a route take turns in one process. The fused loss is compared with the same
+loss of full logits, by hand (PyTorch's cross-entropy, weighted) and by `causal_lm_loss`, at each
+vocabulary, head and loss alone: forward, backward, and the gradients of the head. Equality is
+checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,7 +32,7 @@ from flowdata.losses import causal_lm_loss, fused_causal_lm_loss
 from flowdata.scoring.batches import pad_collate
 
 ROUTES = ("loop", "trainer", "sft", "lightning")
-LOSSES = ("full", "fused")
+LOSSES = ("by hand", "full", "fused")
 
 
 def main(argv: list[str]) -> None:
@@ -60,20 +62,22 @@ def main(argv: list[str]) -> None:
         both = [_in_a_process(f"loss:{loss}:{size}", argv) for loss in LOSSES]
         measured += (found := [row for part in both for row in part])
         for kind in ("time", "memory"):
-            ratio = _ratio(found, f"fused {kind}", f"full {kind}")
-            print(f"{size:7} fused / full {kind} {ratio:.3f}")
+            for other in LOSSES[:-1]:
+                ratio = _ratio(found, f"fused {kind}", f"{other} {kind}")
+                print(f"{size:7} fused / {other} {kind} {ratio:.3f}", flush=True)
     if not options.tiny:
         print(rows.write("training", measured, "python -m benchmarks training " + " ".join(argv)))
 
 
 def check_equal(width: int, size: int) -> None:
-    """Loss and gradients of the two losses agree."""
+    """Loss and gradients of all three agree."""
     found = []
     for loss in LOSSES:
         step, head, hidden = _loss_step(loss, size, 64, width, torch.float32, "cpu")
         found.append((step(), hidden.grad, head.weight.grad))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for values in zip(*found, strict=True):
+        for value in values[1:]:
+            torch.testing.assert_close(value, values[0], rtol=1e-4, atol=1e-6)
 
 
 def _in_a_process(what: str, argv: list[str]) -> list[dict[str, Any]]:
@@ -132,8 +136,12 @@ def _loss_step(
     def step() -> Tensor:
         if loss == "fused":
             value = fused_causal_lm_loss(hidden, head, labels, weights)
-        else:
+        elif loss == "full":
             value = causal_lm_loss(head(hidden), labels, weights)
+        else:
+            logits, targets = head(hidden)[:, :-1].float(), labels[:, 1:]
+            losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            value = (losses * weights[:, None]).sum() / targets.numel()
         value.backward()
         return value.detach()
 
