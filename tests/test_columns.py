@@ -9,7 +9,7 @@ from flowdata.scoring.head import Head, target_values
 from flowdata.scoring.language import methods
 from flowdata.scoring.tasks import prediction_method
 from tests import reference
-from tests.models import TinyResNet, images, tiny_llama, token_samples
+from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_samples
 
 HEADS = [(False, 1.0, None), (True, 0.3, None), (True, 0.7, 5.0)]
 
@@ -201,14 +201,7 @@ def test_every_way_to_score_a_language_model_gives_the_same_columns(name, way):
 
 def test_a_head_that_configurations_do_not_tell_of_has_no_gradient_norm():
     model, samples = tiny_llama(initializer_range=0.2), token_samples(6)
-    forward = model.forward
-
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = output.logits * 7
-        return output
-
-    model.forward = scaled
+    scale_logits(model, 7)
     options = {"dtype": "float32", "progress": False}
     scores = LossScorer(model, columns=["entropy"], **options).score(samples)
     assert scores.columns["entropy"].isfinite().all()

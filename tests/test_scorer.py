@@ -12,7 +12,14 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from flowdata import LossScorer, ScoreMismatchError, Scores
 from flowdata.samples import SampleError
 from tests import reference
-from tests.models import TinyResNet, images, tiny_gpt2, tiny_llama, token_samples
+from tests.models import (
+    TinyResNet,
+    images,
+    scale_logits,
+    tiny_gpt2,
+    tiny_llama,
+    token_samples,
+)
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -124,14 +131,7 @@ def test_softcaps_and_logit_scales_of_a_configuration_are_honoured():
 
 def test_a_head_that_configurations_do_not_tell_of_is_noticed(caplog):
     model = tiny_llama()
-    forward = model.forward
-
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = output.logits * 7
-        return output
-
-    model.forward = scaled
+    scale_logits(model, 7)
     samples = token_samples(6)
     scorer = quiet(model)
     assert (scorer.score(samples).losses - expected_losses(model, samples)).abs().max() < 1e-4

@@ -148,15 +148,15 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
     packing = None if why_not else Packing(padded(job.loss, max_tokens), prefix, max_tokens)
+    compiled = is_compiled(model)
     *ways, (plainest, plain) = methods(
         model,
         job.loss,
         packing=packing,
         max_tokens=max_tokens,
         columns=job.columns,
-        compiled=is_compiled(model),
+        compiled=compiled,
     )
-    compiled = is_compiled(model)
     if compiled and (reason := agrees(ways[0][1], plain, model, batch, job.dtype)):
         logger.warning("not compiling: %s", reason)
         run_eagerly(model)

@@ -141,7 +141,6 @@ class Ranks:
         """Return whether a pack from `claims` is still there for this rank to run."""
         if not self._ahead:
             return True
-
         return self._change(self._holder.pop(pack), functools.partial(_without, pack))
 
     def _change(self, rank: int, change: Callable[[list[int]], list[int] | None]) -> bool:
