@@ -27,10 +27,12 @@ from benchmarks import rows
 from benchmarks.scoring import language
 from flowdata.fingerprint import fingerprint_model
 from flowdata.packs import split
+from flowdata.parts import PartWriter
 from flowdata.scoring import scorer as scorer_module
 from flowdata.scoring.plan import plan_padded
 from flowdata.scoring.ranks import Ranks
-from flowdata.store import PartWriter, finish, load_scores, make_manifest, read_kept
+from flowdata.store import finish, load_scores, read_kept
+from flowdata.store_files import make_manifest
 
 Row = dict[str, Any]
 

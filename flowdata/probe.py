@@ -25,7 +25,7 @@ from flowdata.rng import preserved_rng
 from flowdata.scores import content_identity
 from flowdata.scoring.precision import map_tensors, name_of, resolve_dtype, scoring_model
 from flowdata.scoring.tasks import call_with, split_batch
-from flowdata.store import check_identity, make_manifest, read_file, write_file
+from flowdata.store_files import check_identity, make_manifest, read_file, write_file
 
 ProbeLoss: TypeAlias = Literal["auto", "cross_entropy", "binary_cross_entropy", "mse"]
 

@@ -50,100 +50,36 @@ which samples a pack has. Files are data: nothing in them is run, no name in the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import flowdata
-from flowdata.files import replacing
 from flowdata.locks import lock
-from flowdata.packs import Columns, checksums, join, octets, places, reorder, split
-from flowdata.scores import ScoreMismatchError, Scores
+from flowdata.packs import Columns, checksums, places, reorder, split
+from flowdata.parts import PARTS, Kept, packs_of_part, parts_of
+from flowdata.scores import Scores
+from flowdata.store_files import (
+    FIELDS,
+    MANIFEST,
+    Manifest,
+    StoreError,
+    layout_of,
+    make_manifest,
+    manifest_in,
+    read_file,
+    store_digest,
+    tensors_at,
+    write_file,
+    write_manifest,
+)
 
-FORMAT = 2
-SCORES, MANIFEST, PARTS, LOCK = "scores.safetensors", "manifest.json", "parts", ".lock"
-_FIELDS = ("identity", "plan", "details", "skipped")  # objects, all of them
+SCORES, LOCK = "scores.safetensors", ".lock"
 _OWN = {"loss", "count", "token_loss", "token_offset", "pack_checksum"}  # others: further columns
-_DTYPES = {"F32": torch.float32, "I64": torch.int64}
-_SECONDS, _SHARE = 10.0, 0.01  # a crash loses at most so long, or so much of the time so far
 logger = logging.getLogger("flowdata")
-
-Manifest = dict[str, Any]
-
-
-class StoreError(ValueError):
-    """A folder or file that is no store, is unfinished, damaged or of another format."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Packs that are done, by number, and why samples of them were skipped, by index."""
-
-    packs: dict[int, Columns] = field(default_factory=dict)
-    skipped: dict[int, str] = field(default_factory=dict)
-
-    def add(self, packs: Mapping[int, Columns], skipped: Mapping[int, str]) -> None:
-        """Take packs that are not there yet."""
-        self.packs.update({pack: packs[pack] for pack in packs.keys() - self.packs.keys()})
-        self.skipped.update(skipped)
-
-
-def make_manifest(
-    identity: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    details: Mapping[str, Any],
-    skipped: Mapping[int, str] | None = None,
-) -> Manifest:
-    """Return the manifest of a store, as it will be read back.
-
-    Raises:
-        TypeError: `details` holds what JSON can't.
-    """
-    manifest = {
-        "format": FORMAT,
-        "flowdata": flowdata.__version__,
-        "identity": dict(identity),
-        "plan": dict(plan),
-        "details": dict(details),
-        "skipped": {str(index): reason for index, reason in (skipped or {}).items()},
-    }
-    try:
-        as_read: Manifest = json.loads(json.dumps(manifest))
-    except TypeError as error:
-        raise TypeError(f"details must be JSON-like (strings, numbers, lists): {error}") from None
-    return as_read
-
-
-def check_identity(
-    kept: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    what: str,
-    remedy: str = "Score into another folder, or delete this one if its losses are unwanted",
-) -> None:
-    """Raise ScoreMismatchError with what differs unless both identities are the same."""
-    names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
-    if names:
-        differing = "; ".join(
-            f"{name}: {what} has {_short(kept.get(name))}, this run {_short(wanted.get(name))}"
-            for name in names
-        )
-        raise ScoreMismatchError(
-            f"{what} was made with another {' and '.join(names)} ({differing}). {remedy}"
-        )
-
-
-# --- whole folders ---------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -154,9 +90,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     check_folder(folder)
     problem: StoreError | None = None
-    for file in (folder / MANIFEST, folder / SCORES, *_parts(folder)):
+    for file in (folder / MANIFEST, folder / SCORES, *parts_of(folder)):
         try:
-            return _manifest_in(file)
+            return manifest_in(file)
         except FileNotFoundError:
             continue
         except StoreError as error:
@@ -175,7 +111,7 @@ def check_folder(folder: Path) -> None:
         raise StoreError(f"{folder / PARTS} is a link: a store keeps its parts in itself")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if not name.startswith((LOCK, f".{SCORES}", f".{MANIFEST}"))]
-    if foreign and not {SCORES, MANIFEST}.intersection(foreign) and not _parts(folder):
+    if foreign and not {SCORES, MANIFEST}.intersection(foreign) and not parts_of(folder):
         raise StoreError(
             f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {foreign[0]}"
             f"{' and more' if len(foreign) > 1 else ''}; pass an empty or a new folder"
@@ -233,8 +169,8 @@ def finish(folder: Path, scores: Scores, order: Tensor, sizes: Tensor) -> None:
     of_samples = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
     tensors["pack_checksum"] = checksums(reorder(of_samples, order), sizes, store_digest(manifest))
     write_file(folder / SCORES, tensors, manifest)
-    write_manifest(folder, {**manifest, "layout": _layout(folder / SCORES)})
-    for part in _parts(folder):
+    write_manifest(folder, {**manifest, "layout": layout_of(folder / SCORES)})
+    for part in parts_of(folder):
         part.unlink()
     with suppress(OSError):  # it isn't there, or somebody's files are in it
         (folder / PARTS).rmdir()
@@ -243,10 +179,10 @@ def finish(folder: Path, scores: Scores, order: Tensor, sizes: Tensor) -> None:
 def repair_manifest(folder: Path) -> None:
     """Write manifest.json anew from a whole scores.safetensors, should it be missing or damaged."""
     try:
-        _manifest_in(folder / MANIFEST)
+        manifest_in(folder / MANIFEST)
     except (StoreError, OSError):
         file = folder / SCORES
-        write_manifest(folder, {**_manifest_in(file), "layout": _layout(file)})
+        write_manifest(folder, {**manifest_in(file), "layout": layout_of(file)})
 
 
 def verify_store(folder: Path) -> dict[str, str]:
@@ -261,7 +197,7 @@ def verify_store(folder: Path) -> dict[str, str]:
     check_folder(folder)
     files = [file for file in (folder / SCORES, folder / MANIFEST) if file.exists()]
     findings = {
-        str(file.relative_to(folder)): _state(file, folder) for file in [*files, *_parts(folder)]
+        str(file.relative_to(folder)): _state(file, folder) for file in [*files, *parts_of(folder)]
     }
     if not (folder / SCORES).exists():
         findings[SCORES] = "not there yet: scoring is not finished" if findings else "not there"
@@ -271,7 +207,7 @@ def verify_store(folder: Path) -> dict[str, str]:
 def _state(file: Path, folder: Path) -> str:
     try:
         if file.name == MANIFEST:
-            _manifest_in(file)
+            manifest_in(file)
         elif file.name == SCORES:
             load_scores(file)
         else:
@@ -295,62 +231,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# --- parts -----------------------------------------------------------------------------------
-
-
-class PartWriter:
-    """Collects packs and writes them as parts; a context, at whose end the rest is written.
-
-    A crash loses at most 10 seconds, or a hundredth of the time so far.
-
-    Args:
-        folder: the store.
-        manifest: its manifest, already written.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.parts = folder / PARTS
-        self.parts.mkdir(exist_ok=True)
-        self.manifest = manifest
-        self.begun = self.written = monotonic()
-        self.waiting: dict[int, Columns] = {}
-        self.skipped: dict[str, str] = {}
-
-    def add(self, pack: int, columns: Columns, skipped: Mapping[int, str]) -> None:
-        """Take one pack's columns, and why samples of it were skipped."""
-        self.waiting[pack] = columns
-        self.skipped.update({str(index): reason for index, reason in skipped.items()})
-        now = monotonic()
-        if now - self.written >= max(_SECONDS, _SHARE * (now - self.begun)):
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been collected."""
-        self.written = monotonic()
-        if self.waiting:
-            tensors = {**join(list(self.waiting.values())), "pack": torch.tensor([*self.waiting])}
-            manifest = {**self.manifest, "skipped": self.skipped}
-            manifest.pop("layout", None)
-            write_file(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, manifest)
-            self.waiting, self.skipped = {}, {}
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self.flush()
-        except OSError as second:
-            if error is None:
-                raise
-            logger.warning("the last %d packs could not be kept: %s", len(self.waiting), second)
-
-
 def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) -> Kept:
     """Return every pack that earlier runs finished and that can be trusted.
 
@@ -361,9 +241,9 @@ def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) ->
         sizes: (packs,) int64, the plan's samples in each pack.
     """
     kept = Kept()
-    for file in _parts(folder):
+    for file in parts_of(folder):
         try:
-            kept.add(*_packs_of_part(file, store_digest(manifest), sizes))
+            kept.add(*packs_of_part(file, store_digest(manifest), sizes))
         except (StoreError, OSError) as error:
             logger.warning("%s; what it held is scored again", error)
     if (folder / SCORES).exists():
@@ -374,38 +254,12 @@ def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) ->
     return kept
 
 
-def _packs_of_part(
-    file: Path, store: str, sizes: Tensor
-) -> tuple[dict[int, Columns], dict[int, str]]:
-    tensors, manifest = read_file(file)
-    if store_digest(manifest) != store:
-        raise StoreError(f"{file} belongs to another store")
-    if not {"pack", "loss", "count"} <= tensors.keys():
-        raise StoreError(f"{file} is not a part: it lacks one of pack, loss and count")
-    packs = tensors.pop("pack")
-    if packs.dim() != 1 or packs.dtype != torch.int64 or len(packs) == 0:
-        raise StoreError(f"{file} names no packs")
-    if not (packs.min() >= 0 and packs.max() < len(sizes)):
-        raise StoreError(f"{file} names packs that the plan does not have")
-    sizes = sizes[packs]
-    targets = int(tensors["count"].sum())
-    for name, values in tensors.items():
-        wanted = torch.int64 if name == "count" else torch.float32
-        length = targets if name == "token_loss" else int(sizes.sum())
-        if values.shape != (length,) or values.dtype != wanted:
-            raise StoreError(f"{file} does not hold one {name} for every sample of its packs")
-    if (tensors["count"] < 0).any():
-        raise StoreError(f"{file} holds negative counts")
-    skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-    return dict(zip(packs.tolist(), split(tensors, sizes), strict=True)), skipped
-
-
 def _packs_of_damaged(
     file: Path, manifest: Manifest, order: Tensor, sizes: Tensor
 ) -> dict[int, Columns]:
     """The packs of a damaged scores.safetensors whose checksum agrees."""
     try:
-        tensors = _tensors_at(file.read_bytes(), manifest.get("layout") or _layout(file))
+        tensors = tensors_at(file.read_bytes(), manifest.get("layout") or layout_of(file))
     except (StoreError, OSError):
         return {}
     kept = tensors.pop("pack_checksum", torch.empty(0))
@@ -431,27 +285,8 @@ def _packs_of_damaged(
     return {index: packs[index] for index in agree.nonzero().flatten().tolist()}
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json."""
-    with replacing(folder / MANIFEST) as file:
-        file.write(json.dumps(_signed(manifest), indent=1, sort_keys=True).encode())
-
-
-def store_digest(manifest: Manifest) -> str:
-    """Return the digest that says which files belong together."""
-    tied = {name: manifest[name] for name in ("format", "identity", "plan")}
-    return hashlib.sha256(_canonical(tied)).hexdigest()
-
-
-def _parts(folder: Path) -> list[Path]:
-    return [file for file in sorted((folder / PARTS).glob("[!.]*.safetensors")) if file.is_file()]
-
-
 def _manifest_of(scores: Scores) -> Manifest:
-    given = {name: scores.metadata.get(name, {}) for name in _FIELDS}
+    given = {name: scores.metadata.get(name, {}) for name in FIELDS}
     return make_manifest(**given)
 
 
@@ -461,146 +296,3 @@ def _tensors_of(scores: Scores) -> Columns:
         tensors["token_loss"] = scores.flat_token_losses
         tensors["token_offset"] = torch.cat([torch.zeros(1).long(), scores.counts.cumsum(0)])
     return tensors
-
-
-def write_file(path: Path, tensors: Columns, manifest: Manifest) -> None:
-    """Write tensors and manifest as one safetensors file, checksummed, whole or not at all."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as file:
-        file.write(save(tensors, {"flowdata": _metadata(tensors, manifest)}))
-
-
-def _metadata(tensors: Columns, manifest: Manifest) -> str:
-    signed = _signed(manifest)
-    return _canonical({"manifest": signed, "content": _content(tensors, signed)}).decode()
-
-
-def read_file(path: Path) -> tuple[Columns, Manifest]:
-    """Return a file's tensors and manifest, both proven by checksums.
-
-    Raises:
-        StoreError: it is damaged, of another format, or not written by `write_file`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("flowdata", "")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError, ValueError, KeyError, RuntimeError) as error:
-        raise StoreError(f"{path} is damaged or no safetensors file ({error})") from None
-    manifest, content = _parse_metadata(text, path)
-    if content != _content(tensors, _signed(manifest)):
-        raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
-    return tensors, manifest
-
-
-def _parse_metadata(text: str, path: Path) -> tuple[Manifest, Any]:
-    """The manifest in a safetensors file's header, proven, and the checksum of the whole."""
-    metadata = _parse_json(text, path)
-    if not isinstance(metadata, dict) or "manifest" not in metadata:
-        older = isinstance(metadata, dict) and "format" in metadata  # format 1 had it flat
-        return _proven(metadata if older else None, path), None
-    return _proven(metadata["manifest"], path), metadata.get("content")
-
-
-def _parse_json(text: str | bytes, path: Path) -> Any:
-    if not text:
-        raise StoreError(f"{path} was not written by flowdata, or is damaged: it holds no manifest")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from None
-
-
-def _proven(parsed: Any, path: Path) -> Manifest:
-    """A signed manifest without its checksum, which is proven."""
-    if not isinstance(parsed, dict) or "format" not in parsed:
-        raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
-    if parsed["format"] != FORMAT:
-        raise StoreError(
-            f"{path} has format {_short(parsed['format'])}, this version of flowdata "
-            f"({flowdata.__version__}) reads format {FORMAT}; use the version that wrote it"
-        )
-    if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
-        raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
-    for name in _FIELDS:
-        if not isinstance(parsed.get(name), dict):
-            raise StoreError(f"{path} is damaged: its field {name!r} should be an object")
-    if not all(index.isdecimal() and len(index) < 20 for index in parsed["skipped"]):
-        raise StoreError(f"{path} is damaged: its field 'skipped' should name indices")
-    return parsed
-
-
-def _signed(manifest: Manifest) -> Manifest:
-    return {**manifest, "checksum": hashlib.sha256(_canonical(manifest)).hexdigest()}
-
-
-def _content(tensors: Mapping[str, Tensor], signed: Manifest) -> str:
-    digest = hashlib.sha256(_canonical(signed))
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
-        digest.update(octets(tensor))
-    return digest.hexdigest()
-
-
-def _manifest_in(file: Path) -> Manifest:
-    """The manifest in manifest.json or in a safetensors file's header, itself proven."""
-    if file.name == MANIFEST:
-        return _proven(_parse_json(file.read_bytes(), file), file)
-    return _parse_metadata(str(_header(file)[1].get("__metadata__", {}).get("flowdata", "")), file)[
-        0
-    ]
-
-
-def _layout(file: Path) -> dict[str, list[Any]]:
-    """Where the tensors of a safetensors file lie: dtype, first byte and end of each."""
-    begin, header = _header(file)
-    try:
-        return {
-            name: [entry["dtype"], *(begin + place for place in entry["data_offsets"])]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (KeyError, TypeError) as error:
-        raise StoreError(f"{file} is damaged: its header tells of no tensors") from error
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's tensors begin, and what its header says."""
-    with path.open("rb") as file:
-        length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-        content = file.read(length)
-    try:
-        header = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is damaged: its header is {error}") from None
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise StoreError(f"{path} is damaged: its header should be an object")
-    return 8 + length, header
-
-
-def _tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:
-    """The one-dimensional tensors at such places; zeros stand in for what a file lacks."""
-    tensors: Columns = {}
-    try:
-        for name, (dtype, first, end) in layout.items():
-            if not 0 <= first <= end <= 2 * len(content) + 2**20:
-                raise ValueError(f"tensor {name!r} can't lie in bytes {first} to {end}")
-            values = bytearray(content[first:end].ljust(end - first, b"\0"))
-            kind = _DTYPES[dtype]
-            tensors[name] = torch.frombuffer(values, dtype=kind) if values else torch.empty(0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(f"no tensors where they should be: {error}") from None
-    return tensors
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:44] + "…"

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from flowdata.probe import compute_features, fit_head, linear_probe
 from flowdata.scores import ScoreMismatchError
-from flowdata.store import StoreError
+from flowdata.store_files import StoreError
 from tests import reference
 
 

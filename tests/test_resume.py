@@ -120,8 +120,8 @@ def file_size_limit(size):
 def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
     data, scorer = numbers(4000), quiet(nn.Linear(4, 3), batch_size=200)
     expected = scorer.score(data)
-    monkeypatch.setattr("flowdata.store._SECONDS", 0.0)
-    monkeypatch.setattr("flowdata.store._SHARE", 0.0)  # a part for each pack
+    monkeypatch.setattr("flowdata.parts._SECONDS", 0.0)
+    monkeypatch.setattr("flowdata.parts._SHARE", 0.0)  # a part for each pack
     with file_size_limit(20_000), pytest.raises(OSError, match="File too large"):
         scorer.score(data, store=tmp_path)  # parts are small; the final file is not
     assert len(list(tmp_path.glob("parts/*"))) == 20

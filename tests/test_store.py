@@ -9,17 +9,13 @@ from safetensors.torch import save_file
 
 from flowdata import ScoreMismatchError, Scores
 from flowdata.packs import join, reorder
-from flowdata.store import (
-    PartWriter,
+from flowdata.parts import PartWriter
+from flowdata.store import finish, locked, read_kept, read_manifest, verify_store
+from flowdata.store_files import (
     StoreError,
     check_identity,
-    finish,
-    locked,
     make_manifest,
-    read_kept,
-    read_manifest,
     store_digest,
-    verify_store,
     write_manifest,
 )
 
@@ -63,7 +59,7 @@ def test_parts_give_back_their_packs(begun):
 
 def test_parts_are_written_as_time_goes_by(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("flowdata.store.monotonic", lambda: clock[0])
+    monkeypatch.setattr("flowdata.parts.monotonic", lambda: clock[0])
     write_manifest(tmp_path, MANIFEST)
     with PartWriter(tmp_path, MANIFEST) as writer:
         counts = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flowdata.fingerprint import fingerprint_callable, fingerprint_model
 from flowdata.packs import join, split
+from flowdata.parts import Kept, PartWriter
 from flowdata.progress import say
 from flowdata.rng import preserved_rng
 from flowdata.samples import CollateReadable, Readable, first_readable
@@ -34,18 +35,18 @@ from flowdata.scoring.tasks import (
     unwrapped,
 )
 from flowdata.store import (
-    Kept,
-    Manifest,
-    PartWriter,
-    StoreError,
-    check_identity,
     finish,
     load_scores,
     locked,
-    make_manifest,
     read_kept,
     read_manifest,
     repair_manifest,
+)
+from flowdata.store_files import (
+    Manifest,
+    StoreError,
+    check_identity,
+    make_manifest,
     write_manifest,
 )
 
