@@ -28,6 +28,7 @@ from benchmarks.scoring import language
 from flowdata.fingerprint import fingerprint_model
 from flowdata.packs import split
 from flowdata.parts import PartWriter
+from flowdata.scoring import resume
 from flowdata.scoring import scorer as scorer_module
 from flowdata.scoring.plan import plan_padded
 from flowdata.scoring.ranks import Ranks
@@ -154,8 +155,8 @@ def overhead(model_path: str | None, count: int) -> list[Row]:
 WATCHED = (
     (scorer_module, "fingerprint_model", "fingerprint of the model"),
     (scorer_module, "content_identity", "fingerprint of the data"),
-    (scorer_module, "read_kept", "reading parts"),
-    (scorer_module, "finish", "checksums and final files"),
+    (resume, "read_kept", "reading parts"),
+    (resume, "finish", "checksums and final files"),
     (PartWriter, "add", "writing parts while scoring"),
     (PartWriter, "__exit__", "writing the last part"),
 )

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from flowdata.probe import compute_features, fit_head, linear_probe
+from flowdata.features import compute_features
+from flowdata.heads import fit_head
+from flowdata.probe import linear_probe
 from flowdata.scores import ScoreMismatchError
 from flowdata.store_files import StoreError
 from tests import reference
@@ -76,7 +78,7 @@ def test_classes_match_scikit_learn():
 def test_features_are_fitted_slice_by_slice_as_in_one_piece(monkeypatch):
     x, y = blobs()
     whole = fit_head(nn.Linear(3, 3), x, y, strength=0.01)
-    monkeypatch.setattr("flowdata.probe._ROWS", 7)
+    monkeypatch.setattr("flowdata.heads._ROWS", 7)
     sliced = fit_head(nn.Linear(3, 3), x, y, strength=0.01)
     torch.testing.assert_close(sliced.weight, whole.weight, atol=1e-6, rtol=1e-6)
 
@@ -260,7 +262,7 @@ def test_classes_that_can_be_separated_get_a_finite_head():
 
 
 def test_a_solution_that_was_not_reached_warns(monkeypatch):
-    monkeypatch.setattr("flowdata.probe._TOLERANCE", 1e-40)
+    monkeypatch.setattr("flowdata.heads._TOLERANCE", 1e-40)
     x, y = blobs()
     with pytest.warns(UserWarning, match="did not converge at strength=0.1"):
         fit_head(nn.Linear(3, 3), x, y, strength=0.1)

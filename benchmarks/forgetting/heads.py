@@ -22,7 +22,8 @@ from benchmarks.forgetting.classify import accuracy, fine_tune, sample_weights
 from benchmarks.forgetting.methods import ABLATIONS, METHODS
 from benchmarks.forgetting.study import Record
 from flowdata.companions import batch_norm_state
-from flowdata.probe import compute_features, fit_head
+from flowdata.features import compute_features
+from flowdata.heads import fit_head
 
 MAIN, EXTRA = METHODS, ABLATIONS
 ALL = {**MAIN, **EXTRA}

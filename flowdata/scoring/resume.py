@@ -1,0 +1,152 @@
+"""A job scored by all ranks together: in memory, or into a store that it can go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from time import sleep
+from typing import TypeVar
+
+import torch
+
+from flowdata.packs import join, split
+from flowdata.parts import Kept, PartWriter
+from flowdata.progress import say
+from flowdata.scores import Scores
+from flowdata.scoring.job import Job, make_plan
+from flowdata.scoring.placement import is_sharded
+from flowdata.scoring.plan import Plan
+from flowdata.scoring.ranks import Ranks
+from flowdata.scoring.run import merge_packs, run_packs
+from flowdata.store import finish, load_scores, locked, read_kept, read_manifest, repair_manifest
+from flowdata.store_files import (
+    Manifest,
+    StoreError,
+    check_identity,
+    make_manifest,
+    write_manifest,
+)
+
+ALIKE = "All ranks have to make the same call"
+_SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
+T = TypeVar("T")
+
+
+def score_packs(job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
+    """Score all packs, keeping them in memory."""
+    plan, manifest = _planned(job, wanted, None, ranks)
+    kept = Kept()
+    for pack, columns, skipped in run_packs(job, plan, manifest["plan"], range(len(plan)), ranks):
+        kept.add({pack: columns}, skipped)
+    ranks.gather("done", True)
+    if ranks.size > 1 and not is_sharded(job.model):
+        mine = sorted(kept.packs)
+        joined = join([kept.packs[pack] for pack in mine]) if mine else {}
+        for packs, columns, skipped in ranks.exchange((mine, joined, kept.skipped)):
+            cut = split(columns, plan.sizes[packs]) if packs else []
+            kept.add(dict(zip(packs, cut, strict=True)), skipped)
+    return _merged(plan, kept, manifest)
+
+
+def score_into(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
+    """Take from a store what is there, and score and add what is not."""
+    scores = _finished(folder, wanted) if ranks.is_first else None
+    with locked(folder) if ranks.is_first and scores is None else nullcontext():
+        if ranks.is_first and scores is None:  # perhaps another process has just finished
+            scores = _finished(folder, wanted)
+        if ranks.from_first("finished", scores is not None):
+            job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
+        else:
+            scores = _score_missing(folder, job, wanted, ranks)
+    return _shown(lambda: load_scores(folder), ranks) if scores is None else scores
+
+
+def _finished(folder: Path, wanted: Manifest) -> Scores | None:
+    """The scores of a finished and whole store."""
+    try:
+        scores = load_scores(folder)
+    except (StoreError, FileNotFoundError, NotADirectoryError):
+        return None
+    check_identity(scores.metadata["identity"], wanted["identity"], f"the store {folder}")
+    with suppress(OSError):  # a folder that can only be read will do
+        repair_manifest(folder)
+    return scores
+
+
+def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores | None:
+    """Score the packs that a store does not have, and finish it on rank 0, which gets scores."""
+    begun = read_manifest(folder) if ranks.is_first else None
+    if begun is not None:
+        check_identity(begun["identity"], wanted["identity"], f"the store {folder}")
+    plan, manifest = _planned(job, wanted, begun, ranks)
+    kept = Kept()
+    if ranks.is_first:
+        write_manifest(folder, manifest)
+        kept = read_kept(folder, manifest, plan.order, plan.sizes)
+    missing = [pack for pack in range(len(plan)) if pack not in kept.packs]
+    todo = ranks.from_first("todo", missing)
+    done = sum(int(plan.sizes[pack]) for pack in kept.packs)
+    del kept
+    writes = ranks.is_first or not is_sharded(job.model)
+    try:
+        with PartWriter(folder, manifest) if writes else nullcontext() as writer:
+            for pack, columns, skipped in run_packs(job, plan, manifest["plan"], todo, ranks):
+                if writer is not None:
+                    writer.add(pack, columns, skipped)
+                    done += len(columns["loss"])
+    except BaseException:
+        least = "at least " if ranks.size > 1 else ""
+        say(
+            f"stopped with {least}{done:,} of {len(job.dataset):,} samples kept in {folder}; "
+            "the same call goes on from there",
+            shown=job.progress,
+        )
+        raise
+    ranks.gather("done", True)
+    scores = None
+    if ranks.is_first:
+        kept = _shown(lambda: _all_kept(folder, manifest, plan), ranks)
+        scores = _merged(plan, kept, manifest)
+        finish(folder, scores, plan.order, plan.sizes)
+    ranks.from_first("merged", True)
+    return scores
+
+
+def _planned(
+    job: Job, wanted: Manifest, begun: Manifest | None, ranks: Ranks
+) -> tuple[Plan, Manifest]:
+    """The plan, on all ranks that of rank 0, and the manifest with it."""
+    begun = ranks.from_first("begun", begun)
+    plan, options = make_plan(job, begun["plan"] if begun else {})
+    options["threads"] = ranks.from_first("threads", torch.get_num_threads())
+    if begun:
+        options["threads"] = begun["plan"].get("threads", options["threads"])
+        check_identity(begun["plan"], options, "the store")
+    manifest: Manifest = ranks.from_first("manifest", begun or {**wanted, "plan": options})
+    check_identity(manifest["plan"], options, "rank 0's plan", ALIKE)
+    return plan, manifest
+
+
+def _all_kept(folder: Path, manifest: Manifest, plan: Plan) -> Kept:
+    kept = read_kept(folder, manifest, plan.order, plan.sizes)
+    if len(kept.packs) < len(plan):
+        raise StoreError(
+            f"{len(plan) - len(kept.packs)} packs that were just written are not in {folder}; all "
+            "ranks have to write into one folder, on a file system that they share. Call again"
+        )
+    return kept
+
+
+def _merged(plan: Plan, kept: Kept, manifest: Manifest) -> Scores:
+    named = {name: manifest[name] for name in ("identity", "plan", "details")}
+    return merge_packs(plan, kept.packs, make_manifest(**named, skipped=kept.skipped))
+
+
+def _shown(read: Callable[[], T], ranks: Ranks) -> T:
+    """What `read` gives, once the file system shows what other ranks wrote."""
+    for _ in range(_SECONDS_TO_SHOW if ranks.size > 1 else 0):
+        with suppress(StoreError, FileNotFoundError):
+            return read()
+        sleep(1)
+    return read()
