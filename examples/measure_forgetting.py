@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> str:
         options,
         partial(run, epochs=given.epochs),
         methods=dict.fromkeys(given.methods, given.rates),
-        seeds=given.seeds,
+        seeds=range(given.seeds),
     )
     page = report(options, records)
     given.output.with_suffix(".md").write_text(page)

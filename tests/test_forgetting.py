@@ -230,25 +230,6 @@ def test_running_median_weights_are_those_of_a_stream():
 # --- the study -------------------------------------------------------------------------------
 
 
-def test_a_sweep_finds_the_best_rate_and_goes_beyond_its_grid():
-    tried = []
-
-    def peak(at):
-        def score(rate):
-            tried.append(rate)
-            return -abs(math.log(rate / at))
-
-        return score
-
-    assert study.sweep(peak(0.03), (0.01, 0.03, 0.1)) == 0.03
-    assert tried == [0.01, 0.03, 0.1]
-    assert study.sweep(peak(1.0), (0.01, 0.03, 0.1)) == 1.0
-    assert tried[3:] == [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-    assert study.sweep(peak(0.001), (0.01, 0.03)) == 0.001
-    assert study.sweep(peak(9.0), (0.5,)) == 0.5  # one rate: no sweep
-    assert study.sweep(lambda rate: 1.0, (0.01, 0.03)) == 0.01  # equals: the smaller one
-
-
 class Pretend:
     """Runs that know their result: a bowl over the rate, with noise by seed."""
 
@@ -275,39 +256,56 @@ NAMES = ("standard", "FLOW", "l2", "FLOW + l2")
 OPTIONS = {"study": "vision", "target": "pretend", "images": 5}
 
 
-def pretend(path, run=None, names=NAMES, rates=(0.01, 0.03, 0.1)):
-    given = {"methods": dict.fromkeys(names, rates), "seeds": 3}
+def pretend(path, run=None, names=NAMES, rates=(0.01, 0.03, 0.1), seeds=range(3)):
+    given = {"methods": dict.fromkeys(names, rates), "seeds": seeds}
     return study.run_study(path, OPTIONS, run or Pretend(), **given)
 
 
-def test_each_method_is_swept_on_the_first_seed_and_repeated_at_its_best_rate(tmp_path):
+def test_each_method_is_run_at_each_rate_seed_by_seed(tmp_path):
     run = Pretend()
     records = pretend(tmp_path / "r.jsonl", run)
-    wanted = [("FLOW", 0.01, 0), ("FLOW", 0.03, 0), ("FLOW", 0.1, 0), ("FLOW", 0.03, 1)]
-    assert run.runs[5:9] == wanted
-    assert len(records) == len(run.runs) == 4 * 5
+    assert run.runs[:4] == [
+        *(("standard", rate, 0) for rate in (0.01, 0.03, 0.1)),
+        ("FLOW", 0.01, 0),
+    ]
+    assert [seed for *_, seed in run.runs] == [seed for seed in range(3) for _ in range(12)]
     assert study.chosen_rates(records) == dict.fromkeys(NAMES, 0.03)
     lines = (tmp_path / "r.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
     assert {"method", "rate", "seed", "target", "retained", "seconds", "options"} <= set(records[0])
 
 
-def test_every_method_is_run_at_the_rate_of_standard_fine_tuning_too(tmp_path):
-    class Apart(Pretend):
-        def __call__(self, method, rate, seed):
-            record = super().__call__(method, rate, seed)
-            if method != "standard":
-                record["validation"] = -abs(rate - 0.1)
-            return record
+def test_a_rate_is_chosen_by_the_mean_over_seeds_among_those_run_on_most(tmp_path):
+    def run(method, rate, seed):
+        record = Pretend()(method, rate, seed)
+        record["validation"] = {0.01: [5, 5], 0.03: [9, 2], 0.1: [9, 9]}[rate][seed]
+        return record
 
-    records = pretend(tmp_path / "r.jsonl", run := Apart(), names=("FLOW", "standard"))
-    assert run.runs[0][0] == "standard"
-    assert study.chosen_rates(records) == {"standard": 0.03, "FLOW": 0.1}
-    for rate in (0.03, 0.1):
-        assert [("FLOW", rate, seed) in run.runs for seed in range(3)] == [True] * 3
-    assert {r["rate"] for r in tables.common_runs(records)["FLOW"]} == {0.03}
-    assert {r["rate"] for r in tables.chosen_runs(records)["FLOW"]} == {0.1}
-    assert len(tables.common_runs(records)["FLOW"]) == 3
+    path = tmp_path / "r.jsonl"
+    pretend(path, run, names=("standard",), rates=(0.01, 0.03), seeds=(0, 1))
+    records = pretend(path, run, names=("standard",), rates=(0.1,), seeds=(0,))
+    assert study.chosen_rates(records) == {"standard": 0.03}  # 5.5 to 5; 0.1 has one seed
+    even = [record | {"validation": 1.0} for record in records]
+    assert study.chosen_rates(even) == {"standard": 0.01}  # equals: the smaller one
+
+
+def test_methods_are_compared_at_every_rate_of_standard_fine_tuning(tmp_path):
+    path = tmp_path / "r.jsonl"
+    pretend(path, names=("standard", "FLOW"))
+    pretend(path, names=("FLOW",), rates=(0.3,))
+    records = [
+        record | ({"rate": 0.0} if record["method"] == "l2" else {})  # as if it didn't train
+        for record in pretend(path, names=("l2",), rates=(0.1,))
+    ]
+    by_rate = tables.runs_by_rate(records)
+    assert list(by_rate) == [0.01, 0.03, 0.1]
+    for rate, runs in by_rate.items():
+        assert {m: {r["rate"] for r in found} for m, found in runs.items()} == {
+            "standard": {rate},
+            "FLOW": {rate},
+            "l2": {0.0},
+        }
+        assert [r["seed"] for r in runs["FLOW"]] == [0, 1, 2]
 
 
 def test_a_study_that_was_stopped_goes_on_and_runs_nothing_twice(tmp_path):
@@ -329,15 +327,15 @@ def test_runs_under_other_options_count_apart(tmp_path):
     pretend(path)
     run = Pretend()
     records = study.run_study(
-        path, OPTIONS | {"images": 6}, run, methods={"standard": (0.03,)}, seeds=1
+        path, OPTIONS | {"images": 6}, run, methods={"standard": (0.03,)}, seeds=[0]
     )
     assert len(records) == len(run.runs) == 1
-    assert [len(group) for _, group in tables.studies(study.read_records(path))] == [20, 1]
+    assert [len(group) for _, group in tables.studies(study.read_records(path))] == [36, 1]
 
 
 def test_a_run_that_diverged_is_never_chosen(tmp_path):
     records = pretend(tmp_path / "r.jsonl", rates=(0.3, 1.0), names=("standard",))
-    assert study.chosen_rates(records) == {"standard": 0.03}
+    assert study.chosen_rates(records) == {"standard": 0.3}
 
 
 def test_the_choice_of_a_rate_is_blind_to_what_is_forgotten(tmp_path):
@@ -365,7 +363,9 @@ def test_the_table_holds_mean_and_spread_of_the_chosen_runs(results):
     retained = [64.0, 65.4, 66.0]
     spread = f"{statistics.mean(retained):.1f} ± {statistics.stdev(retained):.1f}"
     average = [(80 + seed + kept) / 2 for seed, kept in enumerate(retained)]
-    assert "All at the rate of standard fine-tuning" in page
+    assert "All at rate 0.03:" in page
+    assert "| method | 0.01 | 0.03 | 0.1 |" in page
+    assert f"| FLOW | {76.2} / 65.1 / 70.7 | 81.0 / 65.1 / 73.1 |" in page
     row = next(line for line in page.splitlines() if line.startswith("| FLOW | 0.03 |"))
     assert row.split(" | ")[2:] == [
         "81.0 ± 1.0",
@@ -467,7 +467,7 @@ def test_the_command_runs_a_set_given_by_path_and_writes_its_table(tmp_path, cap
     images = rng.integers(0, 100, (200, 20, 20)) + 100 * labels[:, None, None]
     np.savez(tmp_path / "own.npz", images=images.astype(np.uint8), labels=labels)
     command = ["vision", "--quick", "--targets", f"shades={tmp_path / 'own.npz'}"]
-    command += ["--methods", "standard", "FLOW", "--seeds", "2", "--results", str(tmp_path)]
+    command += ["--methods", "standard", "FLOW", "--results", str(tmp_path)]
     forgetting.main(command)
     assert "forgetting_shades.md" in capsys.readouterr().out
     records = study.read_records(tmp_path / "forgetting_shades.jsonl")

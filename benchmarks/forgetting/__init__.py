@@ -79,6 +79,6 @@ def _tables(results: Path, readme: Path | None) -> None:
 def _add_study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one rate, two seeds")
     parser.add_argument("--methods", nargs="+", help="names, or: main (default), extra, all")
-    parser.add_argument("--rates", nargs="+", type=float, help="the sweep's grid, ascending")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--rates", nargs="+", type=float, help="the grid of learning rates")
+    parser.add_argument("--seeds", nargs="+", type=int, help="which; by default 0, 1, 2, …")
     parser.add_argument("--results", type=Path, help="folder of the results files")

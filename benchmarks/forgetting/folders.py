@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None, network: nn.Sequential | None = None) ->
             options | {"pixels": given.pixels} | asdict(sizes),
             learned.run,
             methods=grids(given.methods, tuple(given.rates)),
-            seeds=given.seeds,
+            seeds=range(given.seeds),
         )
     return records
 

@@ -277,5 +277,5 @@ def study(options: argparse.Namespace) -> None:
         {"study": "language", "target": f"{name} on {sizes['data']}", **sizes},
         task.run,
         methods={name: rates if ALL[name].trains else (0.0,) for name in options.methods},
-        seeds=options.seeds or (2 if options.quick else 3),
+        seeds=options.seeds or range(2 if options.quick else 3),
     )

@@ -235,6 +235,17 @@ def flow(scores: Scores, temperature: str = "median", column: str = "loss") -> T
     return scores.weights(temperature, column=column)
 
 
+def normalised(scores: Scores) -> Tensor:
+    """FLOW's weights over their mean: steps as large as those of standard fine-tuning."""
+    weights = scores.weights()
+    return weights / weights.mean()
+
+
+def even(scores: Scores) -> Tensor:
+    """FLOW's mean weight for every sample: what its smaller steps do by themselves."""
+    return torch.full((len(scores),), scores.weights().mean().item())
+
+
 def running_median(scores: Scores, window: int = 128) -> Tensor:
     """FLOW's weights as a stream gives them: each window under the median of all so far."""
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)).tolist()
@@ -307,6 +318,8 @@ TEMPERATURES = ("q0.1", "q0.25", "q0.75", "mean", "ess0.1", "ess0.25", "ess0.5",
 ABLATIONS: dict[str, Method] = {
     **{f"FLOW, {rule}": Method(partial(flow, temperature=rule)) for rule in TEMPERATURES},
     "FLOW, running median": Method(running_median),
+    "FLOW normalised": Method(normalised),
+    "standard, smaller steps": Method(even),
     "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
     **{f"l2, {strength:g}": Method(parts=(anchor("l2", strength),)) for strength in (1e-3, 1e-1)},
     **{f"WiSE-FT, {alpha:g}": Method(parts=(wise_ft(alpha),)) for alpha in (0.25, 0.75)},

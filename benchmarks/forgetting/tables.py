@@ -6,7 +6,6 @@ Everything here is a pure function of the records, but for the writing at the en
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -52,12 +51,16 @@ def chosen_runs(records: Iterable[Record]) -> Runs:
     return _runs_at(chosen_rates(records), records)
 
 
-def common_runs(records: Iterable[Record]) -> Runs:
-    """Return each method's runs at the rate that standard fine-tuning has chosen."""
+def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
+    """Return all methods' runs at each rate of standard fine-tuning; those without one at all."""
     records = list(records)
-    rates = chosen_rates(records)
-    common = rates.get(STANDARD, math.nan)
-    return _runs_at({name: rate and common for name, rate in rates.items()}, records)  # 0: no rate
+    methods = {record["method"] for record in records}
+    untrained = {record["method"] for record in records if record["rate"] == 0}
+    rates = sorted({record["rate"] for record in records if record["method"] == STANDARD})
+    return {
+        rate: _runs_at({m: 0.0 if m in untrained else rate for m in methods}, records)
+        for rate in rates
+    }
 
 
 def _runs_at(rates: Mapping[str, float], records: list[Record]) -> Runs:
@@ -88,38 +91,35 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
     runs = chosen_runs(records)
     seeds = max(len(found) for found in runs.values())
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
-    return "\n".join(
-        [
-            f"# Forgetting: {options['study']}, {options['target']}",
-            "",
-            f"{settings}. {len(records)} runs, up to {seeds} seeds; "
-            f"{sum(r['seconds'] for r in records) / 60:.0f} minutes of runs.",
-            "Each method's rate is the best one on validation samples of the new task (seed 0).",
-            "",
-            *_table(runs),
-            "",
-            *_at_one_rate(records),
-            "Differences over the seeds, paired: mean ± standard deviation (p of a t-test).",
-            "",
-            *_comparisons(runs),
-            "",
-            "Every rate tried, seed 0:",
-            "",
-            *_sweeps(records),
-            "",
-        ]
-    )
+    lines = [
+        f"# Forgetting: {options['study']}, {options['target']}",
+        "",
+        f"{settings}. {len(records)} runs, up to {seeds} seeds; "
+        f"{sum(r['seconds'] for r in records) / 60:.0f} minutes of runs.",
+        "",
+        *_chosen(runs),
+        *_over_rates(records),
+        "Differences over the seeds, paired: mean ± standard deviation (p of a t-test).",
+        "",
+        *_comparisons(runs),
+    ]
+    for rate, at_rate in runs_by_rate(records).items():
+        if len(at_rate) > 1:
+            lines += ["", f"All at rate {rate:g}:", "", *_table(at_rate), ""]
+            lines += _comparisons(at_rate)
+    return "\n".join([*lines, ""])
 
 
 def readme_table(folder: Path) -> str:
-    """Return the README's table: the main methods of every finished results file."""
+    """Return the README's tables: the main methods of every results file."""
     parts = []
     for path in sorted(folder.glob("forgetting_*.jsonl")):
         for options, records in studies(read_records(path)):
-            runs = {m: found for m, found in chosen_runs(records).items() if m not in ABLATIONS}
+            main = [record for record in records if record["method"] not in ABLATIONS]
+            runs = chosen_runs(main)
             seeds = max(len(found) for found in runs.values())
             title = f"**{options['study'].capitalize()}, {options['target'].replace('_', ' ')}** "
-            parts += [title + f"({seeds} seeds)", "", *_table(runs), "", *_at_one_rate(records)]
+            parts += [title + f"({seeds} seeds)", "", *_chosen(runs), *_over_rates(main)]
     if not parts:
         parts = ["No results yet: `python -m benchmarks forgetting vision` makes them.", ""]
     return "\n".join(parts)
@@ -168,11 +168,31 @@ def _table(runs: Runs) -> list[str]:
     return lines
 
 
-def _at_one_rate(records: list[Record]) -> list[str]:
-    runs = {m: found for m, found in common_runs(records).items() if m not in ABLATIONS}
-    if not runs:
+def _chosen(runs: Runs) -> list[str]:
+    title = "At the rate that is best, for each method, on validation samples of the new task:"
+    return [title, "", *_table(runs), ""]
+
+
+def _over_rates(records: list[Record]) -> list[str]:
+    """One row for each method, its measures at each rate in one cell."""
+    by_rate = {rate: runs for rate, runs in runs_by_rate(records).items() if len(runs) > 1}
+    if len(by_rate) < 2:
         return []
-    return ["All at the rate of standard fine-tuning:", "", *_table(runs), ""]
+    names = list(measures(records[0]))
+    title = f"At each rate ({' / '.join(names)}):"
+    lines = [_row(["method", *(f"{rate:g}" for rate in by_rate)])]
+    lines += [_row(["---", *["---:"] * len(by_rate)])]
+    for method in dict.fromkeys(method for runs in by_rate.values() for method in runs):
+        found = [runs.get(method, []) for runs in by_rate.values()]
+        lines.append(_row([method, *(_means(at_rate, names) for at_rate in found)]))
+    return [title, "", *lines, ""]
+
+
+def _means(runs: list[Record], names: list[str]) -> str:
+    if not runs:
+        return "–"
+    columns = [[measures(record)[name] for record in runs] for name in names]
+    return " / ".join(f"{mean(values):.{_digits(values)}f}" for values in columns)
 
 
 def _comparisons(runs: Runs) -> list[str]:
@@ -188,29 +208,18 @@ def _comparisons(runs: Runs) -> list[str]:
     return lines
 
 
-def _sweeps(records: list[Record]) -> list[str]:
-    swept = sorted((r for r in records if r["seed"] == 0), key=lambda r: (r["method"], r["rate"]))
-    names = list(measures(swept[0]))
-    lines = [
-        _row(["method", "rate", "validation", *names]),
-        _row(["---", "---:", "---:", *["---:"] * len(names)]),
-    ]
-    for record in swept:
-        cells = [f"{measures(record)[name]:.2f}" for name in names]
-        lines.append(
-            _row([record["method"], f"{record['rate']:g}", f"{record['validation']:.2f}", *cells])
-        )
-    return lines
-
-
 def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def _spread(values: list[float]) -> str:
-    digits = 1 if min(values) >= 10 else 3
+    digits = _digits(values)
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
+
+
+def _digits(values: list[float]) -> int:
+    return 1 if min(values) >= 5 else 3
 
 
 # --- the picture -----------------------------------------------------------------------------
@@ -257,18 +266,16 @@ def _draw_trade_off(
 
 
 def _draw_rates(axes: Any, records: list[Record], target: str, retained: str) -> None:
+    by_rate = runs_by_rate(records)
     for method in ("standard", "FLOW", "FLOW, sampler", "l2", "WiSE-FT", "LoRA"):
-        swept = sorted(
-            (r for r in records if r["method"] == method and r["seed"] == 0),
-            key=lambda record: record["rate"],
-        )
-        points = [_middle([record], target, retained) for record in swept]
+        swept = {rate: runs[method] for rate, runs in by_rate.items() if method in runs}
+        points = [_middle(runs, target, retained) for runs in swept.values()]
         if points:
             style = {"standard": "-", "FLOW": "-", "l2": "--", "LoRA": ":"}.get(method, "-.")
             axes.plot(*zip(*points, strict=True), style, color=_colour(method), label=method)
-            for record, point in zip(swept, points, strict=True):
-                axes.annotate(f"{record['rate']:g}", point, fontsize=7, color=_colour(method))
-    axes.set(title="Over the learning rate (seed 0)", xlabel=f"target {target}", ylabel=retained)
+            for rate, point in zip(swept, points, strict=True):
+                axes.annotate(f"{rate:g}", point, fontsize=7, color=_colour(method))
+    axes.set(title="Over the learning rate", xlabel=f"target {target}", ylabel=retained)
     axes.legend(fontsize=8)
     _better_is_up_and_right(axes, target, retained)
 
