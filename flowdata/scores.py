@@ -204,7 +204,7 @@ class Scores:
 
     def summary(self, temperature: Temperature = "median") -> dict[str, Any]:
         """Return the figures that describe the losses and the weights made from them."""
-        from flowdata.report import summarize
+        from flowdata.summary import summarize
 
         return summarize(self, temperature=temperature)
 
