@@ -132,7 +132,8 @@ def _values(
     hidden: Tensor, head: Head, targets: Tensor, columns: Sequence[str]
 ) -> dict[str, Tensor]:
     target = _target_logits(hidden, head, targets)
-    if not columns and head.kernel != "triton" and not hidden.is_cuda:
+    on_host = hidden.device.type == "cpu"  # elsewhere a look at the odds would wait for them
+    if not columns and head.kernel != "triton" and on_host:
         odds = _odds(hidden, head, targets, target)
         if odds.isfinite().all():
             return {"loss": odds.log1p()}

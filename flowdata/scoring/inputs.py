@@ -1,16 +1,21 @@
-"""Inputs: a batch of token samples as what a language model is given, and its targets."""
+"""Inputs: a batch of token samples as what a language model is given, and its targets.
+
+All of it is made on the host, where sizes can be looked at without waiting for a device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.scoring.tasks import IGNORE_INDEX, innermost
+from flowdata.scoring.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -19,18 +24,43 @@ class Work:
 
     Attributes:
         inputs: the call's keyword arguments.
-        targets: (B, T) int64, for each output position its target or −100.
+        shape: (B, T), of the call's output positions.
+        places: (n,) int64, those positions that have a target, counted through all of B × T.
+        targets: (n,) int64, their targets.
         counts: (samples,) int64, targets of each sample, in the order in which they lie.
         around: makes the context that the call needs.
     """
 
     inputs: dict[str, Any]
+    shape: torch.Size
+    places: Tensor
     targets: Tensor
     counts: Tensor
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
+    def on(self, device: torch.device) -> Work:
+        """Return the same with all that the call needs on a device."""
+        inputs, places, targets = to_device([self.inputs, self.places, self.targets], device)
+        return replace(self, inputs=inputs, places=places, targets=targets)
+
+    def of_targets(self, values: Tensor) -> Tensor:
+        """Return those of (B, T, …) values that belong to targets, (n, …)."""
+        return values.flatten(0, 1).index_select(0, self.places)
+
 
 Prepare = Callable[[nn.Module, Any], list[Work]]  # of a batch, its samples in order
+
+
+def make_work(
+    inputs: dict[str, Any],
+    targets: Tensor,
+    counts: Tensor,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Work:
+    """Return the work whose targets are given for each output position: (B, T), or −100."""
+    flat = targets.flatten()
+    places = (flat != IGNORE_INDEX).nonzero().flatten()
+    return Work(inputs, targets.shape, places, flat[places], counts, around)
 
 
 def padded(loss: str, max_tokens: int | None = None) -> Prepare:
@@ -44,7 +74,7 @@ def padded(loss: str, max_tokens: int | None = None) -> Prepare:
 
 def _padded_work(model: nn.Module, batch: Any, loss: str) -> Work:
     inputs, targets = inputs_and_targets(model, batch, loss)
-    return Work(inputs, targets, (targets != IGNORE_INDEX).sum(1))
+    return make_work(inputs, targets, (targets != IGNORE_INDEX).sum(1))
 
 
 def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[str, Any], Tensor]:

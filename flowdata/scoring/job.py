@@ -24,7 +24,7 @@ from flowdata.scoring.packed import (
     why_not_packed,
 )
 from flowdata.scoring.plan import Plan, plan_fixed, plan_padded
-from flowdata.scoring.precision import map_tensors, name_of
+from flowdata.scoring.precision import name_of
 from flowdata.scoring.prompts import shared_prompts
 from flowdata.scoring.tasks import LANGUAGE_LOSSES, Method, callable_method, prediction_method
 
@@ -139,15 +139,16 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     `options` are those of the plan whose packs it is for.
     """
     if not isinstance(job.loss, str):
-        return callable_method(job.loss), ""
+        return callable_method(job.loss, job.device), ""
     if job.loss not in LANGUAGE_LOSSES:
-        return prediction_method(job.loss, job.columns), ""
+        return prediction_method(job.loss, job.columns, job.device), ""
     few = [sample for sample in job.few if _tokens(sample) <= _CHECKED] or job.few[:1]
-    batch = moved(job, job.collate([few[-1], few[len(few) // 4]]))
+    batch = job.collate([few[-1], few[len(few) // 4]])
     prefix = job.prefix[: options["prefix"]]
     max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
-    packing = None if why_not else Packing(padded(job.loss, max_tokens), prefix, max_tokens)
+    whole = padded(job.loss, max_tokens)
+    packing = None if why_not else Packing(whole, prefix, max_tokens, job.device)
     compiled = is_compiled(model)
     *ways, (plainest, plain) = methods(
         model,
@@ -156,6 +157,7 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
         max_tokens=max_tokens,
         columns=job.columns,
         compiled=compiled,
+        device=job.device,
     )
     if compiled and (reason := agrees(ways[0][1], plain, model, batch, job.dtype)):
         logger.warning("not compiling: %s", reason)
@@ -190,8 +192,3 @@ def _tokens(sample: Any) -> int:
 
 def _kind(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"
-
-
-def moved(job: Job, batch: Any) -> Any:
-    """Return a batch on the job's device."""
-    return map_tensors(batch, lambda tensor: tensor.to(job.device, non_blocking=True))

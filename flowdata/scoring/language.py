@@ -37,14 +37,8 @@ from flowdata.scoring.head import (
 )
 from flowdata.scoring.inputs import Prepare, Work, padded, rows_of
 from flowdata.scoring.packed import Packing
-from flowdata.scoring.tasks import (
-    IGNORE_INDEX,
-    Method,
-    TargetLosses,
-    call_with,
-    innermost,
-    logits_of,
-)
+from flowdata.scoring.tasks import Method, TargetLosses, call_with, innermost, logits_of
+from flowdata.scoring.transfer import CPU
 
 _ROWS_AT_ONCE = 256  # of full logits in float32
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -60,6 +54,7 @@ def methods(
     max_tokens: int | None = None,
     columns: Sequence[str] = (),
     compiled: bool = False,
+    device: torch.device = CPU,
 ) -> list[tuple[str, Method]]:
     """Return the ways to score a batch, named, fastest first, the plainest last.
 
@@ -70,6 +65,7 @@ def methods(
         max_tokens: beyond this a padded batch is run in slices.
         columns: names of further columns, see columns.py.
         compiled: the head may be compiled as well.
+        device: where the model takes its inputs.
     """
     output_layer = _output_layer(model)
     config: Any = getattr(innermost(model), "config", None)
@@ -86,10 +82,12 @@ def methods(
     full_logits = _full_logits(output_layer, text_config, columns)
     ways: list[tuple[str, Method]] = []
     if packing is not None:
-        ways += [(f"{name}, samples packed", _method(packing, run)) for name, run in runs]
+        packed = [(f"{name}, samples packed", run) for name, run in runs]
+        ways += [(name, _method(packing, run, device)) for name, run in packed]
     whole = padded(loss, max_tokens)
-    ways += [(name, _method(whole, run)) for name, run in [*runs, ("full logits", full_logits)]]
-    plain = _one_by_one(_method(padded(loss), full_logits))
+    runs.append(("full logits", full_logits))
+    ways += [(name, _method(whole, run, device)) for name, run in runs]
+    plain = _one_by_one(_method(padded(loss), full_logits, device))
     return [*ways, ("full logits, one sample at a time", plain)]
 
 
@@ -117,11 +115,10 @@ def agrees(method: Method, plain: Method, model: nn.Module, batch: Any, dtype: t
 
 def _tiled(output_layer: nn.Module, head: Head, columns: Sequence[str]) -> Run:
     def run(model: nn.Module, work: Work) -> TargetLosses:
-        is_target = work.targets != IGNORE_INDEX
         with _seeing(output_layer, lambda hidden: hidden.flatten(0, -2)[None, :1]) as seen:
             call_with(model, work.inputs, use_cache=False)
-        hidden = seen[0][is_target].to(head.weight.dtype)
-        values, further = target_values(hidden, head, work.targets[is_target], columns)
+        hidden = work.of_targets(seen[0]).to(head.weight.dtype)
+        values, further = target_values(hidden, head, work.targets, columns)
         return TargetLosses(values, work.counts, further)
 
     return run
@@ -129,44 +126,42 @@ def _tiled(output_layer: nn.Module, head: Head, columns: Sequence[str]) -> Run:
 
 def _gathered(output_layer: nn.Module, config: Any, columns: Sequence[str]) -> Run:
     def run(model: nn.Module, work: Work) -> TargetLosses:
-        is_target = work.targets != IGNORE_INDEX
         with (
-            _seeing(output_layer, lambda hidden: hidden[is_target][None]),
+            _seeing(output_layer, lambda hidden: work.of_targets(hidden)[None]),
             _last_call(output_layer, wanted="gradient_norm" in columns) as calls,
         ):
             logits = logits_of(call_with(model, work.inputs, use_cache=False))
         call = [(given[0], made[0]) for given, made in calls]
-        return _of_logits(logits[0], work.targets[is_target], work.counts, columns, call, config)
+        return _of_logits(logits[0], work.targets, work.counts, columns, call, config)
 
     return run
 
 
 def _full_logits(output_layer: nn.Module | None, config: Any, columns: Sequence[str]) -> Run:
     def run(model: nn.Module, work: Work) -> TargetLosses:
-        is_target = work.targets != IGNORE_INDEX
         with _last_call(output_layer, wanted="gradient_norm" in columns) as calls:
             logits = logits_of(call_with(model, work.inputs, use_cache=False))
-        if logits.shape[:2] != work.targets.shape:
+        if logits.shape[:2] != work.shape:
             raise ValueError(
                 f"the model gives logits of shape {tuple(logits.shape)} for labels of shape "
-                f"{tuple(work.targets.shape)}; they should be (B, T, V) and (B, T). "
+                f"{tuple(work.shape)}; they should be (B, T, V) and (B, T). "
                 "Pass loss=callable(model, batch)"
             )
-        call = [(given[is_target], made[is_target]) for given, made in calls]
-        kept, targets = logits[is_target], work.targets[is_target]
-        return _of_logits(kept, targets, work.counts, columns, call, config)
+        call = [(work.of_targets(given), work.of_targets(made)) for given, made in calls]
+        kept = work.of_targets(logits)
+        return _of_logits(kept, work.targets, work.counts, columns, call, config)
 
     return run
 
 
-def _method(prepare: Prepare, run: Run) -> Method:
+def _method(prepare: Prepare, run: Run, device: torch.device) -> Method:
     """Return the method that prepares a batch in one way and runs it in another."""
 
     def method(model: nn.Module, batch: Any) -> TargetLosses:
         parts = []
         for work in prepare(model, batch):
             with work.around():
-                parts.append(run(model, work))
+                parts.append(run(model, work.on(device)))
         return joined(parts)
 
     return method

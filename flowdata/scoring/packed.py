@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.scoring.attention import Block, KeysAndValues, Pass, attending
-from flowdata.scoring.inputs import Prepare, Work, inputs_and_targets
+from flowdata.scoring.inputs import Prepare, Work, inputs_and_targets, make_work
 from flowdata.scoring.tasks import IGNORE_INDEX, call_with, innermost
+from flowdata.scoring.transfer import CPU
 
 _LIKE = 1 / 16  # samples in a block are at most this much shorter than its longest
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
@@ -87,12 +88,17 @@ class Packing:
         prefix: (P,) int64; what all samples of a batch share of it is not run again.
         max_tokens: a batch that was planned with the prefix, but does not share it, can be far
             larger; then it is left to `otherwise`.
+        device: where the model takes its inputs.
     """
 
     def __init__(
-        self, otherwise: Prepare, prefix: Tensor | None = None, max_tokens: int | None = None
+        self,
+        otherwise: Prepare,
+        prefix: Tensor | None = None,
+        max_tokens: int | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.otherwise = otherwise
+        self.otherwise, self.device = otherwise, device
         self.most_tokens = math.inf if max_tokens is None else 2 * max_tokens
         self.prefix = torch.empty(0, dtype=torch.long) if prefix is None else prefix
         self._of_prefix: KeysAndValues = []
@@ -109,7 +115,7 @@ class Packing:
         skipped = self._shared(ids, is_target)
         positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         ends = (is_target * positions).amax(1).clamp_min_(skipped + 1).tolist()
-        pieces = _pieces(ends, skipped, _prompts(ids, is_target, skipped), ids.device)
+        pieces = _pieces(ends, skipped, _prompts(ids, is_target, skipped), self.device)
         blocks = [piece.block for piece in pieces]
         if sum(block.samples * block.length for block in blocks) > self.most_tokens:
             return None
@@ -120,10 +126,10 @@ class Packing:
         }
         before = [
             (keys[:, :, :skipped], values[:, :, :skipped])
-            for keys, values in (self._keys_and_values(model, ids.device) if skipped else [])
+            for keys, values in (self._keys_and_values(model) if skipped else [])
         ]
         around = functools.partial(_all_layers_attending, model, Pass(blocks, before))
-        return [Work(packed, flat(targets), is_target.sum(1), around)]
+        return [make_work(packed, flat(targets), is_target.sum(1), around)]
 
     def _shared(self, ids: Tensor, is_target: Tensor) -> int:
         """How many tokens of the prefix all samples of a batch begin with, none of them needed."""
@@ -133,12 +139,12 @@ class Packing:
         length = int(alike.long().cumprod(0).sum())
         return length if length >= _LEAST_PREFIX else 0
 
-    def _keys_and_values(self, model: nn.Module, device: torch.device) -> KeysAndValues:
+    def _keys_and_values(self, model: nn.Module) -> KeysAndValues:
         if not self._of_prefix:
             length = len(self.prefix)
             inputs = {
-                "input_ids": self.prefix[None].to(device),
-                "position_ids": torch.arange(length, device=device)[None],
+                "input_ids": self.prefix[None].to(self.device),
+                "position_ids": torch.arange(length, device=self.device)[None],
             }
             alone = Pass([Block(1, length)], seen=[])
             with _all_layers_attending(model, alone):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,11 +19,12 @@ from flowdata.samples import Unreadable
 from flowdata.scores import Scores
 from flowdata.scoring.batches import Collate
 from flowdata.scoring.compiled import compiled_layers
-from flowdata.scoring.job import Job, choose_method, moved
+from flowdata.scoring.job import Job, choose_method
 from flowdata.scoring.placement import is_sharded, reshard
 from flowdata.scoring.plan import Plan
 from flowdata.scoring.precision import scoring_model
 from flowdata.scoring.ranks import Ranks
+from flowdata.scoring.transfer import Fetched
 
 logger = logging.getLogger("flowdata")
 
@@ -63,30 +65,42 @@ def run_packs(
                 "depend on who makes them; run on machines of one kind"
             )
         job.announce("; ".join(filter(None, [job.name, method_name, _cut(options)])))
+        started: deque[Callable[[], Done]] = deque()
         for batch, reasons in _loaded(job, claim()):
             index = claimed.popleft()
             if not together and not ranks.begins(index):
                 continue
-            yield _score_pack(job, model, method, plan, index, batch, reasons)
+            losses = None if batch is None else Fetched(method(model, batch))
+            started.append(functools.partial(_done, job, plan, index, losses, reasons))
+            while len(started) > _ahead(job.device):
+                yield started.popleft()()
             done = costs[min(ranks.claimed, len(todo)) - len(claimed)]
             advance(done - shown)
             shown = done
+        for finish in started:
+            yield finish()
         reshard(job.model)
 
 
-def _score_pack(
-    job: Job, model: Any, method: Any, plan: Plan, index: int, batch: Any, reasons: dict[int, str]
+def _ahead(device: torch.device) -> int:
+    """Packs whose losses are not waited for: a GPU is given the next one first."""
+    return 1 if device.type == "cuda" else 0
+
+
+def _done(
+    job: Job, plan: Plan, index: int, losses: Fetched | None, reasons: dict[int, str]
 ) -> Done:
+    """A pack once its losses are there; None if none of its samples could be read."""
     samples = plan.pack(index)
     readable = torch.ones(len(samples), dtype=torch.bool)
     readable[list(reasons)] = False
     expected = int(readable.sum())
-    if expected == 0:
+    if losses is None:
         columns = {"loss": torch.empty(0), "count": torch.empty(0, dtype=torch.long)}
         columns |= {"token_loss": torch.empty(0)} if job.token_losses else {}
         columns |= {name: torch.empty(0) for name in job.columns}
     else:
-        columns = method(model, moved(job, batch)).columns(token_losses=job.token_losses)
+        columns = losses.columns(token_losses=job.token_losses)
     if len(columns["loss"]) != expected:
         raise ValueError(
             f"a batch of {expected} samples gave {len(columns['loss'])} "

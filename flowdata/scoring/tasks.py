@@ -1,6 +1,6 @@
 """Tasks: what each loss is, for models that give one prediction for each target.
 
-A method takes a model and a batch and returns the loss of every single target
+A method takes a model and a batch, on the host, and returns the loss of every single target
 (`TargetLosses`); the mean over a sample's targets is the sample's loss. Language models have
 methods of their own, in language.py.
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.scoring.columns import columns_of_logits
+from flowdata.scoring.transfer import CPU, to_device
 
 IGNORE_INDEX = -100
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
@@ -109,10 +110,13 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     return batch, None
 
 
-def prediction_method(loss: str, columns: Sequence[str] = ()) -> Method:
+def prediction_method(loss: str, columns: Sequence[str] = (), device: torch.device = CPU) -> Method:
     """Return the method of a loss between a model's predictions and its targets.
 
-    Further columns, by name, are those of `cross_entropy` alone.
+    Args:
+        loss: one of `PREDICTION_LOSSES`.
+        columns: names of further columns, for ``"cross_entropy"`` alone.
+        device: where the model takes its inputs.
     """
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
@@ -123,8 +127,7 @@ def prediction_method(loss: str, columns: Sequence[str] = ()) -> Method:
                 f"{_describe(batch)}; pass loss=callable(model, batch) for another layout"
             )
         with _last_linear(model, wanted="gradient_norm" in columns) as calls:
-            predictions = predict(model, inputs)
-        targets = targets.to(predictions.device)
+            predictions = predict(model, to_device(inputs, device))
         if loss == "binary_cross_entropy":
             return binary_cross_entropy(predictions.float(), targets)
         if loss == "mse":
@@ -136,11 +139,13 @@ def prediction_method(loss: str, columns: Sequence[str] = ()) -> Method:
     return run
 
 
-def callable_method(function: Callable[[nn.Module, Any], Tensor]) -> Method:
+def callable_method(
+    function: Callable[[nn.Module, Any], Tensor], device: torch.device = CPU
+) -> Method:
     """Return the method of a user's own `(model, batch) -> (B,)` losses."""
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
-        values = function(model, batch)
+        values = function(model, to_device(batch, device))
         if not isinstance(values, Tensor) or values.dim() != 1:
             raise ValueError(
                 "loss=callable must return a tensor of shape (B,), one loss for each sample, got "
@@ -220,9 +225,10 @@ def cross_entropy(
     """Losses of classes: targets (B, …) int64, −100 ignored, or (B, C) class probabilities.
 
     Logits are (B, C, …), or (B, …, C) where only that fits; `hidden` is (B, …, d), what the layer
-    that made them was given.
+    that made them was given. Where targets are on the host, nothing waits for the device.
     """
     if targets.is_floating_point():
+        targets = to_device(targets, logits.device)
         _check_shapes("cross_entropy", logits, targets, targets.shape)
         losses = F.cross_entropy(logits, targets.float(), reduction="none")
         further = columns_of_logits(logits, targets.float(), columns, hidden)
@@ -236,14 +242,16 @@ def cross_entropy(
     if logits.shape[:-1] == targets.shape != logits.shape[:1] + logits.shape[2:]:
         logits = logits.movedim(-1, 1)
     _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     kept = targets != IGNORE_INDEX
+    counts, places = kept[:, None].flatten(1).sum(1), kept.flatten().nonzero().flatten()
+    targets, places = to_device([targets, places], logits.device)
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     further = {}
     if columns:
-        rows = logits.movedim(1, -1)[kept]
-        seen = None if hidden is None else hidden.reshape(*targets.shape, -1)[kept]
-        further = columns_of_logits(rows, targets[kept], columns, seen)
-    return TargetLosses(losses[kept], kept[:, None].flatten(1).sum(1), further)
+        rows = logits.movedim(1, -1).flatten(0, -2)[places]
+        seen = None if hidden is None else hidden.reshape(targets.numel(), -1)[places]
+        further = columns_of_logits(rows, targets.flatten()[places], columns, seen)
+    return TargetLosses(losses.flatten()[places], counts, further)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
@@ -251,7 +259,8 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
     if logits.dim() == targets.dim() + 1 and logits.shape[-1] == 1:
         logits = logits.squeeze(-1)
     _check_shapes("binary_cross_entropy", logits, targets, logits.shape)
-    losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    targets = to_device(targets, logits.device).float()
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return _all_targets(losses)
 
 
@@ -260,7 +269,7 @@ def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:
     if predictions.dim() == targets.dim() + 1 and predictions.shape[-1] == 1:
         predictions = predictions.squeeze(-1)
     _check_shapes("mse", predictions, targets, predictions.shape)
-    return _all_targets((predictions - targets.float()).square())
+    return _all_targets((predictions - to_device(targets, predictions.device).float()).square())
 
 
 def _all_targets(losses: Tensor) -> TargetLosses:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdata.scoring.transfer import to_device
+
 
 def has_varlen(query: Tensor) -> bool:
     """Return whether PyTorch's kernel takes such queries: half precision, compute capability 8."""
@@ -91,4 +93,5 @@ def varlen(
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(samples + 1,) int32: where each sample begins."""
     cuts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    return cuts.to(device, non_blocking=True)
+    there: Tensor = to_device(cuts, device)
+    return there
