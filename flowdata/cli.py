@@ -88,6 +88,7 @@ def _score(options: argparse.Namespace) -> int:
         device=options.device,
         max_tokens=options.max_tokens,
         token_losses=options.token_losses,
+        columns=options.columns,
         progress=not options.quiet,
     )
     details = {
@@ -198,6 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="default: where the model loads")
     add("--max-tokens", type=int, help="tokens in one pack")
     add("--token-losses", action="store_true", help="keep every target's loss too")
+    add(
+        "--columns",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="keep of every sample too: entropy, correct, gradient_norm",
+    )
     add("--temperature", type=_temperature, default="median", help="for the summary")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 

@@ -67,6 +67,18 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     assert json.loads(out)["whole"] is False
 
 
+def test_further_columns_and_token_losses_are_kept(capsys, model_folder, data, tmp_path):
+    score = ("score", model_folder, data, "--store", tmp_path / "store", "--limit", 5)
+    code, _, _ = run(capsys, *score, "--token-losses", "--columns", "entropy", "gradient_norm")
+    assert code == 0
+    scores = Scores.load(tmp_path / "store")
+    assert set(scores.columns) == {"entropy", "gradient_norm"}
+    assert len(scores.flat_token_losses) == int(scores.counts.sum())
+    code, _, err = run(capsys, *score, "--columns", "magic")
+    assert code == 2
+    assert "columns must be among 'entropy', 'correct', 'gradient_norm', got 'magic'" in err
+
+
 def test_chats_parquet_limits_and_cuts(capsys, model_folder, tmp_path):
     chats = [
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]
