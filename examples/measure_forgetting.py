@@ -23,8 +23,9 @@ from torch.utils.data import Subset
 import flowdata
 from benchmarks.forgetting.classify import accuracy, fine_tune, sample_weights
 from benchmarks.forgetting.methods import METHODS
+from benchmarks.forgetting.pictures import picture
 from benchmarks.forgetting.study import Record, run_study
-from benchmarks.forgetting.tables import picture, report
+from benchmarks.forgetting.tables import report
 from examples.custom_loop import pretrain
 
 

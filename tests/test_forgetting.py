@@ -297,7 +297,7 @@ def test_methods_are_compared_at_every_rate_of_standard_fine_tuning(tmp_path):
         record | ({"rate": 0.0} if record["method"] == "l2" else {})  # as if it didn't train
         for record in pretend(path, names=("l2",), rates=(0.1,))
     ]
-    by_rate = tables.runs_by_rate(records)
+    by_rate = study.runs_by_rate(records)
     assert list(by_rate) == [0.01, 0.03, 0.1]
     for rate, runs in by_rate.items():
         assert {m: {r["rate"] for r in found} for m, found in runs.items()} == {

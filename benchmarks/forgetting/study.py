@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 Record = dict[str, Any]
+Runs = dict[str, list[Record]]  # of each method, in the order of their seeds
 Runner = Callable[[str, float, int], Record]  # method, rate, seed -> what was measured
 
 STANDARD = "standard"  # the method that all others are compared with
@@ -85,6 +86,32 @@ def _best_rate(scores: Mapping[float, list[float]]) -> float:
     most = max(map(len, scores.values()))
     complete = sorted(rate for rate, values in scores.items() if len(values) == most)
     return max(complete, key=lambda rate: mean(scores[rate]))
+
+
+def chosen_runs(records: Iterable[Record]) -> Runs:
+    """Return each method's runs at the rate chosen for it, in the order of their seeds."""
+    records = list(records)
+    return _runs_at(chosen_rates(records), records)
+
+
+def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
+    """Return all methods' runs at each rate of standard fine-tuning; those without one at all."""
+    records = list(records)
+    methods = dict.fromkeys(record["method"] for record in records)
+    untrained = {record["method"] for record in records if record["rate"] == 0}
+    rates = sorted({record["rate"] for record in records if record["method"] == STANDARD})
+    return {
+        rate: _runs_at({m: 0.0 if m in untrained else rate for m in methods}, records)
+        for rate in rates
+    }
+
+
+def _runs_at(rates: Mapping[str, float], records: list[Record]) -> Runs:
+    found: Runs = {name: [] for name in rates}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        if record["rate"] == rates[record["method"]]:
+            found[record["method"]].append(record)
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def key_of(record: Record) -> str:

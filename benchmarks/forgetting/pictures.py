@@ -1,0 +1,125 @@
+"""A study's picture: the trade-off between target and retained, over rates and temperatures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.forgetting.methods import ABLATIONS
+from benchmarks.forgetting.study import Record, Runs, chosen_runs, runs_by_rate
+from flowdata.plots import BLUE, GREEN, ORANGE, figure, png
+
+_STYLES = {  # of the curves over the learning rate: FLOW added to a method is dashed as that is
+    "standard": (BLUE, "-"),
+    "FLOW": (GREEN, "-"),
+    "l2": (ORANGE, "--"),
+    "FLOW + l2": (GREEN, "--"),
+    "WiSE-FT": (ORANGE, ":"),
+    "FLOW + WiSE-FT": (GREEN, ":"),
+}
+_LINE = 10.0  # points from one label to the next
+
+
+def picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
+    """Draw target against retained, the curves over the rate, and those over the temperature."""
+    first = records[0]
+    target, retained = next(iter(first["target"])), next(iter(first["retained"]))
+    runs = chosen_runs(records)
+    with figure(15, 5, panels=3) as (drawing, (trade, rates, temperatures)):
+        _draw_trade_off(trade, runs, target, retained)
+        _draw_rates(rates, records, target, retained)
+        _draw_temperatures(temperatures, records, target, retained)
+        for axes in (trade, rates):
+            axes.grid(True, axis="both")
+        return png(drawing)
+
+
+def _colour(method: str) -> str:
+    if "FLOW" in method:
+        return GREEN
+    return BLUE if method == "standard" else ORANGE
+
+
+def _middle(runs: list[Record], target: str, retained: str) -> tuple[float, float]:
+    return mean(r["target"][target] for r in runs), mean(r["retained"][retained] for r in runs)
+
+
+def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
+    places = {}
+    for method in (m for m in runs if m not in ABLATIONS):
+        places[method] = _middle(runs[method], target, retained)
+        errors = [
+            stdev(r[kind][name] for r in runs[method]) if len(runs[method]) > 1 else 0.0
+            for kind, name in (("retained", retained), ("target", target))
+        ]
+        colour = _colour(method)
+        axes.errorbar(*places[method], *errors, color=colour, elinewidth=1, alpha=0.4)
+        axes.plot(*places[method], "o", color=colour, markersize=5)
+    axes.set(title="At each method's best rate", xlabel=f"target {target}", ylabel=retained)
+    _better_is_up_and_right(axes, target, retained)
+    _label(axes, places)
+
+
+def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside points, one above the other where the points lie too close."""
+    axes.autoscale_view()
+    points = 72 / axes.figure.dpi  # in a pixel
+    height = {name: axes.transData.transform(at)[1] * points for name, at in places.items()}
+    free = float("-inf")
+    for name in sorted(places, key=lambda name: height[name]):
+        free = max(height[name] - 3, free + _LINE)
+        shift = (7, free - height[name])
+        axes.annotate(name, places[name], shift, textcoords="offset points", fontsize=8)
+
+
+def _draw_rates(axes: Any, records: list[Record], target: str, retained: str) -> None:
+    by_rate = runs_by_rate(records)
+    for method, (colour, line) in _STYLES.items():
+        swept = {rate: runs[method] for rate, runs in by_rate.items() if method in runs}
+        points = [_middle(runs, target, retained) for runs in swept.values()]
+        if points:
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker="o", label=method)
+        if method == "standard":
+            _label(axes, {f"{rate:g}": point for rate, point in zip(swept, points, strict=True)})
+    axes.set(title="Over the learning rate", xlabel=f"target {target}", ylabel=retained)
+    axes.legend(fontsize=8)
+    _better_is_up_and_right(axes, target, retained)
+
+
+def _draw_temperatures(axes: Any, records: list[Record], target: str, retained: str) -> None:
+    """Both measures over the effective sample size that each temperature rule gives."""
+    by_rate = runs_by_rate(records)
+    rate = max(by_rate, key=lambda rate: len(_of_temperatures(by_rate[rate])), default=0.0)
+    points = [
+        (
+            mean(record["effective_share"] for record in found),
+            *_middle(found, target, retained),
+            rule,
+        )
+        for rule, found in _of_temperatures(by_rate.get(rate, {})).items()
+    ]
+    other = axes.twinx()
+    other.grid(False)
+    for share, x, y, _ in sorted(points):
+        axes.plot(share, y, "o", color=GREEN)
+        other.plot(share, x, "s", color=BLUE, markersize=4)
+    if len(points) > 1:
+        shares, xs, ys, _ = zip(*sorted(points), strict=True)
+        axes.plot(shares, ys, color=GREEN, linewidth=1)
+        other.plot(shares, xs, color=BLUE, linewidth=1)
+    _label(axes, {rule: (share, y) for share, _, y, rule in points})
+    axes.set(title=f"Over the temperature (rate {rate:g})", xlabel="effective sample size / N")
+    axes.set_ylabel(retained, color=GREEN)
+    other.set_ylabel(f"target {target}", color=BLUE)
+
+
+def _of_temperatures(runs: Runs) -> Runs:
+    """FLOW's runs by their rule for the temperature."""
+    flow = {m: r for m, r in runs.items() if m == "FLOW" or (m in ABLATIONS and "FLOW, " in m)}
+    return {m.removeprefix("FLOW, ").replace("FLOW", "median"): r for m, r in flow.items()}
+
+
+def _better_is_up_and_right(axes: Any, target: str, retained: str) -> None:
+    axes.xaxis.set_inverted(not target.endswith("accuracy"))
+    axes.yaxis.set_inverted(not retained.endswith("accuracy"))
