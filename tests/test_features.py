@@ -1,0 +1,198 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from flowdata.features import compute_features
+from flowdata.scores import ScoreMismatchError
+from flowdata.store_files import StoreError
+from tests.test_heads import blobs
+from tests.test_probe import quiet
+
+
+class Body(nn.Module):
+    """BatchNorm and dropout: wrong features, and changed statistics, unless in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_features_are_those_of_the_body_in_eval_mode():
+    torch.manual_seed(0)
+    x, y = blobs()
+    body = Body()
+    body(x)  # statistics that are not 0 and 1
+    features, targets = compute_features(
+        body, TensorDataset(x, y), batch_size=7, dtype="float32", progress=False
+    )
+    body.eval()
+    torch.testing.assert_close(features, torch.cat([body(row[None]) for row in x]).detach())
+    assert torch.equal(targets, y)
+
+
+def test_features_in_bfloat16_are_float32_and_close():
+    torch.manual_seed(0)
+    x, y = blobs()
+    body = nn.Linear(3, 4)
+    features, _ = compute_features(body, TensorDataset(x, y), dtype="bfloat16", progress=False)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, body(x).detach(), atol=0.1, rtol=0.02)
+    assert not torch.equal(features, body(x).detach())
+
+
+class Noisy(Dataset):
+    """Draws from every global generator, as an augmenting transform does."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+        return self.x[index], self.y[index]
+
+
+def test_the_model_and_the_random_state_come_back_untouched():
+    torch.manual_seed(0)
+    x, y = blobs()
+    body = Body()
+    body.layers[3].eval()  # a mixture of modes
+    body(x).sum().backward()
+    body.layers[0].bias.requires_grad_(False)
+    flags = [module.training for module in body.modules()]
+    grads = [p.grad.clone() for p in body.parameters()]
+    state = {name: value.clone() for name, value in body.state_dict().items()}
+    head = nn.Linear(8, 3)
+    generators = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    quiet(head, Noisy(x, y), body, strength=0.1)
+    assert head.weight.grad is None
+    assert head.weight.requires_grad
+    assert flags == [module.training for module in body.modules()]
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(body.parameters(), grads, strict=True))
+    assert not body.layers[0].bias.requires_grad
+    assert all(torch.equal(value, state[name]) for name, value in body.state_dict().items())
+    assert random.getstate() == generators[0]
+    assert (np.random.get_state()[1] == generators[1]).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), generators[2])
+
+
+class TwoInputs(nn.Module):
+    def forward(self, left, right):
+        return torch.cat([left, right], 1)
+
+
+def test_inputs_may_be_tuples_or_mappings():
+    x, y = blobs()
+    tuples = [((row[:1], row[1:]), label) for row, label in zip(x, y, strict=True)]
+    dicts = [
+        {"left": row[:1], "right": row[1:], "labels": label}
+        for row, label in zip(x, y, strict=True)
+    ]
+    plain = quiet(nn.Linear(3, 3), TensorDataset(x, y), strength=0.05)
+    for dataset in (tuples, dicts):
+        head = quiet(nn.Linear(3, 3), dataset, TwoInputs(), strength=0.05)
+        assert torch.equal(head.weight, plain.weight)
+
+
+def test_bad_batches_are_named():
+    x, y = blobs()
+    with pytest.raises(TypeError, match=r"head must be an nn\.Linear, got Identity"):
+        quiet(nn.Identity(), TensorDataset(x, y))
+    with pytest.raises(TypeError, match=r"batches .inputs, targets. .* got list"):
+        quiet(nn.Linear(3, 3), TensorDataset(x))
+    with pytest.raises(ValueError, match="dataset is empty"):
+        quiet(nn.Linear(3, 3), [])
+    with pytest.raises(ValueError, match=r"features of shape \(B, D\); got \(60, 3, 1\)"):
+        quiet(nn.Linear(3, 3), TensorDataset(x, y), nn.Unflatten(1, (3, 1)))
+
+
+def test_a_model_left_mid_pass_by_an_error_gets_its_flags_back():
+    body = Body()
+    with pytest.raises(RuntimeError):
+        quiet(nn.Linear(8, 3), TensorDataset(torch.zeros(4, 5), torch.zeros(4).long()), body)
+    assert all(module.training for module in body.modules())
+
+
+def kept(file, model=None, **options):
+    x, y = blobs()
+    model = model or nn.Linear(3, 2)
+    return compute_features(model, TensorDataset(x, y), store=file, progress=False, **options)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Counting.calls += 1
+        return super().forward(x)
+
+
+def test_features_are_kept_and_read_without_running_the_body(tmp_path):
+    torch.manual_seed(0)
+    body, file = Counting(3, 2), tmp_path / "new" / "features.safetensors"
+    Counting.calls = 0
+    first = kept(file, body, dtype="float32")
+    assert Counting.calls == 1
+    second = kept(str(file), body, dtype="float32", batch_size=7)
+    assert Counting.calls == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    plain = kept(None, body, dtype="float32")
+    assert all(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
+    x, y = blobs()
+    heads = [
+        quiet(nn.Linear(2, 3), TensorDataset(x, y), body, store=store, dtype="float32")
+        for store in (file, None)
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_features_of_another_body_data_set_or_dtype_are_refused(tmp_path):
+    torch.manual_seed(0)
+    x, y = blobs(seed=1)
+    body, file = nn.Linear(3, 2), tmp_path / "f.safetensors"
+    kept(file, body, dtype="float32")
+    before = file.read_bytes()
+    with pytest.raises(ScoreMismatchError, match=r"another body .*Name another file"):
+        kept(file, nn.Linear(3, 2), dtype="float32")
+    with pytest.raises(ScoreMismatchError, match="another dtype"):
+        kept(file, body, dtype="bfloat16")
+    with pytest.raises(ScoreMismatchError, match="another dataset"):
+        compute_features(body, TensorDataset(x, y), store=file, dtype="float32", progress=False)
+    assert file.read_bytes() == before
+
+
+def test_a_data_set_may_be_named_by_its_user(tmp_path):
+    body, file = nn.Linear(3, 2), tmp_path / "f.safetensors"
+    first = kept(file, body, dataset_id="blobs", dtype="float32")
+    x, y = blobs(seed=5)
+    again = compute_features(
+        body, TensorDataset(x, y), store=file, dataset_id="blobs", dtype="float32", progress=False
+    )
+    assert torch.equal(first[0], again[0])
+
+
+def test_a_damaged_or_foreign_file_is_neither_read_nor_overwritten(tmp_path):
+    file = tmp_path / "f.safetensors"
+    body = nn.Linear(3, 2)
+    kept(file, body)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="damaged"):
+        kept(file, body)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(StoreError, match="not written by flowdata"):
+        kept(tmp_path / "other.safetensors", body)
+    assert file.read_bytes() == bytes(content)
+    with pytest.raises(ValueError, match=r"store must name a file \*\.safetensors"):
+        kept(tmp_path / "folder", body)
