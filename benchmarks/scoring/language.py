@@ -34,6 +34,7 @@ class Case:
         lengths: ``"gsm8k"`` or ``"lognormal"``.
         samples: how many, of those that `--samples` asks for.
         template: a shared template makes up a third of the tokens.
+        answers: samples with one and the same prompt.
         loops: names among `LOOPS`.
     """
 
@@ -43,6 +44,7 @@ class Case:
     lengths: str = "gsm8k"
     samples: float = 1.0
     template: bool = False
+    answers: int = 1
     loops: tuple[str, ...] = ("usual loop", "sorted, logits of targets only", "flowdata")
 
 
@@ -55,12 +57,18 @@ LOOPS: dict[str, Loop] = {
     "TRL": peers.trl,
     "sorted, logits of targets only": peers.sorted_targets,
     "flowdata": lambda m, s: peers.scored(m, s, dtype="bfloat16"),
+    "flowdata, prompts apart": peers.prompts_apart,
     "flowdata, compiled": lambda m, s: peers.scored(m, s, dtype="bfloat16", compile=True),
 }
 NEEDED = {"lm-eval": "lm_eval", "TRL": "trl"}
 CASES = {
-    "gsm8k": Case(loops=tuple(LOOPS)),
+    "gsm8k": Case(loops=tuple(loop for loop in LOOPS if loop != "flowdata, prompts apart")),
     "template": Case(template=True, samples=0.5),
+    "answers": Case(
+        answers=4,
+        samples=0.5,
+        loops=("sorted, logits of targets only", "flowdata, prompts apart", "flowdata"),
+    ),
     "lognormal": Case(lengths="lognormal", samples=0.5),
     "vocabulary-32k": Case(vocabulary=32000, samples=0.33),
     "vocabulary-128k": Case(vocabulary=128256, samples=0.33),
@@ -140,12 +148,24 @@ def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
     lengths = lengths or bench.lognormal_lengths(count, generator)
     own = sum(map(sum, lengths)) / count
     model = bench.random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
-    return model, bench.random_samples(
+    samples = bench.random_samples(
         lengths,
         generator=generator,
         vocabulary=case.vocabulary,
         template=round(own / 2) if case.template else 0,
     )
+    firsts = range(0, count, case.answers)
+    return model, [s for first in firsts for s in answers(samples[first : first + case.answers])]
+
+
+def answers(samples: Samples) -> Samples:
+    """The samples' completions, all behind the first one's prompt."""
+    prompts = [sample["labels"].eq(-100).sum() for sample in samples]
+    shared = {name: values[: prompts[0]] for name, values in samples[0].items()}
+    return [
+        {name: torch.cat([shared[name], values[prompt:]]) for name, values in sample.items()}
+        for sample, prompt in zip(samples, prompts, strict=True)
+    ]
 
 
 def gsm8k_lengths(count: int) -> list[list[int]]:

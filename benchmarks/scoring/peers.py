@@ -22,6 +22,13 @@ def scored(model: Any, samples: Samples, **options: Any) -> Tensor:
     return scorer.score(samples, dataset_id="benchmark").losses
 
 
+def prompts_apart(model: Any, samples: Samples) -> Tensor:
+    """The library, running a prompt again for each of its answers: lengths given, it reads none."""
+    scorer = LossScorer(model, "causal_lm", dtype="bfloat16", progress=False)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    return scorer.score(samples, dataset_id="benchmark", lengths=lengths).losses
+
+
 def one_at_a_time(model: Any, samples: Samples) -> Tensor:
     """No padding, full logits in float32."""
     losses = []
