@@ -65,8 +65,7 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
     lines = [
         f"# Forgetting: {options['study']}, {options['target']}",
         "",
-        f"{settings}. {len(records)} runs, up to {seeds} seeds; "
-        f"{sum(r['seconds'] for r in records) / 60:.0f} minutes of runs.",
+        f"{settings}. {len(records)} runs, up to {seeds} seeds.",
         "",
         *_chosen(runs),
         *_over_rates(records),
@@ -82,15 +81,17 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
 
 
 def readme_table(folder: Path) -> str:
-    """Return the README's tables: the main methods of every results file."""
+    """Return the README's tables: the main methods in the first study of every results file."""
     parts = []
     for path in sorted(folder.glob("forgetting_*.jsonl")):
-        for options, records in studies(read_records(path)):
+        for options, records in studies(read_records(path))[:1]:
             main = [record for record in records if record["method"] not in ABLATIONS]
             runs = chosen_runs(main)
             seeds = max(len(found) for found in runs.values())
             title = f"**{options['study'].capitalize()}, {options['target'].replace('_', ' ')}** "
-            parts += [title + f"({seeds} seeds)", "", *_chosen(runs), *_over_rates(main)]
+            page, picture = (f"benchmarks/results/{path.stem}.{end}" for end in ("md", "png"))
+            title += f"({seeds} seeds; [all rates and comparisons]({page}))"
+            parts += [title, "", *_chosen(runs), f"![The trade-off]({picture})", ""]
     if not parts:
         parts = ["No results yet: `python -m benchmarks forgetting vision` makes them.", ""]
     return "\n".join(parts)

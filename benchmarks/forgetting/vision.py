@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="fashion_mnist, digits (both by default), or NAME=FILE.npz with images and labels",
     )
+    parser.add_argument("--epochs", type=int, help=f"default: {Sizes.epochs}")
 
 
 def study(options: argparse.Namespace) -> None:
     """Run what is missing of the study of every target."""
     sizes = QUICK if options.quick else Sizes()
+    sizes = replace(sizes, epochs=options.epochs or sizes.epochs)
     rates = options.rates or (RATES[1:2] if options.quick else RATES)
     for target in options.targets or (TARGETS[:1] if options.quick else TARGETS):
         name = target.partition("=")[0]
