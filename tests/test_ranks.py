@@ -123,3 +123,24 @@ def test_a_long_wait_says_what_is_missing(monkeypatch, caplog):
     together(2, work)
     assert "waiting for 'identity/1' of the other ranks" in caplog.text
     assert "shared=False" in caplog.text
+
+
+def test_a_rank_that_is_gone_is_named(monkeypatch):
+    monkeypatch.setattr("flowdata.scoring.ranks._SILENT", 0.5)
+    store = dist.HashStore()
+    store.add("alive/1", 1)  # the one sign of life of a rank that was killed, and left no error
+    with pytest.raises(RankError, match=r"rank 1 has shown no sign of life .* goes on from what"):
+        Ranks(store, 0, 2).gather("done", True)
+
+
+def test_a_slow_rank_is_waited_for_as_long_as_it_lives(monkeypatch):
+    monkeypatch.setattr("flowdata.scoring.ranks._BEAT", 0.05)
+    monkeypatch.setattr("flowdata.scoring.ranks._SILENT", 0.5)
+
+    def work(ranks):
+        if ranks.rank == 1:
+            time.sleep(1.5)
+        return ranks.gather("done", ranks.rank)
+
+    assert together(2, work) == [[0, 1]] * 2
+    assert not [thread for thread in threading.enumerate() if "signs of life" in thread.name]

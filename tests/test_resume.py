@@ -249,6 +249,46 @@ def test_torchrun_restarts_after_a_killed_rank_and_one_process_has_the_same_bits
     assert first.metadata == second.metadata
 
 
+IMPATIENT = """
+import sys
+from flowdata.cli import main
+from flowdata.scoring import ranks
+
+ranks._SILENT = 6.0
+sys.exit(main())
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+def test_a_node_that_vanishes_is_noticed_and_the_other_goes_on_alone(score_command, tmp_path):
+    """Two launchers stand for two nodes; one of them and its rank are killed while they score."""
+    script = tmp_path / "score.py"
+    script.write_text(IMPATIENT)
+    arguments = [*score_command[3:], "--max-tokens", "64", "--quiet", "--json"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--rdzv-id=nodes"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29517", "--max-restarts=3"]
+    command = [*torchrun, script, "score", *arguments, "--store", tmp_path / "two"]
+    options = {"env": environment(), "text": True, "stdout": subprocess.PIPE}
+    node = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
+    time.sleep(3)  # the first one is where they meet
+    other = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
+    wait_for(
+        lambda: len(list(tmp_path.glob("two/parts/*"))) or (tmp_path / "two" / ".lock").exists()
+    )
+    time.sleep(0.3)
+    for process in (other.pid, *children(other.pid)):
+        os.kill(process, signal.SIGKILL)
+    out, err = node.communicate(timeout=240)
+    assert node.returncode == 0, err
+    assert "has shown no sign of life" in err
+    assert json.loads(out.splitlines()[-1])["samples"] == 1200
+    one = [sys.executable, "-m", "flowdata", "score", *arguments, "--store", tmp_path / "one"]
+    subprocess.run(one, check=True, **options)
+    first, second = (Scores.load(tmp_path / name) for name in ("one", "two"))
+    assert torch.equal(first.losses, second.losses)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_store_that_goes_on(score_command, tmp_path, number, code):
     arguments = [sys.executable, *score_command, "--max-tokens", "128", "--store", tmp_path / "s"]

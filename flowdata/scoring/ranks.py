@@ -2,8 +2,9 @@
 
 They talk through the key-value store that their process group was begun with, without
 collectives until the last pack is scored: whoever is ready claims the next pack, so that slow
-ranks get fewer, and a rank that waits notices when another one has failed. The store lives where
-the group's launcher put it (torchrun's agent, or rank 0); a claim is one round trip to it.
+ranks get fewer, and a rank that waits notices when another one has failed, or is gone: all of them
+show a sign of life every few seconds. The store lives where the group's launcher put it (torchrun's
+agent, or rank 0); a claim is one round trip to it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Event, Thread
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -23,6 +25,8 @@ from torch.utils.data import get_worker_info
 
 _SLOWEST = 0.2  # seconds between two looks at the store
 _TELL_AFTER = 60.0  # seconds of waiting, then again after each doubling
+_BEAT = 5.0  # seconds between two signs of life
+_SILENT = 120.0  # seconds without one, after which a rank counts as gone
 _STOP = 1 << 40  # more packs than there are
 logger = logging.getLogger("flowdata")
 T = TypeVar("T")
@@ -55,9 +59,10 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Let an error in the block reach all ranks that wait for this one."""
+        """Let an error in the block, or this process's death, reach all ranks that wait for it."""
         try:
-            yield
+            with self._alive():
+                yield
         except BaseException as error:
             if not isinstance(error, RankError):
                 with suppress(RuntimeError):  # should the store be gone, the others notice that
@@ -65,18 +70,39 @@ class Ranks:
                     self._store.add("claimed", _STOP)
             raise
 
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Show signs of life during the block."""
+        if self.size == 1:
+            yield
+            return
+        over = Event()
+        thread = Thread(target=self._beat, args=(over,), name="flowdata signs of life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _beat(self, over: Event) -> None:
+        with suppress(RuntimeError):  # should the store be gone, the others notice that
+            self._store.add(f"alive/{self.rank}", 1)
+            while not over.wait(_BEAT):
+                self._store.add(f"alive/{self.rank}", 1)
+
     # --- telling -----------------------------------------------------------------------------
 
     def gather(self, key: str, value: Any) -> list[Any]:
         """Return every rank's value, in their order; JSON-like, and each key once."""
         self._tell(f"{key}/{self.rank}", value)
-        return [self._hear(f"{key}/{rank}") for rank in range(self.size)]
+        return [self._hear(f"{key}/{rank}", rank) for rank in range(self.size)]
 
     def from_first(self, key: str, value: Any = None) -> Any:
         """Return rank 0's value on all ranks."""
         if self.is_first:
             self._tell(key, value)
-        return self._hear(key)
+        return self._hear(key, 0)
 
     def exchange(self, value: T) -> list[T]:
         """Return every rank's value, tensors and all, in their order: the one collective."""
@@ -89,17 +115,27 @@ class Ranks:
         self._tell(f"left/{self.rank}", True)
         if self.is_first:
             for rank in range(self.size):
-                self._hear(f"left/{rank}")
+                self._hear(f"left/{rank}", rank)
 
     def _tell(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))
 
-    def _hear(self, key: str) -> Any:
+    def _hear(self, key: str, rank: int) -> Any:
+        """What a rank tells, once it does."""
         begun, tell_after, pause = monotonic(), _TELL_AFTER, 0.001
+        beats, last = 0, begun
         while not self._store.check([key]):
             if self._store.check(["error"]) and not self._store.check([key]):
                 failed = self._store.get("error").decode()
                 raise RankError(f"stopped, because another rank failed: {failed}")
+            if (found := self._store.add(f"alive/{rank}", 0)) != beats:
+                beats, last = found, monotonic()
+            elif beats and monotonic() - last > _SILENT and not self._store.check([key]):
+                raise RankError(
+                    f"stopped, because rank {rank} has shown no sign of life for {_SILENT:.0f} s: "
+                    "it was killed, or its machine is gone. Call again, on as many ranks as there "
+                    "are; with a store it goes on from what was kept"
+                )
             if monotonic() - begun > tell_after:
                 tell_after *= 2
                 logger.warning(
