@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
     expected = scorer.score(data)
     monkeypatch.setattr("flowdata.parts._SECONDS", 0.0)
     monkeypatch.setattr("flowdata.parts._SHARE", 0.0)  # a part for each pack
-    with file_size_limit(20_000), pytest.raises(OSError, match="File too large"):
+    with file_size_limit(20_000), pytest.raises(OSError, match=r"File too large: .*scores"):
         scorer.score(data, store=tmp_path)  # parts are small; the final file is not
     assert len(list(tmp_path.glob("parts/*"))) == 20
     assert not list(tmp_path.glob("**/.*"))  # nothing half written, no lock
@@ -143,6 +143,25 @@ def test_the_first_error_is_not_masked_by_a_full_disk(tmp_path, caplog):
     with file_size_limit(100_000), pytest.raises(RuntimeError, match="the first error"):
         quiet(nn.Linear(4, 3), fails, batch_size=2).score(numbers(), store=tmp_path)
     assert "the last 4 packs could not be kept: [Errno 27] File too large" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_disk_that_is_full_while_scoring_keeps_what_is_written(tmp_path, monkeypatch):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("root here can't mount a disk")
+    monkeypatch.setattr("flowdata.parts._SECONDS", 0.0)
+    monkeypatch.setattr("flowdata.parts._SHARE", 0.0)  # a part for each pack
+    data, scorer = numbers(8000), quiet(nn.Linear(4, 3), batch_size=400)
+    try:
+        with pytest.raises(OSError, match=r"No space left on device: .*safetensors"):
+            scorer.score(data, store=tmp_path / "store")
+        assert len(list(tmp_path.glob("store/parts/*"))) > 3
+        subprocess.run(["mount", "-o", "remount,size=4m", tmp_path], check=True)
+        expected = scorer.score(data).losses
+        assert torch.equal(scorer.score(data, store=tmp_path / "store").losses, expected)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 @contextmanager
