@@ -37,7 +37,7 @@ MAIN = {name: method for name, method in METHODS.items() if name != "linear prob
 MAIN |= {"pre-trained": Method(trains=False)} | LANGUAGE_ONLY
 EXTRA = ABLATIONS
 ALL = {**MAIN, **EXTRA}
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-4, 3e-4)
 PAIR = Columns(prompt="question", completion="answer")
 
 
@@ -46,15 +46,15 @@ class Sizes:
     """How much is trained and measured in a run; rows but for `max_length`, in tokens."""
 
     data: str = "gsm8k"
-    rows: int = 512
+    rows: int = 256
     epochs: int = 1
     batch: int = 8
     max_length: int = 384
-    validation: int = 64
-    test: int = 128
-    code: int = 24
-    wikitext: int = 4
-    piqa: int = 200
+    validation: int = 32
+    test: int = 64
+    code: int = 12
+    wikitext: int = 2
+    piqa: int = 100
     exact_match: int = 0
 
 
