@@ -26,7 +26,7 @@ from tests.models import tiny_llama, token_samples
 SAMPLES = token_samples(160)
 MODEL = tiny_llama()
 LONGEST = 1.0  # seconds before a kill
-score_pack = run._score_pack
+done = run._done
 
 
 def slowly(samples):
@@ -35,13 +35,13 @@ def slowly(samples):
 
 
 def score(rank, store, log=None, workers=0):
-    def noted(job, model, method, plan, index, batch, reasons):
+    def noted(job, plan, index, losses, reasons):
         if log is not None:
             with log.open("a") as file:
                 file.write(f"{index}\n")
-        return score_pack(job, model, method, plan, index, batch, reasons)
+        return done(job, plan, index, losses, reasons)
 
-    run._score_pack = noted
+    run._done = noted
     scorer = LossScorer(MODEL, "causal_lm", max_tokens=100, token_losses=True, progress=False)
     return bits(scorer.score(SAMPLES, collate_fn=slowly, store=store, num_workers=workers))
 
