@@ -135,7 +135,9 @@ def _table(runs: Runs) -> list[str]:
     names = list(measures(next(iter(runs.values()))[0]))
     lines = [_row(["method", "rate", *names]), _row(["---", "---:", *["---:"] * len(names)])]
     for method, found in runs.items():
-        cells = [_spread([measures(record)[name] for record in found]) for name in names]
+        cells = [
+            _spread([measures(record)[name] for record in found], _digits(name)) for name in names
+        ]
         lines.append(_row([method, f"{found[0]['rate']:g}", *cells]))
     return lines
 
@@ -163,8 +165,8 @@ def _over_rates(records: list[Record]) -> list[str]:
 def _means(runs: list[Record], names: list[str]) -> str:
     if not runs:
         return "–"
-    columns = [[measures(record)[name] for record in runs] for name in names]
-    return " / ".join(f"{mean(values):.{_digits(values)}f}" for values in columns)
+    found = [mean(measures(record)[name] for record in runs) for name in names]
+    return " / ".join(f"{v:.{_digits(name)}f}" for v, name in zip(found, names, strict=True))
 
 
 def _comparisons(runs: Runs) -> list[str]:
@@ -184,11 +186,12 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float]) -> str:
-    digits = _digits(values)
+def _spread(values: list[float], digits: int) -> str:
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def _digits(values: list[float]) -> int:
-    return 1 if min(values) >= 5 else 3
+def _digits(name: str) -> int:
+    if name.endswith(("accuracy", "average")):
+        return 1
+    return 2 if name.endswith("perplexity") else 3
