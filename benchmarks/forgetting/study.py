@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -95,11 +96,15 @@ def chosen_runs(records: Iterable[Record]) -> Runs:
 
 
 def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
-    """Return all methods' runs at each rate of standard fine-tuning; those without one at all."""
+    """Return all methods' runs at each rate of standard fine-tuning; those without one at all.
+
+    Only rates count that standard fine-tuning was run at on as many seeds as at any other.
+    """
     records = list(records)
     methods = dict.fromkeys(record["method"] for record in records)
     untrained = {record["method"] for record in records if record["rate"] == 0}
-    rates = sorted({record["rate"] for record in records if record["method"] == STANDARD})
+    seeds = Counter(record["rate"] for record in records if record["method"] == STANDARD)
+    rates = sorted(rate for rate, count in seeds.items() if count == max(seeds.values()))
     return {
         rate: _runs_at({m: 0.0 if m in untrained else rate for m in methods}, records)
         for rate in rates
