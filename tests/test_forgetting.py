@@ -472,7 +472,7 @@ def test_the_command_runs_a_set_given_by_path_and_writes_its_table(tmp_path, cap
     assert "forgetting_shades.md" in capsys.readouterr().out
     records = study.read_records(tmp_path / "forgetting_shades.jsonl")
     assert [(r["method"], r["seed"]) for r in records] == [
-        (name, seed) for name in ("standard", "FLOW") for seed in (0, 1)
+        (name, seed) for seed in (0, 1) for name in ("standard", "FLOW")
     ]
     assert all(record["target"]["accuracy"] > 90 for record in records)
     forgetting.main(command)

@@ -144,7 +144,7 @@ def test_the_command_runs_and_resumes(model, assets, tmp_path, monkeypatch):
     forgetting.main(command)
     records = study.read_records(tmp_path / "forgetting_language_mixed.jsonl")
     assert [(r["method"], r["seed"]) for r in records] == [
-        (name, seed) for name in ("standard", "FLOW") for seed in (0, 1)
+        (name, seed) for seed in (0, 1) for name in ("standard", "FLOW")
     ]
     page = (tmp_path / "forgetting_language_mixed.md").read_text()
     assert "| method | rate | target nll | code nll |" in page

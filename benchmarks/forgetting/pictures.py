@@ -99,15 +99,17 @@ def _draw_temperatures(axes: Any, records: list[Record], target: str, retained: 
         )
         for rule, found in _of_temperatures(by_rate.get(rate, {})).items()
     ]
+    if len(points) < 2:
+        axes.set_visible(False)
+        return
     other = axes.twinx()
     other.grid(False)
     for share, x, y, _ in sorted(points):
         axes.plot(share, y, "o", color=GREEN)
         other.plot(share, x, "s", color=BLUE, markersize=4)
-    if len(points) > 1:
-        shares, xs, ys, _ = zip(*sorted(points), strict=True)
-        axes.plot(shares, ys, color=GREEN, linewidth=1)
-        other.plot(shares, xs, color=BLUE, linewidth=1)
+    shares, xs, ys, _ = zip(*sorted(points), strict=True)
+    axes.plot(shares, ys, color=GREEN, linewidth=1)
+    other.plot(shares, xs, color=BLUE, linewidth=1)
     _label(axes, {rule: (share, y) for share, _, y, rule in points})
     axes.set(title=f"Over the temperature (rate {rate:g})", xlabel="effective sample size / N")
     axes.set_ylabel(retained, color=GREEN)
