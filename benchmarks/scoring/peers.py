@@ -16,17 +16,18 @@ from flowdata.scoring.plan import plan_padded
 from flowdata.scoring.scorer import LossScorer
 
 
-def scored(model: Any, samples: Samples, **options: Any) -> Tensor:
+def scored(
+    model: Any, samples: Samples, *, lengths: list[int] | None = None, **options: Any
+) -> Tensor:
     """The library: fingerprint of the model, plan and self-check included."""
     scorer = LossScorer(model, "causal_lm", progress=False, **options)
-    return scorer.score(samples, dataset_id="benchmark").losses
+    return scorer.score(samples, dataset_id="benchmark", lengths=lengths).losses
 
 
 def prompts_apart(model: Any, samples: Samples) -> Tensor:
     """The library, running a prompt again for each of its answers: lengths given, it reads none."""
-    scorer = LossScorer(model, "causal_lm", dtype="bfloat16", progress=False)
     lengths = [len(sample["input_ids"]) for sample in samples]
-    return scorer.score(samples, dataset_id="benchmark", lengths=lengths).losses
+    return scored(model, samples, lengths=lengths, dtype="bfloat16")
 
 
 def one_at_a_time(model: Any, samples: Samples) -> Tensor:
