@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+import flowdata
 from benchmarks import forgetting
 from benchmarks.forgetting import harness, language, methods, study
 from examples import small
@@ -98,6 +100,35 @@ def test_weights_lie_on_the_targets_they_were_made_for(task, name):
         torch.testing.assert_close(weights[index], wanted, rtol=1e-3, atol=1e-5)
         laid = language.Weighted(samples, weights)[index]
         torch.testing.assert_close(laid["weight"][laid["labels"] != -100], weights[index])
+
+
+def test_batches_hold_samples_of_like_length_each_drawn_once():
+    lengths = torch.randint(1, 300, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.manual_seed(0)
+    batches = list(language.LengthBatches(RandomSampler(range(90)), lengths, 8, window=5))
+    assert len(batches) == 11
+    assert len({index for batch in batches for index in batch}) == 88
+
+    def padded(batches):
+        return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+
+    as_drawn = BatchSampler(RandomSampler(range(90)), 8, drop_last=True)
+    assert padded(batches) - sum(lengths) < 0.4 * (padded(as_drawn) - sum(lengths))
+    assert [max(lengths[i] for i in batch) for batch in batches] != sorted(
+        max(lengths[i] for i in batch) for batch in batches
+    )
+
+
+def test_an_epoch_of_a_sampler_draws_anew():
+    sampler = flowdata.FlowSampler(torch.ones(12), seed=0)
+    loader = DataLoader(
+        range(12), batch_sampler=language.LengthBatches(sampler, [1] * 12, 4), collate_fn=list
+    )
+    first, second = [[], []]
+    for place, batch in enumerate(methods.passes(loader, 2)):
+        (first if place < 3 else second).extend(batch)
+    assert len(first) == len(second) == 12
+    assert first != second
 
 
 def test_the_loss_of_a_batch_is_weighted_and_divided_by_its_targets(task):

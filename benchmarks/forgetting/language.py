@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler
 
 import flowdata
 from benchmarks.forgetting import harness
@@ -46,7 +46,7 @@ class Sizes:
     """How much is trained and measured in a run; rows but for `max_length`, in tokens."""
 
     data: str = "gsm8k"
-    rows: int = 256
+    rows: int = 128
     epochs: int = 1
     batch: int = 8
     max_length: int = 384
@@ -73,6 +73,36 @@ class Weighted(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index]
         return sample | {"weight": align_token_weights(self.weights[index], sample["labels"])}
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of samples of like length, in random order: little padding is trained on.
+
+    Args:
+        sampler: what to draw from, in its order.
+        lengths: tokens of each sample.
+        size: samples in a batch; what is left over at the end is dropped.
+        window: so many batches are drawn together and sorted.
+    """
+
+    def __init__(
+        self, sampler: Sampler[int], lengths: list[int], size: int, window: int = 8
+    ) -> None:
+        self.sampler, self.lengths, self.size, self.window = sampler, lengths, size, window
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.size  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn = list(self.sampler)[: len(self) * self.size]
+        batches = []
+        for start in range(0, len(drawn), self.window * self.size):
+            near = sorted(
+                drawn[start : start + self.window * self.size], key=self.lengths.__getitem__
+            )
+            batches += [near[i : i + self.size] for i in range(0, len(near), self.size)]
+        for index in torch.randperm(len(batches)).tolist():
+            yield batches[index]
 
 
 class Language:
@@ -153,17 +183,18 @@ class Language:
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        loader = partial(
-            DataLoader, batch_size=self.sizes.batch, collate_fn=pad_collate, drop_last=True
-        )
+        sampler: Sampler[int] = RandomSampler(samples)
         if method.resample:
-            even = [torch.ones_like(part) for part in weights]
             drawn = torch.stack([part.mean() for part in weights])
             sampler = flowdata.FlowSampler(drawn, seed=seed)
-            batches = loader(Weighted(samples, even), sampler=sampler)
-        else:
-            batches = loader(Weighted(samples, weights), shuffle=True)
-        adam = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
+            weights = [torch.ones_like(part) for part in weights]
+        lengths = np.diff(samples.offsets).tolist()
+        batches = DataLoader(
+            Weighted(samples, weights),
+            batch_sampler=LengthBatches(sampler, lengths, self.sizes.batch),
+            collate_fn=pad_collate,
+        )
+        adam = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0, fused=True)
         loss = partial(batch_loss, model, rule=method.rule)
         steps = self.sizes.epochs * len(batches)
         epochs = passes(batches, self.sizes.epochs)
@@ -182,11 +213,13 @@ class Language:
 
 
 def batch_loss(model: nn.Module, batch: dict[str, Tensor], rule: Any = None) -> Tensor:
-    """Return Σ weight · loss over the batch's target tokens, divided by their number."""
+    """Return Σ weight · loss over the batch's target tokens, divided by their number.
+
+    Padding is on the right, where no token of a causal model looks: there is no attention mask.
+    """
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        hidden = model.get_decoder()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
+        decoder = model.get_decoder()
+        hidden = decoder(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
         return fused_causal_lm_loss(hidden, head, batch["labels"], batch["weight"], token_rule=rule)
 

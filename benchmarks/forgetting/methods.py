@@ -107,8 +107,9 @@ def cosine(step: int, steps: int, warmup: float) -> float:
 def passes(loader: DataLoader[Any], epochs: int) -> Iterator[Any]:
     """Give a loader's batches, epoch after epoch."""
     for epoch in range(epochs):
-        if isinstance(loader.sampler, flowdata.FlowSampler):
-            loader.sampler.set_epoch(epoch)
+        sampler = loader.batch_sampler.sampler  # type: ignore[union-attr]
+        if isinstance(sampler, flowdata.FlowSampler):
+            sampler.set_epoch(epoch)
         yield from loader
 
 
