@@ -1,4 +1,9 @@
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +76,23 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
     assert read_head(nn.utils.parametrizations.weight_norm(nn.Linear(4, 9)), Config()) is None
     layer.register_forward_hook(lambda *_: None)
     assert read_head(layer, Config()) is None
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_head_triton.py runs on the GPU")
+def test_the_triton_kernel_holds_in_its_interpreter():
+    """In a process of its own: Triton has to be told before it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_head_triton.py"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
 
 def test_a_gpu_tries_triton_first_where_it_is_installed(monkeypatch):

@@ -1,6 +1,6 @@
 """The Triton kernel against the tiled head, on a GPU or without one in Triton's interpreter:
 
-TRITON_INTERPRET=1 python -m pytest tests/test_head_triton.py
+TRITON_INTERPRET=1 python -m pytest tests/test_head_triton.py, as test_head.py runs it.
 """
 
 import os
