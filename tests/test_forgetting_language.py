@@ -156,6 +156,21 @@ def test_every_method_has_a_working_row(task, name):
     assert set(record["retained"]) == {"code nll"}
 
 
+def test_every_third_answer_of_noisy_rows_is_shuffled():
+    problems = [
+        {"question": f"q{i}", "answer": " ".join(map(str, range(i, i + 20)))} for i in range(9)
+    ]
+    rows = language.noisy(problems, seed=0)
+    changed = [row != problem for row, problem in zip(rows, problems, strict=True)]
+    assert changed == [True, False, False] * 3
+    assert all(
+        sorted(row["answer"].split()) == sorted(problem["answer"].split())
+        for row, problem in zip(rows, problems, strict=True)
+    )
+    assert language.noisy(problems, seed=0) == rows
+    assert problems[0]["answer"].startswith("0 1 2")
+
+
 def test_mixed_rows_are_a_third_each_and_leave_the_code_that_is_measured_out(task):
     problems = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(50)]
     rows = language.mixed(problems, 30, seed=0)
