@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+NO_GPU = "none: CUDA is not measured"
 
 
 def timed(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> list[float]:
@@ -37,7 +38,15 @@ def row(what: str, values: list[float], unit: str, **more: Any) -> dict[str, Any
 
 
 def peak_memory(run: Callable[[], object]) -> float | None:
-    """MiB that a call adds to the process's resident memory at its highest; None off Linux."""
+    """MiB that a call adds to the process's resident memory at its highest; None off Linux.
+
+    Where there is a GPU, what it adds to that one's memory.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to now
         before = _status("VmRSS")
@@ -61,7 +70,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "commit": commit,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 from benchmarks import rows
 from benchmarks.scoring import images, language
 
@@ -19,23 +21,25 @@ def main(argv: list[str]) -> None:
     """Measure the cases asked for, print rows as they come, and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*language.CASES, *images.CASES]
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE")
+    usual = [name for name in names if name != "billion"]
+    parser.add_argument("--cases", nargs="+", choices=names, default=usual, metavar="CASE")
     parser.add_argument("--loops", nargs="+", choices=list(language.LOOPS), metavar="LOOP")
     parser.add_argument("--samples", type=int, default=96, help="of the largest cases")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--smollm2", default="models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(device))
+    parser.add_argument("--profile", action="store_true", help="where a language case's time goes")
     options = parser.parse_args(argv)
     measured: list[dict[str, Any]] = []
     for name in options.cases:
+        sizes = name, options.samples, options.smollm2, options.device
         if name in images.CASES:
-            found, show = images.measure(name, options.repeats), images.show
+            found = images.measure(name, options.repeats, options.device)
+        elif options.profile:
+            found = language.profiled(*sizes)
         else:
-            found = language.measure(
-                name, options.samples, options.repeats, options.loops or [], options.smollm2
-            )
-            show = language.show
-        for row in found:
-            show(row)
-            measured.append(row)
+            found = language.measure(*sizes, options.repeats, options.loops or [])
+        measured.extend(found)
         path = rows.write("scoring", measured, " ".join(["python -m benchmarks scoring", *argv]))
     print(path)

@@ -67,11 +67,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {  # model, si
 }
 
 
-def measure(name: str, repeats: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield a row for each way to score a case's images, equality checked first."""
     build, size, classes, count = CASES[name]
     torch.manual_seed(0)
-    model = build().eval()
+    model = build().eval().to(device)
     images = torch.randn(count, 3, size, size)
     data = TensorDataset(images, torch.randint(0, classes, (count,)))
     ways: dict[str, Callable[[], Tensor]] = {
@@ -92,9 +92,11 @@ def measure(name: str, repeats: int) -> Iterator[dict[str, Any]]:
         for way, run in ways.items():
             seconds[way] += rows.timed(run, repeats=1, warmup=0)
     for way, times in seconds.items():
-        yield rows.row(
+        row = rows.row(
             f"{name}: {way}", [count / s for s in times], "images/s", largest_error=errors[way]
         )
+        show(row)
+        yield row
 
 
 def show(row: dict[str, Any]) -> None:
@@ -108,11 +110,13 @@ def show(row: dict[str, Any]) -> None:
 def plain(model: nn.Module, data: TensorDataset, *, autocast: bool = False) -> Tensor:
     """The loop people write."""
     losses = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    device = next(model.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for images, targets in DataLoader(data, batch_size=BATCH):
-            output = model(images)
+            output = model(images.to(device))
             logits = output if isinstance(output, Tensor) else output.logits
-            losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+            each = F.cross_entropy(logits.float(), targets.to(device), reduction="none")
+            losses.append(each.cpu())
     return torch.cat(losses)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from benchmarks import rows
 from benchmarks.scoring import peers
@@ -75,11 +76,12 @@ CASES = {
     "wide-32k": Case(width=2048, layers=3, vocabulary=32000, samples=0.33),
     "wide-128k": Case(width=2048, layers=3, vocabulary=128256, samples=0.33),
     "smollm2": Case(width=None, samples=0.33),
+    "billion": Case(width=2048, layers=20, vocabulary=128256),  # for GPUs: 1.2 billion weights
 }
 
 
 def measure(
-    name: str, samples: int, repeats: int, only: list[str], smollm2: str
+    name: str, samples: int, smollm2: str, device: torch.device, repeats: int, only: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each loop of a case, equality checked first, timed in turn."""
     case = CASES[name]
@@ -87,6 +89,7 @@ def measure(
         print(f"smollm2 is left out: there is no {smollm2}; pass --smollm2 FILE")
         return
     model, data = make(case, max(EXACT, round(samples * case.samples)), smollm2)
+    model = model.to(device)
     low, few = copy.deepcopy(model).bfloat16(), data[:EXACT]
     exact = peers.one_at_a_time(model, few)
     runs: dict[str, Callable[[], Tensor]] = {}
@@ -109,7 +112,7 @@ def measure(
     for _ in range(repeats):  # in turn, so that a slow moment slows them alike
         for loop, run in runs.items():
             seconds[loop] += rows.timed(run, repeats=1, warmup=0)
-    rate = bench.matmul_rate(torch.bfloat16, torch.device("cpu"))
+    rate = bench.matmul_rate(torch.bfloat16, device)
     speeds = {}
     for loop, times in seconds.items():
         used = few if loop.endswith("float32") else data
@@ -125,6 +128,28 @@ def measure(
             rate / 1e12,
             ours and ours / row["median"],
         )
+        show(row)
+        yield row
+
+
+def profiled(
+    name: str, samples: int, smollm2: str, device: torch.device, most: int = 12
+) -> Iterator[dict[str, Any]]:
+    """Yield the operations that a case's time goes to: in bfloat16, eager, the library's loop."""
+    model, data = make(CASES[name], max(EXACT, round(samples * CASES[name].samples)), smollm2)
+    model = model.to(device).bfloat16()
+    LOOPS["flowdata"](model, data)
+    with profile() as kept:
+        LOOPS["flowdata"](model, data)
+    on_gpu = device.type == "cuda"
+    times = {
+        e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total
+        for e in kept.key_averages()
+    }
+    total = sum(times.values())
+    for key in sorted(times, key=times.__getitem__, reverse=True)[:most]:
+        row = rows.row(f"{name}: {key}", [times[key] / total], "share of the time")
+        print(f"{row['what']:60}{row['median']:6.1%}", flush=True)
         yield row
 
 

@@ -35,9 +35,10 @@ def one_at_a_time(model: Any, samples: Samples) -> Tensor:
     losses = []
     with torch.no_grad():
         for sample in samples:
-            logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0, :-1]
-            losses.append(F.cross_entropy(logits.float(), sample["labels"][1:]))
-    return torch.stack(losses)
+            ids, labels = (sample[k].to(model.device) for k in ("input_ids", "labels"))
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            losses.append(F.cross_entropy(logits.float(), labels[1:]))
+    return torch.stack(losses).cpu()
 
 
 def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tensor:
@@ -49,12 +50,14 @@ def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tens
         for pack in range(len(plan)):
             indices = plan.pack(pack)
             batch = pad_collate([samples[index] for index in indices.tolist()])
+            batch = {name: values.to(model.device) for name, values in batch.items()}
             labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
             kept = labels != -100
             hidden = model.model(**batch, use_cache=False).last_hidden_state[kept]
             each = F.cross_entropy(model.lm_head(hidden).float(), labels[kept], reduction="none")
             counts = kept.sum(1)
-            losses[indices] = torch.stack([part.mean() for part in each.split(counts.tolist())])
+            means = [part.mean() for part in each.split(counts.tolist())]
+            losses[indices] = torch.stack(means).cpu()
     return losses
 
 
@@ -82,7 +85,7 @@ def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
     model = copy.copy(model)  # its forward is replaced
     add_fused_lm_head(model)
     trainer = SimpleNamespace(
-        accelerator=Accelerator(cpu=True),
+        accelerator=Accelerator(cpu=model.device.type == "cpu"),
         model=model,
         ref_model=model,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
@@ -91,9 +94,10 @@ def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
     losses = []
     for start in range(0, len(samples), batch_size):
         batch = pad_collate(samples[start : start + batch_size])
+        batch = {name: values.to(model.device) for name, values in batch.items()}
         mask = (batch.pop("labels") != -100).long()
         sums = DPOTrainer.compute_ref_log_probs(trainer, model, {**batch, "completion_mask": mask})
-        losses.append(-torch.cat(sums).float() / mask[:, 1:].sum(1))
+        losses.append((-torch.cat(sums).float() / mask[:, 1:].sum(1)).cpu())
     return torch.cat(losses)
 
 
