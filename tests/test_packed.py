@@ -70,6 +70,28 @@ def test_samples_attend_to_themselves_and_the_prefix(before, options, at_once, m
     torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_cpus_kernel_gets_keys_in_multiples_of_sixteen(before, window, monkeypatch):
+    flat, prefix = parts(before=before)
+    flat, prefix = ([x.bfloat16() for x in group] for group in (flat, prefix))
+    kernel, keys = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(q, k, v, *args, **options):
+        keys.append((k.shape[2], v.shape[2]))
+        return kernel(q, k, v, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    token = attention._running.set(attention.Pass(BLOCKS, [tuple(prefix)] if before else []))
+    out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, sliding_window=window)
+    attention._running.reset(token)
+    exact = [[x.float() for x in group] for group in (flat, prefix)]
+    wanted = expected_attention(*exact, **({} if window is None else {"window": window}))
+    torch.testing.assert_close(out[0].double(), wanted, atol=0.02, rtol=0.02)
+    assert len(keys) == len(BLOCKS)
+    assert all(k == v and k % 16 == 0 for k, v in keys)
+
+
 def slow_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, left):
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))

@@ -33,19 +33,24 @@ def scored(model, samples, dtype, **options):
 
 
 def plain_losses(model, samples):
-    """(float32 losses, the plain bfloat16 path's largest error) one sample at a time."""
+    """(float32 losses, the plain bfloat16 path's error) one sample at a time."""
     low = copy.deepcopy(model).bfloat16()
     exact, rounded = (
         torch.tensor([reference.causal_lm_sample_loss(m, sample)[0] for sample in samples])
         for m in (model, low)
     )
-    return exact, (rounded - exact).abs().max()
+    return exact, rms(rounded - exact)
+
+
+def rms(errors):
+    """The root of their mean square: the largest of a few is a matter of luck."""
+    return errors.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("template", [False, True], ids=["", "template"])
 @pytest.mark.parametrize("name", zoo.DECODERS)
 def test_decoders(name, template):
-    model, samples = zoo.decoder(name), token_samples(12)
+    model, samples = zoo.decoder(name), token_samples(30)
     samples = with_template(samples) if template else samples
     expected, error_of_bfloat16 = plain_losses(model, samples)
 
@@ -55,7 +60,7 @@ def test_decoders(name, template):
     assert ("a prefix of 12 tokens run once" in how) == (template and name in zoo.PACKED), how
 
     found, how = scored(model, samples, "bfloat16")
-    assert (found - expected).abs().max() < 1.5 * error_of_bfloat16 + 5e-3, how
+    assert rms(found - expected) < 1.25 * error_of_bfloat16 + 1e-3, how
 
 
 @pytest.mark.parametrize("make", [zoo.t5, zoo.bart, zoo.bert, zoo.modernbert])

@@ -21,6 +21,7 @@ from flowdata.scoring.varlen import has_varlen, varlen
 
 NAME = "flowdata_blocks"
 _SCORES_AT_ONCE = 2**24  # of explicit attention, in float32
+_KEYS = 16  # the CPU's bfloat16 kernel takes up to thrice as long for numbers of keys between
 
 
 class Block(NamedTuple):
@@ -57,13 +58,13 @@ class Pass:
     layers: int = 0
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def mask(self, length: int, before: int, window: int | None, like: Tensor) -> Tensor:
-        """Return what is added to a block's scores, (length, before + length): 0 or −inf."""
+    def mask(self, length: int, before: int, window: int | None, keys: Tensor) -> Tensor:
+        """Return what is added to a block's scores, (length, keys): 0, or −inf for no part."""
         if (length, before, window) not in self._masks:
-            distance = torch.arange(before, before + length, device=like.device)[:, None]
-            distance = distance - torch.arange(before + length, device=like.device)
+            distance = torch.arange(before, before + length, device=keys.device)[:, None]
+            distance = distance - torch.arange(keys.shape[2], device=keys.device)
             hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-            added = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            added = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
             self._masks[length, before, window] = added.masked_fill_(hidden, -torch.inf)
         return self._masks[length, before, window]
 
@@ -132,26 +133,27 @@ def _over_blocks(
         run.seen.append((key.clone(), value.clone()))
     before = run.prefix[run.layers] if run.prefix else None
     run.layers += 1
-    if softcap is None and sinks is None and has_varlen(query):
+    plain = softcap is None and sinks is None
+    if plain and has_varlen(query):
         return varlen(run.blocks, query, key, value, before, scaling, sliding_window)[None]
+    whole = _KEYS if plain and query.is_cpu and query.dtype == torch.bfloat16 else 1
     parts, own, start = [], [], 0
     for count, length, after in run.blocks:
         stop = start + count * length
         q, k, v = (_block(flat, start, stop, count) for flat in (query, key, value))
         own.append((k, v))
         earlier = ([] if before is None else [before]) + ([] if after is None else [own[after]])
-        if earlier:
-            k, v = (_behind([pair[i] for pair in earlier], own[-1][i]) for i in (0, 1))
-        extra = k.shape[2] - length
-        windowed = sliding_window is not None and k.shape[2] > sliding_window
+        extra = sum(keys.shape[2] for keys, _ in earlier)
+        k, v = (_behind([pair[i] for pair in earlier], own[-1][i], whole) for i in (0, 1))
+        windowed = sliding_window is not None and extra + length > sliding_window
         window = sliding_window if windowed else None
-        if softcap is None and sinks is None:
-            mask = run.mask(length, extra, window, query) if extra or windowed else None
+        if plain:
+            mask = run.mask(length, extra, window, k) if extra or windowed else None
             out = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         else:
-            mask = run.mask(length, extra, window, query)
+            mask = run.mask(length, extra, window, k)
             out = _explicit(q, k, v, mask, scaling, softcap, sinks)
         parts.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
@@ -169,9 +171,16 @@ def _block(flat: Tensor, start: int, stop: int, count: int) -> Tensor:
     return flat[0, :, start:stop].view(heads, count, -1, width).transpose(0, 1)
 
 
-def _behind(earlier: Sequence[Tensor], own: Tensor) -> Tensor:
-    """A block's keys, or values, behind those that all its samples see before."""
-    return torch.cat([*(each.expand(len(own), -1, -1, -1) for each in earlier), own], 2)
+def _behind(earlier: Sequence[Tensor], own: Tensor, whole: int) -> Tensor:
+    """A block's keys, or values, behind those that all its samples see before.
+
+    Zeros that no query sees make their number a multiple of `whole`.
+    """
+    parts = [*(each.expand(len(own), -1, -1, -1) for each in earlier), own]
+    missing = -sum(part.shape[2] for part in parts) % whole
+    if missing:
+        parts.append(own.new_zeros(1, 1, 1, 1).expand(*own.shape[:2], missing, own.shape[3]))
+    return torch.cat(parts, 2) if len(parts) > 1 else own
 
 
 def _explicit(
