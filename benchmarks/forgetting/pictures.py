@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -22,16 +23,19 @@ _LINE = 10.0  # points from one label to the next
 
 
 def picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
-    """Draw target against retained, the curves over the rate, and those over the temperature."""
+    """Draw target against retained; where there are several, over rates and temperatures too."""
     first = records[0]
     target, retained = next(iter(first["target"])), next(iter(first["retained"]))
-    runs = chosen_runs(records)
-    with figure(15, 5, panels=3) as (drawing, (trade, rates, temperatures)):
-        _draw_trade_off(trade, runs, target, retained)
-        _draw_rates(rates, records, target, retained)
-        _draw_temperatures(temperatures, records, target, retained)
-        for axes in (trade, rates):
-            axes.grid(True, axis="both")
+    by_rate = runs_by_rate(records)
+    at_temperatures = max(map(_of_temperatures, by_rate.values()), key=len, default={})
+    draws: list[Callable[..., None]] = [partial(_draw_trade_off, runs=chosen_runs(records))]
+    if len(by_rate) > 1:
+        draws.append(partial(_draw_rates, by_rate=by_rate))
+    if len(at_temperatures) > 1:
+        draws.append(partial(_draw_temperatures, runs=at_temperatures))
+    with figure(6 * len(draws), 5, panels=len(draws)) as (drawing, panels):
+        for draw, axes in zip(draws, panels if len(draws) > 1 else [panels], strict=True):
+            draw(axes, target=target, retained=retained)
         return png(drawing)
 
 
@@ -57,6 +61,7 @@ def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
         axes.errorbar(*places[method], *errors, color=colour, elinewidth=1, alpha=0.4)
         axes.plot(*places[method], "o", color=colour, markersize=5)
     axes.set(title="At each method's best rate", xlabel=f"target {target}", ylabel=retained)
+    axes.grid(True, axis="both")
     _better_is_up_and_right(axes, target, retained)
     _label(axes, places)
 
@@ -73,8 +78,7 @@ def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
         axes.annotate(name, places[name], shift, textcoords="offset points", fontsize=8)
 
 
-def _draw_rates(axes: Any, records: list[Record], target: str, retained: str) -> None:
-    by_rate = runs_by_rate(records)
+def _draw_rates(axes: Any, by_rate: Mapping[float, Runs], target: str, retained: str) -> None:
     for method, (colour, line) in _STYLES.items():
         swept = {rate: runs[method] for rate, runs in by_rate.items() if method in runs}
         points = [_middle(runs, target, retained) for runs in swept.values()]
@@ -84,24 +88,21 @@ def _draw_rates(axes: Any, records: list[Record], target: str, retained: str) ->
             _label(axes, {f"{rate:g}": point for rate, point in zip(swept, points, strict=True)})
     axes.set(title="Over the learning rate", xlabel=f"target {target}", ylabel=retained)
     axes.legend(fontsize=8)
+    axes.grid(True, axis="both")
     _better_is_up_and_right(axes, target, retained)
 
 
-def _draw_temperatures(axes: Any, records: list[Record], target: str, retained: str) -> None:
+def _draw_temperatures(axes: Any, runs: Runs, target: str, retained: str) -> None:
     """Both measures over the effective sample size that each temperature rule gives."""
-    by_rate = runs_by_rate(records)
-    rate = max(by_rate, key=lambda rate: len(_of_temperatures(by_rate[rate])), default=0.0)
     points = [
         (
             mean(record["effective_share"] for record in found),
             *_middle(found, target, retained),
             rule,
         )
-        for rule, found in _of_temperatures(by_rate.get(rate, {})).items()
+        for rule, found in runs.items()
     ]
-    if len(points) < 2:
-        axes.set_visible(False)
-        return
+    rate = next(iter(runs.values()))[0]["rate"]
     other = axes.twinx()
     other.grid(False)
     for share, x, y, _ in sorted(points):

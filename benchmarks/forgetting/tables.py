@@ -88,7 +88,7 @@ def readme_table(folder: Path) -> str:
             main = [record for record in records if record["method"] not in ABLATIONS]
             runs = chosen_runs(main)
             seeds = max(len(found) for found in runs.values())
-            title = f"**{options['study'].capitalize()}, {options['target'].replace('_', ' ')}** "
+            title = f"**{options['study'].capitalize()}, {options['target']}** "
             page, picture = (f"benchmarks/results/{path.stem}.{end}" for end in ("md", "png"))
             title += f"({seeds} seeds; [all rates and comparisons]({page}))"
             parts += [title, "", *_chosen(runs), f"![The trade-off]({picture})", ""]
