@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-NO_GPU = "none: CUDA is not measured"
 
 
 def timed(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> list[float]:
@@ -70,7 +69,9 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU,
+        "gpu": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "none: CUDA is not measured",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "commit": commit,

@@ -105,7 +105,7 @@ def test_weights_lie_on_the_targets_they_were_made_for(task, name):
 def test_batches_hold_samples_of_like_length_each_drawn_once():
     lengths = torch.randint(1, 300, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     torch.manual_seed(0)
-    batches = list(language.LengthBatches(RandomSampler(range(90)), lengths, 8, window=5))
+    batches = list(language.LengthBatches(RandomSampler(range(90)), lengths, 8))
     assert len(batches) == 11
     assert len({index for batch in batches for index in batch}) == 88
 

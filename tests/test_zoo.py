@@ -33,17 +33,17 @@ def scored(model, samples, dtype, **options):
 
 
 def plain_losses(model, samples):
-    """(float32 losses, the plain bfloat16 path's error) one sample at a time."""
+    """(float32 losses, the plain bfloat16 path's errors) one sample at a time."""
     low = copy.deepcopy(model).bfloat16()
     exact, rounded = (
         torch.tensor([reference.causal_lm_sample_loss(m, sample)[0] for sample in samples])
         for m in (model, low)
     )
-    return exact, rms(rounded - exact)
+    return exact, rounded - exact
 
 
 def rms(errors):
-    """The root of their mean square: the largest of a few is a matter of luck."""
+    """The root of their mean square."""
     return errors.square().mean().sqrt()
 
 
@@ -52,7 +52,7 @@ def rms(errors):
 def test_decoders(name, template):
     model, samples = zoo.decoder(name), token_samples(30)
     samples = with_template(samples) if template else samples
-    expected, error_of_bfloat16 = plain_losses(model, samples)
+    expected, errors_of_bfloat16 = plain_losses(model, samples)
 
     found, how = scored(model, samples, "float32")
     assert (found - expected).abs().max() < 1e-4
@@ -60,7 +60,8 @@ def test_decoders(name, template):
     assert ("a prefix of 12 tokens run once" in how) == (template and name in zoo.PACKED), how
 
     found, how = scored(model, samples, "bfloat16")
-    assert rms(found - expected) < 1.25 * error_of_bfloat16 + 1e-3, how
+    assert (found - expected).abs().max() < 1.5 * errors_of_bfloat16.abs().max() + 5e-3, how
+    assert rms(found - expected) < 1.25 * rms(errors_of_bfloat16) + 1e-3, how
 
 
 @pytest.mark.parametrize("make", [zoo.t5, zoo.bart, zoo.bert, zoo.modernbert])

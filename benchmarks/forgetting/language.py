@@ -39,6 +39,7 @@ MAIN |= {"pre-trained": Method(trains=False)} | LANGUAGE_ONLY
 EXTRA = ABLATIONS
 ALL = {**MAIN, **EXTRA}
 RATES = (1e-4, 3e-4, 1e-3)
+WINDOW = 8  # batches that are drawn together and sorted by length
 PAIR = Columns(prompt="question", completion="answer")
 
 
@@ -83,24 +84,19 @@ class LengthBatches(Sampler[list[int]]):
         sampler: what to draw from, in its order.
         lengths: tokens of each sample.
         size: samples in a batch; what is left over at the end is dropped.
-        window: so many batches are drawn together and sorted.
     """
 
-    def __init__(
-        self, sampler: Sampler[int], lengths: list[int], size: int, window: int = 8
-    ) -> None:
-        self.sampler, self.lengths, self.size, self.window = sampler, lengths, size, window
+    def __init__(self, sampler: Sampler[int], lengths: list[int], size: int) -> None:
+        self.sampler, self.lengths, self.size = sampler, lengths, size
 
     def __len__(self) -> int:
         return len(self.sampler) // self.size  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = list(self.sampler)[: len(self) * self.size]
-        batches = []
-        for start in range(0, len(drawn), self.window * self.size):
-            near = sorted(
-                drawn[start : start + self.window * self.size], key=self.lengths.__getitem__
-            )
+        window, batches = WINDOW * self.size, []
+        for start in range(0, len(drawn), window):
+            near = sorted(drawn[start : start + window], key=self.lengths.__getitem__)
             batches += [near[i : i + self.size] for i in range(0, len(near), self.size)]
         for index in torch.randperm(len(batches)).tolist():
             yield batches[index]

@@ -27,15 +27,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=96, help="of the largest cases")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--smollm2", default="models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(device))
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
     parser.add_argument("--profile", action="store_true", help="where a language case's time goes")
     options = parser.parse_args(argv)
+    if options.profile and set(options.cases) & set(images.CASES):
+        parser.error("--profile takes language cases: name them with --cases")
+    device = torch.device(options.device)
     measured: list[dict[str, Any]] = []
     for name in options.cases:
-        sizes = name, options.samples, options.smollm2, options.device
+        sizes = name, options.samples, options.smollm2, device
         if name in images.CASES:
-            found = images.measure(name, options.repeats, options.device)
+            found = images.measure(name, options.repeats, device)
         elif options.profile:
             found = language.profiled(*sizes)
         else:
