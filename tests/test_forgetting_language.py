@@ -14,7 +14,6 @@ import flowdata
 from benchmarks import forgetting
 from benchmarks.forgetting import harness, language, methods, study
 from examples import small
-from flowdata.scoring.batches import pad_collate
 from tests import reference
 
 TEMPLATE = (
@@ -135,7 +134,9 @@ def test_the_loss_of_a_batch_is_weighted_and_divided_by_its_targets(task):
     samples, _, scores = task.start(0)
     weights = language.target_weights(language.ALL["FLOW"], scores)
     data = language.Weighted(samples, weights)
-    loss = language.batch_loss(task.model, pad_collate([data[0], data[1]]))
+    batch = language.collate([data[0], data[1]])
+    assert batch["input_ids"].shape[1] % language.MULTIPLE == 0
+    loss = language.batch_loss(task.model, batch)
     found = [reference.causal_lm_sample_loss(task.model, samples[i]) for i in (0, 1)]
     total = sum(mean * count * weights[i][0].item() for i, (mean, count) in enumerate(found))
     assert loss.item() == pytest.approx(total / sum(count for _, count in found), rel=0.01)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler
 
@@ -30,6 +31,7 @@ from benchmarks.forgetting.study import Record, run_study
 from flowdata.loading import load_model, load_tokenizer, read_rows
 from flowdata.losses import fused_causal_lm_loss
 from flowdata.scoring.batches import pad_collate
+from flowdata.scoring.tasks import IGNORE_INDEX
 from flowdata.text import Columns, TokenSamples, tokenize_rows
 from flowdata.token_weights import align_token_weights
 
@@ -40,6 +42,7 @@ EXTRA = ABLATIONS
 ALL = {**MAIN, **EXTRA}
 RATES = (1e-4, 3e-4, 1e-3)
 WINDOW = 8  # batches that are drawn together and sorted by length
+MULTIPLE = 16  # tokens of a batch's samples; a CPU's bfloat16 attention is slow between
 PAIR = Columns(prompt="question", completion="answer")
 
 
@@ -191,7 +194,7 @@ class Language:
         batches = DataLoader(
             Weighted(samples, weights),
             batch_sampler=LengthBatches(sampler, lengths, self.sizes.batch),
-            collate_fn=pad_collate,
+            collate_fn=collate,
         )
         adam = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0, fused=True)
         loss = partial(batch_loss, model, rule=method.rule)
@@ -209,6 +212,14 @@ class Language:
             return {}
         lowered = nn.Module.bfloat16(copy.deepcopy(model))
         return harness.evaluate(lowered, self.tokenizer, files, limits=limits)
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a batch padded on the right to a multiple of 16 tokens; padding is no target."""
+    batch = pad_collate(samples)
+    missing = -batch["input_ids"].shape[1] % MULTIPLE
+    fill = {"labels": IGNORE_INDEX}
+    return {name: F.pad(v, (0, missing), value=fill.get(name, 0)) for name, v in batch.items()}
 
 
 def batch_loss(model: nn.Module, batch: dict[str, Tensor], rule: Any = None) -> Tensor:
