@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -109,10 +110,12 @@ def measure(
         if not errors[loop] <= ALLOWED[dtype_of(loop)]:
             raise SystemExit(f"{loop} gives other losses, by up to {errors[loop]:.2g}")
     seconds: dict[str, list[float]] = {loop: [] for loop in runs}
+    rates = [bench.matmul_rate(torch.bfloat16, device)]
     for _ in range(repeats):  # in turn, so that a slow moment slows them alike
         for loop, run in runs.items():
             seconds[loop] += rows.timed(run, repeats=1, warmup=0)
-    rate = bench.matmul_rate(torch.bfloat16, device)
+        rates.append(bench.matmul_rate(torch.bfloat16, device))
+    rate = statistics.median(rates)
     speeds = {}
     for loop, times in seconds.items():
         used = few if loop.endswith("float32") else data
