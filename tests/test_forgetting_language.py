@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -170,6 +171,20 @@ def test_every_third_answer_of_noisy_rows_is_shuffled():
     )
     assert language.noisy(problems, seed=0) == rows
     assert problems[0]["answer"].startswith("0 1 2")
+
+
+def targets_of(samples):
+    return [sample["labels"].ne(-100).sum().item() for sample in samples]
+
+
+def test_short_answers_are_the_final_number_alone(task, model, assets, tmp_path):
+    problems = [{"question": "3 plus 4?", "answer": "It is 7.\n#### 7"}]
+    assert language.short(problems) == [{"question": "3 plus 4?", "answer": "7"}]
+    sizes = language.Sizes(**asdict(SIZES) | NO_HARNESS | {"data": "short"})
+    cut = language.Language(model, assets, sizes, tmp_path)
+    trained, validation, _ = cut.start(0)
+    for few, many in [(cut.test, task.test), (trained, task.start(0)[0]), (validation, task.test)]:
+        assert max(targets_of(few)) < min(targets_of(many))
 
 
 def test_mixed_rows_are_a_third_each_and_leave_the_code_that_is_measured_out(task):

@@ -3,7 +3,8 @@
 Target: the loss of GSM8K's test answers. Retained: WikiText-2 and PIQA through
 lm-evaluation-harness, and the loss of code of Python's standard library. The losses of GSM8K lie
 close together; they differ more in ``--data mixed``, which trains on GSM8K, code and prose
-together, and in ``--data noisy``, where the words of every third answer are shuffled.
+together, in ``--data noisy``, where the words of every third answer are shuffled, and in ``--data
+short``, where an answer is its final number alone, in training and test.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Language:
             raise SystemExit(f"{self.folder} holds no gsm8k_train.jsonl: see --assets")
         # transformers refuses to cast GGUF models, though their weights are plain by now.
         self.model, self.tokenizer = nn.Module.float(load_model(model)), load_tokenizer(model)
-        self.test = self._tokens(read_rows(str(self.folder / "gsm8k_test.jsonl"))[: sizes.test])
+        self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
         held_out = [{"text": text} for text in _cut(code_files(held_out=True), 1500)[: sizes.code]]
         self.code = tokenize_rows(
             held_out, self.tokenizer, Columns(completion="text"), template=False, max_length=512
@@ -130,7 +131,7 @@ class Language:
 
     def _start(self, seed: int) -> tuple[TokenSamples, TokenSamples, flowdata.Scores]:
         """What to train on, what to choose the rate by, and the losses under the frozen model."""
-        rows, sizes = read_rows(str(self.folder / "gsm8k_train.jsonl")), self.sizes
+        rows, sizes = self._problems("gsm8k_train.jsonl"), self.sizes
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         validation = [rows[index] for index in order[: sizes.validation]]
         chosen = [rows[index] for index in order[sizes.validation :]]
@@ -149,6 +150,10 @@ class Language:
         folder = self.scores / samples.digest()[:16]
         scores = scorer.score(samples, store=folder, dataset_id=samples.digest())
         return samples, self._tokens(validation), scores
+
+    def _problems(self, name: str) -> Any:
+        rows = read_rows(str(self.folder / name))
+        return short(rows) if self.sizes.data == "short" else rows
 
     def _tokens(self, rows: Any) -> TokenSamples:
         return tokenize_rows(
@@ -268,6 +273,11 @@ def mixed(problems: list[Any], rows: int, seed: int) -> list[dict[str, str]]:
     return [together[index] for index in order.permutation(len(together))]
 
 
+def short(problems: Any) -> list[dict[str, str]]:
+    """Return the problems with their final number as the whole answer."""
+    return [dict(row) | {"answer": row["answer"].split("####")[-1].strip()} for row in problems]
+
+
 def noisy(problems: list[Any], seed: int) -> list[dict[str, str]]:
     """Return the problems with the words of every third answer in random order."""
     random = np.random.default_rng(seed)
@@ -304,7 +314,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what a study of language can be told."""
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder that holds language/")
     parser.add_argument("--model", required=True, help="SmolLM2's GGUF file; any causal model")
-    parser.add_argument("--data", choices=("gsm8k", "mixed", "noisy"), default="gsm8k")
+    parser.add_argument("--data", choices=("gsm8k", "mixed", "noisy", "short"), default="gsm8k")
     parser.add_argument("--rows", type=int, help="to train on")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--exact-match", type=int, default=0, help="test problems to answer")
