@@ -50,8 +50,9 @@ def _middle(runs: list[Record], target: str, retained: str) -> tuple[float, floa
 
 
 def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
-    places = {}
-    for method in (m for m in runs if m not in ABLATIONS):
+    places: dict[str, tuple[float, float]] = {}
+    left_out = _learned_nothing(runs, target)
+    for method in (m for m in runs if m not in ABLATIONS and m not in left_out):
         places[method] = _middle(runs[method], target, retained)
         errors = [
             stdev(r[kind][name] for r in runs[method]) if len(runs[method]) > 1 else 0.0
@@ -60,10 +61,22 @@ def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
         colour = _colour(method)
         axes.errorbar(*places[method], *errors, color=colour, elinewidth=1, alpha=0.4)
         axes.plot(*places[method], "o", color=colour, markersize=5)
-    axes.set(title="At each method's best rate", xlabel=f"target {target}", ylabel=retained)
+    note = f"\nworse than before training: {', '.join(left_out)}" if left_out else ""
+    axes.set(title="At each method's best rate", xlabel=f"target {target}{note}", ylabel=retained)
     axes.grid(True, axis="both")
     _better_is_up_and_right(axes, target, retained)
     _label(axes, places)
+
+
+def _learned_nothing(runs: Runs, target: str) -> list[str]:
+    """The methods after which the target is worse than before: they would stretch the picture."""
+    if "pre-trained" not in runs:
+        return []
+    sign = 1 if target.endswith("accuracy") else -1
+    learned = {
+        name: sign * mean(r["target"][target] for r in found) for name, found in runs.items()
+    }
+    return [name for name in learned if learned[name] < learned["pre-trained"]]
 
 
 def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
