@@ -50,7 +50,7 @@ def _middle(runs: list[Record], target: str, retained: str) -> tuple[float, floa
 
 
 def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
-    places: dict[str, tuple[float, float]] = {}
+    places = {}
     left_out = _learned_nothing(runs, target)
     for method in (m for m in runs if m not in ABLATIONS and m not in left_out):
         places[method] = _middle(runs[method], target, retained)
@@ -61,7 +61,7 @@ def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
         colour = _colour(method)
         axes.errorbar(*places[method], *errors, color=colour, elinewidth=1, alpha=0.4)
         axes.plot(*places[method], "o", color=colour, markersize=5)
-    note = f"\nworse than before training: {', '.join(left_out)}" if left_out else ""
+    note = f"\nworse than before training: {'; '.join(left_out)}" if left_out else ""
     axes.set(title="At each method's best rate", xlabel=f"target {target}{note}", ylabel=retained)
     axes.grid(True, axis="both")
     _better_is_up_and_right(axes, target, retained)
