@@ -12,7 +12,7 @@ from torch import nn
 
 import flowdata
 from benchmarks import forgetting
-from benchmarks.forgetting import folders, heads, methods, study, tables, vision
+from benchmarks.forgetting import folders, heads, methods, publish, readme, study, tables, vision
 from tests import reference
 
 # --- methods ---------------------------------------------------------------------------------
@@ -256,9 +256,9 @@ NAMES = ("standard", "FLOW", "l2", "FLOW + l2")
 OPTIONS = {"study": "vision", "target": "pretend", "images": 5}
 
 
-def pretend(path, run=None, names=NAMES, rates=(0.01, 0.03, 0.1), seeds=range(3)):
+def pretend(path, run=None, names=NAMES, rates=(0.01, 0.03, 0.1), seeds=range(3), options=None):
     given = {"methods": dict.fromkeys(names, rates), "seeds": seeds}
-    return study.run_study(path, OPTIONS, run or Pretend(), **given)
+    return study.run_study(path, OPTIONS | (options or {}), run or Pretend(), **given)
 
 
 def test_each_method_is_run_at_each_rate_seed_by_seed(tmp_path):
@@ -395,28 +395,57 @@ def test_differences_are_paired_by_seed_and_tested():
 
 
 def test_tables_and_pictures_are_written_beside_the_results(results):
-    readme = results / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    forgetting.main(["table", "--results", str(results), "--readme", str(readme)])
+    file = results / "README.md"
+    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    forgetting.main(["table", "--results", str(results), "--readme", str(file)])
     assert (results / "forgetting_pretend.png").read_bytes()[:4] == b"\x89PNG"
     assert "# Forgetting: vision, pretend" in (results / "forgetting_pretend.md").read_text()
-    text = readme.read_text()
+    text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| FLOW + l2 | 0.03 |" in text
-    forgetting.main(["table", "--results", str(results), "--readme", str(readme)])
-    assert readme.read_text() == text
+    assert "| FLOW + l2 | 81.0 ± 1.0 (0.03) | " in text
+    forgetting.main(["table", "--results", str(results), "--readme", str(file)])
+    assert file.read_text() == text
+
+
+def test_the_readme_shows_studies_side_by_side_and_links_further_ones(results):
+    pretend(results / "forgetting_short.jsonl", names=("FLOW",), options={"target": "short"})
+    further = {"target": "short", "epochs": 20}
+    pretend(results / "forgetting_short.jsonl", names=("FLOW",), seeds=[0], options=further)
+    text = readme.readme_table(publish.read_studies(results))
+    assert "[pretend](benchmarks/results/forgetting_pretend.md) (4 methods, 3 seeds" in text
+    assert (
+        "[short, 20 epochs](benchmarks/results/forgetting_short_2.md) (1 method, 1 seed, " in text
+    )
+    header, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
+    assert header.count("accuracy") == 4
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in NAMES]
+    assert [row.count("–") for row in rows] == [3, 0, 3, 3]
+
+
+def test_a_rate_at_the_edge_of_those_tried_is_told(tmp_path):
+    records = pretend(tmp_path / "r.jsonl", names=("standard",), rates=(0.01, 0.03))
+    records = pretend(tmp_path / "r.jsonl", names=("FLOW",), rates=(0.03, 0.1))
+    records = pretend(tmp_path / "r.jsonl", names=("l2",), rates=(0.03,))
+    records = pretend(tmp_path / "r.jsonl", names=("FLOW + l2",))
+    assert study.edges(records) == {"largest": ["standard"], "smallest": ["FLOW"]}
+    page = tables.report(OPTIONS, records)
+    assert (
+        "At the edge of the grid: the largest rate tried is the best for standard; the smallest "
+        "rate tried is the best for FLOW." in page
+    )
 
 
 def test_a_text_without_the_marks_is_refused(results):
     with pytest.raises(ValueError, match="the table goes between"):
-        tables.with_table("no marks", "table")
+        readme.with_table("no marks", "table")
 
 
 def test_the_readme_says_what_the_results_files_say():
     text = forgetting.README.read_text()
-    assert text == tables.with_table(text, tables.readme_table(forgetting.RESULTS))
+    studies = publish.read_studies(forgetting.RESULTS)
+    assert text == readme.with_table(text, readme.readme_table(studies))
 
 
 def test_unknown_methods_and_missing_assets_are_named(tmp_path):

@@ -68,11 +68,11 @@ def _named(asked: list[str], module: ModuleType) -> list[str]:
 
 
 def _tables(results: Path, readme: Path | None) -> None:
-    from benchmarks.forgetting.tables import write_tables
+    from benchmarks.forgetting.publish import publish
 
     if readme is None and results == RESULTS:
         readme = README
-    for path in write_tables(results, readme):
+    for path in publish(results, readme):
         print(path)
 
 

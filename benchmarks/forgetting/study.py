@@ -76,17 +76,38 @@ def chosen_rates(records: Iterable[Record]) -> dict[str, float]:
 
     Only rates that were run on as many seeds as any other of the method count.
     """
+    scores = _complete_scores(records)
+    return {name: max(sorted(rates), key=rates.__getitem__) for name, rates in scores.items()}
+
+
+def edges(records: Iterable[Record]) -> dict[str, list[str]]:
+    """Return the methods whose chosen rate is the ``largest`` or ``smallest`` of several.
+
+    Beyond the edge there may be a better rate, with another price.
+    """
+    records = list(records)
+    chosen = chosen_rates(records)
+    swept = {name: rates for name, rates in _complete_scores(records).items() if len(rates) > 1}
+    return {
+        "largest": [name for name, rates in swept.items() if chosen[name] == max(rates)],
+        "smallest": [name for name, rates in swept.items() if chosen[name] == min(rates)],
+    }
+
+
+def _complete_scores(records: Iterable[Record]) -> dict[str, dict[float, float]]:
+    """Each method's mean validation score at the rates that it was run at on the most seeds."""
     scores: dict[str, dict[float, list[float]]] = {}
     for record in records:
         of_method = scores.setdefault(record["method"], {})
         of_method.setdefault(record["rate"], []).append(validation_of(record))
-    return {method: _best_rate(of_rates) for method, of_rates in scores.items()}
-
-
-def _best_rate(scores: Mapping[float, list[float]]) -> float:
-    most = max(map(len, scores.values()))
-    complete = sorted(rate for rate, values in scores.items() if len(values) == most)
-    return max(complete, key=lambda rate: mean(scores[rate]))
+    return {
+        method: {
+            rate: mean(values)
+            for rate, values in rates.items()
+            if len(values) == max(map(len, rates.values()))
+        }
+        for method, rates in scores.items()
+    }
 
 
 def chosen_runs(records: Iterable[Record]) -> Runs:

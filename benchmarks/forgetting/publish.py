@@ -1,0 +1,33 @@
+"""Reads the results files, and writes what they say: pages, pictures, the README's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.forgetting.pictures import picture
+from benchmarks.forgetting.readme import Study, readme_table, with_table
+from benchmarks.forgetting.study import read_records
+from benchmarks.forgetting.tables import report, studies
+
+
+def read_studies(folder: Path) -> list[Study]:
+    """Return the studies of all results files of a folder; a file's further ones are numbered."""
+    return [
+        Study(f"{path.stem}_{number + 1}" if number else path.stem, *study, is_first=not number)
+        for path in sorted(folder.glob("forgetting_*.jsonl"))
+        for number, study in enumerate(studies(read_records(path)))
+    ]
+
+
+def publish(folder: Path, readme: Path | None) -> list[Path]:
+    """Write a page and a picture of each study beside its results file, and the README's tables."""
+    found, written = read_studies(folder), []
+    for study in found:
+        page, drawing = (folder / f"{study.stem}.{kind}" for kind in ("md", "png"))
+        page.write_text(report(study.options, study.records))
+        drawing.write_bytes(picture(study.options, study.records))
+        written += [page, drawing]
+    if readme is not None:
+        readme.write_text(with_table(readme.read_text(), readme_table(found)))
+        written.append(readme)
+    return written
