@@ -55,17 +55,21 @@ class Study:
         """Cells by heading and method: the first measure of either kind, and their average."""
         first = self.records[0]
         target, retained = next(iter(first["target"])), next(iter(first["retained"]))
-        titles = {f"target {target}": f"{target} (rate)", retained: retained, "average": "average"}
         runs = chosen_runs(r for r in self.records if r["method"] in _METHODS)
-        return {
-            f"{self.name()}: {titles[name]}": {
+        headings = {f"target {target}": f"{target} (rate)", retained: retained}
+        if "average" in measures(first):
+            headings["average"] = "average"
+        cells = {
+            name: {
                 method: spread([measures(r)[name] for r in found], digits(name))
-                + f" ({found[0]['rate']:g})" * (titles[name] != name)
                 for method, found in runs.items()
             }
-            for name in measures(first)
-            if name in titles
+            for name in headings
         }
+        for method, found in runs.items():
+            if found[0]["rate"]:
+                cells[f"target {target}"][method] += f" ({found[0]['rate']:g})"
+        return {f"{self.name()}: {headings[name]}": column for name, column in cells.items()}
 
 
 def readme_table(studies: list[Study]) -> str:
