@@ -12,7 +12,17 @@ from torch import nn
 
 import flowdata
 from benchmarks import forgetting
-from benchmarks.forgetting import folders, heads, methods, publish, readme, study, tables, vision
+from benchmarks.forgetting import (
+    folders,
+    heads,
+    methods,
+    pictures,
+    publish,
+    readme,
+    study,
+    tables,
+    vision,
+)
 from tests import reference
 
 # --- methods ---------------------------------------------------------------------------------
@@ -435,6 +445,16 @@ def test_a_rate_at_the_edge_of_those_tried_is_told(tmp_path):
         "At the edge of the grid: the largest rate tried is the best for standard; the smallest "
         "rate tried is the best for FLOW." in page
     )
+
+
+def test_temperatures_are_compared_on_the_seeds_that_they_share():
+    runs = {
+        name: [{"seed": seed} for seed in range(count)]
+        for name, count in {"FLOW": 5, "FLOW, ess0.1": 2, "FLOW + l2": 1, "standard": 1}.items()
+    }
+    shared = [{"seed": 0}, {"seed": 1}]
+    assert pictures._of_temperatures(runs) == {"median": shared, "ess0.1": shared}
+    assert pictures._of_temperatures({"standard": shared}) == {}
 
 
 def test_a_text_without_the_marks_is_refused(results):

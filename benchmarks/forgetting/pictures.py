@@ -131,9 +131,17 @@ def _draw_temperatures(axes: Any, runs: Runs, target: str, retained: str) -> Non
 
 
 def _of_temperatures(runs: Runs) -> Runs:
-    """FLOW's runs by their rule for the temperature."""
+    """FLOW's runs by their rule for the temperature, on the seeds that all rules share."""
     flow = {m: r for m, r in runs.items() if m == "FLOW" or (m in ABLATIONS and "FLOW, " in m)}
-    return {m.removeprefix("FLOW, ").replace("FLOW", "median"): r for m, r in flow.items()}
+    seeds = [{record["seed"] for record in found} for found in flow.values()]
+    shared = set.intersection(*seeds) if seeds else set()
+    return {
+        m.removeprefix("FLOW, ").replace("FLOW", "median"): [
+            r for r in found if r["seed"] in shared
+        ]
+        for m, found in flow.items()
+        if shared
+    }
 
 
 def _better_is_up_and_right(axes: Any, target: str, retained: str) -> None:
