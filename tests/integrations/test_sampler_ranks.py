@@ -92,7 +92,6 @@ def run_ddp(folder):
             optimizer.zero_grad()
             wrapped(**batch)["loss"].backward()
             optimizer.step()
-    dist.destroy_process_group()
     return model.seen
 
 
@@ -111,7 +110,6 @@ def run_stateful(folder):
     seen = [batch["index"].tolist() for batch in islice(iter(loader), batches)]
     if dist.get_rank() == 0:
         torch.save(loader.state_dict(), saved)
-    dist.destroy_process_group()
     return seen
 
 
@@ -266,6 +264,8 @@ def main():
     loop, folder = sys.argv[1], Path(sys.argv[2])
     seen = globals()[f"run_{loop}"](folder)
     (folder / f"{loop}-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # gloo's threads may abort an exit without it
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def main(adapters, folder, *sizes):
             for normalize in ("count", "weights")
         }
         torch.save(kept, f"{folder}/{adapter}.{torch.distributed.get_rank()}")
+    torch.distributed.destroy_process_group()  # gloo's threads may abort an exit without it
 
 
 if __name__ == "__main__":
