@@ -66,9 +66,8 @@ class DemoResult:
         """Return the rate with the best held-out accuracy on the new task."""
         return max(RATES, key=lambda rate: mean(o.held_out for o in self.runs(method, rate)))
 
-    def runs(self, method: str, rate: float | None = None) -> list[Outcome]:
-        """Return a method's runs, one for each seed, at the rate chosen for it or another."""
-        rate = self.learning_rate(method) if rate is None else rate
+    def runs(self, method: str, rate: float) -> list[Outcome]:
+        """Return a method's runs at a rate, one for each seed."""
         return [o for o in self.outcomes if (o.method, o.learning_rate) == (method, rate)]
 
     def as_dict(self) -> dict[str, Any]:

@@ -421,13 +421,12 @@ def test_tables_and_pictures_are_written_beside_the_results(results):
 
 def test_the_readme_shows_studies_side_by_side_and_links_further_ones(results):
     pretend(results / "forgetting_short.jsonl", names=("FLOW",), options={"target": "short"})
-    further = {"target": "short", "epochs": 20}
+    further = {"target": "short", "images": 20}
     pretend(results / "forgetting_short.jsonl", names=("FLOW",), seeds=[0], options=further)
     text = readme.readme_table(publish.read_studies(results))
     assert "[pretend](benchmarks/results/forgetting_pretend.md) (4 methods, 3 seeds" in text
-    assert (
-        "[short, 20 epochs](benchmarks/results/forgetting_short_2.md) (1 method, 1 seed, " in text
-    )
+    file = "benchmarks/results/forgetting_short_2.md"
+    assert f"[short, images 20]({file}) (1 method, 1 seed, " in text
     header, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
     assert header.count("accuracy") == 4
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in NAMES]
@@ -455,6 +454,11 @@ def test_temperatures_are_compared_on_the_seeds_that_they_share():
     shared = [{"seed": 0}, {"seed": 1}]
     assert pictures._of_temperatures(runs) == {"median": shared, "ess0.1": shared}
     assert pictures._of_temperatures({"standard": shared}) == {}
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="holds no runs"):
+        forgetting.main(["table", "--results", str(tmp_path)])
 
 
 def test_a_text_without_the_marks_is_refused(results):

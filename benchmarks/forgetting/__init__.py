@@ -72,8 +72,12 @@ def _tables(results: Path, readme: Path | None) -> None:
 
     if readme is None and results == RESULTS:
         readme = README
-    for path in publish(results, readme):
-        print(path)
+    written = publish(results, readme)
+    if not written:
+        sys.exit(
+            f"{results} holds no runs (forgetting_*.jsonl): run a study first, or see --results"
+        )
+    print(*written, sep="\n")
 
 
 def _add_study_options(parser: argparse.ArgumentParser) -> None:

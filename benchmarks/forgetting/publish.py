@@ -12,11 +12,13 @@ from benchmarks.forgetting.tables import report, studies
 
 def read_studies(folder: Path) -> list[Study]:
     """Return the studies of all results files of a folder; a file's further ones are numbered."""
-    return [
-        Study(f"{path.stem}_{number + 1}" if number else path.stem, *study, is_first=not number)
-        for path in sorted(folder.glob("forgetting_*.jsonl"))
-        for number, study in enumerate(studies(read_records(path)))
-    ]
+    found = []
+    for path in sorted(folder.glob("forgetting_*.jsonl")):
+        groups = studies(read_records(path))
+        for number, (options, records) in enumerate(groups):
+            stem = f"{path.stem}_{number + 1}" if number else path.stem
+            found.append(Study(stem, options, records, first=groups[0][0]))
+    return found
 
 
 def publish(folder: Path, readme: Path | None) -> list[Path]:

@@ -28,19 +28,23 @@ class Study:
         stem: the files' name in ``benchmarks/results``.
         options: of all runs.
         records: the runs.
-        is_first: whether it is the first study of its results file; further ones (with more
-            epochs, say) are linked, not shown.
+        first: options of the results file's first study; further ones are linked, not shown.
     """
 
     stem: str
     options: Mapping[str, Any]
     records: list[Record]
-    is_first: bool
+    first: Mapping[str, Any]
+
+    def is_first(self) -> bool:
+        """Whether it is the first study of its results file."""
+        return self.options == self.first
 
     def name(self) -> str:
-        """What was learned, and for a further study how long."""
-        data = str(self.options["target"]).split(" on ")[-1]
-        return data if self.is_first else f"{data}, {self.options['epochs']} epochs"
+        """What was learned, and how a further study differs from the first."""
+        others = self.options.items()
+        differs = [f"{name} {value}" for name, value in others if self.first.get(name) != value]
+        return ", ".join([str(self.options["target"]).split(" on ")[-1], *differs])
 
     def link(self) -> str:
         """The study's page and picture."""
@@ -56,20 +60,23 @@ class Study:
         first = self.records[0]
         target, retained = next(iter(first["target"])), next(iter(first["retained"]))
         runs = chosen_runs(r for r in self.records if r["method"] in _METHODS)
-        headings = {f"target {target}": f"{target} (rate)", retained: retained}
-        if "average" in measures(first):
-            headings["average"] = "average"
-        cells = {
-            name: {
-                method: spread([measures(r)[name] for r in found], digits(name))
-                for method, found in runs.items()
+        return {
+            f"{self.name()}: {_heading(name)}": {
+                method: _cell(found, name) for method, found in runs.items()
             }
-            for name in headings
+            for name in (f"target {target}", retained, "average")
+            if name in measures(first)
         }
-        for method, found in runs.items():
-            if found[0]["rate"]:
-                cells[f"target {target}"][method] += f" ({found[0]['rate']:g})"
-        return {f"{self.name()}: {headings[name]}": column for name, column in cells.items()}
+
+
+def _heading(name: str) -> str:
+    return f"{name.removeprefix('target ')} (rate)" if name.startswith("target ") else name
+
+
+def _cell(runs: list[Record], name: str) -> str:
+    """A measure's mean and spread; the target's with the rate, where anything is trained."""
+    rate = runs[0]["rate"] if name.startswith("target ") else 0
+    return spread([measures(r)[name] for r in runs], digits(name)) + f" ({rate:g})" * bool(rate)
 
 
 def readme_table(studies: list[Study]) -> str:
@@ -91,7 +98,7 @@ def _count(number: int, what: str) -> str:
 def _side_by_side(studies: list[Study]) -> list[str]:
     columns: dict[str, dict[str, str]] = {}
     for study in studies:
-        columns |= study.columns() if study.is_first else {}
+        columns |= study.columns() if study.is_first() else {}
     methods = {method for cells in columns.values() for method in cells}
     lines = [row(["method", *columns]), row(["---", *["---:"] * len(columns)])]
     for method in sorted(methods, key=ORDER.index):
