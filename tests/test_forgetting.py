@@ -512,6 +512,25 @@ def test_every_method_has_a_working_row(digits, name):
     assert record["retained"]["CIFAR-10 accuracy"] > 15
 
 
+def labels_of(part):
+    return torch.stack([label for _, label in part])
+
+
+@needs_assets
+def test_noise_shuffles_a_third_of_the_training_labels_and_no_others():
+    clean, noisy = (
+        vision.task(vision.ASSETS, target, TINY).split(3) for target in ("digits", "noisy_digits")
+    )
+    shuffled = labels_of(noisy.train) != labels_of(clean.train)
+    assert shuffled[::3].float().mean() > 0.7
+    assert not shuffled[1::3].any()
+    assert not shuffled[2::3].any()
+    assert torch.equal(labels_of(noisy.scored), labels_of(noisy.train))
+    assert torch.equal(labels_of(noisy.train).bincount(), labels_of(clean.train).bincount())
+    assert torch.equal(labels_of(noisy.validation), labels_of(clean.validation))
+    assert torch.equal(labels_of(noisy.test), labels_of(clean.test))
+
+
 @needs_assets
 @pytest.mark.slow
 def test_the_command_runs_a_set_given_by_path_and_writes_its_table(tmp_path, capsys):

@@ -1,4 +1,8 @@
-"""Vision: CIFAR-10's ResNet-20 learns another set of images; CIFAR-10 shows what is forgotten."""
+"""Vision: CIFAR-10's ResNet-20 learns another set of images; CIFAR-10 shows what is forgotten.
+
+``noisy_`` before a target shuffles every third label of what is trained on, as ``--data noisy``
+shuffles answers in language; what the rate is chosen by and what is measured stay clean.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from examples.cifar_resnet20 import ASSETS, MEAN, STD, pretrained
 __all__ = ["EXTRA", "MAIN", "add_options", "study", "task"]
 
 RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
+NOISY = "noisy_"
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
 Arrays = tuple[Any, Any]  # images (N, H, W) or (N, H, W, 3) uint8, and labels
 
@@ -28,14 +33,15 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
 
     Args:
         assets: the folder that holds ``vision/``.
-        target: ``fashion_mnist``, ``digits``, or ``NAME=FILE.npz`` with `images` and `labels`.
+        target: ``fashion_mnist``, ``digits``, or ``NAME=FILE.npz`` with `images` and `labels`;
+            after ``noisy_``, a third of the training labels are shuffled.
         sizes: see there.
     """
     folder = assets / "vision"
     if not (folder / "cifar10_resnet20.safetensors").is_file():
         raise SystemExit(f"{folder} holds no cifar10_resnet20.safetensors: see --assets")
     old_test = _dataset(*(part[: sizes.test] for part in _file(folder / "cifar10_test_dev.npz")))
-    train, test = _arrays(folder, target)
+    train, test = _arrays(folder, target.removeprefix(NOISY))
 
     def split(seed: int) -> Parts:
         order = np.random.default_rng(seed).permutation(len(train[1]))
@@ -43,10 +49,14 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         if test is None:  # one pool: three fifths, one fifth, the rest
             ends = np.minimum(ends, [len(order) * 3 // 5, len(order) * 4 // 5])
         parts = np.split(order[: ends[1]], ends[:1])
-        chosen, validation = (_dataset(train[0][part], train[1][part]) for part in parts)
+        chosen, validation = ((train[0][part], train[1][part]) for part in parts)
+        if target.startswith(NOISY):
+            chosen = with_noise(chosen, seed)
+        learned = _dataset(*chosen)
         rest = order[ends[1] :][: sizes.test]
         held = (train[0][rest], train[1][rest]) if test is None else test
-        return Parts(chosen, chosen, validation, _dataset(*(part[: sizes.test] for part in held)))
+        tested = _dataset(*(part[: sizes.test] for part in held))
+        return Parts(learned, learned, _dataset(*validation), tested)
 
     classes = int(train[1].max()) + 1
     old = pretrained(folder / "cifar10_resnet20.safetensors")
@@ -69,6 +79,13 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     return _file(path), None
 
 
+def with_noise(arrays: Arrays, seed: int) -> Arrays:
+    """Return the images with the labels of every third one shuffled among those."""
+    images, labels = arrays[0], arrays[1].copy()
+    labels[::3] = np.random.default_rng(seed).permutation(labels[::3])
+    return images, labels
+
+
 def _file(path: Path) -> Arrays:
     file = np.load(path)
     return file["images"], file["labels"]
@@ -89,7 +106,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets",
         nargs="+",
-        help="fashion_mnist, digits (both by default), or NAME=FILE.npz with images and labels",
+        help="fashion_mnist, digits (both by default), or NAME=FILE.npz with images and labels; "
+        "noisy_ before the name shuffles a third of the training labels",
     )
     parser.add_argument("--epochs", type=int, help=f"default: {Sizes.epochs}")
 
