@@ -316,6 +316,19 @@ def test_methods_are_compared_at_every_rate_of_standard_fine_tuning(tmp_path):
             "l2": {0.0},
         }
         assert [r["seed"] for r in runs["FLOW"]] == [0, 1, 2]
+    worse = [
+        record
+        | ({"validation": 0.0} if (record["method"], record["rate"]) == ("FLOW", 0.03) else {})
+        for record in records
+    ]
+    assert study.chosen_rates(worse)["FLOW"] != 0.03
+    at_one_rate = study.runs_at_rate_of_standard(worse)
+    assert {m: found[0]["rate"] for m, found in at_one_rate.items()} == {
+        "standard": 0.03,
+        "FLOW": 0.03,
+        "l2": 0.0,
+    }
+    assert study.runs_at_rate_of_standard(at_one_rate["FLOW"]) == {}
 
 
 def test_a_study_that_was_stopped_goes_on_and_runs_nothing_twice(tmp_path):
@@ -427,10 +440,13 @@ def test_the_readme_shows_studies_side_by_side_and_links_further_ones(results):
     assert "[pretend](benchmarks/results/forgetting_pretend.md) (4 methods, 3 seeds" in text
     file = "benchmarks/results/forgetting_short_2.md"
     assert f"[short, images 20]({file}) (1 method, 1 seed, " in text
-    header, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
+    blind, at_one_rate = text.split(readme.AT_ONE_RATE)
+    header, _, *rows = (line for line in blind.splitlines() if line.startswith("|"))
     assert header.count("accuracy") == 4
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in NAMES]
     assert [row.count("–") for row in rows] == [3, 0, 3, 3]
+    assert "short" not in at_one_rate  # standard fine-tuning isn't there
+    assert at_one_rate.count("(0.03)") == len(NAMES)
 
 
 def test_a_rate_at_the_edge_of_those_tried_is_told(tmp_path):

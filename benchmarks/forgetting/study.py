@@ -132,6 +132,13 @@ def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
     }
 
 
+def runs_at_rate_of_standard(records: Iterable[Record]) -> Runs:
+    """Return all methods' runs at the rate chosen for standard fine-tuning; none without it."""
+    records = list(records)
+    rate = chosen_rates(records).get(STANDARD)
+    return {} if rate is None else runs_by_rate(records)[rate]
+
+
 def _runs_at(rates: Mapping[str, float], records: list[Record]) -> Runs:
     found: Runs = {name: [] for name in rates}
     for record in sorted(records, key=lambda record: record["seed"]):
