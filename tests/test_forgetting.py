@@ -419,15 +419,15 @@ def test_differences_are_paired_by_seed_and_tested():
 
 def test_tables_and_pictures_are_written_beside_the_results(results):
     file = results / "README.md"
-    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    file.write_text(f"before\n{readme.BEGIN}\nwhat stood there\n{readme.END}\nafter\n")
     forgetting.main(["table", "--results", str(results), "--readme", str(file)])
     assert (results / "forgetting_pretend.png").read_bytes()[:4] == b"\x89PNG"
     assert "# Forgetting: vision, pretend" in (results / "forgetting_pretend.md").read_text()
     text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| FLOW + l2 | 81.0 ± 1.0 (0.03) | " in text
+    assert "what stood there" not in text
+    assert "| FLOW + l2 | 81.0 / 66.2 |" in text
     forgetting.main(["table", "--results", str(results), "--readme", str(file)])
     assert file.read_text() == text
 
@@ -440,13 +440,23 @@ def test_the_readme_shows_studies_side_by_side_and_links_further_ones(results):
     assert "[pretend](benchmarks/results/forgetting_pretend.md) (4 methods, 3 seeds" in text
     file = "benchmarks/results/forgetting_short_2.md"
     assert f"[short, images 20]({file}) (1 method, 1 seed, " in text
-    blind, at_one_rate = text.split(readme.AT_ONE_RATE)
-    header, _, *rows = (line for line in blind.splitlines() if line.startswith("|"))
-    assert header.count("accuracy") == 4
+    header, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
+    assert header == "| method | pretend at 0.03 | short |"
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in NAMES]
-    assert [row.count("–") for row in rows] == [3, 0, 3, 3]
-    assert "short" not in at_one_rate  # standard fine-tuning isn't there
-    assert at_one_rate.count("(0.03)") == len(NAMES)
+    assert rows[1] == "| FLOW | 81.0 / 65.1 | (0.03: 81.0 / 65.1) |"
+    assert [row.count("–") for row in rows] == [1, 0, 1, 1]
+
+
+def test_the_readme_tells_the_rate_of_a_method_that_takes_another(tmp_path):
+    def run(method, rate, seed):
+        better = 20 if (method, rate) == ("FLOW", 0.1) else 0
+        record = Pretend()(method, rate, seed)
+        return record | {"validation": record["validation"] + better}
+
+    pretend(tmp_path / "forgetting_pretend.jsonl", run, names=("standard", "FLOW"))
+    text = readme.readme_table(publish.read_studies(tmp_path))
+    assert "| standard | 81.0 / 61.0 |" in text
+    assert "| FLOW | 81.0 / 65.1 (0.1: 75.8 / 65.1) |" in text
 
 
 def test_a_rate_at_the_edge_of_those_tried_is_told(tmp_path):

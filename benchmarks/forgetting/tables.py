@@ -118,15 +118,8 @@ def _over_rates(records: list[Record]) -> list[str]:
     lines += [row(["---", *["---:"] * len(by_rate)])]
     for method in dict.fromkeys(method for runs in by_rate.values() for method in runs):
         found = [runs.get(method, []) for runs in by_rate.values()]
-        lines.append(row([method, *(_means(at_rate, names) for at_rate in found)]))
+        lines.append(row([method, *(means(at_rate, names) for at_rate in found)]))
     return [title, "", *lines, ""]
-
-
-def _means(runs: list[Record], names: list[str]) -> str:
-    if not runs:
-        return "–"
-    found = [mean(measures(record)[name] for record in runs) for name in names]
-    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(found, names, strict=True))
 
 
 def _comparisons(runs: Runs) -> list[str]:
@@ -156,6 +149,14 @@ def spread(values: list[float], places: int) -> str:
     """Return mean ± standard deviation."""
     around = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
     return f"{mean(values):.{places}f}{around}"
+
+
+def means(runs: list[Record], names: list[str]) -> str:
+    """Return the means of several measures, in one cell."""
+    if not runs:
+        return "–"
+    found = [mean(measures(record)[name] for record in runs) for name in names]
+    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(found, names, strict=True))
 
 
 def digits(name: str) -> int:
