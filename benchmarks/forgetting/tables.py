@@ -41,12 +41,12 @@ def measures(record: Record) -> dict[str, float]:
 def report(options: Mapping[str, Any], records: list[Record]) -> str:
     """Return a study's Markdown page."""
     runs = chosen_runs(records)
-    seeds = max(len(found) for found in runs.values())
+    seeds = count(max(len(found) for found in runs.values()), "seed")
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
     lines = [
         f"# Forgetting: {options['study']}, {options['target']}",
         "",
-        f"{settings}. {len(records)} runs, up to {seeds} seeds.",
+        f"{settings}. {len(records)} runs, up to {seeds}.",
         "",
         CHOSEN,
         "",
@@ -157,6 +157,11 @@ def means(runs: list[Record], names: list[str]) -> str:
         return "–"
     found = [mean(measures(record)[name] for record in runs) for name in names]
     return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(found, names, strict=True))
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of things, in words."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def digits(name: str) -> int:
