@@ -192,11 +192,10 @@ class Scores:
         """Return the Hugging Face data set with the weights as a float32 column `name`.
 
         Raises:
-            ScoreMismatchError: the data set has another length.
+            ScoreMismatchError: the scores were made from another data set.
             ValueError: it has such a column already, or weights can't be made.
         """
-        if len(hf_dataset) != len(self):
-            self.check_dataset(hf_dataset)
+        self.check_dataset(hf_dataset)
         if name in hf_dataset.column_names:
             raise ValueError(f"the data set has a column {name!r} already; pass another name")
         weights = self.weights(temperature, missing=missing)

@@ -61,7 +61,7 @@ from torch import Tensor
 from flowdata.locks import lock
 from flowdata.packs import Columns, checksums, places, reorder, split
 from flowdata.parts import PARTS, Kept, packs_of_part, parts_of
-from flowdata.scores import Scores
+from flowdata.scores import ScoreMismatchError, Scores
 from flowdata.store_files import (
     FIELDS,
     MANIFEST,
@@ -147,12 +147,20 @@ def load_scores(path: Path) -> Scores:
 
 
 def save_scores(scores: Scores, path: Path) -> Path:
-    """Write scores as a finished store, or as one file if `path` ends in `.safetensors`."""
-    if path.suffix == ".safetensors":
-        write_file(path, _tensors_of(scores), _manifest_of(scores))
-    else:
-        check_folder(path)
-        write_file(path / SCORES, _tensors_of(scores), _manifest_of(scores))
+    """Write scores as a finished store, or as one file if `path` ends in `.safetensors`.
+
+    Raises:
+        ScoreMismatchError: the folder is the store of other scores, finished or begun.
+    """
+    manifest, file = _manifest_of(scores), path
+    if path.suffix != ".safetensors":
+        kept, file = read_manifest(path), path / SCORES
+        if kept is not None and kept["identity"] != manifest["identity"]:
+            raise ScoreMismatchError(
+                f"{path} holds the scores of another data set, model or option; save into another "
+                "folder, or delete this one if its losses are unwanted"
+            )
+    write_file(file, _tensors_of(scores), manifest)
     return path
 
 

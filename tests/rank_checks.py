@@ -91,10 +91,10 @@ def _counted(rank, workers):
 def an_error_on_one_rank_ends_all_ranks_and_keeps_what_is_done():
     with tempfile.TemporaryDirectory() as folder:
         told = in_ranks(3, _one_fails, folder)
-        assert told[1] == "RuntimeError: boom", told
+        assert told[1].startswith("RuntimeError: boom (while scoring samples "), told
         for other in (told[0], told[2]):
             assert other.startswith("RankError: stopped, because another rank failed: rank 1"), told
-            assert other.endswith("RuntimeError: boom"), told
+            assert other.endswith(told[1]), told
         assert list(Path(folder).glob("parts/*.safetensors"))
         assert not (Path(folder) / ".lock").exists()
 

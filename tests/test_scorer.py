@@ -471,6 +471,56 @@ def test_samples_without_targets_and_non_finite_losses_are_nan(caplog):
         scores.weights()
 
 
+@pytest.mark.parametrize("at", range(17))
+def test_labels_that_are_no_tokens_are_refused_wherever_they_are(at):
+    samples = token_samples(17)
+    samples[at]["labels"][-1] = -1
+    with pytest.raises(ValueError, match=r"labels must be token ids, or -100 .*, got -1"):
+        quiet(tiny_gpt2()).score(samples)
+
+
+def test_an_error_in_the_model_says_which_samples_it_was_given():
+    samples = token_samples(17)
+    samples[11]["labels"][-1] = -2
+    with pytest.raises(ValueError, match=r"got -2 \(while scoring samples (\d+, )*11\b"):
+        quiet(tiny_gpt2(), batch_size=2).score(samples)
+
+
+@pytest.mark.parametrize("cut", [slice(0, -1), slice(1, None)])
+@pytest.mark.parametrize("loss", ["auto", "causal_lm"])
+def test_labels_must_be_as_many_as_tokens(loss, cut):
+    samples = token_samples(17)
+    samples[5] = {"input_ids": samples[5]["input_ids"], "labels": samples[5]["labels"][cut]}
+    with pytest.raises(ValueError, match="a label for each of its input_ids"):
+        quiet(tiny_llama(), loss).score(samples)
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])
+def test_masks_of_targets_stand_in_for_labels(name):
+    samples = token_samples(12)
+    masked = [{"input_ids": s["input_ids"], name: (s["labels"] != -100).long()} for s in samples]
+    scores, expected = quiet(tiny_llama()).score(masked), quiet(tiny_llama()).score(samples)
+    assert torch.equal(scores.counts, expected.counts)
+    assert torch.equal(scores.losses, expected.losses)
+    assert (expected.counts < torch.tensor([len(s["input_ids"]) - 1 for s in samples])).any()
+
+
+@pytest.mark.parametrize("loss", ["auto", "binary_cross_entropy"])
+def test_binary_targets_may_be_ignored_and_no_others_are_taken(loss):
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.ones(5, 3)
+    targets[1, 1] = -100
+    targets[2] = -100
+    scores = quiet(model, loss).score(TensorDataset(inputs, targets))
+    expected = F.binary_cross_entropy_with_logits(model(inputs[1, None])[0, [0, 2]], torch.ones(2))
+    assert scores.losses[1].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert scores.counts.tolist() == [3, 2, 0, 3, 3]
+    assert scores.losses.isnan().tolist() == [False, False, True, False, False]
+    targets[3, 0] = 7
+    with pytest.raises(ValueError, match=r"targets between 0 and 1, or −100 .*, got 7"):
+        quiet(model, "binary_cross_entropy").score(TensorDataset(inputs, targets))
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(token_samples(3))

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowdata import ScoreMismatchError, Scores, flow_weights
+from flowdata import LossScorer, ScoreMismatchError, Scores, flow_weights
 from flowdata.scores import weights_of
 
 
@@ -75,6 +75,17 @@ def test_a_column_is_float32_and_named(tmp_path):
         scores.to_column(data, "x")
     with pytest.raises(ScoreMismatchError, match="of 3 samples, the data set has 2"):
         scores.to_column(data.select([0, 1]))
+
+
+def test_a_column_goes_to_the_rows_that_were_scored():
+    data = datasets.Dataset.from_dict(
+        {"x": [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], "labels": [0, 1, 2]}
+    )
+    data = data.with_format("torch")
+    scores = LossScorer(torch.nn.Linear(2, 3), progress=False).score(data)
+    assert torch.equal(scores.to_column(data)["weight"][:], scores.weights())
+    with pytest.raises(ScoreMismatchError, match="another data set of the same length"):
+        scores.to_column(data.select([1, 0, 2]))
 
 
 def test_weights_given_directly_are_checked_and_not_copied():

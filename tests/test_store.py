@@ -219,6 +219,19 @@ def test_verify_names_the_state_of_every_file(begun):
         verify_store(begun / "nowhere")
 
 
+def test_scores_are_not_saved_over_those_of_others(tmp_path):
+    ours, theirs = ({"identity": {"dataset": name}} for name in ("ours", "theirs"))
+    scores = Scores(torch.tensor([1.5]), metadata=ours)
+    scores.save(scores.save(tmp_path / "store"))
+    with pytest.raises(ScoreMismatchError, match="holds the scores of another data set"):
+        Scores(torch.tensor([2.5]), metadata=theirs).save(tmp_path / "store")
+    assert Scores.load(tmp_path / "store").losses.tolist() == [1.5]
+    write_manifest(tmp_path / "begun", make_manifest(theirs["identity"], {"packs": 3}, {}))
+    with pytest.raises(ScoreMismatchError, match="holds the scores of another data set"):
+        scores.save(tmp_path / "begun")
+    assert [path.name for path in (tmp_path / "begun").iterdir()] == ["manifest.json"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     scores = Scores(torch.tensor([1.5]))
     scores.save(tmp_path)

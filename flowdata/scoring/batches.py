@@ -65,6 +65,23 @@ def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `pad_collate`'s batch of samples whose labels belong to their tokens one by one.
+
+    Raises:
+        ValueError: a sample has more or fewer `labels` than `input_ids`.
+    """
+    for sample in samples:
+        tokens, labels = len(sample["input_ids"]), len(sample.get("labels", sample["input_ids"]))
+        if labels != tokens:
+            raise ValueError(
+                "a sample must have a label for each of its input_ids, -100 where nothing counts, "
+                f"got {labels} labels for {tokens} tokens, the first "
+                f"{torch.as_tensor(sample['input_ids'][:8]).tolist()}"
+            )
+    return pad_collate(samples)
+
+
 def _stack(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, str | bytes | Mapping) or first is None:

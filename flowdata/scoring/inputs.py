@@ -48,6 +48,7 @@ class Work:
         return values.flatten(0, 1).index_select(0, self.places)
 
 
+_TARGET_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 Prepare = Callable[[nn.Module, Any], list[Work]]  # of a batch, its samples in order
 
 
@@ -57,10 +58,20 @@ def make_work(
     counts: Tensor,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Work:
-    """Return the work whose targets are given for each output position: (B, T), or −100."""
+    """Return the work whose targets are given for each output position: (B, T), or −100.
+
+    Raises:
+        ValueError: a target is negative and not −100: it would be read as another token.
+    """
     flat = targets.flatten()
     places = (flat != IGNORE_INDEX).nonzero().flatten()
-    return Work(inputs, targets.shape, places, flat[places], counts, around)
+    wanted = flat[places]
+    if (wanted < 0).any():
+        raise ValueError(
+            f"labels must be token ids, or {IGNORE_INDEX} where nothing counts, "
+            f"got {int(wanted[wanted < 0][0])}"
+        )
+    return Work(inputs, targets.shape, places, wanted, counts, around)
 
 
 def padded(loss: str, max_tokens: int | None = None) -> Prepare:
@@ -81,7 +92,8 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
     """Return a model's inputs and, for each of its output positions, the target or −100.
 
     Labels are as Hugging Face gives them: unshifted for causal models. Without labels every
-    token that is not padding is a target.
+    token that is not padding is a target, or, where the batch has a `completion_mask` or
+    `assistant_masks` as TRL makes them, every token that they mark.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(
@@ -132,8 +144,9 @@ def _labels(batch: Mapping[str, Any], loss: str) -> Tensor:
     if loss != "causal_lm":
         raise ValueError(f"loss={loss!r} needs 'labels' in every sample, −100 where nothing counts")
     ids: Tensor = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    return ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
+    for mask in filter(lambda name: name in batch, _TARGET_MASKS):
+        ids = ids.masked_fill(batch[mask] == 0, IGNORE_INDEX)
+    return ids
 
 
 def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:

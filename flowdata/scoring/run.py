@@ -28,6 +28,7 @@ from flowdata.scoring.transfer import Fetched
 
 logger = logging.getLogger("flowdata")
 
+_NAMED = 5  # samples, of a pack in which something failed
 Done = tuple[int, Columns, dict[int, str]]  # a pack, its columns, samples skipped and why
 
 
@@ -70,7 +71,8 @@ def run_packs(
             index = claimed.popleft()
             if not together and not ranks.begins(index):
                 continue
-            losses = None if batch is None else Fetched(method(model, batch))
+            with _naming(plan, index):
+                losses = None if batch is None else Fetched(method(model, batch))
             started.append(functools.partial(_done, job, plan, index, losses, reasons))
             while len(started) > _ahead(job.device):
                 yield started.popleft()()
@@ -80,6 +82,20 @@ def run_packs(
         for finish in started:
             yield finish()
         reshard(job.model)
+
+
+@contextmanager
+def _naming(plan: Plan, index: int) -> Iterator[None]:
+    """Say of an error which samples the model was given."""
+    try:
+        yield
+    except Exception as error:
+        samples = ", ".join(map(str, plan.pack(index)[:_NAMED].tolist()))
+        more = ", …" if len(plan.pack(index)) > _NAMED else ""
+        text = error.args[0] if error.args else ""
+        if isinstance(text, str):
+            error.args = (f"{text} (while scoring samples {samples}{more})", *error.args[1:])
+        raise
 
 
 def _ahead(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from flowdata.progress import say
 from flowdata.rng import preserved_rng
 from flowdata.samples import CollateReadable, Readable, first_readable
 from flowdata.scores import Scores, content_identity
-from flowdata.scoring.batches import Collate, choose_collate
+from flowdata.scoring.batches import Collate, choose_collate, pad_aligned, pad_collate
 from flowdata.scoring.columns import check_columns
 from flowdata.scoring.job import Job, LossFunction
 from flowdata.scoring.placement import home, is_placed
@@ -202,12 +202,16 @@ class LossScorer:
         return scores
 
     def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
-        collate = CollateReadable(choose_collate(collate_fn, first_readable(dataset)))
+        collate = choose_collate(collate_fn, first_readable(dataset))
         loss = self.loss
         if loss == "auto":
             loss = loss_of_model(innermost(self.model)) or loss_of_batch(
-                collate([dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))])
+                CollateReadable(collate)(
+                    [dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))]
+                )
             )
+        if collate is pad_collate and loss in ("causal_lm", "masked_lm"):
+            collate = pad_aligned
         return Job(
             model=self.model,
             loss=loss,
@@ -220,7 +224,7 @@ class LossScorer:
             max_tokens=self.max_tokens,
             batch_size=self.batch_size,
             dataset=dataset,
-            collate=collate,
+            collate=CollateReadable(collate),
             lengths=lengths,
             num_workers=num_workers,
             progress=self._says,

@@ -81,7 +81,7 @@ def loss_of_batch(batch: Any) -> str:
     """Return the name of the loss that a batch of samples calls for.
 
     Token batches are causal language modelling, integer targets cross-entropy, targets that
-    are all 0 or 1 binary cross-entropy, other floating targets the mean squared error.
+    are all 0 or 1 (or −100) binary cross-entropy, other floating targets the mean squared error.
 
     Raises:
         ValueError: nothing fits; the message says what to pass.
@@ -96,7 +96,8 @@ def loss_of_batch(batch: Any) -> str:
         )
     if not targets.is_floating_point():
         return "cross_entropy"
-    return "binary_cross_entropy" if ((targets == 0) | (targets == 1)).all() else "mse"
+    is_binary = (targets == 0) | (targets == 1) | (targets == IGNORE_INDEX)
+    return "binary_cross_entropy" if is_binary.all() else "mse"
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -255,13 +256,25 @@ def cross_entropy(
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
-    """Losses of yes-or-no targets: logits and targets (B,), (B, 1) or (B, L)."""
+    """Losses of yes-or-no targets: logits and targets (B,), (B, 1) or (B, L).
+
+    Targets lie between 0 and 1; −100 is ignored, and NaN gives no number.
+    """
     if logits.dim() == targets.dim() + 1 and logits.shape[-1] == 1:
         logits = logits.squeeze(-1)
     _check_shapes("binary_cross_entropy", logits, targets, logits.shape)
-    targets = to_device(targets, logits.device).float()
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return _all_targets(losses)
+    kept = targets != IGNORE_INDEX
+    strange = targets[kept & ((targets < 0) | (targets > 1))]
+    if len(strange):
+        raise ValueError(
+            "loss='binary_cross_entropy' needs targets between 0 and 1, or −100 where nothing "
+            f"counts, got {strange[0].item():g}"
+        )
+    counts, places = kept.reshape(len(kept), -1).sum(1), kept.flatten().nonzero().flatten()
+    wanted, places = to_device([targets.flatten()[places].float(), places], logits.device)
+    rows = logits.flatten()[places]
+    losses = F.binary_cross_entropy_with_logits(rows, wanted, reduction="none")
+    return TargetLosses(losses, counts)
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:
@@ -269,10 +282,7 @@ def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:
     if predictions.dim() == targets.dim() + 1 and predictions.shape[-1] == 1:
         predictions = predictions.squeeze(-1)
     _check_shapes("mse", predictions, targets, predictions.shape)
-    return _all_targets((predictions - to_device(targets, predictions.device).float()).square())
-
-
-def _all_targets(losses: Tensor) -> TargetLosses:
+    losses = (predictions - to_device(targets, predictions.device).float()).square()
     each = losses.reshape(len(losses), -1)
     return TargetLosses(each.flatten(), torch.full((len(each),), each.shape[1]))
 
