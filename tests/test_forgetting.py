@@ -459,17 +459,49 @@ def test_the_readme_tells_the_rate_of_a_method_that_takes_another(tmp_path):
     assert "| FLOW | 81.0 / 65.1 (0.1: 75.8 / 65.1) |" in text
 
 
-def test_a_rate_at_the_edge_of_those_tried_is_told(tmp_path):
-    records = pretend(tmp_path / "r.jsonl", names=("standard",), rates=(0.01, 0.03))
-    records = pretend(tmp_path / "r.jsonl", names=("FLOW",), rates=(0.03, 0.1))
-    records = pretend(tmp_path / "r.jsonl", names=("l2",), rates=(0.03,))
-    records = pretend(tmp_path / "r.jsonl", names=("FLOW + l2",))
-    assert study.edges(records) == {"largest": ["standard"], "smallest": ["FLOW"]}
+def test_a_grid_that_may_end_too_early_is_told(tmp_path):
+    path = tmp_path / "r.jsonl"
+    pretend(path, names=("standard",), rates=(0.01, 0.03))
+    pretend(path, names=("FLOW",), rates=(0.03, 0.1))
+    pretend(path, names=("l2",), rates=(0.03,))
+    records = pretend(path, names=("FLOW + l2",))
+    assert study.edges(records) == {"larger": ["standard"], "smaller": ["FLOW"]}
     page = tables.report(OPTIONS, records)
     assert (
-        "At the edge of the grid: the largest rate tried is the best for standard; the smallest "
-        "rate tried is the best for FLOW." in page
+        "A larger rate was not tried and may be better: standard. "
+        "A smaller rate was not tried and may be better: FLOW.\n" in page
     )
+
+
+def test_one_seed_shows_where_a_grid_may_end(tmp_path):
+    path = tmp_path / "r.jsonl"
+    pretend(path, names=("standard", "FLOW"), rates=(0.01, 0.03))
+    records = pretend(path, names=("standard", "FLOW"), rates=(0.1,), seeds=(1,))
+    assert study.edges(records) == {"larger": [], "smaller": []}
+    assert "not tried" not in tables.report(OPTIONS, records)
+    better = [
+        record | {"validation": record["validation"] + 10 * (record["rate"] == 0.1)}
+        for record in records
+        if record["method"] == "FLOW"
+    ]
+    assert study.edges(better) == {"larger": ["FLOW"], "smaller": []}
+    elsewhere = [
+        record | {"seed": record["seed"] + 3 * (record["rate"] == 0.1)} for record in records
+    ]
+    assert study.edges(elsewhere)["larger"] == ["standard", "FLOW"]  # no seed in common
+
+
+def test_every_rate_tried_is_shown_with_its_seeds(tmp_path):
+    path = tmp_path / "r.jsonl"
+    pretend(path, names=("standard", "FLOW"), rates=(0.03, 0.1))
+    records = pretend(path, names=("FLOW",), rates=(0.3,), seeds=(0, 1))
+    page = tables.report(OPTIONS, records)
+    assert "; in brackets how many seeds, where not 3):" in page
+    head, _, standard, flow = page.split("where not 3):")[1].split("\n")[2:6]
+    assert head == "| method | 0.03 | 0.1 | 0.3 |"
+    assert standard.endswith(" | – |")
+    assert flow.endswith(" (2) |")
+    assert [standard.count("("), flow.count("(")] == [0, 1]
 
 
 def test_temperatures_are_compared_on_the_seeds_that_they_share():

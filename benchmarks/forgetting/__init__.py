@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _study(options: argparse.Namespace) -> None:
     options.results = options.results or (QUICK_RESULTS if options.quick else RESULTS)
-    options.methods = _named(options.methods or ["main"], options.module)
+    usual = "quick" if options.quick else "main"
+    options.methods = _named(options.methods or [usual], options.module)
     options.module.study(options)
     _tables(options.results, None)
 
@@ -61,6 +62,7 @@ def _named(asked: list[str], module: ModuleType) -> list[str]:
     """The methods that names, or names of groups, stand for."""
     main, extra = list(module.MAIN), list(module.EXTRA)
     groups = {"main": main, "extra": extra, "all": main + extra}
+    groups["quick"] = list(module.QUICK_METHODS)
     names = [name for group in asked for name in groups.get(group, [group])]
     if unknown := sorted(set(names) - set(main + extra)):
         sys.exit(f"no method {unknown[0]!r}; there are {', '.join(main + extra)}")
@@ -81,7 +83,7 @@ def _tables(results: Path, readme: Path | None) -> None:
 
 
 def _add_study_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one rate, two seeds")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: tiny sizes, one rate")
     parser.add_argument("--methods", nargs="+", help="names, or: main (default), extra, all")
     parser.add_argument("--rates", nargs="+", type=float, help="the grid of learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, help="which; by default 0, 1, 2, …")

@@ -8,7 +8,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.forgetting.methods import ABLATIONS
-from benchmarks.forgetting.study import Record, Runs, chosen_runs, runs_by_rate
+from benchmarks.forgetting.study import (
+    STANDARD,
+    Record,
+    Runs,
+    chosen_runs,
+    runs_by_rate,
+    swept_runs,
+)
 from flowdata.plots import BLUE, GREEN, ORANGE, figure, png
 
 _STYLES = {  # of the curves over the learning rate: FLOW added to a method is dashed as that is
@@ -26,11 +33,12 @@ def picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
     """Draw target against retained; where there are several, over rates and temperatures too."""
     first = records[0]
     target, retained = next(iter(first["target"])), next(iter(first["retained"]))
-    by_rate = runs_by_rate(records)
-    at_temperatures = max(map(_of_temperatures, by_rate.values()), key=len, default={})
+    swept = swept_runs(records)
+    rules = map(_of_temperatures, runs_by_rate(records).values())
+    at_temperatures = max(rules, key=len, default={})
     draws: list[Callable[..., None]] = [partial(_draw_trade_off, runs=chosen_runs(records))]
-    if len(by_rate) > 1:
-        draws.append(partial(_draw_rates, by_rate=by_rate))
+    if len(swept.get(STANDARD, {})) > 1:
+        draws.append(partial(_draw_rates, swept=swept))
     if len(at_temperatures) > 1:
         draws.append(partial(_draw_temperatures, runs=at_temperatures))
     with figure(6 * len(draws), 5, panels=len(draws)) as (drawing, panels):
@@ -42,7 +50,7 @@ def picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
 def _colour(method: str) -> str:
     if "FLOW" in method:
         return GREEN
-    return BLUE if method == "standard" else ORANGE
+    return BLUE if method == STANDARD else ORANGE
 
 
 def _middle(runs: list[Record], target: str, retained: str) -> tuple[float, float]:
@@ -91,14 +99,16 @@ def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
         axes.annotate(name, places[name], shift, textcoords="offset points", fontsize=8)
 
 
-def _draw_rates(axes: Any, by_rate: Mapping[float, Runs], target: str, retained: str) -> None:
+def _draw_rates(
+    axes: Any, swept: Mapping[str, Mapping[float, list[Record]]], target: str, retained: str
+) -> None:
     for method, (colour, line) in _STYLES.items():
-        swept = {rate: runs[method] for rate, runs in by_rate.items() if method in runs}
-        points = [_middle(runs, target, retained) for runs in swept.values()]
+        points = [_middle(runs, target, retained) for runs in swept.get(method, {}).values()]
         if points:
             axes.plot(*zip(*points, strict=True), line, color=colour, marker="o", label=method)
-        if method == "standard":
-            _label(axes, {f"{rate:g}": point for rate, point in zip(swept, points, strict=True)})
+        if method == STANDARD:
+            names = [f"{rate:g}" for rate in swept[method]]
+            _label(axes, dict(zip(names, points, strict=True)))
     axes.set(title="Over the learning rate", xlabel=f"target {target}", ylabel=retained)
     axes.legend(fontsize=8)
     axes.grid(True, axis="both")

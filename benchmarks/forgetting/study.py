@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -71,49 +70,71 @@ def validation_of(record: Record) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
+def swept_runs(records: Iterable[Record]) -> dict[str, dict[float, list[Record]]]:
+    """Return each method's runs by rate, at the rates that it was run at on the most seeds."""
+    swept: dict[str, dict[float, list[Record]]] = {}
+    for record in records:
+        swept.setdefault(record["method"], {}).setdefault(record["rate"], []).append(record)
+    return {
+        method: {
+            rate: sorted(rates[rate], key=lambda record: record["seed"])
+            for rate in sorted(rates)
+            if len(rates[rate]) == max(map(len, rates.values()))
+        }
+        for method, rates in swept.items()
+    }
+
+
 def chosen_rates(records: Iterable[Record]) -> dict[str, float]:
     """Return each method's rate of the highest mean validation score, the smaller of equals.
 
     Only rates that were run on as many seeds as any other of the method count.
     """
-    scores = _complete_scores(records)
-    return {name: max(sorted(rates), key=rates.__getitem__) for name, rates in scores.items()}
+    return {
+        method: max(rates, key=lambda rate: mean(map(validation_of, rates[rate])))
+        for method, rates in swept_runs(records).items()
+    }
 
 
 def edges(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return the methods whose chosen rate is the ``largest`` or ``smallest`` of several.
+    """Return the swept methods that may do better at a ``larger`` or ``smaller`` rate than chosen.
 
-    Beyond the edge there may be a better rate, with another price.
+    They are those for which no rate on that side was tried and found no better, on the seeds
+    that both were run on: one seed is enough to see where a grid may end.
     """
     records = list(records)
     chosen = chosen_rates(records)
-    swept = {name: rates for name, rates in _complete_scores(records).items() if len(rates) > 1}
-    return {
-        "largest": [name for name, rates in swept.items() if chosen[name] == max(rates)],
-        "smallest": [name for name, rates in swept.items() if chosen[name] == min(rates)],
-    }
+    open_ended: dict[str, list[str]] = {"larger": [], "smaller": []}
+    for method, rates in _scores(records).items():
+        best = rates[chosen[method]]
+        no_better = [rate for rate, scores in rates.items() if _is_no_better(scores, best)]
+        if len(rates) > 1:
+            if max(no_better) == chosen[method]:
+                open_ended["larger"].append(method)
+            if min(no_better) == chosen[method]:
+                open_ended["smaller"].append(method)
+    return open_ended
 
 
-def _complete_scores(records: Iterable[Record]) -> dict[str, dict[float, float]]:
-    """Each method's mean validation score at the rates that it was run at on the most seeds."""
-    scores: dict[str, dict[float, list[float]]] = {}
+def _is_no_better(scores: Mapping[int, float], best: Mapping[int, float]) -> bool:
+    shared = scores.keys() & best.keys()
+    return bool(shared) and sum(scores[s] for s in shared) <= sum(best[s] for s in shared)
+
+
+def _scores(records: Iterable[Record]) -> dict[str, dict[float, dict[int, float]]]:
+    """Each method's validation scores, by rate and seed."""
+    scores: dict[str, dict[float, dict[int, float]]] = {}
     for record in records:
-        of_method = scores.setdefault(record["method"], {})
-        of_method.setdefault(record["rate"], []).append(validation_of(record))
-    return {
-        method: {
-            rate: mean(values)
-            for rate, values in rates.items()
-            if len(values) == max(map(len, rates.values()))
-        }
-        for method, rates in scores.items()
-    }
+        of_rate = scores.setdefault(record["method"], {}).setdefault(record["rate"], {})
+        of_rate[record["seed"]] = validation_of(record)
+    return scores
 
 
 def chosen_runs(records: Iterable[Record]) -> Runs:
     """Return each method's runs at the rate chosen for it, in the order of their seeds."""
     records = list(records)
-    return _runs_at(chosen_rates(records), records)
+    swept = swept_runs(records)
+    return {method: swept[method][rate] for method, rate in chosen_rates(records).items()}
 
 
 def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
@@ -124,11 +145,9 @@ def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
     records = list(records)
     methods = dict.fromkeys(record["method"] for record in records)
     untrained = {record["method"] for record in records if record["rate"] == 0}
-    seeds = Counter(record["rate"] for record in records if record["method"] == STANDARD)
-    rates = sorted(rate for rate, count in seeds.items() if count == max(seeds.values()))
     return {
         rate: _runs_at({m: 0.0 if m in untrained else rate for m in methods}, records)
-        for rate in rates
+        for rate in swept_runs(records).get(STANDARD, {})
     }
 
 

@@ -98,28 +98,35 @@ def _table(runs: Runs) -> list[str]:
 
 
 def _edges(records: Iterable[Record]) -> list[str]:
-    """A sentence on the methods that may do better beyond the rates tried."""
-    parts = [
-        f"the {edge} rate tried is the best for {', '.join(methods)}"
-        for edge, methods in edges(records).items()
+    """Sentences on the methods that may do better beyond the rates tried."""
+    lines = [
+        f"A {side} rate was not tried and may be better: {'; '.join(methods)}."
+        for side, methods in edges(records).items()
         if methods
     ]
-    return [f"At the edge of the grid: {'; '.join(parts)}.", ""] if parts else []
+    return [" ".join(lines), ""] if lines else []
 
 
 def _over_rates(records: list[Record]) -> list[str]:
-    """One row for each method, its measures at each rate in one cell."""
-    by_rate = {rate: runs for rate, runs in runs_by_rate(records).items() if len(runs) > 1}
-    if len(by_rate) < 2:
+    """One row for each method that trains, its measures at each rate in one cell."""
+    trained = [record for record in records if record["rate"] > 0]
+    rates = sorted({record["rate"] for record in trained})
+    if len(rates) < 2:
         return []
     names = list(measures(records[0]))
-    title = f"At each rate ({' / '.join(names)}):"
-    lines = [row(["method", *(f"{rate:g}" for rate in by_rate)])]
-    lines += [row(["---", *["---:"] * len(by_rate)])]
-    for method in dict.fromkeys(method for runs in by_rate.values() for method in runs):
-        found = [runs.get(method, []) for runs in by_rate.values()]
-        lines.append(row([method, *(means(at_rate, names) for at_rate in found)]))
+    most = len({record["seed"] for record in trained})
+    title = f"At each rate ({' / '.join(names)}; in brackets how many seeds, where not {most}):"
+    lines = [row(["method", *(f"{rate:g}" for rate in rates)])]
+    lines += [row(["---", *["---:"] * len(rates)])]
+    for method in dict.fromkeys(record["method"] for record in trained):
+        of_method = [record for record in trained if record["method"] == method]
+        at_rates = [[record for record in of_method if record["rate"] == rate] for rate in rates]
+        lines.append(row([method, *(_counted(found, names, most) for found in at_rates)]))
     return [title, "", *lines, ""]
+
+
+def _counted(runs: list[Record], names: list[str], most: int) -> str:
+    return means(runs, names) + f" ({len(runs)})" * (0 < len(runs) < most)
 
 
 def _comparisons(runs: Runs) -> list[str]:

@@ -20,10 +20,11 @@ from benchmarks.forgetting.heads import EXTRA, MAIN, HeadTask, Parts, Sizes, gri
 from benchmarks.forgetting.study import run_study
 from examples.cifar_resnet20 import ASSETS, MEAN, STD, pretrained
 
-__all__ = ["EXTRA", "MAIN", "add_options", "study", "task"]
+__all__ = ["EXTRA", "MAIN", "QUICK_METHODS", "add_options", "study", "task"]
 
 RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
 NOISY = "noisy_"
+QUICK_METHODS = MAIN
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
 Arrays = tuple[Any, Any]  # images (N, H, W) or (N, H, W, 3) uint8, and labels
 
