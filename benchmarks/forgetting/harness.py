@@ -23,7 +23,7 @@ _METRICS = {
 def check_installed() -> None:
     """Exit with the remedy if the harness is not there."""
     try:
-        import lm_eval  # noqa: F401
+        from lm_eval import simple_evaluate  # noqa: F401
     except ImportError:
         raise SystemExit(
             "PIQA and WikiText-2 need lm-evaluation-harness: pip install lm_eval==0.4.13, "
