@@ -1,7 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from flowdata import LossScorer
 from flowdata.scoring.precision import map_tensors, resolve_dtype, scoring_model
 from tests.models import TinyResNet, tiny_llama
 
@@ -88,3 +91,29 @@ def test_tensors_are_found_wherever_a_batch_keeps_them():
     assert isinstance(moved["y"], Pair)
     assert moved["y"].a.item() == 2
     assert map_tensors(BatchEncoding({"z": torch.ones(1)}), lambda t: t + 1)["z"].item() == 2
+
+
+def test_containers_in_which_nothing_changes_are_kept():
+    from collections import defaultdict
+
+    value = defaultdict(list, {"x": [torch.ones(1), (torch.ones(1), "text")]})
+    assert map_tensors(value, lambda tensor: tensor.float()) is value
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_inputs_of_any_dtype_are_taken(own, given, dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(own)
+    inputs, targets = torch.randn(6, 4).to(given), torch.tensor([0, 1, 2, 0, 1, 2])
+    scorer = LossScorer(model, dtype=dtype, progress=False)
+    losses = scorer.score(TensorDataset(inputs, targets)).losses
+    expected = F.cross_entropy(
+        F.linear(inputs.float(), model.weight.float(), model.bias.float()),
+        targets,
+        reduction="none",
+    )
+    torch.testing.assert_close(losses, expected, atol=3e-2, rtol=3e-2)
+    assert not model._forward_pre_hooks
+    assert model.weight.dtype == own

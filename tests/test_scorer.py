@@ -13,6 +13,7 @@ from flowdata import LossScorer, ScoreMismatchError, Scores
 from flowdata.samples import SampleError
 from tests import reference
 from tests.models import (
+    VOCABULARY,
     TinyResNet,
     images,
     scale_logits,
@@ -486,6 +487,24 @@ def test_an_error_in_the_model_says_which_samples_it_was_given():
         quiet(tiny_gpt2(), batch_size=2).score(samples)
 
 
+@pytest.mark.parametrize(("field", "place"), [("input_ids", 0), ("labels", -1)])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_tokens_that_the_model_does_not_have_are_refused(make, field, place):
+    samples = token_samples(17)
+    samples[3] = samples[3] | {field: samples[3][field].clone()}
+    samples[3][field][place] = VOCABULARY
+    expected = rf"{field} must be tokens of the model, from 0 to {VOCABULARY - 1}, got {VOCABULARY}"
+    with pytest.raises(ValueError, match=expected):
+        quiet(make()).score(samples)
+
+
+def test_classes_that_the_model_does_not_have_are_refused():
+    for strange in (3, -1):
+        targets = torch.tensor([0, 2, -100, strange])
+        with pytest.raises(ValueError, match=f"classes from 0 to 2, .*, got {strange}"):
+            quiet(nn.Linear(4, 3)).score(TensorDataset(torch.randn(4, 4), targets))
+
+
 @pytest.mark.parametrize("cut", [slice(0, -1), slice(1, None)])
 @pytest.mark.parametrize("loss", ["auto", "causal_lm"])
 def test_labels_must_be_as_many_as_tokens(loss, cut):
@@ -552,7 +571,7 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, message):
         (images(), {"lengths": [1, 2]}, ValueError, r"lengths must have shape \(20,\)"),
         (images(), {"lengths": [-1] * 20}, ValueError, "lengths must be non-negative"),
         (torch.randn(5, 3, 8, 8), {}, ValueError, "found no targets in the batch"),
-        (images(classes=9), {}, IndexError, "Target 7 is out of bounds"),
+        (images(classes=9), {}, ValueError, "classes from 0 to 4, .*, got 7"),
     ],
 )
 def test_bad_data_is_refused(data, options, error, message):

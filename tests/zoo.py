@@ -58,7 +58,7 @@ def decoder(name):
 
     kind, options = DECODERS[name]
     sizes = {name: size for name, size in (SIZES | options).items() if size is not None}
-    return _wild(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)))
+    return wild(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)))
 
 
 def t5():
@@ -73,7 +73,7 @@ def t5():
         num_heads=4,
         decoder_start_token_id=0,
     )
-    return _wild(T5ForConditionalGeneration(config))
+    return wild(T5ForConditionalGeneration(config))
 
 
 def bart():
@@ -91,20 +91,20 @@ def bart():
         max_position_embeddings=128,
         decoder_start_token_id=0,
     )
-    return _wild(BartForConditionalGeneration(config))
+    return wild(BartForConditionalGeneration(config))
 
 
 def bert():
     from transformers import BertConfig, BertForMaskedLM
 
-    return _wild(BertForMaskedLM(BertConfig(**SIZES)))
+    return wild(BertForMaskedLM(BertConfig(**SIZES)))
 
 
 def modernbert():
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
     config = ModernBertConfig(**SIZES | {"cls_token_id": 0, "sep_token_id": 1}, local_attention=16)
-    return _wild(ModernBertForMaskedLM(config))
+    return wild(ModernBertForMaskedLM(config))
 
 
 IMAGE_TOKEN = 7
@@ -130,7 +130,7 @@ def llava():
     config = LlavaConfig(
         vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=IMAGE_TOKEN
     )
-    return _wild(LlavaForConditionalGeneration(config))
+    return wild(LlavaForConditionalGeneration(config))
 
 
 def vit():
@@ -145,7 +145,7 @@ def vit():
         patch_size=4,
         num_labels=5,
     )
-    return _wild(ViTForImageClassification(config))
+    return wild(ViTForImageClassification(config))
 
 
 def resnet():
@@ -154,10 +154,10 @@ def resnet():
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
     )
-    return _wild(ResNetForImageClassification(config))
+    return wild(ResNetForImageClassification(config))
 
 
-def _wild(model: nn.Module) -> nn.Module:
+def wild(model: nn.Module) -> nn.Module:
     """Give matrices weights so large that attention is far from even."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

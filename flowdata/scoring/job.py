@@ -26,6 +26,7 @@ from flowdata.scoring.packed import (
 from flowdata.scoring.plan import Plan, plan_fixed, plan_padded
 from flowdata.scoring.precision import name_of
 from flowdata.scoring.prompts import shared_prompts
+from flowdata.scoring.rope import longest_alike
 from flowdata.scoring.tasks import LANGUAGE_LOSSES, Method, callable_method, prediction_method
 
 logger = logging.getLogger("flowdata")
@@ -144,7 +145,8 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
         return prediction_method(job.loss, job.columns, job.device), ""
     few = [sample for sample in job.few if _tokens(sample) <= _CHECKED] or job.few[:1]
     batch = job.collate([few[-1], few[len(few) // 4]])
-    prefix = job.prefix[: options["prefix"]]
+    longest = longest_alike(model)
+    prefix = job.prefix[: options["prefix"]][:longest]
     max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
     why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
     whole = padded(job.loss, max_tokens)
@@ -166,7 +168,8 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
     for name, method in ways:
         reason = agrees(method, plain, model, batch, job.dtype)
         if not reason:
-            return method, _described(name, options, why_not, job, compiled=compiled)
+            described = _described(name, options, why_not, job, compiled=compiled)
+            return method, described + _alone(longest)
         logger.warning("not scoring by %s: %s", name, reason)
     return plain, plainest
 
@@ -184,6 +187,15 @@ def _described(
         parts += [f"a prefix of {prefix:,} tokens run once ({saved:,} tokens saved)"] * bool(prefix)
         parts += [f"shared prompts run once (about {shared:,} tokens saved)"] * bool(shared)
     return ", ".join(parts)
+
+
+def _alone(longest: int | None) -> str:
+    if longest is None:
+        return ""
+    return (
+        f", samples of over {longest:,} tokens one at a time (their rotary frequencies depend on "
+        "the length)"
+    )
 
 
 def _tokens(sample: Any) -> int:

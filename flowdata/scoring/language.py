@@ -18,7 +18,7 @@ only change what its output layer sees, so that every architecture's peculiariti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ from flowdata.scoring.head import (
 )
 from flowdata.scoring.inputs import Prepare, Work, padded, rows_of
 from flowdata.scoring.packed import Packing
+from flowdata.scoring.rope import loaded_frequencies, longest_alike
 from flowdata.scoring.tasks import Method, TargetLosses, call_with, innermost, logits_of
 from flowdata.scoring.transfer import CPU
 
@@ -80,13 +81,17 @@ def methods(
         gathered = _gathered(output_layer, text_config, columns)
         runs.append(("target positions through the model's head", gathered))
     full_logits = _full_logits(output_layer, text_config, columns)
+    longest = longest_alike(model)
+
+    def method(prepare: Prepare, run: Run) -> Method:
+        alone = _one_by_one(_method(padded(loss), run, device))
+        return _alone_beyond(longest, alone, _method(prepare, run, device))
+
     ways: list[tuple[str, Method]] = []
     if packing is not None:
-        packed = [(f"{name}, samples packed", run) for name, run in runs]
-        ways += [(name, _method(packing, run, device)) for name, run in packed]
-    whole = padded(loss, max_tokens)
+        ways += [(f"{name}, samples packed", method(packing, run)) for name, run in runs]
     runs.append(("full logits", full_logits))
-    ways += [(name, _method(whole, run, device)) for name, run in runs]
+    ways += [(name, method(padded(loss, max_tokens), run)) for name, run in runs]
     plain = _one_by_one(_method(padded(loss), full_logits, device))
     return [*ways, ("full logits, one sample at a time", plain)]
 
@@ -160,6 +165,7 @@ def _method(prepare: Prepare, run: Run, device: torch.device) -> Method:
     def method(model: nn.Module, batch: Any) -> TargetLosses:
         parts = []
         for work in prepare(model, batch):
+            _check_vocabulary(model, work)
             with work.around():
                 parts.append(run(model, work.on(device)))
         return joined(parts)
@@ -167,12 +173,53 @@ def _method(prepare: Prepare, run: Run, device: torch.device) -> Method:
     return method
 
 
+def _check_vocabulary(model: nn.Module, work: Work) -> None:
+    """Refuse tokens that the model doesn't have; a GPU would only say that it was aborted."""
+    inner = innermost(model)
+    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    if not _takes_more_than_text(inner):  # else ids beyond the vocabulary may stand for images
+        _check_tokens("input_ids", work.inputs["input_ids"], embedding, "num_embeddings")
+    _check_tokens("labels", work.targets, _output_layer(model), "out_features")
+
+
+def _check_tokens(name: str, ids: Tensor, layer: nn.Module | None, size_name: str) -> None:
+    size = getattr(layer, size_name, None)
+    if size is None:
+        return
+    outside = ids[(ids < 0) | (ids >= size)]
+    if len(outside):
+        raise ValueError(
+            f"{name} must be tokens of the model, from 0 to {size - 1}, got {int(outside[0])}; "
+            "is the tokenizer the model's own?"
+        )
+
+
+def _takes_more_than_text(model: Any) -> bool:
+    config: Any = getattr(model, "config", None)
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
+
+
 def _one_by_one(method: Method) -> Method:
     """Cut a batch into samples without their padding on the right, and run them one by one."""
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
-        size = len(batch["input_ids"])
-        return joined([method(model, rows_of(batch, i, i + 1)) for i in range(size)])
+        parts = []
+        for row in range(len(batch["input_ids"])):
+            with loaded_frequencies(model):
+                parts.append(method(model, rows_of(batch, row, row + 1)))
+        return joined(parts)
+
+    return run
+
+
+def _alone_beyond(longest: int | None, alone: Method, method: Method) -> Method:
+    """Return a method that leaves batches of longer samples than `longest` to `alone`."""
+    if longest is None:
+        return method
+
+    def run(model: nn.Module, batch: Any) -> TargetLosses:
+        is_long = isinstance(batch, Mapping) and batch["input_ids"].shape[1] > longest
+        return (alone if is_long else method)(model, batch)
 
     return run
 

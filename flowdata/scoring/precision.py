@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,20 +56,24 @@ def scoring_model(
     Where nothing needs converting the caller's own model is lent and its training flags are put
     back. Else it is a copy whose parameters are converted one by one: the caller's are never
     touched, and the copy takes only the size of what had to be converted, convolutions' memory
-    format included. To the caller's code the copy looks
-    like the original: floating inputs are converted on the way in, outputs to float32 on the
-    way out.
+    format included. Floating inputs are converted to the dtype on the way in, and a copy's
+    outputs to float32 on the way out.
     """
     with torch.no_grad():
         targets = [] if is_placed(model) else _target_dtypes(model, dtype)
         kernels = _convolution_kernels(model) if targets else set()
         if kernels or any(t.device != device or t.dtype != wanted for t, wanted in targets):
-            yield _converted(model, targets, kernels, dtype, device)
+            lent = _converted(model, targets, kernels, device)
+            if dtype != torch.float32:
+                lent.register_forward_hook(lambda _, args, out: map_floating(out, Tensor.float))
+            with _taking(lent, dtype):
+                yield lent
             return
         training = [(module, module.training) for module in model.modules()]
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            yield model.eval()
+            with nullcontext() if is_placed(model) else _taking(model, dtype):
+                yield model.eval()
         finally:
             for module, flag in training:
                 module.training = flag
@@ -109,7 +113,6 @@ def _converted(
     model: nn.Module,
     targets: list[tuple[Tensor, torch.dtype]],
     kernels: set[int],
-    dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
     memo: dict[int, Any] = {}  # what deepcopy takes instead of copying a tensor itself
@@ -121,14 +124,20 @@ def _converted(
         memo[id(tensor)] = (
             nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
         )
-    lent = copy.deepcopy(model, memo).eval()
-    if dtype != torch.float32:
-        lent.register_forward_pre_hook(
-            lambda _, args, kwargs: map_floating((args, kwargs), lambda t: t.to(dtype)),
-            with_kwargs=True,
-        )
-        lent.register_forward_hook(lambda _, args, out: map_floating(out, Tensor.float))
-    return lent
+    return copy.deepcopy(model, memo).eval()
+
+
+@contextmanager
+def _taking(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model take floating inputs of any dtype."""
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: map_floating((args, kwargs), lambda t: t.to(dtype)),
+        with_kwargs=True,
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def map_floating(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
@@ -137,14 +146,21 @@ def map_floating(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """Return `value` with every tensor in its tuples, lists and mappings converted."""
+    """Return `value` with every tensor in its tuples, lists and mappings converted.
+
+    A container in which nothing changes is returned itself.
+    """
     if isinstance(value, Tensor):
         return convert(value)
     if isinstance(value, tuple | list):
         items = [map_tensors(item, convert) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
         converted = {key: map_tensors(item, convert) for key, item in value.items()}
+        if all(new is value[key] for key, new in converted.items()):
+            return value
         rebuild = isinstance(value, dict) and type(value) is not dict
         return type(value)(**converted) if rebuild else converted
     return value

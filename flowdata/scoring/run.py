@@ -24,6 +24,7 @@ from flowdata.scoring.placement import is_sharded, reshard
 from flowdata.scoring.plan import Plan
 from flowdata.scoring.precision import scoring_model
 from flowdata.scoring.ranks import Ranks
+from flowdata.scoring.rope import loaded_frequencies
 from flowdata.scoring.transfer import Fetched
 
 logger = logging.getLogger("flowdata")
@@ -55,6 +56,7 @@ def run_packs(
     with (
         _threads(options["threads"]),
         scoring_model(job.model, job.dtype, job.device) as model,
+        loaded_frequencies(model),
         _adapters_off(model) if job.reference == "base" else nullcontext(),
         compiled_layers(model) if options["compile"] else nullcontext(),
         progress_bar(total, "scoring", unit, done=total - costs[-1], shown=job.progress) as advance,

@@ -244,6 +244,12 @@ def cross_entropy(
         logits = logits.movedim(-1, 1)
     _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
     kept = targets != IGNORE_INDEX
+    strange = targets[kept & ((targets < 0) | (targets >= logits.shape[1]))]
+    if len(strange):
+        raise ValueError(
+            f"loss='cross_entropy' needs classes from 0 to {logits.shape[1] - 1}, as the model has "
+            f"them, or {IGNORE_INDEX} where nothing counts, got {int(strange[0])}"
+        )
     counts, places = kept[:, None].flatten(1).sum(1), kept.flatten().nonzero().flatten()
     targets, places = to_device([targets, places], logits.device)
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
