@@ -570,6 +570,14 @@ def test_every_method_has_a_working_row(digits, name):
     assert record["retained"]["CIFAR-10 accuracy"] > 15
 
 
+@needs_assets
+@pytest.mark.slow
+def test_a_run_that_diverges_is_a_row_like_any_other(digits):
+    record = digits.run("standard", 1e4, 1)
+    assert record["target"]["accuracy"] < 50
+    assert record["retained"]["CIFAR-10 accuracy"] < 15
+
+
 def labels_of(part):
     return torch.stack([label for _, label in part])
 

@@ -114,7 +114,8 @@ class HeadTask:
                 dtype=sizes.dtype,
                 workers=self.workers,
             )
-            self._probe(*model, start.parts.scored)
+            if _is_finite(model):  # else there is nothing to fit a head to
+                self._probe(*model, start.parts.scored)
         measure = partial(accuracy, model, dtype=sizes.dtype, workers=self.workers)
         validation, target = measure(start.parts.validation), measure(start.parts.test)
         model[0].load_state_dict(batch_norm_state(self.old[0]), strict=False)
@@ -133,6 +134,10 @@ class HeadTask:
             body, data, dtype=self.sizes.dtype, num_workers=self.workers, progress=False
         )
         fit_head(head, features, targets, strength=_PROBE_STRENGTH)
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
 def grids(names: list[str], rates: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:
