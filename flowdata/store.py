@@ -215,7 +215,9 @@ def verify_store(folder: Path) -> dict[str, str]:
 def _state(file: Path, folder: Path) -> str:
     try:
         if file.name == MANIFEST:
-            manifest_in(file)
+            identity = manifest_in(file)["identity"]
+            if (folder / SCORES).exists() and _identity_in(folder / SCORES) not in (None, identity):
+                return f"{file} belongs to other scores than {SCORES}"
         elif file.name == SCORES:
             load_scores(file)
         else:
@@ -225,6 +227,14 @@ def _state(file: Path, folder: Path) -> str:
     except (StoreError, OSError) as error:
         return str(error)
     return "whole"
+
+
+def _identity_in(file: Path) -> Any:
+    """The identity that a file of scores tells; None if it is damaged."""
+    try:
+        return manifest_in(file)["identity"]
+    except (StoreError, OSError):
+        return None
 
 
 @contextmanager

@@ -219,6 +219,16 @@ def test_verify_names_the_state_of_every_file(begun):
         verify_store(begun / "nowhere")
 
 
+def test_a_manifest_of_other_scores_is_named(tmp_path):
+    Scores(torch.tensor([1.5]), metadata={"identity": {"dataset": "ours"}}).save(tmp_path)
+    write_manifest(tmp_path, make_manifest({"dataset": "theirs"}, {}, {}))
+    findings = verify_store(tmp_path)
+    assert findings["scores.safetensors"] == "whole"
+    assert "belongs to other scores than scores.safetensors" in findings["manifest.json"]
+    write_manifest(tmp_path, make_manifest({"dataset": "ours"}, {}, {}))
+    assert set(verify_store(tmp_path).values()) == {"whole"}
+
+
 def test_scores_are_not_saved_over_those_of_others(tmp_path):
     ours, theirs = ({"identity": {"dataset": name}} for name in ("ours", "theirs"))
     scores = Scores(torch.tensor([1.5]), metadata=ours)
