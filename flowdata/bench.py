@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowdata.scoring.batches import pad_collate
+from flowdata.scoring.placement import usable_device
 from flowdata.scoring.precision import name_of, resolve_dtype
 from flowdata.scoring.scorer import LossScorer
 
@@ -61,7 +62,7 @@ def run_bench(
     """
     if samples < 1:
         raise ValueError(f"samples must be a positive number, got {samples}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = random_llama(layers=4).to(place)
     chosen = resolve_dtype(dtype, model, place)
     model = model.to(chosen)

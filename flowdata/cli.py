@@ -62,7 +62,9 @@ def _score(options: argparse.Namespace) -> int:
     from flowdata.fingerprint import fingerprint_tokenizer
     from flowdata.loading import load_model, load_tokenizer, read_rows
     from flowdata.text import Columns, find_columns, tokenize_rows
+    from flowdata.weights import check_temperature
 
+    check_temperature(options.temperature)  # now, not after hours of scoring
     rows = read_rows(options.data, split=options.split, limit=options.limit)
     wanted = Columns(options.messages_column, options.prompt_column, options.completion_column)
     columns = find_columns(rows[0], wanted)

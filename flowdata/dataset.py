@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset
 
+from flowdata.samples import check_map_style
 from flowdata.scores import Missing, ScoreMismatchError, Scores, weights_of
 from flowdata.weights import Temperature, resolve_temperature
 
@@ -61,13 +62,9 @@ class FlowWeightedDataset(Dataset[Any]):
         key: str = "weight",
         missing: Missing = "raise",
     ) -> None:
-        if isinstance(dataset, IterableDataset) or not (
-            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        ):
-            raise TypeError(
-                "dataset must be map-style (with __getitem__ and __len__), got "
-                f"{type(dataset).__name__}; for a stream use FlowWeightedIterable"
-            )
+        if isinstance(dataset, Scores):
+            raise TypeError("dataset comes first, then scores_or_weights; got Scores as dataset")
+        check_map_style(dataset)
         self._attach = weight_attacher(layout, key)
         if layout == "dict" and key in (getattr(dataset, "column_names", None) or ()):
             raise ValueError(_collision(key))

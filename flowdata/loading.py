@@ -15,8 +15,11 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
 
     Raises:
         FileNotFoundError: a file is named that is not there.
-        ValueError: no rows, or a line that is not a JSON object (its number named).
+        ValueError: no rows, a line that is not a JSON object (its number named), or a limit
+            below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.exists():
         raise FileNotFoundError(f"there is no file {source}")

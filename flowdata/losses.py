@@ -49,7 +49,7 @@ def weighted_mean(
         0-d, float64 for float64 losses and float32 otherwise; 0 if all weights are 0.
 
     Raises:
-        TypeError: `losses` is not floating.
+        TypeError: not a tensor, or `losses` is not floating.
         ValueError: the shapes differ (nothing is broadcast), or `losses` is 0-d.
 
     Example:
@@ -59,6 +59,8 @@ def weighted_mean(
         tensor(0.8333)
     """
     _check_normalize(normalize)
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
     if not losses.is_floating_point():
         raise TypeError(f"losses must be floating, got dtype {losses.dtype}")
     if losses.dim() == 0:
@@ -67,6 +69,8 @@ def weighted_mean(
             "already averaged and can't be weighted; pass the per-sample losses "
             "(reduction='none'), or use flowdata.causal_lm_loss(outputs.logits, labels, weights)"
         )
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if losses.shape != weights.shape:
         raise ValueError(
             f"weights must have the shape of losses, {tuple(losses.shape)}, "

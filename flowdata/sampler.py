@@ -128,7 +128,10 @@ class FlowSampler(DistributedSampler[int]):
                 f"weights sum to {total:g}; "
                 + ("scale them down" if total else "at least one must be positive")
             )
-        num_samples = len(weights) if num_samples is None else operator.index(num_samples)
+        num_samples = len(weights) if num_samples is None else num_samples
+        if not _is_integer(num_samples):
+            raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
+        num_samples = int(num_samples)
         if not 0 < num_samples < 2**31:
             raise ValueError(f"num_samples must lie between 1 and 2^31 - 1, got {num_samples}")
         if not replacement and num_samples > (drawable := np.count_nonzero(self.weights)):
@@ -142,6 +145,8 @@ class FlowSampler(DistributedSampler[int]):
             num_replicas = dist.get_world_size() if grouped else 1
         if rank is None:
             rank = dist.get_rank() if grouped else 0
+        if not _is_integer(num_replicas) or num_replicas < 1:
+            raise ValueError(f"num_replicas must be a positive integer, got {num_replicas!r}")
         if not 0 <= rank < num_replicas:
             raise ValueError(
                 f"rank must lie between 0 and num_replicas - 1 = {num_replicas - 1}, got {rank}"
@@ -190,6 +195,7 @@ class FlowSampler(DistributedSampler[int]):
             position = self._next - self.num_replicas * operator.length_hint(self._block)
         else:
             whole = len(self._positions(self._pass_start))
+            consumed = _natural("consumed", consumed)
             if not 0 <= consumed <= whole:
                 raise ValueError(f"consumed must lie between 0 and {whole}, got {consumed}")
             position = self._pass_start + self.num_replicas * consumed
@@ -200,9 +206,14 @@ class FlowSampler(DistributedSampler[int]):
         """Go on, at the next pass, where a sampler with the same weights and options stood.
 
         Raises:
-            ValueError: the state is of other weights, options or another version; the sampler
-                then stays as it was.
+            TypeError, ValueError: not a state, or one of other weights, options or another
+                version; the sampler then stays as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                "state_dict must be what FlowSampler.state_dict returned, got "
+                f"{type(state_dict).__name__}"
+            )
         for name, own in self._identity().items():
             if name not in state_dict or state_dict[name] != own:
                 raise ValueError(
@@ -318,6 +329,10 @@ class FlowSampler(DistributedSampler[int]):
 
 def _natural(name: str, value: Any) -> int:
     """An integer >= 0 that fits a key of the random generator."""
-    if not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+    if not _is_integer(value) or not 0 <= value < 2**64:
         raise ValueError(f"{name} must be an integer >= 0 (below 2^64), got {value!r}")
     return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -145,7 +145,12 @@ class Scores:
         absent = values.isnan()
         if not absent.any():
             return flow_weights(values, temperature=temperature)
-        if missing == "raise" or absent.all():
+        if absent.all():
+            raise ValueError(
+                f"none of the {len(self)} samples has a {column}: check that the labels are not "
+                "all ignored and that the model's outputs are finite"
+            )
+        if missing == "raise":
             raise ValueError(
                 f"{int(absent.sum())} of {len(self)} samples have no loss (no target, or a "
                 f"non-finite loss): indices {_listing(absent.nonzero().flatten().tolist())}; "
@@ -192,9 +197,15 @@ class Scores:
         """Return the Hugging Face data set with the weights as a float32 column `name`.
 
         Raises:
+            TypeError: not a Hugging Face data set.
             ScoreMismatchError: the scores were made from another data set.
             ValueError: it has such a column already, or weights can't be made.
         """
+        if not hasattr(hf_dataset, "add_column"):
+            raise TypeError(
+                f"hf_dataset must be a Hugging Face Dataset, got {type(hf_dataset).__name__}; for "
+                "others use FlowWeightedDataset"
+            )
         self.check_dataset(hf_dataset)
         if name in hf_dataset.column_names:
             raise ValueError(f"the data set has a column {name!r} already; pass another name")
@@ -246,6 +257,16 @@ def weights_of(
     """
     if isinstance(scores_or_weights, Scores):
         return scores_or_weights.weights(temperature, missing=missing)
+    if isinstance(scores_or_weights, str | Path):
+        raise TypeError(
+            "scores_or_weights must be scores or weights, got a path; pass "
+            f"flowdata.Scores.load({str(scores_or_weights)!r})"
+        )
+    if hasattr(scores_or_weights, "score"):
+        raise TypeError(
+            "scores_or_weights must be scores or weights, got "
+            f"{type(scores_or_weights).__name__}; pass what its score(dataset) returns"
+        )
     return check_values(scores_or_weights, name="weights")
 
 

@@ -54,6 +54,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +106,9 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def check_folder(folder: Path) -> None:
     """Raise StoreError unless a store is at `folder`, or could be begun there."""
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder} is a file; a store is a folder: pass another path")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; a store is a folder: pass another path")
     if (folder / PARTS).is_symlink():
         raise StoreError(f"{folder / PARTS} is a link: a store keeps its parts in itself")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []

@@ -66,7 +66,7 @@ def check_identity(
     names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
     if names:
         differing = "; ".join(
-            f"{name}: {what} has {_short(kept.get(name))}, this run {_short(wanted.get(name))}"
+            f"{name}: {what} has {_short(kept, name)}, this run {_short(wanted, name)}"
             for name in names
         )
         raise ScoreMismatchError(
@@ -144,7 +144,7 @@ def _proven(parsed: Any, path: Path) -> Manifest:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
     if parsed["format"] != FORMAT:
         raise StoreError(
-            f"{path} has format {_short(parsed['format'])}, this version of flowdata "
+            f"{path} has format {_short(parsed, 'format')}, this version of flowdata "
             f"({flowdata.__version__}) reads format {FORMAT}; use the version that wrote it"
         )
     if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
@@ -223,6 +223,10 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:44] + "…"
+def _short(fields: Mapping[str, Any], name: str) -> str:
+    """A field as it is shown in a message: its beginning where it is long."""
+    if name not in fields:
+        return "none"
+    text = json.dumps(fields[name])
+    closing = text[-1] if text[0] in '"[{' else ""
+    return text if len(text) <= 60 else f"{text[:44]}…{closing}"

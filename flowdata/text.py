@@ -112,6 +112,8 @@ def tokenize_rows(
     """
     if template and tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; pass template=False")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
     return TokenSamples(_tokens(rows, tokenizer, columns, template), max_length)
 
 

@@ -23,6 +23,7 @@ TEMPERATURE_HELP = (
     "a positive float, 'median', 'mean', a quantile such as 'q0.25', "
     "an effective sample size such as 'ess0.5', or a callable losses -> float"
 )
+_NOT_NEGATIVE = {"losses": "FLOW needs losses >= 0; subtract their minimum first"}
 _CHUNK = 1 << 22  # elements per float64 temporary: 32 MiB, whatever the number of samples
 
 
@@ -106,8 +107,12 @@ def resolve_temperature(losses: Losses, temperature: Temperature) -> float:
                 "pass any positive float as temperature"
             )
     elif callable(temperature):
-        value = float(temperature(checked.clone()))
         rule = f"temperature={getattr(temperature, '__name__', temperature)!r}"
+        given = temperature(checked.clone())
+        try:
+            value = float(given)
+        except (TypeError, ValueError):
+            raise TypeError(f"{rule} must return a float, got {type(given).__name__}") from None
     elif isinstance(temperature, (int, float, np.number, Tensor)) and not isinstance(
         temperature, bool
     ):
@@ -120,6 +125,14 @@ def resolve_temperature(losses: Losses, temperature: Temperature) -> float:
             "pass a positive float, 'mean' or a higher quantile such as 'q0.75'"
         )
     return value
+
+
+def check_temperature(temperature: float | str) -> None:
+    """Raise ValueError for a number or a rule that no losses could make right."""
+    if isinstance(temperature, str):
+        _rule(temperature)
+    else:
+        resolve_temperature([1.0], temperature)
 
 
 def effective_sample_size(weights: Losses) -> float:
@@ -158,7 +171,7 @@ def _rule(temperature: str) -> Callable[[Tensor], float]:
                 share = float(temperature.removeprefix(prefix))
             except ValueError:
                 break
-            if not 0 < share < 1:
+            if not (0 <= share <= 1 if prefix == "q" else 0 < share < 1):
                 raise ValueError(f"temperature={temperature!r}: the share must lie between 0 and 1")
             return lambda losses: solve(losses, share)
     raise ValueError(f"temperature must be {TEMPERATURE_HELP}; got {temperature!r}")
@@ -214,7 +227,14 @@ def check_values(losses: Losses, name: str = "losses") -> Tensor:
     """Return values as a detached (N,) tensor, uncopied where possible; raise on bad ones."""
     with warnings.catch_warnings():  # torch warns of read-only memory maps; nothing is written
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        checked = torch.as_tensor(losses).detach()
+        try:
+            checked = torch.as_tensor(losses).detach()
+        except (TypeError, ValueError, RuntimeError):
+            hint = "; pass its .losses" if hasattr(losses, "losses") else ""
+            raise TypeError(
+                f"{name} must be a tensor, an array or a list of floats, got "
+                f"{type(losses).__name__}{hint}"
+            ) from None
     if not checked.is_floating_point():
         raise TypeError(f"{name} must be floating, got dtype {checked.dtype}")
     if checked.dim() != 1 or checked.numel() == 0:
@@ -226,7 +246,7 @@ def check_values(losses: Losses, name: str = "losses") -> Tensor:
         return checked
     for bad, what, remedy in (
         (~checked.isfinite(), "not finite", "find out why, or drop or zero-weight these samples"),
-        (checked < 0, "negative", "FLOW needs values >= 0; subtract their minimum first"),
+        (checked < 0, "negative", _NOT_NEGATIVE.get(name, "they must be >= 0")),
     ):
         if bad.any():
             first = int(bad.int().argmax())

@@ -138,8 +138,19 @@ def test_bad_input_is_told_in_one_line(capsys, model_folder, data, tmp_path):
     assert "neither a config.json nor a GGUF file" in told("score", nothing, data, *store)
     assert "is not a flowdata store" in told("score", model_folder, data, "--store", tmp_path)
     assert "there is no store at" in told("report", tmp_path / "nowhere")
-    assert "finite and > 0" in told(
-        "score", model_folder, data, "--temperature", "-1", "--store", tmp_path / "t"
+    for option, value, reason in (
+        ("--temperature", "-1", "finite and > 0"),
+        ("--temperature", "warm", "got 'warm'"),
+        ("--limit", "0", "limit must be at least 1, got 0"),
+        ("--limit", "-3", "limit must be at least 1, got -3"),
+        ("--max-length", "0", "max_length must be at least 1, got 0"),
+        ("--device", "tpu9000", "device='tpu9000' can't be used here"),
+    ):
+        new = ("--store", tmp_path / "t")
+        assert reason in told("score", model_folder, data, option, value, *new)
+    assert not (tmp_path / "t").exists()
+    assert "is a file; a store is a folder" in told(
+        "score", model_folder, data, "--store", data / "below"
     )
 
 

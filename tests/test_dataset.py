@@ -153,6 +153,14 @@ def test_scores_of_another_data_set_are_refused():
         FlowWeightedDataset(other, scores)
 
 
+def test_the_wrong_kind_of_data_set_is_named():
+    splits = datasets.DatasetDict({"train": rows(), "test": rows()})
+    with pytest.raises(TypeError, match="got DatasetDict of 'train', 'test'; pass one of them"):
+        FlowWeightedDataset(splits, WEIGHTS)
+    with pytest.raises(TypeError, match="dataset comes first"):
+        FlowWeightedDataset(Scores(torch.ones(5)), rows())
+
+
 def test_streams_are_sent_to_the_class_for_streams():
     class Stream(IterableDataset):
         def __iter__(self):

@@ -210,6 +210,12 @@ def test_per_label_weights_belong_to_the_label_and_not_to_the_position_before(ba
             r"shape of losses, \(3,\), got \(3, 1\)",
             lambda: weighted_mean(torch.ones(3), torch.ones(3, 1)),
         ),
+        (TypeError, "losses must be a tensor, got list", lambda: weighted_mean([1.0, 2.0], V)),
+        (
+            TypeError,
+            "weights must be a tensor, got float",
+            lambda: weighted_mean(torch.ones(2), 1.0),
+        ),
         (TypeError, "losses must be floating", lambda: weighted_mean(torch.ones(2).long(), V)),
         (
             ValueError,

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, Tens
 from torchdata.nodes import Batcher, Loader, ParallelMapper, SamplerWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from flowdata import LossScorer
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.draws import (
     PERMUTATION,
@@ -529,6 +530,13 @@ def test_damaged_states_are_refused(damage, message):
         sampler.load_state_dict({})
 
 
+def test_what_is_no_state_is_named():
+    with pytest.raises(TypeError, match="must be what FlowSampler"):
+        FlowSampler(WEIGHTS).load_state_dict(None)
+    with pytest.raises(ValueError, match="consumed must be an integer >= 0"):
+        FlowSampler(WEIGHTS).state_dict(consumed=1.5)
+
+
 def test_a_state_is_plain_data():
     assert FlowSampler(WEIGHTS, 10, seed=3).state_dict() == {
         "version": 1,
@@ -591,7 +599,15 @@ def test_weights_of_any_floating_type_and_scale_give_the_same_order(dtype):
         ({"scores_or_weights": torch.ones(0)}, ValueError, "not empty"),
         ({"num_samples": 0}, ValueError, "num_samples must lie between 1 and 2.31 - 1, got 0"),
         ({"num_samples": 2**31}, ValueError, "num_samples must lie between"),
-        ({"num_samples": 2.5}, TypeError, "float"),
+        ({"num_samples": 2.5}, TypeError, "num_samples must be an integer, got 2.5"),
+        ({"num_samples": True}, TypeError, "num_samples must be an integer, got True"),
+        ({"num_replicas": 0}, ValueError, "num_replicas must be a positive integer, got 0"),
+        ({"scores_or_weights": "scores/"}, TypeError, r"pass flowdata.Scores.load\('scores/'\)"),
+        (
+            {"scores_or_weights": LossScorer(torch.nn.Linear(1, 1))},
+            TypeError,
+            r"got LossScorer; pass what its score\(dataset\) returns",
+        ),
         ({"method": "residual"}, ValueError, "method must be 'systematic' or 'multinomial'"),
         ({"rank": 2, "num_replicas": 2}, ValueError, "rank must lie between 0 and .* 1, got 2"),
         ({"rank": -1}, ValueError, "got -1"),

@@ -498,6 +498,13 @@ def test_tokens_that_the_model_does_not_have_are_refused(make, field, place):
         quiet(make()).score(samples)
 
 
+def test_a_loss_that_depends_on_the_batch_is_told(caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    data = TensorDataset(torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1]))
+    quiet(model).score(data)
+    assert "BatchNorm without running statistics (1): a sample's loss depends on" in caplog.text
+
+
 def test_classes_that_the_model_does_not_have_are_refused():
     for strange in (3, -1):
         targets = torch.tensor([0, 2, -100, strange])
@@ -556,6 +563,14 @@ class Stream(IterableDataset):
         ({"reference": "base"}, ValueError, "needs a PEFT model"),
         ({"compile": "yes"}, ValueError, "compile must be 'auto', True or False"),
         ({"dtype": "int4"}, ValueError, "dtype must be 'auto'"),
+        ({"device": "foo"}, ValueError, "device='foo' can't be used here: .*foo"),
+        ({"token_losses": "yes"}, TypeError, "token_losses must be True or False, got 'yes'"),
+        pytest.param(
+            {"device": "cuda"},
+            ValueError,
+            "device='cuda' can't be used here: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(arguments, error, message):
@@ -571,6 +586,8 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, message):
         (images(), {"lengths": [1, 2]}, ValueError, r"lengths must have shape \(20,\)"),
         (images(), {"lengths": [-1] * 20}, ValueError, "lengths must be non-negative"),
         (torch.randn(5, 3, 8, 8), {}, ValueError, "found no targets in the batch"),
+        (images(), {"collate_fn": "stack"}, TypeError, "collate_fn must be callable or None"),
+        ({"train": images()}, {}, TypeError, "got dict of 'train'; pass one of them"),
         (images(classes=9), {}, ValueError, "classes from 0 to 4, .*, got 7"),
     ],
 )
@@ -587,6 +604,9 @@ def test_losses_that_can_not_be_matched_to_samples_are_refused():
         quiet(TinyResNet(), mean).score(images())
     with pytest.raises(ValueError, match="a batch of 20 samples gave 19 losses"):
         quiet(TinyResNet(), lambda m, b: per_sample(m, b)[1:]).score(images())
+    uneven = [*token_samples(3), {"input_ids": torch.ones(5).long()}]
+    with pytest.raises(ValueError, match="only some samples have a field 'labels'"):
+        quiet(tiny_llama()).score(uneven)
     with pytest.raises(ValueError, match="must be one-dimensional, got shape"):
         quiet(tiny_llama()).score([{"input_ids": torch.ones(1, 5).long()}])
     with pytest.raises(ValueError, match="needs logits of at least two classes"):

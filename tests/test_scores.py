@@ -24,13 +24,13 @@ def test_samples_without_a_loss_raise_or_weigh_nothing():
     assert torch.equal(weights[[0, 2]], flow_weights(torch.tensor([0.5, 4.0])))
     with pytest.raises(ValueError, match="missing must be 'raise' or 'zero'"):
         scores.weights(missing="ignore")
-    with pytest.raises(ValueError, match="2 of 2 samples have no loss"):
+    with pytest.raises(ValueError, match="none of the 2 samples has a loss"):
         Scores(torch.tensor([torch.nan, torch.nan])).weights(missing="zero")
 
 
 def test_long_lists_of_missing_samples_are_cut():
     with pytest.raises(ValueError, match=r"8, 9, … \(50 in all\)"):
-        Scores(torch.full((50,), torch.nan)).weights()
+        Scores(torch.tensor([torch.nan] * 50 + [1.0])).weights()
 
 
 def test_token_losses_are_those_of_one_sample():
@@ -86,6 +86,8 @@ def test_a_column_goes_to_the_rows_that_were_scored():
     assert torch.equal(scores.to_column(data)["weight"][:], scores.weights())
     with pytest.raises(ScoreMismatchError, match="another data set of the same length"):
         scores.to_column(data.select([1, 0, 2]))
+    with pytest.raises(TypeError, match="must be a Hugging Face Dataset, got list"):
+        scores.to_column([1, 2, 3])
 
 
 def test_weights_given_directly_are_checked_and_not_copied():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowdata import effective_sample_size, flow_weights, resolve_temperature
+from flowdata.scores import Scores
 from tests import reference
 
 losses_lists = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=40)
@@ -104,6 +105,8 @@ def test_half_precision_numpy_and_lists_are_taken():
         ([0.0, 0.0, 1.0], "median", r"gives 0; pass a positive float, 'mean' or a higher quantile"),
         ([0.0, 0.0], "mean", r"every loss is 0"),
         ([1.0, 2.0], "middle", r"'median', 'mean', a quantile"),
+        ([0.0, 2.0], "q0", r"gives 0; pass"),
+        ([1.0, 2.0], "ess1", r"the share must lie between 0 and 1"),
         ([1.0, 2.0], "q1.5", r"the share must lie between 0 and 1"),
         ([1.0, 2.0], "qx", r"got 'qx'"),
         ([1.0, 1.0, 2.0], "ess0.5", r"2 samples tie for the smallest loss"),
@@ -116,7 +119,24 @@ def test_bad_values_are_refused(losses, temperature, message):
         flow_weights(losses, temperature=temperature)
 
 
+def test_the_ends_are_quantiles_too():
+    losses = torch.tensor([3.0, 1.0, 2.0])
+    assert [resolve_temperature(losses, rule) for rule in ("q0", "q1", "q0.0", "q1.0")] == [
+        1.0,
+        3.0,
+        1.0,
+        3.0,
+    ]
+
+
 def test_bad_types_are_refused():
+    with pytest.raises(TypeError, match="temperature='<lambda>' must return a float, got str"):
+        resolve_temperature(torch.tensor([1.0]), lambda losses: "high")
+    for wrong, name in ((Scores(torch.ones(2)), "Scores; pass its .losses"), ("loss", "str")):
+        with pytest.raises(TypeError, match=f"a tensor, an array or a list of floats, got {name}"):
+            flow_weights(wrong)
+    with pytest.raises(ValueError, match="weights are negative; they must be >= 0"):
+        effective_sample_size([1.0, -1.0])
     with pytest.raises(TypeError, match="must be floating, got dtype"):
         flow_weights(torch.tensor([1, 2]))
     for temperature in (True, None, [1.0]):

@@ -53,12 +53,17 @@ def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     become (B,) tensors, other fields stay lists.
 
     Raises:
-        ValueError: a sample's `input_ids` are not one-dimensional.
+        ValueError: a sample's `input_ids` are not one-dimensional, or it lacks a field that
+            others have.
     """
     batch: dict[str, Any] = {}
-    for name in samples[0]:
-        values = [sample[name] for sample in samples]
-        batch[name] = _stack(name, values)
+    for name in {name: None for sample in samples for name in sample}:
+        if any(name not in sample for sample in samples):
+            raise ValueError(
+                f"only some samples have a field {name!r}: give it to all of them or none, or "
+                "pass a collate_fn"
+            )
+        batch[name] = _stack(name, [sample[name] for sample in samples])
     if "attention_mask" not in batch:
         masks = [torch.ones(len(sample["input_ids"]), dtype=torch.long) for sample in samples]
         batch["attention_mask"] = _stack("attention_mask", masks)

@@ -76,7 +76,8 @@ def logit_options(config: Any) -> tuple[float, float | None]:
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, softcap or getattr(config, "logits_soft_cap", None)
 
 
 def target_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

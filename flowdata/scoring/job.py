@@ -139,6 +139,12 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
 
     `options` are those of the plan whose packs it is for.
     """
+    if layers := _batch_dependent(model):
+        logger.warning(
+            "BatchNorm without running statistics (%s): a sample's loss depends on the others in "
+            "its batch; batch_size=1 scores each alone",
+            ", ".join(layers),
+        )
     if not isinstance(job.loss, str):
         return callable_method(job.loss, job.device), ""
     if job.loss not in LANGUAGE_LOSSES:
@@ -172,6 +178,15 @@ def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tup
             return method, described + _alone(longest)
         logger.warning("not scoring by %s: %s", name, reason)
     return plain, plainest
+
+
+def _batch_dependent(model: nn.Module) -> list[str]:
+    """Return the names of a model's BatchNorm layers that have no statistics but the batch's."""
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
 
 
 def _described(

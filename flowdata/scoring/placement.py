@@ -34,6 +34,19 @@ def home(model: nn.Module) -> torch.device:
     return own.device
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device that a user named.
+
+    Raises:
+        ValueError: there is no such device, or this machine or build of PyTorch has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} can't be used here: {reason}") from error
+
+
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
     """Bring a module's own offloaded parameters into memory for a block."""

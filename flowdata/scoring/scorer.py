@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from flowdata.fingerprint import fingerprint_callable, fingerprint_model
 from flowdata.progress import say
 from flowdata.rng import preserved_rng
-from flowdata.samples import CollateReadable, Readable, first_readable
+from flowdata.samples import CollateReadable, Readable, check_map_style, first_readable
 from flowdata.scores import Scores, content_identity
 from flowdata.scoring.batches import Collate, choose_collate, pad_aligned, pad_collate
 from flowdata.scoring.columns import check_columns
 from flowdata.scoring.job import Job, LossFunction
-from flowdata.scoring.placement import home, is_placed
+from flowdata.scoring.placement import home, is_placed, usable_device
 from flowdata.scoring.precision import name_of, resolve_dtype
 from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.scoring.resume import ALIKE, score_into, score_packs
@@ -114,10 +114,12 @@ class LossScorer:
             )
         if compile not in ("auto", True, False):
             raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
+        if not isinstance(token_losses, bool):
+            raise TypeError(f"token_losses must be True or False, got {token_losses!r}")
         _check_placed(model, dtype, device)
         self.model: nn.Module = model
         self.loss = loss
-        self.device = home(model) if device is None else torch.device(device)
+        self.device = home(model) if device is None else usable_device(device)
         resolve_dtype(dtype, model, self.device)  # refuses a wrong one now
         self.dtype = dtype
         self.max_tokens = max_tokens
@@ -178,6 +180,8 @@ class LossScorer:
         ranks = ranks_of_this_call(shared=shared)
         with preserved_rng(), ranks.failing_together():
             _check_dataset(dataset)
+            if not (collate_fn is None or callable(collate_fn)):
+                raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
             if on_error not in ("raise", "skip"):
                 raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
             skip = on_error == "skip"
@@ -269,11 +273,7 @@ class LossScorer:
 
 
 def _check_dataset(dataset: Any) -> None:
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"dataset must be map-style (with __len__ and __getitem__), got "
-            f"{type(dataset).__name__}; for streams use FlowWeightedIterable"
-        )
+    check_map_style(dataset)
     if len(dataset) == 0:
         raise ValueError("dataset is empty: there is nothing to score")
 
