@@ -118,7 +118,7 @@ def causal_lm_loss(
 
     Raises:
         TypeError: `logits` is not floating, or `labels` is not int64.
-        ValueError: the shapes don't fit.
+        ValueError: the shapes don't fit, or, on the CPU, a label lies outside the vocabulary.
 
     Example:
         >>> import torch
@@ -132,6 +132,8 @@ def causal_lm_loss(
     labels = labels.to(logits.device)
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     targets = next_tokens(labels, ignore_index).flatten()
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # nothing to wait for
+        _check_targets(targets[targets != ignore_index], logits.shape[-1])
     losses = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits.reshape(-1, logits.shape[-1]),
         torch.where(targets == ignore_index, 0, targets),
@@ -201,7 +203,7 @@ def fused_causal_lm_loss(
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     kept = ((targets != ignore_index) & (token_weights != 0)).nonzero().flatten()
     hidden, targets = hidden_states.flatten(0, 1)[kept], targets[kept]
-    _check_targets(targets, head)
+    _check_targets(targets, getattr(head, "out_features", None))
     token_weights = token_weights[kept]
     if token_rule is not None:
         losses = head_losses(hidden, head, targets, softcap=softcap, logit_scale=logit_scale)
@@ -366,11 +368,10 @@ def _check_head(head: nn.Module) -> None:
         )
 
 
-def _check_targets(targets: Tensor, head: nn.Module) -> None:
-    size = getattr(head, "out_features", None)
+def _check_targets(targets: Tensor, size: int | None) -> None:
     outside = targets < 0 if size is None else (targets < 0) | (targets >= size)
     if outside.any():
         raise ValueError(
             f"labels must lie in [0, {size}) or be ignore_index, got "
-            f"{int(targets[outside][0])}; is the head that of this tokenizer?"
+            f"{int(targets[outside][0])}; is the model that of this tokenizer?"
         )

@@ -211,10 +211,11 @@ def test_per_label_weights_belong_to_the_label_and_not_to_the_position_before(ba
             lambda: weighted_mean(torch.ones(3), torch.ones(3, 1)),
         ),
         (TypeError, "losses must be a tensor, got list", lambda: weighted_mean([1.0, 2.0], V)),
+        (TypeError, "weights must be a tensor, got int", lambda: weighted_mean(torch.ones(2), 1)),
         (
-            TypeError,
-            "weights must be a tensor, got float",
-            lambda: weighted_mean(torch.ones(2), 1.0),
+            ValueError,
+            r"labels must lie in \[0, 4\) or be ignore_index, got 4",
+            lambda: causal_lm_loss(torch.ones(1, 3, 4), torch.tensor([[0, 4, -100]])),
         ),
         (TypeError, "losses must be floating", lambda: weighted_mean(torch.ones(2).long(), V)),
         (

@@ -505,6 +505,13 @@ def test_a_loss_that_depends_on_the_batch_is_told(caplog):
     assert "BatchNorm without running statistics (1): a sample's loss depends on" in caplog.text
 
 
+def test_lists_that_would_be_taken_apart_are_refused():
+    rows = datasets.Dataset.from_dict({"x": [[0.0, 1.0], [2.0, 3.0]], "label": [0, 1]})
+    with pytest.raises(ValueError, match=r"hold 'x' as a list, .*with_format\('torch'\)"):
+        quiet(nn.Linear(2, 2)).score(rows)
+    assert quiet(nn.Linear(2, 2)).score(rows.with_format("torch")).losses.isfinite().all()
+
+
 def test_classes_that_the_model_does_not_have_are_refused():
     for strange in (3, -1):
         targets = torch.tensor([0, 2, -100, strange])

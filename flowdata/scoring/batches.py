@@ -45,6 +45,18 @@ def choose_collate(collate_fn: Collate | None, sample: Any) -> Collate:
     return pad_collate if is_tokens else default_collate
 
 
+def check_stackable(sample: Any) -> None:
+    """Raise ValueError if default collation would turn a sample's fields inside out."""
+    if not isinstance(sample, Mapping) or "input_ids" in sample:
+        return
+    for name, value in sample.items():
+        if isinstance(value, list) and value and isinstance(value[0], int | float | list):
+            raise ValueError(
+                f"samples hold {name!r} as a list, which default collation would take apart; give "
+                "tensors (a Hugging Face data set: .with_format('torch')), or pass a collate_fn"
+            )
+
+
 def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a batch of token samples, padded on the right to the longest.
 

@@ -14,7 +14,13 @@ from flowdata.progress import say
 from flowdata.rng import preserved_rng
 from flowdata.samples import CollateReadable, Readable, check_map_style, first_readable
 from flowdata.scores import Scores, content_identity
-from flowdata.scoring.batches import Collate, choose_collate, pad_aligned, pad_collate
+from flowdata.scoring.batches import (
+    Collate,
+    check_stackable,
+    choose_collate,
+    pad_aligned,
+    pad_collate,
+)
 from flowdata.scoring.columns import check_columns
 from flowdata.scoring.job import Job, LossFunction
 from flowdata.scoring.placement import home, is_placed, usable_device
@@ -24,6 +30,7 @@ from flowdata.scoring.resume import ALIKE, score_into, score_packs
 from flowdata.scoring.tasks import (
     LANGUAGE_LOSSES,
     LOSSES,
+    PREDICTION_LOSSES,
     innermost,
     loss_of_batch,
     loss_of_model,
@@ -214,6 +221,8 @@ class LossScorer:
                     [dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))]
                 )
             )
+        if collate_fn is None and loss in PREDICTION_LOSSES:
+            check_stackable(first_readable(dataset))
         if collate is pad_collate and loss in ("causal_lm", "masked_lm"):
             collate = pad_aligned
         return Job(
