@@ -614,6 +614,10 @@ def test_losses_that_can_not_be_matched_to_samples_are_refused():
     uneven = [*token_samples(3), {"input_ids": torch.ones(5).long()}]
     with pytest.raises(ValueError, match="only some samples have a field 'labels'"):
         quiet(tiny_llama()).score(uneven)
+    noted = [token_samples(3)[0] | {"source": "a book"}, *token_samples(3)[1:]]
+    assert torch.equal(
+        quiet(tiny_llama()).score(noted).losses, quiet(tiny_llama()).score(token_samples(3)).losses
+    )
     with pytest.raises(ValueError, match="must be one-dimensional, got shape"):
         quiet(tiny_llama()).score([{"input_ids": torch.ones(1, 5).long()}])
     with pytest.raises(ValueError, match="needs logits of at least two classes"):

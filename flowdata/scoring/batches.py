@@ -62,7 +62,7 @@ def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
 
     `input_ids` and every field as long as them become (B, T) tensors, `labels` padded with
     −100 and all else with 0; `attention_mask` is made where the samples have none. Numbers
-    become (B,) tensors, other fields stay lists.
+    become (B,) tensors, other fields stay lists, or are left out where not all samples have them.
 
     Raises:
         ValueError: a sample's `input_ids` are not one-dimensional, or it lacks a field that
@@ -70,12 +70,14 @@ def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     """
     batch: dict[str, Any] = {}
     for name in {name: None for sample in samples for name in sample}:
-        if any(name not in sample for sample in samples):
+        values = [sample[name] for sample in samples if name in sample]
+        if len(values) == len(samples):
+            batch[name] = _stack(name, values)
+        elif not _is_note(values[0]):
             raise ValueError(
                 f"only some samples have a field {name!r}: give it to all of them or none, or "
                 "pass a collate_fn"
             )
-        batch[name] = _stack(name, [sample[name] for sample in samples])
     if "attention_mask" not in batch:
         masks = [torch.ones(len(sample["input_ids"]), dtype=torch.long) for sample in samples]
         batch["attention_mask"] = _stack("attention_mask", masks)
@@ -100,8 +102,7 @@ def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _stack(name: str, values: list[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, str | bytes | Mapping) or first is None:
+    if _is_note(values[0]):
         return values
     try:
         tensors = [torch.as_tensor(value) for value in values]
@@ -117,6 +118,11 @@ def _stack(name: str, values: list[Any]) -> Any:
         padding = _PADDING.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
     return torch.stack(tensors)
+
+
+def _is_note(value: Any) -> bool:
+    """Whether a field is nothing that a model takes."""
+    return value is None or isinstance(value, str | bytes | Mapping)
 
 
 def _given_lengths(lengths: Any, num_samples: int) -> Tensor:
