@@ -1,5 +1,6 @@
 """The study of forgetting: its methods, its bookkeeping, its tables, and a tiny run of it."""
 
+import itertools
 import json
 import math
 import statistics
@@ -8,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import flowdata
@@ -512,6 +515,15 @@ def test_temperatures_are_compared_on_the_seeds_that_they_share():
     shared = [{"seed": 0}, {"seed": 1}]
     assert pictures._of_temperatures(runs) == {"median": shared, "ess0.1": shared}
     assert pictures._of_temperatures({"standard": shared}) == {}
+
+
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=12).map(sorted))
+def test_names_in_a_picture_lie_apart_and_near_their_points(heights):
+    moved = pictures._apart(heights)
+    assert all(b - a >= pictures._LINE - 1e-9 for a, b in itertools.pairwise(moved))
+    assert sum(moved) == pytest.approx(sum(heights), abs=1e-6)
+    if all(b - a >= pictures._LINE for a, b in itertools.pairwise(heights)):
+        assert moved == pytest.approx(heights)
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

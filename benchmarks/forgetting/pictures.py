@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import mean, stdev
 from typing import Any
@@ -27,6 +27,7 @@ _STYLES = {  # of the curves over the learning rate: FLOW added to a method is d
     "FLOW + WiSE-FT": (GREEN, ":"),
 }
 _LINE = 10.0  # points from one label to the next
+_BEFORE = "pre-trained"
 
 
 def picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
@@ -60,7 +61,8 @@ def _middle(runs: list[Record], target: str, retained: str) -> tuple[float, floa
 def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
     places = {}
     left_out = _learned_nothing(runs, target)
-    for method in (m for m in runs if m not in ABLATIONS and m not in left_out):
+    hidden = {_BEFORE, *ABLATIONS, *left_out}
+    for method in (m for m in runs if m not in hidden):
         places[method] = _middle(runs[method], target, retained)
         errors = [
             stdev(r[kind][name] for r in runs[method]) if len(runs[method]) > 1 else 0.0
@@ -69,34 +71,57 @@ def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
         colour = _colour(method)
         axes.errorbar(*places[method], *errors, color=colour, elinewidth=1, alpha=0.4)
         axes.plot(*places[method], "o", color=colour, markersize=5)
-    note = f"\nworse than before training: {'; '.join(left_out)}" if left_out else ""
-    axes.set(title="At each method's best rate", xlabel=f"target {target}{note}", ylabel=retained)
+    notes = [f"target {target}"]
+    if _BEFORE in runs:  # as a point it would press all others together
+        learned, kept = _middle(runs[_BEFORE], target, retained)
+        axes.axhline(kept, color="grey", linewidth=1, linestyle="--")
+        notes[0] += f" (before training {learned:.4g}, and the dashed line)"
+    if left_out:
+        notes.append(f"worse than before training: {'; '.join(left_out)}")
+    axes.set(title="At each method's best rate", xlabel="\n".join(notes), ylabel=retained)
     axes.grid(True, axis="both")
+    axes.margins(x=0.1)
     _better_is_up_and_right(axes, target, retained)
     _label(axes, places)
 
 
 def _learned_nothing(runs: Runs, target: str) -> list[str]:
     """The methods after which the target is worse than before: they would stretch the picture."""
-    if "pre-trained" not in runs:
+    if _BEFORE not in runs:
         return []
     sign = 1 if target.endswith("accuracy") else -1
     learned = {
         name: sign * mean(r["target"][target] for r in found) for name, found in runs.items()
     }
-    return [name for name in learned if learned[name] < learned["pre-trained"]]
+    return [name for name in learned if learned[name] < learned[_BEFORE]]
 
 
 def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
-    """Write names beside points, one above the other where the points lie too close."""
+    """Write names beside points, where these lie too close one above the other with a line."""
     axes.autoscale_view()
     points = 72 / axes.figure.dpi  # in a pixel
     height = {name: axes.transData.transform(at)[1] * points for name, at in places.items()}
-    free = float("-inf")
-    for name in sorted(places, key=lambda name: height[name]):
-        free = max(height[name] - 3, free + _LINE)
-        shift = (7, free - height[name])
-        axes.annotate(name, places[name], shift, textcoords="offset points", fontsize=8)
+    names = sorted(places, key=lambda name: height[name])
+    for name, free in zip(names, _apart([height[name] for name in names]), strict=True):
+        shift = free - height[name]
+        moved = abs(shift) > _LINE / 2
+        axes.annotate(
+            name,
+            places[name],
+            (16 if moved else 7, shift - 3),
+            textcoords="offset points",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "grey"} if moved else None,
+        )
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights, rising, moved as little as possible to lie a line apart (least squares)."""
+    from scipy.optimize import isotonic_regression
+
+    steps = [_LINE * index for index in range(len(heights))]
+    moved = isotonic_regression([h - step for h, step in zip(heights, steps, strict=True)]).x
+    return [float(h) + step for h, step in zip(moved, steps, strict=True)]
 
 
 def _draw_rates(
