@@ -26,19 +26,6 @@ else:
 
 SampleLoss = Callable[[Any, Any], Tensor]
 
-_PROBLEMS = {  # Hugging Face's names
-    "regression": "mse",
-    "single_label_classification": "cross_entropy",
-    "multi_label_classification": "binary_cross_entropy",
-}
-_PREDICTION_LOSSES = {
-    "masked_lm": tasks.cross_entropy,
-    "seq2seq_lm": tasks.cross_entropy,
-    "cross_entropy": tasks.cross_entropy,
-    "binary_cross_entropy": tasks.binary_cross_entropy,
-    "mse": tasks.squared_error,
-}
-
 
 class FlowTrainerMixin(_Base):  # type: ignore[misc]
     """Put before any `Trainer` class, it trains on Σ weight · loss, or on resampled batches.
@@ -202,11 +189,12 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
         """The denominator of one batch, in the unit that `normalize` names."""
         labels, weights = self._labels(batch), self._weights(batch)
-        if self.sample_loss is None and self._task(batch) == "causal_lm":
+        task = "" if self.sample_loss else self._task(batch)
+        if task == "causal_lm":
             return count_items(labels, weights, normalize=self.normalize)
-        if self.sample_loss is not None:
+        if self.sample_loss or (task == "cross_entropy" and labels.is_floating_point()):
             targets = torch.ones(len(labels), device=labels.device)
-        elif labels.is_floating_point():
+        elif task == "mse":
             targets = torch.full((len(labels),), labels[0].numel(), device=labels.device)
         else:
             targets = (labels != tasks.IGNORE_INDEX).reshape(len(labels), -1).sum(1)
@@ -235,14 +223,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
 
     def _task(self, batch: Mapping[str, Any]) -> str:
         """What the loss is; a batch is asked last, as another one might answer differently."""
-        model = tasks.innermost(self.model)
-        if type(model).__name__.endswith("ForSequenceClassification"):
-            config = model.config
-            regression = config.num_labels == 1
-            said = config.problem_type or ("regression" if regression else None)
-            if said in _PROBLEMS:
-                return _PROBLEMS[said]
-        return tasks.loss_of_model(model) or tasks.loss_of_batch(batch)
+        return tasks.loss_of(self.model, batch)
 
     def compute_loss(
         self,
@@ -280,10 +261,21 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             logits = tasks.logits_of(outputs)
             loss = causal_lm_loss(logits, labels, weights, token_rule=self.token_rule, **options)
         else:
-            made = _PREDICTION_LOSSES[task](tasks.logits_of(outputs).float(), labels)
+            made = self._target_losses(task, tasks.logits_of(outputs).float(), inputs)
             repeats = made.counts.to(weights.device)
             loss = weighted_mean(made.values, weights.repeat_interleave(repeats), **options)
         return loss + self._router_loss(outputs), outputs
+
+    def _target_losses(
+        self, task: str, logits: Tensor, inputs: Mapping[str, Any]
+    ) -> tasks.TargetLosses:
+        labels = inputs["labels"]
+        if task == "binary_cross_entropy":
+            return tasks.binary_cross_entropy(logits, labels)
+        if task == "mse":
+            return tasks.squared_error(logits, labels)
+        last = task != "cross_entropy" or tasks.classes_come_last(self.model, inputs, labels)
+        return tasks.cross_entropy(logits, labels, classes_last=last)
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
         """A mixture of experts' balancing loss, which its model adds to the loss we replace."""

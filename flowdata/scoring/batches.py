@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from flowdata.samples import first_readable
+from flowdata.scoring.inputs import labels_of
+from flowdata.scoring.tasks import innermost
 
 Collate = Callable[[list[Any]], Any]
 _CHARACTERS_PER_TOKEN = 3  # of raw text, when only a collate function knows its tokens
-_PADDING = {"labels": -100}  # other fields are padded with 0
 
 
 def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
@@ -37,12 +39,24 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
     return torch.tensor([0 if length is None else length for length in found])
 
 
-def choose_collate(collate_fn: Collate | None, sample: Any) -> Collate:
-    """Return the user's collate function, or the one that fits the first sample."""
+def choose_collate(
+    collate_fn: Collate | None, sample: Any, model: nn.Module, loss: Any = "auto"
+) -> Collate:
+    """Return the user's collate function, or the one that fits the first sample and the model."""
     if collate_fn is not None:
         return collate_fn
-    is_tokens = isinstance(sample, Mapping) and "input_ids" in sample
-    return pad_collate if is_tokens else default_collate
+    if not (isinstance(sample, Mapping) and "input_ids" in sample):
+        return default_collate
+    aligned: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
+    return aligned.get(loss) or partial(pad_collate, token=_padding_token(model))
+
+
+def _padding_token(model: nn.Module) -> int:
+    """The token that a model takes for padding, by which a decoder finds a text's end; else 0."""
+    config: Any = getattr(innermost(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", 0)
+    return token if isinstance(token, int) and 0 <= token < size else 0
 
 
 def check_stackable(sample: Any) -> None:
@@ -57,12 +71,13 @@ def check_stackable(sample: Any) -> None:
             )
 
 
-def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str, Any]:
     """Return a batch of token samples, padded on the right to the longest.
 
-    `input_ids` and every field as long as them become (B, T) tensors, `labels` padded with
-    −100 and all else with 0; `attention_mask` is made where the samples have none. Numbers
-    become (B,) tensors, other fields stay lists, or are left out where not all samples have them.
+    `input_ids` and every field as long as them become (B, T) tensors, `input_ids` padded with
+    `token`, `labels` with −100 and all else with 0; `attention_mask` is made where the samples
+    have none. Numbers become (B,) tensors, other fields stay lists, or are left out where not all
+    samples have them.
 
     Raises:
         ValueError: a sample's `input_ids` are not one-dimensional, or it lacks a field that
@@ -72,7 +87,7 @@ def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     for name in {name: None for sample in samples for name in sample}:
         values = [sample[name] for sample in samples if name in sample]
         if len(values) == len(samples):
-            batch[name] = _stack(name, values)
+            batch[name] = _stack(name, values, {"labels": -100, "input_ids": token}.get(name, 0))
         elif not _is_note(values[0]):
             raise ValueError(
                 f"only some samples have a field {name!r}: give it to all of them or none, or "
@@ -80,7 +95,7 @@ def pad_collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
             )
     if "attention_mask" not in batch:
         masks = [torch.ones(len(sample["input_ids"]), dtype=torch.long) for sample in samples]
-        batch["attention_mask"] = _stack("attention_mask", masks)
+        batch["attention_mask"] = _stack("attention_mask", masks, 0)
     return batch
 
 
@@ -101,7 +116,19 @@ def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     return pad_collate(samples)
 
 
-def _stack(name: str, values: list[Any]) -> Any:
+def pad_causal(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `pad_aligned`'s batch, without a mask of its own where samples have positions.
+
+    Hugging Face's models read packed sequences out of `position_ids`, unless there is a mask.
+    """
+    batch = pad_aligned(samples)
+    if "position_ids" in batch and "attention_mask" not in samples[0]:
+        batch["labels"] = labels_of(batch, "causal_lm")
+        del batch["attention_mask"]
+    return batch
+
+
+def _stack(name: str, values: list[Any], padding: int) -> Any:
     if _is_note(values[0]):
         return values
     try:
@@ -115,7 +142,6 @@ def _stack(name: str, values: list[Any]) -> Any:
             "return_tensors, or pass a collate_fn"
         )
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
-        padding = _PADDING.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
     return torch.stack(tensors)
 
@@ -140,9 +166,12 @@ def _given_lengths(lengths: Any, num_samples: int) -> Tensor:
 def _column_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
     columns = dataset.select_columns(names).with_format("arrow")[:]
-    found = [columns[name].combine_chunks().value_lengths().to_numpy() for name in names]
+    arrays = [columns[name].combine_chunks() for name in names]
+    found = [
+        array.value_lengths().to_numpy() for array in arrays if hasattr(array, "value_lengths")
+    ]
     ids: np.ndarray[Any, np.dtype[np.int64]] = found[0].astype(np.int64)
-    if len(found) == 2:
+    if len(found) == 2:  # else the labels are one a sample
         ids += np.where(found[1] == found[0], 0, found[1])
     return ids
 
@@ -151,7 +180,7 @@ def length_of(sample: Any) -> int | None:
     """Return a sample's length in tokens, estimated where it is text; None where it has none."""
     if isinstance(sample, Mapping) and "input_ids" in sample:
         length, labels = len(sample["input_ids"]), sample.get("labels")
-        other = len(labels) if isinstance(labels, Sequence | Tensor | np.ndarray) else length
+        other = length if labels is None or np.ndim(labels) == 0 else len(labels)
         return length if other == length else length + other
     texts = [sample] if isinstance(sample, str) else _texts(sample)
     return sum(map(len, texts)) // _CHARACTERS_PER_TOKEN + 1 if texts else None

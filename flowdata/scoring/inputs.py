@@ -5,6 +5,7 @@ All of it is made on the host, where sizes can be looked at without waiting for 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -101,10 +102,14 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
             f"{type(batch).__name__}; pass a collate_fn that makes them, or loss=callable"
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = _labels(batch, loss)
+    labels = labels_of(batch, loss)
     if loss == "causal_lm":
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        inputs = _without_right_padding_mask(inputs)
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
+            labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
+        if not _wants_mask(model, inputs):
+            inputs = _without_right_padding_mask(inputs)
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(innermost(model), labels)
     return inputs, labels
@@ -137,7 +142,8 @@ def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
     return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
 
 
-def _labels(batch: Mapping[str, Any], loss: str) -> Tensor:
+def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
+    """Return a batch's unshifted labels, (B, T); where it has none, those that its masks leave."""
     if "labels" in batch:
         labels: Tensor = batch["labels"]
         return labels
@@ -147,6 +153,17 @@ def _labels(batch: Mapping[str, Any], loss: str) -> Tensor:
     for mask in filter(lambda name: name in batch, _TARGET_MASKS):
         ids = ids.masked_fill(batch[mask] == 0, IGNORE_INDEX)
     return ids
+
+
+def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether leaving a mask out would change what a model does.
+
+    Hugging Face's models read packed sequences out of `position_ids` where there is no mask; a
+    `forward` may have no default for it.
+    """
+    wanted = inspect.signature(innermost(model).forward).parameters.get("attention_mask")
+    required = wanted is not None and wanted.default is inspect.Parameter.empty
+    return required or "position_ids" in inputs
 
 
 def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +177,6 @@ def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     if bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
-    if "position_ids" in inputs:
-        return inputs
     return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
 
 

@@ -42,7 +42,7 @@ from flowdata.scoring.tasks import Method, TargetLosses, call_with, innermost, l
 from flowdata.scoring.transfer import CPU
 
 _ROWS_AT_ONCE = 256  # of full logits in float32
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Run = Callable[[nn.Module, Work], TargetLosses]
 

@@ -18,8 +18,6 @@ from flowdata.scoring.batches import (
     Collate,
     check_stackable,
     choose_collate,
-    pad_aligned,
-    pad_collate,
 )
 from flowdata.scoring.columns import check_columns
 from flowdata.scoring.job import Job, LossFunction
@@ -32,7 +30,7 @@ from flowdata.scoring.tasks import (
     LOSSES,
     PREDICTION_LOSSES,
     innermost,
-    loss_of_batch,
+    loss_of,
     loss_of_model,
     unwrapped,
 )
@@ -213,18 +211,16 @@ class LossScorer:
         return scores
 
     def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
-        collate = choose_collate(collate_fn, first_readable(dataset))
-        loss = self.loss
+        first, loss = first_readable(dataset), self.loss
         if loss == "auto":
-            loss = loss_of_model(innermost(self.model)) or loss_of_batch(
-                CollateReadable(collate)(
-                    [dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))]
-                )
-            )
+            loss = loss_of_model(innermost(self.model)) or loss
+        if loss == "auto":
+            few = [dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))]
+            collate = choose_collate(collate_fn, first, self.model)
+            loss = loss_of(self.model, CollateReadable(collate)(few))
+        collate = choose_collate(collate_fn, first, self.model, loss)
         if collate_fn is None and loss in PREDICTION_LOSSES:
-            check_stackable(first_readable(dataset))
-        if collate is pad_collate and loss in ("causal_lm", "masked_lm"):
-            collate = pad_aligned
+            check_stackable(first)
         return Job(
             model=self.model,
             loss=loss,

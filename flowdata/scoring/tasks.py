@@ -21,6 +21,12 @@ from flowdata.scoring.columns import columns_of_logits
 from flowdata.scoring.transfer import CPU, to_device
 
 IGNORE_INDEX = -100
+_PROBLEMS = {  # Hugging Face's names
+    "regression": "mse",
+    "single_label_classification": "cross_entropy",
+    "multi_label_classification": "binary_cross_entropy",
+}
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
 PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
 LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
@@ -60,6 +66,21 @@ def _means(values: Tensor, counts: Tensor) -> Tensor:
 Method = Callable[[nn.Module, Any], TargetLosses]
 
 
+def loss_of(model: nn.Module, batch: Any) -> str:
+    """Return the name of the loss that a model computes, or that a batch of samples calls for.
+
+    Raises:
+        ValueError: see `loss_of_batch`.
+    """
+    inner = innermost(model)
+    said = loss_of_model(inner)
+    if said is None and type(inner).__name__.endswith(_CLASSIFIERS):
+        targets = split_batch(batch)[1]
+        if targets is not None:  # as Hugging Face's classifiers choose
+            return "binary_cross_entropy" if targets.is_floating_point() else "cross_entropy"
+    return said or loss_of_batch(batch)
+
+
 def loss_of_model(model: nn.Module) -> str | None:
     """Return the name of the loss that a Hugging Face model's class says, if it says one."""
     name = type(model).__name__
@@ -74,14 +95,18 @@ def loss_of_model(model: nn.Module) -> str | None:
             return loss
     if name.endswith("ForConditionalGeneration") and config is not None:
         return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
+    if name.endswith(_CLASSIFIERS) and config is not None:
+        problem = "regression" if config.num_labels == 1 else None
+        return _PROBLEMS.get(config.problem_type or problem or "")
     return None
 
 
 def loss_of_batch(batch: Any) -> str:
     """Return the name of the loss that a batch of samples calls for.
 
-    Token batches are causal language modelling, integer targets cross-entropy, targets that
-    are all 0 or 1 (or −100) binary cross-entropy, other floating targets the mean squared error.
+    Token batches are causal language modelling, integer targets cross-entropy, (B, L) bools and
+    floating targets that are all 0 or 1 (or −100) binary cross-entropy, other floating targets
+    the mean squared error.
 
     Raises:
         ValueError: nothing fits; the message says what to pass.
@@ -94,6 +119,8 @@ def loss_of_batch(batch: Any) -> str:
             "loss='auto' found no targets in the batch: samples must be (input, target) pairs or "
             f"dicts with 'labels', got {_describe(batch)}; pass loss=callable(model, batch)"
         )
+    if targets.dtype == torch.bool and targets.dim() > 1:
+        return "binary_cross_entropy"
     if not targets.is_floating_point():
         return "cross_entropy"
     is_binary = (targets == 0) | (targets == 1) | (targets == IGNORE_INDEX)
@@ -135,9 +162,21 @@ def prediction_method(loss: str, columns: Sequence[str] = (), device: torch.devi
             return squared_error(predictions.float(), targets)
         logits = predictions.float()
         hidden = next((h for h, out in calls if torch.equal(out.float(), logits)), None)
-        return cross_entropy(logits, targets, columns, hidden)
+        last = classes_come_last(model, inputs, targets)
+        return cross_entropy(logits, targets, columns, hidden, classes_last=last)
 
     return run
+
+
+def classes_come_last(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
+    """Whether logits of (B, T) targets are (B, T, C): of a model of tokens, or Hugging Face's.
+
+    Their shape alone does not tell where T is C.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == targets.shape:
+        return targets.dim() == 2
+    return targets.dim() == 2 and hasattr(innermost(model), "config")
 
 
 def callable_method(
@@ -221,12 +260,18 @@ def logits_of(output: Any) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, columns: Sequence[str] = (), hidden: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    columns: Sequence[str] = (),
+    hidden: Tensor | None = None,
+    *,
+    classes_last: bool = False,
 ) -> TargetLosses:
     """Losses of classes: targets (B, …) int64, −100 ignored, or (B, C) class probabilities.
 
-    Logits are (B, C, …), or (B, …, C) where only that fits; `hidden` is (B, …, d), what the layer
-    that made them was given. Where targets are on the host, nothing waits for the device.
+    Logits are (B, C, …), or (B, …, C) with `classes_last` or where only that fits; `hidden` is
+    (B, …, d), what the layer that made them was given. Where targets are on the host, nothing
+    waits for the device.
     """
     if targets.is_floating_point():
         targets = to_device(targets, logits.device)
@@ -240,7 +285,8 @@ def cross_entropy(
             f"cross_entropy needs logits of at least two classes, got shape {tuple(logits.shape)}; "
             "for one logit a sample pass loss='binary_cross_entropy'"
         )
-    if logits.shape[:-1] == targets.shape != logits.shape[:1] + logits.shape[2:]:
+    classes_last |= targets.shape != logits.shape[:1] + logits.shape[2:]
+    if classes_last and logits.shape[:-1] == targets.shape:
         logits = logits.movedim(-1, 1)
     _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
     kept = targets != IGNORE_INDEX
@@ -312,9 +358,11 @@ def _last_linear(model: nn.Module, *, wanted: bool) -> Iterator[list[tuple[Tenso
 
 def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Size) -> None:
     if targets.shape != expected:
+        binary = loss == "cross_entropy" and targets.shape == logits.shape
+        hint = "; for a yes or no of each class pass loss='binary_cross_entropy'" if binary else ""
         raise ValueError(
             f"loss={loss!r}: predictions have shape {tuple(logits.shape)}, so targets must have "
-            f"shape {tuple(expected)}, got {tuple(targets.shape)}"
+            f"shape {tuple(expected)}, got {tuple(targets.shape)}{hint}"
         )
 
 

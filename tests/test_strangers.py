@@ -1,0 +1,184 @@
+"""Inputs and models with habits of their own: each sample as the model itself would lose on it."""
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flowdata import LossScorer
+from tests import reference
+from tests.models import VOCABULARY, tiny_llama, token_samples
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def score(model, data, loss="auto", collate_fn=None, **options):
+    scorer = LossScorer(model.eval(), loss, dtype="float32", progress=False, **options)
+    return scorer.score(data, collate_fn=collate_fn)
+
+
+def ids(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("token", [0, 2])
+def test_a_decoder_that_classifies_reads_its_last_real_token(token):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**SMALL, pad_token_id=token, num_labels=3))
+    nn.init.normal_(model.score.weight, std=2)
+    samples = [
+        {"input_ids": tokens, "labels": number % 3}
+        for number, tokens in enumerate(ids(5, 9, 3, 7, 1))
+    ]
+    expected = [
+        model.eval()(
+            input_ids=sample["input_ids"][None], labels=torch.tensor([sample["labels"]])
+        ).loss
+        for sample in samples
+    ]
+    torch.testing.assert_close(score(model, samples).losses, torch.stack(expected).detach())
+
+
+@pytest.mark.parametrize("classes", [5, 7])
+def test_classes_of_tokens_come_last_even_where_lengths_agree_with_them(classes):
+    from transformers import BertConfig, BertForTokenClassification
+
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**SMALL, num_labels=classes)).eval()
+    nn.init.normal_(model.classifier.weight, std=2)
+    samples = [
+        {"input_ids": tokens, "labels": torch.arange(len(tokens)) % classes}
+        for tokens in ids(5, 5, 4, 5)
+    ]
+    expected = [model(**{k: v[None] for k, v in sample.items()}).loss for sample in samples]
+    torch.testing.assert_close(score(model, samples).losses, torch.stack(expected).detach())
+    own = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6))
+    tokens = torch.randint(0, 6, (4, 6))
+    expected = F.cross_entropy(own(tokens).mT, tokens, reduction="none").mean(1)
+    torch.testing.assert_close(
+        score(own, TensorDataset(tokens, tokens), "cross_entropy").losses, expected.detach()
+    )
+
+
+def left(samples):
+    width = max(len(tokens) for tokens in samples)
+    padded = [torch.cat([torch.zeros(width - len(t), dtype=torch.long), t]) for t in samples]
+    mask = [torch.arange(width) >= width - len(t) for t in samples]
+    return {"input_ids": torch.stack(padded), "attention_mask": torch.stack(mask).long()}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_padding_on_the_left_predicts_nothing(labelled):
+    def collate(samples):
+        batch = left(samples)
+        if labelled:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch
+
+    model, samples = tiny_llama(), ids(3, 5, 9)
+    expected = [
+        reference.causal_lm_sample_loss(model.eval(), {"input_ids": t, "labels": t})[0]
+        for t in samples
+    ]
+    for size in (1, 3):
+        found = score(model, samples, collate_fn=collate, batch_size=size)
+        assert found.counts.tolist() == [2, 4, 8]
+        torch.testing.assert_close(found.losses, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_of_packed_sequences_are_read_as_the_model_reads_them(masked):
+    (tokens,) = ids(9)
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
+    sample = {"input_ids": tokens, "labels": tokens, "position_ids": positions}
+    sample |= {"attention_mask": torch.ones(9, dtype=torch.long)} if masked else {}
+    model = tiny_llama(initializer_range=0.5).eval()
+    expected = model(**{name: value[None] for name, value in sample.items()}, use_cache=False).loss
+    (short,) = ids(4)
+    other = {"input_ids": short, "labels": short, "position_ids": torch.arange(4)}
+    other |= {"attention_mask": torch.ones(4, dtype=torch.long)} if masked else {}
+    found = score(model, [sample, other]).losses[0]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "loss"),
+    [
+        ({"num_labels": 1}, [0.0, 1.0, 1.0], "mse"),
+        ({"num_labels": 1}, [3, 5, 4], "mse"),
+        ({"num_labels": 3}, [0, 2, 1], "cross_entropy"),
+        ({"num_labels": 3}, [[0.2, 0.9, 0.5]] * 3, "binary_cross_entropy"),
+        (
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+            [[0.0, 1.0, 1.0]] * 3,
+            "binary_cross_entropy",
+        ),
+        ({"num_labels": 3, "problem_type": "regression"}, [[0.0, 1.0, 1.0]] * 3, "mse"),
+    ],
+)
+def test_a_classifier_loses_as_its_own_problem_says(options, labels, loss):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SMALL, **options)).eval()
+    tokens = [t.tolist() for t in ids(5, 3, 4)]
+    rows = datasets.Dataset.from_dict({"input_ids": tokens, "labels": labels})
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    found = scorer.score(rows).losses
+    assert scorer.explain().startswith(loss)
+    for row, value in zip(rows, found, strict=True):
+        target = torch.tensor([row["labels"]])
+        target = target.float() if loss == "mse" else target
+        own = model(input_ids=torch.tensor([row["input_ids"]]), labels=target).loss
+        assert value.item() == pytest.approx(own.item(), rel=1e-4)
+    for data in (rows.with_format("torch"), [dict(row) for row in rows.with_format("torch")]):
+        torch.testing.assert_close(scorer.score(data).losses, found)
+
+
+def test_several_yes_or_no_targets():
+    data = TensorDataset(torch.randn(4, 2), torch.eye(4, 3).bool())
+    model = nn.Linear(2, 3)
+    expected = F.binary_cross_entropy_with_logits(
+        model(data.tensors[0]), data.tensors[1].float(), reduction="none"
+    ).mean(1)
+    torch.testing.assert_close(score(model, data).losses, expected.detach())
+    with pytest.raises(ValueError, match="for a yes or no of each class pass"):
+        score(model, TensorDataset(data.tensors[0], data.tensors[1].long()))
+
+
+class NeedsMask(nn.Module):
+    """A language model of one's own that does not run without a mask."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids, attention_mask):
+        return self.head((self.embed(input_ids) * attention_mask[..., None]).cumsum(1))
+
+
+def test_a_mask_that_a_model_asks_for_is_given():
+    model, samples = NeedsMask(), token_samples(5)
+    for sample, loss in zip(samples, score(model, samples, "causal_lm").losses, strict=True):
+        tokens = sample["input_ids"][None]
+        logits = model(tokens, torch.ones_like(tokens))
+        expected = F.cross_entropy(logits[0, :-1], sample["labels"][1:])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_language_model_in_float64():
+    model, samples = tiny_llama().double(), token_samples(5)
+    found = LossScorer(model, progress=False).score(samples).losses
+    torch.testing.assert_close(found, score(tiny_llama(), samples).losses, rtol=1e-4, atol=1e-5)
