@@ -76,14 +76,14 @@ class ParameterAnchor:
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if kind not in ("l2", "l1"):
             raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}")
-        if not 0 <= strength < float("inf"):
+        if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
             raise ValueError(f"strength must be finite and >= 0, got {strength!r}")
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError("model has no parameter that requires a gradient: nothing to anchor")
         self.kind, self.strength = kind, strength
         self._parameters = list(named.values())
-        self._snapshot = _snapshot(named, reference, device)
+        self._snapshot = _snapshot(model, named, reference, device)
 
     def __call__(self) -> Tensor:
         """Return the penalty: 0-d float32, on the device of the first parameter."""
@@ -146,17 +146,40 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def _load(file: Path) -> StateDict:
+    """The tensors of a safetensors file, mapped."""
+    from safetensors.torch import load_file
+
+    if file.is_dir():
+        raise ValueError(f"reference must name a safetensors file, {file} is a folder")
+    return load_file(file)
+
+
+def _with_tied_names(reference: StateDict, model: nn.Module) -> StateDict:
+    """A reference under all names of its tensors: files keep a shared one under one name alone."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {
+        name: reference[other]
+        for group in names.values()
+        for name in group
+        for other in group
+        if other in reference and name not in reference
+    }
+    return {**reference, **tied}
+
+
 def _snapshot(
+    model: nn.Module,
     named: Mapping[str, Tensor],
     reference: StateDict | str | Path | None,
     device: str | torch.device | None,
 ) -> list[Tensor]:
     mapped = isinstance(reference, (str, Path))
     if isinstance(reference, (str, Path)):
-        from safetensors.torch import load_file
-
-        reference = load_file(reference)
-    kept = named if reference is None else reference
+        reference = _load(Path(reference))
+    kept = named if reference is None else _with_tied_names(reference, model)
     _check_shapes(_shapes(kept), _shapes(named), "reference", "model", more=True)
     # Tensors given may share the memory of the parameters that are about to move: copy them.
     return [
@@ -204,7 +227,7 @@ def wise_ft(pretrained: Any, finetuned: Any, alpha: float, output: str | Path | 
         >>> wise_ft({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}, 0.25)
         {'w': tensor([0.2500, 1.5000])}
     """
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}")
     both = (pretrained, finetuned)
     if all(isinstance(value, (str, Path)) for value in both):
@@ -221,7 +244,12 @@ def wise_ft(pretrained: Any, finetuned: Any, alpha: float, output: str | Path | 
         return averaged
     if all(isinstance(value, Mapping) for value in both):
         _check_shapes(_shapes(pretrained), _shapes(finetuned), "pretrained", "finetuned")
-        return {name: _average(pretrained[name], finetuned[name], alpha) for name in finetuned}
+        return {
+            name: _average(pretrained[name], end, alpha)
+            if isinstance(end, Tensor)
+            else copy.deepcopy(end)
+            for name, end in finetuned.items()
+        }
     raise TypeError(
         "pretrained and finetuned must both be modules, state dicts or paths of safetensors "
         f"files; got {type(pretrained).__name__} and {type(finetuned).__name__}"
@@ -285,11 +313,16 @@ def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _average(pretrained: Tensor, finetuned: Tensor, alpha: float) -> Tensor:
-    if not finetuned.is_floating_point():
+    is_number = finetuned.is_floating_point() or finetuned.is_complex()
+    if not is_number or alpha == 1:
         return finetuned.detach().clone()
-    wide = torch.promote_types(finetuned.dtype, torch.float32)
-    start = pretrained.detach().to(finetuned.device, wide)
-    return start.lerp(finetuned.detach().to(wide), alpha).to(finetuned.dtype)
+    start, end = pretrained.detach().to(finetuned.device), finetuned.detach()
+    if alpha == 0:
+        return start.to(end.dtype, copy=True)
+    wide = torch.float32 if end.dtype.itemsize < 4 else end.dtype  # float8 has no promotion
+    start, end, narrow = start.to(wide), end.to(wide), end.dtype
+    averaged = (1 - alpha) * start + alpha * end  # lerp overflows, and takes inf from inf
+    return torch.where(start == end, end, averaged).to(narrow)
 
 
 def _average_files(pretrained: Path, finetuned: Path, alpha: float, output: Path) -> Path:
@@ -345,4 +378,4 @@ def _check_shapes(
 
 
 def _shapes(entries: StateDict) -> Shapes:
-    return {name: list(value.shape) for name, value in entries.items()}
+    return {name: list(value.shape) for name, value in entries.items() if isinstance(value, Tensor)}

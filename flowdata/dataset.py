@@ -37,8 +37,8 @@ class FlowWeightedDataset(Dataset[Any]):
         missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"`` for weight 0.
 
     Raises:
-        TypeError: `dataset` is a stream (use `FlowWeightedIterable`), or a sample does not fit
-            the layout.
+        TypeError: `dataset` is a stream (use `FlowWeightedIterable`), there are several scores
+            but no `ConcatDataset`, or a sample does not fit the layout.
         ScoreMismatchError: the scores or weights are of another length or another data set.
         ValueError: unusable weights, temperature, layout, or a sample that has `key` already.
 
@@ -109,12 +109,17 @@ def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "medi
         scores: one `Scores` for each data set; samples without a loss are left out.
         temperature: as in `resolve_temperature`.
 
+    Raises:
+        TypeError: `scores` is no list of `Scores`.
+
     Example:
         >>> import torch
         >>> easy, hard = Scores(torch.tensor([0.1, 0.2])), Scores(torch.tensor([1.0, 2.0, 3.0]))
         >>> joint_temperature([easy, hard])
         1.0
     """
+    if not is_several(scores) or not all(isinstance(part, Scores) for part in scores):
+        raise TypeError("scores must be a list of Scores, one for each data set")
     losses = torch.cat([part.losses for part in scores])
     return resolve_temperature(losses[~losses.isnan()], temperature)
 
@@ -182,7 +187,14 @@ def _check_match(dataset: Any, scores_or_weights: Any) -> None:
     """Check scores against the data set they are to weigh, or against its parts."""
     if isinstance(scores_or_weights, Scores):
         scores_or_weights.check_dataset(dataset)
-    elif is_several(scores_or_weights) and isinstance(dataset, ConcatDataset):
+    elif is_several(scores_or_weights) and not isinstance(dataset, ConcatDataset):
+        if any(isinstance(part, Scores) for part in scores_or_weights):
+            raise TypeError(
+                "a list of scores is for a torch.utils.data.ConcatDataset of the data sets that "
+                f"they were made from, got {type(dataset).__name__}; pass one Scores alone, or "
+                "their weights()"
+            )
+    elif is_several(scores_or_weights):
         if len(scores_or_weights) != len(dataset.datasets):
             raise ScoreMismatchError(
                 f"{len(scores_or_weights)} scores for {len(dataset.datasets)} concatenated data "
@@ -193,8 +205,8 @@ def _check_match(dataset: Any, scores_or_weights: Any) -> None:
         ):
             if isinstance(scores, Scores):
                 scores.check_dataset(part)
-            elif len(scores) != len(part):  # type: ignore[arg-type]
+            elif len(scores) != len(part):
                 raise ScoreMismatchError(
                     f"scores_or_weights[{number}] holds {len(scores)} weights, part {number} of "
-                    f"the data set {len(part)} samples"  # type: ignore[arg-type]
+                    f"the data set {len(part)} samples"
                 )

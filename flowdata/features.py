@@ -59,7 +59,8 @@ def compute_features(
         StoreError: `store` is damaged, or no file of features.
     """
     own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    scored = resolve_dtype(dtype, model, own.device)
+    has_body = any(True for _ in model.parameters())
+    scored = resolve_dtype(dtype if has_body else "float32", model, own.device)
 
     def compute() -> tuple[Tensor, Tensor]:
         return _features(model, dataset, collate_fn, batch_size, scored, num_workers, progress)

@@ -27,11 +27,12 @@ from flowdata.scoring.placement import whole_parameters
 _SAMPLED_ITEMS = 512  # of a data set that only code can read; see fingerprint_dataset
 _ARROW_ROWS = 4096  # rows of a Hugging Face data set that are in memory at a time
 _WORDS = 1 << 14  # 4-byte words that one checksum covers
+_LIBRARIES = ("torch", "transformers", "peft")
 _VOLATILE_CONFIG = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
 def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
-    """Return the digest of a model's modules, configuration, parameters and buffers.
+    """Return the digest of a model's modules, settings, configuration, parameters and buffers.
 
     Tensors are reduced where they are, by a multiply-add checksum over their bits that no
     single changed bit can leave as it was; 8 bytes for every 64 KiB leave the device.
@@ -43,7 +44,8 @@ def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
     digest = hashlib.sha256(_canonical(_module_class(model)))
     if not skip_adapters:
         for path, module in model.named_modules():
-            digest.update(_canonical([path, _module_class(module), module.extra_repr()]))
+            told = [path, _module_class(module), module.extra_repr(), *_settings(module)]
+            digest.update(_canonical(told))
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         digest.update(_canonical(_stable_config(config.to_dict())))
@@ -60,6 +62,22 @@ def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
     for part in sums:  # only now is the device waited for
         digest.update(part.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """What else decides on a module's outputs: which adapters act and how, a user's own numbers."""
+    active = getattr(module, "active_adapters", None)
+    if isinstance(active, str | list | tuple):  # of a layer; a transformers model has a method
+        return [active, bool(module.disable_adapters), str(getattr(module, "scaling", None))]
+    if type(module).__module__.partition(".")[0] in _LIBRARIES:
+        return []  # their extra_repr or configuration says it
+    return sorted(
+        [name, value]
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+        and not name.startswith("_")
+        and name != "training"
+    )
 
 
 def fingerprint_dataset(dataset: Any, *, skip_unreadable: bool = False) -> str:

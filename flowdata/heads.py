@@ -53,7 +53,7 @@ def fit_head(
         `head`.
 
     Raises:
-        TypeError: `head` is no `nn.Linear`.
+        TypeError: `head` is no `nn.Linear`, features or targets are no tensors.
         ValueError: shapes or values don't fit, with the first bad sample named. The head is
             then left as it was.
 
@@ -65,15 +65,19 @@ def fit_head(
         (2.0, 1.0)
     """
     check_head(head)
+    for what, given in (("features", features), ("targets", targets)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{what} must be a tensor, got {type(given).__name__}")
     name = _choose_loss(targets) if loss == "auto" else loss
     if name not in _LOSSES:
         raise ValueError(f"loss must be 'auto' or one of {sorted(_LOSSES)}, got {loss!r}")
     targets = _check_targets(targets, name, len(features), head.out_features)
     _check_features(features, head.in_features)
     if strength == "held_out":
-        if not 2 <= folds <= len(features):
+        if not isinstance(folds, int) or not 2 <= folds <= len(features):
             raise ValueError(
-                f"folds must lie between 2 and the number of samples, {len(features)}; got {folds}"
+                "folds must be an integer between 2 and the number of samples, "
+                f"{len(features)}; got {folds}"
             )
     elif isinstance(strength, str) or not 0 <= strength < float("inf"):
         raise ValueError(f"strength must be 'held_out' or a float >= 0, got {strength!r}")
@@ -213,7 +217,7 @@ def _standardise(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor, flo
     for rows in features.split(_ROWS):
         squares += (rows.double() - mean).square_().sum().item()
     scale = math.sqrt(squares / features.numel()) or 1.0
-    out = torch.empty_like(features)
+    out = torch.empty_like(features, dtype=torch.promote_types(features.dtype, torch.float32))
     for target, rows in zip(out.split(_ROWS), features.split(_ROWS), strict=True):
         target.copy_((rows.double() - mean) / scale)
     return out, mean, scale

@@ -268,6 +268,8 @@ def target_weights(
     is_target = next_tokens(labels, ignore_index) != ignore_index
     if weights is None:
         return is_target.to(torch.float32)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     weights = weights.to(labels.device, _compute_dtype(weights))
     if weights.shape == labels.shape[:1]:
         moved = weights[:, None]

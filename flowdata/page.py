@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -27,6 +28,8 @@ _NAMES = {
     "q90": "90 %",
     "max": "hardest",
 }
+# Control characters but tab and newline, and those that turn the direction of all that follows.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _EXCERPT = 600  # characters of a sample that are shown
 
 
@@ -144,6 +147,7 @@ def _definitions(metadata: Mapping[str, Any]) -> str:
 
 
 def _excerpt(text: str) -> str:
+    text = _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     more = len(text) - _EXCERPT
     return text if more <= 0 else f"{text[:_EXCERPT].rstrip()} … ({more:,} more characters)"
 

@@ -125,6 +125,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._median = RunningMedian()  # of what this process has read
         self._others = RunningMedian()  # of the other ranks, when they were last merged
         self._source_state: Any = None  # at the start of the current window
+        self._fresh_state: Any = None  # of a Hugging Face stream before anything was read
         self._in_use: float | None = None  # the current window's temperature
         self._read = self._yielded = 0  # samples before the current window; within it
         self._begun = self._ended = False
@@ -192,8 +193,8 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._begun, self._ended = False, state_dict["ended"]
         self._source_state, self._read = state_dict["source"], state_dict["read"]
         self._in_use, self._yielded = state_dict["in_use"], state_dict["yielded"]
-        self._median = RunningMedian(state_dict["median"])
-        self._others = RunningMedian(state_dict["others"])
+        self._median = _median_of(state_dict["median"])
+        self._others = _median_of(state_dict["others"])
 
     def _identity(self) -> dict[str, Any]:
         """What a state must share with the stream that loads it."""
@@ -242,6 +243,11 @@ class FlowWeightedIterable(IterableDataset[Any]):
         share, shares = self._share()
         if isinstance(self.dataset, IterableDataset):
             share, shares = self.rank, self.num_replicas
+        if type(self.dataset).__module__.startswith("datasets."):
+            if self._fresh_state is None:
+                self._fresh_state = self.dataset.state_dict()
+            elif self._source_state is None:  # else it would begin where it was last resumed
+                self.dataset.load_state_dict(self._fresh_state)
         if self._source_state is None:
             return islice(self.dataset, share + shares * self._read, None, shares)
         self.dataset.load_state_dict(self._source_state)
@@ -291,6 +297,11 @@ class FlowWeightedIterable(IterableDataset[Any]):
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         accepted: list[bool] = (uniform < weights).tolist()
         return accepted
+
+
+def _median_of(counts: Mapping[Any, int]) -> RunningMedian:
+    """A median from its state, which may have been JSON in between."""
+    return RunningMedian({int(bucket): count for bucket, count in counts.items()})
 
 
 def _as_iterable(dataset: Any) -> Any:

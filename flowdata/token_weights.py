@@ -128,6 +128,7 @@ def align_token_weights(
         (T,) in the dtype of `weights`.
 
     Raises:
+        TypeError: not a tensor.
         ValueError: the number of targets doesn't fit.
 
     Example:
@@ -138,6 +139,9 @@ def align_token_weights(
     """
     if truncated not in ("no", "right", "left"):
         raise ValueError(f"truncated must be 'no', 'right' or 'left', got {truncated!r}")
+    for name, value in (("weights", weights), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     is_target = labels != ignore_index
     is_target[:1] = False
     found = int(is_target.sum())

@@ -65,16 +65,18 @@ def score_views(
     """
     if not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be an integer >= 1, got {views!r}")
+    named = options.pop("dataset_id", None)
     parts = [
         scorer.score(
             _View(dataset, seed, view),
             store=None if store is None else Path(store) / f"view-{view}",
+            dataset_id=None if named is None else f"{named}, view {view} of seed {seed}",
             **options,
         )
         for view in range(views)
     ]
     identity = dict(parts[0].metadata["identity"])
-    identity["dataset"] = options.get("dataset_id") or content_identity(dataset)
+    identity["dataset"] = named or content_identity(dataset)
     identity |= {"views": views, "seed": seed}
     return Scores(
         _mean(parts, lambda part: part.losses),

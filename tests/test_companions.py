@@ -8,6 +8,7 @@ from torch import nn
 
 from flowdata.companions import ParameterAnchor, batch_norm_state, sweep_wise_ft, wise_ft
 from tests import reference
+from tests.models import tiny_llama
 
 
 def network(seed=0):
@@ -370,3 +371,47 @@ def test_a_model_sharded_over_two_processes_is_anchored_whole(tmp_path):
         penalty, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert penalty.item() == pytest.approx(0.1 * count * 0.25**2, rel=1e-5)
         assert all(torch.allclose(g, torch.tensor(0.1 * 2 * 0.25)) for g in gradients)
+
+
+def test_ends_and_equal_values_are_exact_even_where_they_are_infinite():
+    mask = {"mask": torch.tensor([0.0, -torch.inf]), "w": torch.tensor([0.1, 3e38])}
+    for alpha in (0.0, 0.3, 1.0):
+        averaged = wise_ft(mask, mask, alpha)
+        assert all(torch.equal(averaged[name], mask[name]) for name in mask)
+    large = wise_ft({"w": torch.tensor([3e38])}, {"w": torch.tensor([-3e38])}, 0.5)
+    assert large["w"].item() == 0
+    start, end = {"w": torch.tensor([1e38])}, {"w": torch.tensor([torch.inf])}
+    assert wise_ft(start, end, 0.0)["w"].item() == start["w"].item()
+    turned = wise_ft({"w": torch.tensor([1 + 1j])}, {"w": torch.tensor([3 - 1j])}, 0.5)
+    assert turned["w"].item() == 2
+    eighths = torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)
+    assert wise_ft({"w": eighths}, {"w": eighths}, 0.5)["w"].float().tolist() == [1, 2]
+
+
+def test_states_other_than_tensors_are_those_of_the_fine_tuned():
+    class Noted(nn.Linear):
+        def get_extra_state(self):
+            return {"note": self.note}
+
+        def set_extra_state(self, state):
+            self.note = state["note"]
+
+    old, new = Noted(2, 2), Noted(2, 2)
+    old.note, new.note = "old", "new"
+    assert wise_ft(old, new, 0.5).note == "new"
+
+
+def test_a_reference_may_hold_a_tied_tensor_under_its_other_name(tmp_path):
+    from safetensors.torch import save_model
+
+    model = tiny_llama(tie_word_embeddings=True)
+    save_model(model, str(tmp_path / "start.safetensors"))
+    anchor = ParameterAnchor(model, reference=tmp_path / "start.safetensors")
+    assert anchor().item() == 0
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] += 2
+    assert anchor().item() == pytest.approx(4e-3)
+    with pytest.raises(ValueError, match="is a folder"):
+        ParameterAnchor(model, reference=tmp_path)
+    with pytest.raises(ValueError, match="strength must be finite"):
+        ParameterAnchor(model, strength="1")

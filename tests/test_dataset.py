@@ -161,6 +161,17 @@ def test_the_wrong_kind_of_data_set_is_named():
         FlowWeightedDataset(Scores(torch.ones(5)), rows())
 
 
+def test_several_scores_are_of_the_parts_of_a_concatenation():
+    scores = Scores(torch.ones(3)), Scores(torch.ones(2))
+    assert len(FlowWeightedDataset(ConcatDataset([range(3), range(2)]), list(scores))) == 5
+    for several in (list(scores), [Scores(torch.ones(5))]):
+        with pytest.raises(TypeError, match=r"a list of scores is for a .*ConcatDataset"):
+            FlowWeightedDataset(rows(), several)
+    for wrong in ([], scores[0], [torch.ones(2)]):
+        with pytest.raises(TypeError, match="scores must be a list of Scores"):
+            joint_temperature(wrong)
+
+
 def test_streams_are_sent_to_the_class_for_streams():
     class Stream(IterableDataset):
         def __iter__(self):

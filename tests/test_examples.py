@@ -14,7 +14,7 @@ RUNS = {
     "custom_loop": ("--epochs", "5"),
     "hf_trainer": LANGUAGE,
     "trl_sft": LANGUAGE,
-    "lightning_loop": LANGUAGE,
+    "lightning": LANGUAGE,
     "llama_lora": LANGUAGE,
 }
 RESNET = ("--samples", "40", "--size", "32", "--epochs", "1", "--data", "missing.npz")

@@ -62,6 +62,40 @@ def test_it_depends_on_names_dtype_and_configuration_but_not_on_flags():
     )
 
 
+def test_it_depends_on_the_adapters_that_act_and_how_strongly():
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(alpha=8):
+        model = tiny_llama()
+        torch.manual_seed(1)
+        config = LoraConfig(target_modules=["q_proj"], lora_alpha=alpha, init_lora_weights=False)
+        model = get_peft_model(model, config, adapter_name="a")
+        model.add_adapter("b", config)
+        return model
+
+    before = fingerprint_model(adapted())
+    assert fingerprint_model(adapted()) == before
+    assert fingerprint_model(adapted(alpha=64)) != before
+    other = adapted()
+    other.set_adapter("b")
+    assert fingerprint_model(other) != before
+    other = adapted()
+    with other.disable_adapter():
+        assert fingerprint_model(other) != before
+
+
+def test_it_depends_on_numbers_of_the_users_own():
+    class Scaled(nn.Linear):
+        def __init__(self, scale):
+            super().__init__(2, 2)
+            self.scale = scale
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    assert fingerprint_model(Scaled(2.0)) == fingerprint_model(Scaled(2.0).eval())
+    assert fingerprint_model(Scaled(2.0)) != fingerprint_model(Scaled(3.0))
+
+
 def test_adapters_can_be_left_out():
     from peft import LoraConfig, get_peft_model
 

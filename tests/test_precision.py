@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,18 @@ def test_training_flags_come_back_after_an_error():
     with pytest.raises(KeyError), scoring_model(model, torch.float32, CPU):
         raise KeyError
     assert model.training
+
+
+def test_a_model_that_can_not_be_copied_is_lent_where_nothing_needs_converting():
+    model = TinyResNet()
+    model.guard = threading.Lock()
+    with scoring_model(model, torch.float32, CPU) as lent:
+        assert lent is model
+    with (
+        pytest.raises(ValueError, match=r"can't be copied.*pickle '_thread.lock' object"),
+        scoring_model(model, torch.bfloat16, CPU),
+    ):
+        pass
 
 
 def test_a_copy_takes_the_dtype_and_shares_nothing():

@@ -144,6 +144,12 @@ def test_a_long_sample_is_cut_with_a_count(tmp_path):
 def test_without_texts_or_with_no_samples_listed_the_page_shows_numbers(tmp_path):
     scores = some_scores()
     assert "<pre>" not in write_report(scores, tmp_path).page.read_text("utf-8")
+
+
+def test_what_can_not_be_seen_is_spelt_out(tmp_path):
+    scores = Scores(torch.tensor([0.5]))
+    page = write_report(scores, tmp_path, samples=lambda _: "a\0b\u202ec\nd").page
+    assert "<pre>a\\x00b\\x202ec\nd</pre>" in page.read_text("utf-8")
     assert "Easiest samples" not in write_report(scores, tmp_path, top=0).page.read_text("utf-8")
 
 

@@ -512,6 +512,27 @@ def test_lists_that_would_be_taken_apart_are_refused():
     assert quiet(nn.Linear(2, 2)).score(rows.with_format("torch")).losses.isfinite().all()
 
 
+def test_merged_adapters_are_not_taken_out_unasked():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"call model.unmerge_adapter\(\) first"):
+        quiet(model, reference="base")
+    model.unmerge_adapter()
+    assert quiet(model, reference="base").score(token_samples(3)).losses.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_samples_without_tokens_have_no_loss(make):
+    none = torch.empty(0, dtype=torch.long)
+    samples = [{"input_ids": none, "labels": none}] * 5 + token_samples(3)
+    found = quiet(make(), batch_size=2).score(samples)
+    assert found.losses.isnan().tolist() == [True] * 5 + [False] * 3
+    lists = [{"input_ids": []} for _ in range(3)]
+    assert quiet(make()).score(lists).losses.isnan().all()
+
+
 def test_classes_that_the_model_does_not_have_are_refused():
     for strange in (3, -1):
         targets = torch.tensor([0, 2, -100, strange])

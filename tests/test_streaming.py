@@ -238,6 +238,16 @@ def test_a_finished_stream_is_over_once():
     assert len(list(resumed)) == COUNT
 
 
+@pytest.mark.parametrize("source", ["list", "hugging face stream", "torchdata node"])
+def test_the_pass_after_a_resumed_one_is_whole(source):
+    stream = build(SOURCES[source]())
+    list(islice(stream, 7))
+    resumed = build(SOURCES[source]())
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert len(list(resumed)) == COUNT - 7
+    assert len(list(resumed)) == COUNT
+
+
 def test_a_resumed_window_is_not_counted_twice():
     stopped = build()
     list(islice(stopped, 11))

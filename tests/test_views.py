@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from flowdata import FlowWeightedDataset, LossScorer
+from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError
 from flowdata.views import score_views
 from tests import reference
 
@@ -65,6 +65,15 @@ def test_draws_depend_on_the_seed_view_and_index_alone():
     assert not torch.equal(score_views(scorer(), Shaken(), views=2, seed=1).losses, first.losses)
     subset = torch.utils.data.Subset(Shaken(), range(6))
     torch.testing.assert_close(score_views(scorer(), subset, views=2).losses, first.losses[:6])
+
+
+def test_a_name_does_not_stand_for_the_draws_of_another_seed(tmp_path):
+    options = {"views": 2, "store": tmp_path, "dataset_id": "shaken"}
+    first = score_views(scorer(), Shaken(), **options)
+    assert first.metadata["identity"]["dataset"] == "shaken"
+    assert torch.equal(score_views(scorer(), Shaken(), **options).losses, first.losses)
+    with pytest.raises(ScoreMismatchError, match="view 0 of seed"):
+        score_views(scorer(), Shaken(), seed=1, **options)
 
 
 def test_each_view_is_kept_and_found_again(tmp_path):

@@ -44,7 +44,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         temperature: as in `resolve_temperature`.
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.
-        token_rule: for causal language models, as in `causal_lm_loss`.
+        token_rule: for causal language models, as in `causal_lm_loss`; not with ``"weights"``.
         sample_loss: (outputs, labels) -> (B,) for models whose loss is not the cross-entropy,
             binary cross-entropy or squared error of `logits` and `labels`.
         weight_key: the weight's name in samples and batches.
@@ -85,6 +85,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
                 f"train_dataset has no {weight_key!r} and scores is None, so training would be "
                 "unweighted: pass scores=, or a FlowWeightedDataset, or a data set with a column "
                 f"{weight_key!r} (Scores.to_column)"
+            )
+        if token_rule is not None and normalize == "weights":
+            raise ValueError(
+                "token_rule with normalize='weights' would divide by weights that are not known "
+                "before the whole step has run; use normalize='count'"
             )
         self.weight_key, self.normalize, self.token_rule = weight_key, normalize, token_rule
         self.sample_loss = sample_loss

@@ -83,6 +83,8 @@ def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str
         ValueError: a sample's `input_ids` are not one-dimensional, or it lacks a field that
             others have.
     """
+    if not any(len(sample["input_ids"]) for sample in samples):  # no model runs on nothing
+        samples = [_of_padding(sample, token) for sample in samples]
     batch: dict[str, Any] = {}
     for name in {name: None for sample in samples for name in sample}:
         values = [sample[name] for sample in samples if name in sample]
@@ -97,6 +99,17 @@ def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str
         masks = [torch.ones(len(sample["input_ids"]), dtype=torch.long) for sample in samples]
         batch["attention_mask"] = _stack("attention_mask", masks, 0)
     return batch
+
+
+def _of_padding(sample: Mapping[str, Any], token: int) -> dict[str, Any]:
+    """A sample without tokens as one of a single padding token, no target."""
+    padding = {"input_ids": torch.tensor([token]), "labels": torch.tensor([-100])}
+    zero = torch.zeros(1, dtype=torch.long)
+    fields = {
+        name: padding.get(name, zero) if np.ndim(value) == 1 else value
+        for name, value in sample.items()
+    }
+    return fields | {"attention_mask": zero}
 
 
 def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:

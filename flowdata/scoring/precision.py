@@ -62,8 +62,9 @@ def scoring_model(
     with torch.no_grad():
         targets = [] if is_placed(model) else _target_dtypes(model, dtype)
         kernels = _convolution_kernels(model) if targets else set()
-        if kernels or any(t.device != device or t.dtype != wanted for t, wanted in targets):
-            lent = _converted(model, targets, kernels, device)
+        converts = any(t.device != device or t.dtype != wanted for t, wanted in targets)
+        lent = _converted(model, targets, kernels, device, must=converts)
+        if lent is not None:
             if dtype != torch.float32:
                 lent.register_forward_hook(lambda _, args, out: map_floating(out, Tensor.float))
             with _taking(lent, dtype):
@@ -114,7 +115,12 @@ def _converted(
     targets: list[tuple[Tensor, torch.dtype]],
     kernels: set[int],
     device: torch.device,
-) -> nn.Module:
+    *,
+    must: bool,
+) -> nn.Module | None:
+    """A converted copy; None where nothing is to be gained, or it can't be made and needn't."""
+    if not (must or kernels):
+        return None
     memo: dict[int, Any] = {}  # what deepcopy takes instead of copying a tensor itself
     for tensor, wanted in targets:
         written = not isinstance(tensor, nn.Parameter)  # by layers in training mode
@@ -124,7 +130,15 @@ def _converted(
         memo[id(tensor)] = (
             nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
         )
-    return copy.deepcopy(model, memo).eval()
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:  # locks, open files, activations that were kept
+        if must:
+            raise ValueError(
+                f"the model can't be copied, as scoring in another dtype or on another device "
+                f"needs ({type(error).__name__}: {error}); convert it before, and score it as it is"
+            ) from error
+        return None
 
 
 @contextmanager

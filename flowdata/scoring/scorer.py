@@ -117,6 +117,11 @@ class LossScorer:
                 "reference='base' needs a PEFT model whose adapters can be turned off, got "
                 f"{type(model).__name__}; score the model itself with reference='model'"
             )
+        if reference == "base" and any(getattr(m, "merged", False) for m in model.modules()):
+            raise ValueError(
+                "reference='base' turns adapters off, which would take merged ones out of the "
+                "base model's weights; call model.unmerge_adapter() first"
+            )
         if compile not in ("auto", True, False):
             raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
         if not isinstance(token_losses, bool):
@@ -167,7 +172,8 @@ class LossScorer:
                 samples and stacks others.
             store: folder in which losses are kept as they are made. The same call again returns
                 them without running the model; after an interruption it goes on.
-            dataset_id: names the data set's content; None fingerprints its samples.
+            dataset_id: names the data set's content; None fingerprints its samples: all of lists,
+                tensors and Hugging Face data sets, 512 of a larger one that only code can read.
             lengths: (N,) tokens in each sample; None reads them off the samples.
             num_workers: DataLoader workers that read and collate.
             on_error: ``"skip"`` leaves samples that the data set raises on without a loss, and

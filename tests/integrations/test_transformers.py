@@ -506,3 +506,8 @@ def test_the_order_of_batches_is_the_trainers_own(tmp_path):
     settings = {"train_sampling_strategy": "sequential"}
     trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings)
     assert isinstance(trainer._get_train_sampler(), SequentialSampler)
+
+
+def test_a_rule_is_refused_where_its_weights_would_be_the_denominator():
+    with pytest.raises(ValueError, match="token_rule with normalize='weights' would divide"):
+        FlowTrainer(None, token_rule="talr", normalize="weights")

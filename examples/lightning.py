@@ -1,21 +1,27 @@
-"""FLOW in Lightning (a file called lightning.py would be imported in the library's place).
+"""FLOW in Lightning.
 
-    python examples/lightning_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+    python examples/lightning.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 The lines marked FLOW are the difference to plain Lightning, whose own lines stand beside them.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import small
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowdata import LossScorer, causal_lm_loss
+
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
+import lightning.pytorch as pl  # the library, not this file
+
 from flowdata.integrations.lightning import FlowDataModule
 from flowdata.scoring.batches import pad_collate
 
