@@ -69,7 +69,7 @@ def _settings(module: nn.Module) -> list[Any]:
     active = getattr(module, "active_adapters", None)
     if isinstance(active, str | list | tuple):  # of a layer; a transformers model has a method
         return [active, bool(module.disable_adapters), str(getattr(module, "scaling", None))]
-    if type(module).__module__.partition(".")[0] in _LIBRARIES:
+    if _module_class(module).partition(".")[0] in _LIBRARIES:
         return []  # their extra_repr or configuration says it
     return sorted(
         [name, value]
@@ -77,6 +77,7 @@ def _settings(module: nn.Module) -> list[Any]:
         if isinstance(value, bool | int | float | str)
         and not name.startswith("_")
         and name != "training"
+        and "checkpointing" not in name  # gradients are not made here
     )
 
 

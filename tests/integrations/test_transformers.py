@@ -316,6 +316,7 @@ def samples():
     return tiny.make_samples()
 
 
+LONGEST = max(len(sample["input_ids"]) for sample in tiny.make_samples())
 OTHERS = {
     "classes": (
         lambda: bert(BertForSequenceClassification, num_labels=3),
@@ -341,6 +342,19 @@ OTHERS = {
         samples,
         lambda logits, labels: F.cross_entropy(logits.mT, labels, reduction="none"),
     ),
+    "as many token classes as tokens": (
+        lambda: bert(BertForTokenClassification, num_labels=LONGEST),
+        lambda: [
+            {**s, "labels": torch.where(s["labels"] == -100, -100, s["labels"] % LONGEST)}
+            for s in samples()
+        ],
+        lambda logits, labels: F.cross_entropy(logits.mT, labels, reduction="none"),
+    ),
+    "shares of several classes": (
+        lambda: bert(BertForSequenceClassification, num_labels=3),
+        lambda: with_labels(torch.linspace(0, 1, tiny.N * 3).view(-1, 3)),
+        lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels, reduction="none"),
+    ),
     "masked tokens": (
         lambda: bert(BertForMaskedLM),
         samples,
@@ -358,7 +372,9 @@ OTHERS = {
 def test_other_models_have_the_gradient_of_the_plain_weighted_loss(tmp_path, kind):
     make, data, losses_of = OTHERS[kind]
     collate = (
-        collate_labels if data()[0]["labels"].dim() == 0 or kind == "several classes" else None
+        collate_labels
+        if data()[0]["labels"].dim() == 0 or kind.endswith("several classes")
+        else None
     )
     collate = collate or tiny.collate
     weights, model = tiny.make_weights(), make()
