@@ -60,10 +60,12 @@ def score(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     from flowdata.fingerprint import fingerprint_tokenizer
-    from flowdata.loading import load_model, load_tokenizer, read_rows
+    from flowdata.loading import hide_progress, load_model, load_tokenizer, read_rows
     from flowdata.text import Columns, find_columns, tokenize_rows
     from flowdata.weights import check_temperature
 
+    if options.quiet:
+        hide_progress()
     check_temperature(options.temperature)  # now, not after hours of scoring
     rows = read_rows(options.data, split=options.split, limit=options.limit)
     wanted = Columns(options.messages_column, options.prompt_column, options.completion_column)

@@ -35,6 +35,11 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     return rows
 
 
+def hide_progress() -> None:
+    """Let models load without transformers' own progress bars."""
+    _transformers().utils.logging.disable_progress_bar()
+
+
 def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
     """Return the causal language model at a hub id, a folder, or a GGUF file or folder."""
     transformers = _transformers()

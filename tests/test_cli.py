@@ -36,6 +36,15 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
+def test_quiet_is_quiet(model_folder, data, tmp_path):
+    command = [sys.executable, "-m", "flowdata", "score", model_folder, data, "--quiet"]
+    done = subprocess.run(
+        [*map(str, command), "--store", str(tmp_path / "s")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr
+
+
 def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     store = tmp_path / "store"
     score = ("score", model_folder, data, "--store", store, "--dtype", "float32")
