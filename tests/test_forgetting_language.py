@@ -203,6 +203,7 @@ def test_mixed_rows_are_a_third_each_and_leave_the_code_that_is_measured_out(tas
 def test_the_command_runs_and_resumes(model, assets, tmp_path, monkeypatch):
     command = ["language", "--quick", "--model", model, "--assets", str(assets), "--no-harness"]
     command += ["--methods", "standard", "FLOW", "--results", str(tmp_path), "--data", "mixed"]
+    command += ["--seeds", "0", "1"]
     forgetting.main(command)
     records = study.read_records(tmp_path / "forgetting_language_mixed.jsonl")
     assert [(r["method"], r["seed"]) for r in records] == [
