@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
+from flowdata.scoring import ranks
 from flowdata.scoring.ranks import RankError
 from tests.forks import bits, in_ranks
 from tests.models import tiny_llama, token_samples
@@ -148,6 +149,21 @@ def another_model_in_the_store_is_refused_on_all_ranks():
         ]
 
 
+def a_failed_first_rank_stays_until_the_others_have_heard():
+    with tempfile.TemporaryDirectory() as folder:
+        score(store=folder)
+        assert in_ranks(2, _slow_to_hear, folder) == [
+            ["ScoreMismatchError", True],
+            ["RankError", True],
+        ]
+
+
+def _slow_to_hear(rank, folder):
+    if rank == 1:
+        ranks.sleep = lambda _: time.sleep(1)
+    return _other_model(rank, folder)
+
+
 def _other_model(rank, folder):
     try:
         score(store=folder, model=tiny_llama(rope_theta=77.0))
@@ -232,6 +248,7 @@ CHECKS = [
     an_error_on_one_rank_ends_all_ranks_and_keeps_what_is_done,
     other_arguments_on_one_rank_are_an_error_on_all,
     another_model_in_the_store_is_refused_on_all_ranks,
+    a_failed_first_rank_stays_until_the_others_have_heard,
     a_rank_can_score_alone,
     a_sharded_model_is_scored_by_its_ranks_together,
     unreadable_samples_are_skipped_in_ranks_too,

@@ -27,6 +27,7 @@ _SLOWEST = 0.2  # seconds between two looks at the store
 _TELL_AFTER = 60.0  # seconds of waiting, then again after each doubling
 _BEAT = 5.0  # seconds between two signs of life
 _SILENT = 120.0  # seconds without one, after which a rank counts as gone
+_LINGER = 5.0  # seconds for which a failed rank 0 waits for the others to hear of it
 _STOP = 1 << 40  # more packs than there are
 logger = logging.getLogger("flowdata")
 T = TypeVar("T")
@@ -63,12 +64,27 @@ class Ranks:
         try:
             with self._alive():
                 yield
+        except dist.DistNetworkError as error:
+            raise RankError(
+                "stopped, because the process that the ranks talk through (rank 0, or torchrun) is "
+                f"gone; its own output says why ({error})"
+            ) from error
         except BaseException as error:
-            if not isinstance(error, RankError):
-                with suppress(RuntimeError):  # should the store be gone, the others notice that
+            with suppress(RuntimeError):  # should the store be gone, the others notice that
+                if not isinstance(error, RankError):
                     self._store.set("error", f"rank {self.rank}: {type(error).__name__}: {error}")
                     self._store.add("claimed", _STOP)
+                self._tell(f"left/{self.rank}", True)
+                self._linger()
             raise
+
+    def _linger(self) -> None:
+        """Let rank 0, in whose process the store may live, stay until the others have heard."""
+        deadline, others = monotonic() + _LINGER, range(1, self.size if self.is_first else 0)
+        while monotonic() < deadline and not all(
+            self._store.check([f"left/{rank}"]) for rank in others
+        ):
+            sleep(0.01)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
