@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from flowdata.scoring.columns import COLUMNS
-from flowdata.scoring.head import Head, target_values, tile_size
+from flowdata.head.tiled import Head, target_values, tile_size
+from flowdata.targets.columns import COLUMNS
 
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -25,15 +25,15 @@ import torch.distributed as dist
 import flowdata
 from benchmarks import rows
 from benchmarks.scoring import language
-from flowdata.fingerprint import fingerprint_model
-from flowdata.packs import split
-from flowdata.parts import PartWriter
 from flowdata.scoring import resume
 from flowdata.scoring import scorer as scorer_module
-from flowdata.scoring.plan import plan_padded
+from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.ranks import Ranks
-from flowdata.store import finish, load_scores, read_kept
-from flowdata.store_files import make_manifest
+from flowdata.store.fingerprint import fingerprint_model
+from flowdata.store.folder import finish, load_scores, read_kept
+from flowdata.store.format import make_manifest
+from flowdata.store.packs import split
+from flowdata.store.parts import PartWriter
 
 Row = dict[str, Any]
 

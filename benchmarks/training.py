@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks import rows
+from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
-from flowdata.integrations.collator import WeightedCollator
 from flowdata.losses import causal_lm_loss, fused_causal_lm_loss
-from flowdata.scoring.batches import pad_collate
+from flowdata.scoring.collate import pad_collate
 
 ROUTES = ("loop", "trainer", "sft", "lightning")
 LOSSES = ("by hand", "full", "fused")

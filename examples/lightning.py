@@ -23,7 +23,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 import lightning.pytorch as pl  # the library, not this file
 
 from flowdata.integrations.lightning import FlowDataModule
-from flowdata.scoring.batches import pad_collate
+from flowdata.scoring.collate import pad_collate
 
 __all__ = ["DataLoader", "FineTuning", "main"]
 

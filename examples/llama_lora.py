@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from flowdata import FlowWeightedDataset, LossScorer, causal_lm_loss
-from flowdata.integrations.collator import WeightedCollator
-from flowdata.scoring.batches import pad_collate
+from flowdata.collator import WeightedCollator
+from flowdata.scoring.collate import pad_collate
 
 
 def main(argv: list[str] | None = None) -> list[float]:

@@ -21,12 +21,12 @@ from torch import nn
 from torch.utils.data import Subset
 
 import flowdata
-from benchmarks.forgetting.classify import accuracy, fine_tune, sample_weights
-from benchmarks.forgetting.methods import METHODS
-from benchmarks.forgetting.pictures import picture
-from benchmarks.forgetting.study import Record, run_study
-from benchmarks.forgetting.tables import report
 from examples.custom_loop import pretrain
+from flowdata.study.classify import accuracy, fine_tune, sample_weights
+from flowdata.study.methods import METHODS
+from flowdata.study.picture import picture
+from flowdata.study.runs import Record, run_study
+from flowdata.study.table import report
 
 
 class Task(NamedTuple):

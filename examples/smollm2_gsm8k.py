@@ -17,8 +17,8 @@ import zipfile
 from pathlib import Path
 
 import flowdata
-from flowdata.loading import load_model, load_tokenizer, read_rows
-from flowdata.text import Columns, tokenize_rows
+from flowdata.text.read import load_model, load_tokenizer, read_rows
+from flowdata.text.tokens import Columns, tokenize_rows
 
 DATA = Path(__file__).parent.parent.parent / "shared/assets/language/gsm8k_train.jsonl"
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flowdata import flow_weights
-from flowdata.plots import BLUE, GREEN, ORANGE, figure, png
+from flowdata.report.pictures import BLUE, GREEN, ORANGE, figure, png
 
 
 def weighted_covariance(covariance: Tensor, apart: Tensor, temperature: float) -> Tensor:

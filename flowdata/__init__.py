@@ -7,10 +7,10 @@ w = exp(−loss / temperature), so that easy samples count more and the model dr
 
 __version__ = "0.1.0"
 
-from flowdata.companions import ParameterAnchor, wise_ft
+from flowdata.companions.anchor import ParameterAnchor, wise_ft
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
 from flowdata.losses import causal_lm_loss, weighted_mean
-from flowdata.probe import linear_probe
+from flowdata.probe.linear_probe import linear_probe
 from flowdata.sampler import FlowSampler
 from flowdata.scores import ScoreMismatchError, Scores
 from flowdata.scoring.scorer import LossScorer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from flowdata.samples import check_map_style
+from flowdata._common.unreadable import check_map_style
 from flowdata.scores import Missing, ScoreMismatchError, Scores, weights_of
 from flowdata.weights import Temperature, resolve_temperature
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdata.fused_loss import head_losses, weighted_head_loss
+from flowdata.head.fused_loss import head_losses, weighted_head_loss
 from flowdata.token_weights import TokenRule, rule_weights
 
 Normalize: TypeAlias = Literal["count", "weights"]

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from flowdata.dataset import gather_weights
-from flowdata.draws import (
+from flowdata._common.random_draws import (
     CumulativeWeights,
     Ints,
     KeyedPermutation,
@@ -26,6 +25,7 @@ from flowdata.draws import (
     systematic_offset,
     systematic_points,
 )
+from flowdata.dataset import gather_weights
 from flowdata.scores import Missing
 from flowdata.weights import Temperature, effective_sample_size
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowdata.fingerprint import fingerprint_dataset
+from flowdata.store.fingerprint import fingerprint_dataset
 from flowdata.weights import Temperature, check_values, flow_weights
 
 Missing: TypeAlias = Literal["raise", "zero"]
@@ -214,13 +214,13 @@ class Scores:
 
     def summary(self, temperature: Temperature = "median") -> dict[str, Any]:
         """Return the figures that describe the losses and the weights made from them."""
-        from flowdata.summary import summarize
+        from flowdata.report.summary import summarize
 
         return summarize(self, temperature=temperature)
 
     def plot(self, path: str | Path, *, temperature: Temperature = "median") -> Path:
         """Draw the distribution of losses and weights into a PNG and return its path."""
-        from flowdata.report import plot_scores
+        from flowdata.report.write import plot_scores
 
         return plot_scores(self, path, temperature=temperature)
 
@@ -232,13 +232,13 @@ class Scores:
             FileNotFoundError: nothing is there.
             ValueError: it is no finished store, or its content is damaged.
         """
-        from flowdata.store import load_scores
+        from flowdata.store.folder import load_scores
 
         return load_scores(Path(path))
 
     def save(self, path: str | Path) -> Path:
         """Write the scores into a folder, or a file if the name ends in `.safetensors`."""
-        from flowdata.store import save_scores
+        from flowdata.store.folder import save_scores
 
         return save_scores(self, Path(path))
 

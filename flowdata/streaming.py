@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from flowdata._common.random_draws import ACCEPTANCE, random_words
+from flowdata._common.running_median import RunningMedian
 from flowdata.dataset import Layout, weight_attacher
-from flowdata.draws import ACCEPTANCE, random_words
 from flowdata.scores import Missing
 from flowdata.scoring.scorer import LossScorer
-from flowdata.sketch import RunningMedian
 from flowdata.weights import flow_weights, resolve_temperature
 
 StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"

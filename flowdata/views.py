@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowdata.rng import preserved_rng
+from flowdata._common.rng import preserved_rng
 from flowdata.scores import Scores, content_identity
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-import flowdata.parts
+import flowdata.store.parts
 from flowdata import LossScorer, Scores
 from flowdata.scoring import run
-from flowdata.scoring.batches import pad_collate
-from flowdata.store_files import read_file
+from flowdata.scoring.collate import pad_collate
+from flowdata.store.format import read_file
 from tests.forks import bits, finish, start
 from tests.models import tiny_llama, token_samples
 
@@ -80,7 +80,7 @@ def attempt(folder, log, draw, seen, kills):
 
 def main(kills, seed):
     torch.set_num_threads(1)  # no thread may be alive when ranks are forked
-    flowdata.parts._SECONDS = 0.05
+    flowdata.store.parts._SECONDS = 0.05
     draw, expected = random.Random(seed), score(0, None)
     seen = {"kills": 0, "stores": 0, "resumed": 0, "packs run": 0, "ranks": []}
     while seen["kills"] < kills or seen["stores"] == 0:

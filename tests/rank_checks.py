@@ -217,7 +217,7 @@ def _sharded(rank, store):
 
 
 def _sharded_fingerprint(rank):
-    from flowdata.fingerprint import fingerprint_model
+    from flowdata.store.fingerprint import fingerprint_model
 
     return fingerprint_model(_sharded_model())
 

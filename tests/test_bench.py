@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowdata import bench
-from flowdata.cli import main
+from flowdata.cli import bench
+from flowdata.cli.commands import main
 from tests import reference
 from tests.models import tiny_llama, token_samples
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
-from flowdata.store import load_scores, read_kept, read_manifest, verify_store
-from flowdata.store_files import StoreError, _canonical, _metadata, _signed
+from flowdata.store.folder import load_scores, read_kept, read_manifest, verify_store
+from flowdata.store.format import StoreError, _canonical, _metadata, _signed
 
 ROOT = Path(__file__).parent.parent
 N, PACK = 40, 4

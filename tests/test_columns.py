@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from flowdata import FlowSampler, FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
-from flowdata.scoring.batches import pad_collate
-from flowdata.scoring.columns import COLUMNS, check_columns, columns_of_logits
-from flowdata.scoring.head import Head, target_values
-from flowdata.scoring.language import methods
-from flowdata.scoring.tasks import prediction_method
+from flowdata.head.tiled import Head, target_values
+from flowdata.scoring.collate import pad_collate
+from flowdata.scoring.language.ways import methods
+from flowdata.targets.columns import COLUMNS, check_columns, columns_of_logits
+from flowdata.targets.predictions import prediction_method
 from tests import reference
 from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_samples
 

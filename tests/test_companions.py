@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowdata.companions import ParameterAnchor, batch_norm_state, sweep_wise_ft, wise_ft
+from flowdata.companions.anchor import ParameterAnchor, batch_norm_state, sweep_wise_ft, wise_ft
 from tests import reference
 from tests.models import tiny_llama
 
@@ -30,7 +30,7 @@ def started_from(model):
 @pytest.mark.parametrize("kind", ["l2", "l1"])
 @pytest.mark.parametrize("bucket", [1 << 26, 1, 60])
 def test_penalty_and_gradient_match_the_sum_over_single_numbers(kind, bucket, monkeypatch):
-    monkeypatch.setattr("flowdata.companions._BUCKET", bucket)
+    monkeypatch.setattr("flowdata.companions.anchor._BUCKET", bucket)
     model = network()
     started = started_from(model)
     anchor = ParameterAnchor(model, kind, strength=0.3)

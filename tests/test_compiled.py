@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flowdata import LossScorer
-from flowdata.scoring import compiled
+from flowdata.models import compiled
 from tests import reference, zoo
 from tests.models import TinyResNet, images, tiny_llama, token_samples
 from tests.test_packed import prompted

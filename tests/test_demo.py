@@ -5,7 +5,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from flowdata import demo
+from flowdata.cli import demo
 
 pytest.importorskip("sklearn")
 

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from flowdata.features import compute_features
+from flowdata.probe.features import compute_features
 from flowdata.scores import ScoreMismatchError
-from flowdata.store_files import StoreError
+from flowdata.store.format import StoreError
 from tests.test_heads import blobs
 from tests.test_probe import quiet
 

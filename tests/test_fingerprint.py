@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from flowdata.fingerprint import fingerprint_callable, fingerprint_dataset, fingerprint_model
+from flowdata.store.fingerprint import fingerprint_callable, fingerprint_dataset, fingerprint_model
 from tests.models import TinyResNet, tiny_llama
 
 

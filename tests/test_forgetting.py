@@ -15,16 +15,21 @@ from torch import nn
 
 import flowdata
 from benchmarks import forgetting
-from benchmarks.forgetting import (
-    folders,
-    heads,
+from benchmarks.forgetting import folders, publish, readme, vision
+from flowdata.study import (
+    head_task as heads,
+)
+from flowdata.study import (
     methods,
-    pictures,
-    publish,
-    readme,
-    study,
-    tables,
-    vision,
+)
+from flowdata.study import (
+    picture as pictures,
+)
+from flowdata.study import (
+    runs as study,
+)
+from flowdata.study import (
+    table as tables,
 )
 from tests import reference
 

@@ -13,8 +13,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import flowdata
 from benchmarks import forgetting
-from benchmarks.forgetting import harness, language, methods, study
+from benchmarks.forgetting import harness, language
 from examples import small
+from flowdata.study import methods
+from flowdata.study import runs as study
 from tests import reference
 
 TEMPLATE = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowdata import fused_loss
+from flowdata.head import fused_loss
 from flowdata.losses import causal_lm_loss, count_items, fused_causal_lm_loss
 from tests import reference
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from flowdata.scoring.columns import COLUMNS
-from flowdata.scoring.head import Head, kernels, read_head, target_losses, target_values
+from flowdata.head.tiled import Head, kernels, read_head, target_losses, target_values
+from flowdata.targets.columns import COLUMNS
 from tests import reference
 
 
@@ -97,11 +97,11 @@ def test_the_triton_kernel_holds_in_its_interpreter():
 
 def test_a_gpu_tries_triton_first_where_it_is_installed(monkeypatch):
     on_gpu, on_cpu = Head(SimpleNamespace(is_cuda=True)), Head(torch.ones(2, 2))
-    monkeypatch.setattr("flowdata.scoring.head.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("flowdata.head.tiled.find_spec", lambda name: name == "triton")
     assert [head.kernel for _, head in kernels(on_gpu, compiled=False)] == ["triton", "eager"]
     assert [head.kernel for _, head in kernels(on_cpu, compiled=False)] == ["eager"]
     assert [head.kernel for _, head in kernels(on_cpu, compiled=True)] == ["compiled", "eager"]
-    monkeypatch.setattr("flowdata.scoring.head.find_spec", lambda name: None)
+    monkeypatch.setattr("flowdata.head.tiled.find_spec", lambda name: None)
     assert [head.kernel for _, head in kernels(on_gpu, compiled=False)] == ["eager"]
 
 

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from flowdata.scoring.columns import COLUMNS
-from flowdata.scoring.head import Head, target_values
+from flowdata.head.tiled import Head, target_values
+from flowdata.targets.columns import COLUMNS
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowdata.heads import fit_head
+from flowdata.probe.fit import fit_head
 from tests import reference
 
 
@@ -66,7 +66,7 @@ def test_classes_match_scikit_learn():
 def test_features_are_fitted_slice_by_slice_as_in_one_piece(monkeypatch):
     x, y = blobs()
     whole = fit_head(nn.Linear(3, 3), x, y, strength=0.01)
-    monkeypatch.setattr("flowdata.heads._ROWS", 7)
+    monkeypatch.setattr("flowdata.probe.fit._ROWS", 7)
     sliced = fit_head(nn.Linear(3, 3), x, y, strength=0.01)
     torch.testing.assert_close(sliced.weight, whole.weight, atol=1e-6, rtol=1e-6)
 
@@ -128,7 +128,7 @@ def test_classes_that_can_be_separated_get_a_finite_head():
 
 
 def test_a_solution_that_was_not_reached_warns(monkeypatch):
-    monkeypatch.setattr("flowdata.heads._TOLERANCE", 1e-40)
+    monkeypatch.setattr("flowdata.probe.fit._TOLERANCE", 1e-40)
     x, y = blobs()
     with pytest.warns(UserWarning, match="did not converge at strength=0.1"):
         fit_head(nn.Linear(3, 3), x, y, strength=0.1)

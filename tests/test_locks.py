@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from flowdata import locks
-from flowdata.locks import lock
+from flowdata.store import lock as locks
+from flowdata.store.lock import lock
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_only_one_of_many_has_it_at_a_time(path, quick):
 
 def test_a_killed_process_of_this_host_loses_it_at_once(path, caplog):
     code = (
-        "import sys, time, pathlib; from flowdata.locks import lock\n"
+        "import sys, time, pathlib; from flowdata.store.lock import lock\n"
         "with lock(pathlib.Path(sys.argv[1]), 'scoring'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)

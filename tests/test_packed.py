@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flowdata import LossScorer
-from flowdata.scoring import attention, packed, varlen
-from flowdata.scoring.batches import pad_collate
-from flowdata.scoring.inputs import padded
-from flowdata.scoring.packed import Packing, common_prefix, why_not_packed
-from flowdata.scoring.prompts import shared_prompts
+from flowdata.scoring.collate import pad_collate
+from flowdata.scoring.language import attention, packed, varlen
+from flowdata.scoring.language.inputs import padded
+from flowdata.scoring.language.packed import Packing, common_prefix, why_not_packed
+from flowdata.scoring.plan.prompts import shared_prompts
 from tests import reference, zoo
 from tests.models import tiny_llama, token_samples
 

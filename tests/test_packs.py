@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from flowdata.packs import checksums, join, places, reorder, split
+from flowdata.store.packs import checksums, join, places, reorder, split
 from tests import reference
 
 COUNTS = torch.tensor([2, 0, 3, 1, 1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowdata import LossScorer
-from flowdata.fingerprint import fingerprint_model
+from flowdata.store.fingerprint import fingerprint_model
 from tests.models import tiny_llama, token_samples
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowdata.scoring.plan import plan_fixed, plan_padded
+from flowdata.scoring.plan.packs import plan_fixed, plan_padded
 
 lengths_lists = st.lists(st.integers(0, 50), min_size=1, max_size=60)
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
-from flowdata.scoring.precision import map_tensors, resolve_dtype, scoring_model
+from flowdata.models.precision import map_tensors, resolve_dtype, scoring_model
 from tests.models import TinyResNet, tiny_llama
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flowdata.probe import linear_probe
+from flowdata.probe.linear_probe import linear_probe
 from tests.test_heads import blobs
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from examples import smollm2_gsm8k
-from flowdata.loading import load_model, load_tokenizer, read_rows
-from flowdata.text import Columns, tokenize_rows
+from flowdata.text.read import load_model, load_tokenizer, read_rows
+from flowdata.text.tokens import Columns, tokenize_rows
 from tests import reference
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from flowdata.report import plot_scores, write_report
+from flowdata.report.summary import QUANTILES, extremes, summarize
+from flowdata.report.write import plot_scores, write_report
 from flowdata.scores import Scores
-from flowdata.summary import QUANTILES, extremes, summarize
 from tests import reference
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -171,8 +171,8 @@ def test_a_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
 
 def test_the_module_and_a_summary_need_no_matplotlib():
     code = (
-        "import sys, torch, flowdata.summary\n"
-        "flowdata.summary.summarize(flowdata.Scores(torch.tensor([1.0])))\n"
+        "import sys, torch, flowdata.report.summary\n"
+        "flowdata.report.summary.summarize(flowdata.Scores(torch.tensor([1.0])))\n"
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from flowdata import FlowWeightedDataset, LossScorer, Scores
-from flowdata.samples import SampleError
+from flowdata._common.unreadable import SampleError
 from tests.models import tiny_llama, token_samples
 from tests.test_text import tokenizer
 
@@ -120,8 +120,8 @@ def file_size_limit(size):
 def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
     data, scorer = numbers(4000), quiet(nn.Linear(4, 3), batch_size=200)
     expected = scorer.score(data)
-    monkeypatch.setattr("flowdata.parts._SECONDS", 0.0)
-    monkeypatch.setattr("flowdata.parts._SHARE", 0.0)  # a part for each pack
+    monkeypatch.setattr("flowdata.store.parts._SECONDS", 0.0)
+    monkeypatch.setattr("flowdata.store.parts._SHARE", 0.0)  # a part for each pack
     with file_size_limit(20_000), pytest.raises(OSError, match=r"File too large: .*scores"):
         scorer.score(data, store=tmp_path)  # parts are small; the final file is not
     assert len(list(tmp_path.glob("parts/*"))) == 20
@@ -150,8 +150,8 @@ def test_a_disk_that_is_full_while_scoring_keeps_what_is_written(tmp_path, monke
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("root here can't mount a disk")
-    monkeypatch.setattr("flowdata.parts._SECONDS", 0.0)
-    monkeypatch.setattr("flowdata.parts._SHARE", 0.0)  # a part for each pack
+    monkeypatch.setattr("flowdata.store.parts._SECONDS", 0.0)
+    monkeypatch.setattr("flowdata.store.parts._SHARE", 0.0)  # a part for each pack
     data, scorer = numbers(8000), quiet(nn.Linear(4, 3), batch_size=400)
     try:
         with pytest.raises(OSError, match=r"No space left on device: .*safetensors"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowdata import LossScorer
-from flowdata.scoring.rope import loaded_frequencies, longest_alike
+from flowdata.models.rope import loaded_frequencies, longest_alike
 from tests import reference, zoo
 from tests.models import token_samples
 

@@ -15,8 +15,7 @@ from torchdata.nodes import Batcher, Loader, ParallelMapper, SamplerWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata import LossScorer
-from flowdata.dataset import FlowWeightedDataset
-from flowdata.draws import (
+from flowdata._common.random_draws import (
     PERMUTATION,
     POINTS,
     CumulativeWeights,
@@ -24,6 +23,7 @@ from flowdata.draws import (
     multiply_high,
     random_words,
 )
+from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from tests import reference

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
-from flowdata.samples import SampleError
+from flowdata._common.unreadable import SampleError
 from tests import reference
 from tests.models import (
     VOCABULARY,
@@ -68,8 +68,8 @@ def test_a_classifier_and_a_users_callable(loss, dtype):
 
 @pytest.mark.parametrize("way", range(4))
 def test_every_way_to_score_a_language_model_gives_the_same(way):
-    from flowdata.scoring.batches import pad_collate
-    from flowdata.scoring.language import methods
+    from flowdata.scoring.collate import pad_collate
+    from flowdata.scoring.language.ways import methods
 
     model, samples = tiny_llama().eval(), token_samples(8)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_auto_names_what_it_chose():
 
 
 def test_auto_is_low_precision_for_language_models_alone():
-    from flowdata.scoring.precision import is_fast_at_bfloat16
+    from flowdata.models.precision import is_fast_at_bfloat16
 
     fast = is_fast_at_bfloat16(torch.device("cpu"))
     scorer = quiet(tiny_llama(), dtype="auto")
@@ -259,7 +259,7 @@ def test_raw_text_with_a_tokenising_collate_function():
         return torch.tensor([2 + ord(c) % 90 for c in text])
 
     def collate(texts):
-        from flowdata.scoring.batches import pad_collate
+        from flowdata.scoring.collate import pad_collate
 
         return pad_collate([{"input_ids": encode(t), "labels": encode(t)} for t in texts])
 

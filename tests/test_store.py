@@ -8,16 +8,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flowdata import ScoreMismatchError, Scores
-from flowdata.packs import join, reorder
-from flowdata.parts import PartWriter
-from flowdata.store import finish, locked, read_kept, read_manifest, verify_store
-from flowdata.store_files import (
+from flowdata.store.folder import finish, locked, read_kept, read_manifest, verify_store
+from flowdata.store.format import (
     StoreError,
     check_identity,
     make_manifest,
     store_digest,
     write_manifest,
 )
+from flowdata.store.packs import join, reorder
+from flowdata.store.parts import PartWriter
 
 SIZES = torch.tensor([2, 1, 3])
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -59,7 +59,7 @@ def test_parts_give_back_their_packs(begun):
 
 def test_parts_are_written_as_time_goes_by(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("flowdata.parts.monotonic", lambda: clock[0])
+    monkeypatch.setattr("flowdata.store.parts.monotonic", lambda: clock[0])
     write_manifest(tmp_path, MANIFEST)
     with PartWriter(tmp_path, MANIFEST) as writer:
         counts = []

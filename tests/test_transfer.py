@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from flowdata import LossScorer
-from flowdata.scoring import attention, run
-from flowdata.scoring.batches import pad_collate
-from flowdata.scoring.inputs import padded
-from flowdata.scoring.language import methods
-from flowdata.scoring.packed import Packing
-from flowdata.scoring.tasks import TargetLosses, prediction_method
-from flowdata.scoring.transfer import Fetched, to_device
+from flowdata.models.tensors import Fetched, to_device
+from flowdata.scoring import run
+from flowdata.scoring.collate import pad_collate
+from flowdata.scoring.language import attention
+from flowdata.scoring.language.inputs import padded
+from flowdata.scoring.language.packed import Packing
+from flowdata.scoring.language.ways import methods
+from flowdata.targets.predictions import TargetLosses, prediction_method
 from tests.models import tiny_gpt2, tiny_llama, token_samples
 from tests.test_packed import prompted
 

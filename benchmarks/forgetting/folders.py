@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from benchmarks.forgetting import RESULTS
-from benchmarks.forgetting.heads import MAIN, HeadTask, Parts, Sizes, grids
-from benchmarks.forgetting.study import Record, run_study
+from flowdata.study.head_task import MAIN, HeadTask, Parts, Sizes, grids
+from flowdata.study.runs import Record, run_study
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 

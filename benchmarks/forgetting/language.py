@@ -27,13 +27,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, 
 
 import flowdata
 from benchmarks.forgetting import harness
-from benchmarks.forgetting.methods import ABLATIONS, LANGUAGE_ONLY, METHODS, Method, passes, train
-from benchmarks.forgetting.study import Record, run_study
-from flowdata.loading import load_model, load_tokenizer, read_rows
 from flowdata.losses import fused_causal_lm_loss
-from flowdata.scoring.batches import pad_collate
-from flowdata.scoring.tasks import IGNORE_INDEX
-from flowdata.text import Columns, TokenSamples, tokenize_rows
+from flowdata.scoring.collate import pad_collate
+from flowdata.study.methods import ABLATIONS, LANGUAGE_ONLY, METHODS, Method, passes, train
+from flowdata.study.runs import Record, run_study
+from flowdata.targets.predictions import IGNORE_INDEX
+from flowdata.text.read import load_model, load_tokenizer, read_rows
+from flowdata.text.tokens import Columns, TokenSamples, tokenize_rows
 from flowdata.token_weights import align_token_weights
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
@@ -111,7 +111,7 @@ class Language:
     """Runs a method on one model and data set.
 
     Args:
-        model: a causal language model for `flowdata.loading.load_model`.
+        model: a causal language model for `flowdata.text.read.load_model`.
         assets: the folder that holds ``language/``.
         sizes: see there.
         scores: folder in which the losses of the pre-trained model are kept.

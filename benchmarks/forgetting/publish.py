@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.forgetting.pictures import picture
 from benchmarks.forgetting.readme import Study, readme_table, with_table
-from benchmarks.forgetting.study import read_records
-from benchmarks.forgetting.tables import report, studies
+from flowdata.study.picture import picture
+from flowdata.study.runs import read_records
+from flowdata.study.table import report, studies
 
 
 def read_studies(folder: Path) -> list[Study]:

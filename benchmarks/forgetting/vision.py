@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.forgetting.heads import EXTRA, MAIN, HeadTask, Parts, Sizes, grids
-from benchmarks.forgetting.study import run_study
 from examples.cifar_resnet20 import ASSETS, MEAN, STD, pretrained
+from flowdata.study.head_task import EXTRA, MAIN, HeadTask, Parts, Sizes, grids
+from flowdata.study.runs import run_study
 
 __all__ = ["EXTRA", "MAIN", "QUICK_METHODS", "add_options", "study", "task"]
 

@@ -16,8 +16,8 @@ from torch.profiler import profile
 
 from benchmarks import rows
 from benchmarks.scoring import peers
-from flowdata import bench
-from flowdata.bench import Samples
+from flowdata.cli import bench
+from flowdata.cli.bench import Samples
 
 ASSETS = Path(__file__).parents[3] / "shared/assets/language"
 CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
@@ -202,7 +202,7 @@ def gsm8k_lengths(count: int) -> list[list[int]]:
     if not file.exists():
         print(f"{file} is missing: lognormal lengths stand in for it")
         return []
-    from flowdata.loading import read_rows
+    from flowdata.text.read import read_rows
 
     texts = [(row["question"], row["answer"]) for row in read_rows(str(file), limit=count)]
     return [[int(len(text) / CHARACTERS_PER_TOKEN) for text in pair] for pair in texts]
@@ -210,8 +210,8 @@ def gsm8k_lengths(count: int) -> list[list[int]]:
 
 def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
     """SmolLM2-135M-Instruct and GSM8K's questions and answers through its tokenizer."""
-    from flowdata.loading import load_model, load_tokenizer, read_rows
-    from flowdata.text import Columns, find_columns, tokenize_rows
+    from flowdata.text.read import load_model, load_tokenizer, read_rows
+    from flowdata.text.tokens import Columns, find_columns, tokenize_rows
 
     questions = read_rows(str(ASSETS / "gsm8k_train.jsonl"), limit=count)
     columns = find_columns(questions[0], Columns(None, "question", "answer"))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdata.bench import Samples
-from flowdata.scoring.batches import pad_collate
-from flowdata.scoring.plan import plan_padded
+from flowdata.cli.bench import Samples
+from flowdata.scoring.collate import pad_collate
+from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.scorer import LossScorer
 
 

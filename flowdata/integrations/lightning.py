@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from flowdata.accumulation import AccumulatedBatches
+from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import check_loader
-from flowdata.integrations.collator import WeightedCollator
 from flowdata.losses import Normalize, count_items
 from flowdata.sampler import FlowSampler
 from flowdata.weights import Temperature

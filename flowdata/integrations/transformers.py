@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from flowdata.accumulation import mean_over_ranks
+from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.checks import TWICE, carries_weights, check_loader, find_sampler
-from flowdata.integrations.collator import WeightedCollator
 from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mean
 from flowdata.sampler import FlowSampler
-from flowdata.scoring import tasks
+from flowdata.targets import predictions as tasks
 from flowdata.token_weights import TokenRule
 from flowdata.weights import Temperature
 

@@ -12,22 +12,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowdata.samples import SampleError, Unreadable, first_readable
-from flowdata.scoring.batches import Collate, length_of, sample_lengths
-from flowdata.scoring.compiled import is_compiled, pays, run_eagerly
-from flowdata.scoring.inputs import padded
-from flowdata.scoring.language import agrees, methods
-from flowdata.scoring.packed import (
+from flowdata._common.unreadable import SampleError, Unreadable, first_readable
+from flowdata.models.compiled import is_compiled, pays, run_eagerly
+from flowdata.models.precision import name_of
+from flowdata.models.rope import longest_alike
+from flowdata.scoring.collate import Collate, length_of, sample_lengths
+from flowdata.scoring.language.inputs import padded
+from flowdata.scoring.language.packed import (
     Packing,
     common_prefix,
     why_batch_not_packed,
     why_not_packed,
 )
-from flowdata.scoring.plan import Plan, plan_fixed, plan_padded
-from flowdata.scoring.precision import name_of
-from flowdata.scoring.prompts import shared_prompts
-from flowdata.scoring.rope import longest_alike
-from flowdata.scoring.tasks import LANGUAGE_LOSSES, Method, callable_method, prediction_method
+from flowdata.scoring.language.ways import agrees, methods
+from flowdata.scoring.plan.packs import Plan, plan_fixed, plan_padded
+from flowdata.scoring.plan.prompts import shared_prompts
+from flowdata.targets.predictions import LANGUAGE_LOSSES, Method, callable_method, prediction_method
 
 logger = logging.getLogger("flowdata")
 

@@ -10,23 +10,30 @@ from typing import TypeVar
 
 import torch
 
-from flowdata.packs import join, split
-from flowdata.parts import Kept, PartWriter
-from flowdata.progress import say
+from flowdata._common.progress import say
+from flowdata.models.placement import is_sharded
 from flowdata.scores import Scores
 from flowdata.scoring.job import Job, make_plan
-from flowdata.scoring.placement import is_sharded
-from flowdata.scoring.plan import Plan
+from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.run import merge_packs, run_packs
-from flowdata.store import finish, load_scores, locked, read_kept, read_manifest, repair_manifest
-from flowdata.store_files import (
+from flowdata.store.folder import (
+    finish,
+    load_scores,
+    locked,
+    read_kept,
+    read_manifest,
+    repair_manifest,
+)
+from flowdata.store.format import (
     Manifest,
     StoreError,
     check_identity,
     make_manifest,
     write_manifest,
 )
+from flowdata.store.packs import join, split
+from flowdata.store.parts import Kept, PartWriter
 
 ALIKE = "All ranks have to make the same call"
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flowdata.packs import Columns, join, reorder
-from flowdata.progress import progress_bar
-from flowdata.samples import Unreadable
+from flowdata._common.progress import progress_bar
+from flowdata._common.unreadable import Unreadable
+from flowdata.models.compiled import compiled_layers
+from flowdata.models.placement import is_sharded, reshard
+from flowdata.models.precision import scoring_model
+from flowdata.models.rope import loaded_frequencies
+from flowdata.models.tensors import Fetched
 from flowdata.scores import Scores
-from flowdata.scoring.batches import Collate
-from flowdata.scoring.compiled import compiled_layers
+from flowdata.scoring.collate import Collate
 from flowdata.scoring.job import Job, choose_method
-from flowdata.scoring.placement import is_sharded, reshard
-from flowdata.scoring.plan import Plan
-from flowdata.scoring.precision import scoring_model
+from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.scoring.rope import loaded_frequencies
-from flowdata.scoring.transfer import Fetched
+from flowdata.store.packs import Columns, join, reorder
 
 logger = logging.getLogger("flowdata")
 

@@ -9,23 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowdata.fingerprint import fingerprint_callable, fingerprint_model
-from flowdata.progress import say
-from flowdata.rng import preserved_rng
-from flowdata.samples import CollateReadable, Readable, check_map_style, first_readable
+from flowdata._common.progress import say
+from flowdata._common.rng import preserved_rng
+from flowdata._common.unreadable import CollateReadable, Readable, check_map_style, first_readable
+from flowdata.models.placement import home, is_placed, usable_device
+from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scores import Scores, content_identity
-from flowdata.scoring.batches import (
-    Collate,
-    check_stackable,
-    choose_collate,
-)
-from flowdata.scoring.columns import check_columns
+from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job, LossFunction
-from flowdata.scoring.placement import home, is_placed, usable_device
-from flowdata.scoring.precision import name_of, resolve_dtype
 from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.scoring.resume import ALIKE, score_into, score_packs
-from flowdata.scoring.tasks import (
+from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
+from flowdata.store.format import check_identity, make_manifest
+from flowdata.targets.columns import check_columns
+from flowdata.targets.predictions import (
     LANGUAGE_LOSSES,
     LOSSES,
     PREDICTION_LOSSES,
@@ -34,7 +31,6 @@ from flowdata.scoring.tasks import (
     loss_of_model,
     unwrapped,
 )
-from flowdata.store_files import check_identity, make_manifest
 
 _LOOKED_AT = 64  # samples from which loss="auto" tells the kind of targets
 

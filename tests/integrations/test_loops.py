@@ -5,9 +5,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowdata.accumulation import AccumulatedBatches
+from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import carries_weights, check_loader, find_sampler
-from flowdata.integrations.collator import WeightedCollator
 from flowdata.sampler import FlowSampler
 from tests.integrations import tiny, train_worker
 

@@ -4,6 +4,7 @@ Run by torchrun, the file is its own script: `main` calls the loop that is named
 """
 
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -16,7 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from flowdata.sampler import FlowSampler
+from tests.leave_ranks import leave_ranks
 
+ROOT = Path(__file__).parents[2]
 COUNT, EPOCHS, BATCH = 96, 2, 4
 WEIGHTS = torch.rand(60, generator=torch.Generator().manual_seed(0)) ** 2
 
@@ -71,8 +74,11 @@ def flat(batches):
 def launch(loop, folder, processes=2):
     """Run a loop under torchrun; return what each rank recorded."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", __file__, loop, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command += [f"--nproc-per-node={processes}", "-m", "tests.integrations.test_sampler_ranks"]
+    command += [loop, str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{loop}-{r}.json").read_text()) for r in range(processes)]
 
@@ -259,13 +265,10 @@ def test_a_plain_loader_sees_the_order(num_workers):
 
 def main():
     """Record what one rank's loop sees."""
-    import os
-
     loop, folder = sys.argv[1], Path(sys.argv[2])
     seen = globals()[f"run_{loop}"](folder)
     (folder / f"{loop}-{os.environ['RANK']}.json").write_text(json.dumps(seen))
-    if dist.is_initialized():
-        dist.destroy_process_group()  # gloo's threads may abort an exit without it
+    leave_ranks()
 
 
 if __name__ == "__main__":

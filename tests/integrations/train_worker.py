@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from flowdata.accumulation import AccumulatedBatches
+from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
-from flowdata.integrations.collator import WeightedCollator
 from flowdata.losses import causal_lm_loss, count_items
 from tests.integrations import tiny
+from tests.leave_ranks import leave_ranks
 
 
 def hf_arguments(cls, batch_size, steps, **options):
@@ -255,7 +256,7 @@ def main(adapters, folder, *sizes):
             for normalize in ("count", "weights")
         }
         torch.save(kept, f"{folder}/{adapter}.{torch.distributed.get_rank()}")
-    torch.distributed.destroy_process_group()  # gloo's threads may abort an exit without it
+    leave_ranks()
 
 
 if __name__ == "__main__":

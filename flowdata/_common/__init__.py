@@ -1,0 +1,1 @@
+"""The ground: small tools that every room may use and that use none."""

@@ -1,0 +1,106 @@
+"""Reading samples of a data set that may raise on some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+
+def check_map_style(dataset: Any) -> None:
+    """Raise TypeError, with what to do, unless a data set has samples by number."""
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"dataset must be one data set, got {type(dataset).__name__} of "
+            f"{', '.join(map(repr, dataset))}; pass one of them"
+        )
+    if isinstance(dataset, IterableDataset) or not (
+        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    ):
+        raise TypeError(
+            "dataset must be map-style (with __len__ and __getitem__), got "
+            f"{type(dataset).__name__}; for streams use FlowWeightedIterable"
+        )
+
+
+class SampleError(ValueError):
+    """A data set raised an exception when one of its samples was read; the message names it."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands in for a sample that could not be read."""
+
+    reason: str
+
+
+class Readable(Dataset[Any]):
+    """A map-style data set whose failing samples are named, or stood in for.
+
+    Args:
+        dataset: the data set; its other attributes show through.
+        skip: give an `Unreadable` for a sample that can't be read; else raise `SampleError`.
+    """
+
+    def __init__(self, dataset: Any, *, skip: bool) -> None:
+        self.dataset, self.skip = dataset, skip
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if self.skip:
+                return Unreadable(reason)
+            raise SampleError(
+                f"dataset[{index}] raised {reason}; mend or remove that sample, or pass "
+                "on_error='skip' to leave such samples without a loss"
+            ) from error
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return several samples, read at once where the data set can."""
+        if hasattr(self.dataset, "__getitems__"):
+            try:
+                samples: list[Any] = self.dataset.__getitems__(list(indices))
+            except Exception:
+                pass  # one by one it shows which sample it is
+            else:
+                return samples
+        return [self[index] for index in indices]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "__getstate__") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def first_readable(dataset: Any) -> Any:
+    """Return the first sample that can be read.
+
+    Raises:
+        SampleError: none can.
+    """
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        if not isinstance(sample, Unreadable):
+            return sample
+    raise SampleError(f"none of the data set's {len(dataset)} samples can be read: {sample.reason}")
+
+
+class CollateReadable:
+    """A collate function that leaves out what could not be read.
+
+    Args:
+        collate: the collate function for the samples themselves.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        return self.collate([sample for sample in samples if not isinstance(sample, Unreadable)])

@@ -1,0 +1,1 @@
+"""Calling other people's models: their inputs, dtypes, devices and peculiarities."""

@@ -1,0 +1,154 @@
+"""What a frozen body makes of a data set: its features and the targets, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from flowdata._common.progress import progress_bar
+from flowdata._common.rng import preserved_rng
+from flowdata.models.precision import map_tensors, name_of, resolve_dtype, scoring_model
+from flowdata.scores import content_identity
+from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
+from flowdata.store.format import check_identity, make_manifest, read_file, write_file
+from flowdata.targets.predictions import call_with, split_batch
+
+_ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
+
+
+def compute_features(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = 256,
+    dtype: str | torch.dtype = "auto",
+    num_workers: int = 0,
+    store: str | Path | None = None,
+    dataset_id: str | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return the features and the targets of every sample, in the data set's order.
+
+    Args:
+        model: the body, in whatever mode; see `flowdata.linear_probe`, as for the rest.
+        dataset: see `flowdata.linear_probe`.
+        collate_fn: see `flowdata.linear_probe`.
+        batch_size: samples in one forward pass.
+        dtype: see `flowdata.linear_probe`.
+        num_workers: as for `torch.utils.data.DataLoader`.
+        store: a file, ``*.safetensors``, that keeps the features. The same call again reads them
+            without running the body; another body, data set or dtype is refused.
+        dataset_id: names the data set's content for `store`; None fingerprints its samples.
+        progress: shows a bar.
+
+    Returns:
+        Features, (N, D) float32 (float64 from a float64 model), and targets, (N,) or (N, C),
+        both on the model's device.
+
+    Raises:
+        TypeError: a batch is not made of inputs and targets, or the body returns no tensor.
+        ValueError: `dataset` is empty, or the features are not (B, D).
+        ScoreMismatchError: `store` holds features of another body, data set or dtype.
+        StoreError: `store` is damaged, or no file of features.
+    """
+    own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+    has_body = any(True for _ in model.parameters())
+    scored = resolve_dtype(dtype if has_body else "float32", model, own.device)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        return _features(model, dataset, collate_fn, batch_size, scored, num_workers, progress)
+
+    if store is None:
+        return compute()
+    with preserved_rng():
+        identity = {
+            "kind": "features",
+            "body": fingerprint_model(model),
+            "dataset": content_identity(dataset) if dataset_id is None else dataset_id,
+            "num_samples": len(dataset),
+            "collate_fn": fingerprint_callable(collate_fn),
+            "dtype": name_of(scored),
+        }
+    features, targets = _stored(Path(store), identity, compute)
+    return features.to(own.device), targets.to(own.device)
+
+
+def _stored(
+    file: Path, identity: dict[str, Any], compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What the file holds, if it is of this identity; else computed, and kept there."""
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"store must name a file *.safetensors for the features, got {str(file)!r}"
+        )
+    if file.exists():
+        tensors, manifest = read_file(file)
+        check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
+        return tensors["feature"], tensors["target"]
+    features, targets = compute()
+    kept = {"feature": features.cpu(), "target": targets.cpu()}
+    write_file(file, kept, make_manifest(identity, {}, {}))
+    return features, targets
+
+
+def _features(
+    model: nn.Module,
+    dataset: Any,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+    dtype: torch.dtype,
+    num_workers: int,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+    # A generator of the loader's own: the default one would advance the global random state.
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
+    features, targets = [], []
+    with (
+        preserved_rng(),
+        scoring_model(model, dtype, own.device) as body,
+        progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
+    ):
+        for batch in loader:
+            inputs, target = split_batch(map_tensors(batch, lambda t: t.to(own.device)))
+            if target is None:
+                raise TypeError(
+                    "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
+                    f"got {type(batch).__name__}"
+                )
+            feature = _call(body, inputs)
+            if not isinstance(feature, Tensor):
+                raise TypeError(
+                    f"model must return a tensor of features, got {type(feature).__name__}; "
+                    "wrap it in a module that picks one"
+                )
+            if feature.dim() != 2 or len(feature) != len(target):
+                raise ValueError(
+                    f"model must return features of shape (B, D); got {tuple(feature.shape)} "
+                    f"for a batch of {len(target)} targets"
+                )
+            features.append(feature if feature.dtype == torch.float64 else feature.float())
+            targets.append(target)
+            advance(len(target))
+    if not features:
+        raise ValueError("dataset is empty: a probe needs at least one sample")
+    return torch.cat(features), torch.cat(targets)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return call_with(model, inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)

@@ -1,0 +1,206 @@
+"""Batches: how long samples are, and how samples become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from flowdata._common.unreadable import first_readable
+from flowdata.scoring.language.inputs import labels_of
+from flowdata.targets.predictions import innermost
+
+Collate = Callable[[list[Any]], Any]
+_CHARACTERS_PER_TOKEN = 3  # of raw text, when only a collate function knows its tokens
+
+
+def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
+    """Return every sample's length in tokens, (N,) int64, or None where all are alike in size.
+
+    Given lengths are taken; else those of the `input_ids` (a column, or one pass over the
+    samples), with the `labels` added where they are another sequence; else of raw text, a
+    third of its characters.
+
+    Raises:
+        ValueError: `lengths` is not (N,) non-negative integers.
+    """
+    if lengths is not None:
+        return _given_lengths(lengths, len(dataset))
+    if "input_ids" in (getattr(dataset, "column_names", None) or ()):
+        return torch.from_numpy(_column_lengths(dataset))
+    if length_of(first_readable(dataset)) is None:
+        return None
+    found = [length_of(dataset[index]) for index in range(len(dataset))]
+    return torch.tensor([0 if length is None else length for length in found])
+
+
+def choose_collate(
+    collate_fn: Collate | None, sample: Any, model: nn.Module, loss: Any = "auto"
+) -> Collate:
+    """Return the user's collate function, or the one that fits the first sample and the model."""
+    if collate_fn is not None:
+        return collate_fn
+    if not (isinstance(sample, Mapping) and "input_ids" in sample):
+        return default_collate
+    aligned: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
+    return aligned.get(loss) or partial(pad_collate, token=_padding_token(model))
+
+
+def _padding_token(model: nn.Module) -> int:
+    """The token that a model takes for padding, by which a decoder finds a text's end; else 0."""
+    config: Any = getattr(innermost(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", 0)
+    return token if isinstance(token, int) and 0 <= token < size else 0
+
+
+def check_stackable(sample: Any) -> None:
+    """Raise ValueError if default collation would turn a sample's fields inside out."""
+    if not isinstance(sample, Mapping) or "input_ids" in sample:
+        return
+    for name, value in sample.items():
+        if isinstance(value, list) and value and isinstance(value[0], int | float | list):
+            raise ValueError(
+                f"samples hold {name!r} as a list, which default collation would take apart; give "
+                "tensors (a Hugging Face data set: .with_format('torch')), or pass a collate_fn"
+            )
+
+
+def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str, Any]:
+    """Return a batch of token samples, padded on the right to the longest.
+
+    `input_ids` and every field as long as them become (B, T) tensors, `input_ids` padded with
+    `token`, `labels` with −100 and all else with 0; `attention_mask` is made where the samples
+    have none. Numbers become (B,) tensors, other fields stay lists, or are left out where not all
+    samples have them.
+
+    Raises:
+        ValueError: a sample's `input_ids` are not one-dimensional, or it lacks a field that
+            others have.
+    """
+    if not any(len(sample["input_ids"]) for sample in samples):  # no model runs on nothing
+        samples = [_of_padding(sample, token) for sample in samples]
+    batch: dict[str, Any] = {}
+    for name in {name: None for sample in samples for name in sample}:
+        values = [sample[name] for sample in samples if name in sample]
+        if len(values) == len(samples):
+            batch[name] = _stack(name, values, {"labels": -100, "input_ids": token}.get(name, 0))
+        elif not _is_note(values[0]):
+            raise ValueError(
+                f"only some samples have a field {name!r}: give it to all of them or none, or "
+                "pass a collate_fn"
+            )
+    if "attention_mask" not in batch:
+        masks = [torch.ones(len(sample["input_ids"]), dtype=torch.long) for sample in samples]
+        batch["attention_mask"] = _stack("attention_mask", masks, 0)
+    return batch
+
+
+def _of_padding(sample: Mapping[str, Any], token: int) -> dict[str, Any]:
+    """A sample without tokens as one of a single padding token, no target."""
+    padding = {"input_ids": torch.tensor([token]), "labels": torch.tensor([-100])}
+    zero = torch.zeros(1, dtype=torch.long)
+    fields = {
+        name: padding.get(name, zero) if np.ndim(value) == 1 else value
+        for name, value in sample.items()
+    }
+    return fields | {"attention_mask": zero}
+
+
+def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `pad_collate`'s batch of samples whose labels belong to their tokens one by one.
+
+    Raises:
+        ValueError: a sample has more or fewer `labels` than `input_ids`.
+    """
+    for sample in samples:
+        tokens, labels = len(sample["input_ids"]), len(sample.get("labels", sample["input_ids"]))
+        if labels != tokens:
+            raise ValueError(
+                "a sample must have a label for each of its input_ids, -100 where nothing counts, "
+                f"got {labels} labels for {tokens} tokens, the first "
+                f"{torch.as_tensor(sample['input_ids'][:8]).tolist()}"
+            )
+    return pad_collate(samples)
+
+
+def pad_causal(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `pad_aligned`'s batch, without a mask of its own where samples have positions.
+
+    Hugging Face's models read packed sequences out of `position_ids`, unless there is a mask.
+    """
+    batch = pad_aligned(samples)
+    if "position_ids" in batch and "attention_mask" not in samples[0]:
+        batch["labels"] = labels_of(batch, "causal_lm")
+        del batch["attention_mask"]
+    return batch
+
+
+def _stack(name: str, values: list[Any], padding: int) -> Any:
+    if _is_note(values[0]):
+        return values
+    try:
+        tensors = [torch.as_tensor(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        return values
+    if name == "input_ids" and any(tensor.dim() != 1 for tensor in tensors):
+        raise ValueError(
+            f"a sample's input_ids must be one-dimensional, got shape "
+            f"{tuple(next(t.shape for t in tensors if t.dim() != 1))}; tokenise without "
+            "return_tensors, or pass a collate_fn"
+        )
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+    return torch.stack(tensors)
+
+
+def _is_note(value: Any) -> bool:
+    """Whether a field is nothing that a model takes."""
+    return value is None or isinstance(value, str | bytes | Mapping)
+
+
+def _given_lengths(lengths: Any, num_samples: int) -> Tensor:
+    given = torch.as_tensor(lengths).cpu()
+    if given.shape != (num_samples,):
+        raise ValueError(
+            f"lengths must have shape ({num_samples},), one for each sample, "
+            f"got {tuple(given.shape)}"
+        )
+    if given.is_floating_point() or (given < 0).any():
+        raise ValueError("lengths must be non-negative integers: tokens in each sample")
+    return given.long()
+
+
+def _column_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    columns = dataset.select_columns(names).with_format("arrow")[:]
+    arrays = [columns[name].combine_chunks() for name in names]
+    found = [
+        array.value_lengths().to_numpy() for array in arrays if hasattr(array, "value_lengths")
+    ]
+    ids: np.ndarray[Any, np.dtype[np.int64]] = found[0].astype(np.int64)
+    if len(found) == 2:  # else the labels are one a sample
+        ids += np.where(found[1] == found[0], 0, found[1])
+    return ids
+
+
+def length_of(sample: Any) -> int | None:
+    """Return a sample's length in tokens, estimated where it is text; None where it has none."""
+    if isinstance(sample, Mapping) and "input_ids" in sample:
+        length, labels = len(sample["input_ids"]), sample.get("labels")
+        other = length if labels is None or np.ndim(labels) == 0 else len(labels)
+        return length if other == length else length + other
+    texts = [sample] if isinstance(sample, str) else _texts(sample)
+    return sum(map(len, texts)) // _CHARACTERS_PER_TOKEN + 1 if texts else None
+
+
+def _texts(sample: Any) -> list[str]:
+    if not isinstance(sample, Mapping | tuple | list):
+        return []
+    fields = sample.values() if isinstance(sample, Mapping) else sample
+    return [field for field in fields if isinstance(field, str)]

@@ -1,0 +1,1 @@
+"""Language models: packing, attention over packed samples, and the ways to a loss."""

@@ -1,0 +1,1 @@
+"""The plan: a data set cut into packs."""

@@ -1,0 +1,232 @@
+"""One file of a store, written and read: what is in it is proven by checksums.
+
+The byte format is specified in `flowdata.store.folder`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flowdata
+from flowdata._common.atomic import replacing
+from flowdata.scores import ScoreMismatchError
+from flowdata.store.packs import Columns, octets
+
+FORMAT, MANIFEST = 2, "manifest.json"
+FIELDS = ("identity", "plan", "details", "skipped")  # of a manifest: objects, all of them
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}
+
+Manifest = dict[str, Any]
+
+
+class StoreError(ValueError):
+    """A folder or file that is no store, is unfinished, damaged or of another format."""
+
+
+def make_manifest(
+    identity: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    details: Mapping[str, Any],
+    skipped: Mapping[int, str] | None = None,
+) -> Manifest:
+    """Return the manifest of a store, as it will be read back.
+
+    Raises:
+        TypeError: `details` holds what JSON can't.
+    """
+    manifest = {
+        "format": FORMAT,
+        "flowdata": flowdata.__version__,
+        "identity": dict(identity),
+        "plan": dict(plan),
+        "details": dict(details),
+        "skipped": {str(index): reason for index, reason in (skipped or {}).items()},
+    }
+    try:
+        as_read: Manifest = json.loads(json.dumps(manifest))
+    except TypeError as error:
+        raise TypeError(f"details must be JSON-like (strings, numbers, lists): {error}") from None
+    return as_read
+
+
+def check_identity(
+    kept: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    what: str,
+    remedy: str = "Score into another folder, or delete this one if its losses are unwanted",
+) -> None:
+    """Raise ScoreMismatchError with what differs unless both identities are the same."""
+    names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
+    if names:
+        differing = "; ".join(
+            f"{name}: {what} has {_short(kept, name)}, this run {_short(wanted, name)}"
+            for name in names
+        )
+        raise ScoreMismatchError(
+            f"{what} was made with another {' and '.join(names)} ({differing}). {remedy}"
+        )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(_signed(manifest), indent=1, sort_keys=True).encode())
+
+
+def store_digest(manifest: Manifest) -> str:
+    """Return the digest that says which files belong together."""
+    tied = {name: manifest[name] for name in ("format", "identity", "plan")}
+    return hashlib.sha256(_canonical(tied)).hexdigest()
+
+
+def write_file(path: Path, tensors: Columns, manifest: Manifest) -> None:
+    """Write tensors and manifest as one safetensors file, checksummed, whole or not at all."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as file:
+        file.write(save(tensors, {"flowdata": _metadata(tensors, manifest)}))
+
+
+def _metadata(tensors: Columns, manifest: Manifest) -> str:
+    signed = _signed(manifest)
+    return _canonical({"manifest": signed, "content": _content(tensors, signed)}).decode()
+
+
+def read_file(path: Path) -> tuple[Columns, Manifest]:
+    """Return a file's tensors and manifest, both proven by checksums.
+
+    Raises:
+        StoreError: it is damaged, of another format, or not written by `write_file`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("flowdata", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError, ValueError, KeyError, RuntimeError) as error:
+        raise StoreError(f"{path} is damaged or no safetensors file ({error})") from None
+    manifest, content = _parse_metadata(text, path)
+    if content != _content(tensors, _signed(manifest)):
+        raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
+    return tensors, manifest
+
+
+def _parse_metadata(text: str, path: Path) -> tuple[Manifest, Any]:
+    """The manifest in a safetensors file's header, proven, and the checksum of the whole."""
+    metadata = _parse_json(text, path)
+    if not isinstance(metadata, dict) or "manifest" not in metadata:
+        older = isinstance(metadata, dict) and "format" in metadata  # format 1 had it flat
+        return _proven(metadata if older else None, path), None
+    return _proven(metadata["manifest"], path), metadata.get("content")
+
+
+def _parse_json(text: str | bytes, path: Path) -> Any:
+    if not text:
+        raise StoreError(f"{path} was not written by flowdata, or is damaged: it holds no manifest")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+
+
+def _proven(parsed: Any, path: Path) -> Manifest:
+    """A signed manifest without its checksum, which is proven."""
+    if not isinstance(parsed, dict) or "format" not in parsed:
+        raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
+    if parsed["format"] != FORMAT:
+        raise StoreError(
+            f"{path} has format {_short(parsed, 'format')}, this version of flowdata "
+            f"({flowdata.__version__}) reads format {FORMAT}; use the version that wrote it"
+        )
+    if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
+        raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
+    for name in FIELDS:
+        if not isinstance(parsed.get(name), dict):
+            raise StoreError(f"{path} is damaged: its field {name!r} should be an object")
+    if not all(index.isdecimal() and len(index) < 20 for index in parsed["skipped"]):
+        raise StoreError(f"{path} is damaged: its field 'skipped' should name indices")
+    return parsed
+
+
+def _signed(manifest: Manifest) -> Manifest:
+    return {**manifest, "checksum": hashlib.sha256(_canonical(manifest)).hexdigest()}
+
+
+def _content(tensors: Mapping[str, Tensor], signed: Manifest) -> str:
+    digest = hashlib.sha256(_canonical(signed))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
+        digest.update(octets(tensor))
+    return digest.hexdigest()
+
+
+def manifest_in(file: Path) -> Manifest:
+    """The manifest in manifest.json or in a safetensors file's header, itself proven."""
+    if file.name == MANIFEST:
+        return _proven(_parse_json(file.read_bytes(), file), file)
+    metadata = _header(file)[1].get("__metadata__", {})
+    return _parse_metadata(str(metadata.get("flowdata", "")), file)[0]
+
+
+def layout_of(file: Path) -> dict[str, list[Any]]:
+    """Where the tensors of a safetensors file lie: dtype, first byte and end of each."""
+    begin, header = _header(file)
+    try:
+        return {
+            name: [entry["dtype"], *(begin + place for place in entry["data_offsets"])]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{file} is damaged: its header tells of no tensors") from error
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's tensors begin, and what its header says."""
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+        content = file.read(length)
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: its header is {error}") from None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise StoreError(f"{path} is damaged: its header should be an object")
+    return 8 + length, header
+
+
+def tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:
+    """The one-dimensional tensors at such places; zeros stand in for what a file lacks."""
+    tensors: Columns = {}
+    try:
+        for name, (dtype, first, end) in layout.items():
+            if not 0 <= first <= end <= 2 * len(content) + 2**20:
+                raise ValueError(f"tensor {name!r} can't lie in bytes {first} to {end}")
+            values = bytearray(content[first:end].ljust(end - first, b"\0"))
+            kind = _DTYPES[dtype]
+            tensors[name] = torch.frombuffer(values, dtype=kind) if values else torch.empty(0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"no tensors where they should be: {error}") from None
+    return tensors
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _short(fields: Mapping[str, Any], name: str) -> str:
+    """A field as it is shown in a message: its beginning where it is long."""
+    if name not in fields:
+        return "none"
+    text = json.dumps(fields[name])
+    closing = text[-1] if text[0] in '"[{' else ""
+    return text if len(text) <= 60 else f"{text[:44]}…{closing}"

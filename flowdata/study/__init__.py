@@ -1,0 +1,1 @@
+"""Methods × rates × seeds on a model of yours: runs, table, picture."""

@@ -1,0 +1,83 @@
+"""Fine-tuning a classifier by a method, and its accuracy."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import flowdata
+from flowdata.study.methods import Method, passes, train
+
+
+def sample_weights(method: Method, scores: flowdata.Scores) -> Tensor:
+    """Return the (N,) weights of a method: ones, unless it makes some from the scores."""
+    return torch.ones(len(scores)) if method.weights is None else method.weights(scores)
+
+
+def fine_tune(
+    model: nn.Module,
+    data: Any,
+    weights: Tensor,
+    method: Method,
+    *,
+    rate: float,
+    seed: int,
+    epochs: int,
+    batch: int,
+    dtype: str = "float32",
+    workers: int = 0,
+) -> None:
+    """Train in place by SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
+
+    Args:
+        model: inputs (B, …) → logits (B, C).
+        data: map-style, samples (input, class).
+        weights: (N,), of the samples.
+        method: how they are used, and what else is done.
+        rate: the highest learning rate.
+        seed: of the order, and of the method's own draws.
+        epochs: passes over the data.
+        batch: samples in one; what is left over at the end of an epoch is dropped.
+        dtype: of the forward pass, under autocast.
+        workers: that load samples.
+    """
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)
+    if method.resample:
+        batches = loader(data, sampler=flowdata.FlowSampler(weights, seed=seed))
+        rate *= weights.mean().item()  # Σwℓ / Σw makes steps larger by that than Σwℓ / N
+    else:
+        weighted = flowdata.FlowWeightedDataset(data, weights, layout="triple")
+        batches = loader(weighted, shuffle=True)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        inputs, targets, *weight = (part.to(device, non_blocking=True) for part in batch)
+        with autocast(device, dtype):
+            logits = model(inputs)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return flowdata.weighted_mean(losses, *weight) if weight else losses.mean()
+
+    sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4)
+    train(model, passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Any, dtype: str = "float32", workers: int = 0) -> float:
+    """Return the share of right answers, in %."""
+    device = next(model.parameters()).device
+    loader = DataLoader(data, batch_size=256, num_workers=workers)
+    model.eval()
+    with autocast(device, dtype):
+        hits = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in loader)
+    return 100 * hits / len(data)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Return a context that computes in bfloat16, or does nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -1,0 +1,178 @@
+"""What a study's runs say, as a Markdown page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from statistics import mean, stdev
+from typing import Any
+
+from flowdata.study.methods import ABLATIONS, LANGUAGE_ONLY, METHODS
+from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
+
+CHOSEN = (
+    "At the rate that is best, for each method, on validation samples of the new task "
+    "(of the rates that it was run at on the most seeds):"
+)
+ORDER = ("pre-trained", *METHODS, *LANGUAGE_ONLY, *ABLATIONS)  # of the rows
+
+
+def studies(records: Iterable[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
+    """Group runs by their options, methods in order: only runs under the same are compared."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(json.dumps(record["options"], sort_keys=True), []).append(record)
+    return [(group[0]["options"], sorted(group, key=_place)) for group in groups.values()]
+
+
+def measures(record: Record) -> dict[str, float]:
+    """Return a run's measures by name; where all are accuracies, their average as well."""
+    found = {
+        **{f"target {name}": value for name, value in record["target"].items()},
+        **record["retained"],
+    }
+    if all(name.endswith("accuracy") for name in found):
+        found["average"] = mean(
+            [mean(record["target"].values()), mean(record["retained"].values())]
+        )
+    return found
+
+
+def report(options: Mapping[str, Any], records: list[Record]) -> str:
+    """Return a study's Markdown page."""
+    runs = chosen_runs(records)
+    seeds = count(max(len(found) for found in runs.values()), "seed")
+    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    lines = [
+        f"# Forgetting: {options['study']}, {options['target']}",
+        "",
+        f"{settings}. {len(records)} runs, up to {seeds}.",
+        "",
+        CHOSEN,
+        "",
+        *_table(runs),
+        "",
+        *_edges(records),
+        *_over_rates(records),
+        "Differences over the seeds, paired: mean ± standard deviation (p of a t-test).",
+        "",
+        *_comparisons(runs),
+    ]
+    for rate, at_rate in runs_by_rate(records).items():
+        if len(at_rate) > 1:
+            lines += ["", f"All at rate {rate:g}:", "", *_table(at_rate), ""]
+            lines += _comparisons(at_rate)
+    return "\n".join([*lines, ""])
+
+
+def compare(runs: list[Record], others: list[Record], name: str) -> str:
+    """Return the paired difference of a measure: mean ± standard deviation (p)."""
+    theirs = {record["seed"]: measures(record)[name] for record in others}
+    pairs = [(measures(r)[name], theirs[r["seed"]]) for r in runs if r["seed"] in theirs]
+    differences, places = [ours - other for ours, other in pairs], digits(name)
+    if len(differences) < 2:
+        return f"{mean(differences):+.{places}f}" if differences else "–"
+    spread = stdev(differences)
+    return f"{mean(differences):+.{places}f} ± {spread:.{places}f} ({paired_p(differences)})"
+
+
+def paired_p(differences: list[float]) -> str:
+    """Return the two-sided p of a paired t-test, for people."""
+    from scipy.stats import ttest_1samp
+
+    if len(set(differences)) == 1:
+        return "p 1" if differences[0] == 0 else "p < 0.001"
+    p = float(ttest_1samp(differences, 0.0).pvalue)
+    return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
+def _table(runs: Runs) -> list[str]:
+    names = list(measures(next(iter(runs.values()))[0]))
+    lines = [row(["method", "rate", *names]), row(["---", "---:", *["---:"] * len(names)])]
+    for method, found in runs.items():
+        cells = [
+            spread([measures(record)[name] for record in found], digits(name)) for name in names
+        ]
+        lines.append(row([method, f"{found[0]['rate']:g}", *cells]))
+    return lines
+
+
+def _edges(records: Iterable[Record]) -> list[str]:
+    """Sentences on the methods that may do better beyond the rates tried."""
+    lines = [
+        f"A {side} rate was not tried and may be better: {'; '.join(methods)}."
+        for side, methods in edges(records).items()
+        if methods
+    ]
+    return [" ".join(lines), ""] if lines else []
+
+
+def _over_rates(records: list[Record]) -> list[str]:
+    """One row for each method that trains, its measures at each rate in one cell."""
+    trained = [record for record in records if record["rate"] > 0]
+    rates = sorted({record["rate"] for record in trained})
+    if len(rates) < 2:
+        return []
+    names = list(measures(records[0]))
+    most = len({record["seed"] for record in trained})
+    title = f"At each rate ({' / '.join(names)}; in brackets how many seeds, where not {most}):"
+    lines = [row(["method", *(f"{rate:g}" for rate in rates)])]
+    lines += [row(["---", *["---:"] * len(rates)])]
+    for method in dict.fromkeys(record["method"] for record in trained):
+        of_method = [record for record in trained if record["method"] == method]
+        at_rates = [[record for record in of_method if record["rate"] == rate] for rate in rates]
+        lines.append(row([method, *(_counted(found, names, most) for found in at_rates)]))
+    return [title, "", *lines, ""]
+
+
+def _counted(runs: list[Record], names: list[str], most: int) -> str:
+    return means(runs, names) + f" ({len(runs)})" * (0 < len(runs) < most)
+
+
+def _comparisons(runs: Runs) -> list[str]:
+    """Each method against standard fine-tuning, and each sum of two against either alone."""
+    names = list(measures(next(iter(runs.values()))[0]))
+    lines = [row(["method", "against", *names]), row(["---", "---", *["---:"] * len(names)])]
+    for method, found in runs.items():
+        alone = method.split(" + ") if " + " in method else []
+        for other in ["standard", *alone]:
+            if other in runs and other != method:
+                cells = [compare(found, runs[other], name) for name in names]
+                lines.append(row([method, other, *cells]))
+    return lines
+
+
+def _place(record: Record) -> int:
+    method = record["method"]
+    return ORDER.index(method) if method in ORDER else len(ORDER)
+
+
+def row(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def spread(values: list[float], places: int) -> str:
+    """Return mean ± standard deviation."""
+    around = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{places}f}{around}"
+
+
+def means(runs: list[Record], names: list[str]) -> str:
+    """Return the means of several measures, in one cell."""
+    if not runs:
+        return "–"
+    found = [mean(measures(record)[name] for record in runs) for name in names]
+    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(found, names, strict=True))
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of things, in words."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def digits(name: str) -> int:
+    """Return the digits that a measure is told with."""
+    if name.endswith(("accuracy", "average")):
+        return 1
+    return 2 if name.endswith("perplexity") else 3
