@@ -30,10 +30,11 @@ from flowdata.scoring import scorer as scorer_module
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.ranks import Ranks
 from flowdata.store.fingerprint import fingerprint_model
-from flowdata.store.folder import finish, load_scores, read_kept
+from flowdata.store.folder import finish, load_scores
 from flowdata.store.format import make_manifest
 from flowdata.store.packs import split
 from flowdata.store.parts import PartWriter
+from flowdata.store.repair import read_kept
 
 Row = dict[str, Any]
 

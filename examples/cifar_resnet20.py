@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flowdata
-from flowdata.companions.anchor import batch_norm_state
+from flowdata.companions.batch_norm import batch_norm_state
 
 ASSETS = Path(__file__).resolve().parents[1].parent / "shared" / "assets"
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from flowdata.text.read import load_model, load_tokenizer, read_rows
-from flowdata.text.tokens import Columns, tokenize_rows
+from flowdata.text.chats import Columns
+from flowdata.text.models import load_model, load_tokenizer
+from flowdata.text.read import read_rows
+from flowdata.text.tokens import tokenize_rows
 
 DATA = Path(__file__).parent.parent.parent / "shared/assets/language/gsm8k_train.jsonl"
 

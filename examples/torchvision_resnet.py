@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowdata import FlowWeightedDataset, LossScorer, linear_probe, weighted_mean
-from flowdata.companions.anchor import batch_norm_state
+from flowdata.companions.batch_norm import batch_norm_state
 
 try:
     import torchvision

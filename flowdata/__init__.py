@@ -5,14 +5,15 @@ w = exp(−loss / temperature), so that easy samples count more and the model dr
 (FLOW: Sanyal et al., ICML 2025, arXiv:2502.02797).
 """
 
-__version__ = "0.1.0"
-
-from flowdata.companions.anchor import ParameterAnchor, wise_ft
+from flowdata._version import __version__ as __version__
+from flowdata.companions.anchor import ParameterAnchor
+from flowdata.companions.averaging import wise_ft
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
+from flowdata.errors import ScoreMismatchError
 from flowdata.losses import causal_lm_loss, weighted_mean
 from flowdata.probe.linear_probe import linear_probe
 from flowdata.sampler import FlowSampler
-from flowdata.scores import ScoreMismatchError, Scores
+from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.streaming import FlowWeightedIterable
 from flowdata.weights import effective_sample_size, flow_weights, resolve_temperature

@@ -2,7 +2,7 @@
 
 import sys
 
-from flowdata.cli.commands import main
+from flowdata.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

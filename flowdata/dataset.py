@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from flowdata._common.unreadable import check_map_style
-from flowdata.scores import Missing, ScoreMismatchError, Scores, weights_of
+from flowdata.errors import ScoreMismatchError
+from flowdata.scores import Missing, Scores, weights_of
 from flowdata.weights import Temperature, resolve_temperature
 
 Layout: TypeAlias = Literal["pair", "triple", "dict"]

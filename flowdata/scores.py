@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowdata.store.fingerprint import fingerprint_dataset
+from flowdata._common.offsets import offsets_of
+from flowdata.errors import ScoreMismatchError
+from flowdata.report.pictures import plot_losses
+from flowdata.report.summary import summarize
+from flowdata.store.folder import read_store, write_store
+from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
+from flowdata.store.identity import CONTENT_PREFIX, content_identity
 from flowdata.weights import Temperature, check_values, flow_weights
 
 Missing: TypeAlias = Literal["raise", "zero"]
-CONTENT_PREFIX = "content:"  # of a data set's identity that was read off its samples
-
-
-class ScoreMismatchError(ValueError):
-    """Scores or a store meet a model, data set or option that they were not made with."""
 
 
 class Scores:
@@ -111,7 +112,7 @@ class Scores:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         if self._offsets is None:
-            self._offsets = torch.cat([torch.zeros(1, dtype=torch.long), self.counts.cumsum(0)])
+            self._offsets = offsets_of(self.counts)
         index %= len(self)
         return self.flat_token_losses[self._offsets[index] : self._offsets[index + 1]]
 
@@ -214,15 +215,11 @@ class Scores:
 
     def summary(self, temperature: Temperature = "median") -> dict[str, Any]:
         """Return the figures that describe the losses and the weights made from them."""
-        from flowdata.report.summary import summarize
-
-        return summarize(self, temperature=temperature)
+        return summarize(self.losses, self.counts, temperature=temperature)
 
     def plot(self, path: str | Path, *, temperature: Temperature = "median") -> Path:
         """Draw the distribution of losses and weights into a PNG and return its path."""
-        from flowdata.report.write import plot_scores
-
-        return plot_scores(self, path, temperature=temperature)
+        return plot_losses(self.losses, path, temperature=temperature)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -232,15 +229,34 @@ class Scores:
             FileNotFoundError: nothing is there.
             ValueError: it is no finished store, or its content is damaged.
         """
-        from flowdata.store.folder import load_scores
-
-        return load_scores(Path(path))
+        return cls.from_tensors(*read_store(Path(path)))
 
     def save(self, path: str | Path) -> Path:
         """Write the scores into a folder, or a file if the name ends in `.safetensors`."""
-        from flowdata.store.folder import save_scores
+        return write_store(self.to_tensors(), self.manifest(), Path(path))
 
-        return save_scores(self, Path(path))
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> Scores:
+        """Return the scores that a store's tensors and manifest tell of (see `store.format`)."""
+        return cls(
+            tensors["loss"],
+            tensors["count"],
+            metadata=dict(manifest),
+            token_losses=tensors.get("token_loss"),
+            columns={name: tensors[name] for name in tensors.keys() - STORE_TENSORS},
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return what a store keeps of the scores; nothing is copied."""
+        tensors = {**self.columns, "loss": self.losses, "count": self.counts}
+        if self.flat_token_losses is not None:
+            tensors["token_loss"] = self.flat_token_losses
+            tensors["token_offset"] = offsets_of(self.counts)
+        return tensors
+
+    def manifest(self) -> Manifest:
+        """Return the manifest of a store of these scores, made from their metadata."""
+        return make_manifest(**{name: self.metadata.get(name, {}) for name in FIELDS})
 
 
 def weights_of(
@@ -268,11 +284,6 @@ def weights_of(
             f"{type(scores_or_weights).__name__}; pass what its score(dataset) returns"
         )
     return check_values(scores_or_weights, name="weights")
-
-
-def content_identity(dataset: Any, *, skip_unreadable: bool = False) -> str:
-    """Return a data set's identity as read off its samples (see `fingerprint_dataset`)."""
-    return CONTENT_PREFIX + fingerprint_dataset(dataset, skip_unreadable=skip_unreadable)
 
 
 def _listing(indices: list[int], most: int = 10) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowdata._common.rng import preserved_rng
-from flowdata.scores import Scores, content_identity
+from flowdata.scores import Scores
+from flowdata.store.identity import content_identity
 
 
 class Scorer(Protocol):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
+from flowdata.errors import RankError
 from flowdata.scoring import ranks
-from flowdata.scoring.ranks import RankError
 from tests.forks import bits, in_ranks
 from tests.models import tiny_llama, token_samples
 

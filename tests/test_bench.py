@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowdata.cli import bench
-from flowdata.cli.commands import main
+from flowdata.cli.main import main
 from tests import reference
 from tests.models import tiny_llama, token_samples
 

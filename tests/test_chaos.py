@@ -15,8 +15,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
-from flowdata.store.folder import load_scores, read_kept, read_manifest, verify_store
-from flowdata.store.format import StoreError, _canonical, _metadata, _signed
+from flowdata.errors import StoreError
+from flowdata.store.folder import read_manifest
+from flowdata.store.format import _canonical, _metadata, _signed
+from flowdata.store.repair import read_kept
+from flowdata.store.verify import verify_store
 
 ROOT = Path(__file__).parent.parent
 N, PACK = 40, 4
@@ -316,7 +319,7 @@ def fuzz(count, templates, folder, seed):
                     true_packs(found)
                 else:
                     read_kept(folder, manifest, order, sizes)
-                loaded = load_scores(folder)
+                loaded = Scores.load(folder)
                 assert kind == 4 or torch.equal(loaded.losses, losses), (seed, number)
             except (StoreError, FileNotFoundError):
                 refused += 1

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from flowdata import Scores
-from flowdata.cli.commands import main
+from flowdata.cli.main import main
 from tests.models import tiny_llama
 from tests.test_text import tokenizer
 

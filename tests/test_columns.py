@@ -5,9 +5,9 @@ from torch import nn
 from flowdata import FlowSampler, FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
 from flowdata.head.tiled import Head, target_values
 from flowdata.scoring.collate import pad_collate
-from flowdata.scoring.language.ways import methods
+from flowdata.scoring.language.ways import ways_of
 from flowdata.targets.columns import COLUMNS, check_columns, columns_of_logits
-from flowdata.targets.predictions import prediction_method
+from flowdata.targets.predictions import prediction_way
 from tests import reference
 from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_samples
 
@@ -97,7 +97,7 @@ def test_a_class_as_likely_as_the_target_makes_it_no_correct_one():
 def test_a_classifiers_columns_are_those_of_its_last_layers_gradient():
     model, data = TinyResNet().eval(), images(6)
     inputs, targets = data.tensors
-    found = prediction_method("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
+    found = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
         token_losses=False
     )
     for row, (image, target) in enumerate(data):
@@ -114,7 +114,7 @@ def test_a_classifiers_columns_are_those_of_its_last_layers_gradient():
 def test_targets_given_as_probabilities():
     torch.manual_seed(0)
     model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.rand(5, 3).softmax(1)
-    found = prediction_method("cross_entropy", COLUMNS)(model, [inputs, targets]).further
+    found = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).further
     for row in range(5):
         logits = model(inputs[row : row + 1])
         loss = nn.functional.cross_entropy(logits, targets[row : row + 1])
@@ -128,7 +128,7 @@ def test_a_sample_of_several_targets_has_their_mean():
     torch.manual_seed(0)
     model, inputs = nn.Linear(4, 3), torch.randn(2, 5, 4)
     targets = torch.tensor([[0, 2, -100, 1, -100], [-100] * 5])
-    found = prediction_method("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
+    found = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
         token_losses=False
     )
     kept = targets[0] != -100
@@ -141,12 +141,12 @@ def test_a_sample_of_several_targets_has_their_mean():
 def test_logits_that_no_linear_layer_gives_have_no_gradient_norm():
     model = nn.Sequential(nn.Linear(4, 3), nn.Softplus())
     batch = [torch.randn(2, 4), torch.tensor([0, 1])]
-    assert set(prediction_method("cross_entropy", COLUMNS[:2])(model, batch).further) == {
+    assert set(prediction_way("cross_entropy", COLUMNS[:2])(model, batch).further) == {
         "entropy",
         "correct",
     }
     with pytest.raises(ValueError, match="'gradient_norm' needs what the model's last linear"):
-        prediction_method("cross_entropy", COLUMNS)(model, batch)
+        prediction_way("cross_entropy", COLUMNS)(model, batch)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -190,11 +190,11 @@ def expected_of(model, samples, name):
 def test_every_way_to_score_a_language_model_gives_the_same_columns(name, way):
     model, samples = LANGUAGE_MODELS[name](), token_samples(5, longest=20)
     with torch.no_grad():
-        method_name, method = methods(model, "causal_lm", columns=COLUMNS)[way]
+        way_name, method = ways_of(model, "causal_lm", columns=COLUMNS)[way]
         found = method(model, pad_collate(samples)).columns(token_losses=False)
     for column in COLUMNS:
         expected = expected_of(model, samples, column).float()
-        torch.testing.assert_close(found[column], expected, rtol=1e-3, atol=1e-4, msg=method_name)
+        torch.testing.assert_close(found[column], expected, rtol=1e-3, atol=1e-4, msg=way_name)
     assert not model.lm_head._forward_hooks
     assert not model.lm_head._forward_pre_hooks
 

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowdata.companions.anchor import ParameterAnchor, batch_norm_state, sweep_wise_ft, wise_ft
+from flowdata.companions.anchor import ParameterAnchor
+from flowdata.companions.averaging import sweep_wise_ft, wise_ft
+from flowdata.companions.batch_norm import batch_norm_state
 from tests import reference
 from tests.models import tiny_llama
 

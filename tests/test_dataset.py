@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
-from flowdata.scores import ScoreMismatchError, Scores, content_identity
+from flowdata.errors import ScoreMismatchError
+from flowdata.scores import Scores
+from flowdata.store.identity import content_identity
 from tests import reference
 
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625])

@@ -7,9 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.probe.features import compute_features
-from flowdata.scores import ScoreMismatchError
-from flowdata.store.format import StoreError
 from tests.test_heads import blobs
 from tests.test_probe import quiet
 

@@ -51,7 +51,7 @@ def test_doctests_of_the_package():
             "-q",
             "--doctest-modules",
             "flowdata",
-            "--ignore=flowdata/scoring/head_triton.py",  # needs Triton, has no examples
+            "--ignore=flowdata/head/triton.py",  # needs Triton, has no examples
             *("-p", "no:cacheprovider", "-n", "0"),
         ],
         cwd=ROOT,

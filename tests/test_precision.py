@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
-from flowdata.models.precision import map_tensors, resolve_dtype, scoring_model
+from flowdata.models.copies import scoring_model
+from flowdata.models.precision import resolve_dtype
+from flowdata.models.tensors import map_tensors
 from tests.models import TinyResNet, tiny_llama
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from flowdata.scoring.ranks import RankError, Ranks
+from flowdata.errors import RankError
+from flowdata.scoring.ranks import Ranks
 from tests.rank_checks import CHECKS
 
 ROOT = Path(__file__).parent.parent

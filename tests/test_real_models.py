@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from examples import smollm2_gsm8k
-from flowdata.text.read import load_model, load_tokenizer, read_rows
-from flowdata.text.tokens import Columns, tokenize_rows
+from flowdata.text.chats import Columns
+from flowdata.text.models import load_model, load_tokenizer
+from flowdata.text.read import read_rows
+from flowdata.text.tokens import tokenize_rows
 from tests import reference
 
 pytestmark = pytest.mark.slow

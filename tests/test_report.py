@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from flowdata.report.summary import QUANTILES, extremes, summarize
-from flowdata.report.write import plot_scores, write_report
+from flowdata.report.summary import QUANTILES, extremes
+from flowdata.report.write import write_report
 from flowdata.scores import Scores
 from tests import reference
 
@@ -30,7 +30,7 @@ def test_the_summary_matches_the_obvious_figures(rule):
     temperature = {"median": reference.median(present), "q0.25": reference.quantile(present, 0.25)}
     temperature = temperature.get(rule, 0.7)
     weights = reference.flow_weights(present, temperature)
-    summary = summarize(scores, rule)
+    summary = scores.summary(rule)
     assert summary["samples"] == 200
     assert summary["missing"] == 2
     assert summary["targets"] == int(scores.counts.sum())
@@ -52,22 +52,22 @@ def test_a_callable_rule_is_named():
     def smallest(losses):
         return losses.min().item()
 
-    assert summarize(some_scores(), smallest)["temperature_rule"] == "smallest"
+    assert some_scores().summary(smallest)["temperature_rule"] == "smallest"
 
 
 def test_extremes_are_those_of_a_full_sort():
     scores = some_scores()
     present = [i for i in range(200) if i not in (3, 77)]
     ordered = sorted(present, key=lambda i: scores.losses[i].item())
-    easy, hard = extremes(scores, 7)
+    easy, hard = extremes(scores.losses, 7)
     assert easy == ordered[:7]
     assert hard == ordered[::-1][:7]
-    assert sorted(extremes(scores, 1000)[0]) == present
+    assert sorted(extremes(scores.losses, 1000)[0]) == present
 
 
 def test_the_picture_is_a_png_of_the_distribution_asked_for(tmp_path):
     scores = some_scores()
-    median = plot_scores(scores, tmp_path / "new" / "median.png")
+    median = scores.plot(tmp_path / "new" / "median.png")
     quarter = scores.plot(tmp_path / "quarter.png", temperature="q0.25")
     assert median == tmp_path / "new" / "median.png"
     assert median.read_bytes().startswith(PNG)
@@ -108,7 +108,7 @@ def test_the_page_shows_figures_and_samples_and_stands_alone(tmp_path):
     report = write_report(scores, tmp_path, samples=lambda i: f"text of {i}.", top=4)
     source = report.page.read_text(encoding="utf-8")
     page = Page(source)
-    easy, hard = extremes(scores, 4)
+    easy, hard = extremes(scores.losses, 4)
     assert re.findall(r"text of (\d+)\.", page.text) == [str(i) for i in easy + hard]
     for index in easy + hard:
         assert f"#{index}" in page.text
@@ -155,7 +155,7 @@ def test_what_can_not_be_seen_is_spelt_out(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="none of the 2 samples has a loss"):
-        summarize(Scores(torch.tensor([float("nan")] * 2)))
+        Scores(torch.tensor([float("nan")] * 2)).summary()
     with pytest.raises(ValueError, match="top must be >= 0, got -1"):
         write_report(some_scores(), tmp_path, top=-1)
     with pytest.raises(ValueError, match="pass a positive float"):
@@ -166,13 +166,13 @@ def test_bad_input_is_named(tmp_path):
 def test_a_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=re.escape('pip install "flowdata[plotting]"')):
-        plot_scores(some_scores(), tmp_path / "losses.png")
+        some_scores().plot(tmp_path / "losses.png")
 
 
 def test_the_module_and_a_summary_need_no_matplotlib():
     code = (
         "import sys, torch, flowdata.report.summary\n"
-        "flowdata.report.summary.summarize(flowdata.Scores(torch.tensor([1.0])))\n"
+        "flowdata.Scores(torch.tensor([1.0])).summary()\n"
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -182,6 +182,6 @@ def test_the_users_matplotlib_settings_stay_as_they_are(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
     backend = matplotlib.get_backend()
-    plot_scores(some_scores(), tmp_path / "losses.png")
+    some_scores().plot(tmp_path / "losses.png")
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == backend

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from flowdata import FlowWeightedDataset, LossScorer, Scores
-from flowdata._common.unreadable import SampleError
+from flowdata.errors import SampleError
 from tests.models import tiny_llama, token_samples
 from tests.test_text import tokenizer
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
-from flowdata._common.unreadable import SampleError
+from flowdata.errors import SampleError
 from tests import reference
 from tests.models import (
     VOCABULARY,
@@ -69,11 +69,11 @@ def test_a_classifier_and_a_users_callable(loss, dtype):
 @pytest.mark.parametrize("way", range(4))
 def test_every_way_to_score_a_language_model_gives_the_same(way):
     from flowdata.scoring.collate import pad_collate
-    from flowdata.scoring.language.ways import methods
+    from flowdata.scoring.language.ways import ways_of
 
     model, samples = tiny_llama().eval(), token_samples(8)
     with torch.no_grad():
-        name, method = methods(model, "causal_lm")[way]
+        name, method = ways_of(model, "causal_lm")[way]
         columns = method(model, pad_collate(samples)).columns(token_losses=True)
     torch.testing.assert_close(columns["loss"], expected_losses(model, samples), msg=name)
     assert len(columns["token_loss"]) == int(columns["count"].sum())

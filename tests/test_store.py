@@ -8,16 +8,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flowdata import ScoreMismatchError, Scores
-from flowdata.store.folder import finish, locked, read_kept, read_manifest, verify_store
-from flowdata.store.format import (
-    StoreError,
-    check_identity,
-    make_manifest,
-    store_digest,
-    write_manifest,
-)
+from flowdata.errors import StoreError
+from flowdata.store.folder import finish, locked, read_manifest
+from flowdata.store.format import make_manifest, store_digest, write_manifest
+from flowdata.store.identity import check_identity
 from flowdata.store.packs import join, reorder
 from flowdata.store.parts import PartWriter
+from flowdata.store.repair import read_kept
+from flowdata.store.verify import verify_store
 
 SIZES = torch.tensor([2, 1, 3])
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -71,14 +69,16 @@ def test_parts_are_written_as_time_goes_by(tmp_path, monkeypatch):
 
 
 def test_a_file_is_readable_without_the_library_and_its_bytes_are_pinned(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowdata.__version__", "0.1.0")
+    monkeypatch.setattr("flowdata.store.format.__version__", "0.1.0")
     scores = Scores(
         torch.tensor([1.5, 2.0]),
         torch.tensor([2, 1]),
         metadata={"identity": {"model": "m"}, "plan": {"packs": 2}},
         token_losses=torch.tensor([1.0, 2.0, 2.0]),
     )
-    finish(tmp_path, scores, torch.tensor([1, 0]), torch.tensor([1, 1]))
+    finish(
+        tmp_path, scores.to_tensors(), scores.manifest(), torch.tensor([1, 0]), torch.tensor([1, 1])
+    )
     file = tmp_path / "scores.safetensors"
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -272,7 +272,7 @@ def finished(tmp_path):
         token_losses=columns["token_loss"],
         columns={"entropy": columns["loss"] / 2},
     )
-    finish(tmp_path, scores, ORDER, SIZES)
+    finish(tmp_path, scores.to_tensors(), scores.manifest(), ORDER, SIZES)
     return tmp_path, [{**each, "entropy": each["loss"] / 2} for each in packs]
 
 

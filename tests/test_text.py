@@ -3,8 +3,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flowdata.scoring.collate import pad_collate, sample_lengths
-from flowdata.text.tokens import Columns, find_columns, tokenize_rows
+from flowdata.scoring.collate import pad_collate
+from flowdata.scoring.plan.lengths import sample_lengths
+from flowdata.text.chats import Columns, find_columns
+from flowdata.text.tokens import tokenize_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"

@@ -5,14 +5,15 @@ import torch
 from torch import nn
 
 from flowdata import LossScorer
-from flowdata.models.tensors import Fetched, to_device
+from flowdata.models.tensors import to_device
 from flowdata.scoring import run
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.language import attention
 from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packed import Packing
-from flowdata.scoring.language.ways import methods
-from flowdata.targets.predictions import TargetLosses, prediction_method
+from flowdata.scoring.language.ways import ways_of
+from flowdata.targets.predictions import prediction_way
+from flowdata.targets.target_losses import Fetched, TargetLosses
 from tests.models import tiny_gpt2, tiny_llama, token_samples
 from tests.test_packed import prompted
 
@@ -39,7 +40,7 @@ def test_no_way_to_score_tokens_looks_at_what_the_device_has(make, way, columns,
     packing = Packing(padded("causal_lm"), prefix, device=META)
     model = on_meta(make())
     packing = packing if way == "packed" else None
-    tiled, through_head, *_ = methods(
+    tiled, through_head, *_ = ways_of(
         model, "causal_lm", packing=packing, columns=columns, device=META
     )
     for name, method in [tiled] if columns else [tiled, through_head]:
@@ -57,7 +58,7 @@ def test_no_prediction_loss_looks_at_what_the_device_has(loss):
         "binary_cross_entropy": torch.ones(4, 3),
         "mse": torch.ones(4, 3),
     }[loss]
-    method = prediction_method(loss, device=META)
+    method = prediction_way(loss, device=META)
     losses = method(on_meta(nn.Linear(5, 3)), (torch.randn(4, 5), targets))
     assert losses.values.device == META
     assert losses.counts.tolist() == ([1, 0, 1, 1] if loss == "cross_entropy" else [3] * 4)

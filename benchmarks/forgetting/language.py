@@ -31,9 +31,11 @@ from flowdata.losses import fused_causal_lm_loss
 from flowdata.scoring.collate import pad_collate
 from flowdata.study.methods import ABLATIONS, LANGUAGE_ONLY, METHODS, Method, passes, train
 from flowdata.study.runs import Record, run_study
-from flowdata.targets.predictions import IGNORE_INDEX
-from flowdata.text.read import load_model, load_tokenizer, read_rows
-from flowdata.text.tokens import Columns, TokenSamples, tokenize_rows
+from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.text.chats import Columns
+from flowdata.text.models import load_model, load_tokenizer
+from flowdata.text.read import read_rows
+from flowdata.text.tokens import TokenSamples, tokenize_rows
 from flowdata.token_weights import align_token_weights
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
@@ -111,7 +113,7 @@ class Language:
     """Runs a method on one model and data set.
 
     Args:
-        model: a causal language model for `flowdata.text.read.load_model`.
+        model: a causal language model for `flowdata.text.models.load_model`.
         assets: the folder that holds ``language/``.
         sizes: see there.
         scores: folder in which the losses of the pre-trained model are kept.

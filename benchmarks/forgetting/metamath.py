@@ -32,8 +32,10 @@ from benchmarks.forgetting.language import MAIN, Weighted, target_weights
 from flowdata.losses import causal_lm_loss, count_items
 from flowdata.scoring.collate import pad_collate
 from flowdata.study.methods import Method, train
-from flowdata.text.read import load_model, load_tokenizer, read_rows
-from flowdata.text.tokens import Columns, find_columns, tokenize_rows
+from flowdata.text.chats import Columns, find_columns
+from flowdata.text.models import load_model, load_tokenizer
+from flowdata.text.read import read_rows
+from flowdata.text.tokens import tokenize_rows
 
 SHARDED = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
 METHODS = {n: m for n, m in MAIN.items() if n in SHARDED or not (m.parts or n == "pre-trained")}

@@ -210,8 +210,10 @@ def gsm8k_lengths(count: int) -> list[list[int]]:
 
 def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
     """SmolLM2-135M-Instruct and GSM8K's questions and answers through its tokenizer."""
-    from flowdata.text.read import load_model, load_tokenizer, read_rows
-    from flowdata.text.tokens import Columns, find_columns, tokenize_rows
+    from flowdata.text.chats import Columns, find_columns
+    from flowdata.text.models import load_model, load_tokenizer
+    from flowdata.text.read import read_rows
+    from flowdata.text.tokens import tokenize_rows
 
     questions = read_rows(str(ASSETS / "gsm8k_train.jsonl"), limit=count)
     columns = find_columns(questions[0], Columns(None, "question", "answer"))

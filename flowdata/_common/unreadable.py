@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
+from flowdata.errors import SampleError
+
 
 def check_map_style(dataset: Any) -> None:
     """Raise TypeError, with what to do, unless a data set has samples by number."""
@@ -23,10 +25,6 @@ def check_map_style(dataset: Any) -> None:
             "dataset must be map-style (with __len__ and __getitem__), got "
             f"{type(dataset).__name__}; for streams use FlowWeightedIterable"
         )
-
-
-class SampleError(ValueError):
-    """A data set raised an exception when one of its samples was read; the message names it."""
 
 
 @dataclass(frozen=True)

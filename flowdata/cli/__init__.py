@@ -1,5 +1,5 @@
 """The command line."""
 
-from flowdata.cli.commands import main
+from flowdata.cli.main import main
 
 __all__ = ["main"]

@@ -20,10 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import flowdata
 from flowdata._common.progress import progress_bar
 from flowdata._common.rng import preserved_rng
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.losses import weighted_mean
+from flowdata.probe.linear_probe import linear_probe
 from flowdata.report.pictures import BLUE, GREEN, draw_losses, figure, png
+from flowdata.scoring.scorer import LossScorer
+from flowdata.weights import flow_weights, resolve_temperature
 
 STANDARD, FLOW = "standard fine-tuning", "FLOW"
 RATES = (0.01, 0.03, 0.1, 0.3)
@@ -182,14 +186,14 @@ def _pretrain_and_probe(seed: int, tasks: _Tasks) -> tuple[_Network, Start]:
     _probe(net, tasks)
 
     probed = nn.Sequential(body, net.head)
-    scorer = flowdata.LossScorer(probed, "cross_entropy", dtype="float32", progress=False)
+    scorer = LossScorer(probed, "cross_entropy", dtype="float32", progress=False)
     losses = scorer.score(tasks.train).losses
     return net, Start(
         seed,
         _accuracy(old, tasks.old_test),
         _accuracy(probed, tasks.test),
         losses,
-        flowdata.resolve_temperature(losses, "median"),
+        resolve_temperature(losses, "median"),
     )
 
 
@@ -199,7 +203,7 @@ def _fine_tune(
     net = copy.deepcopy(start_net)
     tuned = nn.Sequential(net.body, net.head)
     if method == FLOW:
-        weights = flowdata.flow_weights(start.losses, temperature="median")
+        weights = flow_weights(start.losses, temperature="median")
         _train(tuned, tasks.train, weights, rate, _EPOCHS)
         _probe(net, tasks)  # the second round: the head alone, without weights
     else:
@@ -218,14 +222,14 @@ def _train(
     model: nn.Module, data: TensorDataset, weights: Tensor, rate: float, epochs: int
 ) -> None:
     """Minimise the weighted loss by SGD with momentum and a cosine schedule."""
-    weighted = flowdata.FlowWeightedDataset(data, weights)
+    weighted = FlowWeightedDataset(data, weights)
     loader = DataLoader(weighted, batch_size=_BATCH, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     for _ in range(epochs):
         for (images, labels), weight in loader:
             losses = F.cross_entropy(model(images), labels, reduction="none")
-            loss = flowdata.weighted_mean(losses, weight)
+            loss = weighted_mean(losses, weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -233,7 +237,7 @@ def _train(
 
 
 def _probe(net: _Network, tasks: _Tasks) -> None:
-    flowdata.linear_probe(
+    linear_probe(
         net.body, net.head, tasks.train, strength=_PROBE_STRENGTH, dtype="float32", progress=False
     )
 

@@ -14,8 +14,18 @@ from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.checks import TWICE, carries_weights, check_loader, find_sampler
 from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mean
+from flowdata.models.calling import innermost
 from flowdata.sampler import FlowSampler
-from flowdata.targets import predictions as tasks
+from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.targets.predictions import (
+    binary_cross_entropy,
+    classes_come_last,
+    cross_entropy,
+    logits_of,
+    squared_error,
+)
+from flowdata.targets.target_losses import TargetLosses
+from flowdata.targets.which_loss import loss_of
 from flowdata.token_weights import TokenRule
 from flowdata.weights import Temperature
 
@@ -202,7 +212,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         elif task == "mse":
             targets = torch.full((len(labels),), labels[0].numel(), device=labels.device)
         else:
-            targets = (labels != tasks.IGNORE_INDEX).reshape(len(labels), -1).sum(1)
+            targets = (labels != IGNORE_INDEX).reshape(len(labels), -1).sum(1)
         if self.normalize == "weights" and weights is not None:
             targets = targets * weights
         return targets.sum()
@@ -228,7 +238,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
 
     def _task(self, batch: Mapping[str, Any]) -> str:
         """What the loss is; a batch is asked last, as another one might answer differently."""
-        return tasks.loss_of(self.model, batch)
+        return loss_of(self.model, batch)
 
     def compute_loss(
         self,
@@ -263,31 +273,29 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         if self.sample_loss is not None:
             loss = weighted_mean(self.sample_loss(outputs, labels), weights, **options)
         elif task == "causal_lm":
-            logits = tasks.logits_of(outputs)
+            logits = logits_of(outputs)
             loss = causal_lm_loss(logits, labels, weights, token_rule=self.token_rule, **options)
         else:
-            made = self._target_losses(task, tasks.logits_of(outputs).float(), inputs)
+            made = self._target_losses(task, logits_of(outputs).float(), inputs)
             repeats = made.counts.to(weights.device)
             loss = weighted_mean(made.values, weights.repeat_interleave(repeats), **options)
         return loss + self._router_loss(outputs), outputs
 
-    def _target_losses(
-        self, task: str, logits: Tensor, inputs: Mapping[str, Any]
-    ) -> tasks.TargetLosses:
+    def _target_losses(self, task: str, logits: Tensor, inputs: Mapping[str, Any]) -> TargetLosses:
         labels = inputs["labels"]
         if task == "binary_cross_entropy":
-            return tasks.binary_cross_entropy(logits, labels)
+            return binary_cross_entropy(logits, labels)
         if task == "mse":
-            return tasks.squared_error(logits, labels)
-        last = task != "cross_entropy" or tasks.classes_come_last(self.model, inputs, labels)
-        return tasks.cross_entropy(logits, labels, classes_last=last)
+            return squared_error(logits, labels)
+        last = task != "cross_entropy" or classes_come_last(self.model, inputs, labels)
+        return cross_entropy(logits, labels, classes_last=last)
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
         """A mixture of experts' balancing loss, which its model adds to the loss we replace."""
         auxiliary = getattr(outputs, "aux_loss", None)
         if auxiliary is None:
             return 0.0
-        config = tasks.innermost(self.model).config.get_text_config()
+        config = innermost(self.model).config.get_text_config()
         steps: int = self.current_gradient_accumulation_steps
         scaled: Tensor = config.router_aux_loss_coef * auxiliary / steps
         return scaled

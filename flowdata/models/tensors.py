@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from flowdata.models.precision import map_tensors
-
-if TYPE_CHECKING:
-    from flowdata.targets.predictions import TargetLosses
-
 
 CPU = torch.device("cpu")
 
@@ -29,32 +23,27 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class Fetched:
-    """A pack's losses on their way to the host, behind the work that makes them.
+def map_floating(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every floating tensor in its tuples, lists and mappings converted."""
+    return map_tensors(value, lambda t: convert(t) if t.is_floating_point() else t)
 
-    Work that is given to the device after this does not hold them up.
+
+def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every tensor in its tuples, lists and mappings converted.
+
+    A container in which nothing changes is returned itself.
     """
-
-    def __init__(self, losses: TargetLosses) -> None:
-        self.event = torch.cuda.Event() if losses.values.is_cuda else None
-        self.losses = replace(
-            losses,
-            values=_to_host(losses.values),
-            counts=losses.counts.cpu(),
-            further={name: _to_host(values) for name, values in losses.further.items()},
-        )
-        if self.event is not None:
-            self.event.record()
-
-    def columns(self, *, token_losses: bool) -> dict[str, Tensor]:
-        """Return what the store keeps of the pack, once it is there."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.losses.columns(token_losses=token_losses)
-
-
-def _to_host(values: Tensor) -> Tensor:
-    if not values.is_cuda:
-        return values.detach()
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return there.copy_(values.detach(), non_blocking=True)
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, tuple | list):
+        items = [map_tensors(item, convert) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        converted = {key: map_tensors(item, convert) for key, item in value.items()}
+        if all(new is value[key] for key, new in converted.items()):
+            return value
+        rebuild = isinstance(value, dict) and type(value) is not dict
+        return type(value)(**converted) if rebuild else converted
+    return value

@@ -13,11 +13,14 @@ from torch.utils.data import DataLoader
 
 from flowdata._common.progress import progress_bar
 from flowdata._common.rng import preserved_rng
-from flowdata.models.precision import map_tensors, name_of, resolve_dtype, scoring_model
-from flowdata.scores import content_identity
+from flowdata.models.calling import call_with
+from flowdata.models.copies import scoring_model
+from flowdata.models.precision import name_of, resolve_dtype
+from flowdata.models.tensors import map_tensors
 from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
-from flowdata.store.format import check_identity, make_manifest, read_file, write_file
-from flowdata.targets.predictions import call_with, split_batch
+from flowdata.store.format import make_manifest, read_file, write_file
+from flowdata.store.identity import check_identity, content_identity
+from flowdata.targets.labels import split_batch
 
 _ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
 

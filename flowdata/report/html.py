@@ -12,12 +12,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowdata.report.pictures import draw_losses, draw_weights, figure, png
 from flowdata.report.summary import extremes, present
-from flowdata.scores import Scores
 from flowdata.weights import flow_weights
+
+if TYPE_CHECKING:
+    from flowdata.scores import Scores
 
 _NAMES = {
     "min": "easiest",
@@ -47,8 +49,8 @@ def render(
         samples: gives the text of sample i; None shows numbers alone.
         top: how many of the easiest and of the hardest samples to list.
     """
-    easy, hard = extremes(scores, top)
-    losses, temperature = present(scores), summary["temperature"]
+    easy, hard = extremes(scores.losses, top)
+    losses, temperature = present(scores.losses), summary["temperature"]
     weights = flow_weights(losses, temperature=temperature)
     rule = summary["temperature_rule"]
     missing = summary["missing"]

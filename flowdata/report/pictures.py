@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
+
+from flowdata.report.summary import present
+from flowdata.weights import Temperature, flow_weights, resolve_temperature
 
 Theme = Literal["light", "dark"]
 
@@ -62,6 +66,30 @@ def figure(
         drawing = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawing)
         yield drawing, drawing.subplots(1, panels, **options)
+
+
+def plot_losses(losses: Tensor, path: str | Path, *, temperature: Temperature = "median") -> Path:
+    """Draw the distributions of losses and weights into a PNG and return its path.
+
+    Args:
+        losses: (N,) floating, nats; NaN for samples without a loss, which are left out.
+        path: of the PNG; missing folders are made.
+        temperature: as in `resolve_temperature`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no sample has a loss, or the temperature is unusable.
+    """
+    known = present(losses)
+    resolved = resolve_temperature(known, temperature)
+    with figure(10, 3.8, panels=2, width_ratios=[3, 2]) as (drawing, (left, right)):
+        draw_losses(left, known, resolved)
+        draw_weights(right, flow_weights(known, temperature=resolved))
+        content = png(drawing)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def png(drawing: Any) -> bytes:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowdata.scores import Scores
 from flowdata.weights import Temperature, effective_sample_size, flow_weights, resolve_temperature
 
 QUANTILES = {
@@ -22,11 +21,15 @@ QUANTILES = {
 }
 
 
-def summarize(scores: Scores, temperature: Temperature = "median") -> dict[str, Any]:
+def summarize(
+    losses: Tensor, counts: Tensor, temperature: Temperature = "median"
+) -> dict[str, Any]:
     """Return the figures that describe losses and the weights made from them; JSON-like.
 
     Args:
-        scores: of N samples; those without a loss are counted and left out of all else.
+        losses: (N,) floating, nats; NaN for samples without a loss, which are counted and left
+            out of all else.
+        counts: (N,) int64, targets of each sample.
         temperature: as in `resolve_temperature`.
 
     Returns:
@@ -39,21 +42,21 @@ def summarize(scores: Scores, temperature: Temperature = "median") -> dict[str, 
 
     Example:
         >>> import torch
-        >>> figures = summarize(Scores(torch.tensor([0.5, 1.0, 4.0, float("nan")])))
+        >>> figures = summarize(torch.tensor([0.5, 1.0, 4.0, torch.nan]), torch.ones(4))
         >>> figures["missing"], figures["temperature"], round(figures["effective_share"], 3)
         (1, 1.0, 0.652)
     """
-    losses = present(scores)
-    resolved = resolve_temperature(losses, temperature)
-    weights = flow_weights(losses, temperature=resolved)
+    known = present(losses)
+    resolved = resolve_temperature(known, temperature)
+    weights = flow_weights(known, temperature=resolved)
     effective = effective_sample_size(weights)
-    values = np.quantile(losses.double().numpy(), list(QUANTILES.values()))
+    values = np.quantile(known.double().numpy(), list(QUANTILES.values()))
     return {
-        "samples": len(scores),
-        "missing": len(scores) - len(losses),
-        "targets": int(scores.counts.sum()),
+        "samples": len(losses),
+        "missing": len(losses) - len(known),
+        "targets": int(counts.sum()),
         "loss": {
-            "mean": losses.mean(dtype=torch.float64).item(),
+            "mean": known.mean(dtype=torch.float64).item(),
             **dict(zip(QUANTILES, values.tolist(), strict=True)),
         },
         "temperature": resolved,
@@ -64,34 +67,33 @@ def summarize(scores: Scores, temperature: Temperature = "median") -> dict[str, 
             "max": weights.max().item(),
         },
         "effective_sample_size": effective,
-        "effective_share": effective / len(losses),
+        "effective_share": effective / len(known),
     }
 
 
-def extremes(scores: Scores, top: int) -> tuple[list[int], list[int]]:
+def extremes(losses: Tensor, top: int) -> tuple[list[int], list[int]]:
     """Return the indices of the `top` easiest and hardest samples, the most extreme first.
 
     Example:
         >>> import torch
-        >>> extremes(Scores(torch.tensor([0.5, 3.0, float("nan"), 0.1])), top=2)
+        >>> extremes(torch.tensor([0.5, 3.0, torch.nan, 0.1]), top=2)
         ([3, 0], [1, 0])
     """
-    present = (~scores.losses.isnan()).nonzero().flatten()
-    losses = scores.losses[present]
-    top = min(top, len(present))
-    easy, hard = (losses.topk(top, largest=largest).indices for largest in (False, True))
-    return present[easy].tolist(), present[hard].tolist()
+    samples = (~losses.isnan()).nonzero().flatten()
+    top = min(top, len(samples))
+    easy, hard = (losses[samples].topk(top, largest=largest).indices for largest in (False, True))
+    return samples[easy].tolist(), samples[hard].tolist()
 
 
-def present(scores: Scores) -> Tensor:
+def present(losses: Tensor) -> Tensor:
     """Return the losses of the samples that have one; ValueError if none has."""
-    losses = scores.losses[~scores.losses.isnan()]
-    if len(losses) == 0:
+    known = losses[~losses.isnan()]
+    if len(known) == 0:
         raise ValueError(
-            f"none of the {len(scores)} samples has a loss: check that the labels are not all "
+            f"none of the {len(losses)} samples has a loss: check that the labels are not all "
             "ignored and that the model's outputs are finite"
         )
-    return losses
+    return known
 
 
 def _rule_name(temperature: Temperature) -> str:

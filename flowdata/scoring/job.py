@@ -12,30 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.unreadable import SampleError, Unreadable, first_readable
-from flowdata.models.compiled import is_compiled, pays, run_eagerly
+from flowdata._common.unreadable import Unreadable, first_readable
+from flowdata.errors import SampleError
+from flowdata.models.compiled import pays
 from flowdata.models.precision import name_of
-from flowdata.models.rope import longest_alike
-from flowdata.scoring.collate import Collate, length_of, sample_lengths
-from flowdata.scoring.language.inputs import padded
+from flowdata.scoring.collate import Collate
 from flowdata.scoring.language.packed import (
-    Packing,
     common_prefix,
-    why_batch_not_packed,
     why_not_packed,
 )
-from flowdata.scoring.language.ways import agrees, methods
+from flowdata.scoring.plan.lengths import length_of, sample_lengths
 from flowdata.scoring.plan.packs import Plan, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
-from flowdata.targets.predictions import LANGUAGE_LOSSES, Method, callable_method, prediction_method
 
 logger = logging.getLogger("flowdata")
-
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
-_CHECKED = 2048  # tokens of a sample whose full logits are still held for a check
 _LOOKED_AT = 16  # samples from which a common prefix is told and ways to score are checked
-
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -79,7 +72,7 @@ class Job:
             with contextlib.suppress(SampleError):  # the run will meet it and say so
                 found.append(self.dataset[index])
         readable = [sample for sample in found if not isinstance(sample, Unreadable)]
-        return sorted(readable or [first_readable(self.dataset)], key=_tokens)
+        return sorted(readable or [first_readable(self.dataset)], key=tokens_of)
 
     @functools.cached_property
     def prefix(self) -> Tensor:
@@ -134,86 +127,8 @@ def _compiles(job: Job, lengths: Tensor | None) -> bool:
     return pays(job.model, tokens, job.dtype, job.device)
 
 
-def choose_method(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tuple[Method, str]:
-    """Return the fastest way to the losses that agrees with the plainest, and its name.
-
-    `options` are those of the plan whose packs it is for.
-    """
-    if layers := _batch_dependent(model):
-        logger.warning(
-            "BatchNorm without running statistics (%s): a sample's loss depends on the others in "
-            "its batch; batch_size=1 scores each alone",
-            ", ".join(layers),
-        )
-    if not isinstance(job.loss, str):
-        return callable_method(job.loss, job.device), ""
-    if job.loss not in LANGUAGE_LOSSES:
-        return prediction_method(job.loss, job.columns, job.device), ""
-    few = [sample for sample in job.few if _tokens(sample) <= _CHECKED] or job.few[:1]
-    batch = job.collate([few[-1], few[len(few) // 4]])
-    longest = longest_alike(model)
-    prefix = job.prefix[: options["prefix"]][:longest]
-    max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
-    why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
-    whole = padded(job.loss, max_tokens)
-    packing = None if why_not else Packing(whole, prefix, max_tokens, job.device)
-    compiled = is_compiled(model)
-    *ways, (plainest, plain) = methods(
-        model,
-        job.loss,
-        packing=packing,
-        max_tokens=max_tokens,
-        columns=job.columns,
-        compiled=compiled,
-        device=job.device,
-    )
-    if compiled and (reason := agrees(ways[0][1], plain, model, batch, job.dtype)):
-        logger.warning("not compiling: %s", reason)
-        run_eagerly(model)
-        compiled = False
-    for name, method in ways:
-        reason = agrees(method, plain, model, batch, job.dtype)
-        if not reason:
-            described = _described(name, options, why_not, job, compiled=compiled)
-            return method, described + _alone(longest)
-        logger.warning("not scoring by %s: %s", name, reason)
-    return plain, plainest
-
-
-def _batch_dependent(model: nn.Module) -> list[str]:
-    """Return the names of a model's BatchNorm layers that have no statistics but the batch's."""
-    return [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
-    ]
-
-
-def _described(
-    way: str, options: Mapping[str, Any], why_not_packed: str, job: Job, *, compiled: bool
-) -> str:
-    """What is said of the way that was chosen."""
-    parts = [way, "layers compiled"] if compiled else [way]
-    prefix, shared = options["prefix"], options["shared_prompts"]
-    if why_not_packed:
-        parts.append(f"samples padded ({why_not_packed})")
-    elif "packed" in way:
-        saved = prefix * (len(job.dataset) - 1)
-        parts += [f"a prefix of {prefix:,} tokens run once ({saved:,} tokens saved)"] * bool(prefix)
-        parts += [f"shared prompts run once (about {shared:,} tokens saved)"] * bool(shared)
-    return ", ".join(parts)
-
-
-def _alone(longest: int | None) -> str:
-    if longest is None:
-        return ""
-    return (
-        f", samples of over {longest:,} tokens one at a time (their rotary frequencies depend on "
-        "the length)"
-    )
-
-
-def _tokens(sample: Any) -> int:
+def tokens_of(sample: Any) -> int:
+    """Return how long a sample is, in tokens; 0 where it has none."""
     return length_of(sample) or 0
 
 

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
+from flowdata.errors import RankError
+
 _SLOWEST = 0.2  # seconds between two looks at the store
 _TELL_AFTER = 60.0  # seconds of waiting, then again after each doubling
 _BEAT = 5.0  # seconds between two signs of life
@@ -31,10 +33,6 @@ _LINGER = 5.0  # seconds for which a failed rank 0 waits for the others to hear 
 _STOP = 1 << 40  # more packs than there are
 logger = logging.getLogger("flowdata")
 T = TypeVar("T")
-
-
-class RankError(RuntimeError):
-    """Another rank of the process group failed, so that this one stopped too."""
 
 
 class Ranks:

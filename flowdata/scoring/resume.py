@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from flowdata._common.progress import say
+from flowdata.errors import StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.scores import Scores
 from flowdata.scoring.job import Job, make_plan
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.scoring.run import merge_packs, run_packs
-from flowdata.store.folder import (
-    finish,
-    load_scores,
-    locked,
-    read_kept,
-    read_manifest,
-    repair_manifest,
-)
-from flowdata.store.format import (
-    Manifest,
-    StoreError,
-    check_identity,
-    make_manifest,
-    write_manifest,
-)
-from flowdata.store.packs import join, split
+from flowdata.scoring.run import logger, run_packs
+from flowdata.store.folder import finish, locked, read_manifest
+from flowdata.store.format import Manifest, make_manifest, write_manifest
+from flowdata.store.identity import check_identity
+from flowdata.store.packs import Columns, join, reorder, split
 from flowdata.store.parts import Kept, PartWriter
+from flowdata.store.repair import read_kept, repair_manifest
 
 ALIKE = "All ranks have to make the same call"
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
@@ -66,13 +56,13 @@ def score_into(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
             scores = _score_missing(folder, job, wanted, ranks)
-    return _shown(lambda: load_scores(folder), ranks) if scores is None else scores
+    return _shown(lambda: Scores.load(folder), ranks) if scores is None else scores
 
 
 def _finished(folder: Path, wanted: Manifest) -> Scores | None:
     """The scores of a finished and whole store."""
     try:
-        scores = load_scores(folder)
+        scores = Scores.load(folder)
     except (StoreError, FileNotFoundError, NotADirectoryError):
         return None
     check_identity(scores.metadata["identity"], wanted["identity"], f"the store {folder}")
@@ -115,7 +105,7 @@ def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Sc
     if ranks.is_first:
         kept = _shown(lambda: _all_kept(folder, manifest, plan), ranks)
         scores = _merged(plan, kept, manifest)
-        finish(folder, scores, plan.order, plan.sizes)
+        finish(folder, scores.to_tensors(), scores.manifest(), plan.order, plan.sizes)
     ranks.from_first("merged", True)
     return scores
 
@@ -157,3 +147,27 @@ def _shown(read: Callable[[], T], ranks: Ranks) -> T:
             return read()
         sleep(1)
     return read()
+
+
+def merge_packs(plan: Plan, packs: Mapping[int, Columns], metadata: dict[str, Any]) -> Scores:
+    """Return the packs' columns in data set order; say how many samples have no loss."""
+    columns = reorder(join([packs[index] for index in range(len(plan))]), plan.order.argsort())
+    scores = Scores(
+        columns.pop("loss"),
+        columns.pop("count"),
+        metadata=metadata,
+        token_losses=columns.pop("token_loss", None),
+        columns=columns,
+    )
+    missing = scores.losses.isnan()
+    if missing.any():
+        logger.warning(
+            "%d of %d samples have no loss: %d without a target, %d with a non-finite loss; "
+            "the first is sample %d. weights(missing='zero') gives them weight 0",
+            int(missing.sum()),
+            len(scores),
+            int((scores.counts == 0).sum()),
+            int((missing & (scores.counts > 0)).sum()),
+            int(missing.int().argmax()),
+        )
+    return scores

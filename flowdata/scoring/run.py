@@ -6,7 +6,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,19 +16,19 @@ from torch.utils.data import DataLoader
 from flowdata._common.progress import progress_bar
 from flowdata._common.unreadable import Unreadable
 from flowdata.models.compiled import compiled_layers
+from flowdata.models.copies import scoring_model
 from flowdata.models.placement import is_sharded, reshard
-from flowdata.models.precision import scoring_model
 from flowdata.models.rope import loaded_frequencies
-from flowdata.models.tensors import Fetched
-from flowdata.scores import Scores
+from flowdata.scoring.check import choose_way
 from flowdata.scoring.collate import Collate
-from flowdata.scoring.job import Job, choose_method
+from flowdata.scoring.job import Job
+from flowdata.scoring.lend import adapters_off, torch_threads
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.store.packs import Columns, join, reorder
+from flowdata.store.packs import Columns
+from flowdata.targets.target_losses import Fetched
 
 logger = logging.getLogger("flowdata")
-
 _NAMED = 5  # samples, of a pack in which something failed
 Done = tuple[int, Columns, dict[int, str]]  # a pack, its columns, samples skipped and why
 
@@ -54,20 +54,20 @@ def run_packs(
     total, shown = int(plan.costs.sum()), 0
     unit = "samples" if options["max_tokens"] is None else "tokens"
     with (
-        _threads(options["threads"]),
+        torch_threads(options["threads"]),
         scoring_model(job.model, job.dtype, job.device) as model,
         loaded_frequencies(model),
-        _adapters_off(model) if job.reference == "base" else nullcontext(),
+        adapters_off(model) if job.reference == "base" else nullcontext(),
         compiled_layers(model) if options["compile"] else nullcontext(),
         progress_bar(total, "scoring", unit, done=total - costs[-1], shown=job.progress) as advance,
     ):
-        method, method_name = choose_method(job, model, options)
-        if len(set(ranks.gather("method", method_name))) > 1:
+        method, way_name = choose_way(job, model, options)
+        if len(set(ranks.gather("method", way_name))) > 1:
             raise ValueError(
-                f"rank {ranks.rank} can score by {method_name!r}, another rank can't: losses would "
+                f"rank {ranks.rank} can score by {way_name!r}, another rank can't: losses would "
                 "depend on who makes them; run on machines of one kind"
             )
-        job.announce("; ".join(filter(None, [job.name, method_name, _cut(options)])))
+        job.announce("; ".join(filter(None, [job.name, way_name, _cut(options)])))
         started: deque[Callable[[], Done]] = deque()
         for batch, reasons in _loaded(job, claim()):
             index = claimed.popleft()
@@ -178,47 +178,7 @@ class _WithReasons:
         return None if len(reasons) == len(samples) else self.collate(samples), reasons
 
 
-def merge_packs(plan: Plan, packs: Mapping[int, Columns], metadata: dict[str, Any]) -> Scores:
-    """Return the packs' columns in data set order; say how many samples have no loss."""
-    columns = reorder(join([packs[index] for index in range(len(plan))]), plan.order.argsort())
-    scores = Scores(
-        columns.pop("loss"),
-        columns.pop("count"),
-        metadata=metadata,
-        token_losses=columns.pop("token_loss", None),
-        columns=columns,
-    )
-    missing = scores.losses.isnan()
-    if missing.any():
-        logger.warning(
-            "%d of %d samples have no loss: %d without a target, %d with a non-finite loss; "
-            "the first is sample %d. weights(missing='zero') gives them weight 0",
-            int(missing.sum()),
-            len(scores),
-            int((scores.counts == 0).sum()),
-            int((missing & (scores.counts > 0)).sum()),
-            int(missing.int().argmax()),
-        )
-    return scores
-
-
 def _cut(options: Mapping[str, Any]) -> str:
     packs, tokens = options["packs"], options["max_tokens"]
     most = f"{options['batch_size']} samples" if tokens is None else f"{tokens:,} tokens"
     return f"{packs:,} pack{'s' * (packs != 1)} of at most {most}"
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Compute with so many threads: on a CPU the last bits of a loss depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _adapters_off(model: Any) -> AbstractContextManager[None]:
-    off: AbstractContextManager[None] = model.disable_adapter()
-    return off

@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from flowdata._common.progress import say
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import CollateReadable, Readable, check_map_style, first_readable
+from flowdata.models.calling import innermost, unwrapped
 from flowdata.models.placement import home, is_placed, usable_device
 from flowdata.models.precision import name_of, resolve_dtype
-from flowdata.scores import Scores, content_identity
+from flowdata.scores import Scores
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job, LossFunction
 from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.scoring.resume import ALIKE, score_into, score_packs
 from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
-from flowdata.store.format import check_identity, make_manifest
+from flowdata.store.format import make_manifest
+from flowdata.store.identity import check_identity, content_identity
 from flowdata.targets.columns import check_columns
-from flowdata.targets.predictions import (
+from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
     LOSSES,
     PREDICTION_LOSSES,
-    innermost,
     loss_of,
     loss_of_model,
-    unwrapped,
 )
 
 _LOOKED_AT = 64  # samples from which loss="auto" tells the kind of targets

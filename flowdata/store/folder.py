@@ -54,32 +54,26 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowdata.scores import ScoreMismatchError, Scores
+from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.store.format import (
-    FIELDS,
     MANIFEST,
     Manifest,
-    StoreError,
     layout_of,
-    make_manifest,
     manifest_in,
     read_file,
     store_digest,
-    tensors_at,
     write_file,
     write_manifest,
 )
 from flowdata.store.lock import lock
-from flowdata.store.packs import Columns, checksums, places, reorder, split
-from flowdata.store.parts import PARTS, Kept, packs_of_part, parts_of
+from flowdata.store.packs import Columns, checksums, reorder
+from flowdata.store.parts import PARTS, parts_of
 
 SCORES, LOCK = "scores.safetensors", ".lock"
-_OWN = {"loss", "count", "token_loss", "token_offset", "pack_checksum"}  # others: further columns
 logger = logging.getLogger("flowdata")
 
 
@@ -120,14 +114,18 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def load_scores(path: Path) -> Scores:
-    """Return the scores of a finished store, or of a file written by `save_scores`."""
+def read_store(path: Path) -> tuple[Columns, Manifest]:
+    """Return the tensors and the manifest of a finished store, or of one file of scores.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        StoreError: it is not finished, damaged, or not a store.
+    """
     if not path.exists():
         raise FileNotFoundError(f"there is no store at {path}")
     file = path / SCORES if path.is_dir() else path
     if not file.exists():
-        manifest = read_manifest(path)
-        if manifest is None:
+        if read_manifest(path) is None:
             raise StoreError(f"{path} is empty: it is not a store yet")
         raise StoreError(
             f"{path} is not finished: call LossScorer.score with store={str(path)!r} again, "
@@ -136,25 +134,34 @@ def load_scores(path: Path) -> Scores:
     tensors, manifest = read_file(file)
     if "pack" in tensors or not {"loss", "count"} <= tensors.keys():
         raise StoreError(f"{file} is no file of scores: it lacks a loss and count of each sample")
-    try:
-        return Scores(
-            tensors["loss"],
-            tensors["count"],
-            metadata=manifest,
-            token_losses=tensors.get("token_loss"),
-            columns={name: tensors[name] for name in tensors.keys() - _OWN},
-        )
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"{file} is damaged: {error}") from None
+    _check_shapes(tensors, file)
+    return tensors, manifest
 
 
-def save_scores(scores: Scores, path: Path) -> Path:
-    """Write scores as a finished store, or as one file if `path` ends in `.safetensors`.
+def _check_shapes(tensors: Columns, file: Path) -> None:
+    """Refuse tensors that are not one value for each sample, or one for each target."""
+    samples, count = tensors["loss"].shape, tensors["count"]
+    if len(samples) != 1 or samples[0] == 0 or count.dtype != torch.int64:
+        raise StoreError(f"{file} is damaged: it holds no loss and count of each sample")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, tuple(samples))
+    if "token_loss" in tensors:
+        shapes |= {"token_loss": (int(count.sum()),), "token_offset": (samples[0] + 1,)}
+    shapes.pop("pack_checksum", None)
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise StoreError(
+                f"{file} is damaged: {name!r} has shape {tuple(tensors[name].shape)}, where "
+                f"{shape} belongs"
+            )
+
+
+def write_store(tensors: Columns, manifest: Manifest, path: Path) -> Path:
+    """Write tensors as a finished store, or as one file if `path` ends in `.safetensors`.
 
     Raises:
         ScoreMismatchError: the folder is the store of other scores, finished or begun.
     """
-    manifest, file = _manifest_of(scores), path
+    file = path
     if path.suffix != ".safetensors":
         kept, file = read_manifest(path), path / SCORES
         if kept is not None and kept["identity"] != manifest["identity"]:
@@ -162,81 +169,30 @@ def save_scores(scores: Scores, path: Path) -> Path:
                 f"{path} holds the scores of another data set, model or option; save into another "
                 "folder, or delete this one if its losses are unwanted"
             )
-    write_file(file, _tensors_of(scores), manifest)
+    write_file(file, tensors, manifest)
     return path
 
 
-def finish(folder: Path, scores: Scores, order: Tensor, sizes: Tensor) -> None:
-    """Write the complete scores, then remove the parts they were merged from.
+def finish(
+    folder: Path, tensors: Columns, manifest: Manifest, order: Tensor, sizes: Tensor
+) -> None:
+    """Write the complete tensors, then remove the parts they were merged from.
 
     Args:
         folder: the store.
-        scores: in data set order.
+        tensors: in data set order.
+        manifest: the store's.
         order: (N,) int64, the plan's.
         sizes: (packs,) int64, the plan's.
     """
-    manifest, tensors = _manifest_of(scores), _tensors_of(scores)
     of_samples = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
-    tensors["pack_checksum"] = checksums(reorder(of_samples, order), sizes, store_digest(manifest))
-    write_file(folder / SCORES, tensors, manifest)
+    sums = checksums(reorder(of_samples, order), sizes, store_digest(manifest))
+    write_file(folder / SCORES, {**tensors, "pack_checksum": sums}, manifest)
     write_manifest(folder, {**manifest, "layout": layout_of(folder / SCORES)})
     for part in parts_of(folder):
         part.unlink()
     with suppress(OSError):  # it isn't there, or somebody's files are in it
         (folder / PARTS).rmdir()
-
-
-def repair_manifest(folder: Path) -> None:
-    """Write manifest.json anew from a whole scores.safetensors, should it be missing or damaged."""
-    try:
-        manifest_in(folder / MANIFEST)
-    except (StoreError, OSError):
-        file = folder / SCORES
-        write_manifest(folder, {**manifest_in(file), "layout": layout_of(file)})
-
-
-def verify_store(folder: Path) -> dict[str, str]:
-    """Return, for each file of a store, "whole" or what is wrong with it.
-
-    Raises:
-        FileNotFoundError: there is no folder.
-        StoreError: it is not a store.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no store at {folder}")
-    check_folder(folder)
-    files = [file for file in (folder / SCORES, folder / MANIFEST) if file.exists()]
-    findings = {
-        str(file.relative_to(folder)): _state(file, folder) for file in [*files, *parts_of(folder)]
-    }
-    if not (folder / SCORES).exists():
-        findings[SCORES] = "not there yet: scoring is not finished" if findings else "not there"
-    return findings
-
-
-def _state(file: Path, folder: Path) -> str:
-    try:
-        if file.name == MANIFEST:
-            identity = manifest_in(file)["identity"]
-            if (folder / SCORES).exists() and _identity_in(folder / SCORES) not in (None, identity):
-                return f"{file} belongs to other scores than {SCORES}"
-        elif file.name == SCORES:
-            load_scores(file)
-        else:
-            manifest = read_file(file)[1]
-            if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):
-                return f"{file} belongs to another store"
-    except (StoreError, OSError) as error:
-        return str(error)
-    return "whole"
-
-
-def _identity_in(file: Path) -> Any:
-    """The identity that a file of scores tells; None if it is damaged."""
-    try:
-        return manifest_in(file)["identity"]
-    except (StoreError, OSError):
-        return None
 
 
 @contextmanager
@@ -249,70 +205,3 @@ def locked(folder: Path) -> Iterator[None]:
             for draft in folder.glob(name):
                 draft.unlink(missing_ok=True)
         yield
-
-
-def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) -> Kept:
-    """Return every pack that earlier runs finished and that can be trusted.
-
-    Args:
-        folder: the store.
-        manifest: its manifest.
-        order: (N,) int64, the plan's.
-        sizes: (packs,) int64, the plan's samples in each pack.
-    """
-    kept = Kept()
-    for file in parts_of(folder):
-        try:
-            kept.add(*packs_of_part(file, store_digest(manifest), sizes))
-        except (StoreError, OSError) as error:
-            logger.warning("%s; what it held is scored again", error)
-    if (folder / SCORES).exists():
-        skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-        salvaged = _packs_of_damaged(folder / SCORES, manifest, order, sizes)
-        logger.warning("%d of %d packs of %s are whole", len(salvaged), len(sizes), folder / SCORES)
-        kept.add(salvaged, skipped)
-    return kept
-
-
-def _packs_of_damaged(
-    file: Path, manifest: Manifest, order: Tensor, sizes: Tensor
-) -> dict[int, Columns]:
-    """The packs of a damaged scores.safetensors whose checksum agrees."""
-    try:
-        tensors = tensors_at(file.read_bytes(), manifest.get("layout") or layout_of(file))
-    except (StoreError, OSError):
-        return {}
-    kept = tensors.pop("pack_checksum", torch.empty(0))
-    offsets, losses = tensors.pop("token_offset", None), tensors.get("token_loss")
-    samples = tensors.keys() - {"token_loss"}
-    if kept.shape != sizes.shape or not {"loss", "count"} <= samples:
-        return {}
-    if any(tensors[name].shape != order.shape for name in samples):
-        return {}
-    if losses is None:
-        columns = reorder(tensors, order)
-    elif offsets is None or offsets.shape != (len(order) + 1,):
-        return {}
-    else:  # a sample whose place can't be trusted gets no targets, and so another checksum
-        starts, counts = offsets[:-1], tensors["count"]
-        placed = (starts >= 0) & (counts >= 0) & (starts + counts == offsets[1:])
-        placed &= offsets[1:] <= len(losses)
-        tensors["count"] = counts.where(placed, 0)
-        tensors["token_loss"] = losses[places(starts, tensors["count"])]
-        columns = reorder(tensors, order)
-    agree = kept == checksums(columns, sizes, store_digest(manifest))
-    packs = split(columns, sizes)
-    return {index: packs[index] for index in agree.nonzero().flatten().tolist()}
-
-
-def _manifest_of(scores: Scores) -> Manifest:
-    given = {name: scores.metadata.get(name, {}) for name in FIELDS}
-    return make_manifest(**given)
-
-
-def _tensors_of(scores: Scores) -> Columns:
-    tensors = {**scores.columns, "loss": scores.losses, "count": scores.counts}
-    if scores.flat_token_losses is not None:
-        tensors["token_loss"] = scores.flat_token_losses
-        tensors["token_offset"] = torch.cat([torch.zeros(1).long(), scores.counts.cumsum(0)])
-    return tensors

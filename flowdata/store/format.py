@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flowdata
 from flowdata._common.atomic import replacing
-from flowdata.scores import ScoreMismatchError
+from flowdata._version import __version__
+from flowdata.errors import StoreError
+from flowdata.store.identity import shortened
 from flowdata.store.packs import Columns, octets
 
 FORMAT, MANIFEST = 2, "manifest.json"
 FIELDS = ("identity", "plan", "details", "skipped")  # of a manifest: objects, all of them
+STORE_TENSORS = {"loss", "count", "token_loss", "token_offset", "pack_checksum"}
 _DTYPES = {"F32": torch.float32, "I64": torch.int64}
-
 Manifest = dict[str, Any]
-
-
-class StoreError(ValueError):
-    """A folder or file that is no store, is unfinished, damaged or of another format."""
 
 
 def make_manifest(
@@ -43,7 +40,7 @@ def make_manifest(
     """
     manifest = {
         "format": FORMAT,
-        "flowdata": flowdata.__version__,
+        "flowdata": __version__,
         "identity": dict(identity),
         "plan": dict(plan),
         "details": dict(details),
@@ -54,24 +51,6 @@ def make_manifest(
     except TypeError as error:
         raise TypeError(f"details must be JSON-like (strings, numbers, lists): {error}") from None
     return as_read
-
-
-def check_identity(
-    kept: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    what: str,
-    remedy: str = "Score into another folder, or delete this one if its losses are unwanted",
-) -> None:
-    """Raise ScoreMismatchError with what differs unless both identities are the same."""
-    names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
-    if names:
-        differing = "; ".join(
-            f"{name}: {what} has {_short(kept, name)}, this run {_short(wanted, name)}"
-            for name in names
-        )
-        raise ScoreMismatchError(
-            f"{what} was made with another {' and '.join(names)} ({differing}). {remedy}"
-        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -144,8 +123,8 @@ def _proven(parsed: Any, path: Path) -> Manifest:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
     if parsed["format"] != FORMAT:
         raise StoreError(
-            f"{path} has format {_short(parsed, 'format')}, this version of flowdata "
-            f"({flowdata.__version__}) reads format {FORMAT}; use the version that wrote it"
+            f"{path} has format {shortened(parsed, 'format')}, this version of flowdata "
+            f"({__version__}) reads format {FORMAT}; use the version that wrote it"
         )
     if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
         raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
@@ -221,12 +200,3 @@ def tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _short(fields: Mapping[str, Any], name: str) -> str:
-    """A field as it is shown in a message: its beginning where it is long."""
-    if name not in fields:
-        return "none"
-    text = json.dumps(fields[name])
-    closing = text[-1] if text[0] in '"[{' else ""
-    return text if len(text) <= 60 else f"{text[:44]}…{closing}"

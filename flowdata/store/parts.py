@@ -13,7 +13,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from flowdata.store.format import Manifest, StoreError, read_file, store_digest, write_file
+from flowdata.errors import StoreError
+from flowdata.store.format import Manifest, read_file, store_digest, write_file
 from flowdata.store.packs import Columns, join, split
 
 PARTS = "parts"

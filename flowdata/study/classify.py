@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import flowdata
+from flowdata.dataset import FlowWeightedDataset
+from flowdata.losses import weighted_mean
+from flowdata.sampler import FlowSampler
+from flowdata.scores import Scores
 from flowdata.study.methods import Method, passes, train
 
 
-def sample_weights(method: Method, scores: flowdata.Scores) -> Tensor:
+def sample_weights(method: Method, scores: Scores) -> Tensor:
     """Return the (N,) weights of a method: ones, unless it makes some from the scores."""
     return torch.ones(len(scores)) if method.weights is None else method.weights(scores)
 
@@ -50,10 +53,10 @@ def fine_tune(
     device = next(model.parameters()).device
     loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)
     if method.resample:
-        batches = loader(data, sampler=flowdata.FlowSampler(weights, seed=seed))
+        batches = loader(data, sampler=FlowSampler(weights, seed=seed))
         rate *= weights.mean().item()  # Σwℓ / Σw makes steps larger by that than Σwℓ / N
     else:
-        weighted = flowdata.FlowWeightedDataset(data, weights, layout="triple")
+        weighted = FlowWeightedDataset(data, weights, layout="triple")
         batches = loader(weighted, shuffle=True)
 
     def loss(batch: list[Tensor]) -> Tensor:
@@ -61,7 +64,7 @@ def fine_tune(
         with autocast(device, dtype):
             logits = model(inputs)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return flowdata.weighted_mean(losses, *weight) if weight else losses.mean()
+        return weighted_mean(losses, *weight) if weight else losses.mean()
 
     sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4)
     train(model, passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)

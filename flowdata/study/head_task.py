@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import flowdata
-from flowdata.companions.anchor import batch_norm_state
+from flowdata.companions.batch_norm import batch_norm_state
 from flowdata.probe.features import compute_features
 from flowdata.probe.fit import fit_head
+from flowdata.scores import Scores
+from flowdata.scoring.scorer import LossScorer
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
 from flowdata.study.methods import ABLATIONS, METHODS
 from flowdata.study.runs import Record
+from flowdata.weights import effective_sample_size, resolve_temperature
 
 MAIN, EXTRA = METHODS, ABLATIONS
 ALL = {**MAIN, **EXTRA}
@@ -56,7 +58,7 @@ class Start(NamedTuple):
 
     model: nn.Sequential
     parts: Parts
-    scores: flowdata.Scores
+    scores: Scores
 
 
 class HeadTask:
@@ -92,9 +94,7 @@ class HeadTask:
         head = nn.Linear(old_head.in_features, self.classes, device=old_head.weight.device)
         self._probe(body, head, parts.scored)
         model = nn.Sequential(body, head)
-        scorer = flowdata.LossScorer(
-            model, "cross_entropy", columns=("gradient_norm",), progress=False
-        )
+        scorer = LossScorer(model, "cross_entropy", columns=("gradient_norm",), progress=False)
         return Start(model, parts, scorer.score(parts.scored, num_workers=self.workers))
 
     def run(self, name: str, rate: float, seed: int) -> Record:
@@ -126,12 +126,13 @@ class HeadTask:
             "validation": validation,
             "target": {"accuracy": target},
             "retained": {f"{self.old_name} accuracy": measure(self.old_test)},
-            "median_loss": flowdata.resolve_temperature(start.scores.losses, "median"),
+            "median_loss": resolve_temperature(start.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
-            "effective_share": flowdata.effective_sample_size(weights) / len(weights),
+            "effective_share": effective_sample_size(weights) / len(weights),
         }
 
-    def _probe(self, body: nn.Module, head: nn.Linear, data: Any) -> None:
+    def _probe(self, body: nn.Module, head: nn.Module, data: Any) -> None:
+        assert isinstance(head, nn.Linear)  # as `__init__` asks for
         features, targets = compute_features(
             body, data, dtype=self.sizes.dtype, num_workers=self.workers, progress=False
         )

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-import flowdata
-from flowdata import Scores, flow_weights
+from flowdata.companions.anchor import ParameterAnchor
+from flowdata.companions.averaging import wise_ft
+from flowdata.sampler import FlowSampler
+from flowdata.scores import Scores
+from flowdata.streaming import FlowWeightedIterable
 from flowdata.token_weights import TokenRule, selective_token_weights
+from flowdata.weights import effective_sample_size, flow_weights
 
 StepHook = Callable[[int, Optimizer], None]
 
@@ -108,7 +112,7 @@ def passes(loader: DataLoader[Any], epochs: int) -> Iterator[Any]:
     """Give a loader's batches, epoch after epoch."""
     for epoch in range(epochs):
         sampler = loader.batch_sampler.sampler  # type: ignore[union-attr]
-        if isinstance(sampler, flowdata.FlowSampler):
+        if isinstance(sampler, FlowSampler):
             sampler.set_epoch(epoch)
         yield from loader
 
@@ -121,19 +125,19 @@ def anchor(kind: Literal["l2", "l1"], strength: float) -> Part:
 
     @contextmanager
     def part(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
-        yield Hooks(penalty=flowdata.ParameterAnchor(model, kind, strength))
+        yield Hooks(penalty=ParameterAnchor(model, kind, strength))
 
     return part
 
 
-def wise_ft(alpha: float) -> Part:
+def weight_averaging(alpha: float) -> Part:
     """WiSE-FT: α of the fine-tuned weights and 1 − α of those before."""
 
     @contextmanager
     def part(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
         start = {name: value.clone() for name, value in model.state_dict().items()}
         yield Hooks()
-        model.load_state_dict(flowdata.wise_ft(start, model.state_dict(), alpha))
+        model.load_state_dict(wise_ft(start, model.state_dict(), alpha))
 
     return part
 
@@ -256,7 +260,7 @@ def running_median(scores: Scores, window: int = 128) -> Tensor:
     known = SimpleNamespace(
         score=lambda window, **_: SimpleNamespace(losses=scores.losses[list(window)])
     )
-    stream = flowdata.FlowWeightedIterable(order, known, window=window)
+    stream = FlowWeightedIterable(order, known, window=window)
     weights = torch.empty(len(scores))
     for index, weight in stream:
         weights[index] = weight
@@ -269,7 +273,7 @@ def dro(scores: Scores) -> Tensor:
     The temperature is the one that gives FLOW's effective sample size: under FLOW's own the
     hardest sample alone would outweigh all the others.
     """
-    share = flowdata.effective_sample_size(scores.weights()) / len(scores)
+    share = effective_sample_size(scores.weights()) / len(scores)
     from_top = scores.losses.max() - scores.losses
     return flow_weights(from_top, temperature=f"ess{share:.9f}", normalize="mean")
 
@@ -302,7 +306,7 @@ COMPANIONS: dict[str, tuple[Part, ...]] = {
     "l2": (anchor("l2", 1e-2),),
     "l1": (anchor("l1", 1e-4),),
     "LoRA": (lora(8),),
-    "WiSE-FT": (wise_ft(0.5),),
+    "WiSE-FT": (weight_averaging(0.5),),
 }
 METHODS: dict[str, Method] = {
     "standard": STANDARD,
@@ -326,7 +330,7 @@ ABLATIONS: dict[str, Method] = {
     "standard, smaller steps": Method(even),
     "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
     **{f"l2, {strength:g}": Method(parts=(anchor("l2", strength),)) for strength in (1e-3, 1e-1)},
-    **{f"WiSE-FT, {alpha:g}": Method(parts=(wise_ft(alpha),)) for alpha in (0.25, 0.75)},
+    **{f"WiSE-FT, {alpha:g}": Method(parts=(weight_averaging(alpha),)) for alpha in (0.25, 0.75)},
 }
 LANGUAGE_ONLY: dict[str, Method] = {
     "TALR": Method(rule="talr"),

@@ -7,138 +7,22 @@ methods of their own, in language.py.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata.models.calling import call_with, innermost
 from flowdata.models.tensors import CPU, to_device
 from flowdata.targets.columns import columns_of_logits
-
-IGNORE_INDEX = -100
-_PROBLEMS = {  # Hugging Face's names
-    "regression": "mse",
-    "single_label_classification": "cross_entropy",
-    "multi_label_classification": "binary_cross_entropy",
-}
-_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
-LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
-PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
-LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
+from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
+from flowdata.targets.target_losses import TargetLosses, Way
 
 
-@dataclass(frozen=True)
-class TargetLosses:
-    """The losses of a batch's targets, and whose they are.
-
-    Attributes:
-        values: (n,) float32, sample after sample.
-        counts: (B,) int64, targets of each sample.
-        further: further columns by name (see columns.py), (n,) float32 each.
-    """
-
-    values: Tensor
-    counts: Tensor
-    further: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def columns(self, *, token_losses: bool) -> dict[str, Tensor]:
-        """Return what the store keeps of the batch; a sample's value is NaN if not finite."""
-        counts = self.counts.cpu()
-        values = {"loss": self.values, **self.further}
-        columns = {name: _means(each.detach().cpu(), counts) for name, each in values.items()}
-        columns["count"] = counts
-        if token_losses:
-            columns["token_loss"] = self.values.detach().cpu().float()
-        return columns
-
-
-def _means(values: Tensor, counts: Tensor) -> Tensor:
-    sums = torch.segment_reduce(values.double(), "sum", lengths=counts, initial=0.0)
-    means = (sums / counts).float()  # 0 / 0 is NaN: no target, no value
-    return torch.where(means.isfinite(), means, torch.nan)
-
-
-Method = Callable[[nn.Module, Any], TargetLosses]
-
-
-def loss_of(model: nn.Module, batch: Any) -> str:
-    """Return the name of the loss that a model computes, or that a batch of samples calls for.
-
-    Raises:
-        ValueError: see `loss_of_batch`.
-    """
-    inner = innermost(model)
-    said = loss_of_model(inner)
-    if said is None and type(inner).__name__.endswith(_CLASSIFIERS):
-        targets = split_batch(batch)[1]
-        if targets is not None:  # as Hugging Face's classifiers choose
-            return "binary_cross_entropy" if targets.is_floating_point() else "cross_entropy"
-    return said or loss_of_batch(batch)
-
-
-def loss_of_model(model: nn.Module) -> str | None:
-    """Return the name of the loss that a Hugging Face model's class says, if it says one."""
-    name = type(model).__name__
-    config: Any = getattr(model, "config", None)
-    for ending, loss in (
-        ("ForCausalLM", "causal_lm"),
-        ("LMHeadModel", "causal_lm"),
-        ("ForMaskedLM", "masked_lm"),
-        ("ForTokenClassification", "cross_entropy"),
-    ):
-        if name.endswith(ending):
-            return loss
-    if name.endswith("ForConditionalGeneration") and config is not None:
-        return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
-    if name.endswith(_CLASSIFIERS) and config is not None:
-        problem = "regression" if config.num_labels == 1 else None
-        return _PROBLEMS.get(config.problem_type or problem or "")
-    return None
-
-
-def loss_of_batch(batch: Any) -> str:
-    """Return the name of the loss that a batch of samples calls for.
-
-    Token batches are causal language modelling, integer targets cross-entropy, (B, L) bools and
-    floating targets that are all 0 or 1 (or −100) binary cross-entropy, other floating targets
-    the mean squared error.
-
-    Raises:
-        ValueError: nothing fits; the message says what to pass.
-    """
-    inputs, targets = split_batch(batch)
-    if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
-        if isinstance(inputs, Mapping) and "input_ids" in inputs:
-            return "causal_lm"
-        raise ValueError(
-            "loss='auto' found no targets in the batch: samples must be (input, target) pairs or "
-            f"dicts with 'labels', got {_describe(batch)}; pass loss=callable(model, batch)"
-        )
-    if targets.dtype == torch.bool and targets.dim() > 1:
-        return "binary_cross_entropy"
-    if not targets.is_floating_point():
-        return "cross_entropy"
-    is_binary = (targets == 0) | (targets == 1) | (targets == IGNORE_INDEX)
-    return "binary_cross_entropy" if is_binary.all() else "mse"
-
-
-def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """Return a batch's inputs and targets: a pair, or a mapping with `labels` (or `label`)."""
-    if isinstance(batch, Mapping):
-        name = next((n for n in ("labels", "label", "targets", "target") if n in batch), None)
-        inputs = {key: value for key, value in batch.items() if key != name}
-        return inputs, None if name is None else torch.as_tensor(batch[name])
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    return batch, None
-
-
-def prediction_method(loss: str, columns: Sequence[str] = (), device: torch.device = CPU) -> Method:
+def prediction_way(loss: str, columns: Sequence[str] = (), device: torch.device = CPU) -> Way:
     """Return the method of a loss between a model's predictions and its targets.
 
     Args:
@@ -152,7 +36,7 @@ def prediction_method(loss: str, columns: Sequence[str] = (), device: torch.devi
         if targets is None:
             raise ValueError(
                 f"loss={loss!r} needs (input, target) pairs or dicts with 'labels', got "
-                f"{_describe(batch)}; pass loss=callable(model, batch) for another layout"
+                f"{describe_batch(batch)}; pass loss=callable(model, batch) for another layout"
             )
         with _last_linear(model, wanted="gradient_norm" in columns) as calls:
             predictions = predict(model, to_device(inputs, device))
@@ -179,9 +63,7 @@ def classes_come_last(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
     return targets.dim() == 2 and hasattr(innermost(model), "config")
 
 
-def callable_method(
-    function: Callable[[nn.Module, Any], Tensor], device: torch.device = CPU
-) -> Method:
+def callable_way(function: Callable[[nn.Module, Any], Tensor], device: torch.device = CPU) -> Way:
     """Return the method of a user's own `(model, batch) -> (B,)` losses."""
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
@@ -206,39 +88,6 @@ def predict(model: nn.Module, inputs: Any) -> Tensor:
     else:
         output = model(inputs)
     return logits_of(output)
-
-
-def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> Any:
-    """Call a model with those fields that its `forward` takes by name."""
-    parameters = inspect.signature(innermost(model).forward).parameters
-    named = {name for name in fields if name in parameters}
-    if not named and not _takes_any(parameters):
-        first = fields["input_ids"] if "input_ids" in fields else next(iter(fields.values()))
-        return model(first)
-    if not named:
-        named = {name for name, value in fields.items() if isinstance(value, Tensor)}
-    taken = {
-        name: value
-        for name, value in options.items()
-        if name in parameters or _takes_any(parameters)
-    }
-    return model(**{name: fields[name] for name in named}, **taken)
-
-
-def unwrapped(model: Any) -> Any:
-    """Return the model inside torch.compile's and DDP's wrappers."""
-    if hasattr(model, "_orig_mod"):
-        return unwrapped(model._orig_mod)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return unwrapped(model.module)
-    return model
-
-
-def innermost(model: Any) -> Any:
-    """Return the model inside a PEFT model, else the model itself."""
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
-    return model
 
 
 def logits_of(output: Any) -> Tensor:
@@ -364,20 +213,3 @@ def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Si
             f"loss={loss!r}: predictions have shape {tuple(logits.shape)}, so targets must have "
             f"shape {tuple(expected)}, got {tuple(targets.shape)}{hint}"
         )
-
-
-def _same_shape(inputs: Any, targets: Tensor) -> bool:
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    return isinstance(ids, Tensor) and ids.shape == targets.shape
-
-
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a mapping with {', '.join(map(repr, batch))}"
-    if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return f"a {type(batch).__name__}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowdata.text.tokens import Row
+from flowdata.text.chats import Row
 
 
 def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> Sequence[Row]:
@@ -33,39 +33,6 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     if len(rows) == 0:
         raise ValueError(f"{source} holds no rows")
     return rows
-
-
-def hide_progress() -> None:
-    """Let models load without transformers' own progress bars."""
-    _transformers().utils.logging.disable_progress_bar()
-
-
-def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the causal language model at a hub id, a folder, or a GGUF file or folder."""
-    transformers = _transformers()
-    folder, options = _gguf(source)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code, **options
-    )
-
-
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer at a hub id, a folder, or a GGUF file or folder.
-
-    Raises:
-        ValueError: there is none.
-    """
-    transformers = _transformers()
-    folder, options = _gguf(source)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"no tokenizer could be loaded from {source} ({_reason(error)}); "
-            "name one with --tokenizer"
-        ) from None
 
 
 def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
@@ -105,32 +72,10 @@ def _from_hub(source: str, split: str) -> Any:
     except Exception as error:
         raise ValueError(
             f"{source!r} is no .jsonl or .parquet file or folder here, and the hub gave no data "
-            f"set for it ({_reason(error)})"
+            f"set for it ({first_line(error)})"
         ) from None
 
 
-def _gguf(source: str) -> tuple[str, dict[str, str]]:
-    """The folder to load from, and the GGUF file in it if that is all there is."""
-    path = Path(source)
-    if path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").exists():
-        found = sorted(file.name for file in path.glob("*.gguf"))
-        if len(found) > 1:
-            raise ValueError(f"{source} holds several GGUF files; name one: {', '.join(found)}")
-        if found:
-            return source, {"gguf_file": found[0]}
-        raise ValueError(f"{source} holds neither a config.json nor a GGUF file: it is no model")
-    return source, {}
-
-
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an error's class and the first line of its text, for a message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError('this needs transformers: pip install "flowdata[transformers]"') from None
-    return transformers

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata.models.calling import innermost
 from flowdata.models.tensors import to_device
-from flowdata.targets.predictions import IGNORE_INDEX, innermost
+from flowdata.targets.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

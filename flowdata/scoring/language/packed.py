@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowdata.models.calling import call_with, innermost
 from flowdata.models.tensors import CPU
 from flowdata.scoring.language.attention import Block, KeysAndValues, Pass, attending
 from flowdata.scoring.language.inputs import Prepare, Work, inputs_and_targets, make_work
-from flowdata.targets.predictions import IGNORE_INDEX, call_with, innermost
+from flowdata.targets.labels import IGNORE_INDEX
 
 _LIKE = 1 / 16  # samples in a block are at most this much shorter than its longest
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}

@@ -34,20 +34,20 @@ from flowdata.head.tiled import (
     read_head,
     target_values,
 )
+from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.rope import loaded_frequencies, longest_alike
 from flowdata.models.tensors import CPU
 from flowdata.scoring.language.inputs import Prepare, Work, padded, rows_of
 from flowdata.scoring.language.packed import Packing
 from flowdata.targets.columns import columns_of_logits
-from flowdata.targets.predictions import Method, TargetLosses, call_with, innermost, logits_of
+from flowdata.targets.predictions import logits_of
+from flowdata.targets.target_losses import TargetLosses, Way, joined
 
 _ROWS_AT_ONCE = 256  # of full logits in float32
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
 Run = Callable[[nn.Module, Work], TargetLosses]
 
 
-def methods(
+def ways_of(
     model: nn.Module,
     loss: str,
     *,
@@ -56,7 +56,7 @@ def methods(
     columns: Sequence[str] = (),
     compiled: bool = False,
     device: torch.device = CPU,
-) -> list[tuple[str, Method]]:
+) -> list[tuple[str, Way]]:
     """Return the ways to score a batch, named, fastest first, the plainest last.
 
     Args:
@@ -68,7 +68,7 @@ def methods(
         compiled: the head may be compiled as well.
         device: where the model takes its inputs.
     """
-    output_layer = _output_layer(model)
+    output_layer = output_layer_of(model)
     config: Any = getattr(innermost(model), "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     runs: list[tuple[str, Run]] = []
@@ -83,39 +83,17 @@ def methods(
     full_logits = _full_logits(output_layer, text_config, columns)
     longest = longest_alike(model)
 
-    def method(prepare: Prepare, run: Run) -> Method:
-        alone = _one_by_one(_method(padded(loss), run, device))
-        return _alone_beyond(longest, alone, _method(prepare, run, device))
+    def method(prepare: Prepare, run: Run) -> Way:
+        alone = _one_by_one(_way(padded(loss), run, device))
+        return _alone_beyond(longest, alone, _way(prepare, run, device))
 
-    ways: list[tuple[str, Method]] = []
+    ways: list[tuple[str, Way]] = []
     if packing is not None:
         ways += [(f"{name}, samples packed", method(packing, run)) for name, run in runs]
     runs.append(("full logits", full_logits))
     ways += [(name, method(padded(loss, max_tokens), run)) for name, run in runs]
-    plain = _one_by_one(_method(padded(loss), full_logits, device))
+    plain = _one_by_one(_way(padded(loss), full_logits, device))
     return [*ways, ("full logits, one sample at a time", plain)]
-
-
-def agrees(method: Method, plain: Method, model: nn.Module, batch: Any, dtype: torch.dtype) -> str:
-    """Return "" if a method gives samples the losses that the plain one gives, else the reason.
-
-    The allowance is the dtype's `TOLERANCE`, absolute below a loss of 1 nat and relative above,
-    and wider for samples of few targets, whose rounding errors can't cancel.
-    """
-    try:
-        found = method(model, batch).columns(token_losses=False)
-    except Exception as error:  # whatever it is, another way may do without
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    with torch.compiler.set_stance("force_eager"):
-        wanted = plain(model, batch).columns(token_losses=False)
-    if found["count"].tolist() != wanted["count"].tolist():
-        return f"it counts {found['count'].tolist()} targets, not {wanted['count'].tolist()}"
-    rounding = TOLERANCE[dtype] * (1 + 2 / wanted["count"].sqrt())
-    for name in set(wanted) - {"count", "correct"}:  # a tie may be broken either way
-        differences = (found[name] - wanted[name]).abs()
-        if (differences > rounding * wanted[name].clamp_min(1)).any():  # NaN, no loss, never is
-            return f"a sample's {name} differs by {differences.nan_to_num().max():.2g}"
-    return ""
 
 
 def _tiled(output_layer: nn.Module, head: Head, columns: Sequence[str]) -> Run:
@@ -159,7 +137,7 @@ def _full_logits(output_layer: nn.Module | None, config: Any, columns: Sequence[
     return run
 
 
-def _method(prepare: Prepare, run: Run, device: torch.device) -> Method:
+def _way(prepare: Prepare, run: Run, device: torch.device) -> Way:
     """Return the method that prepares a batch in one way and runs it in another."""
 
     def method(model: nn.Module, batch: Any) -> TargetLosses:
@@ -179,7 +157,7 @@ def _check_vocabulary(model: nn.Module, work: Work) -> None:
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     if not _takes_more_than_text(inner):  # else ids beyond the vocabulary may stand for images
         _check_tokens("input_ids", work.inputs["input_ids"], embedding, "num_embeddings")
-    _check_tokens("labels", work.targets, _output_layer(model), "out_features")
+    _check_tokens("labels", work.targets, output_layer_of(model), "out_features")
 
 
 def _check_tokens(name: str, ids: Tensor, layer: nn.Module | None, size_name: str) -> None:
@@ -199,7 +177,7 @@ def _takes_more_than_text(model: Any) -> bool:
     return hasattr(config, "get_text_config") and config.get_text_config() is not config
 
 
-def _one_by_one(method: Method) -> Method:
+def _one_by_one(method: Way) -> Way:
     """Cut a batch into samples without their padding on the right, and run them one by one."""
 
     def run(model: nn.Module, batch: Any) -> TargetLosses:
@@ -212,7 +190,7 @@ def _one_by_one(method: Method) -> Method:
     return run
 
 
-def _alone_beyond(longest: int | None, alone: Method, method: Method) -> Method:
+def _alone_beyond(longest: int | None, alone: Way, method: Way) -> Way:
     """Return a method that leaves batches of longer samples than `longest` to `alone`."""
     if longest is None:
         return method
@@ -222,17 +200,6 @@ def _alone_beyond(longest: int | None, alone: Method, method: Method) -> Method:
         return (alone if is_long else method)(model, batch)
 
     return run
-
-
-def joined(parts: list[TargetLosses]) -> TargetLosses:
-    """Return the losses of samples that were run apart, one part after another."""
-    if len(parts) == 1:
-        return parts[0]
-    return TargetLosses(
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.counts for part in parts]),
-        {name: torch.cat([part.further[name] for part in parts]) for name in parts[0].further},
-    )
 
 
 def _of_logits(
@@ -308,11 +275,3 @@ def _seeing(layer: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[l
         yield seen
     finally:
         handle.remove()
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    inner = innermost(model)
-    if not hasattr(inner, "get_output_embeddings"):
-        return None
-    layer = inner.get_output_embeddings()
-    return layer if isinstance(layer, nn.Module) else None

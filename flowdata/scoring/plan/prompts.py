@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowdata.targets.predictions import IGNORE_INDEX
+from flowdata.targets.labels import IGNORE_INDEX
 
 _TRIED = 256  # samples among which at least two must share a prompt, or none is looked for
 

@@ -1,0 +1,16 @@
+"""Offsets: where each of several runs of values begins, laid one after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    """Return where each run begins and the last one ends: (N,) counts to (N + 1,) int64.
+
+    Example:
+        >>> offsets_of(torch.tensor([2, 0, 3]))
+        tensor([0, 2, 2, 5])
+    """
+    return torch.cat([torch.zeros(1, dtype=torch.long, device=counts.device), counts.cumsum(0)])

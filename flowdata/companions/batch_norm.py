@@ -1,0 +1,28 @@
+"""BatchNorm, kept for the old head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of all BatchNorm parameters and statistics, by their state dict names.
+
+    Taken before fine-tuning, it lets the old head work on the fine-tuned body again:
+    ``model.load_state_dict(state, strict=False)``.
+
+    Source: Sanyal et al., ICML 2025, arXiv:2502.02797, section 5: how accuracy on the
+    pre-training task is measured after vision fine-tuning.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        >>> sorted(batch_norm_state(model))[:3]
+        ['1.bias', '1.num_batches_tracked', '1.running_mean']
+    """
+    return {
+        f"{path}.{name}".lstrip("."): value.detach().clone()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name, value in module.state_dict().items()
+    }

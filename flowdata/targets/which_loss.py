@@ -1,0 +1,88 @@
+"""Which loss a model has, or a batch calls for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.models.calling import innermost
+from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
+
+_PROBLEMS = {  # Hugging Face's names
+    "regression": "mse",
+    "single_label_classification": "cross_entropy",
+    "multi_label_classification": "binary_cross_entropy",
+}
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
+PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
+LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
+
+
+def loss_of(model: nn.Module, batch: Any) -> str:
+    """Return the name of the loss that a model computes, or that a batch of samples calls for.
+
+    Raises:
+        ValueError: see `loss_of_batch`.
+    """
+    inner = innermost(model)
+    said = loss_of_model(inner)
+    if said is None and type(inner).__name__.endswith(_CLASSIFIERS):
+        targets = split_batch(batch)[1]
+        if targets is not None:  # as Hugging Face's classifiers choose
+            return "binary_cross_entropy" if targets.is_floating_point() else "cross_entropy"
+    return said or loss_of_batch(batch)
+
+
+def loss_of_model(model: nn.Module) -> str | None:
+    """Return the name of the loss that a Hugging Face model's class says, if it says one."""
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    for ending, loss in (
+        ("ForCausalLM", "causal_lm"),
+        ("LMHeadModel", "causal_lm"),
+        ("ForMaskedLM", "masked_lm"),
+        ("ForTokenClassification", "cross_entropy"),
+    ):
+        if name.endswith(ending):
+            return loss
+    if name.endswith("ForConditionalGeneration") and config is not None:
+        return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
+    if name.endswith(_CLASSIFIERS) and config is not None:
+        problem = "regression" if config.num_labels == 1 else None
+        return _PROBLEMS.get(config.problem_type or problem or "")
+    return None
+
+
+def loss_of_batch(batch: Any) -> str:
+    """Return the name of the loss that a batch of samples calls for.
+
+    Token batches are causal language modelling, integer targets cross-entropy, (B, L) bools and
+    floating targets that are all 0 or 1 (or −100) binary cross-entropy, other floating targets
+    the mean squared error.
+
+    Raises:
+        ValueError: nothing fits; the message says what to pass.
+    """
+    inputs, targets = split_batch(batch)
+    if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
+        if isinstance(inputs, Mapping) and "input_ids" in inputs:
+            return "causal_lm"
+        raise ValueError(
+            "loss='auto' found no targets in the batch: samples must be (input, target) pairs or "
+            f"dicts with 'labels', got {describe_batch(batch)}; pass loss=callable(model, batch)"
+        )
+    if targets.dtype == torch.bool and targets.dim() > 1:
+        return "binary_cross_entropy"
+    if not targets.is_floating_point():
+        return "cross_entropy"
+    is_binary = (targets == 0) | (targets == 1) | (targets == IGNORE_INDEX)
+    return "binary_cross_entropy" if is_binary.all() else "mse"
+
+
+def _same_shape(inputs: Any, targets: Tensor) -> bool:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    return isinstance(ids, Tensor) and ids.shape == targets.shape
