@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.head.fused_loss import head_losses, weighted_head_loss
+from flowdata.targets.labels import next_tokens
 from flowdata.token_weights import TokenRule, rule_weights
 
 Normalize: TypeAlias = Literal["count", "weights"]
@@ -245,11 +246,6 @@ def count_items(
     if normalize == "count":
         return (labels[:, 1:] != ignore_index).sum()
     return target_weights(labels, weights, ignore_index=ignore_index).sum()
-
-
-def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return labels moved one place left, (B, T): what each position predicts."""
-    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
 def target_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -289,3 +289,10 @@ def weights_of(
 def _listing(indices: list[int], most: int = 10) -> str:
     more = f", … ({len(indices)} in all)" if len(indices) > most else ""
     return ", ".join(map(str, indices[:most])) + more
+
+
+class Scorer(Protocol):
+    """What scores a data set: a `LossScorer`, or anything with its `score`."""
+
+    def score(self, dataset: Any, **options: Any) -> Scores:
+        """Return the loss of every sample; NaN where there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -14,20 +14,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.running_median import RunningMedian
 from flowdata.dataset import Layout, weight_attacher
-from flowdata.scores import Missing
+from flowdata.scores import Missing, Scorer
 from flowdata.scoring.scorer import LossScorer
 from flowdata.weights import flow_weights, resolve_temperature
 
 StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"
-
 _VERSION = 1  # of state_dict
-
-
-class Scorer(Protocol):
-    """What scores a window: a `LossScorer`, or anything with its `score`."""
-
-    def score(self, dataset: Any, *, collate_fn: Any = None, dataset_id: str | None = None) -> Any:
-        """Return an object whose `losses` are (W,) floating, NaN for samples without one."""
 
 
 class FlowWeightedIterable(IterableDataset[Any]):

@@ -5,21 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowdata._common.rng import preserved_rng
-from flowdata.scores import Scores
+from flowdata.scores import Scorer, Scores
 from flowdata.store.identity import content_identity
-
-
-class Scorer(Protocol):
-    """What scores a data set: a `LossScorer`."""
-
-    def score(self, dataset: Any, **options: Any) -> Scores:
-        """Return the losses of every sample."""
 
 
 def score_views(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Protocol
 
-logger = logging.getLogger("flowdata")
 _LINE_EVERY = 30.0  # seconds between plain lines
 
 
@@ -37,13 +35,6 @@ def progress_bar(
         lines = _Lines(total, what, unit, done)
         yield lines.advance
         lines.write()
-
-
-def say(message: str, *, shown: bool = True) -> None:
-    """Log a sentence, and print it where the program has set up no logging."""
-    logger.log(logging.INFO if shown else logging.DEBUG, message)
-    if shown and not logger.hasHandlers():
-        print(f"flowdata: {message}", file=sys.stderr)
 
 
 class _Lines:

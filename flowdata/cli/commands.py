@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.notices import logger
 from flowdata.cli.process_group import process_group
 from flowdata.errors import RankError
 from flowdata.scores import Scores
@@ -63,7 +63,7 @@ def _score(options: argparse.Namespace) -> int:
         rows, tokenizer, columns, template=template, max_length=options.max_length
     )
     if samples.num_cut:
-        logging.getLogger("flowdata").warning(
+        logger.warning(
             "%d of %d samples were longer than %d tokens and were cut",
             samples.num_cut,
             len(samples),
@@ -170,7 +170,7 @@ def _sample_texts(scores: Scores) -> Callable[[int], str] | None:
     try:
         rows = read_rows(data["source"], split=data["split"], limit=len(scores))
     except MISTAKES as error:
-        logging.getLogger("flowdata").warning("samples are shown without their text: %s", error)
+        logger.warning("samples are shown without their text: %s", error)
         return None
     names = [data[name] for name in ("messages", "prompt", "completion") if data.get(name)]
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from flowdata._common.notices import logger
 from flowdata.cli.commands import MISTAKES
 from flowdata.cli.options import parser
 
@@ -47,7 +48,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _logging_to_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("flowdata"), logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-logger = logging.getLogger("flowdata")
+from flowdata._common.notices import logger
 
 _GRAPHS = 64  # kinds of layers times kinds of shapes, before Dynamo gives up
 _FLOPS = {torch.bfloat16: 6e11, torch.float16: 1e11, torch.float32: 1e11}  # a second, two cores

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowdata._common.notices import logger
 from flowdata.models.compiled import is_compiled, run_eagerly
 from flowdata.models.rope import longest_alike
-from flowdata.scoring.job import Job, logger, tokens_of
+from flowdata.scoring.job import Job, tokens_of
 from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packed import (
     Packing,

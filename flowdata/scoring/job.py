@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from flowdata.scoring.plan.lengths import length_of, sample_lengths
 from flowdata.scoring.plan.packs import Plan, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
 
-logger = logging.getLogger("flowdata")
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
 _LOOKED_AT = 16  # samples from which a common prefix is told and ways to score are checked

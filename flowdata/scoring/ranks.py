@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
+from flowdata._common.notices import logger
 from flowdata.errors import RankError
 
 _SLOWEST = 0.2  # seconds between two looks at the store
@@ -31,7 +31,6 @@ _BEAT = 5.0  # seconds between two signs of life
 _SILENT = 120.0  # seconds without one, after which a rank counts as gone
 _LINGER = 5.0  # seconds for which a failed rank 0 waits for the others to hear of it
 _STOP = 1 << 40  # more packs than there are
-logger = logging.getLogger("flowdata")
 T = TypeVar("T")
 
 

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from flowdata._common.progress import say
+from flowdata._common.notices import logger, say
 from flowdata.errors import StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.scores import Scores
 from flowdata.scoring.job import Job, make_plan
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.scoring.run import logger, run_packs
+from flowdata.scoring.run import run_packs
 from flowdata.store.folder import finish, locked, read_manifest
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,7 +27,6 @@ from flowdata.scoring.ranks import Ranks
 from flowdata.store.packs import Columns
 from flowdata.targets.target_losses import Fetched
 
-logger = logging.getLogger("flowdata")
 _NAMED = 5  # samples, of a pack in which something failed
 Done = tuple[int, Columns, dict[int, str]]  # a pack, its columns, samples skipped and why
 

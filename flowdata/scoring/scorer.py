@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.progress import say
+from flowdata._common.notices import say
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import CollateReadable, Readable, check_map_style, first_readable
 from flowdata.models.calling import innermost, unwrapped

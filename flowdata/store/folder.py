@@ -50,7 +50,6 @@ which samples a pack has. Files are data: nothing in them is run, no name in the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +57,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowdata._common.notices import logger
 from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.store.format import (
     MANIFEST,
@@ -74,7 +74,6 @@ from flowdata.store.packs import Columns, checksums, reorder
 from flowdata.store.parts import PARTS, parts_of
 
 SCORES, LOCK = "scores.safetensors", ".lock"
-logger = logging.getLogger("flowdata")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

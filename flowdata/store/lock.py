@@ -11,7 +11,6 @@ as long as files are replaced whole and hold the same content whoever writes the
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import threading
@@ -22,9 +21,10 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+from flowdata._common.notices import logger
+
 BEAT, STALE = 5.0, 90.0  # seconds; a shared file system may show a touch a minute late
 _POLL = 0.25
-logger = logging.getLogger("flowdata")
 
 _Seen = tuple[bytes, int]  # a lock's content and when it was last touched
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,13 +12,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from flowdata._common.notices import logger
 from flowdata.errors import StoreError
 from flowdata.store.format import Manifest, read_file, store_digest, write_file
 from flowdata.store.packs import Columns, join, split
 
 PARTS = "parts"
 _SECONDS, _SHARE = 10.0, 0.01  # a crash loses at most so long, or so much of the time so far
-logger = logging.getLogger("flowdata")
 
 
 @dataclass(frozen=True)

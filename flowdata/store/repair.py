@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowdata._common.notices import logger
 from flowdata.errors import StoreError
-from flowdata.store.folder import SCORES, logger
+from flowdata.store.folder import SCORES
 from flowdata.store.format import (
     MANIFEST,
     Manifest,

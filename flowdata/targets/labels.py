@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -29,3 +30,8 @@ def describe_batch(batch: Any) -> str:
     if isinstance(batch, tuple | list):
         return f"a {type(batch).__name__} of {len(batch)}"
     return f"a {type(batch).__name__}"
+
+
+def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return labels moved one place left, (B, T): what each position predicts."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
