@@ -21,7 +21,7 @@ from transformers import (
 
 from flowdata import ScoreMismatchError, Scores
 from flowdata.dataset import FlowWeightedDataset
-from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin, check_trainer
+from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
 from tests.integrations import tiny, train_worker
@@ -510,14 +510,6 @@ def test_a_loss_that_ignores_the_weights_is_refused(tmp_path):
         trainer.train()
 
 
-def test_check_trainer_refuses_a_trainer_that_takes_no_notice(tmp_path):
-    weighted = FlowWeightedDataset(tiny.make_samples(), tiny.make_weights(), layout="dict")
-    with pytest.raises(ValueError, match="Trainer ignores the weights"):
-        check_trainer(flow_trainer(tmp_path, Trainer, train_dataset=weighted))
-    check_trainer(flow_trainer(tmp_path, Trainer))
-    check_trainer(flow_trainer(tmp_path, train_dataset=weighted))
-
-
 def test_the_order_of_batches_is_the_trainers_own(tmp_path):
     settings = {"train_sampling_strategy": "sequential"}
     trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings)
@@ -527,3 +519,8 @@ def test_the_order_of_batches_is_the_trainers_own(tmp_path):
 def test_a_rule_is_refused_where_its_weights_would_be_the_denominator():
     with pytest.raises(ValueError, match="token_rule with normalize='weights' would divide"):
         FlowTrainer(None, token_rule="talr", normalize="weights")
+
+
+def test_a_rule_is_refused_beside_a_loss_that_has_no_tokens():
+    with pytest.raises(ValueError, match="token_rule is for causal language models, whose token"):
+        FlowTrainer(None, token_rule="talr", sample_loss=lambda outputs, labels: labels)
