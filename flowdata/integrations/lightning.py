@@ -68,8 +68,8 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
         super().__init__()
         if isinstance(dataset, FlowWeightedDataset):
             raise ValueError(
-                "dataset carries weights already; pass the plain data set, and its scores or weights "
-                "beside it"
+                "dataset carries weights already; pass the plain data set, and beside it its "
+                "scores or weights"
             )
         self.weighted = FlowWeightedDataset(dataset, scores_or_weights, temperature=temperature)
         self.resample, self.normalize, self.count = resample, normalize, count

@@ -25,10 +25,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(adapter, steps, norma
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    kept = tiny.run_on_two_ranks("ddp,fsdp2,accelerate", tmp_path, 16, 4, 1)
+    gradients = tiny.run_on_two_ranks("ddp,fsdp2,accelerate", tmp_path, 16, 4, 1)
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for ranks in kept.values():
+        for ranks in gradients.values():
             for rank in ranks:
                 for size in (16, 4, 1):
                     tiny.assert_same_gradient(rank[size, normalize], expected)
