@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
         print(f"{name} …", file=sys.stderr, flush=True)
         body, head = tuned = copy.deepcopy(probed)
         resampled = loader.sampler is sampler  # Σwℓ / Σw, where weighting is Σwℓ / N
-        rate = options.rate * (sampler.explain()["mean_weight"] if resampled else 1)
+        rate = options.rate * (sampler.summary()["mean_weight"] if resampled else 1)
         train(tuned, loader, options.epochs, rate)
         if name.startswith("FLOW"):  # the recipe's second round: the head alone, no weights
             flowdata.linear_probe(body, head, fashion)

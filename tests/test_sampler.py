@@ -1,5 +1,6 @@
 import math
 import pickle
+import re
 import statistics
 import warnings
 from collections import Counter
@@ -543,7 +544,7 @@ def test_a_state_is_plain_data():
         "algorithm": "systematic",
         "seed": 3,
         "num_samples": 10,
-        "weights": FlowSampler(WEIGHTS.double())._digest,
+        "weights": FlowSampler(WEIGHTS.double()).state_dict()["weights"],
         "epoch": 0,
         "position": 0,
     }
@@ -567,6 +568,20 @@ def test_several_scores_make_the_order_of_a_concatenation():
     scores = [Scores(torch.tensor([0.1, 0.2, 0.4])), Scores(torch.tensor([2.0, 5.0]))]
     both = FlowWeightedDataset(ConcatDataset([range(3), range(2)]), scores)
     assert FlowSampler(scores).weights.tolist() == both.weights.tolist()
+
+
+def test_capped_weights_draw_the_heaviest_samples_less_often():
+    weights = torch.tensor([8.0, 1.0, 1.0, 2.0])
+    for options, ratios in [({"max_weight": 2.0}, [2, 1, 1, 2]), ({"normalize": "mean"}, weights)]:
+        counts = np.bincount(drawn(FlowSampler(weights, 120, **options)))
+        expected = np.asarray(ratios) * 120 / float(sum(ratios))
+        assert np.abs(counts - expected).max() < 1 + 1e-6
+    scores = Scores(torch.tensor([0.1, 1.0, 3.0]))
+    options = {"normalize": "mean", "max_weight": 1.5}
+    sampler = FlowSampler(scores, **options)
+    assert sampler.weights.tolist() == scores.weights(**options).tolist()
+    with pytest.raises(ValueError, match="normalize must be"):
+        FlowSampler(scores, normalize="sum")
 
 
 def test_memory_mapped_weights_are_not_copied(tmp_path):
@@ -634,29 +649,42 @@ def test_bad_input_is_refused(arguments, error, message):
 @pytest.mark.parametrize(
     "options", [{}, {"method": "multinomial"}, {"replacement": False, "num_samples": 300}]
 )
-def test_the_explanation_agrees_with_what_is_drawn(options):
+def test_the_summary_agrees_with_what_is_drawn(options):
     sampler = FlowSampler(WEIGHTS, **options)
-    told = sampler.explain()
-    assert told["effective_sample_size"] == pytest.approx(reference.effective_sample_size(WEIGHTS))
-    assert told["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
+    figures = sampler.summary()
+    assert figures["effective_sample_size"] == pytest.approx(
+        reference.effective_sample_size(WEIGHTS)
+    )
+    assert figures["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
     distinct, heaviest = [], []
     for epoch in range(200):
         sampler.set_epoch(epoch)
         counts = np.bincount(drawn(sampler), minlength=1000)
         distinct.append((counts > 0).mean())
         heaviest.append(counts[WEIGHTS.argmax()])
-    assert told["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
+    assert figures["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
     if "replacement" not in options:
-        assert told["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
+        assert figures["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
     else:
-        assert told["largest_repeat"] == 1
+        assert figures["largest_repeat"] == 1
 
 
-def test_the_explanation_warns_when_few_samples_carry_the_epoch():
+def test_the_explanation_is_a_sentence_made_of_the_summary():
+    weights = torch.tensor([2.0, 0.0, 1.0, 1.0])
+    assert FlowSampler(weights).explain() == (
+        "An epoch of 4 systematic draws is expected to see 75.0% of the 4 samples, the heaviest "
+        "2.0 times. The effective sample size of the weights is 2.7, their mean 1."
+    )
+    assert "2 draws without repl" in FlowSampler(weights, 2, replacement=False).explain()
+
+
+def test_the_explanation_warns_when_few_samples_carry_the_epoch(caplog):
     weights = torch.full((1000,), 1e-4)
     weights[:3] = 1
-    with pytest.warns(UserWarning, match="3 of 1000 samples carry the epoch"):
-        FlowSampler(weights).explain()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        FlowSampler(WEIGHTS).explain()
+    FlowSampler(weights).explain()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("flowdata", "WARNING")
+    assert re.search("3 of 1000 samples carry the epoch", record.message)
+    caplog.clear()
+    FlowSampler(WEIGHTS).explain()
+    assert not caplog.records
