@@ -92,6 +92,12 @@ class FlowSampler(DistributedSampler[int]):
         [0, 0, 2, 3]
     """
 
+    # Where the sampler stands, in global positions:
+    _start: int  # where the next pass begins
+    _pass_start: int  # where the current pass began, or the last one
+    _next: int  # the first position that was in no block yet
+    _block: Iterator[int]  # indices that are drawn, and not handed out yet
+
     def __init__(
         self,
         scores_or_weights: Any,
@@ -259,10 +265,8 @@ class FlowSampler(DistributedSampler[int]):
 
     def _rewind(self, position: int) -> None:
         """Let the next pass begin at a global position."""
-        self._start: int = position  # where the next pass begins
-        self._pass_start = position  # where the current pass, or the last one, began
-        self._next = position  # the first position that was in no block yet
-        self._block: Iterator[int] = iter(())  # indices drawn, and not handed out yet
+        self._start = self._pass_start = self._next = position
+        self._block = iter(())
 
     def _positions(self, start: int) -> range:
         """The global positions of this rank in a pass that begins at `start`."""
