@@ -52,8 +52,8 @@ class EpochOrders:
         >>> orders = EpochOrders(np.array([1.0, 2.0, 3.0, 4.0]), 8, "systematic", seed=1)
         >>> orders.of_epoch(0)(np.arange(8)).tolist()
         [3, 2, 2, 3, 3, 1, 0, 1]
-        >>> orders.of_epoch(0)(np.array([6, 2])).tolist()
-        [0, 2]
+        >>> orders.of_epoch(0)(np.array([2, 6])).tolist()
+        [2, 0]
     """
 
     def __init__(
