@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from flowdata.report.report import write_report
 from flowdata.report.summary import QUANTILES, extremes
-from flowdata.report.write import write_report
 from flowdata.scores import Scores
 from tests import reference
 
