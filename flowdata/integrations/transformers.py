@@ -17,13 +17,12 @@ from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mea
 from flowdata.models.calling import innermost
 from flowdata.sampler import FlowSampler
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.targets.predictions import (
+from flowdata.targets.prediction_losses import (
     binary_cross_entropy,
-    classes_come_last,
     cross_entropy,
-    logits_of,
     squared_error,
 )
+from flowdata.targets.predictions import classes_come_last, logits_of
 from flowdata.targets.target_losses import TargetLosses
 from flowdata.targets.which_loss import loss_of
 from flowdata.token_weights import TokenRule
