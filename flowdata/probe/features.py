@@ -63,7 +63,7 @@ def compute_features(
     """
     own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     has_body = any(True for _ in model.parameters())
-    scored = resolve_dtype(dtype if has_body else "float32", model, own.device)
+    scored = resolve_dtype(dtype, model, own.device) if has_body else torch.float32
 
     def compute() -> tuple[Tensor, Tensor]:
         return _features(model, dataset, collate_fn, batch_size, scored, num_workers, progress)
