@@ -15,7 +15,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from flowdata.report.pictures import draw_losses, draw_weights, figure, png
-from flowdata.report.summary import extremes, drop_missing
+from flowdata.report.summary import drop_missing, extremes
 from flowdata.weights import flow_weights
 
 if TYPE_CHECKING:
