@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from flowdata import FlowSampler, FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
-from flowdata.head.tiled import Head, target_values
+from flowdata.head.output_layer import Head
+from flowdata.head.tiled import target_values
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.language.ways import ways_of
 from flowdata.targets.columns import COLUMNS, check_columns, columns_of_logits

@@ -1,9 +1,9 @@
 import math
 import pickle
+import re
 import statistics
 import warnings
-from collections import Counter
-from itertools import islice, permutations
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -15,109 +15,17 @@ from torchdata.nodes import Batcher, Loader, ParallelMapper, SamplerWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata import LossScorer
-from flowdata._common.random_draws import (
-    PERMUTATION,
-    POINTS,
-    CumulativeWeights,
-    KeyedPermutation,
-    multiply_high,
-    random_words,
-)
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from tests import reference
+from tests.plausible import chi_square_is_plausible
 
 WEIGHTS = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 3
 
 
 def drawn(sampler):
     return np.fromiter(sampler, dtype=np.int64)
-
-
-def chi_square_is_plausible(counts, expected):
-    """Within 5 standard deviations of its mean; bins are joined until they expect about 50."""
-    bins = np.unique((np.cumsum(expected) - expected / 2) // 50, return_inverse=True)[1]
-    counts, expected = np.bincount(bins, counts), np.bincount(bins, expected)
-    freedom = len(expected) - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
-
-
-# The pure part: words, permutation, cumulative weights.
-
-
-def test_any_part_of_a_stream_of_words_is_the_same_as_in_the_whole():
-    whole = random_words((3, 1), POINTS, 0, 1000)
-    for start, count in [(0, 1), (1, 7), (5, 995), (998, 2)]:
-        np.testing.assert_array_equal(
-            random_words((3, 1), POINTS, start, count), whole[start : start + count]
-        )
-    for other in [((3, 2), POINTS), ((4, 1), POINTS), ((3, 1), PERMUTATION)]:
-        assert not np.isin(random_words(*other, 0, 1000), whole).any()
-
-
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.integers(0, 2**63 - 1))
-def test_the_high_half_of_products_is_exact(words, factor):
-    result = multiply_high(np.array(words, dtype=np.uint64), factor)
-    assert result.tolist() == [word * factor >> 64 for word in words]
-
-
-@pytest.mark.parametrize("size", [*range(1, 40), 1000, 10_007, 65_537])
-def test_a_permutation_holds_every_value_once_in_whatever_order_it_is_asked(size):
-    permutation = KeyedPermutation(size, (0, size))
-    values = permutation(np.arange(size))
-    assert sorted(values.tolist()) == list(range(size))
-    some = np.arange(size)[::-3]
-    np.testing.assert_array_equal(permutation(some), values[some])
-
-
-def test_small_permutations_all_come_equally_often():
-    seen = Counter(tuple(KeyedPermutation(4, (7, e))(np.arange(4)).tolist()) for e in range(4800))
-    counts = np.array([seen[order] for order in permutations(range(4))])
-    assert chi_square_is_plausible(counts, np.full(24, 200.0))
-
-
-def test_no_value_or_pair_of_values_is_favoured_in_a_place():
-    values = np.stack([KeyedPermutation(11, (5, e))(np.arange(11)) for e in range(6000)])
-    for place in range(11):
-        counts = np.bincount(values[:, place], minlength=11)
-        assert chi_square_is_plausible(counts, np.full(11, 6000 / 11))
-    pairs = np.bincount(values[:, 3] * 11 + values[:, 4], minlength=121).reshape(11, 11)
-    assert pairs.diagonal().sum() == 0
-    pairs = pairs[~np.eye(11, dtype=bool)]
-    assert chi_square_is_plausible(pairs, np.full(110, 6000 / 110))
-
-
-def test_a_permutation_has_no_visible_order():
-    values = KeyedPermutation(100_000, (0, 0))(np.arange(100_000)) / 100_000
-    for lag in (1, 2, 316, 317, 633):  # 317 is the grid's side
-        assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 4 / math.sqrt(100_000)
-    cells = np.histogram2d(np.arange(100_000), values, bins=20)[0].ravel()
-    assert chi_square_is_plausible(cells, np.full(400, 250.0))
-    pairs = np.histogram2d(values[:-1], values[1:], bins=20)[0].ravel()
-    assert chi_square_is_plausible(pairs, np.full(400, 99_999 / 400))
-
-
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.one_of(st.just(0.0), st.floats(1e-9, 1.0), st.floats(1e-300, 1e300)),
-        min_size=1,
-        max_size=300,
-    ).filter(any)
-)
-def test_points_fall_on_the_sample_that_a_walk_finds(weights):
-    table = CumulativeWeights(np.array(weights))
-    ends = table._ends.tolist()
-    integers = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    points = {0, table.total // 3, table.total - 1}
-    points |= {p for end in ends for p in (end - 1, end) if 0 <= p < table.total}
-    points = sorted(points)
-    expected = [reference.sample_at(integers, point) for point in points]
-    assert table.find(np.array(points)).tolist() == expected
-    share = [weight / math.fsum(weights) for weight in weights]
-    assert [i / table.total for i in integers] == pytest.approx(share, abs=2**-60, rel=2**-50)
 
 
 # Frequencies.
@@ -543,7 +451,7 @@ def test_a_state_is_plain_data():
         "algorithm": "systematic",
         "seed": 3,
         "num_samples": 10,
-        "weights": FlowSampler(WEIGHTS.double())._digest,
+        "weights": FlowSampler(WEIGHTS.double()).state_dict()["weights"],
         "epoch": 0,
         "position": 0,
     }
@@ -567,6 +475,20 @@ def test_several_scores_make_the_order_of_a_concatenation():
     scores = [Scores(torch.tensor([0.1, 0.2, 0.4])), Scores(torch.tensor([2.0, 5.0]))]
     both = FlowWeightedDataset(ConcatDataset([range(3), range(2)]), scores)
     assert FlowSampler(scores).weights.tolist() == both.weights.tolist()
+
+
+def test_capped_weights_draw_the_heaviest_samples_less_often():
+    weights = torch.tensor([8.0, 1.0, 1.0, 2.0])
+    for options, ratios in [({"max_weight": 2.0}, [2, 1, 1, 2]), ({"normalize": "mean"}, weights)]:
+        counts = np.bincount(drawn(FlowSampler(weights, 120, **options)))
+        expected = np.asarray(ratios) * 120 / float(sum(ratios))
+        assert np.abs(counts - expected).max() < 1 + 1e-6
+    scores = Scores(torch.tensor([0.1, 1.0, 3.0]))
+    options = {"normalize": "mean", "max_weight": 1.5}
+    sampler = FlowSampler(scores, **options)
+    assert sampler.weights.tolist() == scores.weights(**options).tolist()
+    with pytest.raises(ValueError, match="normalize must be"):
+        FlowSampler(scores, normalize="sum")
 
 
 def test_memory_mapped_weights_are_not_copied(tmp_path):
@@ -634,29 +556,42 @@ def test_bad_input_is_refused(arguments, error, message):
 @pytest.mark.parametrize(
     "options", [{}, {"method": "multinomial"}, {"replacement": False, "num_samples": 300}]
 )
-def test_the_explanation_agrees_with_what_is_drawn(options):
+def test_the_summary_agrees_with_what_is_drawn(options):
     sampler = FlowSampler(WEIGHTS, **options)
-    told = sampler.explain()
-    assert told["effective_sample_size"] == pytest.approx(reference.effective_sample_size(WEIGHTS))
-    assert told["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
+    figures = sampler.summary()
+    assert figures["effective_sample_size"] == pytest.approx(
+        reference.effective_sample_size(WEIGHTS)
+    )
+    assert figures["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
     distinct, heaviest = [], []
     for epoch in range(200):
         sampler.set_epoch(epoch)
         counts = np.bincount(drawn(sampler), minlength=1000)
         distinct.append((counts > 0).mean())
         heaviest.append(counts[WEIGHTS.argmax()])
-    assert told["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
+    assert figures["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
     if "replacement" not in options:
-        assert told["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
+        assert figures["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
     else:
-        assert told["largest_repeat"] == 1
+        assert figures["largest_repeat"] == 1
 
 
-def test_the_explanation_warns_when_few_samples_carry_the_epoch():
+def test_the_explanation_is_a_sentence_made_of_the_summary():
+    weights = torch.tensor([2.0, 0.0, 1.0, 1.0])
+    assert FlowSampler(weights).explain() == (
+        "An epoch of 4 systematic draws is expected to see 75.0% of the 4 samples, the heaviest "
+        "2.0 times. The effective sample size of the weights is 2.7, their mean 1."
+    )
+    assert "2 draws without repl" in FlowSampler(weights, 2, replacement=False).explain()
+
+
+def test_the_explanation_warns_when_few_samples_carry_the_epoch(caplog):
     weights = torch.full((1000,), 1e-4)
     weights[:3] = 1
-    with pytest.warns(UserWarning, match="3 of 1000 samples carry the epoch"):
-        FlowSampler(weights).explain()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        FlowSampler(WEIGHTS).explain()
+    FlowSampler(weights).explain()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("flowdata", "WARNING")
+    assert re.search("3 of 1000 samples carry the epoch", record.message)
+    caplog.clear()
+    FlowSampler(WEIGHTS).explain()
+    assert not caplog.records

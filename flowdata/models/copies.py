@@ -15,9 +15,7 @@ from flowdata.models.tensors import map_floating
 
 
 @contextmanager
-def scoring_model(
-    model: nn.Module, dtype: torch.dtype, device: torch.device
-) -> Iterator[nn.Module]:
+def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
     """Lend a model in eval mode, of the dtype and on the device wanted, without gradients.
 
     Where nothing needs converting the caller's own model is lent and its training flags are put

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from flowdata._common.progress import progress_bar
 from flowdata._common.rng import preserved_rng
 from flowdata.models.calling import call_with
-from flowdata.models.copies import scoring_model
+from flowdata.models.copies import frozen_model
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
 from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
@@ -122,7 +122,7 @@ def _features(
     features, targets = [], []
     with (
         preserved_rng(),
-        scoring_model(model, dtype, own.device) as body,
+        frozen_model(model, dtype, own.device) as body,
         progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
     ):
         for batch in loader:

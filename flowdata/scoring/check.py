@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from flowdata.scoring.language.packed import (
     why_not_packed,
 )
 from flowdata.scoring.language.ways import ways_of
+from flowdata.scoring.plan.packs import PlanOptions
+from flowdata.scoring.ranks import Ranks
 from flowdata.targets.predictions import callable_way, prediction_way
 from flowdata.targets.target_losses import Way
 from flowdata.targets.which_loss import LANGUAGE_LOSSES
@@ -26,24 +27,24 @@ from flowdata.targets.which_loss import LANGUAGE_LOSSES
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def agrees(method: Way, plain: Way, model: nn.Module, batch: Any, dtype: torch.dtype) -> str:
-    """Return "" if a method gives samples the losses that the plain one gives, else the reason.
+def agrees(way: Way, plain: Way, model: nn.Module, batch: Any, dtype: torch.dtype) -> str:
+    """Return "" if a way gives samples the losses that the plain one gives, else the reason.
 
     The allowance is the dtype's `TOLERANCE`, absolute below a loss of 1 nat and relative above,
     and wider for samples of few targets, whose rounding errors can't cancel.
     """
     try:
-        found = method(model, batch).columns(token_losses=False)
+        losses = way(model, batch).columns(token_losses=False)
     except Exception as error:  # whatever it is, another way may do without
         return f"{type(error).__name__}: {error}".splitlines()[0]
     with torch.compiler.set_stance("force_eager"):
-        wanted = plain(model, batch).columns(token_losses=False)
-    if found["count"].tolist() != wanted["count"].tolist():
-        return f"it counts {found['count'].tolist()} targets, not {wanted['count'].tolist()}"
-    rounding = TOLERANCE[dtype] * (1 + 2 / wanted["count"].sqrt())
-    for name in set(wanted) - {"count", "correct"}:  # a tie may be broken either way
-        differences = (found[name] - wanted[name]).abs()
-        if (differences > rounding * wanted[name].clamp_min(1)).any():  # NaN, no loss, never is
+        truth = plain(model, batch).columns(token_losses=False)
+    if losses["count"].tolist() != truth["count"].tolist():
+        return f"it counts {losses['count'].tolist()} targets, not {truth['count'].tolist()}"
+    rounding = TOLERANCE[dtype] * (1 + 2 / truth["count"].sqrt())
+    for name in set(truth) - {"count", "correct"}:  # a tie may be broken either way
+        differences = (losses[name] - truth[name]).abs()
+        if (differences > rounding * truth[name].clamp_min(1)).any():  # NaN, no loss, never is
             return f"a sample's {name} differs by {differences.nan_to_num().max():.2g}"
     return ""
 
@@ -51,10 +52,28 @@ def agrees(method: Way, plain: Way, model: nn.Module, batch: Any, dtype: torch.d
 _CHECKED = 2048  # tokens of a sample whose full logits are still held for a check
 
 
-def choose_way(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tuple[Way, str]:
+def agreed_way(job: Job, options: PlanOptions, model: nn.Module, ranks: Ranks) -> tuple[Way, str]:
+    """Return the way that this rank chooses, and its name.
+
+    Raises:
+        ValueError: another rank chose another way, so that losses would depend on who makes them.
+    """
+    way, name = choose_way(job, options, model)
+    if len(set(ranks.gather("way", name))) > 1:
+        raise ValueError(
+            f"rank {ranks.rank} can score by {name!r}, another rank can't: losses would "
+            "depend on who makes them; run on machines of one kind"
+        )
+    return way, name
+
+
+def choose_way(job: Job, options: PlanOptions, model: nn.Module) -> tuple[Way, str]:
     """Return the fastest way to the losses that agrees with the plainest, and its name.
 
-    `options` are those of the plan whose packs it is for.
+    Args:
+        job: the job.
+        options: those of the plan whose packs the way is for.
+        model: the job's model as it is run.
     """
     if layers := _batch_dependent(model):
         logger.warning(
@@ -66,18 +85,23 @@ def choose_way(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tuple[
         return callable_way(job.loss, job.device), ""
     if job.loss not in LANGUAGE_LOSSES:
         return prediction_way(job.loss, job.columns, job.device), ""
+    return _language_way(job, job.loss, options, model)
+
+
+def _language_way(job: Job, loss: str, options: PlanOptions, model: nn.Module) -> tuple[Way, str]:
+    """Try the ways of language models, fastest first, on two samples of different lengths."""
     few = [sample for sample in job.few if tokens_of(sample) <= _CHECKED] or job.few[:1]
     batch = job.collate([few[-1], few[len(few) // 4]])
     longest = longest_alike(model)
-    prefix = job.prefix[: options["prefix"]][:longest]
-    max_tokens = options["max_tokens"] if len(prefix) else None  # else no pack exceeds it
-    why_not = why_not_packed(model, job.loss) or why_batch_not_packed(model, batch)
-    whole = padded(job.loss, max_tokens)
+    prefix = job.prefix[: options.prefix][:longest]
+    max_tokens = options.max_tokens if len(prefix) else None  # else no pack exceeds it
+    why_not = why_not_packed(model, loss) or why_batch_not_packed(model, batch)
+    whole = padded(loss, max_tokens)
     packing = None if why_not else Packing(whole, prefix, max_tokens, job.device)
     compiled = is_compiled(model)
     *ways, (plainest, plain) = ways_of(
         model,
-        job.loss,
+        loss,
         packing=packing,
         max_tokens=max_tokens,
         columns=job.columns,
@@ -88,11 +112,11 @@ def choose_way(job: Job, model: nn.Module, options: Mapping[str, Any]) -> tuple[
         logger.warning("not compiling: %s", reason)
         run_eagerly(model)
         compiled = False
-    for name, method in ways:
-        reason = agrees(method, plain, model, batch, job.dtype)
+    for name, way in ways:
+        reason = agrees(way, plain, model, batch, job.dtype)
         if not reason:
             described = _described(name, options, why_not, job, compiled=compiled)
-            return method, described + _alone(longest)
+            return way, described + _alone(longest)
         logger.warning("not scoring by %s: %s", name, reason)
     return plain, plainest
 
@@ -107,11 +131,11 @@ def _batch_dependent(model: nn.Module) -> list[str]:
 
 
 def _described(
-    way: str, options: Mapping[str, Any], why_not_packed: str, job: Job, *, compiled: bool
+    way: str, options: PlanOptions, why_not_packed: str, job: Job, *, compiled: bool
 ) -> str:
     """What is said of the way that was chosen."""
     parts = [way, "layers compiled"] if compiled else [way]
-    prefix, shared = options["prefix"], options["shared_prompts"]
+    prefix, shared = options.prefix, options.shared_prompts
     if why_not_packed:
         parts.append(f"samples padded ({why_not_packed})")
     elif "packed" in way:

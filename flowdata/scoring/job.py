@@ -1,11 +1,11 @@
-"""A job: one model over one data set, how it is cut into packs, and the method for them."""
+"""A job: one model over one data set, and how the data set is cut into packs."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,12 +21,14 @@ from flowdata.scoring.language.packed import (
     why_not_packed,
 )
 from flowdata.scoring.plan.lengths import length_of, sample_lengths
-from flowdata.scoring.plan.packs import Plan, plan_fixed, plan_padded
+from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
 
+# Tokens, or samples, in one pack where the user names no number: enough to keep matrix products
+# at their full rate on the CPUs measured; the figures for a GPU are not measured.
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
-_LOOKED_AT = 16  # samples from which a common prefix is told and ways to score are checked
+_FEW = 16  # samples in which a common prefix is looked for and on which ways are checked
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -35,7 +37,7 @@ class Job:
     """What to run, with every choice made but that of the packs.
 
     Attributes:
-        announce: is told, once the method is known, what was chosen.
+        announce: takes the sentence that says how losses are made, once the way is known.
         other fields: as the arguments of `LossScorer` and `LossScorer.score`.
     """
 
@@ -65,11 +67,11 @@ class Job:
     @functools.cached_property
     def few(self) -> list[Any]:
         """Samples from all over the data set, shortest first."""
-        found = []
-        for index in range(0, len(self.dataset), -(-len(self.dataset) // _LOOKED_AT)):
+        samples = []
+        for index in range(0, len(self.dataset), -(-len(self.dataset) // _FEW)):
             with contextlib.suppress(SampleError):  # the run will meet it and say so
-                found.append(self.dataset[index])
-        readable = [sample for sample in found if not isinstance(sample, Unreadable)]
+                samples.append(self.dataset[index])
+        readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
         return sorted(readable or [first_readable(self.dataset)], key=tokens_of)
 
     @functools.cached_property
@@ -80,42 +82,53 @@ class Job:
         return common_prefix(self.collate(self.few), self.loss)
 
 
-def make_plan(job: Job, kept: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan and its description; a begun store's options go before the job's."""
-    kind = _kind(job.device)
+def make_plan(job: Job, begun: Mapping[str, Any], threads: int) -> Plan:
+    """Return how the job's data set is cut into packs.
+
+    Args:
+        job: the job.
+        begun: the `plan` field of a begun store's manifest, whose options go before the job's;
+            empty without a store.
+        threads: with which PyTorch computes, unless `begun` says.
+    """
     lengths = sample_lengths(job.dataset, job.lengths)
-    batch_size = kept.get("batch_size", job.batch_size)
-    max_tokens = kept.get("max_tokens", job.max_tokens)
-    prefix = kept.get("prefix", len(job.prefix))
-    groups, saved = (None, torch.zeros(1)) if lengths is None else _groups(job, prefix)
+    prefix = begun.get("prefix", len(job.prefix))
+    groups, savings = _prompt_groups(job, lengths, prefix)
+    kind = "cuda" if job.device.type == "cuda" else "cpu"
+    max_tokens = begun.get("max_tokens", job.max_tokens)
+    batch_size = begun.get("batch_size", job.batch_size)
     if lengths is None:
         max_tokens, batch_size = None, batch_size or _BATCH_SIZE[kind]
         plan = plan_fixed(len(job.dataset), batch_size=batch_size)
     else:
         max_tokens = max_tokens or _MAX_TOKENS[kind]
-        plan = plan_padded(
-            lengths - prefix - saved, max_tokens=max_tokens, batch_size=batch_size, groups=groups
-        )
-    options = {
-        "max_tokens": max_tokens,
-        "batch_size": batch_size,
-        "prefix": prefix,
-        "shared_prompts": int(saved.sum()),
-        "compile": kept.get("compile", _compiles(job, lengths)),
-    }
-    return plan, {**options, "packs": len(plan), "digest": plan.digest}
+        own_lengths = lengths - prefix - savings
+        plan = plan_padded(own_lengths, max_tokens=max_tokens, batch_size=batch_size, groups=groups)
+    options = PlanOptions(
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        prefix=prefix,
+        shared_prompts=int(savings.sum()),
+        compile=begun.get("compile", _compiles(job, lengths)),
+        threads=begun.get("threads", threads),
+    )
+    return replace(plan, options=options)
 
 
-def _groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
-    """Which samples share a prompt, and how many tokens that saves each on average."""
-    is_packed = job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
-    read = job.lengths is None  # else the samples' lengths were given so as not to read them all
-    found = shared_prompts(job.dataset) if is_packed and read else None
-    if found is None:
+def _prompt_groups(job: Job, lengths: Tensor | None, prefix: int) -> tuple[Tensor | None, Tensor]:
+    """Return which samples share a prompt, and how many tokens that saves each on average.
+
+    Nothing is looked for where the user gave the lengths: that was to spare reading all samples.
+    """
+    can_share = job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
+    sharing = None
+    if lengths is not None and job.lengths is None and can_share:
+        sharing = shared_prompts(job.dataset)
+    if sharing is None:
         return None, torch.zeros(1, dtype=torch.long)
-    groups, prompts = found
-    counts = groups.bincount()[groups]
-    return groups, (prompts - prefix).clamp_min(0) * (counts - 1) // counts
+    groups, prompt_lengths = sharing
+    group_sizes = groups.bincount()[groups]
+    return groups, (prompt_lengths - prefix).clamp_min(0) * (group_sizes - 1) // group_sizes
 
 
 def _compiles(job: Job, lengths: Tensor | None) -> bool:
@@ -128,7 +141,3 @@ def _compiles(job: Job, lengths: Tensor | None) -> bool:
 def tokens_of(sample: Any) -> int:
     """Return how long a sample is, in tokens; 0 where it has none."""
     return length_of(sample) or 0
-
-
-def _kind(device: torch.device) -> str:
-    return "cuda" if device.type == "cuda" else "cpu"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import sleep
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -30,11 +30,11 @@ _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host ano
 T = TypeVar("T")
 
 
-def score_packs(job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
+def score_packs(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     """Score all packs, keeping them in memory."""
-    plan, manifest = _planned(job, wanted, None, ranks)
+    plan, manifest = _shared_plan(job, draft, None, ranks)
     kept = Kept()
-    for pack, columns, skipped in run_packs(job, plan, manifest["plan"], range(len(plan)), ranks):
+    for pack, columns, skipped in run_packs(job, plan, range(len(plan)), ranks):
         kept.add({pack: columns}, skipped)
     ranks.gather("done", True)
     if ranks.size > 1 and not is_sharded(job.model):
@@ -46,37 +46,37 @@ def score_packs(job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
     return _merged(plan, kept, manifest)
 
 
-def score_into(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
+def score_into(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     """Take from a store what is there, and score and add what is not."""
-    scores = _finished(folder, wanted) if ranks.is_first else None
+    scores = _finished(folder, draft) if ranks.is_first else None
     with locked(folder) if ranks.is_first and scores is None else nullcontext():
         if ranks.is_first and scores is None:  # perhaps another process has just finished
-            scores = _finished(folder, wanted)
+            scores = _finished(folder, draft)
         if ranks.from_first("finished", scores is not None):
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
-            scores = _score_missing(folder, job, wanted, ranks)
+            scores = _score_missing(folder, job, draft, ranks)
     return _shown(lambda: Scores.load(folder), ranks) if scores is None else scores
 
 
-def _finished(folder: Path, wanted: Manifest) -> Scores | None:
+def _finished(folder: Path, draft: Manifest) -> Scores | None:
     """The scores of a finished and whole store."""
     try:
         scores = Scores.load(folder)
     except (StoreError, FileNotFoundError, NotADirectoryError):
         return None
-    check_identity(scores.metadata["identity"], wanted["identity"], f"the store {folder}")
+    check_identity(scores.metadata["identity"], draft["identity"], f"the store {folder}")
     with suppress(OSError):  # a folder that can only be read will do
         repair_manifest(folder)
     return scores
 
 
-def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores | None:
+def _score_missing(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Scores | None:
     """Score the packs that a store does not have, and finish it on rank 0, which gets scores."""
     begun = read_manifest(folder) if ranks.is_first else None
     if begun is not None:
-        check_identity(begun["identity"], wanted["identity"], f"the store {folder}")
-    plan, manifest = _planned(job, wanted, begun, ranks)
+        check_identity(begun["identity"], draft["identity"], f"the store {folder}")
+    plan, manifest = _shared_plan(job, draft, begun, ranks)
     kept = Kept()
     if ranks.is_first:
         write_manifest(folder, manifest)
@@ -88,7 +88,7 @@ def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Sc
     writes = ranks.is_first or not is_sharded(job.model)
     try:
         with PartWriter(folder, manifest) if writes else nullcontext() as writer:
-            for pack, columns, skipped in run_packs(job, plan, manifest["plan"], todo, ranks):
+            for pack, columns, skipped in run_packs(job, plan, todo, ranks):
                 if writer is not None:
                     writer.add(pack, columns, skipped)
                     done += len(columns["loss"])
@@ -110,18 +110,18 @@ def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Sc
     return scores
 
 
-def _planned(
-    job: Job, wanted: Manifest, begun: Manifest | None, ranks: Ranks
+def _shared_plan(
+    job: Job, draft: Manifest, begun: Manifest | None, ranks: Ranks
 ) -> tuple[Plan, Manifest]:
-    """The plan, on all ranks that of rank 0, and the manifest with it."""
+    """Return rank 0's plan, which every rank makes for itself, and the manifest with it."""
     begun = ranks.from_first("begun", begun)
-    plan, options = make_plan(job, begun["plan"] if begun else {})
-    options["threads"] = ranks.from_first("threads", torch.get_num_threads())
+    threads = ranks.from_first("threads", torch.get_num_threads())
+    plan = make_plan(job, begun["plan"] if begun else {}, threads)
     if begun:
-        options["threads"] = begun["plan"].get("threads", options["threads"])
-        check_identity(begun["plan"], options, "the store")
-    manifest: Manifest = ranks.from_first("manifest", begun or {**wanted, "plan": options})
-    check_identity(manifest["plan"], options, "rank 0's plan", ALIKE)
+        check_identity(begun["plan"], plan.describe(), "the store")
+    manifest: Manifest = begun or {**draft, "plan": plan.describe()}
+    manifest = ranks.from_first("manifest", manifest)
+    check_identity(manifest["plan"], plan.describe(), "rank 0's plan", ALIKE)
     return plan, manifest
 
 
@@ -149,13 +149,13 @@ def _shown(read: Callable[[], T], ranks: Ranks) -> T:
     return read()
 
 
-def merge_packs(plan: Plan, packs: Mapping[int, Columns], metadata: dict[str, Any]) -> Scores:
+def merge_packs(plan: Plan, packs: Mapping[int, Columns], manifest: Manifest) -> Scores:
     """Return the packs' columns in data set order; say how many samples have no loss."""
     columns = reorder(join([packs[index] for index in range(len(plan))]), plan.order.argsort())
     scores = Scores(
         columns.pop("loss"),
         columns.pop("count"),
-        metadata=metadata,
+        metadata=dict(manifest),
         token_losses=columns.pop("token_loss", None),
         columns=columns,
     )

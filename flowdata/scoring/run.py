@@ -1,91 +1,110 @@
-"""The run: packs of a plan through the model, and their columns back in data set order."""
+"""The run: packs of a plan through the model, one after another.
+
+claimed → loaded by workers → begun on the device → finished on the host → handed on
+"""
 
 from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flowdata._common.offsets import offsets_of
 from flowdata._common.progress import progress_bar
 from flowdata._common.unreadable import Unreadable
-from flowdata.models.compiled import compiled_layers
-from flowdata.models.copies import scoring_model
-from flowdata.models.placement import is_sharded, reshard
-from flowdata.models.rope import loaded_frequencies
-from flowdata.scoring.check import choose_way
+from flowdata.models.placement import is_sharded
+from flowdata.scoring.check import agreed_way
 from flowdata.scoring.collate import Collate
 from flowdata.scoring.job import Job
-from flowdata.scoring.lend import adapters_off, torch_threads
+from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.store.packs import Columns
 from flowdata.targets.target_losses import Fetched
 
-_NAMED = 5  # samples, of a pack in which something failed
-Done = tuple[int, Columns, dict[int, str]]  # a pack, its columns, samples skipped and why
+_NAMED = 5  # samples of a pack that an error names
+FinishedPack = tuple[int, Columns, dict[int, str]]  # its number, its columns, samples skipped, why
 
 
-def run_packs(
-    job: Job, plan: Plan, options: Mapping[str, Any], todo: Sequence[int], ranks: Ranks
-) -> Iterator[Done]:
+def run_packs(job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks) -> Iterator[FinishedPack]:
     """Run this rank's share of packs; a pack's columns have its samples in plan order.
 
     Ranks that hold a model together all run every pack.
     """
     if not todo:
         return
-    together = ranks.size > 1 and is_sharded(job.model)
-    claimed: deque[int] = deque()
-
-    def claim() -> Iterator[list[int]]:
-        for index in todo if together else ranks.claims(todo, ahead=job.num_workers > 0):
-            claimed.append(index)
-            yield plan.pack(index).tolist()
-
-    costs = torch.cat([plan.costs.new_zeros(1), plan.costs[list(todo)].cumsum(0)]).tolist()
-    total, shown = int(plan.costs.sum()), 0
-    unit = "samples" if options["max_tokens"] is None else "tokens"
-    with (
-        torch_threads(options["threads"]),
-        scoring_model(job.model, job.dtype, job.device) as model,
-        loaded_frequencies(model),
-        adapters_off(model) if job.reference == "base" else nullcontext(),
-        compiled_layers(model) if options["compile"] else nullcontext(),
-        progress_bar(total, "scoring", unit, done=total - costs[-1], shown=job.progress) as advance,
-    ):
-        method, way_name = choose_way(job, model, options)
-        if len(set(ranks.gather("method", way_name))) > 1:
-            raise ValueError(
-                f"rank {ranks.rank} can score by {way_name!r}, another rank can't: losses would "
-                "depend on who makes them; run on machines of one kind"
-            )
-        job.announce("; ".join(filter(None, [job.name, way_name, _cut(options)])))
-        started: deque[Callable[[], Done]] = deque()
-        for batch, reasons in _loaded(job, claim()):
-            index = claimed.popleft()
-            if not together and not ranks.begins(index):
-                continue
-            with _naming(plan, index):
-                losses = None if batch is None else Fetched(method(model, batch))
-            started.append(functools.partial(_done, job, plan, index, losses, reasons))
-            while len(started) > _ahead(job.device):
-                yield started.popleft()()
-            done = costs[min(ranks.claimed, len(todo)) - len(claimed)]
-            advance(done - shown)
-            shown = done
-        for finish in started:
+    share = _Share(job, plan, todo, ranks)
+    with lent_model(job, plan.options) as model, _cost_shown(job, plan, todo) as show:
+        way, name = agreed_way(job, plan.options, model, ranks)
+        job.announce("; ".join(filter(None, [job.name, name, _describe_packs(plan)])))
+        in_flight: deque[Callable[[], FinishedPack]] = deque()
+        for index, batch, reasons in share.loaded():
+            with _samples_named(plan, index):
+                losses = None if batch is None else Fetched(way(model, batch))
+            in_flight.append(functools.partial(_finish, job, plan, index, losses, reasons))
+            while len(in_flight) > _ahead(job.device):
+                yield in_flight.popleft()()
+            show(share.packs_behind())
+        for finish in in_flight:
             yield finish()
-        reshard(job.model)
+
+
+class _Share:
+    """This rank's share of the packs, as it is claimed, loaded and begun.
+
+    DataLoader workers claim packs well before these are run, so a claimed pack waits in a queue
+    until its batch is there; by then another rank may have begun it.
+    """
+
+    def __init__(self, job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks) -> None:
+        self.job, self.plan, self.todo, self.ranks = job, plan, todo, ranks
+        self.runs_all = ranks.size > 1 and is_sharded(job.model)
+        self.queue: deque[int] = deque()
+
+    def loaded(self) -> Iterator[tuple[int, Any, dict[int, str]]]:
+        """Yield each pack to run, its batch, and by place why samples could not be read."""
+        for batch, reasons in _batches(self.job, self._claims()):
+            index = self.queue.popleft()
+            if self.runs_all or self.ranks.begins(index):
+                yield index, batch, reasons
+
+    def packs_behind(self) -> int:
+        """Return how many packs of `todo` all ranks together have claimed and run."""
+        return min(self.ranks.claimed, len(self.todo)) - len(self.queue)
+
+    def _claims(self) -> Iterator[list[int]]:
+        ahead = self.job.num_workers > 0
+        for index in self.todo if self.runs_all else self.ranks.claims(self.todo, ahead=ahead):
+            self.queue.append(index)
+            yield self.plan.pack(index).tolist()
 
 
 @contextmanager
-def _naming(plan: Plan, index: int) -> Iterator[None]:
+def _cost_shown(job: Job, plan: Plan, todo: Sequence[int]) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a run; gives what is told how many packs of `todo` are behind."""
+    costs = offsets_of(plan.costs[list(todo)]).tolist()
+    total, shown = int(plan.costs.sum()), 0
+    unit = "samples" if plan.options.max_tokens is None else "tokens"
+    with progress_bar(
+        total, "scoring", unit, done=total - costs[-1], shown=job.progress
+    ) as advance:
+
+        def show(packs: int) -> None:
+            nonlocal shown
+            advance(costs[packs] - shown)
+            shown = costs[packs]
+
+        yield show
+
+
+@contextmanager
+def _samples_named(plan: Plan, index: int) -> Iterator[None]:
     """Say of an error which samples the model was given."""
     try:
         yield
@@ -103,10 +122,10 @@ def _ahead(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
 
 
-def _done(
+def _finish(
     job: Job, plan: Plan, index: int, losses: Fetched | None, reasons: dict[int, str]
-) -> Done:
-    """A pack once its losses are there; None if none of its samples could be read."""
+) -> FinishedPack:
+    """Wait for a pack's losses, which are None if none of its samples could be read."""
     samples = plan.pack(index)
     readable = torch.ones(len(samples), dtype=torch.bool)
     readable[list(reasons)] = False
@@ -139,7 +158,7 @@ def _spread(columns: Columns, readable: Tensor) -> Columns:
     return spread
 
 
-def _loaded(job: Job, packs: Iterator[list[int]]) -> Iterator[tuple[Any, dict[int, str]]]:
+def _batches(job: Job, packs: Iterator[list[int]]) -> Iterator[tuple[Any, dict[int, str]]]:
     """Batches of packs as they are claimed, and the reasons of what could not be read."""
     loader: DataLoader[Any] = DataLoader(
         job.dataset,
@@ -176,7 +195,7 @@ class _WithReasons:
         return None if len(reasons) == len(samples) else self.collate(samples), reasons
 
 
-def _cut(options: Mapping[str, Any]) -> str:
-    packs, tokens = options["packs"], options["max_tokens"]
-    most = f"{options['batch_size']} samples" if tokens is None else f"{tokens:,} tokens"
-    return f"{packs:,} pack{'s' * (packs != 1)} of at most {most}"
+def _describe_packs(plan: Plan) -> str:
+    tokens, samples = plan.options.max_tokens, plan.options.batch_size
+    most = f"{samples} samples" if tokens is None else f"{tokens:,} tokens"
+    return f"{len(plan):,} pack{'s' * (len(plan) != 1)} of at most {most}"

@@ -1,6 +1,51 @@
-"""One file of a store, written and read: what is in it is proven by checksums.
+"""The format of a store: a folder that keeps losses while they are made and once complete.
 
-The byte format is specified in `flowdata.store.folder`.
+    scores/
+        scores.safetensors    once complete: all that a reader needs
+        manifest.json         what the scores are of; written before the first part
+        parts/*.safetensors   while scoring: what is done so far, removed at the end
+        .lock                 while scoring: who scores
+
+**scores.safetensors** is a plain safetensors file, readable without this library:
+
+    loss            float32 (N,)    each sample's mean loss over its targets; NaN: it has none
+    count           int64 (N,)      its number of targets
+    token_loss      float32 (Σcount,)   optional: the targets' losses, sample after sample
+    token_offset    int64 (N+1,)    with token_loss: where each sample's targets begin
+    pack_checksum   int64 (packs,)  optional: for repair, see below
+    any other       float32 (N,)    a further column, such as entropy or gradient_norm
+
+**A part** holds whole packs of the plan, one after another, samples in the plan's order:
+
+    pack            int64 (K,)      which packs
+    loss, count     as above, for the packs' samples; token_loss and further columns optional
+
+**Metadata.** Both kinds carry one string, `flowdata`, in the safetensors header: canonical JSON
+(sorted keys, no spaces) of `manifest`, the signed manifest, and `content`, the hex SHA-256 over the
+canonical JSON of that and then, for each tensor in name order, `name|dtype|shape` in torch's words
+and the tensor's little-endian bytes.
+
+**The signed manifest** has the fields below and `checksum`, the hex SHA-256 over the canonical
+JSON of the others. manifest.json holds the same, indented.
+
+    format     2; other versions are refused
+    flowdata   the version that wrote it
+    identity   what must agree for losses to be reused: model, dataset, loss, dtype, …
+    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …; and
+               threads, with which each process computes: last bits depend on both
+    details    anything a reader may want to know (the data file, …)
+    skipped    {"index": reason} of samples that could not be read; in a part, of its own
+    layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
+               scores.safetensors, bytes counted from the file's begin
+
+**What survives what.** The *store digest*, SHA-256 over format, identity and plan, says what
+belongs together. Every file is written under another name, synced and renamed, so a reader sees
+all of it or nothing. A part that is torn, truncated, changed, duplicated or foreign is left out,
+with a warning, and only its packs are scored again. A lost manifest.json is taken from any whole
+file. Of a damaged scores.safetensors those packs are kept whose `pack_checksum` agrees: the first
+8 bytes, little-endian, of BLAKE2b keyed with the store digest over the pack's number (8 bytes,
+little-endian) and the bytes of its samples' values, column by column in name order. The plan says
+which samples a pack has. Files are data: nothing in them is run, no name in them is a path.
 """
 
 from __future__ import annotations
@@ -9,7 +54,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +69,24 @@ FORMAT, MANIFEST = 2, "manifest.json"
 FIELDS = ("identity", "plan", "details", "skipped")  # of a manifest: objects, all of them
 STORE_TENSORS = {"loss", "count", "token_loss", "token_offset", "pack_checksum"}
 _DTYPES = {"F32": torch.float32, "I64": torch.int64}
-Manifest = dict[str, Any]
+
+
+class _ManifestFields(TypedDict):
+    format: int
+    flowdata: str
+    identity: dict[str, Any]
+    plan: dict[str, Any]
+    details: dict[str, Any]
+    skipped: dict[str, str]
+
+
+class Manifest(_ManifestFields, total=False):
+    """What a store is of; the fields are explained at the top of this file.
+
+    `layout` is in the manifest.json of a finished store alone.
+    """
+
+    layout: dict[str, list[Any]]
 
 
 def make_manifest(
@@ -133,14 +195,14 @@ def _proven(parsed: Any, path: Path) -> Manifest:
             raise StoreError(f"{path} is damaged: its field {name!r} should be an object")
     if not all(index.isdecimal() and len(index) < 20 for index in parsed["skipped"]):
         raise StoreError(f"{path} is damaged: its field 'skipped' should name indices")
-    return parsed
+    return cast(Manifest, parsed)
 
 
-def _signed(manifest: Manifest) -> Manifest:
+def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**manifest, "checksum": hashlib.sha256(_canonical(manifest)).hexdigest()}
 
 
-def _content(tensors: Mapping[str, Tensor], signed: Manifest) -> str:
+def _content(tensors: Mapping[str, Tensor], signed: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(_canonical(signed))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())

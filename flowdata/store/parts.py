@@ -65,7 +65,8 @@ class PartWriter:
         self.written = monotonic()
         if self.waiting:
             tensors = {**join(list(self.waiting.values())), "pack": torch.tensor([*self.waiting])}
-            manifest = {**self.manifest, "skipped": self.skipped}
+            manifest = self.manifest.copy()
+            manifest["skipped"] = self.skipped
             manifest.pop("layout", None)
             write_file(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, manifest)
             self.waiting, self.skipped = {}, {}

@@ -26,14 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdata.head.tiled import (
-    Head,
-    finish_logits,
-    kernels,
-    logit_options,
-    read_head,
-    target_values,
-)
+from flowdata.head.output_layer import Head, finish_logits, logit_options, read_head
+from flowdata.head.tiled import kernels, target_values
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.rope import loaded_frequencies, longest_alike
 from flowdata.models.tensors import CPU

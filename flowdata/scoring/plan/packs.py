@@ -8,11 +8,35 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the packs of a plan were cut by, and how each of them is run.
+
+    The last bits of a loss depend on all of it, so a store keeps it and every rank shares it.
+
+    Attributes:
+        max_tokens: tokens in one pack, padding included; None where samples have no length.
+        batch_size: most samples in one pack; None: no limit.
+        prefix: tokens with which all samples begin, run once for all packs.
+        shared_prompts: tokens that are saved by running shared prompts once.
+        compile: whether the model's layers are compiled.
+        threads: with which PyTorch computes on a CPU.
+    """
+
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    prefix: int = 0
+    shared_prompts: int = 0
+    compile: bool = False
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -23,11 +47,13 @@ class Plan:
         order: (N,) int64, every sample's index once, pack after pack.
         offsets: (packs + 1,) int64; pack p is ``order[offsets[p]:offsets[p + 1]]``.
         costs: (packs,) int64, tokens (or samples) that a pack runs, padding included.
+        options: what the packs were cut by.
     """
 
     order: Tensor
     offsets: Tensor
     costs: Tensor
+    options: PlanOptions = field(default_factory=PlanOptions)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -46,6 +72,10 @@ class Plan:
         """Hex SHA-256 of the order and the cuts."""
         content = self.order.numpy().tobytes() + self.offsets.numpy().tobytes()
         return hashlib.sha256(content).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options and the digest as a manifest keeps them; JSON-like."""
+        return {**asdict(self.options), "packs": len(self), "digest": self.digest}
 
 
 def plan_padded(
