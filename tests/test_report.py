@@ -165,7 +165,7 @@ def test_bad_input_is_named(tmp_path):
 
 def test_a_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=re.escape('pip install "flowdata[plotting]"')):
+    with pytest.raises(ImportError, match=re.escape('pip install "flowdata-torch[plotting]"')):
         some_scores().plot(tmp_path / "losses.png")
 
 

@@ -241,7 +241,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError('the demo needs scikit-learn: pip install "flowdata[demo]"') from None
+        raise ImportError(
+            'the demo needs scikit-learn: pip install "flowdata-torch[demo]"'
+        ) from None
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 

@@ -45,7 +45,9 @@ def figure(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('pictures need matplotlib: pip install "flowdata[plotting]"') from None
+        raise ImportError(
+            'pictures need matplotlib: pip install "flowdata-torch[plotting]"'
+        ) from None
     colours = COLOURS[theme]
     style = {
         "font.family": "sans-serif",
