@@ -69,7 +69,7 @@ class LossScorer:
             gradient with respect to the last layer's weight. `Scores.weights` takes any of them
             in place of the loss.
         compile: ``True`` runs the model's layers through `torch.compile`, ``False`` doesn't,
-            ``"auto"`` does where the job is long enough for it to pay.
+            ``"auto"`` does in long jobs on CPUs with AMX, where it was measured to pay.
         progress: show a progress bar and say what was chosen.
 
     Raises:
