@@ -22,8 +22,8 @@ from flowdata.store.folder import finish, locked, read_manifest
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import Columns, join, reorder, split
-from flowdata.store.parts import Kept, PartWriter
-from flowdata.store.repair import read_kept, repair_manifest
+from flowdata.store.parts import FinishedPacks, PartWriter
+from flowdata.store.repair import read_finished_packs, repair_manifest
 
 ALIKE = "All ranks have to make the same call"
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
@@ -33,7 +33,7 @@ T = TypeVar("T")
 def score_packs(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     """Score all packs, keeping them in memory."""
     plan, manifest = _shared_plan(job, draft, None, ranks)
-    kept = Kept()
+    kept = FinishedPacks()
     for pack, columns, skipped in run_packs(job, plan, range(len(plan)), ranks):
         kept.add({pack: columns}, skipped)
     ranks.gather("done", True)
@@ -77,10 +77,10 @@ def _score_missing(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Sco
     if begun is not None:
         check_identity(begun["identity"], draft["identity"], f"the store {folder}")
     plan, manifest = _shared_plan(job, draft, begun, ranks)
-    kept = Kept()
+    kept = FinishedPacks()
     if ranks.is_first:
         write_manifest(folder, manifest)
-        kept = read_kept(folder, manifest, plan.order, plan.sizes)
+        kept = read_finished_packs(folder, manifest, plan.order, plan.sizes)
     missing = [pack for pack in range(len(plan)) if pack not in kept.packs]
     todo = ranks.from_first("todo", missing)
     done = sum(int(plan.sizes[pack]) for pack in kept.packs)
@@ -125,8 +125,8 @@ def _shared_plan(
     return plan, manifest
 
 
-def _all_kept(folder: Path, manifest: Manifest, plan: Plan) -> Kept:
-    kept = read_kept(folder, manifest, plan.order, plan.sizes)
+def _all_kept(folder: Path, manifest: Manifest, plan: Plan) -> FinishedPacks:
+    kept = read_finished_packs(folder, manifest, plan.order, plan.sizes)
     if len(kept.packs) < len(plan):
         raise StoreError(
             f"{len(plan) - len(kept.packs)} packs that were just written are not in {folder}; all "
@@ -135,7 +135,7 @@ def _all_kept(folder: Path, manifest: Manifest, plan: Plan) -> Kept:
     return kept
 
 
-def _merged(plan: Plan, kept: Kept, manifest: Manifest) -> Scores:
+def _merged(plan: Plan, kept: FinishedPacks, manifest: Manifest) -> Scores:
     named = {name: manifest[name] for name in ("identity", "plan", "details")}
     return merge_packs(plan, kept.packs, make_manifest(**named, skipped=kept.skipped))
 
