@@ -74,8 +74,9 @@ def coordination(repeats: int, packs: int = 2000) -> list[Row]:
             store = dist.PrefixStore(f"{ahead} {repeat}", server)
             ranks = Ranks(store, 0, 2)
             begun = time.perf_counter()
-            for pack in ranks.claims(range(packs), ahead=ahead):
-                ranks.begins(pack)
+            claims = ranks.claims(range(packs), ahead=ahead)
+            for pack in claims:
+                claims.begins(pack)
             seconds.append((time.perf_counter() - begun) / packs * 1e6)
         workers = "with" if ahead else "without"
         measured.append(told(f"claim of a pack, {workers} DataLoader workers", seconds, "us/pack"))

@@ -16,5 +16,5 @@ def test_batches_for_a_gpu_are_read_into_pinned_memory(monkeypatch, device, pinn
 
     monkeypatch.setattr(run, "DataLoader", loader)
     job = SimpleNamespace(dataset=[], collate=list, num_workers=0, device=torch.device(device))
-    assert list(run._batches(job, iter([]))) == []
+    assert list(run._load_batches(job, iter([]))) == []
     assert options["pin_memory"] is pinned

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mean
 from flowdata.models.calling import innermost
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.targets.predictions import (
+from flowdata.targets.prediction_losses import (
     binary_cross_entropy,
-    classes_come_last,
     cross_entropy,
-    logits_of,
     squared_error,
 )
+from flowdata.targets.predictions import classes_come_last, logits_of
 from flowdata.targets.target_losses import TargetLosses
 from flowdata.token_weights import TokenRule
 

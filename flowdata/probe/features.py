@@ -17,9 +17,8 @@ from flowdata.models.calling import call_with
 from flowdata.models.copies import frozen_model
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
-from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
 from flowdata.store.format import make_manifest, read_file, write_file
-from flowdata.store.identity import check_identity, content_identity
+from flowdata.store.identity import check_identity, features_identity
 from flowdata.targets.labels import split_batch
 
 _ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
@@ -63,7 +62,7 @@ def compute_features(
     """
     own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     has_body = any(True for _ in model.parameters())
-    scored = resolve_dtype(dtype if has_body else "float32", model, own.device)
+    scored = resolve_dtype(dtype, model, own.device) if has_body else torch.float32
 
     def compute() -> tuple[Tensor, Tensor]:
         return _features(model, dataset, collate_fn, batch_size, scored, num_workers, progress)
@@ -71,14 +70,13 @@ def compute_features(
     if store is None:
         return compute()
     with preserved_rng():
-        identity = {
-            "kind": "features",
-            "body": fingerprint_model(model),
-            "dataset": content_identity(dataset) if dataset_id is None else dataset_id,
-            "num_samples": len(dataset),
-            "collate_fn": fingerprint_callable(collate_fn),
-            "dtype": name_of(scored),
-        }
+        identity = features_identity(
+            body=model,
+            dataset=dataset,
+            dataset_id=dataset_id,
+            collate_fn=collate_fn,
+            dtype=name_of(scored),
+        )
     features, targets = _stored(Path(store), identity, compute)
     return features.to(own.device), targets.to(own.device)
 

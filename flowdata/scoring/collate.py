@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from flowdata.models.calling import innermost
 from flowdata.scoring.language.inputs import labels_of
+from flowdata.targets.labels import IGNORE_INDEX
 
 Collate = Callable[[list[Any]], Any]
 
@@ -67,7 +68,8 @@ def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str
     for name in {name: None for sample in samples for name in sample}:
         values = [sample[name] for sample in samples if name in sample]
         if len(values) == len(samples):
-            batch[name] = _stack(name, values, {"labels": -100, "input_ids": token}.get(name, 0))
+            fillers = {"labels": IGNORE_INDEX, "input_ids": token}
+            batch[name] = _stack(name, values, fillers.get(name, 0))
         elif not _is_note(values[0]):
             raise ValueError(
                 f"only some samples have a field {name!r}: give it to all of them or none, or "
@@ -81,7 +83,7 @@ def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str
 
 def _of_padding(sample: Mapping[str, Any], token: int) -> dict[str, Any]:
     """A sample without tokens as one of a single padding token, no target."""
-    padding = {"input_ids": torch.tensor([token]), "labels": torch.tensor([-100])}
+    padding = {"input_ids": torch.tensor([token]), "labels": torch.tensor([IGNORE_INDEX])}
     zero = torch.zeros(1, dtype=torch.long)
     fields = {
         name: padding.get(name, zero) if np.ndim(value) == 1 else value

@@ -19,7 +19,12 @@ from flowdata.scoring.plan.packs import PlanOptions
 
 @contextmanager
 def lent_model(job: Job, options: PlanOptions) -> Iterator[nn.Module]:
-    """Give a job's model in eval mode, in the job's dtype, on its device and as its plan asks."""
+    """Give a job's model as it is run, for a block.
+
+    Args:
+        job: whose model it is; it says the dtype, the device, and whether adapters are off.
+        options: the plan's: PyTorch's threads, and whether layers are compiled.
+    """
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(options.threads))
         model = stack.enter_context(frozen_model(job.model, job.dtype, job.device))
@@ -29,12 +34,12 @@ def lent_model(job: Job, options: PlanOptions) -> Iterator[nn.Module]:
         if options.compile:
             stack.enter_context(compiled_layers(model))
         yield model
-        reshard(job.model)
+        reshard(job.model)  # all ranks are through; after an error some may still call the model
 
 
 @contextmanager
 def _torch_threads(number: int) -> Iterator[None]:
-    """Compute with so many threads: on a CPU the last bits of a loss depend on it."""
+    """Let PyTorch compute with a number of threads: a loss's last bits depend on it on a CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

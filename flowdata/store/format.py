@@ -60,9 +60,9 @@ import torch
 from torch import Tensor
 
 from flowdata._common.atomic import replacing
+from flowdata._common.excerpts import excerpt_of
 from flowdata._version import __version__
 from flowdata.errors import StoreError
-from flowdata.store.identity import shortened
 from flowdata.store.packs import Columns, octets
 
 FORMAT, MANIFEST = 2, "manifest.json"
@@ -185,7 +185,7 @@ def _proven(parsed: Any, path: Path) -> Manifest:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
     if parsed["format"] != FORMAT:
         raise StoreError(
-            f"{path} has format {shortened(parsed, 'format')}, this version of flowdata "
+            f"{path} has format {excerpt_of(parsed, 'format')}, this version of flowdata "
             f"({__version__}) reads format {FORMAT}; use the version that wrote it"
         )
     if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
