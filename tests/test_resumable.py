@@ -23,7 +23,7 @@ def test_a_state_of_the_same_identity_is_taken_whatever_else_it_holds():
 def test_another_state_is_refused_with_the_entry_and_the_remedy(state, error, message):
     with pytest.raises(error, match=re.escape(message)):
         check_state(state, {"seed": 1}, **NAMES)
-    with pytest.raises(ValueError, match="Start anew$"):
+    with pytest.raises(ValueError, match=r"Start anew$"):
         check_state({}, {"seed": 1}, **NAMES)
 
 
