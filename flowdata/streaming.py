@@ -5,22 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
-from flowdata._common.running_median import RunningMedian
 from flowdata._common.stream_source import StreamSource
+from flowdata._common.window_temperature import StreamTemperature, WindowTemperature
 from flowdata.dataset import Layout, weight_attacher
 from flowdata.scores import Missing, Scorer
 from flowdata.weights import flow_weights, resolve_temperature
 
-StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"
 _VERSION = 1  # of state_dict
 
 
@@ -124,8 +122,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._source = StreamSource(dataset, rank, num_replicas)
         self._attach = weight_attacher(layout, key)
         self._score_options = _alone(scorer)
-        self._median = RunningMedian()  # of what this process has read
-        self._others = RunningMedian()  # of the other ranks, when they were last merged
+        self._temperatures = WindowTemperature(temperature)
         self._rewind()
 
     @property
@@ -154,10 +151,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         What they read later counts after the next call. A collective: every rank of the process
         group calls it at the same point of its loop, in the process that iterates.
         """
-        counts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(counts, dict(self._median.counts), group=group)
-        del counts[dist.get_rank(group)]  # this rank's own, which go on growing in `_median`
-        self._others = sum(map(RunningMedian, counts), RunningMedian())
+        self._temperatures.merge_ranks(group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: plain data.
@@ -175,8 +169,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
             "in_use": self._window_temperature,
             "yielded": self._yielded,
             "ended": self._at_end,
-            "median": dict(self._median.counts),
-            "others": dict(self._others.counts),
+            **self._temperatures.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -197,8 +190,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._source.load_state_dict(state_dict)
         self._window_temperature, self._yielded = state_dict["in_use"], state_dict["yielded"]
         self._in_pass, self._at_end = False, state_dict["ended"]
-        self._median = _median_of(state_dict["median"])
-        self._others = _median_of(state_dict["others"])
+        self._temperatures.load_state_dict(state_dict)
 
     def _identity(self) -> dict[str, Any]:
         """What a state must share with the stream that loads it."""
@@ -258,26 +250,11 @@ class FlowWeightedIterable(IterableDataset[Any]):
             # A window that is resumed has its temperature from the state, and was counted before
             # the state was saved.
             if self._window_temperature is None:
-                self._window_temperature = self._temperature_of(losses[present])
+                self._window_temperature = self._temperatures.of_window(
+                    losses[present], self._source.position
+                )
             weights[present] = flow_weights(losses[present], temperature=self._window_temperature)
         return weights
-
-    def _temperature_of(self, losses: Tensor) -> float:
-        """The temperature of a new window, from its losses and those before them."""
-        if not isinstance(self.temperature, str):
-            return self.temperature
-        if self.temperature == "batch_median":
-            median = losses.double().quantile(0.5).item()
-        else:
-            self._median.update(losses)
-            median = (self._median + self._others).median()
-        if median == 0:
-            last = self._source.position + len(losses)
-            raise ValueError(
-                f"temperature={self.temperature!r} is 0 up to sample {last} of the stream: half of "
-                "the losses are 0; pass a positive float as temperature"
-            )
-        return median
 
     def _accepted(self, weights: Tensor) -> list[bool]:
         """Which samples of the window resampling keeps: a function of seed and position."""
@@ -288,11 +265,6 @@ class FlowWeightedIterable(IterableDataset[Any]):
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         accepted: list[bool] = (uniform < weights).tolist()
         return accepted
-
-
-def _median_of(counts: Mapping[Any, int]) -> RunningMedian:
-    """A median from its state, which may have been JSON in between."""
-    return RunningMedian({int(bucket): count for bucket, count in counts.items()})
 
 
 def _alone(scorer: Scorer) -> dict[str, Any]:
