@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.streaming import FlowWeightedIterable
 from tests import reference
@@ -388,6 +389,38 @@ def test_bad_input_is_refused(options, error, message):
 def test_a_scorer_must_score():
     with pytest.raises(TypeError, match="scorer must be a LossScorer, got Linear"):
         FlowWeightedIterable([1], nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("known", ["name", "any", "none"])
+def test_a_scorer_that_can_share_its_work_is_told_not_to(known):
+    options_of_calls = []
+    losses = torch.tensor([loss_of(index) for index in range(COUNT)])
+
+    def answer(window, options):
+        options_of_calls.append(options)
+        return Scores(losses[window])
+
+    class Named:
+        def score(self, window, *, shared=True, collate_fn=None, dataset_id=None):
+            return answer(window, {"shared": shared})
+
+    class Any:
+        def score(self, window, **options):
+            return answer(window, {"shared": options["shared"]})
+
+    class Alone:
+        def score(self, window, *, collate_fn=None, dataset_id=None):
+            return answer(window, {})
+
+    scorer = {"name": Named, "any": Any, "none": Alone}[known]()
+    weights = [weight.item() for _, weight in FlowWeightedIterable(range(COUNT), scorer, window=8)]
+    assert weights == pytest.approx([weight for _, weight in plain(build())], rel=1e-4)
+    assert options_of_calls == [{} if known == "none" else {"shared": False}] * len(windows())
+
+
+def test_a_state_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"must be what FlowWeightedIterable\.state_dict returned"):
+        build().load_state_dict(None)
 
 
 # Ranks.
