@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,24 @@ def test_dtypes_have_names():
     for wrong in ("int8", "bf16", torch.int8):
         with pytest.raises(ValueError, match="dtype must be 'auto' or one of float32"):
             resolve_dtype(wrong, model, CPU)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_bfloat16_where_it_is_fast_and_costs_nothing(monkeypatch, fast):
+    monkeypatch.setattr("flowdata.models.precision.is_fast_at_bfloat16", lambda device: fast)
+    fastest = torch.bfloat16 if fast else torch.float32
+    model = nn.Linear(2, 2)
+    assert resolve_dtype("auto", model, CPU) == fastest
+    assert resolve_dtype("auto", nn.Identity(), CPU) == fastest
+    assert resolve_dtype("auto", model, CPU, one_target=True) == torch.float32
+    for own in (torch.float16, torch.bfloat16, torch.float64):
+        for one_target in (False, True):
+            model = nn.Linear(2, 2).to(own)
+            assert resolve_dtype("auto", model, CPU, one_target=one_target) == own
+    assert resolve_dtype("bfloat16", model, CPU, one_target=True) == torch.bfloat16
+    model = nn.Linear(2, 2)
+    model._hf_hook = SimpleNamespace(execution_device=0)  # as accelerate places a model
+    assert resolve_dtype("auto", model, CPU) == torch.float32
 
 
 def test_tensors_are_found_wherever_a_batch_keeps_them():
