@@ -16,10 +16,7 @@ from flowdata.errors import SampleError
 from flowdata.models.compiled import pays
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
-from flowdata.scoring.language.packed import (
-    common_prefix,
-    why_not_packed,
-)
+from flowdata.scoring.language.packable import common_prefix, why_not_packed
 from flowdata.scoring.plan.lengths import length_of, sample_lengths
 from flowdata.scoring.plan.packs import Plan, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
