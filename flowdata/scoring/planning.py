@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowdata.models.compiled import gains, pays
 from flowdata.scoring.job import Job
-from flowdata.scoring.language.packed import why_not_packed
+from flowdata.scoring.language.packable import why_not_packed
 from flowdata.scoring.plan.lengths import sample_lengths
 from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
