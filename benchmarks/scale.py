@@ -34,7 +34,7 @@ from flowdata.store.folder import finish, load_scores
 from flowdata.store.format import make_manifest
 from flowdata.store.packs import split
 from flowdata.store.parts import PartWriter
-from flowdata.store.repair import read_kept
+from flowdata.store.repair import read_finished_packs
 
 Row = dict[str, Any]
 
@@ -107,7 +107,7 @@ def _plan_and_store(samples: int) -> list[Row]:
                     writer.add(number, columns, {})
 
         step("parts written", write)
-        step("parts read", lambda: read_kept(folder, manifest, plan.order, plan.sizes))
+        step("parts read", lambda: read_finished_packs(folder, manifest, plan.order, plan.sizes))
         scores = flowdata.Scores(loss, count, metadata=manifest)
         step("scores written", lambda: finish(folder, scores, plan.order, plan.sizes))
         step("scores read", lambda: load_scores(folder))
@@ -157,7 +157,7 @@ def overhead(model_path: str | None, count: int) -> list[Row]:
 WATCHED = (
     (scorer_module, "fingerprint_model", "fingerprint of the model"),
     (scorer_module, "content_identity", "fingerprint of the data"),
-    (resume, "read_kept", "reading parts"),
+    (resume, "read_finished_packs", "reading parts"),
     (resume, "finish", "checksums and final files"),
     (PartWriter, "add", "writing parts while scoring"),
     (PartWriter, "__exit__", "writing the last part"),

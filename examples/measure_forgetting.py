@@ -1,4 +1,4 @@
-"""What would my model forget? The study of `benchmarks/forgetting` on a model and data of yours.
+"""What would my model forget? `flowdata.study` on a model and data of yours.
 
     python -m examples.measure_forgetting [--methods standard FLOW l2 "FLOW + l2"] [--seeds 3]
 
@@ -22,11 +22,16 @@ from torch.utils.data import Subset
 
 import flowdata
 from examples.custom_loop import pretrain
-from flowdata.study.classify import accuracy, fine_tune, sample_weights
-from flowdata.study.methods import METHODS
-from flowdata.study.picture import picture
-from flowdata.study.runs import Record, run_study
-from flowdata.study.table import report
+from flowdata.study import (
+    METHODS,
+    Record,
+    accuracy,
+    draw_picture,
+    fine_tune,
+    report,
+    run_study,
+    sample_weights,
+)
 
 
 class Task(NamedTuple):
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> str:
     )
     page = report(options, records)
     given.output.with_suffix(".md").write_text(page)
-    given.output.with_suffix(".png").write_bytes(picture(options, records))
+    given.output.with_suffix(".png").write_bytes(draw_picture(options, records))
     print(page)
     return page
 

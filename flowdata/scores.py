@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata._common.offsets import offsets_of
+from flowdata._common.values import check_values
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
 from flowdata.store.identity import CONTENT_PREFIX, content_identity
-from flowdata.weights import Temperature, check_values, flow_weights
+from flowdata.weights import Normalize, Temperature, flow_weights, shape_weights
 
 Missing: TypeAlias = Literal["raise", "zero"]
 
@@ -122,18 +123,25 @@ class Scores:
         *,
         column: str = "loss",
         missing: Missing = "raise",
+        normalize: Normalize = "none",
+        max_weight: float | None = None,
     ) -> Tensor:
-        """Return the FLOW weights exp(−loss / temperature): (N,) float32 in [0, 1].
+        """Return the FLOW weights exp(−loss / temperature): (N,) float32.
+
+        They lie in [0, 1] unless they are normalised.
 
         Args:
             temperature: as in `resolve_temperature`; taken over the samples that have a loss.
             column: which of `columns` takes the loss's place, such as ``"gradient_norm"``.
             missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, which
                 gives them weight 0.
+            normalize: ``"mean"`` divides the weights by their mean over all N samples.
+            max_weight: caps the weights, after normalising (`weights.shape_weights`).
 
         Raises:
             ValueError: samples without a loss under ``missing="raise"`` (their indices named),
-                no sample with one, an unusable temperature, or no such column.
+                no sample with one, no such column, or an unusable `temperature`, `normalize` or
+                `max_weight`.
         """
         if missing not in ("raise", "zero"):
             raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
@@ -145,7 +153,9 @@ class Scores:
         values = self.losses if column == "loss" else self.columns[column]
         absent = values.isnan()
         if not absent.any():
-            return flow_weights(values, temperature=temperature)
+            return flow_weights(
+                values, temperature=temperature, normalize=normalize, max_weight=max_weight
+            )
         if absent.all():
             raise ValueError(
                 f"none of the {len(self)} samples has a {column}: check that the labels are not "
@@ -159,7 +169,7 @@ class Scores:
             )
         weights = torch.zeros_like(values)
         weights[~absent] = flow_weights(values[~absent], temperature=temperature)
-        return weights
+        return shape_weights(weights, normalize=normalize, max_weight=max_weight)
 
     def check_dataset(self, dataset: Any) -> None:
         """Check that `dataset` is the one these scores were made from.
@@ -266,6 +276,8 @@ def weights_of(
     missing: Missing = "raise",
 ) -> Tensor:
     """Return the (N,) weights of scores, or weights given directly, checked and not copied.
+
+    Weights are taken as they are: `temperature` and `missing` concern scores alone.
 
     Raises:
         TypeError, ValueError: weights of a wrong dtype or shape, negative or non-finite (first

@@ -100,7 +100,7 @@ def test_an_anchor_pulls_back_to_the_start():
 
 def test_wise_ft_averages_start_and_end():
     start, end = fitted()
-    _, averaged = fitted(methods.wise_ft(0.25))
+    _, averaged = fitted(methods.weight_averaging(0.25))
     for name, wanted in reference.wise_ft(start, end, 0.25).items():
         if end[name].is_floating_point():
             torch.testing.assert_close(averaged[name].double(), wanted, atol=1e-6, rtol=1e-5)
@@ -200,7 +200,7 @@ def test_lora_gives_gradients_back_to_all_parameters():
 
 def test_parts_add_up():
     start, alone = fitted(methods.lora(2), model=Convolutional())
-    _, both = fitted(methods.wise_ft(0.5), methods.lora(2), model=Convolutional())
+    _, both = fitted(methods.weight_averaging(0.5), methods.lora(2), model=Convolutional())
     for name in ("body.0.weight", "head.weight"):
         torch.testing.assert_close(both[name], (start[name] + alone[name]) / 2)
 

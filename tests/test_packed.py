@@ -8,14 +8,17 @@ from torch import nn
 
 from flowdata import LossScorer
 from flowdata.scoring.collate import pad_collate
-from flowdata.scoring.language import attention, packed, varlen
+from flowdata.scoring.language import attention, blocks, packed, varlen
+from flowdata.scoring.language.blocks import Block
 from flowdata.scoring.language.inputs import padded
-from flowdata.scoring.language.packed import Packing, common_prefix, why_not_packed
+from flowdata.scoring.language.layout import cut_by_length
+from flowdata.scoring.language.packable import common_prefix, why_not_packed
+from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.plan.prompts import shared_prompts
 from tests import reference, zoo
 from tests.models import tiny_llama, token_samples
 
-BLOCKS = [attention.Block(2, 9), attention.Block(1, 4), attention.Block(3, 1)]
+BLOCKS = [Block(2, 9), Block(1, 4), Block(3, 1)]
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
 
@@ -57,9 +60,9 @@ def expected_attention(flat, prefix, **options):
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
-@pytest.mark.parametrize("at_once", [attention._SCORES_AT_ONCE, 64])
+@pytest.mark.parametrize("at_once", [blocks._SCORES_AT_ONCE, 64])
 def test_samples_attend_to_themselves_and_the_prefix(before, options, at_once, monkeypatch):
-    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(blocks, "_SCORES_AT_ONCE", at_once)
     flat, prefix = parts(before=before)
     token = attention._running.set(attention.Pass(BLOCKS, [tuple(prefix)] if before else []))
     names = {"window": "sliding_window", "sinks": "s_aux"}
@@ -121,7 +124,7 @@ def new_kernel(
 @pytest.mark.parametrize("window", [None, 6])
 def test_answers_attend_to_their_prompt_alone(before, window, monkeypatch):
     flat, prefix = parts(before=before)
-    blocks = [attention.Block(1, 9), attention.Block(2, 5, after=0), attention.Block(1, 6)]
+    prompted_blocks = [Block(1, 9), Block(2, 5, after=0), Block(1, 6)]
     starts = [(0, 9, None), (9, 5, 0), (14, 5, 0), (19, 6, None)]
     wanted = []
     for start, length, prompt in starts:
@@ -132,12 +135,14 @@ def test_answers_attend_to_their_prompt_alone(before, window, monkeypatch):
         wanted.append(reference.attention(q, k, v, 0.3, window=window).transpose(0, 1))
     wanted = torch.cat(wanted)
     flat = [each[:, :, :25] for each in flat]
-    token = attention._running.set(attention.Pass(blocks, [tuple(prefix)] if before else []))
+    token = attention._running.set(
+        attention.Pass(prompted_blocks, [tuple(prefix)] if before else [])
+    )
     out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, sliding_window=window)
     attention._running.reset(token)
     torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_kernel)
-    out = varlen.varlen(blocks, *flat, tuple(prefix) if before else None, 0.3, window)
+    out = varlen.varlen(prompted_blocks, *flat, tuple(prefix) if before else None, 0.3, window)
     torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -160,14 +165,14 @@ def test_the_gpu_kernel_is_given_what_it_documents(release, before, window, monk
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.sampled_from([0, 1 / 16, 0.5]))
-def test_blocks_hold_every_sample_in_order_with_little_padding(lengths, like):
-    blocks = packed._blocks(lengths, like)
-    assert sum(count for count, _ in blocks) == len(lengths)
+def test_blocks_hold_every_sample_in_order_with_little_padding(lengths, most_padding):
+    runs = cut_by_length(lengths, most_padding)
+    assert sum(count for count, _ in runs) == len(lengths)
     start = 0
-    for count, longest in blocks:
+    for count, longest in runs:
         inside = lengths[start : start + count]
         assert max(inside) == longest
-        assert min(inside) >= longest * (1 - like)
+        assert min(inside) >= longest * (1 - most_padding)
         start += count
 
 
@@ -414,7 +419,7 @@ def test_samples_that_see_each_other_are_noticed(monkeypatch, caplog):
     monkeypatch.setattr(
         packed,
         "Pass",
-        lambda blocks, *rest, **more: whole([attention.Block(1, sum(c * n for c, n, _ in blocks))]),
+        lambda blocks, *rest, **more: whole([Block(1, sum(c * n for c, n, _ in blocks))]),
     )
     model, samples = wild_llama(), token_samples(8)
     losses, _, how = tokens_run(model, samples)

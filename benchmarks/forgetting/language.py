@@ -32,10 +32,7 @@ from flowdata.scoring.collate import pad_collate
 from flowdata.study.methods import ABLATIONS, LANGUAGE_ONLY, METHODS, Method, passes, train
 from flowdata.study.runs import Record, run_study
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.text.chats import Columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import TokenSamples, tokenize_rows
+from flowdata.text import Fields, TokenSamples, load_model, load_tokenizer, read_rows, tokenize_rows
 from flowdata.token_weights import align_token_weights
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
@@ -46,7 +43,7 @@ ALL = {**MAIN, **EXTRA}
 RATES = (1e-4, 3e-4, 1e-3)
 WINDOW = 8  # batches that are drawn together and sorted by length
 MULTIPLE = 16  # tokens of a batch's samples; a CPU's bfloat16 attention is slow between
-PAIR = Columns(prompt="question", completion="answer")
+PAIR = Fields(prompt="question", completion="answer")
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class Language:
         self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
         held_out = [{"text": text} for text in _cut(code_files(held_out=True), 1500)[: sizes.code]]
         self.code = tokenize_rows(
-            held_out, self.tokenizer, Columns(completion="text"), template=False, max_length=512
+            held_out, self.tokenizer, Fields(completion="text"), template=False, max_length=512
         )
         self.start = lru_cache(maxsize=8)(self._start)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.forgetting.readme import Study, readme_table, with_table
-from flowdata.study.picture import picture
+from flowdata.study.picture import draw_picture
 from flowdata.study.runs import read_records
 from flowdata.study.table import report, studies
 
@@ -27,7 +27,7 @@ def publish(folder: Path, readme: Path | None) -> list[Path]:
     for study in found:
         page, drawing = (folder / f"{study.stem}.{kind}" for kind in ("md", "png"))
         page.write_text(report(study.options, study.records))
-        drawing.write_bytes(picture(study.options, study.records))
+        drawing.write_bytes(draw_picture(study.options, study.records))
         written += [page, drawing]
     if readme is not None:
         readme.write_text(with_table(readme.read_text(), readme_table(found)))

@@ -9,14 +9,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.utils.data import TensorDataset
 
-from examples.cifar_resnet20 import ASSETS, MEAN, STD, pretrained
+from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, pretrained, read_arrays
 from flowdata.study.head_task import EXTRA, MAIN, HeadTask, Parts, Sizes, grids
 from flowdata.study.runs import run_study
 
@@ -26,7 +22,6 @@ RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
 NOISY = "noisy_"
 QUICK_METHODS = MAIN
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
-Arrays = tuple[Any, Any]  # images (N, H, W) or (N, H, W, 3) uint8, and labels
 
 
 def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
@@ -41,7 +36,9 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
     folder = assets / "vision"
     if not (folder / "cifar10_resnet20.safetensors").is_file():
         raise SystemExit(f"{folder} holds no cifar10_resnet20.safetensors: see --assets")
-    old_test = _dataset(*(part[: sizes.test] for part in _file(folder / "cifar10_test_dev.npz")))
+    old_test = as_dataset(
+        *(part[: sizes.test] for part in read_arrays(folder / "cifar10_test_dev.npz"))
+    )
     train, test = _arrays(folder, target.removeprefix(NOISY))
 
     def split(seed: int) -> Parts:
@@ -53,11 +50,11 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         chosen, validation = ((train[0][part], train[1][part]) for part in parts)
         if target.startswith(NOISY):
             chosen = with_noise(chosen, seed)
-        learned = _dataset(*chosen)
+        learned = as_dataset(*chosen)
         rest = order[ends[1] :][: sizes.test]
         held = (train[0][rest], train[1][rest]) if test is None else test
-        tested = _dataset(*(part[: sizes.test] for part in held))
-        return Parts(learned, learned, _dataset(*validation), tested)
+        tested = as_dataset(*(part[: sizes.test] for part in held))
+        return Parts(learned, learned, as_dataset(*validation), tested)
 
     classes = int(train[1].max()) + 1
     old = pretrained(folder / "cifar10_resnet20.safetensors")
@@ -67,8 +64,8 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
 def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     """What to train on, and a test set if there is one apart."""
     if target == "fashion_mnist":
-        test = _file(folder / "fashion_mnist_test_dev.npz")
-        return _file(folder / "fashion_mnist_train.npz"), test
+        test = read_arrays(folder / "fashion_mnist_test_dev.npz")
+        return read_arrays(folder / "fashion_mnist_train.npz"), test
     if target == "digits":
         from sklearn.datasets import load_digits
 
@@ -77,7 +74,7 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     path = Path(target.partition("=")[2])
     if not path.is_file():
         raise SystemExit(f"target {target!r}: give fashion_mnist, digits or NAME=FILE.npz")
-    return _file(path), None
+    return read_arrays(path), None
 
 
 def with_noise(arrays: Arrays, seed: int) -> Arrays:
@@ -85,20 +82,6 @@ def with_noise(arrays: Arrays, seed: int) -> Arrays:
     images, labels = arrays[0], arrays[1].copy()
     labels[::3] = np.random.default_rng(seed).permutation(labels[::3])
     return images, labels
-
-
-def _file(path: Path) -> Arrays:
-    file = np.load(path)
-    return file["images"], file["labels"]
-
-
-def _dataset(images: Any, labels: Any) -> TensorDataset:
-    """Images as the network takes them: 32×32, three channels, its own normalisation."""
-    pixels = torch.from_numpy(images).float() / 255
-    pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
-    if pixels.shape[-1] != 32:
-        pixels = F.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
-    return TensorDataset((pixels - MEAN) / STD, torch.from_numpy(labels).long())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

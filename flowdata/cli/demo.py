@@ -24,9 +24,8 @@ from flowdata._common.progress import progress_bar
 from flowdata._common.rng import preserved_rng
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import weighted_mean
-from flowdata.probe.linear_probe import linear_probe
 from flowdata.report.pictures import BLUE, GREEN, draw_losses, figure, png
-from flowdata.scoring.scorer import LossScorer
+from flowdata.study.recipe import as_old_network, begin, fit_new_head
 from flowdata.weights import flow_weights, resolve_temperature
 
 STANDARD, FLOW = "standard fine-tuning", "FLOW"
@@ -148,12 +147,12 @@ def _measure(seeds: int, progress: bool) -> tuple[list[Start], list[Outcome]]:
             for seed in range(seeds):
                 with preserved_rng(seed):
                     tasks = _split(images, labels)
-                    net, start = _pretrain_and_probe(seed, tasks)
+                    old, probed, start = _pretrain_and_probe(seed, tasks)
                     starts.append(start)
                     advance(1)
                     for method in (STANDARD, FLOW):
                         for rate in RATES:
-                            outcomes.append(_fine_tune(method, rate, net, start, tasks))
+                            outcomes.append(_fine_tune(method, rate, old, probed, start, tasks))
                             advance(1)
     finally:
         torch.set_num_threads(threads)
@@ -169,52 +168,47 @@ class _Tasks:
     test: TensorDataset
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A body with the head it was pre-trained with and the one probed for the new task."""
-
-    body: nn.Module
-    old_head: nn.Linear
-    head: nn.Linear
-
-
-def _pretrain_and_probe(seed: int, tasks: _Tasks) -> tuple[_Network, Start]:
+def _pretrain_and_probe(seed: int, tasks: _Tasks) -> tuple[nn.Sequential, nn.Sequential, Start]:
+    """Return the network as pre-trained, the same with the probed head, and what they reach."""
     body = nn.Sequential(nn.Linear(64, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH), nn.ReLU())
-    net = _Network(body, nn.Linear(_WIDTH, 10), nn.Linear(_WIDTH, 10))
-    old = nn.Sequential(body, net.old_head)
+    old, head = nn.Sequential(body, nn.Linear(_WIDTH, 10)), nn.Linear(_WIDTH, 10)
     _train(old, tasks.old_train, torch.ones(len(tasks.old_train)), 0.05, _PRETRAINING_EPOCHS)
-    _probe(net, tasks)
-
-    probed = nn.Sequential(body, net.head)
-    scorer = LossScorer(probed, "cross_entropy", dtype="float32", progress=False)
-    losses = scorer.score(tasks.train).losses
-    return net, Start(
-        seed,
-        _accuracy(old, tasks.old_test),
-        _accuracy(probed, tasks.test),
-        losses,
-        resolve_temperature(losses, "median"),
+    network, scores = begin(body, head, tasks.train, strength=_PROBE_STRENGTH, dtype="float32")
+    return (
+        old,
+        network,
+        Start(
+            seed,
+            _accuracy(old, tasks.old_test),
+            _accuracy(network, tasks.test),
+            scores.losses,
+            resolve_temperature(scores.losses, "median"),
+        ),
     )
 
 
 def _fine_tune(
-    method: str, rate: float, start_net: _Network, start: Start, tasks: _Tasks
+    method: str,
+    rate: float,
+    old: nn.Sequential,
+    probed: nn.Sequential,
+    start: Start,
+    tasks: _Tasks,
 ) -> Outcome:
-    net = copy.deepcopy(start_net)
-    tuned = nn.Sequential(net.body, net.head)
+    network = copy.deepcopy(probed)
+    weights = torch.ones(len(tasks.train))
     if method == FLOW:
         weights = flow_weights(start.losses, temperature="median")
-        _train(tuned, tasks.train, weights, rate, _EPOCHS)
-        _probe(net, tasks)  # the second round: the head alone, without weights
-    else:
-        _train(tuned, tasks.train, torch.ones(len(tasks.train)), rate, _EPOCHS)
+    _train(network, tasks.train, weights, rate, _EPOCHS)
+    if method == FLOW:  # the second round: the head alone, without weights
+        fit_new_head(network, tasks.train, strength=_PROBE_STRENGTH, dtype="float32")
     return Outcome(
         method,
         rate,
         start.seed,
-        old=_accuracy(nn.Sequential(net.body, net.old_head), tasks.old_test),
-        new=_accuracy(tuned, tasks.test),
-        held_out=_accuracy(tuned, tasks.held_out),
+        old=_accuracy(as_old_network(network, old), tasks.old_test),
+        new=_accuracy(network, tasks.test),
+        held_out=_accuracy(network, tasks.held_out),
     )
 
 
@@ -236,12 +230,6 @@ def _train(
             schedule.step()
 
 
-def _probe(net: _Network, tasks: _Tasks) -> None:
-    linear_probe(
-        net.body, net.head, tasks.train, strength=_PROBE_STRENGTH, dtype="float32", progress=False
-    )
-
-
 @torch.no_grad()
 def _accuracy(model: nn.Module, data: TensorDataset) -> float:
     images, labels = data.tensors
@@ -253,7 +241,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError('the demo needs scikit-learn: pip install "flowdata[demo]"') from None
+        raise ImportError(
+            'the demo needs scikit-learn: pip install "flowdata-torch[demo]"'
+        ) from None
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 

@@ -17,7 +17,8 @@ from flowdata.models.compiled import is_compiled, run_eagerly
 from flowdata.models.rope import longest_alike
 from flowdata.scoring.job import Job
 from flowdata.scoring.language.inputs import padded
-from flowdata.scoring.language.packed import Packing, why_batch_not_packed, why_not_packed
+from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
+from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.language.ways import ways_of
 from flowdata.scoring.plan.lengths import length_of
 from flowdata.scoring.plan.packs import PlanOptions

@@ -15,7 +15,7 @@ from flowdata._common.unreadable import Unreadable, first_readable
 from flowdata.errors import SampleError
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
-from flowdata.scoring.language.packed import common_prefix, why_not_packed
+from flowdata.scoring.language.packable import common_prefix, why_not_packed
 from flowdata.scoring.plan.lengths import length_of
 
 _FEW = 16  # samples in which a common prefix is looked for and on which ways are checked

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowdata.models.compiled import pays
+from flowdata.models.compiled import gains, pays
 from flowdata.scoring.job import Job
-from flowdata.scoring.language.packed import why_not_packed
+from flowdata.scoring.language.packable import why_not_packed
 from flowdata.scoring.plan.lengths import sample_lengths
 from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
@@ -40,8 +40,10 @@ def shared_plan(
         ScoreMismatchError: the store was begun with another plan, or rank 0 makes another.
     """
     begun = ranks.from_first("begun", begun)
-    threads = ranks.from_first("threads", torch.get_num_threads())
-    plan = make_plan(job, threads, begun)
+    # Rank 0 speaks for all machines here: ranks that choose for themselves could differ.
+    machine = [torch.get_num_threads(), gains(job.dtype, job.device)]
+    threads, compiling_gains = ranks.from_first("machine", machine)
+    plan = make_plan(job, threads, begun, compiling_gains=compiling_gains)
     if begun is not None:
         check_identity(begun["plan"], plan.to_manifest(), "the store")
     manifest: Manifest = begun or {**draft, "plan": plan.to_manifest()}
@@ -50,7 +52,9 @@ def shared_plan(
     return plan, manifest
 
 
-def make_plan(job: Job, threads: int, begun: Manifest | None) -> Plan:
+def make_plan(
+    job: Job, threads: int, begun: Manifest | None, *, compiling_gains: bool = False
+) -> Plan:
     """Return how the job's data set is cut into packs.
 
     Args:
@@ -58,13 +62,14 @@ def make_plan(job: Job, threads: int, begun: Manifest | None) -> Plan:
         threads: with which PyTorch computes.
         begun: the manifest of a store that goes on. Its options go before the job's and
             `threads`, since losses of one store have to be made in one way.
+        compiling_gains: whether compiled layers are faster on the machine that scores.
     """
     lengths = sample_lengths(job.dataset, job.lengths)
     options = PlanOptions(
         max_tokens=job.max_tokens,
         batch_size=job.batch_size,
         prefix=len(job.prefix),
-        compile=_compiles(job, lengths),
+        compile=_compiles(job, lengths, compiling_gains),
         threads=threads,
     )
     if begun is not None:
@@ -102,8 +107,9 @@ def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
     return groups, (prompt_lengths - prefix).clamp_min(0) * (group_sizes - 1) // group_sizes
 
 
-def _compiles(job: Job, lengths: Tensor | None) -> bool:
+def _compiles(job: Job, lengths: Tensor | None, compiling_gains: bool) -> bool:
     if job.compile != "auto":
         return job.compile
-    tokens = 0 if lengths is None else int(lengths.sum()) - len(job.prefix) * len(lengths)
-    return pays(job.model, tokens, job.dtype, job.device)
+    if lengths is None or not compiling_gains:
+        return False
+    return pays(job.model, int(lengths.sum()) - len(job.prefix) * len(lengths))

@@ -21,8 +21,8 @@ from flowdata.store.folder import finish, locked, read_manifest
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import join, reorder, split
-from flowdata.store.parts import Kept, PartWriter
-from flowdata.store.repair import read_kept, repair_manifest
+from flowdata.store.parts import FinishedPacks, PartWriter
+from flowdata.store.repair import read_finished_packs, repair_manifest
 
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def score_in_memory(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
         ranks: the ranks that share the call.
     """
     plan, manifest = shared_plan(job, draft, None, ranks)
-    packs = Kept()
+    packs = FinishedPacks()
     for pack in run_packs(job, plan, range(len(plan)), ranks):
         packs.add({pack.number: pack.columns}, pack.skipped)
     ranks.gather("done", True)
@@ -46,7 +46,7 @@ def score_in_memory(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     return merge_packs(plan, packs, manifest)
 
 
-def _exchange_packs(packs: Kept, plan: Plan, ranks: Ranks) -> None:
+def _exchange_packs(packs: FinishedPacks, plan: Plan, ranks: Ranks) -> None:
     """Add the packs that the other ranks have run."""
     indices = sorted(packs.packs)
     # Joined columns are sent as a few tensors, where packs would be thousands of small ones.
@@ -124,7 +124,7 @@ def _begun_manifest(folder: Path, draft: Manifest) -> Manifest | None:
 def _begin(folder: Path, plan: Plan, manifest: Manifest) -> list[int]:
     """Write the manifest, without which parts mean nothing; return the packs that are lacking."""
     write_manifest(folder, manifest)
-    packs = read_kept(folder, manifest, plan.order, plan.sizes).packs
+    packs = read_finished_packs(folder, manifest, plan.order, plan.sizes).packs
     return [index for index in range(len(plan)) if index not in packs]
 
 
@@ -151,8 +151,8 @@ def _write_parts(
         raise
 
 
-def _read_all_packs(folder: Path, plan: Plan, manifest: Manifest) -> Kept:
-    packs = read_kept(folder, manifest, plan.order, plan.sizes)
+def _read_all_packs(folder: Path, plan: Plan, manifest: Manifest) -> FinishedPacks:
+    packs = read_finished_packs(folder, manifest, plan.order, plan.sizes)
     if len(packs.packs) < len(plan):
         raise StoreError(
             f"{len(plan) - len(packs.packs)} packs that were just written are not in {folder}; all "
@@ -170,7 +170,7 @@ def _once_visible(read: Callable[[], T], ranks: Ranks) -> T:
     return read()
 
 
-def merge_packs(plan: Plan, packs: Kept, manifest: Manifest) -> Scores:
+def merge_packs(plan: Plan, packs: FinishedPacks, manifest: Manifest) -> Scores:
     """Return all packs' losses in data set order; say how many samples have none."""
     columns = join([packs.packs[index] for index in range(len(plan))])
     # Packs lie in the order of the plan, order[0], order[1], …; argsort inverts that permutation.

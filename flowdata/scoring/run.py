@@ -122,7 +122,7 @@ def _progress(job: Job, plan: Plan, todo: Sequence[int]) -> Iterator[Callable[[i
     total, cost_shown = int(plan.costs.sum()), 0
     unit = "samples" if plan.options.max_tokens is None else "tokens"
     with progress_bar(
-        total, "scoring", unit, done=total - costs[-1], shown=job.progress
+        total, "scoring", unit, initial=total - costs[-1], shown=job.progress
     ) as advance:
 
         def show(packs: int) -> None:

@@ -28,9 +28,9 @@ from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job, LossFunction
 from flowdata.scoring.ranks import SAME_CALL, Ranks, ranks_of_this_call
 from flowdata.scoring.resume import score_in_memory, score_into_store
-from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
+from flowdata.store.fingerprint import fingerprint_model
 from flowdata.store.format import make_manifest
-from flowdata.store.identity import check_identity, content_identity
+from flowdata.store.identity import check_identity, content_identity, scores_identity
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
@@ -69,7 +69,7 @@ class LossScorer:
             gradient with respect to the last layer's weight. `Scores.weights` takes any of them
             in place of the loss.
         compile: ``True`` runs the model's layers through `torch.compile`, ``False`` doesn't,
-            ``"auto"`` does where the job is long enough for it to pay.
+            ``"auto"`` does in long jobs on CPUs with AMX, where it was measured to pay.
         progress: show a progress bar and say what was chosen.
 
     Raises:
@@ -180,8 +180,7 @@ class LossScorer:
             job = self._job(Readable(dataset, skip=skip), collate_fn, lengths, num_workers)
             if dataset_id is None:
                 dataset_id = content_identity(dataset, skip_unreadable=skip)
-            identity = self._identity(job, dataset_id, collate_fn)
-            identity["model"] = self._model_identity(fresh=store is not None)
+            identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
             draft = make_manifest(identity, {}, details or {})
             _check_same_call(ranks, draft["identity"], has_store=store is not None)
             if store is None:
@@ -233,19 +232,20 @@ class LossScorer:
         collate = choose_collate(collate_fn, first, self.model)
         return loss_of(self.model, CollateReadable(collate)(samples))
 
-    def _identity(self, job: Job, dataset_id: str, collate_fn: Collate | None) -> dict[str, Any]:
-        """What losses depend on beside the model: equal identities, equal losses."""
-        loss = job.loss
-        return {
-            "dataset": dataset_id,
-            "num_samples": len(job.dataset),
-            "loss": loss if isinstance(loss, str) else "callable:" + fingerprint_callable(loss),
-            "reference": job.reference,
-            "token_losses": job.token_losses,
-            "collate_fn": fingerprint_callable(collate_fn),
-            "dtype": name_of(job.dtype),
-            **({"columns": list(job.columns)} if job.columns else {}),
-        }
+    def _identity(
+        self, job: Job, dataset_id: str, collate_fn: Collate | None, *, fresh: bool
+    ) -> dict[str, Any]:
+        return scores_identity(
+            model=self._model_identity(fresh=fresh),
+            dataset=dataset_id,
+            num_samples=len(job.dataset),
+            loss=job.loss,
+            reference=job.reference,
+            token_losses=job.token_losses,
+            columns=job.columns,
+            collate_fn=collate_fn,
+            dtype=name_of(job.dtype),
+        )
 
     def _model_identity(self, *, fresh: bool) -> str:
         """The fingerprint of the model's content.

@@ -17,13 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from flowdata.companions.batch_norm import batch_norm_state
-from flowdata.probe.features import compute_features
-from flowdata.probe.fit import fit_head
-from flowdata.scores import Scores
-from flowdata.scoring.scorer import LossScorer
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
 from flowdata.study.methods import ABLATIONS, METHODS
+from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record
 from flowdata.weights import effective_sample_size, resolve_temperature
 
@@ -53,14 +49,6 @@ class Parts(NamedTuple):
     test: Any
 
 
-class Start(NamedTuple):
-    """What all methods begin with under one seed: the probed network and what it scores."""
-
-    model: nn.Sequential
-    parts: Parts
-    scores: Scores
-
-
 class HeadTask:
     """Runs a method on one task.
 
@@ -86,27 +74,33 @@ class HeadTask:
     ) -> None:
         self.old, self.old_test, self.old_name = old, old_test, old_name
         self.classes, self.split, self.sizes, self.workers = classes, split, sizes, workers
-        self.start = lru_cache(maxsize=8)(self._start)
+        self.begin = lru_cache(maxsize=8)(self._begin)
 
-    def _start(self, seed: int) -> Start:
+    def _begin(self, seed: int) -> tuple[Parts, Beginning]:
         parts, (body, old_head) = self.split(seed), self.old
-        assert isinstance(old_head, nn.Linear)  # `__init__` says so; mypy can't know
+        assert isinstance(old_head, nn.Linear)  # as the class asks for
         head = nn.Linear(old_head.in_features, self.classes, device=old_head.weight.device)
-        self._probe(body, head, parts.scored)
-        model = nn.Sequential(body, head)
-        scorer = LossScorer(model, "cross_entropy", columns=("gradient_norm",), progress=False)
-        return Start(model, parts, scorer.score(parts.scored, num_workers=self.workers))
+        beginning = begin(
+            body,
+            head,
+            parts.scored,
+            strength=_PROBE_STRENGTH,
+            dtype=self.sizes.dtype,
+            columns=("gradient_norm",),
+            workers=self.workers,
+        )
+        return parts, beginning
 
     def run(self, name: str, rate: float, seed: int) -> Record:
         """Fine-tune by a method and measure accuracy, in %, on both tasks."""
-        start, method, sizes = self.start(seed), ALL[name], self.sizes
-        model = copy.deepcopy(start.model)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        weights = sample_weights(method, start.scores)
+        (parts, beginning), method, sizes = self.begin(seed), ALL[name], self.sizes
+        network = copy.deepcopy(beginning.network)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = sample_weights(method, beginning.scores)
         if method.trains:
             fine_tune(
-                model,
-                start.parts.train,
+                network,
+                parts.train,
                 weights,
                 method,
                 rate=rate,
@@ -116,27 +110,28 @@ class HeadTask:
                 dtype=sizes.dtype,
                 workers=self.workers,
             )
-            if _is_finite(model):  # else there is nothing to fit a head to
-                self._probe(model[0], model[1], start.parts.scored)
-        measure = partial(accuracy, model, dtype=sizes.dtype, workers=self.workers)
-        validation, target = measure(start.parts.validation), measure(start.parts.test)
-        model[0].load_state_dict(batch_norm_state(self.old[0]), strict=False)
-        model[1] = self.old[1]
+            if _is_finite(network):  # else there is nothing to fit a head to
+                fit_new_head(
+                    network,
+                    parts.scored,
+                    strength=_PROBE_STRENGTH,
+                    dtype=sizes.dtype,
+                    workers=self.workers,
+                )
+        measure = partial(accuracy, dtype=sizes.dtype, workers=self.workers)
+        validation, target = measure(network, parts.validation), measure(network, parts.test)
         return {
             "validation": validation,
             "target": {"accuracy": target},
-            "retained": {f"{self.old_name} accuracy": measure(self.old_test)},
-            "median_loss": resolve_temperature(start.scores.losses, "median"),
+            "retained": {
+                f"{self.old_name} accuracy": measure(
+                    as_old_network(network, self.old), self.old_test
+                )
+            },
+            "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
             "effective_share": effective_sample_size(weights) / len(weights),
         }
-
-    def _probe(self, body: nn.Module, head: nn.Module, data: Any) -> None:
-        assert isinstance(head, nn.Linear)  # as `__init__` asks for
-        features, targets = compute_features(
-            body, data, dtype=self.sizes.dtype, num_workers=self.workers, progress=False
-        )
-        fit_head(head, features, targets, strength=_PROBE_STRENGTH)
 
 
 def _is_finite(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ _LINE = 10.0  # points from one label to the next
 _BEFORE = "pre-trained"
 
 
-def picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
+def draw_picture(options: Mapping[str, Any], records: list[Record]) -> bytes:
     """Draw target against retained; where there are several, over rates and temperatures too."""
     first = records[0]
     target, retained = next(iter(first["target"])), next(iter(first["retained"]))

@@ -1,6 +1,6 @@
 """The theory of FLOW in the linear setting, drawn: what stalls, what is kept, and against what.
 
-    python examples/theory.py [--output theory.png]
+    python -m benchmarks forgetting theory
 
 A model θ* meets data y = ⟨θ̃*, x⟩, x ~ N(0, Σ); e = θ* − θ̃*. Each sample's loss under θ* is
 ⟨e, x⟩², so it weighs exp(−⟨e, x⟩² / temperature), and the FLOW objective has the gradient
