@@ -274,7 +274,7 @@ def torchrun(model, assets, output, *more):
     data = str(assets / "language/gsm8k_train.jsonl")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(20000 + os.getpid() % 20000)]
-    command += ["-m", "benchmarks.forgetting.metamath", "--model", model, "--data", data]
+    command += ["-m", "tests.metamath_rank", "--model", model, "--data", data]
     command += ["--rate", "3e-3", "--epochs", "2", "--batch", "8", "--micro", "2"]
     command += ["--output", str(output), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

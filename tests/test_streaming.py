@@ -18,6 +18,7 @@ from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.streaming import FlowWeightedIterable
 from tests import reference
+from tests.leave_ranks import leave_ranks
 
 COUNT, WINDOW = 50, 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -457,7 +458,7 @@ def main():
     stream.merge_ranks()
     after = [weight.item() for _, weight in islice(iterator, WINDOW)]
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps([before, after]))
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":
