@@ -10,6 +10,7 @@ from flowdata.companions.anchor import ParameterAnchor
 from flowdata.companions.averaging import sweep_wise_ft, wise_ft
 from flowdata.companions.batch_norm import batch_norm_state
 from tests import reference
+from tests.leave_ranks import leave_ranks
 from tests.models import tiny_llama
 
 
@@ -363,7 +364,7 @@ def sharded_penalty(rank, folder):
     penalty.backward()
     gradients = [p.grad.full_tensor() for p in model.parameters()]
     torch.save((penalty.detach(), gradients), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_ranks()
 
 
 def test_a_model_sharded_over_two_processes_is_anchored_whole(tmp_path):
