@@ -22,7 +22,7 @@ def gains(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether compiled layers were measured to be faster on this kind of machine.
 
     They are on Intel CPUs with AMX in bfloat16, by 9 %. On AMD CPUs with AVX512-BF16 the gain is
-    1 % (4,293 and 4,341 tokens/s), and nothing is measured on a GPU.
+    about 1 %, and nothing is measured on a GPU. `python -m benchmarks scoring` measures it.
     """
     has_amx = device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
     return has_amx and dtype == torch.bfloat16
