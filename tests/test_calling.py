@@ -25,10 +25,9 @@ class OwnName(nn.Module):
 class Adapted(nn.Module):
     """As PEFT wraps a model."""
 
-    peft_config = {}
-
     def __init__(self, inner):
         super().__init__()
+        self.peft_config = {}
         self.inner = inner
 
     def get_base_model(self):

@@ -85,6 +85,15 @@ def test_the_callers_own_compiled_calls_come_back():
     assert model.model.layers[1]._compiled_call_impl is None
 
 
+def test_a_block_may_give_up_compiling(caplog):
+    model = tiny_llama().eval()
+    with compiled.compiled_layers(model):
+        compiled.give_up(model, "the losses differ")
+        assert not compiled.is_compiled(model)
+        assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+    assert "not compiling: the losses differ" in caplog.text
+
+
 def test_compiling_pays_on_long_jobs_alone():
     model = nn.Linear(1000, 1000)
     assert not compiled.pays(model, 10_000)
