@@ -30,7 +30,7 @@ from flowdata.scoring import scorer as scorer_module
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.ranks import Ranks
 from flowdata.store.fingerprint import fingerprint_model
-from flowdata.store.folder import finish, load_scores
+from flowdata.store.folder import finish
 from flowdata.store.format import make_manifest
 from flowdata.store.packs import split
 from flowdata.store.parts import PartWriter
@@ -109,8 +109,9 @@ def _plan_and_store(samples: int) -> list[Row]:
         step("parts written", write)
         step("parts read", lambda: read_finished_packs(folder, manifest, plan.order, plan.sizes))
         scores = flowdata.Scores(loss, count, metadata=manifest)
-        step("scores written", lambda: finish(folder, scores, plan.order, plan.sizes))
-        step("scores read", lambda: load_scores(folder))
+        tensors, manifest = scores.to_tensors(), scores.manifest()
+        step("scores written", lambda: finish(folder, tensors, manifest, plan.order, plan.sizes))
+        step("scores read", lambda: flowdata.Scores.load(folder))
         size = sum(file.stat().st_size for file in folder.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [

@@ -185,9 +185,9 @@ def test_streams_are_sent_to_the_class_for_streams():
 
 
 def test_a_key_that_is_taken_is_refused():
-    taken = rows().add_column("weight", [1.0] * 5)
+    with_weights = rows().add_column("weight", [1.0] * 5)
     with pytest.raises(ValueError, match="have a 'weight' already; pass another key="):
-        FlowWeightedDataset(taken, WEIGHTS, layout="dict")
+        FlowWeightedDataset(with_weights, WEIGHTS, layout="dict")
     plain = FlowWeightedDataset([{"weight": 1}] * 5, WEIGHTS, layout="dict")
     with pytest.raises(ValueError, match="have a 'weight' already"):
         plain[0]
@@ -293,7 +293,7 @@ def test_interleaved_data_sets_carry_their_weights_as_columns():
         one.to_column(dataset, temperature=together)
         for one, dataset in zip(scores, (first, second), strict=True)
     ]
-    mixed = datasets.interleave_datasets(columns)
+    mixture = datasets.interleave_datasets(columns)
     expected = reference.flow_weights([0.1, 1.0, 0.2, 2.0, 0.4, 4.0], together)
-    assert list(mixed["weight"]) == pytest.approx(expected, rel=1e-6)
-    assert mixed["text"][:2] == ["row 0", "ROW 0"]
+    assert list(mixture["weight"]) == pytest.approx(expected, rel=1e-6)
+    assert mixture["text"][:2] == ["row 0", "ROW 0"]

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.probe.features import compute_features
 from tests.test_fit import blobs
-from tests.test_probe import quiet
+from tests.test_linear_probe import quiet
 
 
 class Body(nn.Module):

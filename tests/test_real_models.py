@@ -48,9 +48,9 @@ def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path,
     model = load_model(folder).eval()
     assert model.dtype == torch.float32
     expected = [reference.causal_lm_sample_loss(model, samples[i]) for i in range(6)]
-    found = list(zip(scores.losses.tolist(), scores.counts.tolist(), strict=True))
-    for (loss, count), (wanted, targets) in zip(found, expected, strict=True):
+    pairs = list(zip(scores.losses.tolist(), scores.counts.tolist(), strict=True))
+    for (loss, count), (exact_loss, targets) in zip(pairs, expected, strict=True):
         assert count == targets
-        assert loss == pytest.approx(wanted, abs=2e-2)
+        assert loss == pytest.approx(exact_loss, abs=2e-2)
     assert torch.equal(smollm2_gsm8k.main([*arguments, "--rows", "6"]).losses, scores.losses)
     assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["gsm8k-6", "smollm2"]

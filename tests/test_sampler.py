@@ -116,7 +116,7 @@ def test_resampled_batches_have_the_gradient_of_the_weighted_mean_loss():
         return torch.autograd.grad(loss, theta, retain_graph=True)[0]
 
     losses = (inputs @ theta - targets) ** 2
-    wanted = gradient((weights * losses).sum() / weights.sum())
+    exact = gradient((weights * losses).sum() / weights.sum())
     data = TensorDataset(inputs, targets)
     for method in ("systematic", "multinomial"):
         sampler = FlowSampler(weights, 320, method=method)
@@ -126,14 +126,24 @@ def test_resampled_batches_have_the_gradient_of_the_weighted_mean_loss():
             loader = DataLoader(data, batch_size=32, sampler=sampler)
             means.append(torch.stack([gradient(((x @ theta - y) ** 2).mean()) for x, y in loader]))
         batches = torch.cat(means)
-        error = batches.mean(0) - wanted
+        error = batches.mean(0) - exact
         spread = batches.std(0) / math.sqrt(len(batches))
         assert (error.abs() < 4 * spread).all()
         uniform = gradient(losses.mean())
-        assert ((uniform - wanted).abs() > 4 * spread).any()  # the test can tell them apart
+        assert ((uniform - exact).abs() > 4 * spread).any()  # the test can tell them apart
 
 
 # The order.
+
+
+def test_a_seed_set_later_counts():
+    weights = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    sampler = FlowSampler(weights, seed=0)
+    sampler.seed = 5
+    assert list(sampler) == list(FlowSampler(weights, seed=5))
+    assert sampler.state_dict()["seed"] == 5
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got -1"):
+        sampler.seed = -1
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -209,9 +219,9 @@ def test_a_copy_goes_on_by_itself():
     sampler = FlowSampler(WEIGHTS)
     iterator = iter(sampler)
     next(iterator)
-    copied = pickle.loads(pickle.dumps(sampler))
-    assert copied.state_dict() == sampler.state_dict()
-    assert list(copied) == list(FlowSampler(WEIGHTS))
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert copy.state_dict() == sampler.state_dict()
+    assert list(copy) == list(FlowSampler(WEIGHTS))
 
 
 def test_it_is_a_distributed_sampler_that_knows_of_no_group():
@@ -229,14 +239,14 @@ def run_ranks(count, replicas, take, state=None, **options):
         FlowSampler(WEIGHTS, count, num_replicas=replicas, rank=r, **options)
         for r in range(replicas)
     ]
-    taken = []
+    shares = []
     for sampler in samplers:
         if state is not None:
             sampler.load_state_dict(state)
-        taken.append(list(islice(sampler, take)))
-    longest = max(map(len, taken))
-    merged = [part[k] for k in range(longest) for part in taken if k < len(part)]
-    return merged, samplers[0].state_dict()
+        shares.append(list(islice(sampler, take)))
+    longest = max(map(len, shares))
+    order = [part[k] for k in range(longest) for part in shares if k < len(part)]
+    return order, samplers[0].state_dict()
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "multinomial"}, {"replacement": False}])
@@ -244,13 +254,13 @@ def run_ranks(count, replicas, take, state=None, **options):
 @given(data=st.data(), count=st.integers(1, 60))
 def test_any_number_of_ranks_continues_the_very_same_order(data, count, options):
     whole = list(FlowSampler(WEIGHTS, count, **options))
-    seen, state = [], None
-    while len(seen) < count:
+    prefix, state = [], None
+    while len(prefix) < count:
         replicas, take = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 20))
         part, state = run_ranks(count, replicas, take, state, **options)
-        seen += part
-        assert state["position"] == len(seen)
-    assert seen == whole
+        prefix += part
+        assert state["position"] == len(prefix)
+    assert prefix == whole
 
 
 def test_a_state_in_a_later_block_and_epoch_is_exact():
@@ -260,12 +270,12 @@ def test_a_state_in_a_later_block_and_epoch_is_exact():
     iterator = iter(sampler)
     for _ in range(33_333):
         next(iterator)
-    resumed = FlowSampler(WEIGHTS, 50_000, seed=9)
-    resumed.load_state_dict(sampler.state_dict())
-    resumed.set_epoch(4)  # what a loop does anyway at the start of the epoch it resumes
-    assert len(resumed) == 50_000 - 33_333
-    assert list(resumed) == whole[33_333:] == list(iterator)
-    assert list(resumed) == whole  # the next pass is whole again
+    second_run = FlowSampler(WEIGHTS, 50_000, seed=9)
+    second_run.load_state_dict(sampler.state_dict())
+    second_run.set_epoch(4)  # what a loop does anyway at the start of the epoch it resumes
+    assert len(second_run) == 50_000 - 33_333
+    assert list(second_run) == whole[33_333:] == list(iterator)
+    assert list(second_run) == whole  # the next pass is whole again
 
 
 def test_setting_another_epoch_drops_what_was_to_be_resumed():
@@ -281,60 +291,60 @@ def test_a_finished_epoch_is_over_once():
     list(sampler)
     state = sampler.state_dict()
     assert state["position"] == 1000
-    resumed = FlowSampler(WEIGHTS)
-    resumed.load_state_dict(state)
-    assert list(resumed) == []
-    assert list(resumed) == list(sampler)
-    resumed.set_epoch(1)
-    resumed.load_state_dict(state)  # as loaders do that restore late
-    assert resumed.epoch == 1
-    assert len(list(resumed)) == 1000
+    second_run = FlowSampler(WEIGHTS)
+    second_run.load_state_dict(state)
+    assert list(second_run) == []
+    assert list(second_run) == list(sampler)
+    second_run.set_epoch(1)
+    second_run.load_state_dict(state)  # as loaders do that restore late
+    assert second_run.epoch == 1
+    assert len(list(second_run)) == 1000
 
 
 def test_prefetching_workers_need_the_consumed_count():
     data = TensorDataset(torch.arange(1000))
     sampler = FlowSampler(WEIGHTS, num_replicas=2, rank=1)
     loader = iter(DataLoader(data, batch_size=8, sampler=sampler, num_workers=2))
-    seen = [index for _ in range(5) for index in next(loader)[0].tolist()]
+    prefix = [index for _ in range(5) for index in next(loader)[0].tolist()]
     del loader
     assert sampler.state_dict()["position"] > 2 * 40
     state = sampler.state_dict(consumed=40)
     assert state["position"] == 2 * 40
-    resumed = FlowSampler(WEIGHTS)
-    resumed.load_state_dict(state)
+    second_run = FlowSampler(WEIGHTS)
+    second_run.load_state_dict(state)
     whole = list(FlowSampler(WEIGHTS))
-    assert seen == whole[1:80:2]
-    assert list(resumed) == whole[80:]
-    resumed.load_state_dict(state)
-    iterator = iter(resumed)
+    assert prefix == whole[1:80:2]
+    assert list(second_run) == whole[80:]
+    second_run.load_state_dict(state)
+    iterator = iter(second_run)
     for _ in range(100):
         next(iterator)
-    assert resumed.state_dict(consumed=10)["position"] == 90  # of the pass that began at 80
+    assert second_run.state_dict(consumed=10)["position"] == 90  # of the pass that began at 80
     with pytest.raises(ValueError, match="consumed must lie between 0 and 920, got 921"):
-        resumed.state_dict(consumed=921)
+        second_run.state_dict(consumed=921)
 
 
 def test_a_plain_loader_that_prefetches_goes_on_from_4_to_6_to_1_ranks():
-    count, seen, state = 500, [], None
+    count, prefix, state = 500, [], None
     data = TensorDataset(torch.arange(1000))
     for replicas, batches in [(4, 7), (6, 8), (1, 1000)]:
-        taken = []
+        shares = []
         for rank in range(replicas):
             sampler = FlowSampler(WEIGHTS, count, seed=1, num_replicas=replicas, rank=rank)
             if state is not None:
                 sampler.load_state_dict(state)
             loader = iter(DataLoader(data, batch_size=5, sampler=sampler, num_workers=2))
-            taken.append(torch.cat([batch[0] for batch in islice(loader, batches)]))
+            shares.append(torch.cat([batch[0] for batch in islice(loader, batches)]))
             del loader
-        seen += torch.stack(taken, dim=1).flatten().tolist()
-        state = sampler.state_dict(consumed=len(taken[0]))
-        assert state["position"] == len(seen)
-    assert seen == list(FlowSampler(WEIGHTS, count, seed=1))
+        prefix += torch.stack(shares, dim=1).flatten().tolist()
+        state = sampler.state_dict(consumed=len(shares[0]))
+        assert state["position"] == len(prefix)
+    assert prefix == list(FlowSampler(WEIGHTS, count, seed=1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stateful_loader_goes_on_from_4_to_6_to_1_ranks(num_workers):
-    count, seen, state = 500, [], None
+    count, prefix, state = 500, [], None
     data = TensorDataset(torch.arange(1000))
 
     def loaders(replicas):
@@ -343,19 +353,19 @@ def test_a_stateful_loader_goes_on_from_4_to_6_to_1_ranks(num_workers):
             yield StatefulDataLoader(data, batch_size=5, sampler=sampler, num_workers=num_workers)
 
     for replicas, batches in [(4, 7), (6, 8), (1, 1000)]:
-        taken, saved = [], None
+        shares, first_state = [], None
         for loader in loaders(replicas):
             if state is not None:
                 loader.load_state_dict(state)
             iterator = iter(loader)
             rows = [batch[0] for batch in islice(iterator, batches)]
-            saved = saved or loader.state_dict()
-            taken.append(torch.cat(rows))
+            first_state = first_state or loader.state_dict()
+            shares.append(torch.cat(rows))
             del iterator
-        assert len({len(part) for part in taken}) == 1
-        seen += torch.stack(taken, dim=1).flatten().tolist()
-        state = saved
-    assert seen == list(FlowSampler(WEIGHTS, count, seed=1))
+        assert len({len(part) for part in shares}) == 1
+        prefix += torch.stack(shares, dim=1).flatten().tolist()
+        state = first_state
+    assert prefix == list(FlowSampler(WEIGHTS, count, seed=1))
 
 
 def test_a_stateful_loader_that_finished_an_epoch_goes_on_with_the_next():
@@ -371,10 +381,10 @@ def test_a_stateful_loader_that_finished_an_epoch_goes_on_with_the_next():
         batches = [batch[0].tolist() for batch in loader]
         if epoch == 0:
             state = loader.state_dict()
-    resumed_sampler, resumed = build()
-    resumed.load_state_dict(state)
-    resumed_sampler.set_epoch(1)
-    assert [batch[0].tolist() for batch in resumed] == batches
+    second_sampler, second_run = build()
+    second_run.load_state_dict(state)
+    second_sampler.set_epoch(1)
+    assert [batch[0].tolist() for batch in second_run] == batches
 
 
 def test_torchdata_nodes_see_and_resume_the_order():
@@ -390,13 +400,13 @@ def test_torchdata_nodes_see_and_resume_the_order():
         sampler.set_epoch(epoch)
         assert epochs[epoch] == list(sampler)
 
-    stopped = build()
-    iterator = iter(stopped)
-    seen = [i for _ in range(4) for i in next(iterator)]
-    resumed = build()
-    resumed.load_state_dict(stopped.state_dict())
-    assert seen + [i for batch in resumed for i in batch] == epochs[0]
-    assert [i for batch in resumed for i in batch] == epochs[1]
+    first_run = build()
+    iterator = iter(first_run)
+    prefix = [i for _ in range(4) for i in next(iterator)]
+    second_run = build()
+    second_run.load_state_dict(first_run.state_dict())
+    assert prefix + [i for batch in second_run for i in batch] == epochs[0]
+    assert [i for batch in second_run for i in batch] == epochs[1]
 
 
 @pytest.mark.parametrize(
@@ -493,11 +503,11 @@ def test_capped_weights_draw_the_heaviest_samples_less_often():
 
 def test_memory_mapped_weights_are_not_copied(tmp_path):
     np.save(tmp_path / "weights.npy", WEIGHTS.numpy())
-    mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
+    memory_map = np.load(tmp_path / "weights.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that the map is read-only
-        sampler = FlowSampler(mapped)
-    assert np.shares_memory(sampler.weights, mapped)
+        sampler = FlowSampler(memory_map)
+    assert np.shares_memory(sampler.weights, memory_map)
     assert list(sampler) == list(FlowSampler(WEIGHTS))
 
 

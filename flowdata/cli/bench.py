@@ -65,27 +65,30 @@ def run_bench(
         raise ValueError(f"samples must be a positive number, got {samples}")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = random_llama(layers=4).to(place)
-    chosen = resolve_dtype(dtype, model, place)
-    model = model.to(chosen)
+    dtype_of_run = resolve_dtype(dtype, model, place)
+    model = model.to(dtype_of_run)
     generator = torch.Generator().manual_seed(0)
     data = random_samples(lognormal_lengths(samples, generator), generator=generator)
-    scorer = LossScorer(model, "causal_lm", dtype=chosen, progress=False)
-    usual, found = usual_loop(model, data), scorer.score(data, dataset_id="bench").losses
+    scorer = LossScorer(model, "causal_lm", dtype=dtype_of_run, progress=False)
+    usual, losses = usual_loop(model, data), scorer.score(data, dataset_id="bench").losses
     seconds: dict[str, list[float]] = {"usual": [], "flowdata": []}
     for _ in range(3):
         seconds["usual"].append(_seconds(lambda: usual_loop(model, data)))
         seconds["flowdata"].append(_seconds(lambda: scorer.score(data, dataset_id="bench")))
     usual_seconds, our_seconds = (statistics.median(seconds[n]) for n in ("usual", "flowdata"))
-    tokens, rate = sum(len(sample["input_ids"]) for sample in data), matmul_rate(chosen, place)
+    tokens, rate = (
+        sum(len(sample["input_ids"]) for sample in data),
+        matmul_rate(dtype_of_run, place),
+    )
     return Measured(
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
-        dtype=name_of(chosen),
+        dtype=name_of(dtype_of_run),
         matmul_tflops=rate / 1e12,
         usual_loop=tokens / usual_seconds,
         flowdata=tokens / our_seconds,
         ratio=usual_seconds / our_seconds,
         share_of_matmul=flops(model, data) / our_seconds / rate,
-        largest_difference=(usual - found).abs().max().item(),
+        largest_difference=(usual - losses).abs().max().item(),
     )
 
 
@@ -176,8 +179,8 @@ def random_samples(
     shared = torch.randint(0, vocabulary, (template,), generator=generator)
     samples = []
     for prompt, completion in lengths:
-        own = torch.randint(0, vocabulary, (prompt + completion,), generator=generator)
-        ids = torch.cat([shared, own])
+        tokens = torch.randint(0, vocabulary, (prompt + completion,), generator=generator)
+        ids = torch.cat([shared, tokens])
         labels = ids.clone()
         labels[: template + prompt] = IGNORE_INDEX
         samples.append({"input_ids": ids, "labels": labels})
@@ -186,8 +189,8 @@ def random_samples(
 
 def lognormal_lengths(count: int, generator: torch.Generator) -> list[list[int]]:
     """Return (prompt, completion) lengths, about 80 and 120 tokens on average."""
-    drawn = torch.randn(count, 2, generator=generator) * 0.5 + torch.tensor([4.25, 4.65])
-    lengths: list[list[int]] = drawn.exp().long().clamp_min(1).tolist()
+    draws = torch.randn(count, 2, generator=generator) * 0.5 + torch.tensor([4.25, 4.65])
+    lengths: list[list[int]] = draws.exp().long().clamp_min(1).tolist()
     return lengths
 
 

@@ -98,8 +98,8 @@ class DemoResult:
         for method in (STANDARD, FLOW):
             for rate in RATES:
                 runs = self.runs(method, rate)
-                chosen = " (chosen)" if rate == self.learning_rate(method) else ""
-                name = f"{method}, rate {rate:g}{chosen}"
+                mark = " (chosen)" if rate == self.learning_rate(method) else ""
+                name = f"{method}, rate {rate:g}{mark}"
                 lines.append(_row(name, [o.old for o in runs], [o.new for o in runs]))
         lines += [
             "",
@@ -269,15 +269,15 @@ def _draw_trade_off(axes: Any, result: DemoResult) -> None:
         middles = []
         for rate in RATES:
             runs = result.runs(method, rate)
-            chosen = rate == result.learning_rate(method)
+            is_chosen = rate == result.learning_rate(method)
             axes.scatter(
                 [o.new for o in runs],
                 [o.old for o in runs],
-                s=26 if chosen else 12,
+                s=26 if is_chosen else 12,
                 color=colour,
-                alpha=0.9 if chosen else 0.35,
+                alpha=0.9 if is_chosen else 0.35,
                 linewidths=0,
-                label=f"{method}, rate {rate:g} (chosen)" if chosen else None,
+                label=f"{method}, rate {rate:g} (chosen)" if is_chosen else None,
             )
             middles.append((mean(o.new for o in runs), mean(o.old for o in runs)))
         axes.plot(*zip(*middles, strict=True), color=colour, linewidth=1, alpha=0.5)

@@ -66,7 +66,7 @@ class PartWriter:
         self.parts = folder / PARTS
         self.parts.mkdir(exist_ok=True)
         self.manifest = manifest
-        self.begun = self.written = monotonic()
+        self.start_time = self.last_write = monotonic()
         self.waiting: dict[int, Columns] = {}
         self.skipped: dict[int, str] = {}
 
@@ -75,12 +75,12 @@ class PartWriter:
         self.waiting[pack] = columns
         self.skipped.update(skipped)
         now = monotonic()
-        if now - self.written >= max(_SECONDS, _SHARE * (now - self.begun)):
+        if now - self.last_write >= max(_SECONDS, _SHARE * (now - self.start_time)):
             self.flush()
 
     def flush(self) -> None:
         """Write the packs collected since the last part as one part."""
-        self.written = monotonic()
+        self.last_write = monotonic()
         if self.waiting:
             tensors = {**join(list(self.waiting.values())), "pack": torch.tensor([*self.waiting])}
             manifest = self.manifest.copy()

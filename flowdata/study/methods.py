@@ -104,8 +104,8 @@ def cosine(step: int, steps: int, warmup: float) -> float:
     rise = round(warmup * steps)
     if step < rise:
         return (step + 1) / rise
-    done = (step - rise) / max(steps - rise, 1)
-    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(done, 1.0))).item())
+    progress = (step - rise) / max(steps - rise, 1)
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0))).item())
 
 
 def passes(loader: DataLoader[Any], epochs: int) -> Iterator[Any]:
@@ -257,10 +257,10 @@ def even(scores: Scores) -> Tensor:
 def running_median(scores: Scores, window: int = 128) -> Tensor:
     """FLOW's weights as a stream gives them: each window under the median of all so far."""
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)).tolist()
-    known = SimpleNamespace(
+    scorer = SimpleNamespace(
         score=lambda window, **_: SimpleNamespace(losses=scores.losses[list(window)])
     )
-    stream = FlowWeightedIterable(order, known, window=window)
+    stream = FlowWeightedIterable(order, scorer, window=window)
     weights = torch.empty(len(scores))
     for index, weight in stream:
         weights[index] = weight

@@ -66,8 +66,8 @@ def _draw_trade_off(axes: Any, runs: Runs, target: str, retained: str) -> None:
         axes.plot(*places[method], "o", color=colour, markersize=5)
     notes = [f"target {target}"]
     if _BEFORE in runs:  # as a point it would press all others together
-        learned, kept = _middle(runs[_BEFORE], target, retained)
-        axes.axhline(kept, color="grey", linewidth=1, linestyle="--")
+        learned, old_accuracies = _middle(runs[_BEFORE], target, retained)
+        axes.axhline(old_accuracies, color="grey", linewidth=1, linestyle="--")
         notes[0] += f" (before training {learned:.4g}, and the dashed line)"
     if left_out:
         notes.append(f"worse than before training: {'; '.join(left_out)}")
@@ -84,7 +84,8 @@ def _learned_nothing(runs: Runs, target: str) -> list[str]:
         return []
     sign = 1 if target.endswith("accuracy") else -1
     learned = {
-        name: sign * mean(r["target"][target] for r in found) for name, found in runs.items()
+        name: sign * mean(r["target"][target] for r in runs_of_method)
+        for name, runs_of_method in runs.items()
     }
     return [name for name in learned if learned[name] < learned[_BEFORE]]
 
@@ -137,11 +138,11 @@ def _draw_temperatures(axes: Any, runs: Runs, target: str, retained: str) -> Non
     """Both measures over the effective sample size that each temperature rule gives."""
     points = [
         (
-            mean(record["effective_share"] for record in found),
-            *_middle(found, target, retained),
+            mean(record["effective_share"] for record in runs_of_rule),
+            *_middle(runs_of_rule, target, retained),
             rule,
         )
-        for rule, found in runs.items()
+        for rule, runs_of_rule in runs.items()
     ]
     rate = next(iter(runs.values()))[0]["rate"]
     other = axes.twinx()
@@ -161,13 +162,13 @@ def _draw_temperatures(axes: Any, runs: Runs, target: str, retained: str) -> Non
 def _of_temperatures(runs: Runs) -> Runs:
     """FLOW's runs by their rule for the temperature, on the seeds that all rules share."""
     flow = {m: r for m, r in runs.items() if m == "FLOW" or (m in ABLATIONS and "FLOW, " in m)}
-    seeds = [{record["seed"] for record in found} for found in flow.values()]
+    seeds = [{record["seed"] for record in runs_of_rule} for runs_of_rule in flow.values()]
     shared = set.intersection(*seeds) if seeds else set()
     return {
         m.removeprefix("FLOW, ").replace("FLOW", "median"): [
-            r for r in found if r["seed"] in shared
+            r for r in runs_of_rule if r["seed"] in shared
         ]
-        for m, found in flow.items()
+        for m, runs_of_rule in flow.items()
         if shared
     }
 

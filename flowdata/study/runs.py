@@ -48,16 +48,16 @@ def run_study(
         seeds: of the runs.
     """
     options = json.loads(json.dumps(options))
-    wanted: list[Record] = [
+    grid: list[Record] = [
         {"method": method, "rate": rate, "seed": seed, "options": options}
         for seed in seeds
         for method, rates in methods.items()
         for rate in rates
     ]
-    done = {key_of(record) for record in read_records(path)}
-    for known in (known for known in wanted if key_of(known) not in done):
+    finished = {key_of(record) for record in read_records(path)}
+    for settings in (settings for settings in grid if key_of(settings) not in finished):
         start = perf_counter()
-        record = known | run(known["method"], known["rate"], known["seed"])
+        record = settings | run(settings["method"], settings["rate"], settings["seed"])
         record |= {"seconds": round(perf_counter() - start, 2), "torch": torch.__version__}
         append_record(path, record)
         print(line_of(record), file=sys.stderr, flush=True)
@@ -103,15 +103,15 @@ def edges(records: Iterable[Record]) -> dict[str, list[str]]:
     that both were run on: one seed is enough to see where a grid may end.
     """
     records = list(records)
-    chosen = chosen_rates(records)
+    best_rates = chosen_rates(records)
     open_ended: dict[str, list[str]] = {"larger": [], "smaller": []}
     for method, rates in _scores(records).items():
-        best = rates[chosen[method]]
+        best = rates[best_rates[method]]
         no_better = [rate for rate, scores in rates.items() if _is_no_better(scores, best)]
         if len(rates) > 1:
-            if max(no_better) == chosen[method]:
+            if max(no_better) == best_rates[method]:
                 open_ended["larger"].append(method)
-            if min(no_better) == chosen[method]:
+            if min(no_better) == best_rates[method]:
                 open_ended["smaller"].append(method)
     return open_ended
 
@@ -202,6 +202,6 @@ def append_record(path: Path, record: Record) -> None:
 def line_of(record: Record) -> str:
     """Return a run as a line of the log."""
     measures = {**record["target"], **record["retained"]}
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
     where = f"{record['method']}, rate {record['rate']:g}, seed {record['seed']}"
-    return f"{where}: {shown} ({record['seconds']:.0f} s)"
+    return f"{where}: {figures} ({record['seconds']:.0f} s)"

@@ -27,21 +27,21 @@ def studies(records: Iterable[Record]) -> list[tuple[dict[str, Any], list[Record
 
 def measures(record: Record) -> dict[str, float]:
     """Return a run's measures by name; where all are accuracies, their average as well."""
-    found = {
+    values = {
         **{f"target {name}": value for name, value in record["target"].items()},
         **record["retained"],
     }
-    if all(name.endswith("accuracy") for name in found):
-        found["average"] = mean(
+    if all(name.endswith("accuracy") for name in values):
+        values["average"] = mean(
             [mean(record["target"].values()), mean(record["retained"].values())]
         )
-    return found
+    return values
 
 
 def report(options: Mapping[str, Any], records: list[Record]) -> str:
     """Return a study's Markdown page."""
     runs = chosen_runs(records)
-    seeds = count(max(len(found) for found in runs.values()), "seed")
+    seeds = count(max(len(group) for group in runs.values()), "seed")
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
     lines = [
         f"# Forgetting: {options['study']}, {options['target']}",
@@ -89,11 +89,12 @@ def paired_p(differences: list[float]) -> str:
 def _table(runs: Runs) -> list[str]:
     names = list(measures(next(iter(runs.values()))[0]))
     lines = [row(["method", "rate", *names]), row(["---", "---:", *["---:"] * len(names)])]
-    for method, found in runs.items():
+    for method, method_runs in runs.items():
         cells = [
-            spread([measures(record)[name] for record in found], digits(name)) for name in names
+            spread([measures(record)[name] for record in method_runs], digits(name))
+            for name in names
         ]
-        lines.append(row([method, f"{found[0]['rate']:g}", *cells]))
+        lines.append(row([method, f"{method_runs[0]['rate']:g}", *cells]))
     return lines
 
 
@@ -121,7 +122,7 @@ def _over_rates(records: list[Record]) -> list[str]:
     for method in dict.fromkeys(record["method"] for record in trained):
         of_method = [record for record in trained if record["method"] == method]
         at_rates = [[record for record in of_method if record["rate"] == rate] for rate in rates]
-        lines.append(row([method, *(_counted(found, names, most) for found in at_rates)]))
+        lines.append(row([method, *(_counted(rate_runs, names, most) for rate_runs in at_rates)]))
     return [title, "", *lines, ""]
 
 
@@ -133,11 +134,11 @@ def _comparisons(runs: Runs) -> list[str]:
     """Each method against standard fine-tuning, and each sum of two against either alone."""
     names = list(measures(next(iter(runs.values()))[0]))
     lines = [row(["method", "against", *names]), row(["---", "---", *["---:"] * len(names)])]
-    for method, found in runs.items():
+    for method, method_runs in runs.items():
         alone = method.split(" + ") if " + " in method else []
         for other in ["standard", *alone]:
             if other in runs and other != method:
-                cells = [compare(found, runs[other], name) for name in names]
+                cells = [compare(method_runs, runs[other], name) for name in names]
                 lines.append(row([method, other, *cells]))
     return lines
 
@@ -162,8 +163,8 @@ def means(runs: list[Record], names: list[str]) -> str:
     """Return the means of several measures, in one cell."""
     if not runs:
         return "–"
-    found = [mean(measures(record)[name] for record in runs) for name in names]
-    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(found, names, strict=True))
+    averages = [mean(measures(record)[name] for record in runs) for name in names]
+    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(averages, names, strict=True))
 
 
 def count(number: int, what: str) -> str:

@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Scores of explicit attention that are held at once: 64 MiB in float32, whatever the samples.
 _SCORES_AT_ONCE = 2**24
+# Numbers of keys are multiples of this for the CPU's bfloat16 kernel. For numbers between, it took
+# up to 3 times as long on an Intel Xeon with AMX, 1.7 times on an AMD EPYC with AVX-512's bfloat16.
 _KEYS = 16
 
 

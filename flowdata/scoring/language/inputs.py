@@ -1,86 +1,19 @@
-"""Inputs: what a language model is given of a batch of token samples, and its targets.
-
-All of it is made on the host, where sizes can be looked at without waiting for a device.
-"""
+"""Inputs: what a language model is given of a batch of token samples, and its targets."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flowdata.models.calling import innermost
-from flowdata.models.tensors import to_device
+from flowdata.scoring.language.work import Prepare, Work, make_work
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens
-
-
-@dataclass(frozen=True)
-class Work:
-    """One call of a model, and what to read off its outputs.
-
-    Attributes:
-        inputs: the call's keyword arguments.
-        shape: (B, T), of the call's output positions.
-        places: (n,) int64, the positions with a target, as indices into the B × T flat ones.
-        targets: (n,) int64, the tokens that those positions should predict.
-        counts: (samples,) int64, targets of each sample, in the order in which samples lie. A
-            packed call has B = 1 and more samples.
-        around: makes the context that the call needs.
-    """
-
-    inputs: dict[str, Any]
-    shape: torch.Size
-    places: Tensor
-    targets: Tensor
-    counts: Tensor
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def on(self, device: torch.device) -> Work:
-        """Return the same work with all its tensors but the counts on a device."""
-        inputs, places, targets = to_device([self.inputs, self.places, self.targets], device)
-        return replace(self, inputs=inputs, places=places, targets=targets)
-
-    def of_targets(self, values: Tensor) -> Tensor:
-        """Return the values at the positions with a target: (B, T, …) to (n, …)."""
-        return values.flatten(0, 1).index_select(0, self.places)
-
 
 # Without labels, tokens at which one of these fields is 0 are no targets.
 _TARGET_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
-Prepare = Callable[[nn.Module, Any], list[Work]]  # of a model and a batch, samples in their order
-
-
-def make_work(
-    inputs: dict[str, Any],
-    targets: Tensor,
-    counts: Tensor,
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Work:
-    """Return the work for a model's inputs and the targets of its output positions.
-
-    Args:
-        inputs: the call's keyword arguments.
-        targets: (B, T) int64, −100 at positions without a target.
-        counts: (samples,) int64, targets of each sample.
-        around: makes the context that the call needs.
-
-    Raises:
-        ValueError: a target is negative and not −100: it would be read as another token.
-    """
-    flat = targets.flatten()
-    places = (flat != IGNORE_INDEX).nonzero().flatten()
-    tokens = flat[places]
-    if (tokens < 0).any():
-        raise ValueError(
-            f"labels must be token ids, or {IGNORE_INDEX} where nothing counts, "
-            f"got {int(tokens[tokens < 0][0])}"
-        )
-    return Work(inputs, targets.shape, places, tokens, counts, around)
 
 
 def padded(loss: str, max_tokens: int | None = None) -> Prepare:
@@ -100,6 +33,38 @@ def padded(loss: str, max_tokens: int | None = None) -> Prepare:
 def _padded_work(model: nn.Module, batch: Any, loss: str) -> Work:
     inputs, targets = inputs_and_targets(model, batch, loss)
     return make_work(inputs, targets, (targets != IGNORE_INDEX).sum(1))
+
+
+def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
+    """A batch in slices of whole samples, each of `max_tokens` at most or of one sample."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if max_tokens is None or not isinstance(ids, Tensor) or ids.numel() <= max_tokens:
+        return [batch]
+    if any(len(value) != len(ids) for value in batch.values() if isinstance(value, Tensor)):
+        return [batch]  # fields of another layout can't be cut
+    step = max(1, max_tokens // ids.shape[1])
+    return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
+
+
+def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return samples `start` to `stop` of a batch, without padding on the right that all have.
+
+    Fields that don't have one entry for each sample are left out.
+    """
+    size = len(batch["input_ids"])
+    fields = {
+        key: value[start:stop]
+        for key, value in batch.items()
+        if isinstance(value, Tensor | list) and len(value) == size
+    }
+    mask = fields.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        width = mask.shape[1]
+        length = int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1  # no model runs on none
+        for key, value in fields.items():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
+                fields[key] = value[:, :length]
+    return fields
 
 
 def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[str, Any], Tensor]:
@@ -129,36 +94,6 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(innermost(model), labels)
     return inputs, labels
-
-
-def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Return samples `start` to `stop` of a batch, without padding on the right that all have.
-
-    Fields that don't have one entry for each sample are left out.
-    """
-    size = len(batch["input_ids"])
-    fields = {
-        key: value[start:stop]
-        for key, value in batch.items()
-        if isinstance(value, Tensor | list) and len(value) == size
-    }
-    mask = fields.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        width, length = mask.shape[1], int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1
-        for key, value in fields.items():
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
-                fields[key] = value[:, :length]
-    return fields
-
-
-def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if max_tokens is None or not isinstance(ids, Tensor) or ids.numel() <= max_tokens:
-        return [batch]
-    if any(len(value) != len(ids) for value in batch.values() if isinstance(value, Tensor)):
-        return [batch]  # fields of another layout can't be cut
-    step = max(1, max_tokens // ids.shape[1])
-    return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
 
 
 def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:

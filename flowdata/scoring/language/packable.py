@@ -14,7 +14,10 @@ from flowdata.scoring.language.inputs import inputs_and_targets
 from flowdata.targets.labels import IGNORE_INDEX
 
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}  # others, such as linear ones, mix tokens
-LEAST_SHARED = 8  # tokens
+# Tokens from which a prefix or prompt is run apart: what sees it needs a mask and copies of keys.
+# Of the time of a forward pass 2 tokens saved 1 %, 8 tokens 5 to 13 % (40 samples of up to 200 and
+# 60 tokens, a Llama of 4 layers of width 256 in bfloat16, on one core of an AMD EPYC).
+LEAST_SHARED = 8
 
 
 def why_not_packed(model: nn.Module, loss: str) -> str:

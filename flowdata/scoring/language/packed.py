@@ -23,11 +23,16 @@ from flowdata.models.calling import call_with, innermost
 from flowdata.models.tensors import CPU
 from flowdata.scoring.language.attention import Pass, attending
 from flowdata.scoring.language.blocks import Block, KeysAndValues
-from flowdata.scoring.language.inputs import Prepare, Work, inputs_and_targets, make_work
+from flowdata.scoring.language.inputs import inputs_and_targets
 from flowdata.scoring.language.layout import Piece, flatten, lay_out
 from flowdata.scoring.language.packable import shared_length, why_batch_not_packed
+from flowdata.scoring.language.work import Prepare, Work, make_work
 from flowdata.targets.labels import IGNORE_INDEX
 
+# The share of a block's longest sample by which the CPU pads others. Without padding there are
+# more and smaller calls of the kernel: 40 samples of up to 300 tokens took 0.29 s in 34 blocks,
+# 0.27 s in 15 blocks with a sixteenth, 0.34 s in 8 blocks with a quarter (a Llama of 4 layers of
+# width 256 in bfloat16, on one core of an AMD EPYC).
 _MOST_PADDING = 1 / 16
 
 
@@ -73,9 +78,9 @@ class Packing:
         return [make_work(packed, flatten(targets, pieces), is_target.sum(1), around)]
 
     def _shared(self, ids: Tensor, is_target: Tensor) -> int:
-        """How many tokens of the prefix all samples of a batch begin with, none of them needed.
+        """How many tokens of the prefix all samples of a batch have, before any target needs one.
 
-        A sample's last token is never counted: every sample must have a token of its own to run.
+        The batch's last position never counts: something must be left of it to run.
         """
         most = min(len(self.prefix), ids.shape[1] - 1)
         is_shared = (ids[:, :most] == self.prefix[:most].to(ids.device)).all(0)

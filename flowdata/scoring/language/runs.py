@@ -23,7 +23,7 @@ from flowdata.head.output_layer import Head, finish_logits, kernels, logit_optio
 from flowdata.head.tiled import target_values
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.hooks import Call, last_call, replaced_input
-from flowdata.scoring.language.inputs import Work
+from flowdata.scoring.language.work import Work
 from flowdata.targets.columns import columns_of_logits
 from flowdata.targets.predictions import logits_of
 from flowdata.targets.target_losses import TargetLosses, joined

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdata.models.calling import innermost, output_layer_of
-from flowdata.scoring.language.inputs import Work
+from flowdata.scoring.language.work import Work
 
 
 def check_vocabulary(model: nn.Module, work: Work) -> None:

@@ -25,10 +25,11 @@ from torch import nn
 
 from flowdata.models.rope import loaded_frequencies, longest_as_loaded
 from flowdata.models.tensors import CPU
-from flowdata.scoring.language.inputs import Prepare, padded, rows_of
+from flowdata.scoring.language.inputs import padded, rows_of
 from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.language.runs import Run, runs_of
 from flowdata.scoring.language.vocabulary import check_vocabulary
+from flowdata.scoring.language.work import Prepare
 from flowdata.targets.target_losses import TargetLosses, Way, joined
 
 
