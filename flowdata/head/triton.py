@@ -105,7 +105,10 @@ def _tally(  # type: ignore[no-untyped-def]
     CLASSES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Write the sums of one block of rows over one range of the vocabulary (tiled.py says why)."""
+    """Write four sums of one block of rows over one range of the vocabulary (tally.py).
+
+    Each sum goes to its place in `sums`, (4, ranges, n).
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n
     first_class = tl.program_id(1) * span
@@ -134,8 +137,7 @@ def _tally(  # type: ignore[no-untyped-def]
             z += tl.load(bias + classes, mask=is_class, other=0).to(tl.float32)[None, :]
         z *= scale
         if HAS_SOFTCAP:
-            # softcap · tanh(z / softcap), by tanh(x) = 2 sigmoid(2x) − 1
-            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # softcap · tanh(z / softcap)
         slope = z / softcap if HAS_SOFTCAP else tl.zeros_like(z)
         # Neither the row's target nor what lies beyond the vocabulary counts.
         z = tl.where(is_class[None, :] & (classes[None, :] != target[:, None]), z, LOWEST)
@@ -150,7 +152,6 @@ def _tally(  # type: ignore[no-untyped-def]
         squares = factor * factor * squares + tl.sum(e * e * slope * slope, 1)
         total = factor * total + tl.sum(e, 1)
         top = new_top
-    # `sums` is (4, ranges, n): this program writes one range of its rows, once for each sum.
     part = sums + tl.program_id(1).to(tl.int64) * n + rows
     step = tl.num_programs(1).to(tl.int64) * n
     tl.store(part, top, mask=is_row)

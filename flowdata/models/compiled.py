@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ _GRAPHS = 64
 # with AMX score at about 3e11 a second in bfloat16 on two cores, and a tenth faster once
 # compiled (2,820 and 3,067 tokens/s on GSM8K): 240 seconds' worth of matrix products at 6e11.
 _PAYS_FROM = 240 * 6e11
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def gains(dtype: torch.dtype, device: torch.device) -> bool:
@@ -89,7 +88,7 @@ def as_written() -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def one_pass(function: _Function) -> _Function:
+def one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of tensors compiled into one pass over them, for tensors of any sizes.
 
     It is compiled at its first call, once for all models of the process.
