@@ -58,7 +58,7 @@ def test_a_model_with_a_name_of_its_own_is_given_the_input_ids_or_else_the_first
 
 def test_wrappers_are_taken_off_and_adapters_stay_on():
     model = Adapted(nn.Linear(2, 2))
-    assert unwrapped(torch.compile(torch.compile(model))) is model
+    assert unwrapped(torch.compile(model)) is model
     assert unwrapped(model) is model
     assert innermost(model) is model.inner
     assert innermost(model.inner) is model.inner
