@@ -9,7 +9,7 @@ are compared with float64 before anything is timed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from benchmarks import rows
 from flowdata.head.output_layer import Head
-from flowdata.head.tiled import target_values, tile_size
+from flowdata.head.tiled import target_values
+from flowdata.head.tiles import tile_size
 from flowdata.targets.columns import COLUMNS
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # hidden states, weight, targets
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
+FLOOR = "the matrix product alone"
 
 
 def main(argv: list[str]) -> None:
@@ -35,37 +38,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    measured = [
+    results = [
         row
         for width in options.widths
         for vocabulary in options.vocabularies
         for row in measure(options.rows, width, vocabulary, options.repeats, options.device)
     ]
-    print(rows.write("head", measured, " ".join(["python -m benchmarks head", *argv])))
+    print(rows.write("head", results, " ".join(["python -m benchmarks head", *argv])))
 
 
 def measure(
     count: int, width: int, vocabulary: int, repeats: int, device: str
 ) -> list[dict[str, Any]]:
     """Rows of one width and vocabulary: milliseconds, ratio to the floor, error, memory."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(count, width, generator=generator).bfloat16().to(device)
-    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).bfloat16()
-    weight, targets = weight.to(device), torch.randint(0, vocabulary, (count,)).to(device)
-    exact = torch.cat([exact_losses(*part) for part in parts(hidden, weight, targets)])
+    inputs = draw_inputs(count, width, vocabulary, device)
     ways = {name: way for name, way in peers(device).items() if runs(name, way, device)}
-    errors = {n: (way(hidden, weight, targets) - exact).abs() for n, way in ways.items()}
-    for name, error in errors.items():
-        if error.max() > 0.1:
-            raise SystemExit(f"{name} gives other losses, by up to {error.max():.2g}")
-    ways["the matrix product alone"] = floor
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):  # in turn, so that a slow moment slows them alike
-        for name, way in ways.items():
-            took = rows.timed(lambda way=way: synced(way, hidden, weight, targets), 1, warmup=0)
-            seconds[name] += took if turn else []
-    measured = []
-    least = rows.row("", seconds["the matrix product alone"], "s")["median"]
+    errors = errors_of(ways, inputs)
+    ways[FLOOR] = floor
+    seconds = times_in_turn(ways, inputs, repeats)
+    floor_ms = 1000 * rows.row("", seconds[FLOOR], "s")["median"]
+    results = []
     for name, way in ways.items():
         row = rows.row(
             f"{name}, {count} x {width} x {vocabulary}",
@@ -73,22 +65,48 @@ def measure(
             "ms",
             dtype="bfloat16",
             device=device,
-            memory_mib=rows.peak_memory(lambda way=way: way(hidden, weight, targets)),
+            memory_mib=rows.peak_memory(lambda way=way: way(*inputs)),
         )
-        row["ratio_to_floor"] = row["median"] / (1000 * least)
+        row["ratio_to_floor"] = row["median"] / floor_ms
         if name in errors:
-            row["largest_error"], row["mean_error"] = (
-                errors[name].max().item(),
-                errors[name].mean().item(),
-            )
-        measured.append(row)
+            row["largest_error"] = errors[name].max().item()
+            row["mean_error"] = errors[name].mean().item()
+        results.append(row)
         memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:7.0f} MiB"
         print(
             f"{row['what']:58}{row['median']:8.1f} ms {row['ratio_to_floor']:6.2f}x{memory}  "
             f"error {row.get('largest_error', 0):.0e}",
             flush=True,
         )
-    return measured
+    return results
+
+
+def draw_inputs(count: int, width: int, vocabulary: int, device: str) -> Inputs:
+    """Hidden states, weight and targets; logits have a standard deviation of 1."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, width, generator=generator).bfloat16().to(device)
+    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).bfloat16()
+    return hidden, weight.to(device), torch.randint(0, vocabulary, (count,)).to(device)
+
+
+def errors_of(ways: Mapping[str, Peer], inputs: Inputs) -> dict[str, Tensor]:
+    """How far each way's losses lie from the exact ones; ends the benchmark if too far."""
+    exact = torch.cat([exact_losses(*part) for part in parts(*inputs)])
+    errors = {name: (way(*inputs) - exact).abs() for name, way in ways.items()}
+    for name, error in errors.items():
+        if error.max() > 0.1:
+            raise SystemExit(f"{name} gives other losses, by up to {error.max():.2g}")
+    return errors
+
+
+def times_in_turn(ways: Mapping[str, Peer], inputs: Inputs, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, all ways in each turn, so that a slow moment slows them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            times = rows.timed(lambda way=way: synced(way, *inputs), 1, warmup=0)
+            seconds[name] += times if turn else []  # the first turn warms up
+    return seconds
 
 
 def peers(device: str) -> dict[str, Peer]:
@@ -139,12 +157,12 @@ def runs(name: str, way: Peer, device: str) -> bool:
 
 def floor(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Products into one buffer, and nothing else."""
-    tile_rows, tile_columns = tile_size(hidden)
-    buffer = hidden.new_empty(min(tile_rows, len(hidden)) * tile_columns)
+    tile_rows, tile_classes = tile_size(hidden)
+    buffer = hidden.new_empty(min(tile_rows, len(hidden)) * tile_classes)
     for rows_ in hidden.split(tile_rows):
-        for columns in weight.split(tile_columns):
-            out = buffer[: len(rows_) * len(columns)].view(len(rows_), len(columns))
-            torch.mm(rows_, columns.t(), out=out)
+        for classes in weight.split(tile_classes):
+            out = buffer[: len(rows_) * len(classes)].view(len(rows_), len(classes))
+            torch.mm(rows_, classes.t(), out=out)
     return buffer
 
 

@@ -31,8 +31,8 @@ def test_one_graph_serves_all_layers_and_shapes(name):
     model, samples = zoo.decoder(name), prompted(token_samples(12), torch.arange(20, 40))
     expected = torch.tensor([reference.causal_lm_sample_loss(model, s)[0] for s in samples])
     torch._dynamo.utils.counters.clear()
-    found, how = scored(model, samples, compile=True)
-    assert (found - expected).abs().max() < 1e-4
+    losses, how = scored(model, samples, compile=True)
+    assert (losses - expected).abs().max() < 1e-4
     assert "samples packed, layers compiled, a prefix of 20 tokens" in how
     kinds = len(set(getattr(model.config, "layer_types", "x")))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + 2 * kinds
@@ -47,8 +47,8 @@ def test_a_layer_that_can_not_be_compiled_runs_as_it_is(monkeypatch, caplog):
     expected, _ = scored(model, samples)
     layer = type(model.model.layers[0])
     monkeypatch.setattr(layer, "compile", lambda self, **_: setattr(self, CALL, fails))
-    found, how = scored(model, samples, compile=True)
-    assert torch.equal(found, expected)
+    losses, how = scored(model, samples, compile=True)
+    assert torch.equal(losses, expected)
     assert "samples packed" in how
     assert "layers compiled" not in how
     assert "not compiling: NotImplementedError: this layer has no graph" in caplog.text
@@ -69,8 +69,8 @@ def test_a_machine_that_can_not_compile(monkeypatch, caplog):
 def test_a_model_without_layers_is_compiled_whole():
     model, data = TinyResNet(), images(8)
     expected, _ = scored(model, data)
-    found, _ = scored(model, data, compile=True)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    losses, _ = scored(model, data, compile=True)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
     assert model._compiled_call_impl is None
 
 
@@ -83,6 +83,15 @@ def test_the_callers_own_compiled_calls_come_back():
         assert model.model.layers[0]._compiled_call_impl is not call
     assert model.model.layers[0]._compiled_call_impl is call
     assert model.model.layers[1]._compiled_call_impl is None
+
+
+def test_a_block_may_give_up_compiling(caplog):
+    model = tiny_llama().eval()
+    with compiled.compiled_layers(model):
+        compiled.give_up(model, "the losses differ")
+        assert not compiled.is_compiled(model)
+        assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+    assert "not compiling: the losses differ" in caplog.text
 
 
 def test_compiling_pays_on_long_jobs_alone():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowdata.head import fused_loss
+from flowdata.head import gradients as tile_gradients
 from flowdata.losses import causal_lm_loss, count_items, fused_causal_lm_loss
 from tests import reference
 
@@ -17,9 +17,9 @@ LOGITS = [{}, {"softcap": 2.0}, {"logit_scale": 0.3}, {"softcap": 1.5, "logit_sc
 
 @pytest.fixture(autouse=True)
 def _many_small_tiles(monkeypatch):
-    monkeypatch.setattr(fused_loss, "_TILE", 4 * V)
-    monkeypatch.setattr(fused_loss, "_FEWEST_ROWS", 2)
-    monkeypatch.setattr(fused_loss, "_COLUMNS", 16)
+    monkeypatch.setattr(tile_gradients, "_LOGITS_OF_A_TILE", 4 * V)
+    monkeypatch.setattr(tile_gradients, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(tile_gradients, "_CLASSES_AT_ONCE", 16)
 
 
 class CalledHead(nn.Linear):

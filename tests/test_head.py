@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from flowdata.head.output_layer import Head, read_head
-from flowdata.head.tiled import kernels, target_losses, target_values
+from flowdata.head.output_layer import Head, kernels, read_head
+from flowdata.head.tiled import target_values
 from flowdata.targets.columns import COLUMNS
 from tests import reference
 
@@ -30,10 +30,10 @@ def test_losses_equal_full_logits_in_float64(vocabulary, bias, scale, softcap):
     hidden, weight = torch.randn(1500, 24), torch.randn(vocabulary, 24)
     targets = torch.randint(0, vocabulary, (1500,))
     offset = torch.randn(vocabulary) if bias else None
-    found = target_losses(hidden, Head(weight, offset, scale, softcap), targets)
+    losses, _ = target_values(hidden, Head(weight, offset, scale, softcap), targets)
     expected = reference.head_losses(hidden, weight, targets, offset, scale, softcap)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_no_worse_than_bfloat16_logits():
@@ -43,28 +43,30 @@ def test_bfloat16_is_no_worse_than_bfloat16_logits():
     targets = torch.randint(0, 4096, (512,))
     exact = reference.head_losses(hidden, weight, targets)
     plain = nn.functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
-    found = target_losses(hidden, Head(weight), targets)
-    assert (found - exact).abs().mean() < 0.5 * (plain - exact).abs().mean()
-    assert (found - exact).abs().max() < (plain - exact).abs().max() + 1e-3
+    losses, _ = target_values(hidden, Head(weight), targets)
+    assert (losses - exact).abs().mean() < 0.5 * (plain - exact).abs().mean()
+    assert (losses - exact).abs().max() < (plain - exact).abs().max() + 1e-3
 
 
 def test_losses_are_never_negative():
     hidden, weight = torch.full((1, 4), 30.0), torch.eye(4) * 30
     hidden[0, 1:] = -30
-    assert target_losses(hidden, Head(weight), torch.tensor([0])).item() == 0
+    losses, _ = target_values(hidden, Head(weight), torch.tensor([0]))
+    assert losses.item() == 0
 
 
 def test_huge_losses_do_not_overflow():
     hidden, weight = torch.tensor([[30.0, 0.0], [1.0, 0.0]]), torch.tensor([[30.0, 0], [-30, 0]])
-    found = target_losses(hidden, Head(weight), torch.tensor([1, 0]))
+    losses, _ = target_values(hidden, Head(weight), torch.tensor([1, 0]))
     expected = reference.head_losses(hidden, weight, torch.tensor([1, 0]))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-9)
-    assert found[0] == 1800
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-9)
+    assert losses[0] == 1800
 
 
 def test_no_row_gives_no_loss():
-    empty = target_losses(torch.empty(0, 4), Head(torch.randn(9, 4)), torch.empty(0).long())
-    assert empty.shape == (0,)
+    head, targets = Head(torch.randn(9, 4)), torch.empty(0).long()
+    losses, _ = target_values(torch.empty(0, 4), head, targets)
+    assert losses.shape == (0,)
 
 
 def test_a_plain_linear_layer_is_read_and_others_are_not():
@@ -83,7 +85,7 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_head_triton.py runs on the GPU")
 def test_the_triton_kernel_holds_in_its_interpreter():
     """In a process of its own: Triton has to be told before it is imported."""
-    done = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_head_triton.py"],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -91,18 +93,18 @@ def test_the_triton_kernel_holds_in_its_interpreter():
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
 
 
 def test_a_gpu_tries_triton_first_where_it_is_installed(monkeypatch):
     on_gpu, on_cpu = Head(SimpleNamespace(is_cuda=True)), Head(torch.ones(2, 2))
-    monkeypatch.setattr("flowdata.head.tiled.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("flowdata.head.output_layer.find_spec", lambda name: name == "triton")
     assert [head.kernel for _, head in kernels(on_gpu, compiled=False)] == ["triton", "eager"]
     assert [head.kernel for _, head in kernels(on_cpu, compiled=False)] == ["eager"]
     assert [head.kernel for _, head in kernels(on_cpu, compiled=True)] == ["compiled", "eager"]
-    monkeypatch.setattr("flowdata.head.tiled.find_spec", lambda name: None)
+    monkeypatch.setattr("flowdata.head.output_layer.find_spec", lambda name: None)
     assert [head.kernel for _, head in kernels(on_gpu, compiled=False)] == ["eager"]
 
 
@@ -143,6 +145,6 @@ def test_the_compiled_kernel_gives_what_the_eager_one_gives():
     targets, bias = torch.randint(0, 5000, (70,)), torch.randn(5000).bfloat16()
     eager, compiled = (Head(weight, bias, 0.5, 5.0, kernel) for kernel in ("eager", "compiled"))
     losses, columns = target_values(hidden, eager, targets, COLUMNS)
-    found, found_columns = target_values(hidden, compiled, targets, COLUMNS)
-    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found_columns, columns, rtol=1e-4, atol=1e-5)
+    other_losses, other_columns = target_values(hidden, compiled, targets, COLUMNS)
+    torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other_columns, columns, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,6 @@ from torch.utils.data import TensorDataset
 from flowdata import LossScorer
 from flowdata.models.copies import frozen_model
 from flowdata.models.precision import resolve_dtype
-from flowdata.models.tensors import map_tensors
 from tests.models import TinyResNet, tiny_llama
 
 CPU = torch.device("cpu")
@@ -112,27 +111,6 @@ def test_auto_is_bfloat16_where_it_is_fast_and_costs_nothing(monkeypatch, fast):
     model = nn.Linear(2, 2)
     model._hf_hook = SimpleNamespace(execution_device=0)  # as accelerate places a model
     assert resolve_dtype("auto", model, CPU) == torch.float32
-
-
-def test_tensors_are_found_wherever_a_batch_keeps_them():
-    from collections import namedtuple
-
-    from transformers import BatchEncoding
-
-    Pair = namedtuple("Pair", "a b")
-    value = {"x": [torch.ones(1), "text"], "y": Pair(torch.ones(1), None)}
-    moved = map_tensors(value, lambda tensor: tensor + 1)
-    assert moved["x"][0].item() == 2
-    assert isinstance(moved["y"], Pair)
-    assert moved["y"].a.item() == 2
-    assert map_tensors(BatchEncoding({"z": torch.ones(1)}), lambda t: t + 1)["z"].item() == 2
-
-
-def test_containers_in_which_nothing_changes_are_kept():
-    from collections import defaultdict
-
-    value = defaultdict(list, {"x": [torch.ones(1), (torch.ones(1), "text")]})
-    assert map_tensors(value, lambda tensor: tensor.float()) is value
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float64])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowdata import LossScorer
-from flowdata.models.rope import loaded_frequencies, longest_alike
+from flowdata.models.rope import loaded_frequencies, longest_as_loaded
 from tests import reference, zoo
 from tests.models import token_samples
 
@@ -86,7 +86,7 @@ def test_a_long_sample_would_change_a_short_one(kind):
 
 
 def test_other_models_have_no_such_length():
-    assert longest_alike(zoo.decoder("llama")) is None
-    assert longest_alike(zoo.decoder("gemma 3")) is None
-    assert longest_alike(torch.nn.Linear(2, 2)) is None
-    assert longest_alike(scaled("longrope", "gemma3_text")) == LONGEST
+    assert longest_as_loaded(zoo.decoder("llama")) is None
+    assert longest_as_loaded(zoo.decoder("gemma 3")) is None
+    assert longest_as_loaded(torch.nn.Linear(2, 2)) is None
+    assert longest_as_loaded(scaled("longrope", "gemma3_text")) == LONGEST

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal
 
 from torch import Tensor, nn
-
-LOWEST = -1e15  # below every logit; finite, its square too, so that 0 · (z − top) is 0
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,13 @@ class Head:
 
 
 def read_head(module: nn.Module | None, config: Any) -> Head | None:
-    """Return the head that a module and a Hugging Face configuration describe.
+    """Return the head that a module and a Hugging Face configuration describe, None if none.
 
-    None unless the module is a plain `nn.Linear` with a dense weight: adapters, quantised and
-    sharded layers must be called, and so must those whose scale is negative. A configuration
-    can't say everything; compare before use.
+    Only a plain `nn.Linear` with a dense weight can be read: adapters, quantised and sharded layers
+    must be called, because their products are not those of their weight. So must a layer whose
+    scale is negative, which would turn the −inf that marks a target's product (tiles.py) into +inf.
+    What a model does to its logits beyond the configuration shows only when losses are compared
+    with the model's own, as flowdata/scoring/check.py does.
     """
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return None
@@ -55,8 +56,31 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
     )
 
 
+def kernels(head: Head, *, compiled: bool) -> list[tuple[str, Head]]:
+    """Return the kernels that can run a head where its weight is, named, fastest first.
+
+    Args:
+        head: the head, with the eager kernel.
+        compiled: whether the model's layers are compiled, so that the head may be compiled too.
+
+    Returns:
+        What each kernel is called in a sentence, and the head with that kernel; eager comes last.
+    """
+    choices = [("a tiled head", head)]
+    if head.weight.is_cuda and find_spec("triton") is not None:
+        choices.insert(0, ("a Triton head", replace(head, kernel="triton")))
+    elif compiled:
+        choices.insert(0, ("a compiled tiled head", replace(head, kernel="compiled")))
+    return choices
+
+
 def logit_options(config: Any) -> tuple[float, float | None]:
-    """Return the scale and the softcap that a Hugging Face configuration tells of."""
+    """Return the scale and the softcap of a model's logits, by its Hugging Face configuration.
+
+    Architectures name them differently: Cohere multiplies by `logit_scale`, Granite divides by
+    `logits_scaling`, Falcon H1 multiplies by `lm_head_multiplier`; Gemma 2 bounds them by
+    `final_logit_softcapping`, RecurrentGemma by `logits_soft_cap`.
+    """
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
@@ -64,26 +88,17 @@ def logit_options(config: Any) -> tuple[float, float | None]:
     return scale, softcap or getattr(config, "logits_soft_cap", None)
 
 
-class Tally(NamedTuple):
-    """What the logits z of all classes but the target add up to, (n,) float32 each.
-
-    Attributes:
-        top: the largest.
-        total: Σ exp(z − top).
-        first: Σ exp(z − top) · (z − top).
-        squares: Σ exp(2 (z − top)) · slope(z)².
-    """
-
-    top: Tensor
-    total: Tensor
-    first: Tensor
-    squares: Tensor
-
-
 def finish_logits(
     logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """What the model does to float32 logits after the matrix product; in place."""
+    """Return what a model makes of products, in place: plus bias, times scale, then the softcap.
+
+    Args:
+        logits: (n, V) or (n,) float32 or float64 products, which are written over.
+        bias: (V,) or (n,), or None.
+        scale: factor on the logits.
+        softcap: their bound, or None.
+    """
     if bias is not None:
         logits += bias
     if scale != 1.0:
@@ -91,16 +106,3 @@ def finish_logits(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
-
-
-def merge(parts: Tally) -> Tally:
-    """Return the tally of several parts' classes together, from fields of shape (parts, n)."""
-    top = parts.top.amax(0)
-    shift = parts.top - top
-    factor = shift.exp()
-    return Tally(
-        top,
-        (factor * parts.total).sum(0),
-        (factor * (parts.first + shift * parts.total)).sum(0),
-        (factor * factor * parts.squares).sum(0),
-    )

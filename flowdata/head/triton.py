@@ -2,7 +2,7 @@
 
 A program takes a block of rows and a range of the vocabulary. It multiplies one slice of classes
 after another and folds each into the four sums of its rows, all in registers. The caller merges
-the sums of all ranges (`output_layer.merge`). Import this file only where Triton is installed.
+the sums of all ranges (tally.py). Import this file only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdata.head.output_layer import LOWEST
+from flowdata.head.tally import LOWEST
 
-_ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a program's tile; shared memory holds three of them
-_PROGRAMS = 512  # at least so many, to keep every multiprocessor busy when rows are few
+# A program's tile has 128 rows and 128 classes, 64 KiB of float32 in registers, and is made from 64
+# dimensions of the inputs at a time: 32 KiB in bfloat16, of which shared memory holds three stages.
+_ROWS, _CLASSES, _DEPTH = 128, 128, 64
+# The least number of programs: it keeps every multiprocessor busy (an H100 has 132) when rows are
+# few. Nothing here was tuned by measurements yet.
+_PROGRAMS = 512
 
 
 def partial_sums(
@@ -47,9 +51,10 @@ def partial_sums(
     """
     n, width = hidden.shape
     vocabulary = len(weight)
+    # Many ranges only where blocks of rows alone are too few; each is of whole slices of classes.
     blocks = triton.cdiv(n, _ROWS)
-    ranges = max(1, min(triton.cdiv(_PROGRAMS, max(1, blocks)), triton.cdiv(vocabulary, _COLUMNS)))
-    span = triton.cdiv(triton.cdiv(vocabulary, ranges), _COLUMNS) * _COLUMNS
+    ranges = max(1, min(triton.cdiv(_PROGRAMS, max(1, blocks)), triton.cdiv(vocabulary, _CLASSES)))
+    span = triton.cdiv(triton.cdiv(vocabulary, ranges), _CLASSES) * _CLASSES
     ranges = triton.cdiv(vocabulary, span)
     sums = torch.zeros(4, ranges, n, device=hidden.device)
     hidden, weight = hidden.contiguous(), weight.contiguous()
@@ -57,7 +62,7 @@ def partial_sums(
         _tally[(blocks, ranges)](
             hidden,
             weight,
-            weight if bias is None else bias.contiguous(),
+            weight if bias is None else bias.contiguous(),  # any tensor stands for no bias
             targets,
             sums,
             n,
@@ -71,7 +76,7 @@ def partial_sums(
             LOWEST=LOWEST,
             PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
             ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
+            CLASSES=_CLASSES,
             DEPTH=_DEPTH,
             num_warps=8,
             num_stages=3,
@@ -97,39 +102,46 @@ def _tally(  # type: ignore[no-untyped-def]
     LOWEST: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """Write four sums of one block of rows over one range of the vocabulary (tally.py).
+
+    Each sum goes to its place in `sums`, (4, ranges, n).
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < n
-    first_column = tl.program_id(1) * span
+    first_class = tl.program_id(1) * span
     target = tl.load(targets + rows, mask=is_row, other=-1)
     row_starts = hidden + rows.to(tl.int64)[:, None] * width
     top = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     first = tl.zeros((ROWS,), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(first_column, tl.minimum(first_column + span, vocabulary), COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        is_column = columns < vocabulary
-        column_starts = weight + columns.to(tl.int64)[None, :] * width
-        z = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(first_class, tl.minimum(first_class + span, vocabulary), CLASSES):
+        classes = start + tl.arange(0, CLASSES)
+        is_class = classes < vocabulary
+        class_starts = weight + classes.to(tl.int64)[None, :] * width
+        # A tile of logits z, added up over the hidden dimensions and never written to memory.
+        z = tl.zeros((ROWS, CLASSES), tl.float32)
         for depth in range(0, width, DEPTH):
             d = depth + tl.arange(0, DEPTH)
             h = tl.load(
                 row_starts + d[None, :], mask=is_row[:, None] & (d < width)[None, :], other=0
             )
             w = tl.load(
-                column_starts + d[:, None], mask=is_column[None, :] & (d < width)[:, None], other=0
+                class_starts + d[:, None], mask=is_class[None, :] & (d < width)[:, None], other=0
             )
             z = tl.dot(h, w, z, input_precision=PRECISION)
         if HAS_BIAS:
-            z += tl.load(bias + columns, mask=is_column, other=0).to(tl.float32)[None, :]
+            z += tl.load(bias + classes, mask=is_class, other=0).to(tl.float32)[None, :]
         z *= scale
         if HAS_SOFTCAP:
-            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # softcap · tanh(z / softcap)
         slope = z / softcap if HAS_SOFTCAP else tl.zeros_like(z)
-        z = tl.where(is_column[None, :] & (columns[None, :] != target[:, None]), z, LOWEST)
+        # Neither the row's target nor what lies beyond the vocabulary counts.
+        z = tl.where(is_class[None, :] & (classes[None, :] != target[:, None]), z, LOWEST)
+        # The online log-sum-exp, as in tiled.py's `_add_tally`.
         new_top = tl.maximum(top, tl.max(z, 1))
         shift = top - new_top
         factor = tl.exp(shift)

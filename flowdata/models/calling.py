@@ -1,4 +1,4 @@
-"""Calling a model: with what its forward takes, inside its wrappers."""
+"""Calling a model: with the fields that its forward takes, and inside its wrappers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,54 @@ from torch import Tensor, nn
 
 
 def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> Any:
-    """Call a model with those fields that its `forward` takes by name."""
+    """Return what a model makes of the fields of a batch that its `forward` takes.
+
+    The parameters of `forward` decide which fields those are:
+
+    - parameters with the names of fields get those fields;
+    - where there is none, but `**kwargs`, every tensor among the fields is passed by its name;
+    - else the model takes inputs under a name of its own: `input_ids`, or the first field where
+      there is no such field, is passed by its place.
+
+    Args:
+        model: the model; the signature is that of the model inside a PEFT model.
+        fields: a batch, by the names of its fields; at least one.
+        options: switches such as `use_cache=False`. A model that doesn't know one isn't given it.
+
+    Example:
+        >>> import torch
+        >>> class Sums(nn.Module):
+        ...     def forward(self, input_ids, scale=1):
+        ...         return scale * input_ids.sum()
+        >>> batch = {"input_ids": torch.ones(3), "length": torch.tensor([3])}
+        >>> call_with(Sums(), batch, scale=2, use_cache=False)
+        tensor(6.)
+    """
     parameters = inspect.signature(innermost(model).forward).parameters
-    names = {name for name in fields if name in parameters}
-    if not names and not _takes_any(parameters):
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    names = [name for name in fields if name in parameters]
+    if not names and not takes_any:
         first = fields["input_ids"] if "input_ids" in fields else next(iter(fields.values()))
         return model(first)
     if not names:
-        names = {name for name, value in fields.items() if isinstance(value, Tensor)}
-    accepted_options = {
-        name: value
-        for name, value in options.items()
-        if name in parameters or _takes_any(parameters)
-    }
-    return model(**{name: fields[name] for name in names}, **accepted_options)
+        names = [name for name, value in fields.items() if isinstance(value, Tensor)]
+    arguments = {name: fields[name] for name in names}
+    switches = {name for name in options if takes_any or name in parameters}
+    return model(**arguments, **{name: options[name] for name in switches})
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside torch.compile's and DDP's wrappers."""
+    """Return the model inside the wrappers of `torch.compile` and DistributedDataParallel.
+
+    Their `forward` takes anything, and their hooks and graphs are made for training. A PEFT model
+    is no such wrapper: it is the user's model.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 2)
+        >>> unwrapped(torch.compile(layer)) is layer
+        True
+    """
     if hasattr(model, "_orig_mod"):
         return unwrapped(model._orig_mod)
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -36,18 +66,21 @@ def unwrapped(model: Any) -> Any:
 
 
 def innermost(model: Any) -> Any:
-    """Return the model inside a PEFT model, else the model itself."""
+    """Return the Hugging Face model inside a PEFT model, else the model itself.
+
+    The inner model has the signature, the configuration and the named parts that a PEFT model
+    hides or passes on under other names. It is for reading: a call goes to the outer model.
+    """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
 
 
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
 def output_layer_of(model: nn.Module) -> nn.Module | None:
-    """Return the layer that makes a language model's logits, None where it names none."""
+    """Return the layer that makes a language model's logits, None where the model names none.
+
+    A Hugging Face model names the layer by `get_output_embeddings`.
+    """
     inner = innermost(model)
     if not hasattr(inner, "get_output_embeddings"):
         return None

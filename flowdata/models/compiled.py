@@ -1,9 +1,14 @@
-"""Compiled layers: one graph for all decoder layers and all shapes, where a job is long enough."""
+"""Compiling: a model's layers, and the head's sums, through `torch.compile`.
+
+This file holds all that the library knows of it: whether it pays, the block in which a model's
+layers are compiled, and the way back. Everything else asks here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +16,9 @@ from torch import nn
 
 from flowdata._common.notices import logger
 
-_GRAPHS = 64  # kinds of layers times kinds of shapes, before Dynamo gives up
+# Graphs of one layer's code before Dynamo gives up and runs it eagerly: kinds of layers (sliding
+# and full attention, …) times kinds of inputs. Its own limit of 8 is too low for both together.
+_GRAPHS = 64
 # Floating point operations from which compiling pays. Compiling takes about 30 seconds. Intel CPUs
 # with AMX score at about 3e11 a second in bfloat16 on two cores, and a tenth faster once
 # compiled (2,820 and 3,067 tokens/s on GSM8K): 240 seconds' worth of matrix products at 6e11.
@@ -31,7 +38,7 @@ def gains(dtype: torch.dtype, device: torch.device) -> bool:
 def pays(model: nn.Module, tokens: int) -> bool:
     """Return whether a job of so many tokens is long enough for compiling to save time.
 
-    A pure function of sizes, not of a timing: a resumed run must choose the same.
+    It depends on sizes and not on a timing, because a resumed run must choose the same.
     """
     return 2 * _size(model) * tokens > _PAYS_FROM
 
@@ -41,7 +48,8 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Compile a model's layers for a block, or the whole of a model that has none.
 
     All layers of a kind share one graph, with sizes left open. Where the machine can't compile,
-    they run as they are and the reason is logged.
+    they run as they are and the reason is logged. The caller's own compiled calls come back at the
+    end.
     """
     reason = _why_not()
     if reason:
@@ -62,20 +70,39 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether the model is inside `compiled_layers`, and not run eagerly after all."""
+    """Return whether a model's layers are compiled: inside `compiled_layers`, before `give_up`."""
     return all(region._compiled_call_impl is not None for region in _regions(model))
 
 
-def run_eagerly(model: nn.Module) -> None:
-    """Leave the block's compiled layers as they are written, for what remains of it."""
+def give_up(model: nn.Module, reason: str) -> None:
+    """Run a model's layers as they are written for the rest of the block, and log the reason."""
+    logger.warning("not compiling: %s", reason)
     for region in _regions(model):
         region._compiled_call_impl = None
 
 
+def as_written() -> AbstractContextManager[Any]:
+    """Run all code as it is written for a block, compiled layers and functions too."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+@functools.cache
+def one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of tensors compiled into one pass over them, for tensors of any sizes.
+
+    It is compiled at its first call, once for all models of the process.
+    """
+    return torch.compile(function, dynamic=True)
+
+
 def _regions(model: nn.Module) -> list[nn.Module]:
-    """A model's layers, the list of modules that holds most of its parameters; else the model."""
+    """What is compiled: the layers of the module list with the most parameters, else the model.
+
+    Layers of a kind share a graph, so that the time to compile doesn't grow with their number.
+    """
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=lambda each: sum(map(_size, each)), default=[]) or [model]
+    return max(lists, key=lambda layers: sum(map(_size, layers)), default=[]) or [model]
 
 
 def _size(module: nn.Module) -> int:
@@ -83,6 +110,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _why_not() -> str:
+    """Why this machine can't compile, "" if it can: told by compiling something small."""
     try:
         torch.compile(lambda values: values.sin() + 1, dynamic=True)(torch.ones(8))
     except Exception as error:  # no compiler, no headers, a full disk: whatever it is

@@ -1,4 +1,4 @@
-"""Copies between host and device that nothing waits for."""
+"""Tensors in nested containers: converting all of them, and copying them to a device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
+CPU = torch.device("cpu")  # where losses are kept, and where a model is unless it says otherwise
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch, any nesting of containers, with its tensors on a device."""
+    """Return a batch, any nesting of containers, with its tensors on a device.
+
+    The host doesn't wait for the copies: the device makes them before any work it is given later.
+    """
     return map_tensors(batch, partial(_to_device, device=device))
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
-        tensor = tensor.pin_memory()  # from other memory a copy waits for the device
+        # A GPU can copy on its own only from memory that the operating system will not move.
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
@@ -31,7 +35,12 @@ def map_floating(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """Return `value` with every tensor in its tuples, lists and mappings converted.
 
-    A container in which nothing changes is returned itself.
+    Named tuples and subclasses of dict keep their types, as a model's output and a tokenizer's
+    batch must. A container in which nothing changes is returned itself.
+
+    Example:
+        >>> map_tensors({"x": [torch.tensor(1)], "name": "a"}, lambda t: t + 1)
+        {'x': [tensor(2)], 'name': 'a'}
     """
     if isinstance(value, Tensor):
         return convert(value)
@@ -39,11 +48,12 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
         items = [map_tensors(item, convert) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        is_named_tuple = hasattr(value, "_fields")
+        return type(value)(*items) if is_named_tuple else type(value)(items)
     if isinstance(value, Mapping):
-        converted = {key: map_tensors(item, convert) for key, item in value.items()}
-        if all(new is value[key] for key, new in converted.items()):
+        entries = {key: map_tensors(item, convert) for key, item in value.items()}
+        if all(new is value[key] for key, new in entries.items()):
             return value
-        rebuild = isinstance(value, dict) and type(value) is not dict
-        return type(value)(**converted) if rebuild else converted
+        is_subclass = isinstance(value, dict) and type(value) is not dict
+        return type(value)(**entries) if is_subclass else entries
     return value

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from flowdata._common.notices import logger
-from flowdata.models.compiled import is_compiled, run_eagerly
-from flowdata.models.rope import longest_alike
+from flowdata.models.compiled import as_written, give_up, is_compiled
+from flowdata.models.rope import longest_as_loaded
 from flowdata.scoring.job import Job
 from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
@@ -76,8 +76,7 @@ def _language_way(job: Job, loss: str, options: PlanOptions, model: nn.Module) -
     *ways, (plainest, plain) = _ways(job, loss, options, model, pack=not why_padded)
     if compiled and (reason := disagreement(ways[0][1], plain, model, batch, job.dtype)):
         # The fastest way may fail on account of the compiled layers: it is tried without them.
-        logger.warning("not compiling: %s", reason)
-        run_eagerly(model)
+        give_up(model, reason)
         compiled = False
     for name, way in ways:
         reason = disagreement(way, plain, model, batch, job.dtype)
@@ -99,7 +98,7 @@ def _ways(
     job: Job, loss: str, options: PlanOptions, model: nn.Module, *, pack: bool
 ) -> list[tuple[str, Way]]:
     """The ways of language models, named, fastest first, the plainest last."""
-    prefix = job.prefix[: options.prefix][: longest_alike(model)]
+    prefix = job.prefix[: options.prefix][: longest_as_loaded(model)]
     # Packs are cut by lengths without the prefix. A pack whose samples don't share it after all is
     # larger than planned, and is run in slices. Without a prefix no pack is larger than planned.
     max_tokens = options.max_tokens if len(prefix) else None
@@ -125,7 +124,7 @@ def disagreement(way: Way, plain: Way, model: nn.Module, batch: Any, dtype: torc
         losses = way(model, batch).columns(token_losses=False)
     except Exception as error:  # whatever it is, another way may do without
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    with torch.compiler.set_stance("force_eager"):
+    with as_written():
         truth = plain(model, batch).columns(token_losses=False)
     if losses["count"].tolist() != truth["count"].tolist():
         return f"it counts {losses['count'].tolist()} targets, not {truth['count'].tolist()}"
@@ -162,7 +161,7 @@ def _describe_samples(
             parts.append(f"a prefix of {prefix:,} tokens run once ({saved:,} tokens saved)")
         if shared:
             parts.append(f"shared prompts run once (about {shared:,} tokens saved)")
-    if (longest := longest_alike(model)) is not None:
+    if (longest := longest_as_loaded(model)) is not None:
         parts.append(
             f"samples of over {longest:,} tokens one at a time (their rotary frequencies depend "
             "on the length)"

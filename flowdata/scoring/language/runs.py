@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, finish_logits, logit_options, read_head
-from flowdata.head.tiled import kernels, target_values
+from flowdata.head.output_layer import Head, finish_logits, kernels, logit_options, read_head
+from flowdata.head.tiled import target_values
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.hooks import Call, last_call, replaced_input
 from flowdata.scoring.language.work import Work

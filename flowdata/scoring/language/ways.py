@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdata.models.rope import loaded_frequencies, longest_alike
+from flowdata.models.rope import loaded_frequencies, longest_as_loaded
 from flowdata.models.tensors import CPU
 from flowdata.scoring.language.inputs import padded, rows_of
 from flowdata.scoring.language.packed import Packing
@@ -56,7 +56,7 @@ def ways_of(
     """
     *fast, (plain_name, plain) = runs_of(model, columns, compiled=compiled)
     whole, sliced = padded(loss), padded(loss, max_tokens)
-    longest = longest_alike(model)
+    longest = longest_as_loaded(model)
 
     def way(prepare: Prepare, run: Run) -> Way:
         alone = _one_by_one(_prepared(whole, run, device))
