@@ -93,5 +93,5 @@ def test_bad_input_and_a_missing_package_are_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         demo.run_demo(tmp_path / "demo.png", seeds=0)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "flowdata\[demo\]"'):
+    with pytest.raises(ImportError, match=r'pip install "flowdata-torch\[demo\]"'):
         demo.run_demo(tmp_path / "demo.png", seeds=1, progress=False)

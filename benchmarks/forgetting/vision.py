@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.utils.data import TensorDataset
 
-from examples.cifar_resnet20 import ASSETS, MEAN, STD, pretrained
-from flowdata.study.head_task import EXTRA, MAIN, HeadTask, Parts, Sizes, grids
-from flowdata.study.runs import run_study
+from benchmarks.forgetting.methods import ABLATIONS
+from benchmarks.forgetting.resnet20 import ASSETS, as_dataset, load_resnet20, read_images
+from flowdata.study import METHODS, HeadTask, Sizes, Split, grids, run_study
 
-__all__ = ["EXTRA", "MAIN", "QUICK_METHODS", "add_options", "study", "task"]
-
+MAIN, EXTRA = METHODS, ABLATIONS
+ALL = {**MAIN, **EXTRA}
 RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
 NOISY = "noisy_"
 QUICK_METHODS = MAIN
@@ -38,37 +35,53 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
             after ``noisy_``, a third of the training labels are shuffled.
         sizes: see there.
     """
-    folder = assets / "vision"
-    if not (folder / "cifar10_resnet20.safetensors").is_file():
-        raise SystemExit(f"{folder} holds no cifar10_resnet20.safetensors: see --assets")
-    old_test = _dataset(*(part[: sizes.test] for part in _file(folder / "cifar10_test_dev.npz")))
-    train, test = _arrays(folder, target.removeprefix(NOISY))
+    old, folder = load_resnet20(assets), assets / "vision"
+    old_test = as_dataset(
+        *(part[: sizes.test] for part in read_images(folder / "cifar10_test_dev.npz"))
+    )
+    pool, test = _arrays(folder, target.removeprefix(NOISY))
 
-    def split(seed: int) -> Parts:
-        order = np.random.default_rng(seed).permutation(len(train[1]))
-        ends = np.cumsum([sizes.images, sizes.validation])
-        if test is None:  # one pool: three fifths, one fifth, the rest
-            ends = np.minimum(ends, [len(order) * 3 // 5, len(order) * 4 // 5])
-        parts = np.split(order[: ends[1]], ends[:1])
-        chosen, validation = ((train[0][part], train[1][part]) for part in parts)
+    def split(seed: int) -> Split:
+        train, validation, rest = _cut(pool, sizes, seed, gives_test=test is None)
         if target.startswith(NOISY):
-            chosen = with_noise(chosen, seed)
-        learned = _dataset(*chosen)
-        rest = order[ends[1] :][: sizes.test]
-        held = (train[0][rest], train[1][rest]) if test is None else test
-        tested = _dataset(*(part[: sizes.test] for part in held))
-        return Parts(learned, learned, _dataset(*validation), tested)
+            train = with_noise(train, seed)
+        trained = as_dataset(*train)
+        tested = as_dataset(*(part[: sizes.test] for part in test or rest))
+        return Split(trained, trained, as_dataset(*validation), tested)
 
-    classes = int(train[1].max()) + 1
-    old = pretrained(folder / "cifar10_resnet20.safetensors")
-    return HeadTask(old, old_test, "CIFAR-10", classes, split, sizes)
+    classes = int(pool[1].max()) + 1
+    return HeadTask(
+        old,
+        old_test,
+        "CIFAR-10",
+        classes,
+        split,
+        sizes,
+        methods=ALL,
+        columns=("gradient_norm",),  # one of the ablations weighs by it
+    )
+
+
+def _cut(pool: Arrays, sizes: Sizes, seed: int, *, gives_test: bool) -> tuple[Arrays, ...]:
+    """What is trained on, what the rate is chosen by and what is measured, drawn by the seed.
+
+    Of a pool that must give the test as well at least a fifth is left for it.
+    """
+    images, labels = pool
+    order = np.random.default_rng(seed).permutation(len(labels))
+    ends = np.cumsum([sizes.images, sizes.validation])
+    if gives_test:
+        ends = np.minimum(ends, [len(order) * 3 // 5, len(order) * 4 // 5])
+    return tuple(
+        (images[part], labels[part]) for part in np.split(order[: ends[1] + sizes.test], ends)
+    )
 
 
 def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     """What to train on, and a test set if there is one apart."""
     if target == "fashion_mnist":
-        test = _file(folder / "fashion_mnist_test_dev.npz")
-        return _file(folder / "fashion_mnist_train.npz"), test
+        test = read_images(folder / "fashion_mnist_test_dev.npz")
+        return read_images(folder / "fashion_mnist_train.npz"), test
     if target == "digits":
         from sklearn.datasets import load_digits
 
@@ -77,7 +90,7 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     path = Path(target.partition("=")[2])
     if not path.is_file():
         raise SystemExit(f"target {target!r}: give fashion_mnist, digits or NAME=FILE.npz")
-    return _file(path), None
+    return read_images(path), None
 
 
 def with_noise(arrays: Arrays, seed: int) -> Arrays:
@@ -85,20 +98,6 @@ def with_noise(arrays: Arrays, seed: int) -> Arrays:
     images, labels = arrays[0], arrays[1].copy()
     labels[::3] = np.random.default_rng(seed).permutation(labels[::3])
     return images, labels
-
-
-def _file(path: Path) -> Arrays:
-    file = np.load(path)
-    return file["images"], file["labels"]
-
-
-def _dataset(images: Any, labels: Any) -> TensorDataset:
-    """Images as the network takes them: 32×32, three channels, its own normalisation."""
-    pixels = torch.from_numpy(images).float() / 255
-    pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
-    if pixels.shape[-1] != 32:
-        pixels = F.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
-    return TensorDataset((pixels - MEAN) / STD, torch.from_numpy(labels).long())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +123,6 @@ def study(options: argparse.Namespace) -> None:
             options.results / f"forgetting_{name}.jsonl",
             {"study": "vision", "target": name, **asdict(sizes)},
             task(options.assets, target, sizes).run,
-            methods=grids(options.methods, rates),
+            methods=grids(options.methods, rates, ALL),
             seeds=options.seeds or range(2 if options.quick else 5),
         )

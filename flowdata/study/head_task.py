@@ -1,40 +1,40 @@
-"""The recipe for a task with a head of its own, as one run of any method.
+"""A task with a head of its own, as the runs of a study: the recipe, by any method.
 
-It is the paper's: a new head is probed on the frozen body, its losses make the weights, head and
-body are fine-tuned, and the head is fitted once more on the fine-tuned body: for every method
-here, so that none has an advantage by it. The old task is measured with its own head and
-BatchNorm put back.
+All methods get the recipe's last step, the head fitted once more on the fine-tuned body, so that
+none has an advantage by it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flowdata.companions.batch_norm import batch_norm_state
-from flowdata.probe.features import compute_features
-from flowdata.probe.fit import fit_head
 from flowdata.scores import Scores
-from flowdata.scoring.scorer import LossScorer
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
-from flowdata.study.methods import ABLATIONS, METHODS
+from flowdata.study.methods import METHODS
+from flowdata.study.recipe import HeadRecipe
 from flowdata.study.runs import Record
+from flowdata.study.training import Method
 from flowdata.weights import effective_sample_size, resolve_temperature
-
-MAIN, EXTRA = METHODS, ABLATIONS
-ALL = {**MAIN, **EXTRA}
-_PROBE_STRENGTH = 1e-3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured in a run, and in which precision."""
+    """How much is trained and measured in a run, and in which precision.
+
+    Attributes:
+        images: of the new task that are trained on.
+        epochs: passes over them.
+        batch: images in one.
+        validation: images of the new task that the learning rate is chosen by.
+        test: images of each task that are measured.
+        dtype: ``"float32"`` or ``"bfloat16"``.
+    """
 
     images: int = 2500
     epochs: int = 4
@@ -44,8 +44,15 @@ class Sizes:
     dtype: str = "bfloat16"
 
 
-class Parts(NamedTuple):
-    """A task's data: what is trained on, the same without augmentation, and what is measured."""
+class Split(NamedTuple):
+    """A task's data sets, map-style, with samples (input, class).
+
+    Attributes:
+        train: what is trained on.
+        scored: the same samples without augmentation, for losses and heads.
+        validation: what the learning rate is chosen by.
+        test: what is measured.
+    """
 
     train: Any
     scored: Any
@@ -54,24 +61,29 @@ class Parts(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What all methods begin with under one seed: the probed network and what it scores."""
+    """What all methods begin with under one seed: the probed model, the data and the losses."""
 
     model: nn.Sequential
-    parts: Parts
+    split: Split
     scores: Scores
 
 
 class HeadTask:
-    """Runs a method on one task.
+    """Runs a method on one task; `run` is what `run_study` takes.
 
     Args:
         old: body, (B, …) → (B, D), and the head it was trained with, an `nn.Linear`.
         old_test: samples (input, class) of the old task.
         old_name: the old task's, for the records.
         classes: of the new task.
-        split: seed → `Parts` of the new task.
+        split: seed → the new task's data.
         sizes: see there.
-        workers: that load samples; 0 for data in memory.
+        workers: processes that load samples; 0 for data in memory.
+        methods: by the names that `run` takes.
+        columns: what methods need of the scores beside the losses, see `LossScorer`.
+
+    Raises:
+        TypeError: the old head is no `nn.Linear`.
     """
 
     def __init__(
@@ -80,69 +92,73 @@ class HeadTask:
         old_test: Any,
         old_name: str,
         classes: int,
-        split: Callable[[int], Parts],
+        split: Callable[[int], Split],
         sizes: Sizes,
+        *,
         workers: int = 0,
+        methods: Mapping[str, Method] = METHODS,
+        columns: Sequence[str] = (),
     ) -> None:
-        self.old, self.old_test, self.old_name = old, old_test, old_name
-        self.classes, self.split, self.sizes, self.workers = classes, split, sizes, workers
-        self.start = lru_cache(maxsize=8)(self._start)
+        body, head = old
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"old must end with an nn.Linear, got {type(head).__name__}")
+        self.new_head = partial(nn.Linear, head.in_features, classes, device=head.weight.device)
+        self.recipe = HeadRecipe(body, head, dtype=sizes.dtype, workers=workers)
+        self.old_test, self.old_name = old_test, old_name
+        self.split, self.sizes, self.methods, self.columns = split, sizes, methods, columns
+        self.start = lru_cache(maxsize=8)(self._start)  # all methods of a seed share it
 
     def _start(self, seed: int) -> Start:
-        parts, (body, old_head) = self.split(seed), self.old
-        assert isinstance(old_head, nn.Linear)  # `__init__` says so; mypy can't know
-        head = nn.Linear(old_head.in_features, self.classes, device=old_head.weight.device)
-        self._probe(body, head, parts.scored)
-        model = nn.Sequential(body, head)
-        scorer = LossScorer(model, "cross_entropy", columns=("gradient_norm",), progress=False)
-        return Start(model, parts, scorer.score(parts.scored, num_workers=self.workers))
+        split = self.split(seed)
+        model = self.recipe.probe(self.new_head(), split.scored)
+        return Start(model, split, self.recipe.score(model, split.scored, columns=self.columns))
 
     def run(self, name: str, rate: float, seed: int) -> Record:
         """Fine-tune by a method and measure accuracy, in %, on both tasks."""
-        start, method, sizes = self.start(seed), ALL[name], self.sizes
-        model = copy.deepcopy(start.model)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        start, method = self.start(seed), self.methods[name]
         weights = sample_weights(method, start.scores)
-        if method.trains:
-            fine_tune(
-                model,
-                start.parts.train,
-                weights,
-                method,
-                rate=rate,
-                seed=seed,
-                epochs=sizes.epochs,
-                batch=sizes.batch,
-                dtype=sizes.dtype,
-                workers=self.workers,
-            )
-            if _is_finite(model):  # else there is nothing to fit a head to
-                self._probe(model[0], model[1], start.parts.scored)
-        measure = partial(accuracy, model, dtype=sizes.dtype, workers=self.workers)
-        validation, target = measure(start.parts.validation), measure(start.parts.test)
-        model[0].load_state_dict(batch_norm_state(self.old[0]), strict=False)
-        model[1] = self.old[1]
+        train = partial(
+            self._train, start=start, weights=weights, method=method, rate=rate, seed=seed
+        )
+        model = self.recipe.fine_tune(
+            start.model, start.split.scored, train, head_again=method.trains
+        )
+        measure = partial(accuracy, dtype=self.sizes.dtype, workers=self.recipe.workers)
+        validation, target = (measure(model, d) for d in (start.split.validation, start.split.test))
+        retained = measure(self.recipe.old_model(model), self.old_test)
         return {
             "validation": validation,
             "target": {"accuracy": target},
-            "retained": {f"{self.old_name} accuracy": measure(self.old_test)},
+            "retained": {f"{self.old_name} accuracy": retained},
             "median_loss": resolve_temperature(start.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
             "effective_share": effective_sample_size(weights) / len(weights),
         }
 
-    def _probe(self, body: nn.Module, head: nn.Module, data: Any) -> None:
-        assert isinstance(head, nn.Linear)  # as `__init__` asks for
-        features, targets = compute_features(
-            body, data, dtype=self.sizes.dtype, num_workers=self.workers, progress=False
+    def _train(
+        self,
+        model: nn.Sequential,
+        *,
+        start: Start,
+        weights: Tensor,
+        method: Method,
+        rate: float,
+        seed: int,
+    ) -> None:
+        # The memory layout that convolutions are fastest in; a method that doesn't train is
+        # measured in it as well, so that all round alike.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not method.trains:
+            return
+        fine_tune(
+            model,
+            start.split.train,
+            weights,
+            method,
+            rate=rate,
+            seed=seed,
+            epochs=self.sizes.epochs,
+            batch=self.sizes.batch,
+            dtype=self.sizes.dtype,
+            workers=self.recipe.workers,
         )
-        fit_head(head, features, targets, strength=_PROBE_STRENGTH)
-
-
-def _is_finite(model: nn.Module) -> bool:
-    return all(tensor.isfinite().all() for tensor in model.state_dict().values())
-
-
-def grids(names: list[str], rates: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:
-    """Return the rates to try for each method; one that doesn't train has none."""
-    return {name: rates if ALL[name].trains else (0.0,) for name in names}
