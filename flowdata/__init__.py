@@ -6,6 +6,7 @@ w = exp(−loss / temperature), so that easy samples count more and the model dr
 """
 
 from flowdata._version import __version__ as __version__
+from flowdata.collator import WeightedCollator
 from flowdata.companions.anchor import ParameterAnchor
 from flowdata.companions.averaging import wise_ft
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
@@ -26,6 +27,7 @@ __all__ = [
     "ParameterAnchor",
     "ScoreMismatchError",
     "Scores",
+    "WeightedCollator",
     "causal_lm_loss",
     "effective_sample_size",
     "flow_weights",

@@ -1,4 +1,4 @@
-"""Denominators over accumulated batches and ranks: what `num_items` is, for any loop."""
+"""The denominator of an optimiser step, over all its batches and ranks: `num_items` of a loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class AccumulatedBatches:
     """A loader's batches with the `num_items` of the optimiser step they belong to.
 
     The batches of a step are fetched together and their items summed, over ranks as well if a
-    process group exists; the sum is divided by the number of ranks, because DDP and FSDP average
-    gradients over them. The parts' losses are then exact as they are: call backward on each, with
-    no division by the accumulation steps.
+    process group exists. The sum is divided by the number of ranks, because DDP and FSDP average
+    gradients over them. A batch's loss over `num_items` is then its exact part of the step's loss:
+    call backward on each, with no division by the accumulation steps.
 
     Args:
         loader: batches, on every rank the same number of them; its length, `set_epoch` and
@@ -61,10 +61,11 @@ class AccumulatedBatches:
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield each batch with its step's `num_items`, 0-d float32."""
         batches = iter(self.loader)
-        while together := list(islice(batches, self.steps)):
-            items = torch.stack([torch.as_tensor(self.count(b)).float() for b in together]).sum()
-            num_items = mean_over_ranks(items)
-            for batch in together:
+        # The first batch of a step needs the count of its last one: all of them are read ahead.
+        while step := list(islice(batches, self.steps)):
+            counts = [torch.as_tensor(self.count(batch)).float() for batch in step]
+            num_items = mean_over_ranks(torch.stack(counts).sum())
+            for batch in step:
                 yield batch, num_items
 
 
@@ -72,6 +73,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the ranks of the default process group, if there is one."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    on_device = value.cuda() if dist.get_backend() == "nccl" else value.clone()
-    dist.all_reduce(on_device)
-    return on_device / dist.get_world_size()
+    total = value.cuda() if dist.get_backend() == "nccl" else value.clone()  # NCCL knows GPUs alone
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

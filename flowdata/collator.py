@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class WeightedCollator:
-    """A collator whose batches keep their samples' weights.
+    """A collator whose batches keep the weights of their samples.
 
-    Samples of every layout of `FlowWeightedDataset` are understood: pairs become
-    (batch, weights), triples (inputs, targets, weights), and mappings a mapping with `key`.
-    The weights are (B,) float32; mappings may hold one for each token instead, (T,), which are
-    padded or joined just as the collator did with `input_ids`.
+    It takes samples of every layout of `FlowWeightedDataset`: pairs become (batch, weights),
+    triples (inputs, targets, weights), and mappings a mapping with `key`. The weights are (B,)
+    float32. A mapping may hold one weight for each token instead, (T,): these are padded or
+    joined just as the collator padded or joined `input_ids`.
 
     Args:
         collate_fn: the collator of the samples without weights, such as a Hugging Face one.
@@ -39,43 +39,34 @@ class WeightedCollator:
         self.collate_fn, self.key = collate_fn, key
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        """Return the collated batch with its weights; as it is where no sample has one."""
+        """Return the collated batch with its weights, or without any if no sample has one."""
         first = samples[0]
         if isinstance(first, Mapping):
-            return self._mappings(samples)
-        if isinstance(first, tuple | list) and len(first) in (2, 3) and is_weight(first[-1]):
-            weights = stack_weights([sample[-1] for sample in samples])
+            return self._collate_mappings(samples)
+        # A label may be a 0-d tensor, too, but an integer one: only a floating one is a weight.
+        if isinstance(first, tuple | list) and len(first) in (2, 3) and _is_weight(first[-1]):
+            weights = torch.stack([_as_weight(sample[-1]) for sample in samples])
             if len(first) == 2:
                 return self.collate_fn([sample[0] for sample in samples]), weights
             return (*self.collate_fn([tuple(sample[:2]) for sample in samples]), weights)
         return self.collate_fn(list(samples))
 
-    def _mappings(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        having = [self.key in sample for sample in samples]
-        if not any(having):
+    def _collate_mappings(self, samples: Sequence[Mapping[str, Any]]) -> Any:
+        has_weight = [self.key in sample for sample in samples]
+        if not any(has_weight):
             return self.collate_fn(list(samples))
-        if not all(having):
+        if not all(has_weight):
             raise ValueError(
-                f"sample {having.index(False)} of the batch has no {self.key!r}, others do; weigh "
-                "all of the data set's samples"
+                f"sample {has_weight.index(False)} of the batch has no {self.key!r}, others do; "
+                "weigh all of the data set's samples"
             )
-        plain = [{k: v for k, v in sample.items() if k != self.key} for sample in samples]
-        batch = self.collate_fn(plain)
-        weights = [torch.as_tensor(sample[self.key], dtype=torch.float32) for sample in samples]
+        unweighted = [{k: v for k, v in sample.items() if k != self.key} for sample in samples]
+        batch = self.collate_fn(unweighted)
+        weights = [_as_weight(sample[self.key]) for sample in samples]
         if weights[0].dim() == 0:
             return {**batch, self.key: torch.stack(weights)}
         tokens = [torch.as_tensor(sample["input_ids"]) for sample in samples]
         return {**batch, self.key: lay_along(weights, tokens, batch["input_ids"])}
-
-
-def is_weight(value: Any) -> bool:
-    """Whether a value is the weight of a sample: a 0-d floating tensor."""
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
-
-
-def stack_weights(weights: Sequence[Any]) -> Tensor:
-    """Return the (B,) float32 tensor of a batch's weights."""
-    return torch.stack([torch.as_tensor(weight, dtype=torch.float32) for weight in weights])
 
 
 def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor) -> Tensor:
@@ -87,7 +78,16 @@ def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor
         batch: the collated `input_ids`: (B, T) padded on either side, or (1, ΣT) joined.
 
     Raises:
-        ValueError: the numbers of weights and tokens differ, or the tokens are not found.
+        ValueError: a sample has more weights than tokens or fewer, or its tokens are not in the
+            batch as they were.
+
+    Example:
+        >>> import torch
+        >>> tokens = [torch.tensor([7, 8]), torch.tensor([9])]
+        >>> weights = [torch.tensor([0.1, 0.2]), torch.tensor([0.3])]
+        >>> lay_along(weights, tokens, torch.tensor([[7, 8], [0, 9]]))
+        tensor([[0.1000, 0.2000],
+                [0.0000, 0.3000]])
     """
     for number, (weight, ids) in enumerate(zip(weights, tokens, strict=True)):
         if weight.shape != ids.shape:
@@ -96,17 +96,28 @@ def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor
                 "tokens; cut both together (flowdata.token_weights.align_token_weights)"
             )
     if len(batch) == 1 and len(tokens) > 1:
+        # A single row of several samples is a joined one: it is looked at as one long sample.
         weights, tokens = [torch.cat(list(weights))], [torch.cat(list(tokens))]
-    laid = torch.zeros(batch.shape)
+    # A collator does not say on which side it padded, so the tokens are looked for at both ends.
+    token_weights = torch.zeros(batch.shape)
     for row, (weight, ids) in enumerate(zip(weights, tokens, strict=True)):
         width = len(ids)
         if torch.equal(batch[row, :width], ids):
-            laid[row, :width] = weight
+            token_weights[row, :width] = weight
         elif width <= batch.shape[1] and torch.equal(batch[row, batch.shape[1] - width :], ids):
-            laid[row, batch.shape[1] - width :] = weight
+            token_weights[row, batch.shape[1] - width :] = weight
         else:
             raise ValueError(
                 f"the collator changed the tokens of sample {row} of the batch, so its token "
                 "weights can't follow; truncate and mask in the data set, not in the collator"
             )
-    return laid
+    return token_weights
+
+
+def _is_weight(value: Any) -> bool:
+    """Return whether a value is the weight of a sample: a 0-d floating tensor."""
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _as_weight(value: Any) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32)

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from flowdata._common.unreadable import check_map_style
 from flowdata.errors import ScoreMismatchError
 from flowdata.scores import Missing, Scores, weights_of
-from flowdata.weights import Temperature, resolve_temperature
+from flowdata.weights import Normalize, Temperature, resolve_temperature, shape_weights
 
 Layout: TypeAlias = Literal["pair", "triple", "dict"]
 
@@ -23,25 +23,30 @@ class FlowWeightedDataset(Dataset[Any]):
     """A map-style data set whose samples come with their FLOW weight.
 
     Weights are 0-d float32 tensors, so that the default collation makes them a (B,) tensor; a
-    Python float would become float64. Nothing else of `dataset` is passed through: its other
-    methods would return samples without weights, so ask `.dataset` for them.
+    Python float would become float64. Other methods of `dataset` would return samples without
+    weights: they do not show through, so call them on `.dataset`.
 
     Args:
         dataset: map-style, N samples: a PyTorch data set, a Hugging Face one, a list.
         scores_or_weights: the data set's `Scores`, or (N,) floating weights >= 0, or, for a
             `ConcatDataset`, a list of them, one for each of its parts.
         temperature: as in `resolve_temperature`; of each part by itself where there are
-            several (`joint_temperature` gives one for all). Only scores use it.
+            several (`joint_temperature` gives one for all). Only scores use it: weights are
+            taken as they are.
         layout: ``"pair"`` yields (sample, weight); ``"triple"`` turns a sample (input, target)
             into (input, target, weight); ``"dict"`` adds the weight to a mapping under `key`.
         key: the weight's name under ``layout="dict"``.
         missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"`` for weight 0.
+        normalize: ``"mean"`` divides the weights, given ones included, by the mean of them all,
+            so that a learning rate tuned for the unweighted loss keeps its scale.
+        max_weight: caps the weights, given ones included, after normalising.
 
     Raises:
         TypeError: `dataset` is a stream (use `FlowWeightedIterable`), there are several scores
             but no `ConcatDataset`, or a sample does not fit the layout.
         ScoreMismatchError: the scores or weights are of another length or another data set.
-        ValueError: unusable weights, temperature, layout, or a sample that has `key` already.
+        ValueError: the weights, `temperature`, `layout`, `missing`, `normalize` or `max_weight`
+            are unusable, or a sample has `key` already.
 
     Example:
         >>> import torch
@@ -62,6 +67,8 @@ class FlowWeightedDataset(Dataset[Any]):
         layout: Layout = "pair",
         key: str = "weight",
         missing: Missing = "raise",
+        normalize: Normalize = "none",
+        max_weight: float | None = None,
     ) -> None:
         if isinstance(dataset, Scores):
             raise TypeError("dataset comes first, then scores_or_weights; got Scores as dataset")
@@ -70,7 +77,13 @@ class FlowWeightedDataset(Dataset[Any]):
         if layout == "dict" and key in (getattr(dataset, "column_names", None) or ()):
             raise ValueError(_collision(key))
         _check_match(dataset, scores_or_weights)
-        weights = gather_weights(scores_or_weights, temperature=temperature, missing=missing)
+        weights = gather_weights(
+            scores_or_weights,
+            temperature=temperature,
+            missing=missing,
+            normalize=normalize,
+            max_weight=max_weight,
+        )
         if len(weights) != len(dataset):
             raise ScoreMismatchError(
                 f"scores_or_weights holds {len(weights)} weights, the data set {len(dataset)} "
@@ -89,7 +102,7 @@ class FlowWeightedDataset(Dataset[Any]):
         if not -len(self) <= position < len(self):
             raise IndexError(f"index {position} of a data set of {len(self)} samples")
         position %= len(self)
-        # A clone: a view would take the whole weights along to another process.
+        # A clone, since a view that is sent to another process takes all N weights along.
         return self._attach(self.dataset[position], self.weights[position].clone())
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
@@ -98,7 +111,8 @@ class FlowWeightedDataset(Dataset[Any]):
             samples = self.dataset.__getitems__(indices)
         else:
             samples = [self.dataset[index] for index in indices]
-        # Gathered by numpy, which is faster at lists; views of this batch's weights alone.
+        # NumPy gathers by a list faster than torch does. Its result is a copy, so that the
+        # views below hold the weights of this batch alone.
         weights = torch.from_numpy(self.weights.numpy()[indices]).unbind()
         return [self._attach(s, weight) for s, weight in zip(samples, weights, strict=True)]
 
@@ -126,17 +140,32 @@ def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "medi
 
 
 def gather_weights(
-    scores_or_weights: Any, *, temperature: Temperature = "median", missing: Missing = "raise"
+    scores_or_weights: Any,
+    *,
+    temperature: Temperature = "median",
+    missing: Missing = "raise",
+    normalize: Normalize = "none",
+    max_weight: float | None = None,
 ) -> Tensor:
-    """Return `weights_of` one data set, or of several one after another, as (N,) floating."""
-    if not is_several(scores_or_weights):
-        return weights_of(scores_or_weights, temperature=temperature, missing=missing)
-    parts = [weights_of(s, temperature=temperature, missing=missing) for s in scores_or_weights]
-    return torch.cat(parts)
+    """Return the weights of one data set, or of several one after another, as (N,) floating.
+
+    The temperature is of each data set by itself, and for its scores alone. Normalising and
+    capping concern all weights together, those that the user gives included: they are the last
+    step, and the ratios between data sets stay as they are.
+    """
+    if is_several(scores_or_weights):
+        parts = [weights_of(s, temperature=temperature, missing=missing) for s in scores_or_weights]
+        weights = torch.cat(parts)
+    else:
+        weights = weights_of(scores_or_weights, temperature=temperature, missing=missing)
+    return shape_weights(weights, normalize=normalize, max_weight=max_weight)
 
 
 def is_several(scores_or_weights: Any) -> bool:
-    """Whether these are the scores or weights of several data sets: a list of them."""
+    """Return whether these are the scores or weights of several data sets, as a list of them.
+
+    A list of numbers is the weights of one data set.
+    """
     return (
         isinstance(scores_or_weights, list | tuple)
         and len(scores_or_weights) > 0
@@ -145,7 +174,11 @@ def is_several(scores_or_weights: Any) -> bool:
 
 
 def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
-    """Return the function (sample, weight) -> sample with weight of a layout."""
+    """Return the function that attaches a weight to a sample as a layout says.
+
+    It is a function of this module, or a `partial` of one, so that loaders can pickle it for
+    their workers.
+    """
     if layout == "pair":
         return _pair
     if layout == "triple":
@@ -185,29 +218,31 @@ def _collision(key: str) -> str:
 
 
 def _check_match(dataset: Any, scores_or_weights: Any) -> None:
-    """Check scores against the data set they are to weigh, or against its parts."""
+    """Check scores against the data set that they are to weigh, or against its parts."""
     if isinstance(scores_or_weights, Scores):
         scores_or_weights.check_dataset(dataset)
-    elif is_several(scores_or_weights) and not isinstance(dataset, ConcatDataset):
-        if any(isinstance(part, Scores) for part in scores_or_weights):
-            raise TypeError(
-                "a list of scores is for a torch.utils.data.ConcatDataset of the data sets that "
-                f"they were made from, got {type(dataset).__name__}; pass one Scores alone, or "
-                "their weights()"
-            )
-    elif is_several(scores_or_weights):
-        if len(scores_or_weights) != len(dataset.datasets):
+    elif is_several(scores_or_weights) and isinstance(dataset, ConcatDataset):
+        _check_parts(dataset.datasets, scores_or_weights)
+    elif is_several(scores_or_weights) and any(isinstance(s, Scores) for s in scores_or_weights):
+        raise TypeError(
+            "a list of scores is for a torch.utils.data.ConcatDataset of the data sets that "
+            f"they were made from, got {type(dataset).__name__}; pass one Scores alone, or "
+            "their weights()"
+        )
+
+
+def _check_parts(parts: Sequence[Any], several: Sequence[Any]) -> None:
+    """Check the scores or weights of each part of a concatenation against that part."""
+    if len(several) != len(parts):
+        raise ScoreMismatchError(
+            f"{len(several)} scores for {len(parts)} concatenated data sets; pass one for each, in "
+            "their order"
+        )
+    for number, (part, scores) in enumerate(zip(parts, several, strict=True)):
+        if isinstance(scores, Scores):
+            scores.check_dataset(part)
+        elif len(scores) != len(part):
             raise ScoreMismatchError(
-                f"{len(scores_or_weights)} scores for {len(dataset.datasets)} concatenated data "
-                "sets; pass one for each, in their order"
+                f"scores_or_weights[{number}] holds {len(scores)} weights, part {number} of "
+                f"the data set {len(part)} samples"
             )
-        for number, (part, scores) in enumerate(
-            zip(dataset.datasets, scores_or_weights, strict=True)
-        ):
-            if isinstance(scores, Scores):
-                scores.check_dataset(part)
-            elif len(scores) != len(part):
-                raise ScoreMismatchError(
-                    f"scores_or_weights[{number}] holds {len(scores)} weights, part {number} of "
-                    f"the data set {len(part)} samples"
-                )

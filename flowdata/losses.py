@@ -1,29 +1,40 @@
 """Weighted training losses: Σ weight · loss over a stated denominator.
 
-Arithmetic is float32 inside (float64 stays float64), whatever autocast does around it; nothing
-here waits for the device, and everything compiles without graph breaks. A sample of weight 0
-takes no part, even if its loss is NaN: it is left out, not multiplied by 0.
+Inside, the arithmetic is float32 (float64 stays float64), whatever autocast does around it.
+`weighted_mean` and `causal_lm_loss` never wait for the device and compile without graph breaks.
+A sample of weight 0 takes no part, even if its loss is NaN: it is left out, not multiplied by 0.
 
 `num_items` makes a loss exact when one optimiser step is spread over accumulated batches or
-ranks: it is the denominator of the *whole* step (`count_items` of every batch, summed), divided by
-the number of ranks if gradients are averaged over them, as DDP and FSDP do. Losses of the parts
-are then summed, not averaged: backward() on each, with no division by the accumulation steps.
-`flowdata.accumulation.AccumulatedBatches` does that bookkeeping for any loop.
+ranks. It is the denominator of the *whole* step (`count_items` of every batch, summed), divided by
+the number of ranks if gradients are averaged over them, as DDP and FSDP do. The losses of the
+parts are then summed, not averaged: call backward() on each, with no division by the number of
+accumulated batches. `flowdata.accumulation.AccumulatedBatches` does that bookkeeping for any loop.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata.head.cross_entropy import cross_entropies
 from flowdata.head.fused_loss import head_losses, weighted_head_loss
-from flowdata.targets.labels import next_tokens
+from flowdata.targets.labels import IGNORE_INDEX, next_tokens
+from flowdata.targets.target_weights import (
+    Normalize,
+    check_normalize,
+    count_items,
+    target_weights,
+)
 from flowdata.token_weights import TokenRule, rule_weights
 
-Normalize: TypeAlias = Literal["count", "weights"]
+__all__ = [
+    "Normalize",
+    "causal_lm_loss",
+    "count_items",
+    "fused_causal_lm_loss",
+    "target_weights",
+    "weighted_mean",
+]
 
 
 def weighted_mean(
@@ -59,25 +70,9 @@ def weighted_mean(
         >>> weighted_mean(losses, torch.tensor([1.0, 0.5, 0.0]))
         tensor(0.8333)
     """
-    _check_normalize(normalize)
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
-    if not losses.is_floating_point():
-        raise TypeError(f"losses must be floating, got dtype {losses.dtype}")
-    if losses.dim() == 0:
-        raise ValueError(
-            "losses must hold one loss per weight, got a 0-d tensor: a model's own `.loss` is "
-            "already averaged and can't be weighted; pass the per-sample losses "
-            "(reduction='none'), or use flowdata.causal_lm_loss(outputs.logits, labels, weights)"
-        )
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
-    if losses.shape != weights.shape:
-        raise ValueError(
-            f"weights must have the shape of losses, {tuple(losses.shape)}, "
-            f"got {tuple(weights.shape)}; nothing is broadcast"
-        )
-    losses = losses.to(_compute_dtype(losses))
+    check_normalize(normalize)
+    _check_losses(losses, weights)
+    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     weights = weights.to(losses)
     if num_items is None:
         num_items = weights.sum() if normalize == "weights" else float(losses.numel())
@@ -92,7 +87,7 @@ def causal_lm_loss(
     normalize: Normalize = "count",
     num_items: float | Tensor | None = None,
     token_rule: TokenRule | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Return the weighted next-token cross-entropy, Σ wℓ over the target tokens / denominator.
 
@@ -128,22 +123,25 @@ def causal_lm_loss(
         >>> causal_lm_loss(logits, labels, torch.tensor([1.0, 0.5]))  # log(4) * (2 + 0.5) / 3
         tensor(1.1552)
     """
-    _check_normalize(normalize)
+    check_normalize(normalize)
     _check_labels(logits, labels, "logits (B, T, V)")
     labels = labels.to(logits.device)
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     targets = next_tokens(labels, ignore_index).flatten()
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # nothing to wait for
+    # Only the host can look at the labels without waiting for a device, and a compiled graph
+    # would break at the look.
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(targets[targets != ignore_index], logits.shape[-1])
-    losses = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits.reshape(-1, logits.shape[-1]),
-        torch.where(targets == ignore_index, 0, targets),
+    # Positions without a target are scored on class 0 and left out by their weight of 0: picking
+    # the others would give a shape that the host has to wait for.
+    losses = cross_entropies(
+        logits.reshape(-1, logits.shape[-1]), torch.where(targets == ignore_index, 0, targets)
     )
     token_weights = token_weights.to(losses)
     if token_rule is not None:
-        token_weights = token_weights * _ruled(token_rule, losses, token_weights != 0)
+        token_weights = token_weights * rule_weights(token_rule, losses, token_weights != 0)
     if num_items is None:
-        num_items = _own_items(labels, token_weights, normalize, ignore_index)
+        num_items = _count_batch(labels, token_weights, normalize, ignore_index)
     return _divide(_weighted_sum(losses, token_weights), num_items)
 
 
@@ -158,15 +156,15 @@ def fused_causal_lm_loss(
     token_rule: TokenRule | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Return `causal_lm_loss` of head(hidden_states) without ever holding the logits.
 
-    Positions without a target or of weight 0 never reach the head; finding the others is the
-    one point where an accelerator is waited for. Gradients are made along with the loss, so the
-    work is that of the full logits, in tiles of 128 MiB; a `token_rule` takes one more pass
-    through the head. On CUDA the same tiles run there; Liger's
-    fused loss is not used, as its ``reduction="none"`` gradients assume weights of 1.
+    Positions without a target or of weight 0 never reach the head; to find the others is the only
+    time that an accelerator is waited for. The gradients are made along with the loss, so the work
+    is that of the full logits, in tiles of 128 MiB; a `token_rule` takes one more pass through the
+    head. CUDA devices run the same tiles: Liger's fused loss is not used, because its gradients
+    under ``reduction="none"`` assume weights of 1.
 
     Args:
         hidden_states: (B, T, d) floating: what the model hands to its head.
@@ -196,148 +194,67 @@ def fused_causal_lm_loss(
         >>> round(loss.item(), 4)
         1.1552
     """
-    _check_normalize(normalize)
+    check_normalize(normalize)
     _check_labels(hidden_states, labels, "hidden_states (B, T, d)")
     _check_head(head)
     labels = labels.to(hidden_states.device)
     targets = next_tokens(labels, ignore_index).flatten()
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
-    kept = ((targets != ignore_index) & (token_weights != 0)).nonzero().flatten()
-    hidden, targets = hidden_states.flatten(0, 1)[kept], targets[kept]
+    positions = ((targets != ignore_index) & (token_weights != 0)).nonzero().flatten()
+    hidden, targets = hidden_states.flatten(0, 1)[positions], targets[positions]
     _check_targets(targets, getattr(head, "out_features", None))
-    token_weights = token_weights[kept]
+    token_weights = token_weights[positions]
     if token_rule is not None:
         losses = head_losses(hidden, head, targets, softcap=softcap, logit_scale=logit_scale)
-        token_weights = token_weights * _ruled(token_rule, losses, token_weights != 0)
+        token_weights = token_weights * rule_weights(token_rule, losses, token_weights != 0)
     if num_items is None:
-        num_items = _own_items(labels, token_weights, normalize, ignore_index)
+        num_items = _count_batch(labels, token_weights, normalize, ignore_index)
+    # The gradients are made in the forward pass, so the denominator has to be known before it:
+    # each loss gets its final coefficient, weight / num_items.
     coefficients = _divide(token_weights, num_items)
     return weighted_head_loss(
         hidden, head, targets, coefficients, softcap=softcap, logit_scale=logit_scale
     )
 
 
-def count_items(
-    labels: Tensor,
-    weights: Tensor | None = None,
-    *,
-    normalize: Normalize = "count",
-    ignore_index: int = -100,
-) -> Tensor:
-    """Return what `causal_lm_loss` divides by: target tokens, or the sum of their weights.
-
-    Sum it over the batches (and ranks) of one optimiser step to get `num_items`.
-
-    Args:
-        labels: (B, T) int64, unshifted.
-        weights: None, (B,) or (B, T), as for `causal_lm_loss`.
-        normalize: ``"count"`` or ``"weights"``.
-        ignore_index: the label that marks positions without a target.
-
-    Returns:
-        0-d, int64 for ``"count"`` and floating for ``"weights"``.
-
-    Example:
-        >>> import torch
-        >>> count_items(torch.tensor([[5, 6, 7], [-100, -100, 8]]))
-        tensor(3)
-    """
-    _check_normalize(normalize)
-    if normalize == "count":
-        return (labels[:, 1:] != ignore_index).sum()
-    return target_weights(labels, weights, ignore_index=ignore_index).sum()
-
-
-def target_weights(
-    labels: Tensor, weights: Tensor | None = None, *, ignore_index: int = -100
-) -> Tensor:
-    """Return the weight of what each position predicts, (B, T) floating; 0 where nothing is.
-
-    Args:
-        labels: (B, T) int64, unshifted.
-        weights: None for all ones, (B,) per sequence or (B, T) per label.
-        ignore_index: the label that marks positions without a target.
-
-    Raises:
-        ValueError: `weights` has another shape.
-    """
-    is_target = next_tokens(labels, ignore_index) != ignore_index
-    if weights is None:
-        return is_target.to(torch.float32)
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
-    weights = weights.to(labels.device, _compute_dtype(weights))
-    if weights.shape == labels.shape[:1]:
-        moved = weights[:, None]
-    elif weights.shape == labels.shape:
-        moved = F.pad(weights[:, 1:], (0, 1))
-    else:
-        raise ValueError(
-            f"weights must be (B,) = {tuple(labels.shape[:1])}, one per sequence, or (B, T) = "
-            f"{tuple(labels.shape)}, one per label; got {tuple(weights.shape)}"
-        )
-    return torch.where(is_target, moved, 0.0)
-
-
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    """Σ wℓ, without what weighs 0: 0 · NaN is NaN, in the sum and in its gradient."""
+    """Return Σ wℓ over the losses whose weight is not 0."""
+    # 0 · NaN is NaN, in the sum as in its gradient: a bad loss of weight 0 is replaced beforehand.
     return (torch.where(weights == 0, 0.0, losses) * weights).sum()
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropies of (n, V) logits and (n,) targets, exact and cheap where weights follow.
-
-    Against `F.cross_entropy`: rows whose loss is not used get a gradient of 0 even if their
-    logits are NaN, and one buffer of the logits' size is made in each direction, not two.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        columns = targets[:, None]
-        values = logits.to(_compute_dtype(logits))
-        log_sums = values.logsumexp(1)
-        ctx.save_for_backward(logits, log_sums, columns)
-        return log_sums - values.gather(1, columns).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, log_sums, columns = ctx.saved_tensors
-        factors = gradients[0][:, None]
-        values = logits.to(log_sums.dtype)
-        if torch.is_grad_enabled():  # create_graph=True: somebody differentiates this again
-            scaled = (values.softmax(1) * factors).scatter_add(1, columns, -factors)
-            return scaled.masked_fill(factors == 0, 0.0).to(logits.dtype), None
-        scaled = (values - log_sums[:, None]).exp_().mul_(factors)
-        scaled.scatter_add_(1, columns, -factors)
-        return scaled.masked_fill_(factors == 0, 0.0).to(logits.dtype), None
-
-
-def _ruled(rule: TokenRule, losses: Tensor, takes_part: Tensor) -> Tensor:
-    """A rule's weights, 0 where nothing takes part: there the rule may have made anything."""
-    return torch.where(takes_part, rule_weights(rule, losses, takes_part), 0.0)
-
-
-def _own_items(labels: Tensor, token_weights: Tensor, normalize: str, ignore_index: int) -> Tensor:
+def _count_batch(
+    labels: Tensor, token_weights: Tensor, normalize: str, ignore_index: int
+) -> Tensor:
+    """Return the denominator of this batch alone, for a step that has no other."""
     if normalize == "weights":
         return token_weights.sum()
     return count_items(labels, ignore_index=ignore_index)
 
 
 def _divide(total: Tensor, num_items: float | Tensor) -> Tensor:
-    """total / num_items, and 0 where there is nothing to divide by."""
+    """Return total / num_items; a denominator of 0 counts as 1, as a sum over no items is 0."""
     items = torch.as_tensor(num_items, dtype=total.dtype, device=total.device)
     return total / torch.where(items == 0, 1.0, items)
 
 
-def _compute_dtype(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
-
-
-def _check_normalize(normalize: str) -> None:
-    if normalize not in ("count", "weights"):
+def _check_losses(losses: Tensor, weights: Tensor) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
+    if not losses.is_floating_point():
+        raise TypeError(f"losses must be floating, got dtype {losses.dtype}")
+    if losses.dim() == 0:
         raise ValueError(
-            f"normalize must be 'count' (the paper: divide by their number) or 'weights' "
-            f"(divide by the sum of the weights), got {normalize!r}"
+            "losses must hold one loss per weight, got a 0-d tensor: a model's own `.loss` is "
+            "already averaged and can't be weighted; pass the per-sample losses "
+            "(reduction='none'), or use flowdata.causal_lm_loss(outputs.logits, labels, weights)"
+        )
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
+    if losses.shape != weights.shape:
+        raise ValueError(
+            f"weights must have the shape of losses, {tuple(losses.shape)}, "
+            f"got {tuple(weights.shape)}; nothing is broadcast"
         )
 
 

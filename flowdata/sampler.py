@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import operator
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,24 +11,16 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from flowdata._common.random_draws import (
-    CumulativeWeights,
-    Ints,
-    KeyedPermutation,
-    chunks,
-    gumbel_top_k,
-    multinomial_points,
-    sum_of,
-    systematic_offset,
-    systematic_points,
-)
+from flowdata._common.epoch_orders import EpochOrders
+from flowdata._common.notices import logger
+from flowdata._common.random_draws import sum_of
+from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata.dataset import gather_weights
 from flowdata.scores import Missing
-from flowdata.weights import Temperature, effective_sample_size
+from flowdata.weights import Normalize, Temperature, effective_sample_size
 
 Method: TypeAlias = Literal["systematic", "multinomial"]
 
-_VERSION = 1  # of the order and of state_dict; an order that changes needs another number
 _BLOCK = 1 << 13  # indices drawn at a time: arrays of this size stay in a core's cache
 _FEW = 0.1  # share of the samples below which the effective sample size is called small
 
@@ -80,9 +69,13 @@ class FlowSampler(DistributedSampler[int]):
         method: with replacement. ``"systematic"``: a sample is drawn within one of
             num_samples · w / Σw times. ``"multinomial"``: independent draws, as in
             `WeightedRandomSampler`, of a higher variance.
-        temperature: as in `resolve_temperature`, of each of several scores by itself; weights
-            are taken as they are.
+        temperature: as in `resolve_temperature`, of each of several scores by itself. Only
+            scores use it: weights are taken as they are.
         missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, never drawn.
+        normalize: ``"mean"`` divides the weights by their mean. Draws depend on the ratios of
+            weights alone, so that this changes nothing but what `max_weight` caps.
+        max_weight: caps the weights, after normalising, and with them the draws of the heaviest
+            samples.
         num_replicas: ranks that share the order; those of the process group by default, or 1.
         rank: this one among them; likewise.
         seed: >= 0, the same on every rank.
@@ -99,6 +92,12 @@ class FlowSampler(DistributedSampler[int]):
         [0, 0, 2, 3]
     """
 
+    # Where the sampler stands, in global positions:
+    _start: int  # where the next pass begins
+    _pass_start: int  # where the current pass began, or the last one
+    _next: int  # the first position that was in no block yet
+    _block: Iterator[int]  # indices that are drawn, and not handed out yet
+
     def __init__(
         self,
         scores_or_weights: Any,
@@ -108,6 +107,8 @@ class FlowSampler(DistributedSampler[int]):
         method: Method = "systematic",
         temperature: Temperature = "median",
         missing: Missing = "raise",
+        normalize: Normalize = "none",
+        max_weight: float | None = None,
         num_replicas: int | None = None,
         rank: int | None = None,
         seed: int = 0,
@@ -120,45 +121,29 @@ class FlowSampler(DistributedSampler[int]):
             )
         if method not in ("systematic", "multinomial"):
             raise ValueError(f"method must be 'systematic' or 'multinomial', got {method!r}")
-        weights = gather_weights(scores_or_weights, temperature=temperature, missing=missing)
+        num_replicas, rank = _ranks_of_group(num_replicas, rank)
+        check_rank(rank, num_replicas)
+        weights = gather_weights(
+            scores_or_weights,
+            temperature=temperature,
+            missing=missing,
+            normalize=normalize,
+            max_weight=max_weight,
+        )
         self.weights = weights.cpu().numpy()
-        total = sum_of(self.weights)
-        if not 0 < total < float("inf"):
-            raise ValueError(
-                f"weights sum to {total:g}; "
-                + ("scale them down" if total else "at least one must be positive")
-            )
-        num_samples = len(weights) if num_samples is None else num_samples
-        if not _is_integer(num_samples):
-            raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
-        num_samples = int(num_samples)
-        if not 0 < num_samples < 2**31:
-            raise ValueError(f"num_samples must lie between 1 and 2^31 - 1, got {num_samples}")
-        if not replacement and num_samples > (drawable := np.count_nonzero(self.weights)):
-            raise ValueError(
-                f"num_samples is {num_samples}, but without replacement only the {drawable} of "
-                f"{len(weights)} samples with a positive weight can be drawn; ask for no more, or "
-                "pass replacement=True"
-            )
-        grouped = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if grouped else 1
-        if rank is None:
-            rank = dist.get_rank() if grouped else 0
-        if not _is_integer(num_replicas) or num_replicas < 1:
-            raise ValueError(f"num_replicas must be a positive integer, got {num_replicas!r}")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(
-                f"rank must lie between 0 and num_replicas - 1 = {num_replicas - 1}, got {rank}"
-            )
-        super().__init__(range(num_samples), num_replicas, rank, True, seed, drop_last)  # type: ignore[arg-type]
-        self.num_samples = self.total_size = num_samples
-        self.seed = _natural("seed", seed)
+        self._orders = EpochOrders(
+            self.weights,
+            len(weights) if num_samples is None else num_samples,
+            method if replacement else "gumbel_top_k",
+            check_natural("seed", seed),
+        )
+        count = self._orders.num_samples
+        super().__init__(range(count), num_replicas, rank, True, seed, drop_last)  # type: ignore[arg-type]
+        self.num_samples = self.total_size = count
+        self.seed = self._orders.seed
         self.replacement = replacement
         self.method: Method = method
-        self._table = CumulativeWeights(self.weights) if replacement else None
-        self._start = self._pass_start = self._next = 0
-        self._block: Iterator[int] = iter(())
+        self._rewind(0)
 
     def __len__(self) -> int:
         """Return the number of indices that this rank's next pass yields."""
@@ -167,14 +152,16 @@ class FlowSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Iterate over this rank's indices; the first pass after loading a state goes on there."""
         start = self._start
-        if start == self.num_samples:  # a finished epoch is over once, not for ever
+        if start == self.num_samples:
+            # The state that was loaded stands at the end of its epoch, so that this pass is
+            # empty. The next one is whole, even if the loop asks this one for no index.
             self._start = 0
         return self._iterate(start)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, whose order begins anew unless it is the current one already."""
         if epoch != self.epoch:
-            self.epoch = _natural("epoch", epoch)
+            self.epoch = check_natural("epoch", epoch)
             self._rewind(0)
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
@@ -192,15 +179,16 @@ class FlowSampler(DistributedSampler[int]):
             ValueError: more were consumed than handed out in a whole pass.
         """
         if consumed is None:
+            # Each index that is left of the block stands for one position on every rank.
             position = self._next - self.num_replicas * operator.length_hint(self._block)
         else:
             whole = len(self._positions(self._pass_start))
-            consumed = _natural("consumed", consumed)
-            if not 0 <= consumed <= whole:
+            consumed = check_natural("consumed", consumed)
+            if consumed > whole:
                 raise ValueError(f"consumed must lie between 0 and {whole}, got {consumed}")
             position = self._pass_start + self.num_replicas * consumed
         position = min(position, self.num_samples)
-        return {**self._identity(), "epoch": self.epoch, "position": position}
+        return {**self._orders.identity, "epoch": self.epoch, "position": position}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on, at the next pass, where a sampler with the same weights and options stood.
@@ -209,83 +197,71 @@ class FlowSampler(DistributedSampler[int]):
             TypeError, ValueError: not a state, or one of other weights, options or another
                 version; the sampler then stays as it was.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(
-                "state_dict must be what FlowSampler.state_dict returned, got "
-                f"{type(state_dict).__name__}"
-            )
-        for name, own in self._identity().items():
-            if name not in state_dict or state_dict[name] != own:
-                raise ValueError(
-                    f"state_dict has {name}={state_dict.get(name)!r}, this sampler {own!r}: it was "
-                    "saved by another sampler. Build this one with the same weights and options, "
-                    "or start the epoch anew"
-                )
-        epoch = _natural("state_dict['epoch']", state_dict.get("epoch"))
-        position = _natural("state_dict['position']", state_dict.get("position"))
+        check_state(
+            state_dict,
+            self._orders.identity,
+            maker="FlowSampler",
+            what="sampler",
+            remedy="Build this one with the same weights and options, or start the epoch anew",
+        )
+        epoch = check_natural("state_dict['epoch']", state_dict.get("epoch"))
+        position = check_natural("state_dict['position']", state_dict.get("position"))
         if position > self.num_samples:
             raise ValueError(f"state_dict['position'] is {position} of {self.num_samples} draws")
         if position == self.num_samples and epoch < self.epoch:
-            return  # set_epoch has moved on from the epoch that the state ends
+            # The state ends an epoch that is over: `set_epoch` has chosen a later one already.
+            # Loaders that restore late, within their first pass, load such states.
+            return
         self.epoch = epoch
         self._rewind(position)
 
-    def explain(self) -> dict[str, float]:
-        """Return what an epoch will look like; warn where few samples carry it.
+    def summary(self) -> dict[str, float]:
+        """Return the figures that describe an epoch.
 
         Returns:
             ``effective_sample_size``: (Σw)² / Σw², between 1 and N.
-            ``expected_distinct_share``: expected share of the N samples that are seen.
+            ``expected_distinct_share``: expected share of the N samples that are drawn at all.
             ``largest_repeat``: expected draws of the heaviest sample.
             ``mean_weight``: Σw / N, the ratio of Σwℓ / N (the paper's loss) to the Σwℓ / Σw that
             resampling estimates: multiply the learning rate by it to compare the two.
+
+        Example:
+            >>> import torch
+            >>> FlowSampler(torch.tensor([2.0, 0.0, 1.0, 1.0])).summary()["largest_repeat"]
+            2.0
         """
         count = len(self.weights)
-        mean = sum_of(self.weights) / count
-        if not self.replacement:
-            distinct, largest = float(self.num_samples), 1.0
-        else:
-            largest = self.num_samples * float(self.weights.max()) / (mean * count)
-            distinct = sum(
-                float(self._chance(chunk / (mean * count)).sum()) for chunk in chunks(self.weights)
-            )
-        effective = effective_sample_size(self.weights)
+        return {
+            "effective_sample_size": effective_sample_size(self.weights),
+            "expected_distinct_share": self._orders.expected_distinct() / count,
+            "largest_repeat": self._orders.expected_repeats(),
+            "mean_weight": sum_of(self.weights) / count,
+        }
+
+    def explain(self) -> str:
+        """Return two sentences on what an epoch will look like; warn where few samples carry it.
+
+        Example:
+            >>> import torch
+            >>> sampler = FlowSampler(torch.tensor([2.0, 0.0, 1.0, 1.0]))
+            >>> print(sampler.explain())  # doctest: +NORMALIZE_WHITESPACE
+            An epoch of 4 systematic draws is expected to see 75.0% of the 4 samples, the heaviest
+            2.0 times. The effective sample size of the weights is 2.7, their mean 1.
+        """
+        count, figures = len(self.weights), self.summary()
+        effective = figures["effective_sample_size"]
         if effective < _FEW * count:
-            warnings.warn(
+            logger.warning(
                 f"{effective:.0f} of {count} samples carry the epoch (effective sample size); a "
-                "higher temperature, such as 'mean' or 'ess0.5', spreads the weights",
-                stacklevel=2,
+                "higher temperature, such as 'mean' or 'ess0.5', spreads the weights"
             )
-        return {
-            "effective_sample_size": effective,
-            "expected_distinct_share": distinct / count,
-            "largest_repeat": largest,
-            "mean_weight": mean,
-        }
-
-    def _chance(self, share: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
-        """The probability that a sample with this share of the weights is drawn at all."""
-        if self.method == "systematic":
-            return np.minimum(share * self.num_samples, 1)
-        with np.errstate(divide="ignore"):
-            return -np.expm1(self.num_samples * np.log1p(-np.minimum(share, 1)))
-
-    def _identity(self) -> dict[str, Any]:
-        """What a state must share with the sampler that loads it."""
-        return {
-            "version": _VERSION,
-            "algorithm": self.method if self.replacement else "gumbel_top_k",
-            "seed": self.seed,
-            "num_samples": self.num_samples,
-            "weights": self._digest,
-        }
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for chunk in chunks(self.weights):
-            digest.update(chunk.data)
-        return digest.hexdigest()
+        draws = f"{self.method} draws" if self.replacement else "draws without replacement"
+        return (
+            f"An epoch of {self.num_samples:,} {draws} is expected to see "
+            f"{figures['expected_distinct_share']:.1%} of the {count:,} samples, the heaviest "
+            f"{figures['largest_repeat']:.1f} times. The effective sample size of the weights is "
+            f"{effective:,.1f}, their mean {figures['mean_weight']:.3g}."
+        )
 
     def _rewind(self, position: int) -> None:
         """Let the next pass begin at a global position."""
@@ -300,10 +276,18 @@ class FlowSampler(DistributedSampler[int]):
         return range(start + self.rank, stop, self.num_replicas)
 
     def _iterate(self, start: int) -> Iterator[int]:
+        """Walk through a pass, block by block.
+
+        With two ranks and blocks of three indices, rank 0 takes the positions without brackets::
+
+            0 [1] 2 [3] 4 [5]   6 [7] 8 [9] 10 [11]   …
+            └── one block ──┘   └── the next one ─┘
+            start               _next, while the first block is handed out
+        """
         self._start, self._pass_start, self._next = 0, start, start
         positions = self._positions(start)
         if positions:
-            order = self._order()
+            order = self._orders.of_epoch(self.epoch)
             for first in range(0, len(positions), _BLOCK):
                 part = positions[first : first + _BLOCK]
                 # What is left of the block tells the position, at no cost for each index.
@@ -312,27 +296,12 @@ class FlowSampler(DistributedSampler[int]):
                 yield from self._block
         self._next = self.num_samples
 
-    def _order(self) -> Callable[[Ints], Ints]:
-        """The epoch's order: a function from global positions to indices."""
-        key, count = (self.seed, self.epoch), self.num_samples
-        if self._table is None:
-            chosen, shuffled = gumbel_top_k(self.weights, count, key), KeyedPermutation(count, key)
-            return lambda positions: chosen[shuffled(positions)]
-        table = self._table
-        if self.method == "multinomial":
-            return lambda positions: table.find(multinomial_points(positions, table.total, key))
-        strata, offset = KeyedPermutation(count, key), systematic_offset(table.total, key)
-        return lambda positions: table.find(
-            systematic_points(strata(positions), table.total, count, offset)
-        )
 
-
-def _natural(name: str, value: Any) -> int:
-    """An integer >= 0 that fits a key of the random generator."""
-    if not _is_integer(value) or not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be an integer >= 0 (below 2^64), got {value!r}")
-    return int(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _ranks_of_group(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """The number of ranks and this one, from the process group where they are not given."""
+    is_grouped = dist.is_available() and dist.is_initialized()
+    if num_replicas is None:
+        num_replicas = dist.get_world_size() if is_grouped else 1
+    if rank is None:
+        rank = dist.get_rank() if is_grouped else 0
+    return num_replicas, rank

@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata._common.offsets import offsets_of
+from flowdata._common.values import check_values
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
 from flowdata.store.identity import CONTENT_PREFIX, content_identity
-from flowdata.weights import Temperature, check_values, flow_weights
+from flowdata.weights import Normalize, Temperature, flow_weights, shape_weights
 
-Missing: TypeAlias = Literal["raise", "zero"]
+Missing: TypeAlias = Literal["raise", "zero"]  # what becomes of samples without a loss
 
 
 class Scores:
@@ -64,23 +65,9 @@ class Scores:
                 f"{losses.dtype} of shape {tuple(losses.shape)}"
             )
         counts = torch.ones_like(losses) if counts is None else torch.as_tensor(counts).cpu()
-        if counts.shape != losses.shape:
-            raise ValueError(
-                f"counts must have shape {tuple(losses.shape)}, got {tuple(counts.shape)}"
-            )
-        if token_losses is not None and token_losses.shape != (int(counts.sum()),):
-            raise ValueError(
-                f"token_losses must have shape ({int(counts.sum())},), one value for each target "
-                f"that counts tells of, got {tuple(token_losses.shape)}"
-            )
-        for name, values in (columns or {}).items():
-            if values.shape != losses.shape:
-                raise ValueError(
-                    f"columns[{name!r}] must have shape {tuple(losses.shape)}, "
-                    f"got {tuple(values.shape)}"
-                )
-        finite = losses.isfinite()
-        self.losses = torch.where(finite, losses, torch.nan).float()
+        _check_shapes(losses, counts, token_losses, columns or {})
+        # An infinite loss is NaN, too: no weight could be made of it.
+        self.losses = torch.where(losses.isfinite(), losses, torch.nan).float()
         self.counts = counts.long()
         self.metadata = dict(metadata or {})
         self.flat_token_losses = (
@@ -89,14 +76,14 @@ class Scores:
         self.columns = {
             name: values.detach().cpu().float() for name, values in (columns or {}).items()
         }
-        self._offsets: Tensor | None = None
+        self._offsets: Tensor | None = None  # into the token losses; made when first needed
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def __repr__(self) -> str:
-        missing = int(self.losses.isnan().sum())
-        return f"Scores({len(self)} samples, {missing} without a loss)"
+        num_missing = int(self.losses.isnan().sum())
+        return f"Scores({len(self)} samples, {num_missing} without a loss)"
 
     def token_losses(self, index: int) -> Tensor:
         """Return the losses of sample `index`'s targets, in order: (counts[index],) float32.
@@ -104,6 +91,12 @@ class Scores:
         Raises:
             ValueError: the scores were made without `token_losses=True`.
             IndexError: there is no such sample.
+
+        Example:
+            >>> losses, counts = torch.tensor([1.0, 2.0]), torch.tensor([2, 1])
+            >>> scores = Scores(losses, counts, token_losses=torch.tensor([0.5, 1.5, 2.0]))
+            >>> scores.token_losses(0)
+            tensor([0.5000, 1.5000])
         """
         if self.flat_token_losses is None:
             raise ValueError(
@@ -122,18 +115,25 @@ class Scores:
         *,
         column: str = "loss",
         missing: Missing = "raise",
+        normalize: Normalize = "none",
+        max_weight: float | None = None,
     ) -> Tensor:
-        """Return the FLOW weights exp(−loss / temperature): (N,) float32 in [0, 1].
+        """Return the FLOW weights exp(−loss / temperature): (N,) float32.
+
+        They lie in [0, 1] unless they are normalised.
 
         Args:
             temperature: as in `resolve_temperature`; taken over the samples that have a loss.
             column: which of `columns` takes the loss's place, such as ``"gradient_norm"``.
             missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, which
                 gives them weight 0.
+            normalize: ``"mean"`` divides the weights by their mean over all N samples.
+            max_weight: caps the weights, after normalising (`weights.shape_weights`).
 
         Raises:
             ValueError: samples without a loss under ``missing="raise"`` (their indices named),
-                no sample with one, an unusable temperature, or no such column.
+                no sample with one, no such column, or an unusable `temperature`, `normalize` or
+                `max_weight`.
         """
         if missing not in ("raise", "zero"):
             raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
@@ -145,7 +145,9 @@ class Scores:
         values = self.losses if column == "loss" else self.columns[column]
         absent = values.isnan()
         if not absent.any():
-            return flow_weights(values, temperature=temperature)
+            return flow_weights(
+                values, temperature=temperature, normalize=normalize, max_weight=max_weight
+            )
         if absent.all():
             raise ValueError(
                 f"none of the {len(self)} samples has a {column}: check that the labels are not "
@@ -159,7 +161,7 @@ class Scores:
             )
         weights = torch.zeros_like(values)
         weights[~absent] = flow_weights(values[~absent], temperature=temperature)
-        return weights
+        return shape_weights(weights, normalize=normalize, max_weight=max_weight)
 
     def check_dataset(self, dataset: Any) -> None:
         """Check that `dataset` is the one these scores were made from.
@@ -175,11 +177,11 @@ class Scores:
                 f"the scores are of {len(self)} samples, the data set has {len(dataset)}; "
                 "score this data set, or select its samples before scoring, not after"
             )
-        made_from = str(self.metadata.get("identity", {}).get("dataset", ""))
-        skipped = bool(self.metadata.get("skipped"))
-        if made_from.startswith(CONTENT_PREFIX) and made_from != content_identity(
-            dataset, skip_unreadable=skipped
-        ):
+        identity = str(self.metadata.get("identity", {}).get("dataset", ""))
+        if not identity.startswith(CONTENT_PREFIX):
+            return  # a name of the user's own, which no content can be compared with
+        skip_unreadable = bool(self.metadata.get("skipped"))
+        if identity != content_identity(dataset, skip_unreadable=skip_unreadable):
             raise ScoreMismatchError(
                 "the scores were made from another data set of the same length (its samples "
                 "differ in content or order). If they are the same samples in the same order, "
@@ -196,6 +198,12 @@ class Scores:
         missing: Missing = "raise",
     ) -> Any:
         """Return the Hugging Face data set with the weights as a float32 column `name`.
+
+        Args:
+            hf_dataset: the `datasets.Dataset` that was scored.
+            name: the new column's.
+            temperature: as for `weights`.
+            missing: as for `weights`.
 
         Raises:
             TypeError: not a Hugging Face data set.
@@ -237,7 +245,7 @@ class Scores:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> Scores:
-        """Return the scores that a store's tensors and manifest tell of (see `store.format`)."""
+        """Return the scores that a store's tensors and manifest hold (see `store/format.py`)."""
         return cls(
             tensors["loss"],
             tensors["count"],
@@ -247,7 +255,7 @@ class Scores:
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return what a store keeps of the scores; nothing is copied."""
+        """Return the tensors that a store keeps of the scores; the losses are not copied."""
         tensors = {**self.columns, "loss": self.losses, "count": self.counts}
         if self.flat_token_losses is not None:
             tensors["token_loss"] = self.flat_token_losses
@@ -259,6 +267,13 @@ class Scores:
         return make_manifest(**{name: self.metadata.get(name, {}) for name in FIELDS})
 
 
+class Scorer(Protocol):
+    """What scores a data set: a `LossScorer`, or anything with its `score`."""
+
+    def score(self, dataset: Any, **options: Any) -> Scores:
+        """Return the loss of every sample; NaN where there is none."""
+
+
 def weights_of(
     scores_or_weights: Scores | Tensor | NDArray[np.floating] | list[float],
     *,
@@ -267,9 +282,11 @@ def weights_of(
 ) -> Tensor:
     """Return the (N,) weights of scores, or weights given directly, checked and not copied.
 
+    Weights are taken as they are: `temperature` and `missing` concern scores alone.
+
     Raises:
         TypeError, ValueError: weights of a wrong dtype or shape, negative or non-finite (first
-            index named); whatever `Scores.weights` raises.
+            index named), and every error of `Scores.weights`.
     """
     if isinstance(scores_or_weights, Scores):
         return scores_or_weights.weights(temperature, missing=missing)
@@ -286,13 +303,26 @@ def weights_of(
     return check_values(scores_or_weights, name="weights")
 
 
+def _check_shapes(
+    losses: Tensor, counts: Tensor, token_losses: Tensor | None, columns: Mapping[str, Tensor]
+) -> None:
+    """Refuse values that are not one for each sample, or one for each target."""
+    shape = tuple(losses.shape)
+    if counts.shape != shape:
+        raise ValueError(f"counts must have shape {shape}, got {tuple(counts.shape)}")
+    if token_losses is not None and token_losses.shape != (int(counts.sum()),):
+        raise ValueError(
+            f"token_losses must have shape ({int(counts.sum())},), one value for each target that "
+            f"counts tells of, got {tuple(token_losses.shape)}"
+        )
+    for name, values in columns.items():
+        if values.shape != shape:
+            raise ValueError(
+                f"columns[{name!r}] must have shape {shape}, got {tuple(values.shape)}"
+            )
+
+
 def _listing(indices: list[int], most: int = 10) -> str:
+    """Indices as a message shows them, the first `most` of them."""
     more = f", … ({len(indices)} in all)" if len(indices) > most else ""
     return ", ".join(map(str, indices[:most])) + more
-
-
-class Scorer(Protocol):
-    """What scores a data set: a `LossScorer`, or anything with its `score`."""
-
-    def score(self, dataset: Any, **options: Any) -> Scores:
-        """Return the loss of every sample; NaN where there is none."""

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from flowdata._common.random_draws import ACCEPTANCE, random_words
-from flowdata._common.running_median import RunningMedian
+from flowdata._common.resumable import check_natural, check_rank, check_state
+from flowdata._common.stream_source import StreamSource
+from flowdata._common.window_temperature import StreamTemperature, WindowTemperature
 from flowdata.dataset import Layout, weight_attacher
 from flowdata.scores import Missing, Scorer
-from flowdata.scoring.scorer import LossScorer
 from flowdata.weights import flow_weights, resolve_temperature
 
-StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"
 _VERSION = 1  # of state_dict
 
 
@@ -34,12 +34,17 @@ class FlowWeightedIterable(IterableDataset[Any]):
     is a PyTorch `IterableDataset` (Hugging Face streams are) splits itself between workers, as
     PyTorch asks of it; one that `split_dataset_by_node` has split needs no `num_replicas`.
 
+    On several ranks a running median is of the samples that its own rank has read. Ranks whose
+    shares are alike agree after some hundreds of samples, to within the noise of so many losses.
+    Where shares differ (files of other kinds on every node), let all ranks call `merge_ranks` at
+    the same steps of their loops, such as every hundredth: they then weigh by one temperature.
+
     Args:
         dataset: the source: any iterable, a Hugging Face stream, a torchdata node. It resumes
             by its own `state_dict` where it has one, else by skipping what was read.
-        scorer: a `LossScorer` of the frozen pre-trained model.
-        temperature: ``"running_median"`` of all losses so far, this window's included, within
-            0.1 %; ``"batch_median"``, of the window alone; or a positive float, in nats.
+        scorer: a `LossScorer` of the frozen pre-trained model, or anything with its `score`.
+        temperature: ``"running_median"`` of all losses so far, those of this window included,
+            within 0.1 %; ``"batch_median"``, of the window alone; or a positive float, in nats.
         window: samples scored together.
         collate_fn: for the scorer.
         layout: as in `FlowWeightedDataset`.
@@ -57,7 +62,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
 
     Example:
         >>> import torch
-        >>> from flowdata.scoring.scorer import LossScorer
+        >>> from flowdata import LossScorer
         >>> _ = torch.manual_seed(0)
         >>> source = [(torch.randn(4), torch.tensor(i % 3)) for i in range(6)]
         >>> scorer = LossScorer(torch.nn.Linear(4, 3), progress=False)
@@ -65,6 +70,12 @@ class FlowWeightedIterable(IterableDataset[Any]):
         >>> [weight.shape for sample, weight in stream] == [()] * 6
         True
     """
+
+    # Where the stream stands, besides its source:
+    _window_temperature: float | None  # the current window's; None until it is scored
+    _yielded: int  # samples of the current window that the loop has been through
+    _in_pass: bool  # a pass has begun since the stream was rewound or a state loaded
+    _at_end: bool  # the pass has been through the whole source
 
     def __init__(
         self,
@@ -93,16 +104,11 @@ class FlowWeightedIterable(IterableDataset[Any]):
                     f"positive float, got {temperature!r}"
                 )
             temperature = resolve_temperature(torch.ones(1), temperature)
-        for name, value, least in (("window", window, 1), ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        check_natural("window", window, least=1)
+        check_natural("seed", seed)
         if missing not in ("raise", "zero"):
             raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(
-                f"rank must lie between 0 and num_replicas - 1 = {num_replicas - 1}, got {rank}"
-            )
-        self.dataset = _as_iterable(dataset)
+        check_rank(rank, num_replicas)
         self.scorer = scorer
         self.temperature: StreamTemperature = temperature
         self.window = window
@@ -113,20 +119,22 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self.rank = rank
         self.seed = seed
         self.epoch = 0
+        self._source = StreamSource(dataset, rank, num_replicas)
         self._attach = weight_attacher(layout, key)
-        self._median = RunningMedian()  # of what this process has read
-        self._others = RunningMedian()  # of the other ranks, when they were last merged
-        self._source_state: Any = None  # at the start of the current window
-        self._fresh_state: Any = None  # of a Hugging Face stream before anything was read
-        self._in_use: float | None = None  # the current window's temperature
-        self._read = self._yielded = 0  # samples before the current window; within it
-        self._begun = self._ended = False
+        self._score_options = _alone(scorer)
+        self._temperatures = WindowTemperature(temperature)
+        self._rewind()
+
+    @property
+    def dataset(self) -> Any:
+        """The source; a torchdata node stands in its `Loader`."""
+        return self._source.dataset
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the samples; the first pass after loading a state goes on there."""
-        if self._begun:  # an earlier pass has left its position behind
-            self._rewind()
-        self._begun = True
+        if self._in_pass:
+            self._rewind()  # from wherever an earlier pass stopped
+        self._in_pass = True
         return self._iterate()
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,55 +146,51 @@ class FlowWeightedIterable(IterableDataset[Any]):
             self._rewind()
 
     def merge_ranks(self, group: Any = None) -> None:
-        """Let the running median from here on include what the other ranks have read so far.
+        """Let the running median include what the other ranks have read until now.
 
-        A collective: every rank of the process group calls it at the same point of its loop, in
-        the process that iterates.
+        What they read later counts after the next call. A collective: every rank of the process
+        group calls it at the same point of its loop, in the process that iterates.
         """
-        counts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(counts, dict(self._median.counts), group=group)
-        del counts[dist.get_rank(group)]
-        self._others = sum(map(RunningMedian, counts), RunningMedian())
+        self._temperatures.merge_ranks(group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: plain data.
 
-        It holds the source's state at the start of the current window, how far the window has
-        been yielded, its temperature, and the running median's counts. The window is read and
-        scored again, so that a source that does not resume exactly (a Hugging Face shuffle
-        buffer is refilled with other samples) still gives every sample its own weight.
+        It holds the source's state at the start of the current window, how far the loop has been
+        through the window, its temperature, and the running median's counts. A stream that loads
+        the state reads and scores the window again: a source that does not resume exactly (a
+        Hugging Face shuffle buffer is refilled with other samples) still gives every sample its
+        own weight.
         """
         return {
             **self._identity(),
             "epoch": self.epoch,
-            "source": self._source_state,
-            "read": self._read,
-            "in_use": self._in_use,
+            **self._source.state_dict(),
+            "in_use": self._window_temperature,
             "yielded": self._yielded,
-            "ended": self._ended,
-            "median": dict(self._median.counts),
-            "others": dict(self._others.counts),
+            "ended": self._at_end,
+            **self._temperatures.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on, at the next pass, exactly where a stream with the same options stood.
 
         Raises:
-            ValueError: the state is of other options or another version; the stream then stays
-                as it was.
+            TypeError, ValueError: not a state, or one of other options or another version; the
+                stream then stays as it was.
         """
-        for name, own in self._identity().items():
-            if name not in state_dict or state_dict[name] != own:
-                raise ValueError(
-                    f"state_dict has {name}={state_dict.get(name)!r}, this stream {own!r}: it was "
-                    "saved by another stream. Build this one with the same options, or start anew"
-                )
+        check_state(
+            state_dict,
+            self._identity(),
+            maker="FlowWeightedIterable",
+            what="stream",
+            remedy="Build this one with the same options, or start anew",
+        )
         self.set_epoch(state_dict["epoch"])
-        self._begun, self._ended = False, state_dict["ended"]
-        self._source_state, self._read = state_dict["source"], state_dict["read"]
-        self._in_use, self._yielded = state_dict["in_use"], state_dict["yielded"]
-        self._median = _median_of(state_dict["median"])
-        self._others = _median_of(state_dict["others"])
+        self._source.load_state_dict(state_dict)
+        self._window_temperature, self._yielded = state_dict["in_use"], state_dict["yielded"]
+        self._in_pass, self._at_end = False, state_dict["ended"]
+        self._temperatures.load_state_dict(state_dict)
 
     def _identity(self) -> dict[str, Any]:
         """What a state must share with the stream that loads it."""
@@ -196,110 +200,80 @@ class FlowWeightedIterable(IterableDataset[Any]):
             "window": self.window,
             "resample": self.resample,
             "seed": self.seed,
-            "share": self._share(),
+            "share": list(self._source.share()),
         }
-
-    def _share(self) -> list[int]:
-        """Which share of the samples is this process's, and of how many."""
-        worker = get_worker_info()
-        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        return [self.rank * workers + number, self.num_replicas * workers]
 
     def _rewind(self) -> None:
         """Let the next pass begin at the start of the source."""
-        self._source_state = self._in_use = None
-        self._read = self._yielded = 0
-        self._begun = self._ended = False
+        self._source.rewind()
+        self._window_temperature, self._yielded = None, 0
+        self._in_pass = self._at_end = False
 
     def _iterate(self) -> Iterator[Any]:
-        if self._ended:
+        if self._at_end:
             return
-        samples = self._samples()
+        samples = self._source.samples()
         while window := list(islice(samples, self.window)):
-            weights = self._weigh(window)
-            accepted = self._accepted(weights) if self.resample else []
-            while self._yielded < len(window):
-                index = self._yielded
-                self._yielded += 1
-                if not self.resample:
-                    yield self._attach(window[index], weights[index].clone())
-                elif accepted[index]:
-                    yield window[index]
-            self._source_state = self._state_of_source()
-            self._read += len(window)
-            self._in_use, self._yielded = None, 0
-        self._ended = True
+            yield from self._rest_of(window)
+            # Only now: as long as samples of a window are left, a state leads back to its start.
+            self._source.advance(len(window))
+            self._window_temperature, self._yielded = None, 0
+        self._at_end = True
 
-    def _samples(self) -> Iterator[Any]:
-        """This process's share of the source, from the start of the current window."""
-        share, shares = self._share()
-        if isinstance(self.dataset, IterableDataset):
-            share, shares = self.rank, self.num_replicas
-        if type(self.dataset).__module__.startswith("datasets."):
-            if self._fresh_state is None:
-                self._fresh_state = self.dataset.state_dict()
-            elif self._source_state is None:  # else it would begin where it was last resumed
-                self.dataset.load_state_dict(self._fresh_state)
-        if self._source_state is None:
-            return islice(self.dataset, share + shares * self._read, None, shares)
-        self.dataset.load_state_dict(self._source_state)
-        return islice(self.dataset, shares - 1, None, shares)  # it stands behind our last sample
-
-    def _state_of_source(self) -> Any:
-        return self.dataset.state_dict() if hasattr(self.dataset, "state_dict") else None
+    def _rest_of(self, window: list[Any]) -> Iterator[Any]:
+        """Yield the samples of a window that the loop has not been through yet."""
+        weights = self._weigh(window)
+        accepted = self._accepted(weights) if self.resample else []
+        while self._yielded < len(window):
+            index = self._yielded
+            self._yielded += 1  # before the loop gets the sample, and may ask for the state
+            if not self.resample:
+                yield self._attach(window[index], weights[index].clone())
+            elif accepted[index]:
+                yield window[index]
 
     def _weigh(self, window: list[Any]) -> Tensor:
-        """(W,) weights of a window, its losses counted in the running median."""
-        alone: dict[str, Any] = {"shared": False} if isinstance(self.scorer, LossScorer) else {}
-        scores = self.scorer.score(window, collate_fn=self.collate_fn, dataset_id="window", **alone)
+        """(W,) weights of a window; a running median counts its losses before it is taken."""
+        scores = self.scorer.score(
+            window, collate_fn=self.collate_fn, dataset_id="window", **self._score_options
+        )
         losses = scores.losses.detach().cpu()
         present = losses.isfinite()
         if self.missing == "raise" and not present.all():
+            first = self._source.position + int((~present).int().argmax())
             raise ValueError(
-                f"sample {self._read + int((~present).int().argmax())} of the stream has no loss "
-                "(no target, or a non-finite loss); drop such samples from the source, or pass "
-                "missing='zero' to give them weight 0"
+                f"sample {first} of the stream has no loss (no target, or a non-finite loss); drop "
+                "such samples from the source, or pass missing='zero' to give them weight 0"
             )
         weights = torch.zeros(len(losses))
         if present.any():
-            if self._in_use is None:  # else the window is resumed, and counted already
-                self._in_use = self._temperature_of(losses[present])
-            weights[present] = flow_weights(losses[present], temperature=self._in_use)
+            # A window that is resumed has its temperature from the state, and was counted before
+            # the state was saved.
+            if self._window_temperature is None:
+                self._window_temperature = self._temperatures.of_window(
+                    losses[present], self._source.position
+                )
+            weights[present] = flow_weights(losses[present], temperature=self._window_temperature)
         return weights
-
-    def _temperature_of(self, losses: Tensor) -> float:
-        if not isinstance(self.temperature, str):
-            return self.temperature
-        if self.temperature == "batch_median":
-            median = losses.double().quantile(0.5).item()
-        else:
-            self._median.update(losses)
-            median = (self._median + self._others).median()
-        if median == 0:
-            raise ValueError(
-                f"temperature={self.temperature!r} is 0 up to sample {self._read + len(losses)} of "
-                "the stream: half of the losses are 0; pass a positive float as temperature"
-            )
-        return median
 
     def _accepted(self, weights: Tensor) -> list[bool]:
         """Which samples of the window resampling keeps: a function of seed and position."""
-        first = (self._share()[0] << 48) + self._read
+        # Every share has 2^48 words of the epoch's stream to itself, one for each sample.
+        first = (self._source.share()[0] << 48) + self._source.position
         words = random_words((self.seed, self.epoch), ACCEPTANCE, first, len(weights))
+        # 53 bits are what a float64 holds: uniform in [0, 1), so that a weight of 1 always passes.
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         accepted: list[bool] = (uniform < weights).tolist()
         return accepted
 
 
-def _median_of(counts: Mapping[Any, int]) -> RunningMedian:
-    """A median from its state, which may have been JSON in between."""
-    return RunningMedian({int(bucket): count for bucket, count in counts.items()})
+def _alone(scorer: Scorer) -> dict[str, Any]:
+    """The options that make a scorer score on this rank alone.
 
-
-def _as_iterable(dataset: Any) -> Any:
-    """A torchdata node is iterated, saved and restored through its Loader."""
-    if hasattr(dataset, "get_state") and hasattr(dataset, "reset"):
-        from torchdata.nodes import Loader
-
-        return Loader(dataset, restart_on_stop_iteration=False)
-    return dataset
+    Inside a process group a `LossScorer` shares its work among the ranks, which all have to call
+    it with the same samples. Here every rank scores windows of its own, at its own pace: a scorer
+    that can share is told not to. One whose `score` has no such argument knows of no ranks.
+    """
+    parameters = inspect.signature(scorer.score).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {"shared": False} if "shared" in parameters or takes_any else {}

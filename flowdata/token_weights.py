@@ -1,4 +1,9 @@
-"""Token weights: rules on the current model's losses, and reference losses laid along labels."""
+"""Weights of single tokens: from the losses of the model that is trained, or from stored ones.
+
+A *rule* (``"talr"``, ``"dft"``, ``"dro"``) makes weights from the current model's losses, anew in
+every batch. The other functions lay weights from stored token losses along the labels of a data
+set, once.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +15,23 @@ import torch
 from torch import Tensor
 
 from flowdata.scores import Scores
+from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.weights import Temperature, resolve_temperature
 
 TokenRule: TypeAlias = "Literal['talr', 'dft', 'dro'] | Callable[[Tensor, Tensor], Tensor]"
 
 
 def rule_weights(rule: TokenRule, losses: Tensor, takes_part: Tensor) -> Tensor:
-    """Return the weights that a current-model rule gives to the tokens of a batch, detached.
+    """Return the weights that a rule gives to the tokens of a batch, detached.
 
     Args:
         rule: ``"talr"``, ``"dft"`` or ``"dro"`` (the functions below with their defaults), or a
             callable (losses, takes_part) -> weights.
         losses: (n,) floating, the tokens' losses under the model that is trained.
         takes_part: (n,) bool, False for positions without a target or of weight 0.
+
+    Returns:
+        (n,) floating; 0 for positions that take no part.
 
     Raises:
         ValueError: an unknown rule, or a callable's weights have another shape.
@@ -38,7 +47,8 @@ def rule_weights(rule: TokenRule, losses: Tensor, takes_part: Tensor) -> Tensor:
             f"token_rule must return weights of shape {tuple(losses.shape)}, one for each token, "
             f"got {tuple(weights.shape)}"
         )
-    return weights.detach()
+    # A rule may have made anything of a loss that takes no part, NaN included.
+    return torch.where(takes_part, weights.detach(), 0.0)
 
 
 def talr_weights(losses: Tensor, takes_part: Tensor, *, temperature: float | None = None) -> Tensor:
@@ -66,10 +76,11 @@ def dft_weights(losses: Tensor, takes_part: Tensor) -> Tensor:
 
 
 def dro_weights(losses: Tensor, takes_part: Tensor, *, temperature: float | None = None) -> Tensor:
-    """Return exp(+loss / temperature) over its largest value: the sign that accentuates forgetting.
+    """Return exp(+loss / temperature) / its largest value: hard tokens count most.
 
-    For contrast. Without the division a single hard token overflows; with ``normalize="weights"``
-    it changes nothing.
+    The sign is the opposite of FLOW's and makes a model forget more; the rule is here for contrast.
+    The division keeps a single hard token from overflowing; under ``normalize="weights"`` it
+    changes nothing.
 
     Example:
         >>> import torch
@@ -111,7 +122,7 @@ def align_token_weights(
     labels: Tensor,
     *,
     truncated: Literal["no", "right", "left"] = "no",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Return one sample's token weights laid along its labels, 0 where there is no target.
 
@@ -120,7 +131,7 @@ def align_token_weights(
     Args:
         weights: (n,) floating, one for each target of the sample as it was scored.
         labels: (T,) int64, unshifted, as they are trained on; the first is never a target.
-        truncated: ``"no"`` wants as many targets as weights; ``"right"`` says that labels may
+        truncated: ``"no"`` requires as many targets as weights; ``"right"`` says that labels may
             have lost their end since the sample was scored, ``"left"`` their start.
         ignore_index: the label that marks positions without a target.
 
@@ -144,15 +155,16 @@ def align_token_weights(
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     is_target = labels != ignore_index
     is_target[:1] = False
-    found = int(is_target.sum())
-    if found > len(weights) or (truncated == "no" and found != len(weights)):
+    count = int(is_target.sum())
+    if count > len(weights) or (truncated == "no" and count != len(weights)):
         raise ValueError(
-            f"labels have {found} targets, but the sample was scored with {len(weights)}: these "
+            f"labels have {count} targets, but the sample was scored with {len(weights)}: these "
             "are other labels (another template, mask or truncation); score what you train on, "
             "or pass truncated='right' or 'left' if labels were only cut since"
         )
     aligned = weights.new_zeros(len(labels))
-    aligned[is_target] = weights[len(weights) - found :] if truncated == "left" else weights[:found]
+    first = len(weights) - count if truncated == "left" else 0
+    aligned[is_target] = weights[first : first + count]
     return aligned
 
 
@@ -164,21 +176,24 @@ def token_weight_column(
     temperature: Temperature = "median",
     truncated: Literal["no", "right", "left"] = "no",
 ) -> list[list[float]]:
-    """Return each sample's token weights exp(−loss / temperature), laid along its labels.
+    """Return a data set's column of token weights exp(−loss / temperature), laid along the labels.
 
     A data set with this column (``dataset.add_column("weight", ...)``) trains under
     `FlowTrainer`, `FlowSFTTrainer` or `WeightedCollator`, packed or padded.
 
-    Source: the token and both modes of the authors' code of arXiv:2502.02797, where the
-    temperature is taken over all target tokens.
+    Source: the modes ``"token"`` and ``"both"`` of the authors' code of arXiv:2502.02797, where
+    the temperature is taken over all target tokens.
 
     Args:
         scores: made with ``token_losses=True``, N samples.
         labels: N label sequences, (T,) int64 each, unshifted, in the data set's order.
-        mode: ``"token"``, or ``"both"``: each token's weight times its sample's, whose own
-            temperature the same rule picks from the samples' losses.
+        mode: ``"token"``, or ``"both"``: each token's weight times the weight of its sample,
+            whose temperature the same rule picks from the samples' losses.
         temperature: as in `resolve_temperature`.
         truncated: as in `align_token_weights`.
+
+    Returns:
+        N lists of T floats each; 0 where a label is no target.
 
     Raises:
         ValueError: scores without token losses, another number of samples, or labels whose
@@ -200,13 +215,13 @@ def token_weight_column(
         raise ValueError(
             f"{len(sequences)} label sequences for the scores of {len(scores)} samples"
         )
-    ragged = [scores.token_losses(index) for index in range(len(scores))]
-    scale = resolve_temperature(torch.cat(ragged), temperature)
+    token_losses = [scores.token_losses(index) for index in range(len(scores))]
+    scale = resolve_temperature(torch.cat(token_losses), temperature)
     factors = torch.ones(len(scores))
     if mode == "both":
         factors = scores.weights(temperature, missing="zero")
     column = []
-    for index, (losses, sequence) in enumerate(zip(ragged, sequences, strict=True)):
+    for index, (losses, sequence) in enumerate(zip(token_losses, sequences, strict=True)):
         weights = torch.exp(-losses / scale) * factors[index]
         try:
             aligned = align_token_weights(weights, sequence, truncated=truncated)
@@ -217,14 +232,17 @@ def token_weight_column(
 
 
 def _temperature(losses: Tensor, takes_part: Tensor, temperature: float | None) -> Tensor | float:
+    """Return the temperature of a rule: the one that was passed, or the median of the losses."""
     if temperature is not None:
         return temperature
-    # A median of 0 means that half of the tokens are certain: they keep weight 1, the rest 0.
+    # A median of 0 means that half of the tokens are certain: they keep weight 1, the rest get 0.
     return _median(losses, takes_part).clamp_min(torch.finfo(losses.dtype).tiny)
 
 
 def _median(losses: Tensor, takes_part: Tensor) -> Tensor:
-    """Mean of the two middle values of those that take part, without asking the device."""
+    """Return the mean of the two middle values of the losses that take part."""
+    # To pick these losses would make the host wait for their number. Instead the others become
+    # infinite and sort to the end, and the middle is looked up by a count that stays on the device.
     ordered = torch.where(takes_part, losses, torch.inf).sort().values
     count = takes_part.sum()
     middle = torch.stack([(count - 1).clamp_min(0) // 2, count // 2])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
 from flowdata.scores import Scorer, Scores
 from flowdata.store.identity import content_identity
@@ -29,24 +29,26 @@ def score_views(
     The plain way is to score with the evaluation transform, which costs one pass: do that unless
     the training transform changes the samples so much that their order of difficulty changes.
 
-    Every draw depends on (seed, view, index) alone: the losses are the same again for any number
-    of workers, and sample i's first two views for ``views=2`` and ``views=8``.
+    Every draw depends on (seed, view, index) alone. The losses are therefore the same for any
+    number of workers, and the first two views of a sample are the same whether there are two or
+    eight.
 
     Args:
         scorer: a `LossScorer`.
         dataset: map-style; its ``__getitem__`` draws from Python's, NumPy's or torch's global
             generators.
-        views: how many draws of each sample, ≥ 1.
+        views: how many draws of each sample, >= 1.
         seed: of the draws.
         store: a folder that keeps the losses of view k in ``view-k``; see `LossScorer.score`.
         options: for `LossScorer.score`.
 
     Returns:
-        Scores of `dataset`, with the columns averaged as well. A sample that has no loss in one
-        view has none. Token losses are not kept: views may differ in their targets.
+        Scores of `dataset`, with the columns averaged as well. A sample without a loss in one of
+        its views has no loss at all. There are no token losses, since the targets of a sample
+        may differ from view to view.
 
     Raises:
-        ValueError: `views` is below 1.
+        ValueError: `views` is no integer, or below 1.
 
     Example:
         >>> import torch
@@ -57,34 +59,38 @@ def score_views(
         >>> score_views(scorer, data, views=3)
         Scores(4 samples, 0 without a loss)
     """
-    if not isinstance(views, int) or views < 1:
-        raise ValueError(f"views must be an integer >= 1, got {views!r}")
-    named = options.pop("dataset_id", None)
-    parts = [
+    check_natural("views", views, least=1)
+    name = options.pop("dataset_id", None)
+    scores_of_views = [
         scorer.score(
             _View(dataset, seed, view),
             store=None if store is None else Path(store) / f"view-{view}",
-            dataset_id=None if named is None else f"{named}, view {view} of seed {seed}",
+            # A name stands for content: each view's draws are content of their own.
+            dataset_id=None if name is None else f"{name}, view {view} of seed {seed}",
             **options,
         )
         for view in range(views)
     ]
-    identity = dict(parts[0].metadata["identity"])
-    identity["dataset"] = named or content_identity(dataset)
-    identity |= {"views": views, "seed": seed}
+    first = scores_of_views[0]
+    identity = {
+        **first.metadata["identity"],
+        "dataset": name or content_identity(dataset),
+        "views": views,
+        "seed": seed,
+    }
     return Scores(
-        _mean(parts, lambda part: part.losses),
-        parts[0].counts,
-        metadata={**parts[0].metadata, "identity": identity},
+        _mean([scores.losses for scores in scores_of_views]),
+        first.counts,
+        metadata={**first.metadata, "identity": identity},
         columns={
-            name: _mean(parts, lambda part, name=name: part.columns[name])  # type: ignore[misc]
-            for name in parts[0].columns
+            column: _mean([scores.columns[column] for scores in scores_of_views])
+            for column in first.columns
         },
     )
 
 
 class _View:
-    """A data set whose random draws are those of one view."""
+    """A data set whose samples draw at random as one view says, whoever asks for them and when."""
 
     def __init__(self, dataset: Any, seed: int, view: int) -> None:
         self.dataset, self.seed, self.view = dataset, seed, view
@@ -93,10 +99,13 @@ class _View:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        name = f"{self.seed} {self.view} {index}".encode()
-        with preserved_rng(int.from_bytes(hashlib.sha256(name).digest()[:4], "little")):
+        # Nearby seeds of a generator may begin alike; hashes of nearby names don't. NumPy's global
+        # generator takes 32 bits.
+        digest = hashlib.sha256(f"{self.seed} {self.view} {index}".encode()).digest()
+        with preserved_rng(int.from_bytes(digest[:4], "little")):
             return self.dataset[index]
 
 
-def _mean(parts: list[Scores], values: Callable[[Scores], Tensor]) -> Tensor:
-    return torch.stack([values(part).double() for part in parts]).mean(0).float()
+def _mean(views: list[Tensor]) -> Tensor:
+    """The mean over views of (N,) values; NaN where one of them is NaN."""
+    return torch.stack(views).double().mean(0).float()

@@ -17,7 +17,7 @@ import torch
 
 import flowdata.store.parts
 from flowdata import LossScorer, Scores
-from flowdata.scoring import run
+from flowdata.scoring import resume
 from flowdata.scoring.collate import pad_collate
 from flowdata.store.format import read_file
 from tests.forks import bits, finish, start
@@ -26,7 +26,7 @@ from tests.models import tiny_llama, token_samples
 SAMPLES = token_samples(160)
 MODEL = tiny_llama()
 LONGEST = 1.0  # seconds before a kill
-done = run._done
+run_packs = resume.run_packs
 
 
 def slowly(samples):
@@ -35,13 +35,14 @@ def slowly(samples):
 
 
 def score(rank, store, log=None, workers=0):
-    def noted(job, plan, index, losses, reasons):
-        if log is not None:
-            with log.open("a") as file:
-                file.write(f"{index}\n")
-        return done(job, plan, index, losses, reasons)
+    def run_and_log_packs(*args):
+        for pack in run_packs(*args):
+            if log is not None:
+                with log.open("a") as file:
+                    file.write(f"{pack[0]}\n")
+            yield pack
 
-    run._done = noted
+    resume.run_packs = run_and_log_packs
     scorer = LossScorer(MODEL, "causal_lm", max_tokens=100, token_losses=True, progress=False)
     return bits(scorer.score(SAMPLES, collate_fn=slowly, store=store, num_workers=workers))
 

@@ -5,3 +5,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+# The coverage of the gate is not for the pytests that tests start.
+os.environ.pop("PYTEST_ADDOPTS", None)

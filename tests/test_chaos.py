@@ -18,7 +18,7 @@ from flowdata import LossScorer, ScoreMismatchError, Scores
 from flowdata.errors import StoreError
 from flowdata.store.folder import read_manifest
 from flowdata.store.format import _canonical, _metadata, _signed
-from flowdata.store.repair import read_kept
+from flowdata.store.repair import read_finished_packs
 from flowdata.store.verify import verify_store
 
 ROOT = Path(__file__).parent.parent
@@ -294,7 +294,7 @@ def fuzz(count, templates, folder, seed):
     draw, refused = random.Random(seed), 0
 
     def true_packs(manifest):
-        for index, columns in read_kept(folder, manifest, order, sizes).packs.items():
+        for index, columns in read_finished_packs(folder, manifest, order, sizes).packs.items():
             where = slice(index * PACK, (index + 1) * PACK)
             assert torch.equal(columns["loss"], losses[where]), (seed, index)
 
@@ -318,7 +318,7 @@ def fuzz(count, templates, folder, seed):
                 if kind < 4:
                     true_packs(found)
                 else:
-                    read_kept(folder, manifest, order, sizes)
+                    read_finished_packs(folder, manifest, order, sizes)
                 loaded = Scores.load(folder)
                 assert kind == 4 or torch.equal(loaded.losses, losses), (seed, number)
             except (StoreError, FileNotFoundError):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from flowdata import Scores
+from flowdata.cli.commands import COMMANDS
 from flowdata.cli.main import main
 from tests.models import tiny_llama
 from tests.test_text import tokenizer
@@ -191,3 +192,13 @@ def test_the_module_is_the_command():
     )
     assert done.stdout.startswith("0.")
     assert Path(sys.executable).with_name("flowdata").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_module_of_its_name_and_says_what_it_does(capsys, name):
+    assert COMMANDS[name].__name__ == f"flowdata.cli.commands.{name}"
+    with pytest.raises(SystemExit, match="0"):
+        run(capsys, name, "--help")
+    assert COMMANDS[name].run.__doc__.splitlines()[0] in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, name, "--no-such-option")

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from flowdata import FlowSampler, FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
-from flowdata.head.tiled import Head, target_values
+from flowdata.head.output_layer import Head
+from flowdata.head.tiled import target_values
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.language.ways import ways_of
 from flowdata.targets.columns import COLUMNS, check_columns, columns_of_logits
@@ -97,7 +98,7 @@ def test_a_class_as_likely_as_the_target_makes_it_no_correct_one():
 def test_a_classifiers_columns_are_those_of_its_last_layers_gradient():
     model, data = TinyResNet().eval(), images(6)
     inputs, targets = data.tensors
-    found = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
+    columns = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
         token_losses=False
     )
     for row, (image, target) in enumerate(data):
@@ -105,22 +106,28 @@ def test_a_classifiers_columns_are_those_of_its_last_layers_gradient():
         loss = nn.functional.cross_entropy(logits, target[None])
         (gradient,) = torch.autograd.grad(loss, model.head.weight, retain_graph=True)
         p = logits.softmax(1)
-        assert found["gradient_norm"][row].item() == pytest.approx(gradient.norm().item(), rel=1e-5)
-        assert found["entropy"][row].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
-        assert found["correct"][row].item() == float(logits.argmax() == target)
-        assert found["loss"][row].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert columns["gradient_norm"][row].item() == pytest.approx(
+            gradient.norm().item(), rel=1e-5
+        )
+        assert columns["entropy"][row].item() == pytest.approx(
+            -(p * p.log()).sum().item(), rel=1e-5
+        )
+        assert columns["correct"][row].item() == float(logits.argmax() == target)
+        assert columns["loss"][row].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_targets_given_as_probabilities():
     torch.manual_seed(0)
     model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.rand(5, 3).softmax(1)
-    found = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).further
+    columns = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).further
     for row in range(5):
         logits = model(inputs[row : row + 1])
         loss = nn.functional.cross_entropy(logits, targets[row : row + 1])
         (gradient,) = torch.autograd.grad(loss, model.weight)
-        assert found["gradient_norm"][row].item() == pytest.approx(gradient.norm().item(), rel=1e-5)
-        assert found["correct"][row].item() == float(logits.argmax() == targets[row].argmax())
+        assert columns["gradient_norm"][row].item() == pytest.approx(
+            gradient.norm().item(), rel=1e-5
+        )
+        assert columns["correct"][row].item() == float(logits.argmax() == targets[row].argmax())
 
 
 def test_a_sample_of_several_targets_has_their_mean():
@@ -128,14 +135,16 @@ def test_a_sample_of_several_targets_has_their_mean():
     torch.manual_seed(0)
     model, inputs = nn.Linear(4, 3), torch.randn(2, 5, 4)
     targets = torch.tensor([[0, 2, -100, 1, -100], [-100] * 5])
-    found = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
+    columns = prediction_way("cross_entropy", COLUMNS)(model, [inputs, targets]).columns(
         token_losses=False
     )
-    kept = targets[0] != -100
-    values = reference.target_columns(inputs[0][kept], model.weight, targets[0][kept], model.bias)
+    is_target = targets[0] != -100
+    values = reference.target_columns(
+        inputs[0][is_target], model.weight, targets[0][is_target], model.bias
+    )
     for name, expected in zip(COLUMNS, values, strict=True):
-        assert found[name][0].item() == pytest.approx(expected.double().mean().item(), rel=1e-5)
-        assert found[name][1].isnan()
+        assert columns[name][0].item() == pytest.approx(expected.double().mean().item(), rel=1e-5)
+        assert columns[name][1].isnan()
 
 
 def test_logits_that_no_linear_layer_gives_have_no_gradient_norm():
@@ -174,11 +183,11 @@ def expected_of(model, samples, name):
     means = []
     for sample in samples:
         hidden = model.model(input_ids=sample["input_ids"][None]).last_hidden_state[0, :-1]
-        kept = sample["labels"][1:] != -100
+        is_target = sample["labels"][1:] != -100
         values = reference.target_columns(
-            hidden[kept].detach(),
+            hidden[is_target].detach(),
             model.lm_head.weight,
-            sample["labels"][1:][kept],
+            sample["labels"][1:][is_target],
             softcap=getattr(model.config, "final_logit_softcapping", None),
         )
         means.append(values[COLUMNS.index(name)].double().mean())
@@ -190,11 +199,11 @@ def expected_of(model, samples, name):
 def test_every_way_to_score_a_language_model_gives_the_same_columns(name, way):
     model, samples = LANGUAGE_MODELS[name](), token_samples(5, longest=20)
     with torch.no_grad():
-        way_name, method = ways_of(model, "causal_lm", columns=COLUMNS)[way]
-        found = method(model, pad_collate(samples)).columns(token_losses=False)
+        way_name, score = ways_of(model, "causal_lm", columns=COLUMNS)[way]
+        columns = score(model, pad_collate(samples)).columns(token_losses=False)
     for column in COLUMNS:
         expected = expected_of(model, samples, column).float()
-        torch.testing.assert_close(found[column], expected, rtol=1e-3, atol=1e-4, msg=way_name)
+        torch.testing.assert_close(columns[column], expected, rtol=1e-3, atol=1e-4, msg=way_name)
     assert not model.lm_head._forward_hooks
     assert not model.lm_head._forward_pre_hooks
 

@@ -54,7 +54,7 @@ def test_gradients_add_to_those_of_the_loss_and_scale_with_it():
     move(model)
     x = torch.randn(8, 3, dtype=torch.float64)
     (3 * (model(x).square().mean() + anchor())).backward()
-    got = [p.grad.clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     plain = copy.deepcopy(model)
     move(plain, size=-0.1)  # back to the start
@@ -63,7 +63,7 @@ def test_gradients_add_to_those_of_the_loss_and_scale_with_it():
         for p, q in zip(model.parameters(), plain.parameters(), strict=True)
     )
     (3 * (model(x).square().mean() + 0.5 * penalty)).backward()
-    for gradient, p in zip(got, model.parameters(), strict=True):
+    for gradient, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, p.grad)
 
 
@@ -73,8 +73,8 @@ def test_only_parameters_that_are_trained_are_anchored():
     started = started_from(model)
     anchor = ParameterAnchor(model)
     move(model)
-    wanted = reference.anchor_penalty(list(model.parameters())[2:], started[2:], "l2", 1e-3)
-    assert anchor().item() == pytest.approx(wanted, rel=1e-5)
+    expected = reference.anchor_penalty(list(model.parameters())[2:], started[2:], "l2", 1e-3)
+    assert anchor().item() == pytest.approx(expected, rel=1e-5)
     anchor().backward()
     assert model[0].weight.grad is None
 
@@ -120,12 +120,12 @@ def test_a_reference_given_is_what_counts_even_if_the_model_has_moved(tmp_path):
     model = network()
     started = started_from(model)
     save_file(model.state_dict(), tmp_path / "start.safetensors")
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     move(model)
-    wanted = reference.anchor_penalty(model.parameters(), started, "l2", 1.0)
-    for given in (kept, tmp_path / "start.safetensors", str(tmp_path / "start.safetensors")):
-        anchor = ParameterAnchor(model, strength=1.0, reference=given, device="cpu")
-        assert anchor().item() == pytest.approx(wanted, rel=1e-5)
+    expected = reference.anchor_penalty(model.parameters(), started, "l2", 1.0)
+    for start in (state, tmp_path / "start.safetensors", str(tmp_path / "start.safetensors")):
+        anchor = ParameterAnchor(model, strength=1.0, reference=start, device="cpu")
+        assert anchor().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reference_that_shares_the_models_memory_stays_where_it_was():
@@ -140,8 +140,8 @@ def test_no_difference_is_kept_between_forward_and_backward():
     anchor = ParameterAnchor(model)
     penalty = anchor()
     node = penalty.grad_fn.next_functions[0][0]
-    kept = {t.data_ptr() for t in node.saved_tensors}
-    assert kept == {p.data_ptr() for p in model.parameters()}
+    saved_memory = {t.data_ptr() for t in node.saved_tensors}
+    assert saved_memory == {p.data_ptr() for p in model.parameters()}
 
 
 def test_anchored_training_stays_nearer():
@@ -193,9 +193,9 @@ def two_ends():
 def test_state_dicts_are_averaged_as_in_double_precision(alpha):
     old, new = (model.state_dict() for model in two_ends())
     averaged = wise_ft(old, new, alpha)
-    for name, wanted in reference.wise_ft(old, new, alpha).items():
+    for name, expected in reference.wise_ft(old, new, alpha).items():
         if new[name].is_floating_point():
-            torch.testing.assert_close(averaged[name].double(), wanted, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(averaged[name].double(), expected, atol=1e-6, rtol=1e-6)
     assert averaged["1.num_batches_tracked"] == 1
 
 
@@ -211,10 +211,10 @@ def test_modules_give_a_new_module_and_stay_as_they_are():
     old, new = two_ends()
     new.train()
     new(torch.randn(4, 3)).sum().backward()
-    kept = copy.deepcopy((old.state_dict(), new.state_dict()))
+    copies = copy.deepcopy((old.state_dict(), new.state_dict()))
     averaged = wise_ft(old, new, 0.5)
-    wanted = wise_ft(*kept, 0.5)
-    for model, state in ((averaged, wanted), (old, kept[0]), (new, kept[1])):
+    expected = wise_ft(*copies, 0.5)
+    for model, state in ((averaged, expected), (old, copies[0]), (new, copies[1])):
         assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
     assert averaged[0].weight.requires_grad
     assert averaged[0].weight.grad is None
@@ -231,9 +231,9 @@ def test_files_give_what_state_dicts_give(tmp_path, dtype):
     out = wise_ft(tmp_path / "old.safetensors", str(tmp_path / "new.safetensors"), 0.4,
                   tmp_path / "mean.safetensors")  # fmt: skip
     assert out == tmp_path / "mean.safetensors"
-    read, wanted = load_file(out), wise_ft(old, new, 0.4)
-    assert read.keys() == wanted.keys()
-    assert all(torch.equal(read[name], wanted[name]) for name in wanted)
+    read, expected = load_file(out), wise_ft(old, new, 0.4)
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
     assert read["scalar"].item() == pytest.approx(1.8)
     with out.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -246,8 +246,8 @@ def test_files_may_be_averaged_in_place_and_leave_nothing_behind(tmp_path):
     for path, state in zip(paths, (old, new), strict=True):
         save_file(state, path)
     wise_ft(*paths, 0.5, paths[1])
-    wanted = wise_ft(old, new, 0.5)
-    assert all(torch.equal(value, wanted[name]) for name, value in load_file(paths[1]).items())
+    expected = wise_ft(old, new, 0.5)
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(paths[1]).items())
     save_file({"other": torch.zeros(1)}, paths[0])
     with pytest.raises(ValueError, match=r"old\.safetensors lacks"):
         wise_ft(*paths, 0.5, tmp_path / "mean.safetensors")
@@ -279,7 +279,7 @@ def test_files_are_streamed(tmp_path):
 
 def test_a_sweep_measures_what_each_average_gives_and_leaves_both_ends_alone():
     old, new = two_ends()
-    kept = copy.deepcopy((old.state_dict(), new.state_dict()))
+    copies = copy.deepcopy((old.state_dict(), new.state_dict()))
     x = torch.randn(5, 3)
     models = set()
 
@@ -288,13 +288,13 @@ def test_a_sweep_measures_what_each_average_gives_and_leaves_both_ends_alone():
         with torch.no_grad():
             return model.eval()(x)
 
-    found = sweep_wise_ft(old, new, (0.0, 0.3, 1.0), measure)
-    assert list(found) == [0.0, 0.3, 1.0]
+    outputs = sweep_wise_ft(old, new, (0.0, 0.3, 1.0), measure)
+    assert list(outputs) == [0.0, 0.3, 1.0]
     assert len(models) == 1
-    for alpha, output in found.items():
+    for alpha, output in outputs.items():
         with torch.no_grad():
             torch.testing.assert_close(output, wise_ft(old, new, alpha).eval()(x))
-    for model, state in zip((old, new), kept, strict=True):
+    for model, state in zip((old, new), copies, strict=True):
         assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
         sweep_wise_ft(old, new, (0.5, 1.5), measure)
@@ -330,14 +330,14 @@ def test_the_old_head_works_again_once_batch_norm_is_put_back():
     body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     x = torch.randn(32, 3)
     body(x)
-    kept = batch_norm_state(body)
+    statistics = batch_norm_state(body)
     before = body.eval()(x)
     body.train()
     body(5 * x + 1)
     with torch.no_grad():
         body[1].weight += 1
     assert not torch.allclose(body.eval()(x), before)
-    result = body.load_state_dict(kept, strict=False)
+    result = body.load_state_dict(statistics, strict=False)
     assert not result.unexpected_keys
     assert torch.equal(body(x), before)
     assert set(batch_norm_state(nn.BatchNorm1d(2))) == set(nn.BatchNorm1d(2).state_dict())

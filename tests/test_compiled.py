@@ -87,10 +87,16 @@ def test_the_callers_own_compiled_calls_come_back():
 
 def test_compiling_pays_on_long_jobs_alone():
     model = nn.Linear(1000, 1000)
-    assert not compiled.pays(model, 10_000, torch.bfloat16, CPU)
-    assert compiled.pays(model, 10**9, torch.bfloat16, CPU)
-    assert not compiled.pays(model, 10**9, torch.bfloat16, torch.device("cuda"))
-    assert not compiled.pays(model, 10**9, torch.float64, CPU)
+    assert not compiled.pays(model, 10_000)
+    assert compiled.pays(model, 10**9)
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_compiling_gains_on_the_kind_of_machine_where_it_was_measured(has_amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert compiled.gains(torch.bfloat16, CPU) is has_amx
+    assert not compiled.gains(torch.bfloat16, torch.device("cuda"))
+    assert not compiled.gains(torch.float64, CPU)
 
 
 def test_a_resumed_run_keeps_the_choice_of_its_store(tmp_path, monkeypatch):

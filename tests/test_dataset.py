@@ -89,19 +89,19 @@ def test_triple_takes_a_named_pair_apart():
 @pytest.mark.parametrize("dataset", [rows(), Subset(rows(), range(5)), list(rows())])
 def test_single_samples_and_batches_agree(dataset):
     weighted = FlowWeightedDataset(dataset, WEIGHTS, layout="dict", key="importance")
-    wanted = [4, 0, 0, 2]
-    singles = [weighted[index] for index in wanted]
-    assert weighted.__getitems__(wanted) == singles
+    indices = [4, 0, 0, 2]
+    singles = [weighted[index] for index in indices]
+    assert weighted.__getitems__(indices) == singles
     assert [sample["text"] for sample in singles] == ["row 4", "row 0", "row 0", "row 2"]
-    assert [sample["importance"].item() for sample in singles] == WEIGHTS[wanted].tolist()
+    assert [sample["importance"].item() for sample in singles] == WEIGHTS[indices].tolist()
 
 
 def test_hugging_face_rows_keep_their_weight_through_a_loader():
     weighted = FlowWeightedDataset(rows(), WEIGHTS, layout="dict")
-    seen = {}
+    weight_of = {}
     for batch in DataLoader(weighted, batch_size=2, shuffle=True):
-        seen.update(zip(batch["text"], batch["weight"].tolist(), strict=True))
-    assert seen == {f"row {i}": WEIGHTS[i].item() for i in range(5)}
+        weight_of.update(zip(batch["text"], batch["weight"].tolist(), strict=True))
+    assert weight_of == {f"row {i}": WEIGHTS[i].item() for i in range(5)}
 
 
 def test_a_weight_sent_elsewhere_does_not_take_all_weights_along():
@@ -185,9 +185,9 @@ def test_streams_are_sent_to_the_class_for_streams():
 
 
 def test_a_key_that_is_taken_is_refused():
-    taken = rows().add_column("weight", [1.0] * 5)
+    with_weights = rows().add_column("weight", [1.0] * 5)
     with pytest.raises(ValueError, match="have a 'weight' already; pass another key="):
-        FlowWeightedDataset(taken, WEIGHTS, layout="dict")
+        FlowWeightedDataset(with_weights, WEIGHTS, layout="dict")
     plain = FlowWeightedDataset([{"weight": 1}] * 5, WEIGHTS, layout="dict")
     with pytest.raises(ValueError, match="have a 'weight' already"):
         plain[0]
@@ -251,6 +251,30 @@ def test_several_data_sets_get_a_temperature_each_or_one_together():
     assert joint[3][0] == "d"
 
 
+def test_weights_are_normalised_and_capped_on_request():
+    losses = torch.tensor([0.3, 2.0, 0.7, 1.1])
+    plain = FlowWeightedDataset(range(4), Scores(losses)).weights
+    normalized = FlowWeightedDataset(range(4), Scores(losses), normalize="mean").weights
+    torch.testing.assert_close(normalized, plain / plain.mean())
+    options = {"normalize": "mean", "max_weight": 1.25}
+    capped = FlowWeightedDataset(range(4), Scores(losses), **options).weights
+    assert torch.equal(capped, normalized.clamp(max=1.25))
+    # Weights that the user gives are shaped as those of scores are.
+    assert torch.equal(FlowWeightedDataset(range(4), plain, **options).weights, capped)
+    with pytest.raises(ValueError, match="normalize must be 'none' or 'mean', got 'sum'"):
+        FlowWeightedDataset(range(4), plain, normalize="sum")
+    with pytest.raises(ValueError, match="max_weight must be positive, got 0"):
+        FlowWeightedDataset(range(4), plain, max_weight=0)
+
+
+def test_several_data_sets_are_normalised_together_and_keep_their_ratios():
+    scores = [Scores(torch.tensor([0.1, 0.2, 0.4])), torch.tensor([0.2, 0.1])]
+    both = ConcatDataset([range(3), range(2)])
+    plain = FlowWeightedDataset(both, scores).weights
+    normalized = FlowWeightedDataset(both, scores, normalize="mean").weights
+    torch.testing.assert_close(normalized, plain / plain.mean())
+
+
 def test_several_data_sets_are_matched_with_their_own_scores():
     both = ConcatDataset([range(3), range(2)])
     with pytest.raises(ScoreMismatchError, match="of 2 samples, the data set has 3"):
@@ -269,7 +293,7 @@ def test_interleaved_data_sets_carry_their_weights_as_columns():
         one.to_column(dataset, temperature=together)
         for one, dataset in zip(scores, (first, second), strict=True)
     ]
-    mixed = datasets.interleave_datasets(columns)
+    mixture = datasets.interleave_datasets(columns)
     expected = reference.flow_weights([0.1, 1.0, 0.2, 2.0, 0.4, 4.0], together)
-    assert list(mixed["weight"]) == pytest.approx(expected, rel=1e-6)
-    assert mixed["text"][:2] == ["row 0", "ROW 0"]
+    assert list(mixture["weight"]) == pytest.approx(expected, rel=1e-6)
+    assert mixture["text"][:2] == ["row 0", "ROW 0"]

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.probe.features import compute_features
-from tests.test_heads import blobs
-from tests.test_probe import quiet
+from tests.test_fit import blobs
+from tests.test_linear_probe import quiet
 
 
 class Body(nn.Module):
@@ -122,7 +122,7 @@ def test_a_model_left_mid_pass_by_an_error_gets_its_flags_back():
     assert all(module.training for module in body.modules())
 
 
-def kept(file, model=None, **options):
+def features_kept_in(file, model=None, **options):
     x, y = blobs()
     model = model or nn.Linear(3, 2)
     return compute_features(model, TensorDataset(x, y), store=file, progress=False, **options)
@@ -140,12 +140,12 @@ def test_features_are_kept_and_read_without_running_the_body(tmp_path):
     torch.manual_seed(0)
     body, file = Counting(3, 2), tmp_path / "new" / "features.safetensors"
     Counting.calls = 0
-    first = kept(file, body, dtype="float32")
+    first = features_kept_in(file, body, dtype="float32")
     assert Counting.calls == 1
-    second = kept(str(file), body, dtype="float32", batch_size=7)
+    second = features_kept_in(str(file), body, dtype="float32", batch_size=7)
     assert Counting.calls == 1
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    plain = kept(None, body, dtype="float32")
+    plain = features_kept_in(None, body, dtype="float32")
     assert all(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
     x, y = blobs()
     heads = [
@@ -159,12 +159,12 @@ def test_features_of_another_body_data_set_or_dtype_are_refused(tmp_path):
     torch.manual_seed(0)
     x, y = blobs(seed=1)
     body, file = nn.Linear(3, 2), tmp_path / "f.safetensors"
-    kept(file, body, dtype="float32")
+    features_kept_in(file, body, dtype="float32")
     before = file.read_bytes()
     with pytest.raises(ScoreMismatchError, match=r"another body .*Name another file"):
-        kept(file, nn.Linear(3, 2), dtype="float32")
+        features_kept_in(file, nn.Linear(3, 2), dtype="float32")
     with pytest.raises(ScoreMismatchError, match="another dtype"):
-        kept(file, body, dtype="bfloat16")
+        features_kept_in(file, body, dtype="bfloat16")
     with pytest.raises(ScoreMismatchError, match="another dataset"):
         compute_features(body, TensorDataset(x, y), store=file, dtype="float32", progress=False)
     assert file.read_bytes() == before
@@ -172,7 +172,7 @@ def test_features_of_another_body_data_set_or_dtype_are_refused(tmp_path):
 
 def test_a_data_set_may_be_named_by_its_user(tmp_path):
     body, file = nn.Linear(3, 2), tmp_path / "f.safetensors"
-    first = kept(file, body, dataset_id="blobs", dtype="float32")
+    first = features_kept_in(file, body, dataset_id="blobs", dtype="float32")
     x, y = blobs(seed=5)
     again = compute_features(
         body, TensorDataset(x, y), store=file, dataset_id="blobs", dtype="float32", progress=False
@@ -183,15 +183,29 @@ def test_a_data_set_may_be_named_by_its_user(tmp_path):
 def test_a_damaged_or_foreign_file_is_neither_read_nor_overwritten(tmp_path):
     file = tmp_path / "f.safetensors"
     body = nn.Linear(3, 2)
-    kept(file, body)
+    features_kept_in(file, body)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(StoreError, match="damaged"):
-        kept(file, body)
+        features_kept_in(file, body)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(StoreError, match="not written by flowdata"):
-        kept(tmp_path / "other.safetensors", body)
+        features_kept_in(tmp_path / "other.safetensors", body)
     assert file.read_bytes() == bytes(content)
     with pytest.raises(ValueError, match=r"store must name a file \*\.safetensors"):
-        kept(tmp_path / "folder", body)
+        features_kept_in(tmp_path / "folder", body)
+
+
+def test_a_body_whose_parameters_are_offloaded_is_run_where_it_takes_its_inputs():
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    x, y = blobs()
+    body = Body().eval()
+    data = TensorDataset(x, y)
+    plain, _ = compute_features(body, data, dtype="float32", progress=False)
+    offloaded = accelerate.cpu_offload(body, execution_device="cpu")
+    assert next(offloaded.parameters()).device.type == "meta"
+    features, targets = compute_features(offloaded, data, dtype="float32", progress=False)
+    assert torch.equal(features, plain)
+    assert torch.equal(targets, y)

@@ -1,8 +1,11 @@
+import dataclasses
 import functools
 import os
 import random
 import subprocess
 import sys
+from pathlib import PurePosixPath
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -11,7 +14,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from flowdata.store.fingerprint import fingerprint_callable, fingerprint_dataset, fingerprint_model
+from flowdata.store.fingerprint import (
+    fingerprint_callable,
+    fingerprint_dataset,
+    fingerprint_model,
+    fingerprint_tokenizer,
+)
 from tests.models import TinyResNet, tiny_llama
 
 
@@ -191,3 +199,133 @@ def test_fingerprints_are_those_of_another_process():
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
+
+
+# --- digests that stores on disk were made with --------------------------------------------------
+
+
+def filled(module):
+    """The module with parameters that count up, the same wherever and whenever it is made."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 7 - 3)
+    return module
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: float
+
+
+class Collate:
+    """A collate function with attributes of its own, and one that no digest depends on."""
+
+    def __init__(self, length, mark, tokenizer=None):
+        self.length, self.mark, self.tokenizer = length, mark, tokenizer
+        self.rows = object()
+
+    def __call__(self, samples):
+        return samples
+
+
+class WordTokenizer:
+    """As much of a Hugging Face tokenizer as a fingerprint reads."""
+
+    is_fast, chat_template = False, "{{ messages }}"
+    special_tokens_map: ClassVar = {"eos_token": "</s>"}
+
+    def get_vocab(self):
+        return {"b": 1, "a": 0}
+
+
+class Settings:
+    def to_dict(self):
+        return {"width": 8, "_name_or_path": "there", "inner": {"dtype": "x", "depth": 2}}
+
+
+class Configured(nn.Linear):
+    """A layer with a configuration, a number of its own and a buffer."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.config, self.scale = Settings(), 2.5
+        self.register_buffer("steps", torch.tensor(4))
+
+
+EVERY_KIND_OF_VALUE = [
+    {"b": torch.arange(6).view(2, 3), "a": np.arange(3, dtype=np.int16), "empty": torch.empty(0)},
+    (b"bytes", "text", 3, 2.5, True, None, 1j, np.float32(0.5), PurePosixPath("a/b")),
+    {"set", "of", "words"},
+    Point(1, 2.0),
+    np.array(["a", None], dtype=object),
+    torch.ones(2, dtype=torch.bfloat16),
+]
+ROWS = {
+    "text": ["a", None, "ccc"],
+    "ids": [[1, 2], [], [3]],
+    "number": [1.5, 2.0, None],
+    "pair": [{"x": 1, "y": "u"}, {"x": 2, "y": "v"}, {"x": 3, "y": "w"}],
+}
+
+
+PINNED_MODELS = {
+    "linear": "bcf8f2457d99c3a6b94835baae726f9d7575f3c0e040f3f918d43bb702388a0b",
+    "large": "42b2a678367e54008e992104ad943499c439fff05fea34f18eaf577ead3d6d70",
+    "half": "963b31e543852ecb0b9461f85e400d04167bc534e64b6923cae0805a9676b03f",
+    "nested": "7f7b4a3047466c30e73104ee7d1211c05ad60d1da924fefee50a32296dec1455",
+    "configured": "aeee5b1da535fd5ab1e777947cd938b42f74e7d6bb2361a33a2a3c465a0e6bac",
+}
+
+
+def test_digests_of_models_stay_what_they_were():
+    digests = {
+        "linear": fingerprint_model(filled(nn.Linear(4, 3))),
+        # 64 KiB are one checksum: five of them and a rest
+        "large": fingerprint_model(filled(nn.Linear(300, 300))),
+        "half": fingerprint_model(filled(nn.Linear(4, 3)).bfloat16()),
+        "nested": fingerprint_model(filled(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))),
+        "configured": fingerprint_model(filled(Configured())),
+    }
+    assert digests == PINNED_MODELS
+
+
+PINNED_DATASETS = {
+    "tensors": "fc6d6f1dc4e79b3b27e37675211a2c49359b332d8d4c287176316cde7346295a",
+    "every kind of value": "2f82c515576f617d2e67efa7ef1c4e5320100535cacebf7c0543f38a83e927e0",
+    "read whole": "760426154f8941deb580661faaf8ced8ceb38e57a9fae88783965a83681c8e16",
+    "sampled": "791b1c36bd00f23bb265c71a085331006c189e7ad489317b0331a80ba97f931d",
+    "rows": "5c4a0a132aae118e7de6e8b02194b57d5fda0e4e4a2df20911571f52e0beee50",
+}
+
+
+def test_digests_of_data_sets_stay_what_they_were():
+    digests = {
+        "tensors": fingerprint_dataset(TensorDataset(torch.arange(9), torch.ones(9, 2))),
+        "every kind of value": fingerprint_dataset(EVERY_KIND_OF_VALUE),
+        "read whole": fingerprint_dataset(Squares(400)),
+        "sampled": fingerprint_dataset(Squares(5000)),
+        "rows": fingerprint_dataset(datasets.Dataset.from_dict(ROWS)),
+    }
+    assert digests == PINNED_DATASETS
+
+
+PINNED_CALLABLES = {
+    "none": "c943f9ef97436877dcbf0d6fd233d8bd45ed68fa9b25c700f1dc585b024e4e50",
+    "object": "e2ef1fdf9a97463b43c33241e84612519f4a4c2f131c05c940683d8470076641",
+    "method": "55db53d31af799a4b82e80b2f8d020b77a3e1c389ea15a83a0f37ff75d1b8cbd",
+    "with a tokenizer": "abd427fe928d4a967cdfe4a016341ec73a6077950b76f36e0d05d78ba44f20a2",
+    "tokenizer": "5b05b330818a209526f9e11e7715b36aafcc7a9a7c8f4cb3298b24e8418446c3",
+}
+
+
+def test_digests_of_callables_stay_what_they_were():
+    """Those of functions with code of their own change with the version of Python."""
+    digests = {
+        "none": fingerprint_callable(None),
+        "object": fingerprint_callable(Collate(8, "x")),
+        "method": fingerprint_callable(functools.partial(len, (1, "a"), key=filled(nn.ReLU()))),
+        "with a tokenizer": fingerprint_callable(Collate(8, None, WordTokenizer())),
+        "tokenizer": fingerprint_tokenizer(WordTokenizer()),
+    }
+    assert digests == PINNED_CALLABLES

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from flowdata.head.tiled import Head, kernels, read_head, target_losses, target_values
+from flowdata.head.output_layer import Head, read_head
+from flowdata.head.tiled import kernels, target_losses, target_values
 from flowdata.targets.columns import COLUMNS
 from tests import reference
 

@@ -8,7 +8,8 @@ import os
 import pytest
 import torch
 
-from flowdata.head.tiled import Head, target_values
+from flowdata.head.output_layer import Head
+from flowdata.head.tiled import target_values
 from flowdata.targets.columns import COLUMNS
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")

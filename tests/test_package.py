@@ -82,3 +82,47 @@ def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
     assert model.head.weight.grad is not None
     assert sum(len(labels) for _, labels in names["loader"]) == 20
     assert len(flowdata.Scores.load("scores")) == 20
+
+
+def repository_texts():
+    """Every file that may tell somebody what to install, by its path."""
+    folders = ("flowdata", "tests", "benchmarks", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [*ROOT.iterdir(), *(ROOT / ".ci").glob("*"), *(ROOT / ".github").rglob("*")]
+    kinds = ("", ".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".cff")
+    return {
+        path: path.read_text(errors="replace")
+        for path in files
+        if path.is_file() and path.suffix in kinds
+    }
+
+
+def packages_to_install(line):
+    """The names of what a line's `pip install` commands install."""
+    commands = re.findall(r"pip install ([^;&|`]*)", line)
+    words = [word.strip("\"'().,") for command in commands for word in command.split()]
+    return [re.split(r"[\\[=<>~!]", word)[0] for word in words]
+
+
+def test_nobody_is_told_to_install_somebody_elses_flowdata():
+    assert packages_to_install("run pip install 'flowdata[demo]'; flowdata demo") == ["flowdata"]
+    assert packages_to_install('`pip install -q "flowdata-torch[demo]"` flowdata') == [
+        "-q",
+        "flowdata-torch",
+    ]
+    extras = re.compile(r"\bflowdata\[")  # of a requirement: a module takes no brackets
+    this_file = Path(__file__)
+    for path, text in repository_texts().items():
+        if path != this_file:
+            assert "flowdata" not in [
+                name for line in text.splitlines() for name in packages_to_install(line)
+            ]
+            assert not extras.search(text), path
+
+
+def test_the_distribution_and_its_extras_have_one_name():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^name = "(.*)"$', project, re.MULTILINE).group(1) == "flowdata-torch"
+    assert len(re.findall(r'"flowdata-torch\[', project)) == len(
+        re.findall(r'"flowdata.*?\[', project)
+    )

@@ -8,14 +8,17 @@ from torch import nn
 
 from flowdata import LossScorer
 from flowdata.scoring.collate import pad_collate
-from flowdata.scoring.language import attention, packed, varlen
+from flowdata.scoring.language import attention, blocks, packed, varlen
+from flowdata.scoring.language.blocks import Block
 from flowdata.scoring.language.inputs import padded
-from flowdata.scoring.language.packed import Packing, common_prefix, why_not_packed
+from flowdata.scoring.language.layout import cut_by_length
+from flowdata.scoring.language.packable import common_prefix, why_not_packed
+from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.plan.prompts import shared_prompts
 from tests import reference, zoo
 from tests.models import tiny_llama, token_samples
 
-BLOCKS = [attention.Block(2, 9), attention.Block(1, 4), attention.Block(3, 1)]
+BLOCKS = [Block(2, 9), Block(1, 4), Block(3, 1)]
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
 
@@ -57,17 +60,17 @@ def expected_attention(flat, prefix, **options):
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
-@pytest.mark.parametrize("at_once", [attention._SCORES_AT_ONCE, 64])
+@pytest.mark.parametrize("at_once", [blocks._SCORES_AT_ONCE, 64])
 def test_samples_attend_to_themselves_and_the_prefix(before, options, at_once, monkeypatch):
-    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(blocks, "_SCORES_AT_ONCE", at_once)
     flat, prefix = parts(before=before)
     token = attention._running.set(attention.Pass(BLOCKS, [tuple(prefix)] if before else []))
     names = {"window": "sliding_window", "sinks": "s_aux"}
     given_options = {names.get(name, name): value for name, value in options.items()}
     out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, **given_options)
     attention._running.reset(token)
-    wanted = expected_attention(flat, prefix, **options)
-    torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
+    expected = expected_attention(flat, prefix, **options)
+    torch.testing.assert_close(out[0].double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("before", [0, 5])
@@ -86,8 +89,8 @@ def test_the_cpus_kernel_gets_keys_in_multiples_of_sixteen(before, window, monke
     out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, sliding_window=window)
     attention._running.reset(token)
     exact = [[x.float() for x in group] for group in (flat, prefix)]
-    wanted = expected_attention(*exact, **({} if window is None else {"window": window}))
-    torch.testing.assert_close(out[0].double(), wanted, atol=0.02, rtol=0.02)
+    expected = expected_attention(*exact, **({} if window is None else {"window": window}))
+    torch.testing.assert_close(out[0].double(), expected, atol=0.02, rtol=0.02)
     assert len(keys) == len(BLOCKS)
     assert all(k == v and k % 16 == 0 for k, v in keys)
 
@@ -121,24 +124,26 @@ def new_kernel(
 @pytest.mark.parametrize("window", [None, 6])
 def test_answers_attend_to_their_prompt_alone(before, window, monkeypatch):
     flat, prefix = parts(before=before)
-    blocks = [attention.Block(1, 9), attention.Block(2, 5, after=0), attention.Block(1, 6)]
+    prompted_blocks = [Block(1, 9), Block(2, 5, after=0), Block(1, 6)]
     starts = [(0, 9, None), (9, 5, 0), (14, 5, 0), (19, 6, None)]
-    wanted = []
+    expected = []
     for start, length, prompt in starts:
         q, k, v = (each[0, :, start : start + length] for each in flat)
-        shown = [(k, v)] if prompt is None else [tuple(e[0, :, :9] for e in flat[1:]), (k, v)]
-        shown = [tuple(each[0] for each in prefix), *shown]
-        k, v = (torch.cat(each, 1) for each in zip(*shown, strict=True))
-        wanted.append(reference.attention(q, k, v, 0.3, window=window).transpose(0, 1))
-    wanted = torch.cat(wanted)
+        visible = [(k, v)] if prompt is None else [tuple(e[0, :, :9] for e in flat[1:]), (k, v)]
+        visible = [tuple(each[0] for each in prefix), *visible]
+        k, v = (torch.cat(each, 1) for each in zip(*visible, strict=True))
+        expected.append(reference.attention(q, k, v, 0.3, window=window).transpose(0, 1))
+    expected = torch.cat(expected)
     flat = [each[:, :, :25] for each in flat]
-    token = attention._running.set(attention.Pass(blocks, [tuple(prefix)] if before else []))
+    token = attention._running.set(
+        attention.Pass(prompted_blocks, [tuple(prefix)] if before else [])
+    )
     out, _ = attention._attend(Layer(), *flat, None, scaling=0.3, sliding_window=window)
     attention._running.reset(token)
-    torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out[0].double(), expected, atol=1e-5, rtol=1e-4)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_kernel)
-    out = varlen.varlen(blocks, *flat, tuple(prefix) if before else None, 0.3, window)
-    torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-4)
+    out = varlen.varlen(prompted_blocks, *flat, tuple(prefix) if before else None, 0.3, window)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("release", ["2.10", "2.13"])
@@ -155,19 +160,19 @@ def test_the_gpu_kernel_is_given_what_it_documents(release, before, window, monk
         with pytest.raises(ValueError, match="has no sliding window"):
             varlen.varlen(*arguments)
         return
-    wanted = expected_attention(flat, prefix, window=window)
-    torch.testing.assert_close(varlen.varlen(*arguments).double(), wanted, atol=1e-5, rtol=1e-4)
+    expected = expected_attention(flat, prefix, window=window)
+    torch.testing.assert_close(varlen.varlen(*arguments).double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.sampled_from([0, 1 / 16, 0.5]))
-def test_blocks_hold_every_sample_in_order_with_little_padding(lengths, like):
-    blocks = packed._blocks(lengths, like)
-    assert sum(count for count, _ in blocks) == len(lengths)
+def test_blocks_hold_every_sample_in_order_with_little_padding(lengths, most_padding):
+    runs = cut_by_length(lengths, most_padding)
+    assert sum(count for count, _ in runs) == len(lengths)
     start = 0
-    for count, longest in blocks:
+    for count, longest in runs:
         inside = lengths[start : start + count]
         assert max(inside) == longest
-        assert min(inside) >= longest * (1 - like)
+        assert min(inside) >= longest * (1 - most_padding)
         start += count
 
 
@@ -311,15 +316,15 @@ def test_a_bit_depends_on_the_pack_alone():
 def answers(samples, count=4):
     """Several answers to each sample's prompt, in a mixed order."""
     generator = torch.Generator().manual_seed(1)
-    made = []
+    several = []
     for sample in samples:
         prompt = int((sample["labels"] == -100).sum())
         for length in torch.randint(1, 20, (count,), generator=generator).tolist():
             answer = torch.randint(2, 199, (length,), generator=generator)
             none = torch.full((prompt,), -100)
             ids = torch.cat([sample["input_ids"][:prompt], answer])
-            made.append({"input_ids": ids, "labels": torch.cat([none, answer])})
-    return [made[index] for index in torch.randperm(len(made), generator=generator).tolist()]
+            several.append({"input_ids": ids, "labels": torch.cat([none, answer])})
+    return [several[index] for index in torch.randperm(len(several), generator=generator).tolist()]
 
 
 @pytest.mark.parametrize("template", [0, 12])
@@ -337,7 +342,7 @@ def test_answers_to_one_prompt_run_it_once(name, template):
     assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
     assert "shared prompts run once (about " in scorer.explain()
     tokens = sum(len(sample["input_ids"]) for sample in samples)
-    assert sum(run[4:]) < 0.6 * tokens  # the first calls check the method
+    assert sum(run[4:]) < 0.6 * tokens  # the first calls check the ways
 
 
 def test_shared_prompts_are_told_by_their_tokens():
@@ -373,12 +378,12 @@ def test_left_padding_is_left_as_it_is():
         padding = [longest - len(sample["input_ids"]) for sample in chosen]
         pairs = list(zip(chosen, padding, strict=True))
         fill = {"input_ids": 0, "labels": -100}
-        made = {
+        fields = {
             name: torch.stack([nn.functional.pad(s[name], (p, 0), value=v) for s, p in pairs])
             for name, v in fill.items()
         }
         mask = [nn.functional.pad(torch.ones_like(s["labels"]), (p, 0)) for s, p in pairs]
-        return made | {"attention_mask": torch.stack(mask)}
+        return fields | {"attention_mask": torch.stack(mask)}
 
     losses = scorer.score(samples, collate_fn=left).losses
     assert (losses - losses_alone(model, samples)).abs().max() < 1e-4
@@ -414,7 +419,7 @@ def test_samples_that_see_each_other_are_noticed(monkeypatch, caplog):
     monkeypatch.setattr(
         packed,
         "Pass",
-        lambda blocks, *rest, **more: whole([attention.Block(1, sum(c * n for c, n, _ in blocks))]),
+        lambda blocks, *rest, **more: whole([Block(1, sum(c * n for c, n, _ in blocks))]),
     )
     model, samples = wild_llama(), token_samples(8)
     losses, _, how = tokens_run(model, samples)

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowdata.scoring.plan.packs import plan_fixed, plan_padded
+from flowdata.scoring.plan.packs import PlanOptions, plan_fixed, plan_padded
 
 lengths_lists = st.lists(st.integers(0, 50), min_size=1, max_size=60)
 
@@ -74,3 +76,26 @@ def test_groups_stay_together_as_long_as_their_longest():
     for index, cost in enumerate(plan.costs.tolist()):
         pack = plan.pack(index)
         assert int(lengths[pack].max()) * len(pack) <= cost <= max(500, int(lengths.max()))
+
+
+def test_a_manifest_keeps_the_options_and_what_was_made_of_them():
+    """Keys and values as stores on disk have them: another key is another plan, and is refused."""
+    plan = plan_padded(torch.tensor([2, 9, 3, 4]), max_tokens=9)
+    plan = replace(plan, options=PlanOptions(9, None, prefix=8, compile=True, threads=2))
+    assert plan.to_manifest() == {
+        "max_tokens": 9,
+        "batch_size": None,
+        "prefix": 8,
+        "shared_prompts": 0,
+        "compile": True,
+        "threads": 2,
+        "packs": 3,
+        "digest": "1be2b99531d0572097c02df861b58df6ce129937eb241d00707188af9e21ba77",
+    }
+
+
+def test_a_begun_stores_options_go_before_a_calls_own():
+    options = PlanOptions(max_tokens=9, batch_size=4, prefix=8, compile=True, threads=2)
+    begun = {"max_tokens": None, "batch_size": 5, "threads": 3, "packs": 7, "digest": "ab"}
+    assert options.as_begun(begun) == replace(options, max_tokens=None, batch_size=5, threads=3)
+    assert options.as_begun({}) == options

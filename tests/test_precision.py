@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
-from flowdata.models.copies import scoring_model
+from flowdata.models.copies import frozen_model
 from flowdata.models.precision import resolve_dtype
 from flowdata.models.tensors import map_tensors
 from tests.models import TinyResNet, tiny_llama
@@ -19,7 +20,7 @@ def test_the_callers_own_model_is_lent_when_nothing_needs_converting():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout())).train()
     model[1].eval()
     before = [module.training for module in model.modules()]
-    with scoring_model(model, torch.float32, CPU) as lent:
+    with frozen_model(model, torch.float32, CPU) as lent:
         assert lent is model
         assert not any(module.training for module in lent.modules())
         assert not torch.is_grad_enabled()
@@ -28,7 +29,7 @@ def test_the_callers_own_model_is_lent_when_nothing_needs_converting():
 
 def test_training_flags_come_back_after_an_error():
     model = TinyResNet().train()
-    with pytest.raises(KeyError), scoring_model(model, torch.float32, CPU):
+    with pytest.raises(KeyError), frozen_model(model, torch.float32, CPU):
         raise KeyError
     assert model.training
 
@@ -36,11 +37,11 @@ def test_training_flags_come_back_after_an_error():
 def test_a_model_that_can_not_be_copied_is_lent_where_nothing_needs_converting():
     model = TinyResNet()
     model.guard = threading.Lock()
-    with scoring_model(model, torch.float32, CPU) as lent:
+    with frozen_model(model, torch.float32, CPU) as lent:
         assert lent is model
     with (
         pytest.raises(ValueError, match=r"can't be copied.*pickle '_thread.lock' object"),
-        scoring_model(model, torch.bfloat16, CPU),
+        frozen_model(model, torch.bfloat16, CPU),
     ):
         pass
 
@@ -48,7 +49,7 @@ def test_a_model_that_can_not_be_copied_is_lent_where_nothing_needs_converting()
 def test_a_copy_takes_the_dtype_and_shares_nothing():
     model = tiny_llama(tie_word_embeddings=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with scoring_model(model, torch.bfloat16, CPU) as lent:
+    with frozen_model(model, torch.bfloat16, CPU) as lent:
         assert all(p.dtype == torch.bfloat16 for p in lent.parameters())
         assert lent.lm_head.weight is lent.model.embed_tokens.weight
         assert lent.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -59,7 +60,7 @@ def test_a_copy_takes_the_dtype_and_shares_nothing():
 
 def test_batch_norm_stays_in_float32_and_the_copy_looks_like_the_original():
     model = TinyResNet()
-    with scoring_model(model, torch.bfloat16, CPU) as lent:
+    with frozen_model(model, torch.bfloat16, CPU) as lent:
         assert lent.stem[0].weight.dtype == torch.bfloat16
         assert lent.stem[1].weight.dtype == torch.float32
         images = torch.randn(4, 3, 8, 8)
@@ -72,7 +73,7 @@ def test_a_convolutional_network_runs_with_channels_last_and_shares_the_rest():
     model = TinyResNet().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.randn(4, 3, 8, 8)
-    with scoring_model(model, torch.float32, CPU) as lent:
+    with frozen_model(model, torch.float32, CPU) as lent:
         weight = lent.block[0].weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert lent.block(lent.stem(images)).is_contiguous(memory_format=torch.channels_last)
@@ -93,6 +94,24 @@ def test_dtypes_have_names():
     for wrong in ("int8", "bf16", torch.int8):
         with pytest.raises(ValueError, match="dtype must be 'auto' or one of float32"):
             resolve_dtype(wrong, model, CPU)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_bfloat16_where_it_is_fast_and_costs_nothing(monkeypatch, fast):
+    monkeypatch.setattr("flowdata.models.precision.is_fast_at_bfloat16", lambda device: fast)
+    fastest = torch.bfloat16 if fast else torch.float32
+    model = nn.Linear(2, 2)
+    assert resolve_dtype("auto", model, CPU) == fastest
+    assert resolve_dtype("auto", nn.Identity(), CPU) == fastest
+    assert resolve_dtype("auto", model, CPU, one_target=True) == torch.float32
+    for own in (torch.float16, torch.bfloat16, torch.float64):
+        for one_target in (False, True):
+            model = nn.Linear(2, 2).to(own)
+            assert resolve_dtype("auto", model, CPU, one_target=one_target) == own
+    assert resolve_dtype("bfloat16", model, CPU, one_target=True) == torch.bfloat16
+    model = nn.Linear(2, 2)
+    model._hf_hook = SimpleNamespace(execution_device=0)  # as accelerate places a model
+    assert resolve_dtype("auto", model, CPU) == torch.float32
 
 
 def test_tensors_are_found_wherever_a_batch_keeps_them():

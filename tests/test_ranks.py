@@ -35,20 +35,20 @@ def test_ranks(check, outcomes):
     assert outcomes[check] == ""
 
 
-# --- the store's talk, ranks being threads -------------------------------------------------------
+# --- the talk over a board, ranks being threads --------------------------------------------------
 
 
 def together(size, work):
     """What `work(ranks)` returns, or raises, in as many threads as ranks."""
-    store, found = dist.HashStore(), [None] * size
+    board, results = dist.HashStore(), [None] * size
 
     def run(rank):
-        ranks = Ranks(store, rank, size)
+        ranks = Ranks(board, rank, size)
         try:
             with ranks.failing_together():
-                found[rank] = work(ranks)
+                results[rank] = work(ranks)
         except Exception as error:
-            found[rank] = error
+            results[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -56,7 +56,7 @@ def together(size, work):
     for thread in threads:
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
-    return found
+    return results
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -64,11 +64,12 @@ def together(size, work):
 def test_every_pack_is_claimed_once(size, ahead):
     def work(ranks):
         begun, held = [], []
-        for pack in ranks.claims(range(1, 101), ahead=ahead):
+        claims = ranks.claims(range(1, 101), ahead=ahead)
+        for pack in claims:
             held.append(pack)
             if len(held) > (3 if ahead else 0):  # claimed well before it is begun
-                begun += [p for p in [held.pop(0)] if ranks.begins(p)]
-        return begun + [p for p in held if ranks.begins(p)]
+                begun += [p for p in [held.pop(0)] if claims.begins(p)]
+        return begun + [p for p in held if claims.begins(p)]
 
     assert sorted(itertools.chain(*together(size, work))) == list(range(1, 101))
 
@@ -79,12 +80,12 @@ def test_what_a_slow_rank_has_not_begun_is_taken_over():
     def work(ranks):
         claims = ranks.claims(range(10), ahead=True)
         if ranks.rank == 0:
-            held = [next(claims) for _ in range(6)]
+            held = list(itertools.islice(claims, 6))
             slow_holds.set()
             time.sleep(0.5)
-            return [pack for pack in held if ranks.begins(pack)]
+            return [pack for pack in held if claims.begins(pack)]
         slow_holds.wait()
-        return [pack for pack in claims if ranks.begins(pack)]
+        return [pack for pack in claims if claims.begins(pack)]
 
     slow, fast = together(2, work)
     assert slow == []
@@ -127,16 +128,16 @@ def test_a_long_wait_says_what_is_missing(monkeypatch, caplog):
 
 
 def test_a_rank_that_is_gone_is_named(monkeypatch):
-    monkeypatch.setattr("flowdata.scoring.ranks._SILENT", 0.5)
-    store = dist.HashStore()
-    store.add("alive/1", 1)  # the one sign of life of a rank that was killed, and left no error
+    monkeypatch.setattr("flowdata.scoring.signs_of_life._SILENT", 0.5)
+    board = dist.HashStore()
+    board.add("alive/1", 1)  # the one sign of life of a rank that was killed, and left no error
     with pytest.raises(RankError, match=r"rank 1 has shown no sign of life .* goes on from what"):
-        Ranks(store, 0, 2).gather("done", True)
+        Ranks(board, 0, 2).gather("done", True)
 
 
 def test_a_slow_rank_is_waited_for_as_long_as_it_lives(monkeypatch):
-    monkeypatch.setattr("flowdata.scoring.ranks._BEAT", 0.05)
-    monkeypatch.setattr("flowdata.scoring.ranks._SILENT", 0.5)
+    monkeypatch.setattr("flowdata.scoring.signs_of_life._BEAT", 0.05)
+    monkeypatch.setattr("flowdata.scoring.signs_of_life._SILENT", 0.5)
 
     def work(ranks):
         if ranks.rank == 1:

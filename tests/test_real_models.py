@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from examples import smollm2_gsm8k
-from flowdata.text.chats import Columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import tokenize_rows
+from flowdata.text import Fields, load_model, load_tokenizer, read_rows, tokenize_rows
 from tests import reference
 
 pytestmark = pytest.mark.slow
@@ -45,15 +42,15 @@ def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path,
     samples = tokenize_rows(
         read_rows(str(data), limit=6),
         load_tokenizer(folder),
-        Columns(prompt="question", completion="answer"),
+        Fields(prompt="question", completion="answer"),
         template=True,
     )
     model = load_model(folder).eval()
     assert model.dtype == torch.float32
     expected = [reference.causal_lm_sample_loss(model, samples[i]) for i in range(6)]
-    found = list(zip(scores.losses.tolist(), scores.counts.tolist(), strict=True))
-    for (loss, count), (wanted, targets) in zip(found, expected, strict=True):
+    pairs = list(zip(scores.losses.tolist(), scores.counts.tolist(), strict=True))
+    for (loss, count), (exact_loss, targets) in zip(pairs, expected, strict=True):
         assert count == targets
-        assert loss == pytest.approx(wanted, abs=2e-2)
+        assert loss == pytest.approx(exact_loss, abs=2e-2)
     assert torch.equal(smollm2_gsm8k.main([*arguments, "--rows", "6"]).losses, scores.losses)
     assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["gsm8k-6", "smollm2"]

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from flowdata.report.report import write_report
 from flowdata.report.summary import QUANTILES, extremes
-from flowdata.report.write import write_report
 from flowdata.scores import Scores
 from tests import reference
 
@@ -165,7 +165,7 @@ def test_bad_input_is_named(tmp_path):
 
 def test_a_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=re.escape('pip install "flowdata[plotting]"')):
+    with pytest.raises(ImportError, match=re.escape('pip install "flowdata-torch[plotting]"')):
         some_scores().plot(tmp_path / "losses.png")
 
 

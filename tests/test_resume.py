@@ -271,9 +271,9 @@ def test_torchrun_restarts_after_a_killed_rank_and_one_process_has_the_same_bits
 IMPATIENT = """
 import sys
 from flowdata.cli import main
-from flowdata.scoring import ranks
+from flowdata.scoring import signs_of_life
 
-ranks._SILENT = 6.0
+signs_of_life._SILENT = 6.0
 sys.exit(main())
 """
 

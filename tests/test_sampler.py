@@ -1,9 +1,9 @@
 import math
 import pickle
+import re
 import statistics
 import warnings
-from collections import Counter
-from itertools import islice, permutations
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -15,109 +15,17 @@ from torchdata.nodes import Batcher, Loader, ParallelMapper, SamplerWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata import LossScorer
-from flowdata._common.random_draws import (
-    PERMUTATION,
-    POINTS,
-    CumulativeWeights,
-    KeyedPermutation,
-    multiply_high,
-    random_words,
-)
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from tests import reference
+from tests.plausible import chi_square_is_plausible
 
 WEIGHTS = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 3
 
 
 def drawn(sampler):
     return np.fromiter(sampler, dtype=np.int64)
-
-
-def chi_square_is_plausible(counts, expected):
-    """Within 5 standard deviations of its mean; bins are joined until they expect about 50."""
-    bins = np.unique((np.cumsum(expected) - expected / 2) // 50, return_inverse=True)[1]
-    counts, expected = np.bincount(bins, counts), np.bincount(bins, expected)
-    freedom = len(expected) - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
-
-
-# The pure part: words, permutation, cumulative weights.
-
-
-def test_any_part_of_a_stream_of_words_is_the_same_as_in_the_whole():
-    whole = random_words((3, 1), POINTS, 0, 1000)
-    for start, count in [(0, 1), (1, 7), (5, 995), (998, 2)]:
-        np.testing.assert_array_equal(
-            random_words((3, 1), POINTS, start, count), whole[start : start + count]
-        )
-    for other in [((3, 2), POINTS), ((4, 1), POINTS), ((3, 1), PERMUTATION)]:
-        assert not np.isin(random_words(*other, 0, 1000), whole).any()
-
-
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.integers(0, 2**63 - 1))
-def test_the_high_half_of_products_is_exact(words, factor):
-    result = multiply_high(np.array(words, dtype=np.uint64), factor)
-    assert result.tolist() == [word * factor >> 64 for word in words]
-
-
-@pytest.mark.parametrize("size", [*range(1, 40), 1000, 10_007, 65_537])
-def test_a_permutation_holds_every_value_once_in_whatever_order_it_is_asked(size):
-    permutation = KeyedPermutation(size, (0, size))
-    values = permutation(np.arange(size))
-    assert sorted(values.tolist()) == list(range(size))
-    some = np.arange(size)[::-3]
-    np.testing.assert_array_equal(permutation(some), values[some])
-
-
-def test_small_permutations_all_come_equally_often():
-    seen = Counter(tuple(KeyedPermutation(4, (7, e))(np.arange(4)).tolist()) for e in range(4800))
-    counts = np.array([seen[order] for order in permutations(range(4))])
-    assert chi_square_is_plausible(counts, np.full(24, 200.0))
-
-
-def test_no_value_or_pair_of_values_is_favoured_in_a_place():
-    values = np.stack([KeyedPermutation(11, (5, e))(np.arange(11)) for e in range(6000)])
-    for place in range(11):
-        counts = np.bincount(values[:, place], minlength=11)
-        assert chi_square_is_plausible(counts, np.full(11, 6000 / 11))
-    pairs = np.bincount(values[:, 3] * 11 + values[:, 4], minlength=121).reshape(11, 11)
-    assert pairs.diagonal().sum() == 0
-    pairs = pairs[~np.eye(11, dtype=bool)]
-    assert chi_square_is_plausible(pairs, np.full(110, 6000 / 110))
-
-
-def test_a_permutation_has_no_visible_order():
-    values = KeyedPermutation(100_000, (0, 0))(np.arange(100_000)) / 100_000
-    for lag in (1, 2, 316, 317, 633):  # 317 is the grid's side
-        assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 4 / math.sqrt(100_000)
-    cells = np.histogram2d(np.arange(100_000), values, bins=20)[0].ravel()
-    assert chi_square_is_plausible(cells, np.full(400, 250.0))
-    pairs = np.histogram2d(values[:-1], values[1:], bins=20)[0].ravel()
-    assert chi_square_is_plausible(pairs, np.full(400, 99_999 / 400))
-
-
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.one_of(st.just(0.0), st.floats(1e-9, 1.0), st.floats(1e-300, 1e300)),
-        min_size=1,
-        max_size=300,
-    ).filter(any)
-)
-def test_points_fall_on_the_sample_that_a_walk_finds(weights):
-    table = CumulativeWeights(np.array(weights))
-    ends = table._ends.tolist()
-    integers = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    points = {0, table.total // 3, table.total - 1}
-    points |= {p for end in ends for p in (end - 1, end) if 0 <= p < table.total}
-    points = sorted(points)
-    expected = [reference.sample_at(integers, point) for point in points]
-    assert table.find(np.array(points)).tolist() == expected
-    share = [weight / math.fsum(weights) for weight in weights]
-    assert [i / table.total for i in integers] == pytest.approx(share, abs=2**-60, rel=2**-50)
 
 
 # Frequencies.
@@ -208,7 +116,7 @@ def test_resampled_batches_have_the_gradient_of_the_weighted_mean_loss():
         return torch.autograd.grad(loss, theta, retain_graph=True)[0]
 
     losses = (inputs @ theta - targets) ** 2
-    wanted = gradient((weights * losses).sum() / weights.sum())
+    exact = gradient((weights * losses).sum() / weights.sum())
     data = TensorDataset(inputs, targets)
     for method in ("systematic", "multinomial"):
         sampler = FlowSampler(weights, 320, method=method)
@@ -218,11 +126,11 @@ def test_resampled_batches_have_the_gradient_of_the_weighted_mean_loss():
             loader = DataLoader(data, batch_size=32, sampler=sampler)
             means.append(torch.stack([gradient(((x @ theta - y) ** 2).mean()) for x, y in loader]))
         batches = torch.cat(means)
-        error = batches.mean(0) - wanted
+        error = batches.mean(0) - exact
         spread = batches.std(0) / math.sqrt(len(batches))
         assert (error.abs() < 4 * spread).all()
         uniform = gradient(losses.mean())
-        assert ((uniform - wanted).abs() > 4 * spread).any()  # the test can tell them apart
+        assert ((uniform - exact).abs() > 4 * spread).any()  # the test can tell them apart
 
 
 # The order.
@@ -301,9 +209,9 @@ def test_a_copy_goes_on_by_itself():
     sampler = FlowSampler(WEIGHTS)
     iterator = iter(sampler)
     next(iterator)
-    copied = pickle.loads(pickle.dumps(sampler))
-    assert copied.state_dict() == sampler.state_dict()
-    assert list(copied) == list(FlowSampler(WEIGHTS))
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert copy.state_dict() == sampler.state_dict()
+    assert list(copy) == list(FlowSampler(WEIGHTS))
 
 
 def test_it_is_a_distributed_sampler_that_knows_of_no_group():
@@ -321,14 +229,14 @@ def run_ranks(count, replicas, take, state=None, **options):
         FlowSampler(WEIGHTS, count, num_replicas=replicas, rank=r, **options)
         for r in range(replicas)
     ]
-    taken = []
+    shares = []
     for sampler in samplers:
         if state is not None:
             sampler.load_state_dict(state)
-        taken.append(list(islice(sampler, take)))
-    longest = max(map(len, taken))
-    merged = [part[k] for k in range(longest) for part in taken if k < len(part)]
-    return merged, samplers[0].state_dict()
+        shares.append(list(islice(sampler, take)))
+    longest = max(map(len, shares))
+    order = [part[k] for k in range(longest) for part in shares if k < len(part)]
+    return order, samplers[0].state_dict()
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "multinomial"}, {"replacement": False}])
@@ -336,13 +244,13 @@ def run_ranks(count, replicas, take, state=None, **options):
 @given(data=st.data(), count=st.integers(1, 60))
 def test_any_number_of_ranks_continues_the_very_same_order(data, count, options):
     whole = list(FlowSampler(WEIGHTS, count, **options))
-    seen, state = [], None
-    while len(seen) < count:
+    prefix, state = [], None
+    while len(prefix) < count:
         replicas, take = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 20))
         part, state = run_ranks(count, replicas, take, state, **options)
-        seen += part
-        assert state["position"] == len(seen)
-    assert seen == whole
+        prefix += part
+        assert state["position"] == len(prefix)
+    assert prefix == whole
 
 
 def test_a_state_in_a_later_block_and_epoch_is_exact():
@@ -352,12 +260,12 @@ def test_a_state_in_a_later_block_and_epoch_is_exact():
     iterator = iter(sampler)
     for _ in range(33_333):
         next(iterator)
-    resumed = FlowSampler(WEIGHTS, 50_000, seed=9)
-    resumed.load_state_dict(sampler.state_dict())
-    resumed.set_epoch(4)  # what a loop does anyway at the start of the epoch it resumes
-    assert len(resumed) == 50_000 - 33_333
-    assert list(resumed) == whole[33_333:] == list(iterator)
-    assert list(resumed) == whole  # the next pass is whole again
+    second_run = FlowSampler(WEIGHTS, 50_000, seed=9)
+    second_run.load_state_dict(sampler.state_dict())
+    second_run.set_epoch(4)  # what a loop does anyway at the start of the epoch it resumes
+    assert len(second_run) == 50_000 - 33_333
+    assert list(second_run) == whole[33_333:] == list(iterator)
+    assert list(second_run) == whole  # the next pass is whole again
 
 
 def test_setting_another_epoch_drops_what_was_to_be_resumed():
@@ -373,60 +281,60 @@ def test_a_finished_epoch_is_over_once():
     list(sampler)
     state = sampler.state_dict()
     assert state["position"] == 1000
-    resumed = FlowSampler(WEIGHTS)
-    resumed.load_state_dict(state)
-    assert list(resumed) == []
-    assert list(resumed) == list(sampler)
-    resumed.set_epoch(1)
-    resumed.load_state_dict(state)  # as loaders do that restore late
-    assert resumed.epoch == 1
-    assert len(list(resumed)) == 1000
+    second_run = FlowSampler(WEIGHTS)
+    second_run.load_state_dict(state)
+    assert list(second_run) == []
+    assert list(second_run) == list(sampler)
+    second_run.set_epoch(1)
+    second_run.load_state_dict(state)  # as loaders do that restore late
+    assert second_run.epoch == 1
+    assert len(list(second_run)) == 1000
 
 
 def test_prefetching_workers_need_the_consumed_count():
     data = TensorDataset(torch.arange(1000))
     sampler = FlowSampler(WEIGHTS, num_replicas=2, rank=1)
     loader = iter(DataLoader(data, batch_size=8, sampler=sampler, num_workers=2))
-    seen = [index for _ in range(5) for index in next(loader)[0].tolist()]
+    prefix = [index for _ in range(5) for index in next(loader)[0].tolist()]
     del loader
     assert sampler.state_dict()["position"] > 2 * 40
     state = sampler.state_dict(consumed=40)
     assert state["position"] == 2 * 40
-    resumed = FlowSampler(WEIGHTS)
-    resumed.load_state_dict(state)
+    second_run = FlowSampler(WEIGHTS)
+    second_run.load_state_dict(state)
     whole = list(FlowSampler(WEIGHTS))
-    assert seen == whole[1:80:2]
-    assert list(resumed) == whole[80:]
-    resumed.load_state_dict(state)
-    iterator = iter(resumed)
+    assert prefix == whole[1:80:2]
+    assert list(second_run) == whole[80:]
+    second_run.load_state_dict(state)
+    iterator = iter(second_run)
     for _ in range(100):
         next(iterator)
-    assert resumed.state_dict(consumed=10)["position"] == 90  # of the pass that began at 80
+    assert second_run.state_dict(consumed=10)["position"] == 90  # of the pass that began at 80
     with pytest.raises(ValueError, match="consumed must lie between 0 and 920, got 921"):
-        resumed.state_dict(consumed=921)
+        second_run.state_dict(consumed=921)
 
 
 def test_a_plain_loader_that_prefetches_goes_on_from_4_to_6_to_1_ranks():
-    count, seen, state = 500, [], None
+    count, prefix, state = 500, [], None
     data = TensorDataset(torch.arange(1000))
     for replicas, batches in [(4, 7), (6, 8), (1, 1000)]:
-        taken = []
+        shares = []
         for rank in range(replicas):
             sampler = FlowSampler(WEIGHTS, count, seed=1, num_replicas=replicas, rank=rank)
             if state is not None:
                 sampler.load_state_dict(state)
             loader = iter(DataLoader(data, batch_size=5, sampler=sampler, num_workers=2))
-            taken.append(torch.cat([batch[0] for batch in islice(loader, batches)]))
+            shares.append(torch.cat([batch[0] for batch in islice(loader, batches)]))
             del loader
-        seen += torch.stack(taken, dim=1).flatten().tolist()
-        state = sampler.state_dict(consumed=len(taken[0]))
-        assert state["position"] == len(seen)
-    assert seen == list(FlowSampler(WEIGHTS, count, seed=1))
+        prefix += torch.stack(shares, dim=1).flatten().tolist()
+        state = sampler.state_dict(consumed=len(shares[0]))
+        assert state["position"] == len(prefix)
+    assert prefix == list(FlowSampler(WEIGHTS, count, seed=1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stateful_loader_goes_on_from_4_to_6_to_1_ranks(num_workers):
-    count, seen, state = 500, [], None
+    count, prefix, state = 500, [], None
     data = TensorDataset(torch.arange(1000))
 
     def loaders(replicas):
@@ -435,19 +343,19 @@ def test_a_stateful_loader_goes_on_from_4_to_6_to_1_ranks(num_workers):
             yield StatefulDataLoader(data, batch_size=5, sampler=sampler, num_workers=num_workers)
 
     for replicas, batches in [(4, 7), (6, 8), (1, 1000)]:
-        taken, saved = [], None
+        shares, first_state = [], None
         for loader in loaders(replicas):
             if state is not None:
                 loader.load_state_dict(state)
             iterator = iter(loader)
             rows = [batch[0] for batch in islice(iterator, batches)]
-            saved = saved or loader.state_dict()
-            taken.append(torch.cat(rows))
+            first_state = first_state or loader.state_dict()
+            shares.append(torch.cat(rows))
             del iterator
-        assert len({len(part) for part in taken}) == 1
-        seen += torch.stack(taken, dim=1).flatten().tolist()
-        state = saved
-    assert seen == list(FlowSampler(WEIGHTS, count, seed=1))
+        assert len({len(part) for part in shares}) == 1
+        prefix += torch.stack(shares, dim=1).flatten().tolist()
+        state = first_state
+    assert prefix == list(FlowSampler(WEIGHTS, count, seed=1))
 
 
 def test_a_stateful_loader_that_finished_an_epoch_goes_on_with_the_next():
@@ -463,10 +371,10 @@ def test_a_stateful_loader_that_finished_an_epoch_goes_on_with_the_next():
         batches = [batch[0].tolist() for batch in loader]
         if epoch == 0:
             state = loader.state_dict()
-    resumed_sampler, resumed = build()
-    resumed.load_state_dict(state)
-    resumed_sampler.set_epoch(1)
-    assert [batch[0].tolist() for batch in resumed] == batches
+    second_sampler, second_run = build()
+    second_run.load_state_dict(state)
+    second_sampler.set_epoch(1)
+    assert [batch[0].tolist() for batch in second_run] == batches
 
 
 def test_torchdata_nodes_see_and_resume_the_order():
@@ -482,13 +390,13 @@ def test_torchdata_nodes_see_and_resume_the_order():
         sampler.set_epoch(epoch)
         assert epochs[epoch] == list(sampler)
 
-    stopped = build()
-    iterator = iter(stopped)
-    seen = [i for _ in range(4) for i in next(iterator)]
-    resumed = build()
-    resumed.load_state_dict(stopped.state_dict())
-    assert seen + [i for batch in resumed for i in batch] == epochs[0]
-    assert [i for batch in resumed for i in batch] == epochs[1]
+    first_run = build()
+    iterator = iter(first_run)
+    prefix = [i for _ in range(4) for i in next(iterator)]
+    second_run = build()
+    second_run.load_state_dict(first_run.state_dict())
+    assert prefix + [i for batch in second_run for i in batch] == epochs[0]
+    assert [i for batch in second_run for i in batch] == epochs[1]
 
 
 @pytest.mark.parametrize(
@@ -543,7 +451,7 @@ def test_a_state_is_plain_data():
         "algorithm": "systematic",
         "seed": 3,
         "num_samples": 10,
-        "weights": FlowSampler(WEIGHTS.double())._digest,
+        "weights": FlowSampler(WEIGHTS.double()).state_dict()["weights"],
         "epoch": 0,
         "position": 0,
     }
@@ -569,13 +477,27 @@ def test_several_scores_make_the_order_of_a_concatenation():
     assert FlowSampler(scores).weights.tolist() == both.weights.tolist()
 
 
+def test_capped_weights_draw_the_heaviest_samples_less_often():
+    weights = torch.tensor([8.0, 1.0, 1.0, 2.0])
+    for options, ratios in [({"max_weight": 2.0}, [2, 1, 1, 2]), ({"normalize": "mean"}, weights)]:
+        counts = np.bincount(drawn(FlowSampler(weights, 120, **options)))
+        expected = np.asarray(ratios) * 120 / float(sum(ratios))
+        assert np.abs(counts - expected).max() < 1 + 1e-6
+    scores = Scores(torch.tensor([0.1, 1.0, 3.0]))
+    options = {"normalize": "mean", "max_weight": 1.5}
+    sampler = FlowSampler(scores, **options)
+    assert sampler.weights.tolist() == scores.weights(**options).tolist()
+    with pytest.raises(ValueError, match="normalize must be"):
+        FlowSampler(scores, normalize="sum")
+
+
 def test_memory_mapped_weights_are_not_copied(tmp_path):
     np.save(tmp_path / "weights.npy", WEIGHTS.numpy())
-    mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
+    memory_map = np.load(tmp_path / "weights.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that the map is read-only
-        sampler = FlowSampler(mapped)
-    assert np.shares_memory(sampler.weights, mapped)
+        sampler = FlowSampler(memory_map)
+    assert np.shares_memory(sampler.weights, memory_map)
     assert list(sampler) == list(FlowSampler(WEIGHTS))
 
 
@@ -634,29 +556,42 @@ def test_bad_input_is_refused(arguments, error, message):
 @pytest.mark.parametrize(
     "options", [{}, {"method": "multinomial"}, {"replacement": False, "num_samples": 300}]
 )
-def test_the_explanation_agrees_with_what_is_drawn(options):
+def test_the_summary_agrees_with_what_is_drawn(options):
     sampler = FlowSampler(WEIGHTS, **options)
-    told = sampler.explain()
-    assert told["effective_sample_size"] == pytest.approx(reference.effective_sample_size(WEIGHTS))
-    assert told["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
+    figures = sampler.summary()
+    assert figures["effective_sample_size"] == pytest.approx(
+        reference.effective_sample_size(WEIGHTS)
+    )
+    assert figures["mean_weight"] == pytest.approx(WEIGHTS.double().mean().item())
     distinct, heaviest = [], []
     for epoch in range(200):
         sampler.set_epoch(epoch)
         counts = np.bincount(drawn(sampler), minlength=1000)
         distinct.append((counts > 0).mean())
         heaviest.append(counts[WEIGHTS.argmax()])
-    assert told["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
+    assert figures["expected_distinct_share"] == pytest.approx(np.mean(distinct), abs=0.002)
     if "replacement" not in options:
-        assert told["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
+        assert figures["largest_repeat"] == pytest.approx(np.mean(heaviest), abs=0.5)
     else:
-        assert told["largest_repeat"] == 1
+        assert figures["largest_repeat"] == 1
 
 
-def test_the_explanation_warns_when_few_samples_carry_the_epoch():
+def test_the_explanation_is_a_sentence_made_of_the_summary():
+    weights = torch.tensor([2.0, 0.0, 1.0, 1.0])
+    assert FlowSampler(weights).explain() == (
+        "An epoch of 4 systematic draws is expected to see 75.0% of the 4 samples, the heaviest "
+        "2.0 times. The effective sample size of the weights is 2.7, their mean 1."
+    )
+    assert "2 draws without repl" in FlowSampler(weights, 2, replacement=False).explain()
+
+
+def test_the_explanation_warns_when_few_samples_carry_the_epoch(caplog):
     weights = torch.full((1000,), 1e-4)
     weights[:3] = 1
-    with pytest.warns(UserWarning, match="3 of 1000 samples carry the epoch"):
-        FlowSampler(weights).explain()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        FlowSampler(WEIGHTS).explain()
+    FlowSampler(weights).explain()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("flowdata", "WARNING")
+    assert re.search("3 of 1000 samples carry the epoch", record.message)
+    caplog.clear()
+    FlowSampler(WEIGHTS).explain()
+    assert not caplog.records

@@ -14,7 +14,7 @@ from flowdata.store.format import make_manifest, store_digest, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import join, reorder
 from flowdata.store.parts import PartWriter
-from flowdata.store.repair import read_kept
+from flowdata.store.repair import read_finished_packs
 from flowdata.store.verify import verify_store
 
 SIZES = torch.tensor([2, 1, 3])
@@ -43,7 +43,7 @@ def begun(tmp_path):
 
 
 def found(folder, manifest=MANIFEST, order=ORDER, sizes=SIZES):
-    return read_kept(folder, manifest, order, sizes).packs
+    return read_finished_packs(folder, manifest, order, sizes).packs
 
 
 def test_parts_give_back_their_packs(begun):
@@ -52,7 +52,7 @@ def test_parts_give_back_their_packs(begun):
     for index, columns in packs.items():
         for name, values in pack(index).items():
             assert torch.equal(columns[name], values)
-    assert read_kept(begun, MANIFEST, ORDER, SIZES).skipped == {4: "lost"}
+    assert read_finished_packs(begun, MANIFEST, ORDER, SIZES).skipped == {4: "lost"}
 
 
 def test_parts_are_written_as_time_goes_by(tmp_path, monkeypatch):
@@ -308,6 +308,17 @@ def test_every_byte_of_a_finished_store_can_be_damaged_and_costs_few_packs(finis
         Scores.load(folder).counts.tolist()
         == reorder(join(packs), ORDER.argsort())["count"].tolist()
     )
+
+
+@pytest.mark.parametrize("name", ["count", "token_offset"])
+def test_a_layout_that_gives_a_tensor_another_dtype_costs_the_packs_alone(finished, name):
+    folder, packs = finished
+    manifest = read_manifest(folder)
+    _, first, end = manifest["layout"][name]
+    manifest["layout"][name] = ["F32", first, first + (end - first) // 2]  # as many, half as wide
+    assert found(folder, manifest) == {}
+    manifest.pop("layout")
+    assert len(found(folder, manifest)) == len(packs)
 
 
 def test_a_lost_manifest_is_taken_from_any_whole_file(finished, begun):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.streaming import FlowWeightedIterable
 from tests import reference
@@ -199,19 +200,19 @@ def test_ranks_share_a_stream_that_each_reads_whole():
 
 
 def test_ranks_and_workers_share_a_stream_together():
-    seen = []
+    items = []
     for rank in range(2):
         stream = build(num_replicas=2, rank=rank)
-        seen += plain(DataLoader(stream, batch_size=None, num_workers=2))
-    assert sorted(index for index, _ in seen) == list(range(COUNT))
+        items += plain(DataLoader(stream, batch_size=None, num_workers=2))
+    assert sorted(index for index, _ in items) == list(range(COUNT))
 
 
 def test_a_stream_split_by_node_needs_no_ranks():
-    seen = []
+    items = []
     for rank in range(2):
         part = split_dataset_by_node(hugging_face(), rank, 2)
-        seen += [index for index, _ in plain(build(part))]
-    assert sorted(seen) == list(range(COUNT))
+        items += [index for index, _ in plain(build(part))]
+    assert sorted(items) == list(range(COUNT))
 
 
 # Stopping and going on.
@@ -221,51 +222,51 @@ def test_a_stream_split_by_node_needs_no_ranks():
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_stream_resumes_exactly(source, stop, tmp_path):
     whole = plain(build(SOURCES[source]()))
-    stopped = build(SOURCES[source]())
-    seen = plain(islice(stopped, stop))
-    torch.save(stopped.state_dict(), tmp_path / "state.pt")
-    resumed = build(SOURCES[source]())
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert seen + plain(resumed) == whole
+    first_run = build(SOURCES[source]())
+    prefix = plain(islice(first_run, stop))
+    torch.save(first_run.state_dict(), tmp_path / "state.pt")
+    second_run = build(SOURCES[source]())
+    second_run.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert prefix + plain(second_run) == whole
 
 
 def test_a_finished_stream_is_over_once():
     stream = build(Split())
     list(stream)
-    resumed = build(Split())
-    resumed.load_state_dict(stream.state_dict())
-    assert list(resumed) == []
-    assert len(list(resumed)) == COUNT
+    second_run = build(Split())
+    second_run.load_state_dict(stream.state_dict())
+    assert list(second_run) == []
+    assert len(list(second_run)) == COUNT
 
 
 @pytest.mark.parametrize("source", ["list", "hugging face stream", "torchdata node"])
 def test_the_pass_after_a_resumed_one_is_whole(source):
     stream = build(SOURCES[source]())
     list(islice(stream, 7))
-    resumed = build(SOURCES[source]())
-    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-    assert len(list(resumed)) == COUNT - 7
-    assert len(list(resumed)) == COUNT
+    second_run = build(SOURCES[source]())
+    second_run.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert len(list(second_run)) == COUNT - 7
+    assert len(list(second_run)) == COUNT
 
 
 def test_a_resumed_window_is_not_counted_twice():
-    stopped = build()
-    list(islice(stopped, 11))
-    resumed = build()
-    resumed.load_state_dict(stopped.state_dict())
-    list(resumed)
-    assert sum(resumed.state_dict()["median"].values()) == COUNT
+    first_run = build()
+    list(islice(first_run, 11))
+    second_run = build()
+    second_run.load_state_dict(first_run.state_dict())
+    list(second_run)
+    assert sum(second_run.state_dict()["median"].values()) == COUNT
 
 
 def test_every_sample_has_its_own_weight_where_the_source_does_not_resume_exactly():
     def make():  # the samples in its buffer are lost, and others take their place
         return build(hugging_face().shuffle(seed=0, buffer_size=10), temperature=0.7)
 
-    stopped = make()
-    list(islice(stopped, 11))
-    resumed = make()
-    resumed.load_state_dict(stopped.state_dict())
-    items = plain(resumed)
+    first_run = make()
+    list(islice(first_run, 11))
+    second_run = make()
+    second_run.load_state_dict(first_run.state_dict())
+    items = plain(second_run)
     assert [index for index, _ in items] != [index for index, _ in plain(make())][11:]
     expected = reference.flow_weights([loss_of(index) for index, _ in items], 0.7)
     assert [weight for _, weight in items] == pytest.approx(expected, rel=1e-4)
@@ -287,14 +288,14 @@ def test_a_stateful_loader_resumes_the_stream(source, num_workers):
 
     whole = take(make())
     assert sorted(index for index, _ in whole) == list(range(COUNT))
-    stopped = make()
-    iterator = iter(stopped)
-    seen = take(islice(iterator, 7))
-    state = stopped.state_dict()
+    first_run = make()
+    iterator = iter(first_run)
+    prefix = take(islice(iterator, 7))
+    state = first_run.state_dict()
     del iterator
-    resumed = make()
-    resumed.load_state_dict(state)
-    assert seen + take(resumed) == whole
+    second_run = make()
+    second_run.load_state_dict(state)
+    assert prefix + take(second_run) == whole
 
 
 def test_a_stream_is_a_node_like_any_other():
@@ -302,12 +303,12 @@ def test_a_stream_is_a_node_like_any_other():
         return Loader(Batcher(IterableWrapper(build()), 5))
 
     whole = [plain(batch) for batch in make()]
-    stopped = make()
-    iterator = iter(stopped)
-    seen = [plain(next(iterator)) for _ in range(4)]
-    resumed = make()
-    resumed.load_state_dict(stopped.state_dict())
-    assert seen + [plain(batch) for batch in resumed] == whole
+    first_run = make()
+    iterator = iter(first_run)
+    prefix = [plain(next(iterator)) for _ in range(4)]
+    second_run = make()
+    second_run.load_state_dict(first_run.state_dict())
+    assert prefix + [plain(batch) for batch in second_run] == whole
 
 
 def test_states_of_other_streams_are_refused():
@@ -348,11 +349,11 @@ def test_resampling_is_a_function_of_seed_and_epoch_and_resumes_exactly():
     assert whole == list(make())
     assert whole != list(make(seed=4))
     assert whole != list(make(epoch=1))
-    stopped = make()
-    seen = list(islice(stopped, 9))
-    resumed = make()
-    resumed.load_state_dict(stopped.state_dict())
-    assert seen + list(resumed) == whole
+    first_run = make()
+    prefix = list(islice(first_run, 9))
+    second_run = make()
+    second_run.load_state_dict(first_run.state_dict())
+    assert prefix + list(second_run) == whole
 
 
 def test_epochs_reach_a_shuffled_source():
@@ -390,6 +391,38 @@ def test_a_scorer_must_score():
         FlowWeightedIterable([1], nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("known", ["name", "any", "none"])
+def test_a_scorer_that_can_share_its_work_is_told_not_to(known):
+    options_of_calls = []
+    losses = torch.tensor([loss_of(index) for index in range(COUNT)])
+
+    def answer(window, options):
+        options_of_calls.append(options)
+        return Scores(losses[window])
+
+    class Named:
+        def score(self, window, *, shared=True, collate_fn=None, dataset_id=None):
+            return answer(window, {"shared": shared})
+
+    class Any:
+        def score(self, window, **options):
+            return answer(window, {"shared": options["shared"]})
+
+    class Alone:
+        def score(self, window, *, collate_fn=None, dataset_id=None):
+            return answer(window, {})
+
+    scorer = {"name": Named, "any": Any, "none": Alone}[known]()
+    weights = [weight.item() for _, weight in FlowWeightedIterable(range(COUNT), scorer, window=8)]
+    assert weights == pytest.approx([weight for _, weight in plain(build())], rel=1e-4)
+    assert options_of_calls == [{} if known == "none" else {"shared": False}] * len(windows())
+
+
+def test_a_state_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"must be what FlowWeightedIterable\.state_dict returned"):
+        build().load_state_dict(None)
+
+
 # Ranks.
 
 
@@ -397,18 +430,18 @@ def test_the_running_median_is_merged_over_ranks_on_request(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", __file__, str(tmp_path)]
     root = str(Path(__file__).parent.parent)
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": root}
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for rank, (before, after) in enumerate(ranks):
         mine = [range(rank, 2 * WINDOW, 2), range(2 * WINDOW + rank, 4 * WINDOW, 2)]
         others = [loss_of(i) for i in range(1 - rank, 4 * WINDOW, 2)]
         assert before == pytest.approx(reference.running_median_weights(mine, loss_of), rel=0.01)
         next_window = [loss_of(i) for i in range(4 * WINDOW + rank, COUNT, 2)][:WINDOW]
-        seen = [loss_of(i) for window in mine for i in window] + others + next_window
-        expected = reference.flow_weights(next_window, reference.median(seen))
+        losses = [loss_of(i) for window in mine for i in window] + others + next_window
+        expected = reference.flow_weights(next_window, reference.median(losses))
         assert after == pytest.approx(expected, rel=0.01)
 
 

@@ -5,14 +5,14 @@ from transformers import PreTrainedTokenizerFast
 
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.lengths import sample_lengths
-from flowdata.text.chats import Columns, find_columns
+from flowdata.text.chats import Fields, find_fields
 from flowdata.text.tokens import tokenize_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-PAIR = Columns(prompt="prompt", completion="completion")
+PAIR = Fields(prompt="prompt", completion="completion")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def texts(sample, tokenizer):
     assert torch.equal(sample["labels"][is_target], sample["input_ids"][is_target])
     join = "".join
     every = tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
-    return join(every), join(t for t, kept in zip(every, is_target.tolist(), strict=True) if kept)
+    return join(every), join(
+        t for t, target in zip(every, is_target.tolist(), strict=True) if target
+    )
 
 
 def test_completions_are_the_targets(tokenizer):
@@ -54,7 +56,7 @@ def test_pairs_go_through_the_chat_template(tokenizer):
 def test_every_reply_of_a_chat_is_a_target(tokenizer):
     chat = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in chat]}]
-    samples = tokenize_rows(rows, tokenizer, Columns(messages="messages"), template=False)
+    samples = tokenize_rows(rows, tokenizer, Fields(messages="messages"), template=False)
     whole, targets = texts(samples[0], tokenizer)
     assert whole == tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
     assert targets == "b</s>d</s>"
@@ -69,18 +71,18 @@ def test_long_samples_are_cut_and_counted(tokenizer):
     assert samples.digest() != other.digest()
 
 
-def test_columns_are_found_by_name():
-    assert find_columns({"question": "", "answer": ""}, Columns()).completion == "answer"
-    assert find_columns({"messages": []}, Columns()).messages == "messages"
-    assert find_columns({"text": ""}, Columns()) == Columns(completion="text")
-    wanted = Columns(prompt="p", completion="c")
-    assert find_columns({"p": "", "c": "", "text": ""}, wanted) == wanted
+def test_fields_are_found_by_name():
+    assert find_fields({"question": "", "answer": ""}, Fields()).completion == "answer"
+    assert find_fields({"messages": []}, Fields()).messages == "messages"
+    assert find_fields({"text": ""}, Fields()) == Fields(completion="text")
+    named = Fields(prompt="p", completion="c")
+    assert find_fields({"p": "", "c": "", "text": ""}, named) == named
     with pytest.raises(ValueError, match="column 'c' is missing; there are 'p', 'q'"):
-        find_columns({"p": "", "q": ""}, wanted)
+        find_fields({"p": "", "q": ""}, named)
     with pytest.raises(ValueError, match="no known text columns among 'x'"):
-        find_columns({"x": ""}, Columns())
+        find_fields({"x": ""}, Fields())
     with pytest.raises(ValueError, match="needs a completion column"):
-        find_columns({"p": ""}, Columns(prompt="p"))
+        find_fields({"p": ""}, Fields(prompt="p"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_columns_are_found_by_name():
         ),
         (
             {"messages": [{"role": "user", "content": "a"}]},
-            Columns(messages="messages"),
+            Fields(messages="messages"),
             "row 1: the chat has no message with role 'assistant'",
         ),
     ],
@@ -116,7 +118,7 @@ def test_templates_that_can_not_be_cut_or_are_not_there_are_refused(tokenizer):
     odd.chat_template = "{{ messages | length }}" + TEMPLATE
     chat = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     with pytest.raises(ValueError, match="give each reply a row of its own"):
-        tokenize_rows([{"m": chat}], odd, Columns(messages="m"), template=False)
+        tokenize_rows([{"m": chat}], odd, Fields(messages="m"), template=False)
     odd.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         tokenize_rows([{"prompt": "a", "completion": "b"}], odd, PAIR, template=True)
@@ -145,3 +147,19 @@ def test_padding_is_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["name"] == ["a", "b"]
     assert batch["n"].tolist() == [1, 2]
+
+
+def test_the_room_offers_what_examples_use():
+    import flowdata.text
+
+    for name in flowdata.text.__all__:
+        assert getattr(flowdata.text, name).__doc__
+
+
+def test_tokens_of_samples_lie_one_after_another(tokenizer):
+    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "", "completion": "de"}]
+    samples = tokenize_rows(rows, tokenizer, PAIR, template=False)
+    assert samples.offsets.tolist() == [0, 4, 7]
+    assert samples.offsets.dtype == "int64"
+    assert samples.is_target.tolist() == [False, False, True, True, True, True, True]
+    assert samples.digest() == "6c6185261b1dbec430ee296a41e45ca3fdab7206b58d1f2606dfb8d74cb3238b"

@@ -32,6 +32,7 @@ def test_rules_are_the_slow_ones_over_the_tokens_that_take_part(rule, n):
     assert not weights.requires_grad
     expected = reference.token_rule_weights(rule, losses.detach()[takes_part])
     assert weights[takes_part].tolist() == pytest.approx(expected, rel=1e-5)
+    assert weights[~takes_part].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("make", [talr_weights, dro_weights])
@@ -120,8 +121,8 @@ def test_weights_are_laid_along_labels_whatever_was_cut():
     assert (
         align_token_weights(weights, labels[:6], truncated="right").tolist() == whole[:6].tolist()
     )
-    kept = align_token_weights(weights, labels[3:], truncated="left")
-    assert kept.tolist() == pytest.approx([0, 0, 0.3, 0.4])
+    end = align_token_weights(weights, labels[3:], truncated="left")
+    assert end.tolist() == pytest.approx([0, 0, 0.3, 0.4])
     assert align_token_weights(weights[:0], labels[:1]).tolist() == [0]
 
 

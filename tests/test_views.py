@@ -35,8 +35,8 @@ def scorer(**options):
 def test_losses_are_the_mean_over_views():
     one, two, four = (score_views(scorer(), Shaken(), views=views).losses for views in (1, 2, 4))
     second = 2 * two - one
-    wanted = reference.mean_over_views([one.tolist(), second.tolist()])
-    torch.testing.assert_close(two, torch.tensor(wanted))
+    expected = reference.mean_over_views([one.tolist(), second.tolist()])
+    torch.testing.assert_close(two, torch.tensor(expected))
     assert not torch.equal(one, second)  # views differ
     assert not torch.equal(two, four)
     still = score_views(scorer(), Shaken(size=0.0), views=3).losses

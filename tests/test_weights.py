@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flowdata import effective_sample_size, flow_weights, resolve_temperature
 from flowdata.scores import Scores
+from flowdata.weights import shape_weights
 from tests import reference
 
 losses_lists = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=40)
@@ -31,8 +32,8 @@ def test_median_is_the_mean_of_the_two_middle_values(values):
 def test_quantiles_equal_numpy(values, share):
     expected = np.quantile(np.asarray(values, dtype=np.float64), share)
     if expected > 0:
-        found = resolve_temperature(torch.tensor(values, dtype=torch.float64), f"q{share}")
-        assert found == pytest.approx(expected, rel=1e-12)
+        quantile = resolve_temperature(torch.tensor(values, dtype=torch.float64), f"q{share}")
+        assert quantile == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -82,6 +83,31 @@ def test_normalising_and_capping_are_options():
     normalized = flow_weights(losses, normalize="mean")
     assert normalized.mean().item() == pytest.approx(1, rel=1e-6)
     assert flow_weights(losses, normalize="mean", max_weight=1.1).max().item() == pytest.approx(1.1)
+
+
+def test_shaping_normalises_first_and_caps_then_and_changes_nothing_by_default():
+    weights = torch.tensor([1.0, 0.5, 0.0, 0.5])
+    before = weights.clone()
+    assert shape_weights(weights) is weights
+    assert shape_weights(weights, normalize="mean").tolist() == [2.0, 1.0, 0.0, 1.0]
+    assert shape_weights(weights, normalize="mean", max_weight=1.5).tolist() == [1.5, 1.0, 0.0, 1.0]
+    assert shape_weights(weights, max_weight=0.75).tolist() == [0.75, 0.5, 0.0, 0.5]
+    assert shape_weights(torch.zeros(2), normalize="mean").tolist() == [0.0, 0.0]
+    assert torch.equal(weights, before)
+
+
+def test_scores_shape_their_weights_as_flow_weights_does():
+    options = {"normalize": "mean", "max_weight": 1.2}
+    losses = torch.tensor([0.5, 1.0, 4.0])
+    assert torch.equal(Scores(losses).weights(**options), flow_weights(losses, **options))
+    gappy = Scores(torch.tensor([0.5, 1.0, math.nan, 4.0]))
+    plain = gappy.weights(missing="zero")
+    normalized = gappy.weights(missing="zero", normalize="mean")
+    torch.testing.assert_close(normalized, plain / plain.mean())  # over all N samples
+    assert gappy.weights(missing="zero", **options).max().item() == pytest.approx(1.2)
+    for wrong in ({"normalize": "sum"}, {"max_weight": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            gappy.weights(missing="zero", **wrong)
 
 
 def test_half_precision_numpy_and_lists_are_taken():

@@ -54,14 +54,14 @@ def test_decoders(name, template):
     samples = with_template(samples) if template else samples
     expected, errors_of_bfloat16 = plain_losses(model, samples)
 
-    found, how = scored(model, samples, "float32")
-    assert (found - expected).abs().max() < 1e-4
+    losses, how = scored(model, samples, "float32")
+    assert (losses - expected).abs().max() < 1e-4
     assert ("samples packed" in how) == (name in zoo.PACKED), how
     assert ("a prefix of 12 tokens run once" in how) == (template and name in zoo.PACKED), how
 
-    found, how = scored(model, samples, "bfloat16")
-    assert (found - expected).abs().max() < 1.5 * errors_of_bfloat16.abs().max() + 5e-3, how
-    assert rms(found - expected) < 1.25 * rms(errors_of_bfloat16) + 1e-3, how
+    losses, how = scored(model, samples, "bfloat16")
+    assert (losses - expected).abs().max() < 1.5 * errors_of_bfloat16.abs().max() + 5e-3, how
+    assert rms(losses - expected) < 1.25 * rms(errors_of_bfloat16) + 1e-3, how
 
 
 @pytest.mark.parametrize("make", [zoo.t5, zoo.bart, zoo.bert, zoo.modernbert])
@@ -73,9 +73,9 @@ def test_encoders_and_encoder_decoders(make):
             for i, s in enumerate(samples)
         ]
     with torch.no_grad():
-        losses = [model(input_ids=s["input_ids"][None], labels=s["labels"][None]) for s in samples]
-    found, how = scored(model, samples, "float32")
-    torch.testing.assert_close(found, torch.stack([each.loss for each in losses]), msg=how)
+        outputs = [model(input_ids=s["input_ids"][None], labels=s["labels"][None]) for s in samples]
+    losses, how = scored(model, samples, "float32")
+    torch.testing.assert_close(losses, torch.stack([output.loss for output in outputs]), msg=how)
     assert "packed" not in how
 
 
@@ -85,22 +85,22 @@ def test_vision_language_models_on_text_and_on_images():
         sample["input_ids"][sample["input_ids"] == zoo.IMAGE_TOKEN] = 8
         sample["labels"][sample["labels"] == zoo.IMAGE_TOKEN] = 8
     expected, _ = plain_losses(model, samples)
-    found, how = scored(model, samples, "float32")
-    assert (found - expected).abs().max() < 1e-4
+    losses, how = scored(model, samples, "float32")
+    assert (losses - expected).abs().max() < 1e-4
     assert "samples packed" in how
 
-    seen = torch.full((4,), zoo.IMAGE_TOKEN)
+    image_tokens = torch.full((4,), zoo.IMAGE_TOKEN)
     pixels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for sample, image in zip(samples, pixels, strict=True):
-        sample["input_ids"] = torch.cat([seen, sample["input_ids"]])
+        sample["input_ids"] = torch.cat([image_tokens, sample["input_ids"]])
         sample["labels"] = torch.cat([torch.full((4,), -100), sample["labels"]])
         sample["pixel_values"] = image
     with torch.no_grad():
         expected = [
             model(**{key: value[None] for key, value in sample.items()}).loss for sample in samples
         ]
-    found, how = scored(model, samples, "float32")
-    torch.testing.assert_close(found, torch.stack(expected), msg=how)
+    losses, how = scored(model, samples, "float32")
+    torch.testing.assert_close(losses, torch.stack(expected), msg=how)
     assert "samples padded (samples have pixel_values)" in how
 
 
@@ -109,8 +109,8 @@ def test_image_classifiers(make):
     model, data = make(), images(12)
     with torch.no_grad():
         expected = [F.cross_entropy(model(x[None]).logits, y[None]) for x, y in data]
-    found, _ = scored(model, data, "float32", batch_size=5)
-    torch.testing.assert_close(found, torch.stack(expected))
+    losses, _ = scored(model, data, "float32", batch_size=5)
+    torch.testing.assert_close(losses, torch.stack(expected))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -123,8 +123,8 @@ def test_adapters_on_and_off(targets):
     on, _ = plain_losses(model, samples)
     assert (on - off).abs().max() > 1e-2
     for which, expected in (("base", off), ("model", on)):
-        found, how = scored(model, samples, "float32", reference=which)
-        assert (found - expected).abs().max() < 1e-4
+        losses, how = scored(model, samples, "float32", reference=which)
+        assert (losses - expected).abs().max() < 1e-4
         assert re.search("samples packed, a prefix of 1. tokens run once", how)
         assert ("the model's head" in how) == ("lm_head" in targets)
 
@@ -132,8 +132,8 @@ def test_adapters_on_and_off(targets):
 def test_wrapped_models():
     model, samples = tiny_llama().eval(), token_samples(8)
     expected, _ = plain_losses(model, samples)
-    found, how = scored(torch.compile(model), samples, "float32")
-    assert (found - expected).abs().max() < 1e-4
+    losses, how = scored(torch.compile(model), samples, "float32")
+    assert (losses - expected).abs().max() < 1e-4
     assert "samples packed" in how
 
 
@@ -145,9 +145,9 @@ def test_data_parallel_models(wrap, tmp_path):
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
     )
     try:
-        found, how = scored(wrap(model), samples, "float32")
+        losses, how = scored(wrap(model), samples, "float32")
     finally:
         torch.distributed.destroy_process_group()
-    assert (found - expected).abs().max() < 1e-4
+    assert (losses - expected).abs().max() < 1e-4
     assert "samples packed" in how
     assert ("the model's head" in how) == (wrap is fully_shard)  # a sharded weight isn't read

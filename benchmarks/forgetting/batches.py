@@ -15,7 +15,7 @@ from flowdata.losses import fused_causal_lm_loss
 from flowdata.scoring.collate import pad_collate
 from flowdata.study import Method, sample_weights
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.text.tokens import TokenSamples
+from flowdata.text import TokenSamples
 from flowdata.token_weights import align_token_weights
 
 WINDOW = 8  # batches that are drawn together and sorted by length

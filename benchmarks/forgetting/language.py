@@ -30,21 +30,18 @@ from benchmarks.forgetting.batches import (
     collate,
     target_weights,
 )
+from benchmarks.forgetting.images import ASSETS
 from benchmarks.forgetting.methods import ABLATIONS, TOKEN_METHODS
-from benchmarks.forgetting.resnet20 import ASSETS
 from flowdata.study import METHODS, Method, Record, grids, run_study, train
 from flowdata.study.training import passes
-from flowdata.text.chats import Columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import TokenSamples, tokenize_rows
+from flowdata.text import Fields, TokenSamples, load_model, load_tokenizer, read_rows, tokenize_rows
 
 MAIN = {name: method for name, method in METHODS.items() if name != "linear probe"}
 MAIN |= {"pre-trained": Method(trains=False)} | TOKEN_METHODS
 EXTRA = ABLATIONS
 ALL = {**MAIN, **EXTRA}
 RATES = (1e-4, 3e-4, 1e-3)
-PAIR = Columns(prompt="question", completion="answer")
+PAIR = Fields(prompt="question", completion="answer")
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Language:
         self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
         held_out = [{"text": text} for text in texts.held_out_code(sizes.code)]
         self.code = tokenize_rows(
-            held_out, self.tokenizer, Columns(completion="text"), template=False, max_length=512
+            held_out, self.tokenizer, Fields(completion="text"), template=False, max_length=512
         )
         self.start = lru_cache(maxsize=8)(self._start)  # all methods of a seed share it
 

@@ -33,10 +33,7 @@ from benchmarks.forgetting.language import MAIN
 from flowdata.losses import causal_lm_loss, count_items
 from flowdata.scoring.collate import pad_collate
 from flowdata.study import Method, train
-from flowdata.text.chats import Columns, find_columns
-from flowdata.text.models import load_model, load_tokenizer
-from flowdata.text.read import read_rows
-from flowdata.text.tokens import tokenize_rows
+from flowdata.text import Fields, find_fields, load_model, load_tokenizer, read_rows, tokenize_rows
 
 SHARDED = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
 METHODS = {n: m for n, m in MAIN.items() if n in SHARDED or not (m.parts or n == "pre-trained")}
@@ -50,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(options.model).float().to(device), load_tokenizer(options.model)
     rows = read_rows(options.data, limit=options.rows)
     samples = tokenize_rows(
-        rows, tokenizer, find_columns(rows[0], Columns()), template=False, max_length=1024
+        rows, tokenizer, find_fields(rows[0], Fields()), template=False, max_length=1024
     )
     scorer = flowdata.LossScorer(model, "causal_lm", token_losses=True)
     scores = scorer.score(samples, dataset_id=samples.digest(), store=options.output / "scores")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
 from benchmarks.forgetting.readme import Study, readme_table, with_table
-from flowdata.study import page, picture, read_records, studies
+from flowdata.study import draw_picture, read_records, report, studies
 
 
 def read_studies(folder: Path) -> list[Study]:
@@ -28,10 +28,10 @@ def publish(folder: Path, readme: Path | None) -> list[Path]:
     """
     all_studies, files = read_studies(folder), []
     for study in all_studies:
-        text, drawing = (folder / f"{study.stem}.{kind}" for kind in ("md", "png"))
-        text.write_text(page(study.options, study.records))
-        drawing.write_bytes(picture(study.records, variants=ABLATIONS))
-        files += [text, drawing]
+        page, drawing = (folder / f"{study.stem}.{kind}" for kind in ("md", "png"))
+        page.write_text(report(study.options, study.records))
+        drawing.write_bytes(draw_picture(study.records, variants=ABLATIONS))
+        files += [page, drawing]
     if readme is not None:
         readme.write_text(with_table(readme.read_text(), readme_table(all_studies)))
         files.append(readme)

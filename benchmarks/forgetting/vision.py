@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, load_resnet20, read_arrays
 from benchmarks.forgetting.methods import ABLATIONS
-from benchmarks.forgetting.resnet20 import ASSETS, as_dataset, load_resnet20, read_images
 from flowdata.study import METHODS, HeadTask, Sizes, Split, grids, run_study
 
 MAIN, EXTRA = METHODS, ABLATIONS
@@ -23,7 +22,6 @@ RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
 NOISY = "noisy_"
 QUICK_METHODS = MAIN
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
-Arrays = tuple[Any, Any]  # images (N, H, W) or (N, H, W, 3) uint8, and labels
 
 
 def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
@@ -37,7 +35,7 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
     """
     old, folder = load_resnet20(assets), assets / "vision"
     old_test = as_dataset(
-        *(part[: sizes.test] for part in read_images(folder / "cifar10_test_dev.npz"))
+        *(part[: sizes.test] for part in read_arrays(folder / "cifar10_test_dev.npz"))
     )
     pool, test = _arrays(folder, target.removeprefix(NOISY))
 
@@ -80,8 +78,8 @@ def _cut(pool: Arrays, sizes: Sizes, seed: int, *, gives_test: bool) -> tuple[Ar
 def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     """What to train on, and a test set if there is one apart."""
     if target == "fashion_mnist":
-        test = read_images(folder / "fashion_mnist_test_dev.npz")
-        return read_images(folder / "fashion_mnist_train.npz"), test
+        test = read_arrays(folder / "fashion_mnist_test_dev.npz")
+        return read_arrays(folder / "fashion_mnist_train.npz"), test
     if target == "digits":
         from sklearn.datasets import load_digits
 
@@ -90,7 +88,7 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     path = Path(target.partition("=")[2])
     if not path.is_file():
         raise SystemExit(f"target {target!r}: give fashion_mnist, digits or NAME=FILE.npz")
-    return read_images(path), None
+    return read_arrays(path), None
 
 
 def with_noise(arrays: Arrays, seed: int) -> Arrays:

@@ -202,7 +202,7 @@ def gsm8k_lengths(count: int) -> list[list[int]]:
     if not file.exists():
         print(f"{file} is missing: lognormal lengths stand in for it")
         return []
-    from flowdata.text.read import read_rows
+    from flowdata.text import read_rows
 
     texts = [(row["question"], row["answer"]) for row in read_rows(str(file), limit=count)]
     return [[int(len(text) / CHARACTERS_PER_TOKEN) for text in pair] for pair in texts]
@@ -210,14 +210,18 @@ def gsm8k_lengths(count: int) -> list[list[int]]:
 
 def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
     """SmolLM2-135M-Instruct and GSM8K's questions and answers through its tokenizer."""
-    from flowdata.text.chats import Columns, find_columns
-    from flowdata.text.models import load_model, load_tokenizer
-    from flowdata.text.read import read_rows
-    from flowdata.text.tokens import tokenize_rows
+    from flowdata.text import (
+        Fields,
+        find_fields,
+        load_model,
+        load_tokenizer,
+        read_rows,
+        tokenize_rows,
+    )
 
     questions = read_rows(str(ASSETS / "gsm8k_train.jsonl"), limit=count)
-    columns = find_columns(questions[0], Columns(None, "question", "answer"))
-    samples = tokenize_rows(questions, load_tokenizer(file), columns, template=False)
+    fields = find_fields(questions[0], Fields(None, "question", "answer"))
+    samples = tokenize_rows(questions, load_tokenizer(file), fields, template=False)
     tensors = [
         {name: torch.as_tensor(sample[name]) for name in ("input_ids", "labels")}
         for sample in (samples[index] for index in range(len(samples)))

@@ -1,4 +1,4 @@
-"""Telling the user: a bar on a terminal, plain lines in a log."""
+"""Progress: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -19,39 +19,49 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bar(
-    total: int, what: str, unit: str, *, done: int = 0, shown: bool = True
+    total: int, name: str, unit: str, *, initial: int = 0, shown: bool = True
 ) -> Iterator[Advance]:
-    """Show how far a piece of work is; gives the function that moves it on."""
+    """Show how far a piece of work is; gives the function that moves the display on.
+
+    Args:
+        total: units in the whole work.
+        name: of the work, for the beginning of the line.
+        unit: of what is counted, in the plural.
+        initial: units that an earlier run has done; they count for the share, not for the speed.
+        shown: False shows nothing.
+    """
     if not shown:
         yield lambda amount, /: None
     elif sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(
-            total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=total > 9999
+            total=total, initial=initial, desc=name, unit=f" {unit}", unit_scale=total > 9999
         ) as bar:
             yield lambda amount, /: (bar.update(amount), None)[1]
     else:
-        lines = _Lines(total, what, unit, done)
+        lines = _Lines(total, name, unit, initial)
         yield lines.advance
         lines.write()
 
 
 class _Lines:
-    def __init__(self, total: int, what: str, unit: str, done: int) -> None:
-        self.total, self.what, self.unit = total, what, unit
-        self.done = self.began_with = done
-        self.start = self.last = monotonic()
+    """Plain lines, one in a while: a log file would keep every step of a bar."""
+
+    def __init__(self, total: int, name: str, unit: str, initial: int) -> None:
+        self.total, self.name, self.unit = total, name, unit
+        self.position = self.initial = initial
+        self.start_time = self.last_time = monotonic()
 
     def advance(self, amount: int, /) -> None:
-        self.done += amount
-        if monotonic() - self.last > _LINE_EVERY:
+        self.position += amount
+        if monotonic() - self.last_time > _LINE_EVERY:
             self.write()
 
     def write(self) -> None:
-        self.last = monotonic()
-        rate = (self.done - self.began_with) / max(self.last - self.start, 1e-9)
-        share = self.done / max(self.total, 1)
-        done = f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%})"
+        self.last_time = monotonic()
+        rate = (self.position - self.initial) / max(self.last_time - self.start_time, 1e-9)
+        share = self.position / max(self.total, 1)
+        progress = f"{self.position:,} of {self.total:,} {self.unit} ({share:.0%})"
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        print(f"{self.what}: {done}, {speed}/s", file=sys.stderr, flush=True)
+        print(f"{self.name}: {progress}, {speed}/s", file=sys.stderr, flush=True)

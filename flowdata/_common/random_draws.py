@@ -1,7 +1,15 @@
 """Random draws as pure functions of (seed, epoch, position): nothing here has a state to save.
 
-Integers throughout: cumulative weights are exact, so that the order of the summation, the
-machine and the position asked for first change nothing.
+Weights become integers before they are summed. Integer sums are exact, so that neither the order
+of the summation, nor the machine, nor the position that is asked for first changes a draw.
+
+Systematic resampling goes from a position of an epoch to the sample drawn there in three steps;
+multinomial resampling takes a random point for every position in place of the first two::
+
+    position ──→ stratum ──→ point ──→ sample
+             │           │         └ CumulativeWeights.find
+             │           └ systematic_points
+             └ KeyedPermutation
 """
 
 from __future__ import annotations
@@ -16,15 +24,15 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 PERMUTATION, OFFSET, POINTS, NOISE, ACCEPTANCE = range(5)  # what a stream of words is used for
-_TOTAL_BITS = 62  # of the largest sum of weights made integer
-_CHUNK = 1 << 18  # weights that are in float64 at a time
+_TOTAL_BITS = 62  # of the sum of the integer weights, which thus fits an int64
+_CHUNK = 1 << 18  # weights that are in float64 at a time: 2 MiB
 
 
 def random_words(key: tuple[int, int], purpose: int, start: int, count: int) -> Words:
     """Return words `start` … `start + count` of a stream of random bits: (count,) uint64.
 
-    Philox4x64-10, the counter-based generator of Salmon et al., SC 2011: any word costs as
-    much as the first.
+    Source: Philox4x64-10, the counter-based generator of Salmon et al., SC 2011. A block of four
+    words is a hash of its number, so that any word costs as much as the first.
 
     Args:
         key: (seed, epoch), each below 2^64.
@@ -32,6 +40,8 @@ def random_words(key: tuple[int, int], purpose: int, start: int, count: int) -> 
         start: first word, >= 0.
         count: number of words.
     """
+    # The purpose is the highest of the counter's four digits, which block numbers never reach, so
+    # that no two streams of a key overlap.
     block, skip = divmod(start, 4)
     counter = np.array([block, 0, 0, purpose], dtype=np.uint64)
     philox = np.random.Philox(counter=counter, key=np.array(key, dtype=np.uint64))
@@ -40,8 +50,17 @@ def random_words(key: tuple[int, int], purpose: int, start: int, count: int) -> 
 
 
 def multiply_high(words: Words, factor: int) -> Words:
-    """Return floor(words · factor / 2^64) exactly, for a factor below 2^63."""
-    low_half, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    """Return floor(words · factor / 2^64) exactly, for a factor below 2^63.
+
+    NumPy has no integers of 128 bits, so the product is made of halves of 32 bits, as on paper::
+
+           2^64         2^32          1
+                                  low·f_low
+                     high·f_low             + what low·f_low carries = middle
+                     low·f_high             + middle's lower half    = carry
+        high·f_high                         + what middle and carry carry = the result
+    """
+    low_half, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # `>> half` leaves what carries
     high, low = words >> half, words & low_half
     factor_high, factor_low = np.uint64(factor >> 32), np.uint64(factor & 0xFFFFFFFF)
     middle = high * factor_low + (low * factor_low >> half)
@@ -51,23 +70,37 @@ def multiply_high(words: Words, factor: int) -> Words:
 
 
 class KeyedPermutation:
-    """A permutation of 0 … size − 1 whose value at any position costs the same: no list is kept.
+    """A permutation of 0 … size − 1 whose value at any position costs the same.
 
-    A Feistel network over rows × columns (Black and Rogaway, CT-RSA 2002): half-rounds shift
-    the row by a random function of the column and the column by one of the row. With about √size
-    rows and columns the random functions are small tables of true random numbers. The grid has
-    fewer than √size + 1 cells too many; a position that lands there is sent on until it is back.
+    A shuffled list would take 8 bytes a sample on every rank; here a round takes two tables of
+    about √size entries.
+
+    Source: a Feistel network over a grid (Black and Rogaway, CT-RSA 2002). Position p is the cell
+    in row p // columns and column p % columns. One half of a round shifts the row by a random
+    function of the column, the other half shifts the column by one of the row::
+
+        (row, column) ──→ (row + f(column), column) ──→ (row', column + g(row')) ──→ …
+
+    Each half can be undone, since what it depends on is left as it is: a round takes no two
+    cells to the same one, whatever f and g are. With √size rows and columns, f and g are small
+    tables of true random numbers.
+
+    The grid has fewer than √size + 1 cells more than values. A position that lands on such a
+    cell goes through the network again until it lands on a value (cycle walking): its cycle
+    began at a value, so it comes back to one, and different positions come to different ones.
     """
 
     def __init__(self, size: int, key: tuple[int, int]) -> None:
         self.size = size
         self.rows = math.isqrt(size - 1) + 1
         self.columns = -(-size // self.rows)
-        # Small grids mix worse: with these rounds no order of 6 is 1 % likelier than another.
+        # Small grids mix worse and take more rounds: with these, no order of 6 values is 1 %
+        # likelier than another.
         rounds = max(3, 12 - size.bit_length() // 2)
         sides = np.array([self.rows, self.columns] * rounds)[:, None]
         words = random_words(key, PERMUTATION, 0, len(sides) * self.rows).reshape(len(sides), -1)
-        # Shifts lie in [-side, 0), so that a sign tells whether a side has to be added again.
+        # Shifts lie in [−side, 0): a shift can then leave the grid at one end alone, which the
+        # sign of the sum tells, and one addition mends.
         self._shifts = list((words % sides.astype(np.uint64)).astype(np.int64) - sides)
 
     def __call__(self, positions: Ints) -> Ints:
@@ -82,7 +115,9 @@ class KeyedPermutation:
         column = positions - row * self.columns
         for row_shifts, column_shifts in zip(self._shifts[::2], self._shifts[1::2], strict=True):
             row += row_shifts.take(column)
-            row += self.rows & (row >> 63)  # all ones where the row has fallen below 0
+            # An int64 shifted by 63 bits is all ones where it is negative, and all zeros where
+            # it is not: a modulo without division or branch.
+            row += self.rows & (row >> 63)
             column += column_shifts.take(row)
             column += self.columns & (column >> 63)
         result: Ints = row * self.columns + column
@@ -90,9 +125,18 @@ class KeyedPermutation:
 
 
 class CumulativeWeights:
-    """Weights as exact integers, summed up, and the sample that lies at a point of the sum.
+    """Weights as exact integers, laid end to end, and the sample that lies at a point of them.
 
-    Weights are scaled by a power of two and rounded, so that their sum is just below 2^62.
+    Weights are scaled by a power of two and rounded, so that their sum is just below 2^62::
+
+        sample     0          1       2         3
+              ├─────────┼───────────┼───┼─────────────────┤
+              0         ends[0]   ends[1] ends[2]       total
+                              ↑ a point here falls on sample 1
+
+    A binary search of the ends would miss the cache about log2(N) times a point. A table of
+    guides (Chen and Asau, 1974) cuts the line into N / 2 to N equal buckets and keeps, for each,
+    the first sample that can lie in it: what is left to search is a step or two.
 
     Args:
         weights: (N,) float32 or float64, finite, >= 0, not all zero; read in chunks, not kept.
@@ -101,29 +145,34 @@ class CumulativeWeights:
     def __init__(self, weights: NDArray[np.floating]) -> None:
         self._ends = np.empty(len(weights), dtype=np.int64)  # where each sample's share ends
         exponent = _TOTAL_BITS - math.ceil(math.log2(sum_of(weights)))
-        # A table of guides (Chen and Asau, 1974): points of bucket b lie at sample guide[b] or
-        # after it. It is the number of samples that end at or before the bucket's start.
+        # guide[b] is the number of samples that end at or before the start of bucket b: no point
+        # of the bucket lies on any of them. Buckets are powers of two wide, so that a shift
+        # tells a point's bucket.
         bits = (len(weights) // 2).bit_length()
         self._shift = _TOTAL_BITS - bits
         self._guide = np.zeros(2**bits + 2, dtype=np.min_scalar_type(-len(weights) - 1))
-        self.total = done = 0
+        self.total = start = 0
         for chunk in chunks(weights):
-            ends = self._ends[done : done + len(chunk)]
+            ends = self._ends[start : start + len(chunk)]
             np.cumsum(np.rint(np.ldexp(chunk, exponent)).astype(np.int64), out=ends)
             ends += self.total
+            # The first bucket that starts at or after a sample's end counts that sample; the sum
+            # over buckets, below, makes every later one count it as well.
             bucket = (ends + ((1 << self._shift) - 1)) >> self._shift
             counts = np.bincount(bucket - bucket[0])
             self._guide[bucket[0] : bucket[0] + len(counts)] += counts.astype(self._guide.dtype)
             self.total = int(ends[-1])
-            done += len(chunk)
+            start += len(chunk)
         np.cumsum(self._guide, dtype=self._guide.dtype, out=self._guide)
 
     def find(self, points: Ints) -> Ints:
         """Return the sample that each point of [0, total) falls on: (K,) int64."""
         bucket = points >> self._shift
         samples = self._guide.take(bucket).astype(np.int64)
+        # A binary search from the guide on, of all points at once: skip 2^bit samples wherever
+        # the last of them ends at or before the point. The widest bucket tells the first bit.
         widest = int((self._guide.take(bucket + 1) - samples).max(initial=0))
-        for bit in reversed(range(widest.bit_length())):  # skip 2^bit samples that end before
+        for bit in reversed(range(widest.bit_length())):
             step = 1 << bit
             last_skipped = self._ends.take(samples + (step - 1), mode="clip")
             samples += (last_skipped <= points) * step
@@ -133,8 +182,13 @@ class CumulativeWeights:
 def systematic_points(strata: Ints, total: int, num_samples: int, offset: int) -> Ints:
     """Return the point floor((stratum · total + offset) / num_samples) of every stratum, exactly.
 
-    Systematic resampling (Kitagawa, 1996): one random offset for all, so that a share of the
-    total is hit within one of as often as it deserves.
+    Source: systematic resampling (Kitagawa, 1996). All strata have one offset, so that points lie
+    as evenly as the teeth of a comb, and a share s of the total is hit num_samples · s times, to
+    within one::
+
+        0                                                   total
+        ├───•────────┼───•────────┼───•────────┼───•────────┤
+        └───┘ the offset over num_samples, in every stratum
 
     Args:
         strata: (K,) int64 in [0, num_samples), with num_samples below 2^31.
@@ -142,6 +196,8 @@ def systematic_points(strata: Ints, total: int, num_samples: int, offset: int) -
         num_samples: number of equal strata that the total is cut into.
         offset: in [0, total), from `systematic_offset`.
     """
+    # stratum · total would overflow an int64. Quotients and remainders by num_samples give the
+    # same point: remainders are below 2^31, and so are strata, whose products fit.
     step, step_rest = divmod(total, num_samples)
     shift, shift_rest = divmod(offset, num_samples)
     points: Ints = strata * step + shift + (strata * step_rest + shift_rest) // num_samples
@@ -167,35 +223,45 @@ def multinomial_points(positions: Ints, total: int, key: tuple[int, int]) -> Int
 
 
 def gumbel_top_k(weights: NDArray[np.floating], count: int, key: tuple[int, int]) -> Ints:
-    """Return `count` distinct samples drawn ∝ weight without replacement, rising: int64.
+    """Return `count` different samples drawn ∝ weight without replacement, rising: int64.
 
-    Gumbel-top-k (Vieira, 2014): those with the largest log(weight) + Gumbel noise are as if
-    drawn one by one. The noise is made twice, first for the threshold, to be held only once.
+    Source: Gumbel-top-k (Vieira, 2014). log(weight) + Gumbel noise is largest for sample i with
+    probability w_i / Σw; without that sample the same holds for the others. So the `count` samples
+    with the largest sums are distributed as if they were drawn one by one.
 
     Args:
         weights: (N,) float32 or float64, >= 0, at least `count` of them positive.
         count: samples to draw.
         key: (seed, epoch).
     """
-    ranks = np.empty(len(weights))
-    for start, part in _gumbel_ranks(weights, key):
-        ranks[start : start + len(part)] = part
-    ranks.partition(count - 1)
-    last = ranks[count - 1]
-    del ranks
-    chosen = [start + np.flatnonzero(part <= last) for start, part in _gumbel_ranks(weights, key)]
-    return np.concatenate(chosen)[:count]
+    # A first pass finds the threshold, a second one the samples up to it, since the partition
+    # forgets whose key is whose. The noise is made twice: a copy of the keys, kept beside the
+    # partition, would take 8 bytes a sample.
+    keys = np.empty(len(weights))
+    for start, part in _gumbel_keys(weights, key):
+        keys[start : start + len(part)] = part
+    keys.partition(count - 1)
+    threshold = keys[count - 1]
+    del keys
+    samples = [
+        start + np.flatnonzero(part <= threshold) for start, part in _gumbel_keys(weights, key)
+    ]
+    return np.concatenate(samples)[:count]
 
 
-def _gumbel_ranks(
+def _gumbel_keys(
     weights: NDArray[np.floating], key: tuple[int, int]
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield −(log(weight) + Gumbel noise) in chunks with their start: smallest is drawn first."""
+    """Yield the start of a chunk with its −(log(weight) + noise): the smallest is drawn first.
+
+    Gumbel noise is −log(−log(u)) of a uniform u.
+    """
     start = 0
     for chunk in chunks(weights):
         words = random_words(key, NOISE, start, len(chunk))
+        # 52 bits and a half: u is never 0 or 1, where a logarithm would be infinite.
         uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-        with np.errstate(divide="ignore"):  # a weight of 0 is never reached
+        with np.errstate(divide="ignore"):  # a weight of 0 gives infinity, which is drawn last
             yield start, np.log(-np.log(uniform)) - np.log(chunk)
         start += len(chunk)
 

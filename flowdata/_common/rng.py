@@ -1,4 +1,4 @@
-"""The global random generators, put back as they were."""
+"""The global random generators, and blocks of code that leave them as they were."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
     """Put the states of Python's, NumPy's and torch's generators back after a block.
 
     Args:
-        seed: seeds all of them for the block; None leaves them as they are on entry.
+        seed: in [0, 2^32), seeds all of them for the block; None leaves them as they are.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Asking for the state of a GPU's generator would start CUDA, which costs memory on each GPU
+    # and forbids forking workers. Where it has not started, its generators have no state to lose.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):

@@ -1,4 +1,8 @@
-"""Reading samples of a data set that may raise on some of them."""
+"""Reading samples of a data set that may raise on some of them.
+
+A sample that can't be read may be an `Unreadable` in its place, so that its neighbours are scored
+all the same: `Readable` puts it there, `CollateReadable` leaves it out of the batch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from flowdata.errors import SampleError
 
 
 def check_map_style(dataset: Any) -> None:
-    """Raise TypeError, with what to do, unless a data set has samples by number."""
+    """Raise TypeError, with what to do, unless a data set gives its samples by index."""
     if isinstance(dataset, Mapping):
         raise TypeError(
             f"dataset must be one data set, got {type(dataset).__name__} of "
@@ -29,16 +33,20 @@ def check_map_style(dataset: Any) -> None:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What stands in for a sample that could not be read."""
+    """Stands in for a sample that could not be read.
+
+    Attributes:
+        reason: the exception that the data set raised, in words.
+    """
 
     reason: str
 
 
 class Readable(Dataset[Any]):
-    """A map-style data set whose failing samples are named, or stood in for.
+    """A map-style data set that names its failing samples, or puts an `Unreadable` in their place.
 
     Args:
-        dataset: the data set; its other attributes show through.
+        dataset: the data set; its other attributes are those of the wrapper, too.
         skip: give an `Unreadable` for a sample that can't be read; else raise `SampleError`.
     """
 
@@ -66,19 +74,24 @@ class Readable(Dataset[Any]):
             try:
                 samples: list[Any] = self.dataset.__getitems__(list(indices))
             except Exception:
-                pass  # one by one it shows which sample it is
+                pass  # read one by one, they show which of them raises
             else:
                 return samples
         return [self[index] for index in indices]
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "__getstate__") or name.startswith("__"):
+        # Pickle looks for special methods before `dataset` is set. To look them up there would
+        # call this method again, and so on.
+        if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 def first_readable(dataset: Any) -> Any:
     """Return the first sample that can be read.
+
+    Args:
+        dataset: not empty; gives an `Unreadable` for samples that can't be read.
 
     Raises:
         SampleError: none can.
@@ -91,7 +104,7 @@ def first_readable(dataset: Any) -> Any:
 
 
 class CollateReadable:
-    """A collate function that leaves out what could not be read.
+    """A collate function that leaves out the samples that could not be read.
 
     Args:
         collate: the collate function for the samples themselves.

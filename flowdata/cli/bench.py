@@ -20,6 +20,7 @@ from flowdata.models.placement import usable_device
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.scorer import LossScorer
+from flowdata.targets.labels import IGNORE_INDEX
 
 Samples = list[dict[str, Tensor]]
 
@@ -101,7 +102,7 @@ def usual_loop(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, :-1]
             each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").float()
-            losses[indices] = (each.sum(1) / (labels != -100).sum(1)).cpu()
+            losses[indices] = (each.sum(1) / (labels != IGNORE_INDEX).sum(1)).cpu()
     return losses
 
 
@@ -133,7 +134,10 @@ def flops(model: Any, samples: Samples) -> float:
     attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     total = 0.0
     for sample in samples:
-        length, targets = len(sample["input_ids"]), int((sample["labels"][1:] != -100).sum())
+        length, targets = (
+            len(sample["input_ids"]),
+            int((sample["labels"][1:] != IGNORE_INDEX).sum()),
+        )
         total += 2 * body * length + 2 * attention * length**2
         total += 2 * model.lm_head.weight.numel() * targets
     return total
@@ -175,7 +179,7 @@ def random_samples(
         own = torch.randint(0, vocabulary, (prompt + completion,), generator=generator)
         ids = torch.cat([shared, own])
         labels = ids.clone()
-        labels[: template + prompt] = -100
+        labels[: template + prompt] = IGNORE_INDEX
         samples.append({"input_ids": ids, "labels": labels})
     return samples
 

@@ -9,8 +9,8 @@ task, as somebody without the old data has to choose it; the table shows all oth
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from flowdata.cli.demo_result import FLOW, STANDARD, DemoResult, Outcome, Start
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import weighted_mean
 from flowdata.report.pictures import figure, png
-from flowdata.study.recipe import HeadRecipe
+from flowdata.study.recipe import as_old_network, begin, fit_new_head
 from flowdata.weights import flow_weights, resolve_temperature
 
 RATES = (0.01, 0.03, 0.1, 0.3)
@@ -67,12 +67,12 @@ def _measure(seeds: int, progress: bool) -> tuple[list[Start], list[Outcome]]:
             for seed in range(seeds):
                 with preserved_rng(seed):
                     tasks = _split(images, labels)
-                    recipe, probed, start = _pretrain_and_probe(seed, tasks)
+                    old, probed, start = _pretrain_and_probe(seed, tasks)
                     starts.append(start)
                     advance(1)
                     for method in (STANDARD, FLOW):
                         for rate in RATES:
-                            outcomes.append(_fine_tune(method, rate, recipe, probed, start, tasks))
+                            outcomes.append(_fine_tune(method, rate, old, probed, start, tasks))
                             advance(1)
     finally:
         torch.set_num_threads(threads)
@@ -90,40 +90,43 @@ class _Tasks:
     test: TensorDataset
 
 
-def _pretrain_and_probe(seed: int, tasks: _Tasks) -> tuple[HeadRecipe, nn.Sequential, Start]:
-    """The recipe around a network that knows the old task, that network probed, and its figures."""
+def _pretrain_and_probe(seed: int, tasks: _Tasks) -> tuple[nn.Sequential, nn.Sequential, Start]:
+    """Return the network as pre-trained, the same with the probed head, and their figures."""
     body = nn.Sequential(nn.Linear(64, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH), nn.ReLU())
-    old_head, head = nn.Linear(_WIDTH, 10), nn.Linear(_WIDTH, 10)
-    old = nn.Sequential(body, old_head)
+    old, head = nn.Sequential(body, nn.Linear(_WIDTH, 10)), nn.Linear(_WIDTH, 10)
     _train(old, tasks.old_train, torch.ones(len(tasks.old_train)), 0.05, _PRETRAINING_EPOCHS)
-
-    recipe = HeadRecipe(body, old_head, strength=_PROBE_STRENGTH, dtype="float32")
-    probed = recipe.probe(head, tasks.train)
-    losses = recipe.score(probed, tasks.train, dtype="float32").losses
+    network, scores = begin(body, head, tasks.train, strength=_PROBE_STRENGTH, dtype="float32")
     start = Start(
         seed,
         _accuracy(old, tasks.old_test),
-        _accuracy(probed, tasks.test),
-        losses,
-        resolve_temperature(losses, "median"),
+        _accuracy(network, tasks.test),
+        scores.losses,
+        resolve_temperature(scores.losses, "median"),
     )
-    return recipe, probed, start
+    return old, network, start
 
 
 def _fine_tune(
     method: str,
     rate: float,
-    recipe: HeadRecipe,
+    old: nn.Sequential,
     probed: nn.Sequential,
     start: Start,
     tasks: _Tasks,
 ) -> Outcome:
+    network = copy.deepcopy(probed)
     weights = torch.ones(len(tasks.train)) if method == STANDARD else flow_weights(start.losses)
-    train = partial(_train, data=tasks.train, weights=weights, rate=rate, epochs=_EPOCHS)
-    tuned = recipe.fine_tune(probed, tasks.train, train, head_again=method == FLOW)
-    new, held_out = _accuracy(tuned, tasks.test), _accuracy(tuned, tasks.held_out)
-    old = _accuracy(recipe.old_model(tuned), tasks.old_test)
-    return Outcome(method, rate, start.seed, old=old, new=new, held_out=held_out)
+    _train(network, tasks.train, weights, rate, _EPOCHS)
+    if method == FLOW:  # the second round: the head alone, without weights
+        fit_new_head(network, tasks.train, strength=_PROBE_STRENGTH, dtype="float32")
+    return Outcome(
+        method,
+        rate,
+        start.seed,
+        old=_accuracy(as_old_network(network, old), tasks.old_test),
+        new=_accuracy(network, tasks.test),
+        held_out=_accuracy(network, tasks.held_out),
+    )
 
 
 def _train(

@@ -10,32 +10,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flowdata._common.notices import logger
-from flowdata.cli.commands import MISTAKES
-from flowdata.cli.options import parser
+from flowdata.cli.exit_codes import BAD_INPUT, INTERRUPTED, USER_ERRORS
+from flowdata.cli.parser import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    options = parser().parse_args(argv)
+    """Run one command and return its exit code; None takes the process's own arguments."""
+    options = make_parser().parse_args(argv)
     try:
-        with _logging_to_stderr(), _terminable():
+        with _logging_to_stderr(), _sigterm_as_exception():
             code: int = options.run(options)
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         print(f"flowdata {options.command}: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"flowdata {options.command}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return code
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the program as an error would, so that what is done is kept."""
+def _sigterm_as_exception() -> Iterator[None]:
+    """Let SIGTERM end the program as an error would, so that what is scored is kept."""
 
     def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
+    # Python allows a signal's handler to be set in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,6 +49,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _logging_to_stderr() -> Iterator[None]:
+    """Show the library's log while a command runs; a library on its own sets up no logging."""
     handler = logging.StreamHandler(sys.stderr)
     level = logger.level
     logger.addHandler(handler)

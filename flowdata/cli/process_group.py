@@ -1,4 +1,4 @@
-"""The process group that torchrun began."""
+"""The process group of a command that torchrun started."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ _TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 @contextmanager
 def process_group() -> Iterator[str | None]:
-    """Join the process group that torchrun began, if it did; gives this rank's device."""
+    """Join the process group of torchrun's processes; gives the device that this rank uses.
+
+    Outside torchrun there is no group to join, and the device is None: the model's own.
+    """
     if not os.environ.keys() >= _TORCHRUN:
         yield None
         return
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
 
     device = None
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    store, rank, size = next(rendezvous("env://"))
+    # The keys that ranks exchange may outlive a restart, and `init_process_group` alone would take
+    # those of the attempt before for its own. So each attempt gets a part of the keys to itself.
+    key_values, rank, size = next(rendezvous("env://"))
     dist.init_process_group(
         "gloo" if device is None else "cpu:gloo,cuda:nccl",
-        store=of_this_attempt(store),
+        store=of_this_attempt(key_values),
         rank=rank,
         world_size=size,
     )

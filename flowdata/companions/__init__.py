@@ -1,4 +1,4 @@
-"""What goes beside the weights: staying near the pre-trained parameters."""
+"""Methods on the parameters that go beside the weights: staying near the pre-trained model."""
 
 from flowdata.companions.anchor import ParameterAnchor
 from flowdata.companions.averaging import sweep_wise_ft, wise_ft

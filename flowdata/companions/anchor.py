@@ -1,7 +1,12 @@
-"""Parameter-side methods that go with FLOW: staying near the pre-trained weights.
+"""The parameter anchor: a penalty on the distance from the pre-trained weights, ℓ2 or L1.
 
-`ParameterAnchor` adds a penalty to the loss, `wise_ft` averages weights afterwards, and
-`batch_norm_state` keeps what an old head needs around a fine-tuned body.
+The penalty and its gradient need the differences θ − θ* of all parameters. A plain expression would
+keep them from the forward to the backward pass, a second copy of the model. Here both passes take
+them anew, some parameters at a time:
+
+    parameters  θ₁ θ₂ θ₃ | θ₄ | θ₅ θ₆    a bucket holds about 64 MiB of differences
+    snapshot    θ₁*θ₂*θ₃*| θ₄*| θ₅*θ₆*   beside the parameters, or on the CPU: then a bucket's
+                                         part moves to the accelerator and is dropped again
 """
 
 from __future__ import annotations
@@ -15,16 +20,15 @@ from torch import Tensor, nn
 
 from flowdata.companions.state import StateDict, check_shapes, shapes_of
 
-_BUCKET = 1 << 26  # bytes of differences held at a time
+_BUCKET = 1 << 26  # bytes of differences in memory at a time
 
 
 class ParameterAnchor:
     """A penalty on the distance of the trainable parameters from where they started.
 
     ``strength · Σ (θ − θ*)²`` for ``"l2"``, ``strength · Σ |θ − θ*|`` for ``"l1"``, over every
-    parameter that requires a gradient when the anchor is made: with LoRA these are the
-    adapters, and a head that is trained counts, too. No differences are kept for the backward
-    pass; they are taken again there, a bucket of parameters at a time.
+    parameter that requires a gradient when the anchor is made. With LoRA these are the
+    adapters; a head that is trained counts, too.
 
     Source: ℓ2 as in Sanyal et al., ICML 2025, arXiv:2502.02797, section 5, where its strength
     for language models is 1e-3.
@@ -35,7 +39,7 @@ class ParameterAnchor:
         kind: ``"l2"`` or ``"l1"``.
         strength: ≥ 0; factor of the sum above.
         reference: θ* by parameter name, or a safetensors file that holds it (mapped, not read
-            into memory): needed when training resumes from weights that are no longer θ*.
+            into memory). It is needed when training resumes from weights that are no longer θ*.
         device: where the snapshot is kept; ``"cpu"`` spares the accelerator's memory for a
             transfer in each step. None keeps it beside the parameters.
 
@@ -70,12 +74,12 @@ class ParameterAnchor:
             raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}")
         if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
             raise ValueError(f"strength must be finite and >= 0, got {strength!r}")
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not named:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
             raise ValueError("model has no parameter that requires a gradient: nothing to anchor")
         self.kind, self.strength = kind, strength
-        self._parameters = list(named.values())
-        self._snapshot = _snapshot(model, named, reference, device)
+        self._parameters = list(parameters.values())
+        self._snapshot = _snapshot(model, parameters, reference, device)
 
     def __call__(self) -> Tensor:
         """Return the penalty: 0-d float32, on the device of the first parameter."""
@@ -85,7 +89,7 @@ class ParameterAnchor:
 
 
 class _Penalty(torch.autograd.Function):
-    """Σ |θ − θ*|^order."""
+    """Σ |θ − θ*|^order over all parameters; saves the parameters, not the differences."""
 
     @staticmethod
     def forward(ctx: Any, order: int, snapshot: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -94,6 +98,8 @@ class _Penalty(torch.autograd.Function):
         dtype = torch.promote_types(parameters[0].dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=parameters[0].device)
         for differences in _differences(parameters, snapshot):
+            # One kernel for a whole bucket: a loop over hundreds of small tensors would launch
+            # hundreds. The norm to the power of the order is the sum, and no square is stored.
             norms = torch._foreach_norm(differences, order, dtype=dtype)
             total += torch.stack([_whole(norm).to(total) for norm in norms]).pow(order).sum()
         return total
@@ -103,6 +109,8 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor] = []
         for differences in _differences(ctx.saved_tensors, ctx.snapshot):
+            # d/dθ |θ − θ*| is the sign, d/dθ (θ − θ*)² twice the difference: the differences turn
+            # into gradients where they lie.
             if ctx.order == 1:
                 torch._foreach_sign_(differences)
             for difference in differences:
@@ -114,32 +122,32 @@ class _Penalty(torch.autograd.Function):
 
 def _differences(parameters: Sequence[Tensor], snapshot: list[Tensor]) -> Iterator[list[Tensor]]:
     """θ − θ* of every parameter in turn, about `_BUCKET` bytes at a time."""
-    start = size = 0
+    start = size = 0  # of the bucket: its first parameter, its bytes
     for end, parameter in enumerate(parameters, start=1):
         size += _shard(parameter).nbytes
         if size < _BUCKET and end < len(parameters):
             continue
-        ours = [p.detach() for p in parameters[start:end]]
-        theirs = [
-            kept.to(p.device, non_blocking=True)
-            for kept, p in zip(snapshot[start:end], ours, strict=True)
+        current = [p.detach() for p in parameters[start:end]]
+        anchors = [
+            anchor.to(p.device, non_blocking=True)
+            for anchor, p in zip(snapshot[start:end], current, strict=True)
         ]
-        yield list(torch._foreach_sub(ours, theirs))
+        yield list(torch._foreach_sub(current, anchors))
         start, size = end, 0
 
 
 def _shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds; all of it, unless it is a DTensor."""
+    """The part of a tensor that this rank holds, which is all of it unless it is a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor as one rank would hold it."""
+    """A tensor put together from all ranks' parts; a sharded norm becomes that of the whole."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _load(file: Path) -> StateDict:
-    """The tensors of a safetensors file, mapped."""
+    """The tensors of a safetensors file, mapped into memory rather than read."""
     from safetensors.torch import load_file
 
     if file.is_dir():
@@ -148,33 +156,39 @@ def _load(file: Path) -> StateDict:
 
 
 def _with_tied_names(reference: StateDict, model: nn.Module) -> StateDict:
-    """A reference under all names of its tensors: files keep a shared one under one name alone."""
-    names: dict[int, list[str]] = {}
+    """A reference with every tied tensor under all of its names.
+
+    A safetensors file keeps a tensor that two layers share under one of its names, which need not
+    be the name that the model's parameters have.
+    """
+    names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    tied = {
+        names_of.setdefault(id(parameter), []).append(name)
+    aliases = {
         name: reference[other]
-        for group in names.values()
-        for name in group
-        for other in group
+        for names in names_of.values()
+        for name in names
+        for other in names
         if other in reference and name not in reference
     }
-    return {**reference, **tied}
+    return {**reference, **aliases}
 
 
 def _snapshot(
     model: nn.Module,
-    named: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
     reference: StateDict | str | Path | None,
     device: str | torch.device | None,
 ) -> list[Tensor]:
-    mapped = isinstance(reference, (str, Path))
+    """θ* of each parameter, in its dtype and on the device that keeps it."""
+    from_file = isinstance(reference, (str, Path))
     if isinstance(reference, (str, Path)):
         reference = _load(Path(reference))
-    kept = named if reference is None else _with_tied_names(reference, model)
-    check_shapes(shapes_of(kept), shapes_of(named), "reference", "model", more=True)
-    # Tensors given may share the memory of the parameters that are about to move: copy them.
+    start = parameters if reference is None else _with_tied_names(reference, model)
+    check_shapes(shapes_of(start), shapes_of(parameters), "reference", "model", may_have_more=True)
+    # The model's own tensors are about to move, and a reference may share their memory: copy them.
+    # Those of a file are nobody else's.
     return [
-        kept[name].detach().to(device or p.device, p.dtype, copy=not mapped)
-        for name, p in named.items()
+        start[name].detach().to(device or p.device, p.dtype, copy=not from_file)
+        for name, p in parameters.items()
     ]

@@ -1,4 +1,4 @@
-"""BatchNorm, kept for the old head."""
+"""BatchNorm's parameters and statistics, which an old head needs on a fine-tuned body."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of all BatchNorm parameters and statistics, by their state dict names.
 
-    Taken before fine-tuning, it lets the old head work on the fine-tuned body again:
+    A copy from before fine-tuning lets the old head work on the fine-tuned body again:
     ``model.load_state_dict(state, strict=False)``.
 
     Source: Sanyal et al., ICML 2025, arXiv:2502.02797, section 5: how accuracy on the

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowdata.head.tiled import Head, finish_logits, target_losses
+from flowdata.head.output_layer import Head, finish_logits
+from flowdata.head.tiled import target_losses
 
 _TILE = 1 << 25  # logits held at a time: 128 MiB in float32, 128 rows at a vocabulary of 256k
 _FEWEST_ROWS = 64  # below which the weight's gradient is read and written too often

@@ -1,64 +1,31 @@
-"""The head: losses of target tokens from hidden states, without ever holding the logits."""
+"""Losses of target tokens from hidden states, tile by tile, so that no logits are ever held.
+
+One tile of products at a time, whose four sums are added up over the vocabulary::
+
+                 vocabulary →
+               ┌────────┬────────┬────────┐
+      rows  ↓  │ tile   │ next   │   …    │   hidden (rows, d) · weight[slice]ᵀ (d, slice)
+               └────────┴────────┴────────┘
+                    └── folded into ──→ one loss for each row
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-_ROWS_OF_A_CORE = 64  # of a tile in float32: with 2048 columns half a MiB
-LOWEST = -1e15  # below every logit; finite, its square too, so that 0 · (z − top) is 0
+from flowdata.head.output_layer import LOWEST, Head, Tally, finish_logits, merge
 
-
-@dataclass(frozen=True)
-class Head:
-    """A linear output layer and what the model does to its logits.
-
-    logits = softcap · tanh((hidden · weightᵀ + bias) · scale / softcap), without the tanh where
-    `softcap` is None.
-
-    Attributes:
-        weight: (V, d) floating.
-        bias: (V,) floating, or None.
-        scale: factor on the logits, positive.
-        softcap: their bound, or None.
-        kernel: how tiles are added up: ``"eager"``, ``"compiled"`` (one fused pass, after some
-            seconds of compiling), or ``"triton"`` (logits stay on the chip; CUDA only).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    kernel: Literal["eager", "compiled", "triton"] = "eager"
-
-
-def read_head(module: nn.Module | None, config: Any) -> Head | None:
-    """Return the head that a module and a Hugging Face configuration describe.
-
-    None unless the module is a plain `nn.Linear` with a dense weight: adapters, quantised and
-    sharded layers must be called, and so must those whose scale is negative. A configuration
-    can't say everything; compare before use.
-    """
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    scale, softcap = logit_options(config)
-    if scale < 0:
-        return None
-    return Head(
-        module.weight.detach(),
-        None if module.bias is None else module.bias.detach(),
-        scale,
-        softcap,
-    )
+# Rows of an eager tile for each thread: with 2,048 classes in float32 half a MiB, which fits the
+# second-level cache of the CPUs measured (1 MiB on AMD EPYC, 2 MiB on Intel with AMX).
+_ROWS_OF_A_CORE = 64
 
 
 def kernels(head: Head, *, compiled: bool) -> list[tuple[str, Head]]:
@@ -69,15 +36,6 @@ def kernels(head: Head, *, compiled: bool) -> list[tuple[str, Head]]:
     elif compiled:
         ways.insert(0, ("a compiled tiled head", replace(head, kernel="compiled")))
     return ways
-
-
-def logit_options(config: Any) -> tuple[float, float | None]:
-    """Return the scale and the softcap that a Hugging Face configuration tells of."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return scale, softcap or getattr(config, "logits_soft_cap", None)
 
 
 def target_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -113,22 +71,6 @@ def target_values(
     return values.pop("loss"), values
 
 
-class Tally(NamedTuple):
-    """What the logits z of all classes but the target add up to, (n,) float32 each.
-
-    Attributes:
-        top: the largest.
-        total: Σ exp(z − top).
-        first: Σ exp(z − top) · (z − top).
-        squares: Σ exp(2 (z − top)) · slope(z)².
-    """
-
-    top: Tensor
-    total: Tensor
-    first: Tensor
-    squares: Tensor
-
-
 def _values(
     hidden: Tensor, head: Head, targets: Tensor, columns: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -143,7 +85,8 @@ def _values(
     values = {"loss": F.softplus(gap)}
     others = gap.sigmoid()  # 1 − p(target)
     if "entropy" in columns:
-        within = tally.total.log() - tally.first / tally.total  # of the others among themselves
+        # The entropy of the distribution over the other classes, given that one of them comes.
+        within = tally.total.log() - tally.first / tally.total
         values["entropy"] = (
             torch.special.entr(others) + (-gap).sigmoid() * values["loss"] + others * within
         )
@@ -157,9 +100,11 @@ def _values(
 
 
 def _odds(hidden: Tensor, head: Head, targets: Tensor, target_logits: Tensor) -> Tensor:
-    """(1 − p) / p of every target: Σ exp(z − target's z) of the others.
+    """Return (1 − p) / p of every target: Σ exp(z − z of the target) over all other classes.
 
-    It needs no running maximum, and overflows only beyond a loss of 88 nats.
+    The target's logit takes the place of the running maximum of `_add_tally`, which spares a pass
+    over each tile. The sum overflows float32 only beyond a loss of 88 nats; the caller then
+    falls back on the tally.
     """
     odds = torch.zeros_like(target_logits)
     for rows, products, bias, buffer in _tiles(hidden, head, targets):
@@ -182,9 +127,10 @@ def _add_odds(
 
 def _tally(hidden: Tensor, head: Head, targets: Tensor) -> Tally:
     if head.kernel == "triton":
-        from flowdata.head import triton as head_triton
+        from flowdata.head.triton import partial_sums
 
-        return head_triton.tally(hidden, head, targets)
+        parts = partial_sums(hidden, head.weight, head.bias, targets, head.scale, head.softcap)
+        return merge(Tally(*parts))
     sums = torch.zeros(4, len(hidden), device=hidden.device)
     sums[0] = LOWEST
     for rows, products, bias, buffer in _tiles(hidden, head, targets):
@@ -203,6 +149,9 @@ def _add_tally(
     softcap: float | None,
     tally: Tally,
 ) -> Tally:
+    # The online log-sum-exp (Milakov and Gimelshein, 2018): with m the largest logit so far and
+    # m' that after this tile, Σ exp(z − m') = exp(m − m') · Σ exp(z − m) + this tile's share.
+    # The other two sums follow by the same shift of their exponents.
     logits = _logits(products, buffer, bias, scale, softcap).clamp_min_(LOWEST)
     slope = _slope(logits, softcap)
     top = torch.maximum(tally.top, logits.amax(1))
@@ -226,10 +175,12 @@ def _compiled(add: Callable[..., Any]) -> Callable[..., Any]:
 def _tiles(
     hidden: Tensor, head: Head, targets: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
-    """Yield rows, their products with some columns, −inf at the targets, bias and a buffer.
+    """Yield one tile after another: a slice of rows, their products with a slice of classes,
+    the bias of those classes, and a buffer for float32 logits.
 
-    A compiled pass takes all rows and no buffer. The eager one makes several passes over its
-    float32 buffer: that has to stay in a core's cache.
+    A product with a row's own target is −inf, because the sums are over the other classes. A
+    compiled pass takes all rows at once and needs no buffer. An eager one makes several passes
+    over its float32 buffer, so its tiles are small enough to stay in a core's cache.
     """
     _, width = tile_size(hidden)
     in_passes = head.kernel == "eager" and not hidden.is_cuda
@@ -239,8 +190,8 @@ def _tiles(
     memory = hidden.new_empty(len(hidden) * width, dtype=_product_dtype(hidden))
     every = torch.arange(len(hidden), device=hidden.device)
     for start in range(0, len(head.weight), width):
-        columns = slice(start, start + width)
-        weight, bias = head.weight[columns], None if head.bias is None else head.bias[columns]
+        classes = slice(start, start + width)
+        weight, bias = head.weight[classes], None if head.bias is None else head.bias[classes]
         shape = len(hidden), len(weight)
         products = _multiply(hidden, weight, memory[: shape[0] * shape[1]].view(shape))
         inside = (targets >= start) & (targets < start + shape[1])
@@ -252,7 +203,7 @@ def _tiles(
 
 
 def tile_size(hidden: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tile of products."""
+    """Rows and classes of a tile of products."""
     return (4096, 8192) if hidden.is_cuda else (1024, 2048)
 
 
@@ -289,19 +240,8 @@ def _slope(logits: Tensor, softcap: float | None) -> Tensor | float:
 
 
 def _target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    # In float32, not read off the low-precision products: the loss is a small difference of two
+    # large logits, and this one's rounding error would stand in it whole.
     dots = (hidden.float() * head.weight[targets].float()).sum(1)
     bias = None if head.bias is None else head.bias[targets]
     return finish_logits(dots, bias, head.scale, head.softcap)
-
-
-def finish_logits(
-    logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """What the model does to float32 logits after the matrix product; in place."""
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    return logits

@@ -1,8 +1,8 @@
 """The head on a GPU: a Triton kernel that adds logits up without writing them to memory.
 
-A program takes a block of rows and a range of the vocabulary: it multiplies block after block of
-columns and folds each into its rows' sums (head.py's `Tally`), all in registers. The ranges'
-tallies are then merged. Import it only where Triton is installed.
+A program takes a block of rows and a range of the vocabulary. It multiplies one slice of classes
+after another and folds each into the four sums of its rows, all in registers. The caller merges
+the sums of all ranges (`output_layer.merge`). Import this file only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -12,37 +12,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdata.head.tiled import LOWEST, Head, Tally
+from flowdata.head.output_layer import LOWEST
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a program's tile; shared memory holds three of them
 _PROGRAMS = 512  # at least so many, to keep every multiprocessor busy when rows are few
 
 
-def tally(hidden: Tensor, head: Head, targets: Tensor) -> Tally:
-    """Return what head.py's own `_tally` does, from one launch and a merge."""
+def partial_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Return the four sums of a `Tally` for every range of the vocabulary, (4, ranges, n) float32.
+
+    The grid of programs, each with its tile of logits in registers::
+
+                     vocabulary, in ranges of `span` classes
+                   ┌──────────────┬──────────────┬─────────┐
+        rows 0…127 │ program 0, 0 │ program 0, 1 │   …     │
+                   ├──────────────┼──────────────┼─────────┤
+      rows 128…255 │ program 1, 0 │   …          │         │
+                   └──────────────┴──────────────┴─────────┘
+
+    Args:
+        hidden: (n, d) floating, on a GPU.
+        weight: (V, d) in the dtype of `hidden`.
+        bias: (V,) floating, or None.
+        targets: (n,) int64 in [0, V).
+        scale: factor on the logits.
+        softcap: their bound, or None.
+    """
     n, width = hidden.shape
-    vocabulary = len(head.weight)
-    blocks = triton.cdiv(n, _ROWS)  # the moments cost little beside the products, so all are taken
+    vocabulary = len(weight)
+    blocks = triton.cdiv(n, _ROWS)
     ranges = max(1, min(triton.cdiv(_PROGRAMS, max(1, blocks)), triton.cdiv(vocabulary, _COLUMNS)))
     span = triton.cdiv(triton.cdiv(vocabulary, ranges), _COLUMNS) * _COLUMNS
     ranges = triton.cdiv(vocabulary, span)
     sums = torch.zeros(4, ranges, n, device=hidden.device)
-    hidden, weight = hidden.contiguous(), head.weight.contiguous()
+    hidden, weight = hidden.contiguous(), weight.contiguous()
     if n:
         _tally[(blocks, ranges)](
             hidden,
             weight,
-            weight if head.bias is None else head.bias.contiguous(),
+            weight if bias is None else bias.contiguous(),
             targets,
             sums,
             n,
             width,
             vocabulary,
             span,
-            head.scale,
-            1.0 if head.softcap is None else head.softcap,
-            HAS_BIAS=head.bias is not None,
-            HAS_SOFTCAP=head.softcap is not None,
+            scale,
+            1.0 if softcap is None else softcap,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
             LOWEST=LOWEST,
             PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
             ROWS=_ROWS,
@@ -51,20 +76,7 @@ def tally(hidden: Tensor, head: Head, targets: Tensor) -> Tally:
             num_warps=8,
             num_stages=3,
         )
-    return merge(Tally(*sums))
-
-
-def merge(parts: Tally) -> Tally:
-    """Return the tally of several parts' classes together, from fields of shape (parts, n)."""
-    top = parts.top.amax(0)
-    shift = parts.top - top
-    factor = shift.exp()
-    return Tally(
-        top,
-        (factor * parts.total).sum(0),
-        (factor * (parts.first + shift * parts.total)).sum(0),
-        (factor * factor * parts.squares).sum(0),
-    )
+    return sums
 
 
 @triton.jit  # type: ignore[untyped-decorator]

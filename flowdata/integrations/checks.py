@@ -1,53 +1,77 @@
-"""Loops that would be wrong, refused: weights that act twice, or not at all."""
+"""What the integrations ask of data and loaders: do they carry weights, would these act twice?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 
+_DEPTH = 6  # of loaders and samplers inside one another; the bound ends a circle of them
 
-def check_loader(loader: Any) -> None:
-    """Refuse a loader that both resamples by the weights and hands them to the loss.
+
+def check_loader(loader: Any, *, weighted_loss: bool = False) -> None:
+    """Refuse a loader that draws samples by the weights where the loss is weighted, too.
+
+    Args:
+        loader: a DataLoader, or a wrapper of one.
+        weighted_loss: whether the loss is known to be weighted; a loader of a
+            `FlowWeightedDataset` is refused in any case.
 
     Raises:
-        ValueError: a `FlowSampler` draws from a `FlowWeightedDataset`.
+        ValueError: a `FlowSampler` draws, and the loss weighs again.
     """
-    if find_sampler(loader) is not None and carries_weights(loader):
-        raise ValueError(TWICE)
+    if flow_sampler_of(loader) is not None and (weighted_loss or _loads_weights(loader)):
+        raise ValueError(
+            "the weights would act twice: a FlowSampler draws samples by their weight, and the "
+            "loss would weigh them again. Keep one: FlowSampler over the plain data set with the "
+            "plain loss, or FlowWeightedDataset with an ordinary sampler and a weighted loss"
+        )
 
 
-TWICE = (
-    "the weights would act twice: a FlowSampler draws samples by their weight, and the loss would "
-    "weigh them again. Keep one: FlowSampler over the plain data set with the plain loss, or "
-    "FlowWeightedDataset with an ordinary sampler and a weighted loss"
-)
-
-
-def find_sampler(loader: Any) -> FlowSampler | None:
+def flow_sampler_of(loader: Any) -> FlowSampler | None:
     """Return the `FlowSampler` of a loader, however deep samplers and wrappers hold it."""
-    return next((part for part in _inside(loader) if isinstance(part, FlowSampler)), None)
+    return next((part for part in _samplers_of(loader) if isinstance(part, FlowSampler)), None)
 
 
-def carries_weights(dataset: Any, key: str | None = None) -> bool:
-    """Whether samples carry weights: a column `key`, or a `FlowWeightedDataset` somewhere inside.
+def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> bool:
+    """Return whether the samples of a data set carry their weight already.
 
-    `dataset` may be a loader, too.
+    Args:
+        dataset: a data set, or None.
+        key: the weight's name in samples that are mappings.
+        stream_does: the answer for a stream without column names. Its samples can't be looked at
+            without being used up.
     """
-    if key is not None and key in (getattr(dataset, "column_names", None) or ()):
+    if dataset is None:
+        return False
+    if key in (getattr(dataset, "column_names", None) or ()) or _loads_weights(dataset):
         return True
-    while dataset is not None:
-        if isinstance(dataset, FlowWeightedDataset):
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return stream_does
+    first = dataset[0] if len(dataset) else None
+    return isinstance(first, Mapping) and key in first
+
+
+def _loads_weights(loader: Any) -> bool:
+    """Return whether a `FlowWeightedDataset` is at the bottom of loaders and data sets."""
+    while loader is not None:
+        if isinstance(loader, FlowWeightedDataset):
             return True
-        dataset = getattr(dataset, "dataset", getattr(dataset, "loader", None))
+        # `dataset` is what a DataLoader and a Subset call the next one, `loader` what
+        # `AccumulatedBatches` does.
+        loader = getattr(loader, "dataset", getattr(loader, "loader", None))
     return False
 
 
-def _inside(loader: Any, depth: int = 6) -> Iterator[Any]:
+def _samplers_of(loader: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """Yield a loader, its samplers, and those of the loaders and samplers inside it."""
     yield loader
     if depth:
+        # Accelerate's loaders hold theirs as `base_dataloader`, and `AccumulatedBatches` as
+        # `loader`; a batch sampler holds the sampler whose indices it groups.
         for name in ("sampler", "batch_sampler", "base_dataloader", "loader"):
-            if (part := getattr(loader, name, None)) is not None and part is not loader:
-                yield from _inside(part, depth - 1)
+            part = getattr(loader, name, None)
+            if part is not None and part is not loader:
+                yield from _samplers_of(part, depth - 1)

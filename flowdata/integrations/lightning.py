@@ -32,7 +32,7 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
 
     `num_items` is counted over the accumulated batches and the ranks, with Lightning's own
     division by ``accumulate_grad_batches`` already undone. Samples are shuffled, and each rank
-    gets its share without duplicates, a remainder of fewer samples than ranks being left out.
+    gets its share without duplicates; a remainder of fewer samples than ranks is left out.
 
     Args:
         dataset: map-style, N samples, unweighted.
@@ -67,7 +67,10 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if isinstance(dataset, FlowWeightedDataset):
-            raise ValueError("dataset carries weights already; pass the plain data set")
+            raise ValueError(
+                "dataset carries weights already; pass the plain data set, and beside it its "
+                "scores or weights"
+            )
         self.weighted = FlowWeightedDataset(dataset, scores_or_weights, temperature=temperature)
         self.resample, self.normalize, self.count = resample, normalize, count
         self.seed, self.collate_fn = seed, collate_fn
@@ -75,23 +78,26 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
 
     def train_dataloader(self) -> Any:
         """Return this rank's loader."""
-        shares = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        shares |= {"seed": self.seed, "drop_last": True}
+        # Both samplers are made for this rank: Lightning shards a DataLoader by itself, but not
+        # `AccumulatedBatches`, and leaves a DistributedSampler, which a FlowSampler is, as it is.
+        options = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        options |= {"seed": self.seed, "drop_last": True}
         if self.resample:
-            sampler = FlowSampler(self.weighted.weights, **shares)
             return DataLoader(
                 self.weighted.dataset,
-                sampler=sampler,
+                sampler=FlowSampler(self.weighted.weights, **options),
                 collate_fn=self.collate_fn,
                 **self.loader_options,
             )
-        steps = _accumulated(self.trainer)
         loader = DataLoader(
             self.weighted,
-            sampler=DistributedSampler(self.weighted, **shares),
+            sampler=DistributedSampler(self.weighted, **options),
             collate_fn=self.collate_fn and WeightedCollator(self.collate_fn),
             **self.loader_options,
         )
+        # Lightning divides each loss by the number of accumulated batches. Each batch is counted
+        # by that factor too small, so that the two divisions cancel.
+        steps = _batches_per_step(self.trainer)
         return AccumulatedBatches(loader, steps, lambda item: self._count(*item) / steps)
 
     def _count(self, batch: Any, weights: Tensor) -> float | Tensor:
@@ -103,7 +109,11 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
 
 
 class FlowGuard(Callback):  # type: ignore[misc]
-    """For loaders of your own: refuses to train where weights would act twice."""
+    """A callback for loaders of your own: it refuses to train where weights would act twice.
+
+    ``Trainer(callbacks=[FlowGuard()])``. A `FlowDataModule` needs none, its loaders are right by
+    construction.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the training loaders.
@@ -116,8 +126,8 @@ class FlowGuard(Callback):  # type: ignore[misc]
             check_loader(loader)
 
 
-def _accumulated(trainer: Trainer) -> int:
-    """Batches in an optimiser step, which must not change on the way."""
+def _batches_per_step(trainer: Trainer) -> int:
+    """Return the number of batches in an optimiser step; it must not change during training."""
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
             raise ValueError(

@@ -1,4 +1,9 @@
-"""TRL's SFTTrainer on the weights: through its preparation, its packing and its fused head."""
+"""TRL's SFTTrainer on the weights.
+
+SFTTrainer prepares the data itself and computes the loss in a head of its own. The weights go
+through both: as a column through its templates, truncation and packing, and as factors on the
+log-probabilities that its head returns.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     ``FlowSFTTrainer(model, args, train_dataset=dataset, scores=scores).train()``
 
-    Weights follow their samples, or tokens, through chat templates, completion-only labels,
+    The weights follow their samples, or tokens, through chat templates, completion-only labels,
     truncation, packing and padding-free batches; TRL's own metrics stay as they are. Token
     weights need a tokenised data set (`input_ids`): before that there are no tokens to weigh.
 
@@ -39,12 +44,12 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "train_dataset=dataset, scores=scores"
             )
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        if self._flow and self.args.loss_type != "nll":
+        if self._replaces_loss and self.args.loss_type != "nll":
             raise ValueError(
-                f"loss_type={self.args.loss_type!r} would apply to losses weighted already; use "
+                f"loss_type={self.args.loss_type!r} would apply to losses already weighted; use "
                 f"loss_type='nll' with token_rule={self.args.loss_type!r}"
             )
-        if self._flow and self._is_vision_dataset:
+        if self._replaces_loss and self._is_vision_dataset:
             raise ValueError(
                 "data sets of images are not weighted yet; use FlowTrainerMixin on a "
                 "Trainer with a collator of your own"
@@ -68,73 +73,92 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        if not (self._weighs and dataset_name == "train"):
+        if not (self._batches_have_weights and dataset_name == "train"):
             return super()._prepare_dataset(
                 dataset, processing_class, args, packing, formatting_func, dataset_name
             )
         key = self.weight_key
         first = next(iter(dataset))
-        if isinstance(first.get(key), list) and "input_ids" not in first:
+        of_tokens = isinstance(first.get(key), list)
+        if of_tokens and "input_ids" not in first:
             raise ValueError(
                 f"{key!r} holds token weights, but the data set is not tokenised yet, so nobody "
                 "knows whose they are; tokenise it first (input_ids and labels)"
             )
-        whole = args
-        if packing:  # TRL packs input_ids and labels alone: prepared uncut here, and packed below
-            whole = copy.copy(args)
-            whole.max_length = None
+        preparation = args
+        if packing:
+            # SFTTrainer packs input_ids and labels alone and would drop the weights. So it only
+            # prepares the samples, uncut, and `_pack` packs them with their weights.
+            preparation = copy.copy(args)
+            preparation.max_length = None
         dataset = super()._prepare_dataset(
-            dataset, processing_class, whole, False, formatting_func, dataset_name
+            dataset, processing_class, preparation, False, formatting_func, dataset_name
         )
-        if not (packing or self.padding_free or isinstance(first.get(key), list)):
-            return dataset
+        if not (packing or self.padding_free or of_tokens):
+            return dataset  # rows are samples, so one weight for each of them is enough
         keep_end = args.truncation_mode == "keep_end" and not packing
-        dataset = dataset.map(_per_token, fn_kwargs={"key": key, "keep_end": keep_end})
-        if not packing:
-            return dataset
+        dataset = dataset.map(_spread_over_tokens, fn_kwargs={"key": key, "keep_end": keep_end})
+        return self._pack(dataset, args) if packing else dataset
+
+    def _pack(self, dataset: Any, args: Any) -> Any:
+        """Return the packed data set, as SFTTrainer would make it, with the weights packed too."""
         if args.max_length is None:
             raise ValueError("packing needs a max_length")
-        columns = dataset.select_columns(["input_ids", "labels", key])
-        packed = pack_dataset(columns, args.max_length, args.packing_strategy)
-        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+        samples = dataset.select_columns(["input_ids", "labels", self.weight_key])
+        packs = pack_dataset(samples, args.max_length, args.packing_strategy)
+        return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
 
     def _weighted_loss(
         self, model: Any, inputs: dict[str, Any], weights: Any, num_items: Any
     ) -> tuple[Tensor, Any]:
-        """SFTTrainer's own loss, on a model whose log-probabilities are weighted and divided."""
+        """Return SFTTrainer's own loss, on a model whose log-probabilities are weighted.
+
+        SFTTrainer's loss is −Σ log-probability / denominator, and it adds metrics and a mixture of
+        experts' balancing loss. All of that stays as it is: the model is replaced by one that
+        returns weight · log-probability / denominator, and the denominator by 1.
+        """
         labels = inputs["labels"]
-        per_label = target_weights(labels, weights)[:, :-1]
+        # log_probs are (B, T − 1): the last position predicts nothing, so it has no weight.
+        token_weights = target_weights(labels, weights)[:, :-1]
         if num_items is None:
             num_items = count_items(labels, weights, normalize=self.normalize)
-        # SFTTrainer multiplies by the ranks what it takes to be divided by their common count.
+        # SFTTrainer takes its denominator for a sum over the ranks, and multiplies the loss by
+        # their number to undo the mean that DDP takes of the gradients. `num_items` is a mean over
+        # the ranks; it becomes their sum.
         if self.args.average_tokens_across_devices:
             num_items = num_items * self.accelerator.num_processes
+        # The division is made here because SFTTrainer raises a denominator below 1 to 1, which is
+        # right for a count of tokens and wrong for a sum of weights.
         divisor = torch.where(num_items == 0, 1, num_items)
-        seen = []
+        outputs: list[Any] = []
 
-        def weighted_model(**kwargs: Any) -> Any:
-            seen.append(outputs := model(**kwargs))
-            outputs.log_probs = self._weigh(outputs.log_probs, per_label) / divisor
-            return outputs
+        def weighted_model(**fields: Any) -> Any:
+            output = model(**fields)
+            output.log_probs = self._weigh(output.log_probs, token_weights) / divisor
+            outputs.append(output)
+            return output
 
+        # Past the mixin, whose compute_loss is the caller, to SFTTrainer's.
         loss = super(FlowTrainerMixin, self).compute_loss(
             weighted_model, inputs, num_items_in_batch=torch.ones_like(divisor)
         )
-        return loss, seen[0]
+        return loss, outputs[0]
 
     def _weigh(self, log_probs: Tensor, weights: Tensor) -> Tensor:
+        """Return weight · log-probability, 0 where the weight is 0 whatever the other is."""
         weights = weights.to(log_probs)
         takes_part = weights != 0
         if self.token_rule is not None:
             losses = -log_probs.flatten()
-            ruled = rule_weights(self.token_rule, losses, takes_part.flatten())
-            weights = weights * torch.where(takes_part, ruled.view_as(weights), 0.0)
+            factors = rule_weights(self.token_rule, losses, takes_part.flatten())
+            weights = weights * factors.view_as(weights)
         return torch.where(takes_part, log_probs, 0.0) * weights
 
 
-def _per_token(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, list[float]]:
-    """One weight for each token that is left of a sample."""
+def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, Any]:
+    """Return one weight for each token that is left of a sample."""
     length, weight = len(sample["input_ids"]), sample[key]
     if not isinstance(weight, list):
         return {key: [weight] * length}
+    # SFTTrainer cut the tokens but not their weights: these are cut at the same end.
     return {key: weight[-length:] if keep_end else weight[:length]}

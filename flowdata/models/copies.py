@@ -1,11 +1,11 @@
-"""A frozen copy of a model in another dtype, on another device."""
+"""A frozen copy of a model in another dtype, on another device; or the model itself, frozen."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,92 +15,110 @@ from flowdata.models.tensors import map_floating
 
 
 @contextmanager
-def scoring_model(
-    model: nn.Module, dtype: torch.dtype, device: torch.device
-) -> Iterator[nn.Module]:
-    """Lend a model in eval mode, of the dtype and on the device wanted, without gradients.
+def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
+    """Give a model in eval mode, in a dtype and on a device, for a block without gradients.
 
-    Where nothing needs converting the caller's own model is lent and its training flags are put
-    back. Else it is a copy whose parameters are converted one by one: the caller's are never
-    touched, and the copy takes only the size of what had to be converted, convolutions' memory
-    format included. Floating inputs are converted to the dtype on the way in, and a copy's
-    outputs to float32 on the way out.
+    Where nothing has to be converted it is the caller's own model, whose training flags are put
+    back at the end. Otherwise it is a copy, whose parameters are converted one by one: the
+    caller's are never touched, and the copy takes only the memory of what had to be converted.
+    That includes the weights of convolutions, where another memory format is faster. Floating
+    inputs are converted to the dtype on the way in, and a copy's outputs to float32 on the way
+    out.
+
+    Args:
+        model: the model, which comes back as it was.
+        dtype: of parameters and floating buffers, but those that need float32's mantissa.
+        device: where the model is to be.
+
+    Raises:
+        ValueError: the model has to be converted, and it can't be copied.
     """
     with torch.no_grad():
-        targets = [] if is_placed(model) else _target_dtypes(model, dtype)
-        kernels = _convolution_kernels(model) if targets else set()
-        converts = any(t.device != device or t.dtype != wanted for t, wanted in targets)
-        lent = _converted(model, targets, kernels, device, must=converts)
-        if lent is not None:
-            if dtype != torch.float32:
-                lent.register_forward_hook(lambda _, args, out: map_floating(out, Tensor.float))
-            with _taking(lent, dtype):
-                yield lent
+        copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
+        if copy_of_model is None:
+            with _lent_itself(model, dtype):
+                yield model
             return
-        training = [(module, module.training) for module in model.modules()]
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            with nullcontext() if is_placed(model) else _taking(model, dtype):
-                yield model.eval()
-        finally:
-            for module, flag in training:
-                module.training = flag
-            for parameter, flag in trainable:  # PEFT sets them when it turns adapters on again
-                parameter.requires_grad = flag
+        if dtype != torch.float32:
+            copy_of_model.register_forward_hook(
+                lambda _, args, outputs: map_floating(outputs, Tensor.float)
+            )
+        with _converting_inputs(copy_of_model, dtype):
+            yield copy_of_model
 
 
-def _target_dtypes(model: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
-    """Every parameter and buffer with the dtype it is to have.
+@contextmanager
+def _lent_itself(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Put the caller's own model into eval mode for a block, and every flag back after it."""
+    training_flags = [(module, module.training) for module in model.modules()]
+    gradient_flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with nullcontext() if is_placed(model) else _converting_inputs(model, dtype):
+            model.eval()
+            yield
+    finally:
+        for module, flag in training_flags:
+            module.training = flag
+        for parameter, flag in gradient_flags:  # PEFT sets them when it turns adapters on again
+            parameter.requires_grad = flag
 
-    What loses its meaning in 8 bits of mantissa stays as it is: integers, rotary frequencies,
+
+class _Conversion(NamedTuple):
+    """A parameter or buffer, and the dtype that it has in the copy."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+
+
+def _conversions(model: nn.Module, dtype: torch.dtype) -> list[_Conversion]:
+    """Every parameter and buffer with the dtype that it has in the copy.
+
+    What loses its meaning in 8 bits of mantissa keeps its dtype: integers, rotary frequencies,
     BatchNorm, and the modules that a Hugging Face model names as strictly float32.
     """
-    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    targets = []
+    strict_names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    conversions = []
     for path, module in model.named_modules():
-        keep = isinstance(module, nn.modules.batchnorm._BatchNorm) or not strict.isdisjoint(
-            path.split(".")
-        )
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            kept = keep or not tensor.is_floating_point() or "inv_freq" in name
-            targets.append((tensor, tensor.dtype if kept else dtype))
-    return targets
+        is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        is_exact = is_batch_norm or not strict_names.isdisjoint(path.split("."))
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            keeps_dtype = is_exact or not tensor.is_floating_point() or "inv_freq" in name
+            conversions.append(_Conversion(tensor, tensor.dtype if keeps_dtype else dtype))
+    return conversions
 
 
 def _convolution_kernels(model: nn.Module) -> set[int]:
     """The weights of a convolutional network, by id: they run fastest with channels last.
 
-    A lone convolution is a transformer's patch embedding, and better left as it is.
+    A lone convolution is a transformer's patch embedding, which is better left as it is.
     """
     layers = [module for module in model.modules() if type(module) is nn.Conv2d]
     return {id(layer.weight) for layer in layers} if len(layers) > 1 else set()
 
 
-def _converted(
-    model: nn.Module,
-    targets: list[tuple[Tensor, torch.dtype]],
-    kernels: set[int],
-    device: torch.device,
-    *,
-    must: bool,
-) -> nn.Module | None:
-    """A converted copy; None where nothing is to be gained, or it can't be made and needn't."""
-    if not (must or kernels):
+def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module | None:
+    """A converted copy; None where nothing is gained by one, or it is optional and fails."""
+    conversions, kernels = _conversions(model, dtype), _convolution_kernels(model)
+    is_needed = any(
+        each.tensor.device != device or each.tensor.dtype != each.dtype for each in conversions
+    )
+    if not (is_needed or kernels):
         return None
-    memo: dict[int, Any] = {}  # what deepcopy takes instead of copying a tensor itself
-    for tensor, wanted in targets:
-        written = not isinstance(tensor, nn.Parameter)  # by layers in training mode
-        value = tensor.detach().to(device, wanted, copy=written)
+    # `deepcopy` looks an object up in its memo before it copies it. With the converted tensors in
+    # there it copies the modules alone, so no tensor is ever in memory twice in its old dtype.
+    memo: dict[int, Any] = {}
+    for tensor, target_dtype in conversions:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        # Layers in training mode write to buffers, so that these are copied in any case.
+        value = tensor.detach().to(device, target_dtype, copy=not is_parameter)
         if id(tensor) in kernels:
             value = value.contiguous(memory_format=torch.channels_last)
-        memo[id(tensor)] = (
-            nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-        )
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     try:
         return copy.deepcopy(model, memo).eval()
-    except Exception as error:  # locks, open files, activations that were kept
-        if must:
+    except Exception as error:  # locks, open files, activations that a user's hook keeps
+        if is_needed:
             raise ValueError(
                 f"the model can't be copied, as scoring in another dtype or on another device "
                 f"needs ({type(error).__name__}: {error}); convert it before, and score it as it is"
@@ -109,10 +127,10 @@ def _converted(
 
 
 @contextmanager
-def _taking(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model take floating inputs of any dtype."""
+def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model take floating inputs of any dtype, for a block."""
     handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: map_floating((args, kwargs), lambda t: t.to(dtype)),
+        lambda _, args, kwargs: map_floating((args, kwargs), lambda tensor: tensor.to(dtype)),
         with_kwargs=True,
     )
     try:

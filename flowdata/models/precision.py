@@ -1,33 +1,60 @@
-"""Precision: which dtype a model is scored in, and a copy of the model that has it."""
+"""Precision: which dtype a model is run in."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from flowdata.models.placement import is_placed
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_dtype(dtype: str | torch.dtype, model: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the dtype to score in.
+def resolve_dtype(
+    dtype: str | torch.dtype, model: nn.Module, device: torch.device, *, one_target: bool = False
+) -> torch.dtype:
+    """Return the dtype to run a model in.
 
-    ``"auto"`` is bfloat16 where the device is fast at it (AMX or AVX512-BF16 on a CPU, compute
-    capability 8.0 on a GPU), else the model's own dtype.
+    A dtype that the user names is taken. ``"auto"`` is the model's own dtype, that of its first
+    floating parameter (float32 where it has none), unless bfloat16 saves time and costs nothing
+    that matters. That is so where all of these hold:
+
+    - the model's own dtype is float32;
+    - the device is fast at bfloat16 (`is_fast_at_bfloat16`);
+    - the model can be converted: it is not sharded, nor spread over devices;
+    - what is computed does not rest on one target, as a classifier's loss does, in which nothing
+      averages rounding errors out.
+
+    Args:
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``, or one of these of torch.
+        model: the model, in its own dtype.
+        device: where it is run.
+        one_target: what is computed of a sample rests on one target.
 
     Raises:
         ValueError: neither ``"auto"`` nor float32, bfloat16 or float16.
+
+    Example:
+        >>> resolve_dtype("auto", nn.Linear(2, 2), torch.device("cpu"), one_target=True)
+        torch.float32
     """
     if dtype == "auto":
-        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return torch.bfloat16 if own == torch.float32 and is_fast_at_bfloat16(device) else own
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
+        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+        own_dtype = next(floating, torch.float32)
+        if one_target or own_dtype != torch.float32 or is_placed(model):
+            return own_dtype
+        return torch.bfloat16 if is_fast_at_bfloat16(device) else torch.float32
+    named_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if named_dtype is None or named_dtype not in DTYPES.values():
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
-    return chosen
+    return named_dtype
 
 
 def is_fast_at_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    """Return whether the device multiplies bfloat16 matrices faster than float32 ones.
+
+    A GPU is from compute capability 8.0 on, a CPU with AMX or AVX512-BF16.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

@@ -1,9 +1,8 @@
-"""What a frozen body makes of a data set: its features and the targets, computed once."""
+"""The features that a frozen body makes of a data set, and the targets, computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flowdata._common.progress import progress_bar
+from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
 from flowdata.models.calling import call_with
-from flowdata.models.copies import scoring_model
+from flowdata.models.copies import frozen_model
+from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
-from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
 from flowdata.store.format import make_manifest, read_file, write_file
-from flowdata.store.identity import check_identity, content_identity
+from flowdata.store.identity import check_identity, features_identity
 from flowdata.targets.labels import split_batch
 
 _ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
@@ -40,7 +39,7 @@ def compute_features(
     """Return the features and the targets of every sample, in the data set's order.
 
     Args:
-        model: the body, in whatever mode; see `flowdata.linear_probe`, as for the rest.
+        model: the body, in training or eval mode; see `flowdata.linear_probe`.
         dataset: see `flowdata.linear_probe`.
         collate_fn: see `flowdata.linear_probe`.
         batch_size: samples in one forward pass.
@@ -59,34 +58,47 @@ def compute_features(
         TypeError: a batch is not made of inputs and targets, or the body returns no tensor.
         ValueError: `dataset` is empty, or the features are not (B, D).
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
-        StoreError: `store` is damaged, or no file of features.
+        StoreError: `store` is damaged, or is no file of features.
     """
-    own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    has_body = any(True for _ in model.parameters())
-    scored = resolve_dtype(dtype if has_body else "float32", model, own.device)
+    device = home(model)
+    # A body without parameters has no dtype of its own: its features are those of its inputs.
+    has_parameters = any(True for _ in model.parameters())
+    body_dtype = resolve_dtype(dtype, model, device) if has_parameters else torch.float32
 
     def compute() -> tuple[Tensor, Tensor]:
-        return _features(model, dataset, collate_fn, batch_size, scored, num_workers, progress)
+        # A generator of the loader's own: the default one would advance the global random state.
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+        )
+        with (
+            preserved_rng(),
+            frozen_model(model, body_dtype, device) as body,
+            progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
+        ):
+            return _run_body(body, loader, device, advance)
 
     if store is None:
         return compute()
-    with preserved_rng():
-        identity = {
-            "kind": "features",
-            "body": fingerprint_model(model),
-            "dataset": content_identity(dataset) if dataset_id is None else dataset_id,
-            "num_samples": len(dataset),
-            "collate_fn": fingerprint_callable(collate_fn),
-            "dtype": name_of(scored),
-        }
+    with preserved_rng():  # reading samples for their fingerprint may draw random numbers
+        identity = features_identity(
+            body=model,
+            dataset=dataset,
+            dataset_id=dataset_id,
+            collate_fn=collate_fn,
+            dtype=name_of(body_dtype),
+        )
     features, targets = _stored(Path(store), identity, compute)
-    return features.to(own.device), targets.to(own.device)
+    return features.to(device), targets.to(device)
 
 
 def _stored(
     file: Path, identity: dict[str, Any], compute: Callable[[], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """What the file holds, if it is of this identity; else computed, and kept there."""
+    """The features and targets in a file of this identity; a missing file is computed first."""
     if file.suffix != ".safetensors":
         raise ValueError(
             f"store must name a file *.safetensors for the features, got {str(file)!r}"
@@ -96,62 +108,48 @@ def _stored(
         check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
         return tensors["feature"], tensors["target"]
     features, targets = compute()
-    kept = {"feature": features.cpu(), "target": targets.cpu()}
-    write_file(file, kept, make_manifest(identity, {}, {}))
+    tensors = {"feature": features.cpu(), "target": targets.cpu()}
+    write_file(file, tensors, make_manifest(identity, {}, {}))
     return features, targets
 
 
-def _features(
-    model: nn.Module,
-    dataset: Any,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    batch_size: int,
-    dtype: torch.dtype,
-    num_workers: int,
-    progress: bool,
+def _run_body(
+    body: nn.Module, loader: Iterable[Any], device: torch.device, advance: Advance
 ) -> tuple[Tensor, Tensor]:
-    own = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    # A generator of the loader's own: the default one would advance the global random state.
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        generator=torch.Generator(),
-    )
+    """The features and targets of all batches."""
     features, targets = [], []
-    with (
-        preserved_rng(),
-        scoring_model(model, dtype, own.device) as body,
-        progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
-    ):
-        for batch in loader:
-            inputs, target = split_batch(map_tensors(batch, lambda t: t.to(own.device)))
-            if target is None:
-                raise TypeError(
-                    "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
-                    f"got {type(batch).__name__}"
-                )
-            feature = _call(body, inputs)
-            if not isinstance(feature, Tensor):
-                raise TypeError(
-                    f"model must return a tensor of features, got {type(feature).__name__}; "
-                    "wrap it in a module that picks one"
-                )
-            if feature.dim() != 2 or len(feature) != len(target):
-                raise ValueError(
-                    f"model must return features of shape (B, D); got {tuple(feature.shape)} "
-                    f"for a batch of {len(target)} targets"
-                )
-            features.append(feature if feature.dtype == torch.float64 else feature.float())
-            targets.append(target)
-            advance(len(target))
+    for batch in loader:
+        inputs, target = split_batch(map_tensors(batch, lambda tensor: tensor.to(device)))
+        if target is None:
+            raise TypeError(
+                "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
+                f"got {type(batch).__name__}"
+            )
+        feature = _call(body, inputs)
+        _check_feature(feature, target)
+        features.append(feature if feature.dtype == torch.float64 else feature.float())
+        targets.append(target)
+        advance(len(target))
     if not features:
         raise ValueError("dataset is empty: a probe needs at least one sample")
     return torch.cat(features), torch.cat(targets)
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def _check_feature(feature: Any, target: Tensor) -> None:
+    if not isinstance(feature, Tensor):
+        raise TypeError(
+            f"model must return a tensor of features, got {type(feature).__name__}; "
+            "wrap it in a module that picks one"
+        )
+    if feature.dim() != 2 or len(feature) != len(target):
+        raise ValueError(
+            f"model must return features of shape (B, D); got {tuple(feature.shape)} "
+            f"for a batch of {len(target)} targets"
+        )
+
+
+def _call(body: nn.Module, inputs: Any) -> Any:
+    """The body's output; a mapping's fields go in by name, those of a tuple one after another."""
     if isinstance(inputs, Mapping):
-        return call_with(model, inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+        return call_with(body, inputs)
+    return body(*inputs) if isinstance(inputs, (tuple, list)) else body(inputs)

@@ -2,7 +2,7 @@
 
 A task that the pre-trained model has no head for gets one here (its losses then make the
 weights), and after fine-tuning the same call fits the head anew on the fine-tuned body.
-The body runs once; what is optimised afterwards is convex in the head alone.
+The body runs once; what is optimised afterwards is the head alone, a convex problem.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flowdata.probe.checks import check_head
 from flowdata.probe.features import compute_features
-from flowdata.probe.fit import HeadLoss, check_head, fit_head
+from flowdata.probe.fit import fit_head
+from flowdata.probe.problem import HeadLoss
 
 
 def linear_probe(

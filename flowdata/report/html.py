@@ -1,7 +1,7 @@
 """The page of a report: what a data set's losses look like, for a browser.
 
-The page stands alone: styles and pictures are inside it, every text is escaped, nothing is
-loaded from elsewhere and no script runs.
+The page stands alone: it holds its styles and pictures, loads nothing from elsewhere and runs no
+script. Every text in it is escaped.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from flowdata.report.pictures import draw_losses, draw_weights, figure, png
-from flowdata.report.summary import extremes, present
+from flowdata.report.summary import drop_missing, extremes
 from flowdata.weights import flow_weights
 
 if TYPE_CHECKING:
     from flowdata.scores import Scores
 
-_NAMES = {
+_QUANTILE_NAMES = {
     "min": "easiest",
     "q10": "10 % are easier than",
     "q25": "25 %",
@@ -30,8 +30,9 @@ _NAMES = {
     "q90": "90 %",
     "max": "hardest",
 }
-# Control characters but tab and newline, and those that turn the direction of all that follows.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters but tab and newline, and those that turn the direction of all text behind them:
+# a sample that holds one could hide or rearrange what the page says.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _EXCERPT = 600  # characters of a sample that are shown
 
 
@@ -49,23 +50,10 @@ def render(
         samples: gives the text of sample i; None shows numbers alone.
         top: how many of the easiest and of the hardest samples to list.
     """
-    easy, hard = extremes(scores.losses, top)
-    losses, temperature = present(scores.losses), summary["temperature"]
+    losses, temperature = drop_missing(scores.losses), summary["temperature"]
     weights = flow_weights(losses, temperature=temperature)
-    rule = summary["temperature_rule"]
-    missing = summary["missing"]
-    tiles = [
-        (f"{summary['samples']:,}", "samples" + (f", {missing:,} without a loss" * (missing > 0))),
-        (_number(summary["loss"]["mean"]), "mean loss (nats)"),
-        (_number(temperature), "temperature" + ("" if rule == "given" else f" ({rule})")),
-        (_number(summary["weight"]["mean"]), "mean weight"),
-        (f"{summary['effective_sample_size']:,.0f}", "effective sample size"),
-        (f"{summary['effective_share']:.0%}", "of the samples, effectively"),
-    ]
     body = [
-        '<div class="tiles">',
-        *(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in tiles),
-        "</div>",
+        _tiles(summary),
         '<div class="pictures">',
         _picture("Distribution of losses", lambda axes: draw_losses(axes, losses, temperature)),
         _picture("Distribution of weights", lambda axes: draw_weights(axes, weights)),
@@ -73,6 +61,7 @@ def render(
         "<h2>From easy to hard</h2>",
         _quantile_table(summary),
     ]
+    easy, hard = extremes(scores.losses, top)
     for title, note, indices in (
         ("Easiest samples", "What the model already does; they keep most of their weight.", easy),
         ("Hardest samples", "They keep least. Look for noise, or for what is new.", hard),
@@ -87,8 +76,26 @@ def render(
     return _TEMPLATE.format(style=_STYLE, body="\n".join(body))
 
 
+def _tiles(summary: Mapping[str, Any]) -> str:
+    """The figures that stand at the top of the page, each in a tile."""
+    rule, missing = summary["temperature_rule"], summary["missing"]
+    tiles = [
+        (f"{summary['samples']:,}", "samples" + (f", {missing:,} without a loss" * (missing > 0))),
+        (_number(summary["loss"]["mean"]), "mean loss (nats)"),
+        (
+            _number(summary["temperature"]),
+            "temperature" + ("" if rule == "given" else f" ({rule})"),
+        ),
+        (_number(summary["weight"]["mean"]), "mean weight"),
+        (f"{summary['effective_sample_size']:,.0f}", "effective sample size"),
+        (f"{summary['effective_share']:.0%}", "of the samples, effectively"),
+    ]
+    lines = (f"<div><b>{escape(value)}</b>{escape(name)}</div>" for value, name in tiles)
+    return "\n".join(['<div class="tiles">', *lines, "</div>"])
+
+
 def _picture(label: str, draw: Callable[[Any], None]) -> str:
-    """Both themes of a picture; the browser takes the one that fits."""
+    """A picture for a light and a dark page; the browser shows the one that fits."""
     sources = {}
     for theme in ("light", "dark"):
         with figure(6.4, 3.8, theme=theme) as (drawing, axes):
@@ -105,7 +112,7 @@ def _quantile_table(summary: Mapping[str, Any]) -> str:
     rows = (
         f"<tr><th>{name}</th><td>{_number(summary['loss'][key])}</td>"
         f"<td>{_number(math.exp(-summary['loss'][key] / temperature))}</td></tr>"
-        for key, name in _NAMES.items()
+        for key, name in _QUANTILE_NAMES.items()
     )
     return f"<table><tr><th></th><td>loss</td><td>weight</td></tr>{''.join(rows)}</table>"
 
@@ -116,6 +123,7 @@ def _samples(
     temperature: float,
     samples: Callable[[int], str] | None,
 ) -> str:
+    """A list of samples with their losses and weights; a bar shows each weight's size."""
     items = []
     for index in indices:
         loss = scores.losses[index].item()
@@ -134,6 +142,7 @@ def _samples(
 
 
 def _definitions(metadata: Mapping[str, Any]) -> str:
+    """What the scores' metadata say of the model, the data and the options, as a list."""
     facts = {
         name: value
         for part in ("identity", "details")
@@ -149,7 +158,7 @@ def _definitions(metadata: Mapping[str, Any]) -> str:
 
 
 def _excerpt(text: str) -> str:
-    text = _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    text = _INVISIBLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
     more = len(text) - _EXCERPT
     return text if more <= 0 else f"{text[:_EXCERPT].rstrip()} … ({more:,} more characters)"
 

@@ -1,4 +1,4 @@
-"""Pictures of losses and weights. Matplotlib is imported here, and only when one is drawn."""
+"""Pictures of losses and weights. Matplotlib is imported when the first is drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from flowdata.report.summary import present
+from flowdata.report.summary import drop_missing
 from flowdata.weights import Temperature, flow_weights, resolve_temperature
 
 Theme = Literal["light", "dark"]
@@ -28,7 +28,14 @@ _TAIL = 0.995  # losses beyond this quantile share the last bar
 def figure(
     width: float, height: float, panels: int = 1, *, theme: Theme = "light", **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """Give a figure and its axes, in inches and side by side; global settings stay as they are.
+    """Give a figure and its axes; matplotlib's global settings and backend stay as they are.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        panels: axes side by side; of several, an array is given.
+        theme: colours for a light or a dark page.
+        options: for `Figure.subplots`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -38,7 +45,9 @@ def figure(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('pictures need matplotlib: pip install "flowdata[plotting]"') from None
+        raise ImportError(
+            'pictures need matplotlib: pip install "flowdata-torch[plotting]"'
+        ) from None
     colours = COLOURS[theme]
     style = {
         "font.family": "sans-serif",
@@ -62,6 +71,8 @@ def figure(
         "figure.facecolor": colours["paper"],
         "legend.frameon": False,
     }
+    # The style holds until the caller has drawn and saved. `Figure` is made without pyplot, which
+    # would choose a backend for the whole program and keep the figure in memory.
     with rc_context(style):
         drawing = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawing)
@@ -80,11 +91,11 @@ def plot_losses(losses: Tensor, path: str | Path, *, temperature: Temperature = 
         ImportError: matplotlib is not installed.
         ValueError: no sample has a loss, or the temperature is unusable.
     """
-    known = present(losses)
-    resolved = resolve_temperature(known, temperature)
+    values = drop_missing(losses)
+    temperature_value = resolve_temperature(values, temperature)
     with figure(10, 3.8, panels=2, width_ratios=[3, 2]) as (drawing, (left, right)):
-        draw_losses(left, known, resolved)
-        draw_weights(right, flow_weights(known, temperature=resolved))
+        draw_losses(left, values, temperature_value)
+        draw_weights(right, flow_weights(values, temperature=temperature_value))
         content = png(drawing)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +116,13 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
     top = max(np.quantile(values, _TAIL), 1.5 * temperature)
     clipped = np.minimum(values, top)
     axes.hist(clipped, bins=_bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
-    axes.axvline(temperature, color=ORANGE, linewidth=1.8, linestyle="--")
+    _mark(axes, temperature, "temperature")
     axes.set(title="Losses under the pre-trained model", xlabel="loss (nats)", ylabel="samples")
     axes.set_xlim(0, top)
-    axes.margins(y=0.14)  # room for the label
-    if (beyond := int((values > top).sum())) > 0:
+    axes.margins(y=0.14)  # room for the mark's name
+    if (num_larger := int((values > top).sum())) > 0:
         axes.set_xlabel(
-            f"loss (nats); the last bar holds {beyond:,} larger ones, up to {values.max():.3g}"
+            f"loss (nats); the last bar holds {num_larger:,} larger ones, up to {values.max():.3g}"
         )
     weight = axes.twinx()
     weight.grid(False)
@@ -120,36 +131,32 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
     weight.set(ylim=(0, 1.14), yticks=[0, 0.5, 1])
     weight.set_ylabel("weight", color=ORANGE)
     weight.tick_params(axis="y", colors=ORANGE)
-    axes.annotate(
-        f"temperature {temperature:.3g}",
-        (temperature, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(5, -4),
-        textcoords="offset points",
-        va="top",
-        color=ORANGE,
-    )
 
 
 def draw_weights(axes: Any, weights: Tensor) -> None:
     """Draw how the weights (N,) are distributed, with their mean."""
     values = weights.double().cpu().numpy()
     axes.hist(values, bins=_bins(len(values), 0.0, max(1.0, values.max())), color=GREEN, alpha=0.85)
-    axes.axvline(values.mean(), color=ORANGE, linewidth=1.8, linestyle="--")
+    _mark(axes, values.mean(), "mean")
+    axes.set(title="Weights", xlabel="weight", ylabel="samples")
+    axes.set_xlim(0, max(1.0, values.max()))
+    axes.margins(y=0.14)  # room for the mark's name
+
+
+def _mark(axes: Any, value: float, name: str) -> None:
+    """Draw a vertical line at a value, with its name and size beside it at the top."""
+    axes.axvline(value, color=ORANGE, linewidth=1.8, linestyle="--")
     axes.annotate(
-        f"mean {values.mean():.3g}",
-        (values.mean(), 1),
+        f"{name} {value:.3g}",
+        (value, 1),
         xycoords=("data", "axes fraction"),
         xytext=(5, -4),
         textcoords="offset points",
         va="top",
         color=ORANGE,
     )
-    axes.set(title="Weights", xlabel="weight", ylabel="samples")
-    axes.set_xlim(0, max(1.0, values.max()))
-    axes.margins(y=0.14)
 
 
 def _bins(samples: int, low: float, high: float) -> Any:
-    """Edges of 10 to 50 bars, more for more samples."""
+    """Edges of 10 to 50 bars: as many as Rice's rule, twice the cube root of the samples."""
     return np.linspace(low, high, int(np.clip(2 * samples ** (1 / 3), 10, 50)) + 1)

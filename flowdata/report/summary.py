@@ -27,8 +27,8 @@ def summarize(
     """Return the figures that describe losses and the weights made from them; JSON-like.
 
     Args:
-        losses: (N,) floating, nats; NaN for samples without a loss, which are counted and left
-            out of all else.
+        losses: (N,) floating, nats; NaN for samples without a loss, which are counted and then
+            left out.
         counts: (N,) int64, targets of each sample.
         temperature: as in `resolve_temperature`.
 
@@ -46,20 +46,20 @@ def summarize(
         >>> figures["missing"], figures["temperature"], round(figures["effective_share"], 3)
         (1, 1.0, 0.652)
     """
-    known = present(losses)
-    resolved = resolve_temperature(known, temperature)
-    weights = flow_weights(known, temperature=resolved)
+    values = drop_missing(losses)
+    temperature_value = resolve_temperature(values, temperature)
+    weights = flow_weights(values, temperature=temperature_value)
     effective = effective_sample_size(weights)
-    values = np.quantile(known.double().numpy(), list(QUANTILES.values()))
+    quantiles = np.quantile(values.double().numpy(), list(QUANTILES.values()))
     return {
         "samples": len(losses),
-        "missing": len(losses) - len(known),
+        "missing": len(losses) - len(values),
         "targets": int(counts.sum()),
         "loss": {
-            "mean": known.mean(dtype=torch.float64).item(),
-            **dict(zip(QUANTILES, values.tolist(), strict=True)),
+            "mean": values.mean(dtype=torch.float64).item(),
+            **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
         },
-        "temperature": resolved,
+        "temperature": temperature_value,
         "temperature_rule": _rule_name(temperature),
         "weight": {
             "mean": weights.mean(dtype=torch.float64).item(),
@@ -67,12 +67,16 @@ def summarize(
             "max": weights.max().item(),
         },
         "effective_sample_size": effective,
-        "effective_share": effective / len(known),
+        "effective_share": effective / len(values),
     }
 
 
 def extremes(losses: Tensor, top: int) -> tuple[list[int], list[int]]:
     """Return the indices of the `top` easiest and hardest samples, the most extreme first.
+
+    Args:
+        losses: (N,) floating, nats; samples whose loss is NaN are in neither list.
+        top: the length of each list, or less where there are fewer samples.
 
     Example:
         >>> import torch
@@ -85,15 +89,19 @@ def extremes(losses: Tensor, top: int) -> tuple[list[int], list[int]]:
     return samples[easy].tolist(), samples[hard].tolist()
 
 
-def present(losses: Tensor) -> Tensor:
-    """Return the losses of the samples that have one; ValueError if none has."""
-    known = losses[~losses.isnan()]
-    if len(known) == 0:
+def drop_missing(losses: Tensor) -> Tensor:
+    """Return the losses of the samples that have one, in order.
+
+    Raises:
+        ValueError: no sample has a loss.
+    """
+    values = losses[~losses.isnan()]
+    if len(values) == 0:
         raise ValueError(
             f"none of the {len(losses)} samples has a loss: check that the labels are not all "
             "ignored and that the model's outputs are finite"
         )
-    return known
+    return values
 
 
 def _rule_name(temperature: Temperature) -> str:

@@ -1,4 +1,4 @@
-"""Batches: how long samples are, and how samples become a batch."""
+"""Collation: how samples become a batch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from flowdata.models.calling import innermost
 from flowdata.scoring.language.inputs import labels_of
+from flowdata.targets.labels import IGNORE_INDEX
 
 Collate = Callable[[list[Any]], Any]
 
@@ -20,17 +21,29 @@ Collate = Callable[[list[Any]], Any]
 def choose_collate(
     collate_fn: Collate | None, sample: Any, model: nn.Module, loss: Any = "auto"
 ) -> Collate:
-    """Return the user's collate function, or the one that fits the first sample and the model."""
+    """Return the user's collate function, or the one that fits a data set and a model.
+
+    Args:
+        collate_fn: the user's; None for one that fits.
+        sample: the data set's first sample: with `input_ids` it is padded, without it is stacked.
+        model: says which token is padding.
+        loss: the loss's name; a callable, or ``"auto"`` as long as it isn't known.
+    """
     if collate_fn is not None:
         return collate_fn
     if not (isinstance(sample, Mapping) and "input_ids" in sample):
         return default_collate
-    aligned: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
-    return aligned.get(loss) or partial(pad_collate, token=_padding_token(model))
+    # These losses read no padding: it has no target, and no other position sees it. Any token will
+    # do, where a classifier's decoder has to recognise it.
+    of_aligned_labels: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
+    return of_aligned_labels.get(loss) or partial(pad_collate, token=_padding_token(model))
 
 
 def _padding_token(model: nn.Module) -> int:
-    """The token that a model takes for padding, by which a decoder finds a text's end; else 0."""
+    """The token that a model takes for padding, 0 where it says none.
+
+    A decoder that classifies reads a text's last token, which it finds by this one.
+    """
     config: Any = getattr(innermost(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     token, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", 0)
@@ -38,7 +51,10 @@ def _padding_token(model: nn.Module) -> int:
 
 
 def check_stackable(sample: Any) -> None:
-    """Raise ValueError if default collation would turn a sample's fields inside out."""
+    """Raise ValueError if default collation would turn a sample's fields inside out.
+
+    Of lists it stacks the first values of all samples, then the second ones, and so on: (T, B).
+    """
     if not isinstance(sample, Mapping) or "input_ids" in sample:
         return
     for name, value in sample.items():
@@ -61,13 +77,15 @@ def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str
         ValueError: a sample's `input_ids` are not one-dimensional, or it lacks a field that
             others have.
     """
-    if not any(len(sample["input_ids"]) for sample in samples):  # no model runs on nothing
-        samples = [_of_padding(sample, token) for sample in samples]
+    if not any(len(sample["input_ids"]) for sample in samples):
+        # No model runs on a batch of shape (B, 0).
+        samples = [_one_padding_token(sample, token) for sample in samples]
+    paddings = {"labels": IGNORE_INDEX, "input_ids": token}
     batch: dict[str, Any] = {}
     for name in {name: None for sample in samples for name in sample}:
         values = [sample[name] for sample in samples if name in sample]
         if len(values) == len(samples):
-            batch[name] = _stack(name, values, {"labels": -100, "input_ids": token}.get(name, 0))
+            batch[name] = _stack(name, values, paddings.get(name, 0))
         elif not _is_note(values[0]):
             raise ValueError(
                 f"only some samples have a field {name!r}: give it to all of them or none, or "
@@ -79,9 +97,9 @@ def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str
     return batch
 
 
-def _of_padding(sample: Mapping[str, Any], token: int) -> dict[str, Any]:
-    """A sample without tokens as one of a single padding token, no target."""
-    padding = {"input_ids": torch.tensor([token]), "labels": torch.tensor([-100])}
+def _one_padding_token(sample: Mapping[str, Any], token: int) -> dict[str, Any]:
+    """A sample without tokens as one with a single padding token, which is no target."""
+    padding = {"input_ids": torch.tensor([token]), "labels": torch.tensor([IGNORE_INDEX])}
     zero = torch.zeros(1, dtype=torch.long)
     fields = {
         name: padding.get(name, zero) if np.ndim(value) == 1 else value
@@ -91,7 +109,7 @@ def _of_padding(sample: Mapping[str, Any], token: int) -> dict[str, Any]:
 
 
 def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return `pad_collate`'s batch of samples whose labels belong to their tokens one by one.
+    """Return `pad_collate`'s batch of samples that have one label for each token.
 
     Raises:
         ValueError: a sample has more or fewer `labels` than `input_ids`.
@@ -100,17 +118,18 @@ def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
         tokens, labels = len(sample["input_ids"]), len(sample.get("labels", sample["input_ids"]))
         if labels != tokens:
             raise ValueError(
-                "a sample must have a label for each of its input_ids, -100 where nothing counts, "
-                f"got {labels} labels for {tokens} tokens, the first "
+                f"a sample must have a label for each of its input_ids, {IGNORE_INDEX} where "
+                f"nothing counts, got {labels} labels for {tokens} tokens, the first "
                 f"{torch.as_tensor(sample['input_ids'][:8]).tolist()}"
             )
     return pad_collate(samples)
 
 
 def pad_causal(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return `pad_aligned`'s batch, without a mask of its own where samples have positions.
+    """Return `pad_aligned`'s batch; without a mask where samples have positions and no mask.
 
-    Hugging Face's models read packed sequences out of `position_ids`, unless there is a mask.
+    Hugging Face's models read packed sequences out of `position_ids`, unless there is a mask. The
+    mask that padding would add says which positions are targets, before it is left out.
     """
     batch = pad_aligned(samples)
     if "position_ids" in batch and "attention_mask" not in samples[0]:
@@ -120,6 +139,7 @@ def pad_causal(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _stack(name: str, values: list[Any], padding: int) -> Any:
+    """A field of all samples as one tensor, padded where lengths differ; notes stay a list."""
     if _is_note(values[0]):
         return values
     try:
@@ -133,10 +153,10 @@ def _stack(name: str, values: list[Any], padding: int) -> Any:
             "return_tensors, or pass a collate_fn"
         )
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
     return torch.stack(tensors)
 
 
 def _is_note(value: Any) -> bool:
-    """Whether a field is nothing that a model takes."""
+    """Whether a field is a note for readers, which no model takes."""
     return value is None or isinstance(value, str | bytes | Mapping)

@@ -1,17 +1,45 @@
-"""The model lent for a run: its copy, threads, rotary frequencies, adapters, compiled layers."""
+"""The model as it is run: lent for a block, and given back exactly as it came."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+from flowdata.models.compiled import compiled_layers
+from flowdata.models.copies import frozen_model
+from flowdata.models.placement import reshard
+from flowdata.models.rope import loaded_frequencies
+from flowdata.scoring.job import Job
+from flowdata.scoring.plan.packs import PlanOptions
 
 
 @contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Compute with so many threads: on a CPU the last bits of a loss depend on it."""
+def lent_model(job: Job, options: PlanOptions) -> Iterator[nn.Module]:
+    """Give a job's model as it is run, for a block.
+
+    Args:
+        job: whose model it is; it says the dtype, the device, and whether adapters are off.
+        options: the plan's: PyTorch's threads, and whether layers are compiled.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_torch_threads(options.threads))
+        model = stack.enter_context(frozen_model(job.model, job.dtype, job.device))
+        stack.enter_context(loaded_frequencies(model))
+        if job.reference == "base":
+            stack.enter_context(_adapters_off(model))
+        if options.compile:
+            stack.enter_context(compiled_layers(model))
+        yield model
+        reshard(job.model)  # all ranks are through; after an error some may still call the model
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """Let PyTorch compute with a number of threads: a loss's last bits depend on it on a CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -20,7 +48,6 @@ def torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def adapters_off(model: Any) -> AbstractContextManager[None]:
-    """Turn a PEFT model's adapters off for a block."""
+def _adapters_off(model: Any) -> AbstractContextManager[None]:
     off: AbstractContextManager[None] = model.disable_adapter()
     return off

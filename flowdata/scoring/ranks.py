@@ -1,21 +1,29 @@
-"""Ranks: the processes that share one call of `LossScorer.score`, and how they share it.
+"""Ranks: the processes that share one call of `LossScorer.score`, and what they tell each other.
 
-They talk through the key-value store that their process group was begun with, without
-collectives until the last pack is scored: whoever is ready claims the next pack, so that slow
-ranks get fewer, and a rank that waits notices when another one has failed, or is gone: all of them
-show a sign of life every few seconds. The store lives where the group's launcher put it (torchrun's
-agent, or rank 0); a claim is one round trip to it.
+They talk through a *board*: the key-value store with which their process group was begun
+(torch.distributed says `Store`; here a store is the folder that keeps losses). A rank posts values
+under keys, and reads what others have posted. The board lives where the group's launcher put it, in
+torchrun's agent or in rank 0.
+
+    key              posted by        it says
+    NAME/RANK        each rank        this rank's part of `gather(NAME, …)`
+    NAME             rank 0           what `from_first(NAME, …)` hands to all
+    error            a failed rank    why: whoever waits for anything stops with the same reason
+    alive/RANK       each rank        that it is still there (signs_of_life.py)
+    claimed, held/…  each rank        which packs it runs (claims.py)
+    left/RANK        each rank        that it won't look at the board again
+
+Collectives would hold all ranks up until the slowest comes, and leave them hanging where one never
+does. Reading the board holds up only the rank that reads, and between two looks it can notice that
+another rank has failed or is gone. One collective remains, `exchange`, after the last pack.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from threading import Event, Thread
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -24,13 +32,13 @@ from torch.utils.data import get_worker_info
 
 from flowdata._common.notices import logger
 from flowdata.errors import RankError
+from flowdata.scoring.claims import Claims, end_claims
+from flowdata.scoring.signs_of_life import LifeWatch, signs_of_life
 
-_SLOWEST = 0.2  # seconds between two looks at the store
+SAME_CALL = "All ranks have to make the same call"  # the remedy of a mismatch between ranks
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.2  # seconds between two looks at the board
 _TELL_AFTER = 60.0  # seconds of waiting, then again after each doubling
-_BEAT = 5.0  # seconds between two signs of life
-_SILENT = 120.0  # seconds without one, after which a rank counts as gone
 _LINGER = 5.0  # seconds for which a failed rank 0 waits for the others to hear of it
-_STOP = 1 << 40  # more packs than there are
 T = TypeVar("T")
 
 
@@ -38,84 +46,35 @@ class Ranks:
     """This process among those that share a call.
 
     Args:
-        store: the `torch.distributed.Store` they talk through; a new one for each call.
+        board: the `torch.distributed.Store` they talk through; a new one for each call.
         rank: this process's number.
         size: how many they are.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store, self.rank, self.size = store, rank, size
-        self.claimed = 0  # packs that all ranks together have claimed, when this one last did
-        self._ahead = False
-        self._holder: dict[int, int] = {}  # on whose list a pack is that this rank will run
-        self._changes = itertools.count()
+    def __init__(self, board: Any, rank: int, size: int) -> None:
+        self._board, self.rank, self.size = board, rank, size
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which reads and writes for all."""
         return self.rank == 0
 
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Let an error in the block, or this process's death, reach all ranks that wait for it."""
-        try:
-            with self._alive():
-                yield
-        except dist.DistNetworkError as error:
-            raise RankError(
-                "stopped, because the process that the ranks talk through (rank 0, or torchrun) is "
-                f"gone; its own output says why ({error})"
-            ) from error
-        except BaseException as error:
-            with suppress(RuntimeError):  # should the store be gone, the others notice that
-                if not isinstance(error, RankError):
-                    self._store.set("error", f"rank {self.rank}: {type(error).__name__}: {error}")
-                    self._store.add("claimed", _STOP)
-                self._tell(f"left/{self.rank}", True)
-                self._linger()
-            raise
+    def claims(self, packs: Sequence[int], *, ahead: bool) -> Claims:
+        """Return the packs that this rank is to run (see `Claims`), each claimed when asked for."""
+        return Claims(self._board, self.rank, self.size, packs, ahead=ahead)
 
-    def _linger(self) -> None:
-        """Let rank 0, in whose process the store may live, stay until the others have heard."""
-        deadline, others = monotonic() + _LINGER, range(1, self.size if self.is_first else 0)
-        while monotonic() < deadline and not all(
-            self._store.check([f"left/{rank}"]) for rank in others
-        ):
-            sleep(0.01)
+    # --- what ranks tell each other ----------------------------------------------------------
 
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
-        """Show signs of life during the block."""
-        if self.size == 1:
-            yield
-            return
-        over = Event()
-        thread = Thread(target=self._beat, args=(over,), name="flowdata signs of life", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Return every rank's value, in their order; JSON-like, and each name once a call."""
+        self._post(f"{name}/{self.rank}", value)
+        return [self._read(f"{name}/{rank}", rank) for rank in range(self.size)]
 
-    def _beat(self, over: Event) -> None:
-        with suppress(RuntimeError):  # should the store be gone, the others notice that
-            self._store.add(f"alive/{self.rank}", 1)
-            while not over.wait(_BEAT):
-                self._store.add(f"alive/{self.rank}", 1)
-
-    # --- telling -----------------------------------------------------------------------------
-
-    def gather(self, key: str, value: Any) -> list[Any]:
-        """Return every rank's value, in their order; JSON-like, and each key once."""
-        self._tell(f"{key}/{self.rank}", value)
-        return [self._hear(f"{key}/{rank}", rank) for rank in range(self.size)]
-
-    def from_first(self, key: str, value: Any = None) -> Any:
+    def from_first(self, name: str, value: Any = None) -> Any:
         """Return rank 0's value on all ranks."""
         if self.is_first:
-            self._tell(key, value)
-        return self._hear(key, 0)
+            self._post(name, value)
+        return self._read(name, 0)
 
     def exchange(self, value: T) -> list[T]:
         """Return every rank's value, tensors and all, in their order: the one collective."""
@@ -124,31 +83,24 @@ class Ranks:
         return values
 
     def leave(self) -> None:
-        """End the call: rank 0, in whose process the store may live, leaves last."""
-        self._tell(f"left/{self.rank}", True)
+        """End the call: rank 0, in whose process the board may live, leaves last."""
+        self._post(f"left/{self.rank}", True)
         if self.is_first:
             for rank in range(self.size):
-                self._hear(f"left/{rank}", rank)
+                self._read(f"left/{rank}", rank)
 
-    def _tell(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value))
+    def _post(self, key: str, value: Any) -> None:
+        self._board.set(key, json.dumps(value))
 
-    def _hear(self, key: str, rank: int) -> Any:
-        """What a rank tells, once it does."""
-        begun, tell_after, pause = monotonic(), _TELL_AFTER, 0.001
-        beats, last = 0, begun
-        while not self._store.check([key]):
-            if self._store.check(["error"]) and not self._store.check([key]):
-                failed = self._store.get("error").decode()
-                raise RankError(f"stopped, because another rank failed: {failed}")
-            if (found := self._store.add(f"alive/{rank}", 0)) != beats:
-                beats, last = found, monotonic()
-            elif beats and monotonic() - last > _SILENT and not self._store.check([key]):
-                raise RankError(
-                    f"stopped, because rank {rank} has shown no sign of life for {_SILENT:.0f} s: "
-                    "it was killed, or its machine is gone. Call again, on as many ranks as there "
-                    "are; with a store it goes on from what was kept"
-                )
+    def _is_posted(self, key: str) -> bool:
+        return bool(self._board.check([key]))
+
+    def _read(self, key: str, rank: int) -> Any:
+        """Wait until a rank has posted a value under a key, and return it."""
+        watch = LifeWatch(self._board, rank)
+        begun, tell_after, pause = monotonic(), _TELL_AFTER, _FIRST_PAUSE
+        while not self._is_posted(key):
+            self._check_awaited(key, watch)
             if monotonic() - begun > tell_after:
                 tell_after *= 2
                 logger.warning(
@@ -157,64 +109,57 @@ class Ranks:
                     key,
                 )
             sleep(pause)
-            pause = min(2 * pause, _SLOWEST)
-        return json.loads(self._store.get(key))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return json.loads(self._board.get(key))
 
-    # --- sharing packs -----------------------------------------------------------------------
+    def _check_awaited(self, key: str, watch: LifeWatch) -> None:
+        """Raise RankError where a value will never be posted.
 
-    def claims(self, todo: Sequence[int], *, ahead: bool) -> Iterator[int]:
-        """Yield the packs that this rank is to run, each claimed when it is asked for.
-
-        Args:
-            todo: all packs, the same on every rank, the longest first.
-            ahead: packs are claimed well before they are run (by DataLoader workers). Then the
-                rank has to ask `begins` before it runs one, and when nothing is left to claim,
-                what other ranks hold and have not begun is taken over.
+        A rank may have posted the value, and failed or ended after that, since the last look at
+        the key. So the key is looked at once more: a value that is there counts.
         """
-        ahead = self._ahead = ahead and self.size > 1
-        if ahead:
-            self._tell(f"held/{self.rank}", ["", []])
-        while (place := self._store.add("claimed", 1) - 1) < len(todo):
-            self.claimed, pack = place + 1, todo[place]
-            if ahead:
-                self._change(self.rank, functools.partial(_with, pack))
-            self._holder[pack] = self.rank
-            yield pack
-        for rank in range(self.size) if ahead else ():
-            if rank != self.rank and self._store.check([f"held/{rank}"]):
-                for pack in reversed(json.loads(self._store.get(f"held/{rank}"))[1]):
-                    self._holder[pack] = rank
-                    yield pack
+        if self._is_posted("error") and not self._is_posted(key):
+            failure = self._board.get("error").decode()
+            raise RankError(f"stopped, because another rank failed: {failure}")
+        reason = watch.why_gone()
+        if reason and not self._is_posted(key):
+            raise RankError(
+                f"stopped, because {reason}. Call again, on as many ranks as there are; with a "
+                "store it goes on from what was kept"
+            )
 
-    def begins(self, pack: int) -> bool:
-        """Return whether a pack from `claims` is still there for this rank to run."""
-        if not self._ahead:
-            return True
-        return self._change(self._holder.pop(pack), functools.partial(_without, pack))
+    # --- failing -----------------------------------------------------------------------------
 
-    def _change(self, rank: int, change: Callable[[list[int]], list[int] | None]) -> bool:
-        """Change the list of what a rank holds, unless `change` finds nothing to do.
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let an error in the block, or this process's death, reach all ranks that wait for it."""
+        try:
+            with signs_of_life(self._board, self.rank) if self.size > 1 else nullcontext():
+                yield
+        except dist.DistNetworkError as error:
+            raise RankError(
+                "stopped, because the process that the ranks talk through (rank 0, or torchrun) is "
+                f"gone; its own output says why ({error})"
+            ) from error
+        except BaseException as error:
+            with suppress(RuntimeError):  # the board is gone: the others notice that themselves
+                self._post_failure(error)
+            raise
 
-        The list carries who changed it last and when, so that of two ranks which would make the
-        same change only one succeeds.
-        """
-        key = f"held/{rank}"
-        seen = self._store.get(key).decode()
-        while (wanted := change(json.loads(seen)[1])) is not None:
-            text = json.dumps([f"{self.rank}.{next(self._changes)}", wanted])
-            found = self._store.compare_set(key, seen, text).decode()
-            if found == text:
-                return True
-            seen = found
-        return False
+    def _post_failure(self, error: BaseException) -> None:
+        if not isinstance(error, RankError):  # which tells of a failure that is posted already
+            self._board.set("error", f"rank {self.rank}: {type(error).__name__}: {error}")
+            end_claims(self._board)
+        self._post(f"left/{self.rank}", True)
+        self._linger()
 
-
-def _with(pack: int, held: list[int]) -> list[int]:
-    return [*held, pack]
-
-
-def _without(pack: int, held: list[int]) -> list[int] | None:
-    return [other for other in held if other != pack] if pack in held else None
+    def _linger(self) -> None:
+        """Let rank 0, in whose process the board may live, stay until the others have heard."""
+        deadline, others = monotonic() + _LINGER, range(1, self.size if self.is_first else 0)
+        while monotonic() < deadline and not all(
+            self._is_posted(f"left/{rank}") for rank in others
+        ):
+            sleep(0.01)
 
 
 def ranks_of_this_call(*, shared: bool) -> Ranks:
@@ -225,23 +170,29 @@ def ranks_of_this_call(*, shared: bool) -> Ranks:
     """
     grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not (shared and grouped) or get_worker_info() is not None:
-        return Ranks(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
+        return one_rank()
     rank = dist.get_rank()
-    store = of_this_attempt(dist.distributed_c10d._get_default_store())
-    call = store.add(f"flowdata/calls of rank {rank}", 1)
-    return Ranks(_prefixed(f"flowdata/{call}", store), rank, dist.get_world_size())
+    board = of_this_attempt(dist.distributed_c10d._get_default_store())
+    call = board.add(f"flowdata/calls of rank {rank}", 1)
+    return Ranks(_under(f"flowdata/{call}", board), rank, dist.get_world_size())
 
 
-def of_this_attempt(store: Any) -> Any:
-    """Return a store's part that earlier attempts of a restarted job have not written to.
+def one_rank() -> Ranks:
+    """Return this process as the only rank, with a board of its own."""
+    return Ranks(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
 
-    torchrun's static rendezvous, the default on one node, keeps its store over restarts. On
-    several nodes each attempt has a store of its own, and nodes may count restarts differently.
+
+def of_this_attempt(board: Any) -> Any:
+    """Return the part of a board that earlier attempts of a restarted job have not written to.
+
+    torchrun's static rendezvous, the default on one node, keeps its board over restarts. On
+    several nodes each attempt has a board of its own, and nodes may count restarts differently.
     """
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-        return store
-    return _prefixed("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        return board
+    return _under("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), board)
 
 
-def _prefixed(prefix: str, store: Any) -> Any:
-    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+def _under(prefix: str, board: Any) -> Any:
+    """The part of a board whose keys begin with a prefix, which it adds to them."""
+    return dist.PrefixStore(prefix, board)  # type: ignore[attr-defined]

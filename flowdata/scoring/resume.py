@@ -1,147 +1,168 @@
-"""A job scored by all ranks together: in memory, or into a store that it can go on from."""
+"""A job scored by all ranks together: in memory, or into a store from which it can go on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import sleep
-from typing import Any, TypeVar
-
-import torch
+from typing import TypeVar
 
 from flowdata._common.notices import logger, say
 from flowdata.errors import StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.scores import Scores
-from flowdata.scoring.job import Job, make_plan
+from flowdata.scoring.job import Job
 from flowdata.scoring.plan.packs import Plan
+from flowdata.scoring.planning import shared_plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.run import run_packs
 from flowdata.store.folder import finish, locked, read_manifest
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
-from flowdata.store.packs import Columns, join, reorder, split
-from flowdata.store.parts import Kept, PartWriter
-from flowdata.store.repair import read_kept, repair_manifest
+from flowdata.store.packs import join, reorder, split
+from flowdata.store.parts import FinishedPacks, PartWriter
+from flowdata.store.repair import read_finished_packs, repair_manifest
 
-ALIKE = "All ranks have to make the same call"
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
 T = TypeVar("T")
 
 
-def score_packs(job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
-    """Score all packs, keeping them in memory."""
-    plan, manifest = _planned(job, wanted, None, ranks)
-    kept = Kept()
-    for pack, columns, skipped in run_packs(job, plan, manifest["plan"], range(len(plan)), ranks):
-        kept.add({pack: columns}, skipped)
+def score_in_memory(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
+    """Return the scores of a job that keeps nothing on disk.
+
+    Args:
+        job: the job.
+        draft: the manifest of this call, with an empty plan.
+        ranks: the ranks that share the call.
+    """
+    plan, manifest = shared_plan(job, draft, None, ranks)
+    packs = FinishedPacks()
+    for pack in run_packs(job, plan, range(len(plan)), ranks):
+        packs.add({pack.number: pack.columns}, pack.skipped)
     ranks.gather("done", True)
     if ranks.size > 1 and not is_sharded(job.model):
-        mine = sorted(kept.packs)
-        joined = join([kept.packs[pack] for pack in mine]) if mine else {}
-        for packs, columns, skipped in ranks.exchange((mine, joined, kept.skipped)):
-            cut = split(columns, plan.sizes[packs]) if packs else []
-            kept.add(dict(zip(packs, cut, strict=True)), skipped)
-    return _merged(plan, kept, manifest)
+        _exchange_packs(packs, plan, ranks)
+    return merge_packs(plan, packs, manifest)
 
 
-def score_into(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores:
-    """Take from a store what is there, and score and add what is not."""
-    scores = _finished(folder, wanted) if ranks.is_first else None
+def _exchange_packs(packs: FinishedPacks, plan: Plan, ranks: Ranks) -> None:
+    """Add the packs that the other ranks have run."""
+    indices = sorted(packs.packs)
+    # Joined columns are sent as a few tensors, where packs would be thousands of small ones.
+    columns = join([packs.packs[index] for index in indices]) if indices else {}
+    for others, other_columns, skipped in ranks.exchange((indices, columns, packs.skipped)):
+        cut_packs = split(other_columns, plan.sizes[others]) if others else []
+        packs.add(dict(zip(others, cut_packs, strict=True)), skipped)
+
+
+def score_into_store(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Scores:
+    """Return the scores that a store has, or will have once the packs it lacks are scored.
+
+    Args:
+        folder: the store, perhaps not begun yet.
+        job: the job.
+        draft: the manifest of this call, with an empty plan.
+        ranks: the ranks that share the call.
+
+    Raises:
+        ScoreMismatchError: the store is of another model, data set, loss or option.
+        StoreError: the folder is no store, or packs that other ranks wrote don't appear in it.
+    """
+    scores = _finished_scores(folder, draft) if ranks.is_first else None
     with locked(folder) if ranks.is_first and scores is None else nullcontext():
-        if ranks.is_first and scores is None:  # perhaps another process has just finished
-            scores = _finished(folder, wanted)
+        if ranks.is_first and scores is None:
+            # Another process may have held the lock until now, and finished the store.
+            scores = _finished_scores(folder, draft)
         if ranks.from_first("finished", scores is not None):
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
-            scores = _score_missing(folder, job, wanted, ranks)
-    return _shown(lambda: Scores.load(folder), ranks) if scores is None else scores
+            scores = _score_the_rest(folder, job, draft, ranks)
+    return _once_visible(lambda: Scores.load(folder), ranks) if scores is None else scores
 
 
-def _finished(folder: Path, wanted: Manifest) -> Scores | None:
-    """The scores of a finished and whole store."""
+def _finished_scores(folder: Path, draft: Manifest) -> Scores | None:
+    """The scores of a finished and whole store; None where there are none yet."""
     try:
         scores = Scores.load(folder)
     except (StoreError, FileNotFoundError, NotADirectoryError):
         return None
-    check_identity(scores.metadata["identity"], wanted["identity"], f"the store {folder}")
+    check_identity(scores.metadata["identity"], draft["identity"], f"the store {folder}")
     with suppress(OSError):  # a folder that can only be read will do
         repair_manifest(folder)
     return scores
 
 
-def _score_missing(folder: Path, job: Job, wanted: Manifest, ranks: Ranks) -> Scores | None:
-    """Score the packs that a store does not have, and finish it on rank 0, which gets scores."""
-    begun = read_manifest(folder) if ranks.is_first else None
-    if begun is not None:
-        check_identity(begun["identity"], wanted["identity"], f"the store {folder}")
-    plan, manifest = _planned(job, wanted, begun, ranks)
-    kept = Kept()
-    if ranks.is_first:
-        write_manifest(folder, manifest)
-        kept = read_kept(folder, manifest, plan.order, plan.sizes)
-    missing = [pack for pack in range(len(plan)) if pack not in kept.packs]
-    todo = ranks.from_first("todo", missing)
-    done = sum(int(plan.sizes[pack]) for pack in kept.packs)
-    del kept
-    writes = ranks.is_first or not is_sharded(job.model)
-    try:
-        with PartWriter(folder, manifest) if writes else nullcontext() as writer:
-            for pack, columns, skipped in run_packs(job, plan, manifest["plan"], todo, ranks):
-                if writer is not None:
-                    writer.add(pack, columns, skipped)
-                    done += len(columns["loss"])
-    except BaseException:
-        least = "at least " if ranks.size > 1 else ""
-        say(
-            f"stopped with {least}{done:,} of {len(job.dataset):,} samples kept in {folder}; "
-            "the same call goes on from there",
-            shown=job.progress,
-        )
-        raise
+def _score_the_rest(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Scores | None:
+    """Score the packs that a store lacks, and finish it on rank 0, which gets the scores.
+
+    Rank 0 reads the store and tells the others what is to be done; each rank writes parts of its
+    own; rank 0 reads all parts once every rank is through, and merges them.
+    """
+    begun = _begun_manifest(folder, draft) if ranks.is_first else None
+    plan, manifest = shared_plan(job, draft, begun, ranks)
+    lacking = _begin(folder, plan, manifest) if ranks.is_first else None
+    todo: list[int] = ranks.from_first("todo", lacking)
+    _write_parts(folder, job, plan, manifest, todo, ranks)
     ranks.gather("done", True)
     scores = None
     if ranks.is_first:
-        kept = _shown(lambda: _all_kept(folder, manifest, plan), ranks)
-        scores = _merged(plan, kept, manifest)
+        packs = _once_visible(lambda: _read_all_packs(folder, plan, manifest), ranks)
+        scores = merge_packs(plan, packs, manifest)
         finish(folder, scores.to_tensors(), scores.manifest(), plan.order, plan.sizes)
     ranks.from_first("merged", True)
     return scores
 
 
-def _planned(
-    job: Job, wanted: Manifest, begun: Manifest | None, ranks: Ranks
-) -> tuple[Plan, Manifest]:
-    """The plan, on all ranks that of rank 0, and the manifest with it."""
-    begun = ranks.from_first("begun", begun)
-    plan, options = make_plan(job, begun["plan"] if begun else {})
-    options["threads"] = ranks.from_first("threads", torch.get_num_threads())
-    if begun:
-        options["threads"] = begun["plan"].get("threads", options["threads"])
-        check_identity(begun["plan"], options, "the store")
-    manifest: Manifest = ranks.from_first("manifest", begun or {**wanted, "plan": options})
-    check_identity(manifest["plan"], options, "rank 0's plan", ALIKE)
-    return plan, manifest
+def _begun_manifest(folder: Path, draft: Manifest) -> Manifest | None:
+    begun = read_manifest(folder)
+    if begun is not None:
+        check_identity(begun["identity"], draft["identity"], f"the store {folder}")
+    return begun
 
 
-def _all_kept(folder: Path, manifest: Manifest, plan: Plan) -> Kept:
-    kept = read_kept(folder, manifest, plan.order, plan.sizes)
-    if len(kept.packs) < len(plan):
+def _begin(folder: Path, plan: Plan, manifest: Manifest) -> list[int]:
+    """Write the manifest, without which parts mean nothing; return the packs that are lacking."""
+    write_manifest(folder, manifest)
+    packs = read_finished_packs(folder, manifest, plan.order, plan.sizes).packs
+    return [index for index in range(len(plan)) if index not in packs]
+
+
+def _write_parts(
+    folder: Path, job: Job, plan: Plan, manifest: Manifest, todo: Sequence[int], ranks: Ranks
+) -> None:
+    """Score this rank's share of packs into parts; say of an error how much is kept."""
+    samples_kept = len(job.dataset) - int(plan.sizes[list(todo)].sum())
+    # Ranks that hold a model together all get the losses of every pack: one of them writes.
+    writes = ranks.is_first or not is_sharded(job.model)
+    try:
+        with PartWriter(folder, manifest) if writes else nullcontext() as writer:
+            for pack in run_packs(job, plan, todo, ranks):
+                if writer is not None:
+                    writer.add(pack.number, pack.columns, pack.skipped)
+                    samples_kept += len(pack.columns["loss"])
+    except BaseException:
+        at_least = "at least " if ranks.size > 1 else ""
+        say(
+            f"stopped with {at_least}{samples_kept:,} of {len(job.dataset):,} samples kept in "
+            f"{folder}; the same call goes on from there",
+            shown=job.progress,
+        )
+        raise
+
+
+def _read_all_packs(folder: Path, plan: Plan, manifest: Manifest) -> FinishedPacks:
+    packs = read_finished_packs(folder, manifest, plan.order, plan.sizes)
+    if len(packs.packs) < len(plan):
         raise StoreError(
-            f"{len(plan) - len(kept.packs)} packs that were just written are not in {folder}; all "
+            f"{len(plan) - len(packs.packs)} packs that were just written are not in {folder}; all "
             "ranks have to write into one folder, on a file system that they share. Call again"
         )
-    return kept
+    return packs
 
 
-def _merged(plan: Plan, kept: Kept, manifest: Manifest) -> Scores:
-    named = {name: manifest[name] for name in ("identity", "plan", "details")}
-    return merge_packs(plan, kept.packs, make_manifest(**named, skipped=kept.skipped))
-
-
-def _shown(read: Callable[[], T], ranks: Ranks) -> T:
-    """What `read` gives, once the file system shows what other ranks wrote."""
+def _once_visible(read: Callable[[], T], ranks: Ranks) -> T:
+    """What `read` returns, once the file system shows what other ranks wrote."""
     for _ in range(_SECONDS_TO_SHOW if ranks.size > 1 else 0):
         with suppress(StoreError, FileNotFoundError):
             return read()
@@ -149,25 +170,32 @@ def _shown(read: Callable[[], T], ranks: Ranks) -> T:
     return read()
 
 
-def merge_packs(plan: Plan, packs: Mapping[int, Columns], metadata: dict[str, Any]) -> Scores:
-    """Return the packs' columns in data set order; say how many samples have no loss."""
-    columns = reorder(join([packs[index] for index in range(len(plan))]), plan.order.argsort())
+def merge_packs(plan: Plan, packs: FinishedPacks, manifest: Manifest) -> Scores:
+    """Return all packs' losses in data set order; say how many samples have none."""
+    columns = join([packs.packs[index] for index in range(len(plan))])
+    # Packs lie in the order of the plan, order[0], order[1], …; argsort inverts that permutation.
+    columns = reorder(columns, plan.order.argsort())
+    fields = {name: manifest[name] for name in ("identity", "plan", "details")}
     scores = Scores(
         columns.pop("loss"),
         columns.pop("count"),
-        metadata=metadata,
+        metadata=dict(make_manifest(**fields, skipped=packs.skipped)),
         token_losses=columns.pop("token_loss", None),
         columns=columns,
     )
-    missing = scores.losses.isnan()
-    if missing.any():
+    _warn_of_missing(scores)
+    return scores
+
+
+def _warn_of_missing(scores: Scores) -> None:
+    has_no_loss = scores.losses.isnan()
+    if has_no_loss.any():
         logger.warning(
             "%d of %d samples have no loss: %d without a target, %d with a non-finite loss; "
             "the first is sample %d. weights(missing='zero') gives them weight 0",
-            int(missing.sum()),
+            int(has_no_loss.sum()),
             len(scores),
             int((scores.counts == 0).sum()),
-            int((missing & (scores.counts > 0)).sum()),
-            int(missing.int().argmax()),
+            int((has_no_loss & (scores.counts > 0)).sum()),
+            int(has_no_loss.int().argmax()),
         )
-    return scores

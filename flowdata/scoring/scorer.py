@@ -11,28 +11,35 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import say
 from flowdata._common.rng import preserved_rng
-from flowdata._common.unreadable import CollateReadable, Readable, check_map_style, first_readable
+from flowdata._common.unreadable import CollateReadable, Readable, first_readable
 from flowdata.models.calling import innermost, unwrapped
-from flowdata.models.placement import home, is_placed, usable_device
+from flowdata.models.placement import home, usable_device
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scores import Scores
+from flowdata.scoring.arguments import (
+    check_call,
+    check_counts,
+    check_loss,
+    check_placed,
+    check_reference,
+    check_switches,
+)
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job, LossFunction
-from flowdata.scoring.ranks import ranks_of_this_call
-from flowdata.scoring.resume import ALIKE, score_into, score_packs
-from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
+from flowdata.scoring.ranks import SAME_CALL, Ranks, ranks_of_this_call
+from flowdata.scoring.resume import score_in_memory, score_into_store
+from flowdata.store.fingerprint import fingerprint_model
 from flowdata.store.format import make_manifest
-from flowdata.store.identity import check_identity, content_identity
+from flowdata.store.identity import check_identity, content_identity, scores_identity
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
-    LOSSES,
     PREDICTION_LOSSES,
     loss_of,
     loss_of_model,
 )
 
-_LOOKED_AT = 64  # samples from which loss="auto" tells the kind of targets
+_SAMPLES_FOR_AUTO = 64  # from which loss="auto" tells the kind of targets
 
 
 class LossScorer:
@@ -62,7 +69,7 @@ class LossScorer:
             gradient with respect to the last layer's weight. `Scores.weights` takes any of them
             in place of the loss.
         compile: ``True`` runs the model's layers through `torch.compile`, ``False`` doesn't,
-            ``"auto"`` does where the job is long enough for it to pay.
+            ``"auto"`` does in long jobs on CPUs with AMX, where it was measured to pay.
         progress: show a progress bar and say what was chosen.
 
     Raises:
@@ -98,31 +105,11 @@ class LossScorer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         model = unwrapped(model)
-        if not callable(loss) and loss not in ("auto", *LOSSES):
-            raise ValueError(
-                f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
-                f"(model, batch) -> (B,) tensor; got {loss!r}"
-            )
-        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-        if reference not in ("model", "base"):
-            raise ValueError(f"reference must be 'model' or 'base', got {reference!r}")
-        if reference == "base" and not hasattr(model, "disable_adapter"):
-            raise ValueError(
-                "reference='base' needs a PEFT model whose adapters can be turned off, got "
-                f"{type(model).__name__}; score the model itself with reference='model'"
-            )
-        if reference == "base" and any(getattr(m, "merged", False) for m in model.modules()):
-            raise ValueError(
-                "reference='base' turns adapters off, which would take merged ones out of the "
-                "base model's weights; call model.unmerge_adapter() first"
-            )
-        if compile not in ("auto", True, False):
-            raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
-        if not isinstance(token_losses, bool):
-            raise TypeError(f"token_losses must be True or False, got {token_losses!r}")
-        _check_placed(model, dtype, device)
+        check_loss(loss)
+        check_counts(max_tokens=max_tokens, batch_size=batch_size)
+        check_reference(reference, model)
+        check_switches(compile, token_losses)
+        check_placed(model, dtype, device)
         self.model: nn.Module = model
         self.loss = loss
         self.device = home(model) if device is None else usable_device(device)
@@ -135,9 +122,10 @@ class LossScorer:
         self.columns = check_columns(columns, loss)
         self.compile = compile
         self.progress = progress
-        self._says = progress
+        self._is_shown = progress
         self._explanation = "nothing scored yet"
-        self._fingerprinted: tuple[list[tuple[int, int]], str] = ([], "")
+        self._fingerprint = ""
+        self._fingerprinted_versions: list[tuple[int, int]] = []
 
     def explain(self) -> str:
         """Return a sentence on the last `score`: what was chosen and why."""
@@ -186,47 +174,33 @@ class LossScorer:
         """
         ranks = ranks_of_this_call(shared=shared)
         with preserved_rng(), ranks.failing_together():
-            _check_dataset(dataset)
-            if not (collate_fn is None or callable(collate_fn)):
-                raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
-            if on_error not in ("raise", "skip"):
-                raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+            check_call(dataset, collate_fn, on_error)
             skip = on_error == "skip"
-            self._says = self.progress and ranks.is_first
+            self._is_shown = self.progress and ranks.is_first
             job = self._job(Readable(dataset, skip=skip), collate_fn, lengths, num_workers)
             if dataset_id is None:
                 dataset_id = content_identity(dataset, skip_unreadable=skip)
-            identity = self._identity(job, dataset_id, collate_fn)
-            identity["model"] = self._model_identity(fresh=store is not None)
-            manifest = make_manifest(identity, {}, details or {})
-            for rank, (theirs, stored) in enumerate(
-                ranks.gather("identity", [manifest["identity"], store is not None])
-            ):
-                check_identity(theirs, manifest["identity"], f"rank {rank}'s call", ALIKE)
-                if stored != (store is not None):
-                    raise ValueError(f"store must be given on all ranks or none, as rank {rank}")
+            identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
+            draft = make_manifest(identity, {}, details or {})
+            _check_same_call(ranks, draft["identity"], has_store=store is not None)
             if store is None:
-                scores = score_packs(job, manifest, ranks)
+                scores = score_in_memory(job, draft, ranks)
             else:
-                scores = score_into(Path(store), job, manifest, ranks)
+                scores = score_into_store(Path(store), job, draft, ranks)
             ranks.leave()
         return scores
 
     def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
-        first, loss = first_readable(dataset), self.loss
-        if loss == "auto":
-            loss = loss_of_model(innermost(self.model)) or loss
-        if loss == "auto":
-            few = [dataset[index] for index in range(min(_LOOKED_AT, len(dataset)))]
-            collate = choose_collate(collate_fn, first, self.model)
-            loss = loss_of(self.model, CollateReadable(collate)(few))
+        first = first_readable(dataset)
+        loss = self._choose_loss(dataset, first, collate_fn)
         collate = choose_collate(collate_fn, first, self.model, loss)
         if collate_fn is None and loss in PREDICTION_LOSSES:
             check_stackable(first)
+        one_target = loss not in LANGUAGE_LOSSES
         return Job(
             model=self.model,
             loss=loss,
-            dtype=self._dtype(loss),
+            dtype=resolve_dtype(self.dtype, self.model, self.device, one_target=one_target),
             device=self.device,
             reference=self.reference,
             token_losses=self.token_losses,
@@ -238,61 +212,67 @@ class LossScorer:
             collate=CollateReadable(collate),
             lengths=lengths,
             num_workers=num_workers,
-            progress=self._says,
+            progress=self._is_shown,
             announce=self._announce,
         )
 
-    def _identity(self, job: Job, dataset_id: str, collate_fn: Collate | None) -> dict[str, Any]:
-        """What losses depend on beside the model: equal identities, equal losses."""
-        loss = job.loss
-        return {
-            "dataset": dataset_id,
-            "num_samples": len(job.dataset),
-            "loss": loss if isinstance(loss, str) else "callable:" + fingerprint_callable(loss),
-            "reference": job.reference,
-            "token_losses": job.token_losses,
-            "collate_fn": fingerprint_callable(collate_fn),
-            "dtype": name_of(job.dtype),
-            **({"columns": list(job.columns)} if job.columns else {}),
-        }
+    def _choose_loss(
+        self, dataset: Any, first: Any, collate_fn: Collate | None
+    ) -> str | LossFunction:
+        """The loss that the user named; for "auto" the model's own, or what the targets call for.
 
-    def _model_identity(self, *, fresh: bool = False) -> str:
-        """The model's fingerprint; unless `fresh`, of when PyTorch last saw a tensor written.
+        Samples are read for it only where the model's class doesn't say.
+        """
+        if self.loss != "auto":
+            return self.loss
+        loss_of_class = loss_of_model(innermost(self.model))
+        if loss_of_class is not None:
+            return loss_of_class
+        samples = [dataset[index] for index in range(min(_SAMPLES_FOR_AUTO, len(dataset)))]
+        collate = choose_collate(collate_fn, first, self.model)
+        return loss_of(self.model, CollateReadable(collate)(samples))
 
-        That spares streams, which score window after window, a pass over the parameters each.
+    def _identity(
+        self, job: Job, dataset_id: str, collate_fn: Collate | None, *, fresh: bool
+    ) -> dict[str, Any]:
+        return scores_identity(
+            model=self._model_identity(fresh=fresh),
+            dataset=dataset_id,
+            num_samples=len(job.dataset),
+            loss=job.loss,
+            reference=job.reference,
+            token_losses=job.token_losses,
+            columns=job.columns,
+            collate_fn=collate_fn,
+            dtype=name_of(job.dtype),
+        )
+
+    def _model_identity(self, *, fresh: bool) -> str:
+        """The fingerprint of the model's content.
+
+        PyTorch counts the writes to each tensor. Unless the fingerprint has to be `fresh`, the last
+        one is returned where no count has risen and no tensor lies elsewhere since. This spares
+        streams, which score one window after another, a pass over all parameters for each. A store
+        outlives the process, so its fingerprint is taken afresh: writes through `tensor.data` are
+        not counted.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if fresh or self._fingerprinted[0] != seen:
-            base = self.reference == "base"
-            self._fingerprinted = (seen, fingerprint_model(self.model, skip_adapters=base))
-        return self._fingerprinted[1]
-
-    def _dtype(self, loss: str | LossFunction) -> torch.dtype:
-        if self.dtype == "auto" and (loss not in LANGUAGE_LOSSES or is_placed(self.model)):
-            floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-            return next(floating, torch.float32)
-        return resolve_dtype(self.dtype, self.model, self.device)
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if fresh or versions != self._fingerprinted_versions:
+            skip_adapters = self.reference == "base"
+            self._fingerprint = fingerprint_model(self.model, skip_adapters=skip_adapters)
+            self._fingerprinted_versions = versions
+        return self._fingerprint
 
     def _announce(self, sentence: str) -> None:
         self._explanation = sentence
-        say(sentence, shown=self._says)
+        say(sentence, shown=self._is_shown)
 
 
-def _check_dataset(dataset: Any) -> None:
-    check_map_style(dataset)
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty: there is nothing to score")
-
-
-def _check_placed(model: nn.Module, dtype: str | torch.dtype, device: object) -> None:
-    if not is_placed(model):
-        return
-    own = {name_of(p.dtype) for p in model.parameters() if p.is_floating_point()}
-    wanted = dtype if isinstance(dtype, str) else name_of(dtype)
-    if device is not None or wanted not in ("auto", *own):
-        raise ValueError(
-            "a model that is sharded, or spread over devices, is scored as and where it is: leave "
-            f"device=None, got {device!r}, and dtype='auto' (its own, {', '.join(sorted(own))}), "
-            f"got {wanted!r}; to score in another dtype, load it in that"
-        )
+def _check_same_call(ranks: Ranks, identity: dict[str, Any], *, has_store: bool) -> None:
+    """Refuse ranks that score other things, or of which only some have a store."""
+    calls = ranks.gather("identity", [identity, has_store])
+    for rank, (other_identity, other_has_store) in enumerate(calls):
+        check_identity(other_identity, identity, f"rank {rank}'s call", SAME_CALL)
+        if other_has_store != has_store:
+            raise ValueError(f"store must be given on all ranks or none, as rank {rank}")

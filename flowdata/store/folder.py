@@ -1,51 +1,6 @@
-"""The store: a folder that keeps losses while they are made and once they are complete.
+"""The folder of a store: its checks, reading, writing, finishing and locking.
 
-    scores/
-        scores.safetensors    once complete: all that a reader needs
-        manifest.json         what the scores are of; written before the first part
-        parts/*.safetensors   while scoring: what is done so far, removed at the end
-        .lock                 while scoring: who scores
-
-**scores.safetensors** is a plain safetensors file, readable without this library:
-
-    loss            float32 (N,)    each sample's mean loss over its targets; NaN: it has none
-    count           int64 (N,)      its number of targets
-    token_loss      float32 (Σcount,)   optional: the targets' losses, sample after sample
-    token_offset    int64 (N+1,)    with token_loss: where each sample's targets begin
-    pack_checksum   int64 (packs,)  optional: for repair, see below
-    any other       float32 (N,)    a further column, such as entropy or gradient_norm
-
-**A part** holds whole packs of the plan, one after another, samples in the plan's order:
-
-    pack            int64 (K,)      which packs
-    loss, count     as above, for the packs' samples; token_loss and further columns optional
-
-**Metadata.** Both kinds carry one string, `flowdata`, in the safetensors header: canonical JSON
-(sorted keys, no spaces) of `manifest`, the signed manifest, and `content`, the hex SHA-256 over the
-canonical JSON of that and then, for each tensor in name order, `name|dtype|shape` in torch's words
-and the tensor's little-endian bytes.
-
-**The signed manifest** has the fields below and `checksum`, the hex SHA-256 over the canonical
-JSON of the others. manifest.json holds the same, indented.
-
-    format     2; other versions are refused
-    flowdata   the version that wrote it
-    identity   what must agree for losses to be reused: model, dataset, loss, dtype, …
-    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …; and
-               threads, with which each process computes: last bits depend on both
-    details    anything a reader may want to know (the data file, …)
-    skipped    {"index": reason} of samples that could not be read; in a part, of its own
-    layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
-               scores.safetensors, bytes counted from the file's begin
-
-**What survives what.** The *store digest*, SHA-256 over format, identity and plan, says what
-belongs together. Every file is written under another name, synced and renamed, so a reader sees
-all of it or nothing. A part that is torn, truncated, changed, duplicated or foreign is left out,
-with a warning, and only its packs are scored again. A lost manifest.json is taken from any whole
-file. Of a damaged scores.safetensors those packs are kept whose `pack_checksum` agrees: the first
-8 bytes, little-endian, of BLAKE2b keyed with the store digest over the pack's number (8 bytes,
-little-endian) and the bytes of its samples' values, column by column in name order. The plan says
-which samples a pack has. Files are data: nothing in them is run, no name in them is a path.
+format.py specifies what lies in it.
 """
 
 from __future__ import annotations
@@ -83,7 +38,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         StoreError: the folder holds other things, or no manifest in it can be read.
     """
     check_folder(folder)
-    problem: StoreError | None = None
+    first_error: StoreError | None = None
+    # Every file of a store holds its manifest, so that a lost one is taken from the next.
     for file in (folder / MANIFEST, folder / SCORES, *parts_of(folder)):
         try:
             return manifest_in(file)
@@ -91,25 +47,31 @@ def read_manifest(folder: Path) -> Manifest | None:
             continue
         except StoreError as error:
             logger.warning("%s", error)
-            problem = problem or error
-    if problem is not None:
-        raise problem
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error
     return None
 
 
 def check_folder(folder: Path) -> None:
-    """Raise StoreError unless a store is at `folder`, or could be begun there."""
+    """Raise StoreError unless a store is at `folder`, or could be begun there.
+
+    A folder that holds other things is refused, so that no file of the user's is ever mixed with,
+    or taken for, a file of a store.
+    """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file; a store is a folder: pass another path")
     if (folder / PARTS).is_symlink():
         raise StoreError(f"{folder / PARTS} is a link: a store keeps its parts in itself")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in names if not name.startswith((LOCK, f".{SCORES}", f".{MANIFEST}"))]
-    if foreign and not {SCORES, MANIFEST}.intersection(foreign) and not parts_of(folder):
+    # A process that was killed before it wrote a manifest may have left a lock and drafts.
+    leftovers = (LOCK, f".{SCORES}", f".{MANIFEST}")
+    contents = [name for name in names if not name.startswith(leftovers)]
+    if contents and not {SCORES, MANIFEST}.intersection(contents) and not parts_of(folder):
         raise StoreError(
-            f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {foreign[0]}"
-            f"{' and more' if len(foreign) > 1 else ''}; pass an empty or a new folder"
+            f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {contents[0]}"
+            f"{' and more' if len(contents) > 1 else ''}; pass an empty or a new folder"
         )
 
 
@@ -139,13 +101,13 @@ def read_store(path: Path) -> tuple[Columns, Manifest]:
 
 def _check_shapes(tensors: Columns, file: Path) -> None:
     """Refuse tensors that are not one value for each sample, or one for each target."""
-    samples, count = tensors["loss"].shape, tensors["count"]
-    if len(samples) != 1 or samples[0] == 0 or count.dtype != torch.int64:
+    shape, count = tuple(tensors["loss"].shape), tensors["count"]
+    if len(shape) != 1 or shape[0] == 0 or count.dtype != torch.int64:
         raise StoreError(f"{file} is damaged: it holds no loss and count of each sample")
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, tuple(samples))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, shape)
     if "token_loss" in tensors:
-        shapes |= {"token_loss": (int(count.sum()),), "token_offset": (samples[0] + 1,)}
-    shapes.pop("pack_checksum", None)
+        shapes |= {"token_loss": (int(count.sum()),), "token_offset": (shape[0] + 1,)}
+    shapes.pop("pack_checksum", None)  # there is one for each pack, and the plan is not known here
     for name, shape in shapes.items():
         if name in tensors and tensors[name].shape != shape:
             raise StoreError(
@@ -157,13 +119,21 @@ def _check_shapes(tensors: Columns, file: Path) -> None:
 def write_store(tensors: Columns, manifest: Manifest, path: Path) -> Path:
     """Write tensors as a finished store, or as one file if `path` ends in `.safetensors`.
 
+    Args:
+        tensors: `loss`, `count` and what else a file of scores may hold (see format.py).
+        manifest: the store's.
+        path: a folder, or a file.
+
+    Returns:
+        `path`.
+
     Raises:
         ScoreMismatchError: the folder is the store of other scores, finished or begun.
     """
     file = path
     if path.suffix != ".safetensors":
-        kept, file = read_manifest(path), path / SCORES
-        if kept is not None and kept["identity"] != manifest["identity"]:
+        stored_manifest, file = read_manifest(path), path / SCORES
+        if stored_manifest is not None and stored_manifest["identity"] != manifest["identity"]:
             raise ScoreMismatchError(
                 f"{path} holds the scores of another data set, model or option; save into another "
                 "folder, or delete this one if its losses are unwanted"
@@ -181,22 +151,28 @@ def finish(
         folder: the store.
         tensors: in data set order.
         manifest: the store's.
-        order: (N,) int64, the plan's.
-        sizes: (packs,) int64, the plan's.
+        order: (N,) int64, the plan's order: sample ``order[i]`` is the i-th of the packs' samples.
+        sizes: (packs,) int64, the plan's samples in each pack.
     """
-    of_samples = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
-    sums = checksums(reorder(of_samples, order), sizes, store_digest(manifest))
+    columns = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
+    sums = checksums(reorder(columns, order), sizes, store_digest(manifest))
+    # In this order a crash at any point leaves a store that is whole or can be gone on with: the
+    # parts are removed last, and the layout describes a file that is there.
     write_file(folder / SCORES, {**tensors, "pack_checksum": sums}, manifest)
     write_manifest(folder, {**manifest, "layout": layout_of(folder / SCORES)})
     for part in parts_of(folder):
         part.unlink()
-    with suppress(OSError):  # it isn't there, or somebody's files are in it
+    with suppress(OSError):  # the folder isn't there, or holds files of somebody else
         (folder / PARTS).rmdir()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the store's lock for a block, without what a killed process left half written."""
+    """Hold the store's lock for a block.
+
+    Drafts that a killed process left half written are removed first: under the lock nobody else
+    writes.
+    """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / LOCK, what=f"scoring into {folder}"):

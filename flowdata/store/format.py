@@ -1,6 +1,51 @@
-"""One file of a store, written and read: what is in it is proven by checksums.
+"""The format of a store: a folder that keeps losses while they are made and once complete.
 
-The byte format is specified in `flowdata.store.folder`.
+    scores/
+        scores.safetensors    once complete: all that a reader needs
+        manifest.json         what the scores are of; written before the first part
+        parts/*.safetensors   while scoring: the packs finished so far, removed at the end
+        .lock                 while scoring: the process that scores
+
+**scores.safetensors** is a plain safetensors file, readable without this library:
+
+    loss            float32 (N,)    each sample's mean loss over its targets, nats; NaN: none
+    count           int64 (N,)      its number of targets
+    token_loss      float32 (Σcount,)   optional: the targets' losses, sample after sample
+    token_offset    int64 (N+1,)    with token_loss: where each sample's targets begin
+    pack_checksum   int64 (packs,)  optional: for repair, see below
+    any other       float32 (N,)    a further column, such as entropy or gradient_norm
+
+**A part** holds whole packs of the plan, one after another, samples in the plan's order:
+
+    pack            int64 (K,)      which packs
+    loss, count     as above, for the packs' samples; token_loss and further columns optional
+
+**Metadata.** Both kinds carry one string, `flowdata`, in the safetensors header: canonical JSON
+(sorted keys, no spaces) of `manifest`, the signed manifest, and `content`, the hex SHA-256 over the
+canonical JSON of that and then, for each tensor in name order, `name|dtype|shape` in torch's words
+and the tensor's little-endian bytes.
+
+**The signed manifest** has the fields below and `checksum`, the hex SHA-256 over the canonical
+JSON of the others. manifest.json holds the same, indented.
+
+    format     2; other versions are refused
+    flowdata   the version that wrote it
+    identity   what must agree for losses to be reused: model, dataset, loss, dtype, … (identity.py)
+    plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …; and
+               threads, the number with which each process computes: last bits depend on both
+    details    anything a reader may want to know (the data file, …)
+    skipped    {"index": reason} of samples that could not be read; in a part, of its samples
+    layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
+               scores.safetensors, bytes counted from the file's beginning
+
+**What survives what.** The *store digest*, SHA-256 over format, identity and plan, says what
+belongs together. Every file is written under another name, synced and renamed, so a reader sees
+all of it or nothing. A part that is torn, truncated, changed, duplicated or foreign is left out,
+with a warning, and only its packs are scored again. A lost manifest.json is taken from any whole
+file. Of a damaged scores.safetensors those packs are kept whose `pack_checksum` agrees: the first
+8 bytes, little-endian, of BLAKE2b keyed with the store digest over the pack's number (8 bytes,
+little-endian) and the bytes of its samples' values, column by column in name order. The plan says
+which samples a pack has. Files are data: nothing in them is run, no name in them is a path.
 """
 
 from __future__ import annotations
@@ -9,22 +54,40 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from flowdata._common.atomic import replacing
+from flowdata._common.excerpts import excerpt_of
 from flowdata._version import __version__
 from flowdata.errors import StoreError
-from flowdata.store.identity import shortened
 from flowdata.store.packs import Columns, octets
 
 FORMAT, MANIFEST = 2, "manifest.json"
-FIELDS = ("identity", "plan", "details", "skipped")  # of a manifest: objects, all of them
+FIELDS = ("identity", "plan", "details", "skipped")  # the manifest's fields that are objects
 STORE_TENSORS = {"loss", "count", "token_loss", "token_offset", "pack_checksum"}
-_DTYPES = {"F32": torch.float32, "I64": torch.int64}
-Manifest = dict[str, Any]
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}  # those of a store, in safetensors' words
+_MOST_DIGITS = 19  # of an index: those of 2^63
+
+
+class _ManifestFields(TypedDict):
+    format: int
+    flowdata: str
+    identity: dict[str, Any]
+    plan: dict[str, Any]
+    details: dict[str, Any]
+    skipped: dict[str, str]
+
+
+class Manifest(_ManifestFields, total=False):
+    """What a store is of; the fields are explained at the top of this file.
+
+    `layout` is in the manifest.json of a finished store alone.
+    """
+
+    layout: dict[str, list[Any]]
 
 
 def make_manifest(
@@ -34,6 +97,15 @@ def make_manifest(
     skipped: Mapping[int, str] | None = None,
 ) -> Manifest:
     """Return the manifest of a store, as it will be read back.
+
+    It has gone through JSON, so that tuples are lists already and a comparison with a manifest
+    that was read does not fail for that.
+
+    Args:
+        identity: what must agree for losses to be reused.
+        plan: how the data set is cut into packs; empty where there are none.
+        details: JSON-like notes for readers.
+        skipped: why samples could not be read, by index.
 
     Raises:
         TypeError: `details` holds what JSON can't.
@@ -53,16 +125,21 @@ def make_manifest(
     return as_read
 
 
+def skipped_in(manifest: Manifest) -> dict[int, str]:
+    """Return why samples could not be read, by index; the keys of JSON are strings."""
+    return {int(index): reason for index, reason in manifest["skipped"].items()}
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json."""
+    """Write manifest.json, whole or not at all."""
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(_signed(manifest), indent=1, sort_keys=True).encode())
 
 
 def store_digest(manifest: Manifest) -> str:
     """Return the digest that says which files belong together."""
-    tied = {name: manifest[name] for name in ("format", "identity", "plan")}
-    return hashlib.sha256(_canonical(tied)).hexdigest()
+    fields = {name: manifest[name] for name in ("format", "identity", "plan")}
+    return hashlib.sha256(_canonical(fields)).hexdigest()
 
 
 def write_file(path: Path, tensors: Columns, manifest: Manifest) -> None:
@@ -80,7 +157,7 @@ def _metadata(tensors: Columns, manifest: Manifest) -> str:
 
 
 def read_file(path: Path) -> tuple[Columns, Manifest]:
-    """Return a file's tensors and manifest, both proven by checksums.
+    """Return a file's tensors and manifest, both verified by checksums.
 
     Raises:
         StoreError: it is damaged, of another format, or not written by `write_file`.
@@ -100,12 +177,14 @@ def read_file(path: Path) -> tuple[Columns, Manifest]:
 
 
 def _parse_metadata(text: str, path: Path) -> tuple[Manifest, Any]:
-    """The manifest in a safetensors file's header, proven, and the checksum of the whole."""
+    """The manifest in a safetensors file's header, verified, and the checksum of the file."""
     metadata = _parse_json(text, path)
-    if not isinstance(metadata, dict) or "manifest" not in metadata:
-        older = isinstance(metadata, dict) and "format" in metadata  # format 1 had it flat
-        return _proven(metadata if older else None, path), None
-    return _proven(metadata["manifest"], path), metadata.get("content")
+    if isinstance(metadata, dict) and "manifest" in metadata:
+        return _verify(metadata["manifest"], path), metadata.get("content")
+    # Format 1 had the manifest's fields here, without a `manifest` around them. Verifying them
+    # says that the format is too old, where anything else is damaged.
+    is_format_1 = isinstance(metadata, dict) and "format" in metadata
+    return _verify(metadata if is_format_1 else None, path), None
 
 
 def _parse_json(text: str | bytes, path: Path) -> Any:
@@ -117,13 +196,13 @@ def _parse_json(text: str | bytes, path: Path) -> Any:
         raise StoreError(f"{path} is damaged: {error}") from None
 
 
-def _proven(parsed: Any, path: Path) -> Manifest:
-    """A signed manifest without its checksum, which is proven."""
+def _verify(parsed: Any, path: Path) -> Manifest:
+    """A signed manifest without its checksum, once that and the fields' types are verified."""
     if not isinstance(parsed, dict) or "format" not in parsed:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
     if parsed["format"] != FORMAT:
         raise StoreError(
-            f"{path} has format {shortened(parsed, 'format')}, this version of flowdata "
+            f"{path} has format {excerpt_of(parsed, 'format')}, this version of flowdata "
             f"({__version__}) reads format {FORMAT}; use the version that wrote it"
         )
     if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
@@ -131,16 +210,18 @@ def _proven(parsed: Any, path: Path) -> Manifest:
     for name in FIELDS:
         if not isinstance(parsed.get(name), dict):
             raise StoreError(f"{path} is damaged: its field {name!r} should be an object")
-    if not all(index.isdecimal() and len(index) < 20 for index in parsed["skipped"]):
+    if not all(index.isdecimal() and len(index) <= _MOST_DIGITS for index in parsed["skipped"]):
         raise StoreError(f"{path} is damaged: its field 'skipped' should name indices")
-    return parsed
+    return cast(Manifest, parsed)
 
 
-def _signed(manifest: Manifest) -> Manifest:
+def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of its other fields."""
     return {**manifest, "checksum": hashlib.sha256(_canonical(manifest)).hexdigest()}
 
 
-def _content(tensors: Mapping[str, Tensor], signed: Manifest) -> str:
+def _content(tensors: Mapping[str, Tensor], signed: Mapping[str, Any]) -> str:
+    """The checksum of a file: over its signed manifest and its tensors."""
     digest = hashlib.sha256(_canonical(signed))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
@@ -149,15 +230,25 @@ def _content(tensors: Mapping[str, Tensor], signed: Manifest) -> str:
 
 
 def manifest_in(file: Path) -> Manifest:
-    """The manifest in manifest.json or in a safetensors file's header, itself proven."""
+    """Return the manifest in manifest.json or in a safetensors file's header.
+
+    The manifest is verified, the tensors beside it are not read.
+
+    Raises:
+        StoreError: the manifest is damaged, of another format, or not there.
+    """
     if file.name == MANIFEST:
-        return _proven(_parse_json(file.read_bytes(), file), file)
+        return _verify(_parse_json(file.read_bytes(), file), file)
     metadata = _header(file)[1].get("__metadata__", {})
     return _parse_metadata(str(metadata.get("flowdata", "")), file)[0]
 
 
 def layout_of(file: Path) -> dict[str, list[Any]]:
-    """Where the tensors of a safetensors file lie: dtype, first byte and end of each."""
+    """Return where the tensors of a safetensors file lie: dtype, first byte and end of each.
+
+    Raises:
+        StoreError: the file's header is damaged.
+    """
     begin, header = _header(file)
     try:
         return {
@@ -170,8 +261,13 @@ def layout_of(file: Path) -> dict[str, list[Any]]:
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's tensors begin, and what its header says."""
+    """The byte at which a safetensors file's tensors begin, and what its header says.
+
+    | length: 8 bytes | header: JSON of so many bytes | the tensors' bytes … |
+                                                      ^ begin, from which data_offsets count
+    """
     with path.open("rb") as file:
+        # A damaged length may be any number: no more is read than the file holds.
         length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
         content = file.read(length)
     try:
@@ -184,10 +280,19 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:
-    """The one-dimensional tensors at such places; zeros stand in for what a file lacks."""
+    """Return the one-dimensional tensors that lie at a layout's places in a damaged file.
+
+    Where the file was cut, zeros stand in for the bytes that it lacks: the checksums of packs say
+    afterwards which values are the true ones.
+
+    Raises:
+        StoreError: the layout is damaged.
+    """
     tensors: Columns = {}
     try:
         for name, (dtype, first, end) in layout.items():
+            # A cut file may lack as much as it still has, and 1 MiB more. A layout that reaches
+            # further is taken for damaged, so that it can't ask for all memory.
             if not 0 <= first <= end <= 2 * len(content) + 2**20:
                 raise ValueError(f"tensor {name!r} can't lie in bytes {first} to {end}")
             values = bytearray(content[first:end].ljust(end - first, b"\0"))
@@ -199,4 +304,5 @@ def tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:
 
 
 def _canonical(value: Any) -> bytes:
+    """JSON that is the same, byte for byte, for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

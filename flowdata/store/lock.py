@@ -1,11 +1,19 @@
 """A lock that one process holds on a folder, on one host or over a shared file system.
 
-The lock is a file that only one process can create (O_EXCL, which NFS honours too; flock it may
-not). It names its holder, who touches it every few seconds. A lock is stale, and is taken over,
-when its holder is a process of this host that is gone, or when nobody has touched it for
-`STALE` seconds of the waiting process's own clock: no two clocks are ever compared. A lock taken
-over wrongly, from a process that was stopped for that long, costs double work and nothing else,
-as long as files are replaced whole and hold the same content whoever writes them.
+    1. Take     create the lock file with O_EXCL, which succeeds for one process alone; write the
+                holder into it. NFS honours O_EXCL, flock it may not.
+    2. Hold     a thread touches the file every `BEAT` seconds.
+    3. Wait     whoever finds the file there looks again every `_POLL` seconds. The lock is stale
+                - if its holder is a process of this host that is gone, or
+                - if content and time of touch have not changed for `STALE` seconds of the waiting
+                  process's own clock: the clocks of two hosts are never compared.
+    4. Break    rename a stale lock to a name of one's own, which again succeeds for one process
+                alone, and read it. If it is another lock by now, put it back. Go on with 1.
+    5. Release  delete the file, unless it names another holder by now.
+
+A process that was stopped for `STALE` seconds loses its lock although it goes on later. Two
+processes then do the same work. That costs time and nothing else, because files are replaced whole
+and hold the same content whoever writes them.
 """
 
 from __future__ import annotations
@@ -23,10 +31,13 @@ from typing import Any
 
 from flowdata._common.notices import logger
 
-BEAT, STALE = 5.0, 90.0  # seconds; a shared file system may show a touch a minute late
-_POLL = 0.25
+# Seconds. A shared file system may show a touch to other hosts a minute late, so a lock counts as
+# stale only some beats after that.
+BEAT, STALE = 5.0, 90.0
+_POLL = 0.25  # seconds; how long a released lock may lie unused
+_MOST_BYTES = 4096  # of a lock that are read; ours has some 150
 
-_Seen = tuple[bytes, int]  # a lock's content and when it was last touched
+_Sighting = tuple[bytes, int]  # a lock's content, and when it was last touched, in ns
 
 
 @contextmanager
@@ -41,7 +52,8 @@ def lock(path: Path, what: str) -> Iterator[None]:
         OSError: the folder can't be written to.
     """
     pid = os.getpid()
-    holder = {"host": _host(), "pid": pid, "born": _born(pid), "id": uuid.uuid4().hex}
+    # The id tells this lock from another of the same process.
+    holder = {"host": _host(), "pid": pid, "born": _start_time(pid), "id": uuid.uuid4().hex}
     content = json.dumps(holder).encode()
     _wait_for(path, content, what)
     released = threading.Event()
@@ -52,31 +64,33 @@ def lock(path: Path, what: str) -> Iterator[None]:
     finally:
         released.set()
         beats.join()
-        seen = _look(path)
-        if seen is not None and seen[0] == content:
+        sighting = _look(path)
+        if sighting is not None and sighting[0] == content:
             path.unlink(missing_ok=True)
 
 
 def _wait_for(path: Path, content: bytes, what: str) -> None:
-    told, since = False, monotonic()
-    last: _Seen | None = None
+    """Create the lock file with this content, as soon as no other process has it."""
+    has_spoken, unchanged_since = False, monotonic()
+    last_sighting: _Sighting | None = None
     while not _create(path, content):
-        seen = _look(path)
-        if seen is None:
+        sighting = _look(path)
+        if sighting is None:
             continue  # just released
-        if seen != last:
-            last, since = seen, monotonic()
-        if _is_gone(seen[0]) or monotonic() - since > STALE:
+        if sighting != last_sighting:
+            last_sighting, unchanged_since = sighting, monotonic()
+        if _is_gone(sighting[0]) or monotonic() - unchanged_since > STALE:
             logger.warning("taking over the lock %s from a process that is gone", path)
-            _break(path, seen[0])
+            _break(path, sighting[0])
             continue
-        if not told:
+        if not has_spoken:
             logger.warning("another process is %s; waiting for it to end", what)
-            told = True
+            has_spoken = True
         sleep(_POLL)
 
 
 def _create(path: Path, content: bytes) -> bool:
+    """Create the lock file; False if it is there already."""
     try:
         with path.open("xb") as file:
             file.write(content)
@@ -85,21 +99,25 @@ def _create(path: Path, content: bytes) -> bool:
     return True
 
 
-def _look(path: Path) -> _Seen | None:
+def _look(path: Path) -> _Sighting | None:
     try:
         with path.open("rb") as file:  # opening makes NFS ask its server anew
-            return file.read(4096), os.fstat(file.fileno()).st_mtime_ns
+            return file.read(_MOST_BYTES), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
 
 
 def _break(path: Path, stale: bytes) -> None:
-    """Take a stale lock away; should it be a fresh one by now, put it back."""
+    """Take a stale lock away; put it back if it is a fresh one by now.
+
+    Deleting it would not do: between the look and the deletion another process may break the
+    stale lock and take a fresh one, which would then be deleted.
+    """
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):  # another process was faster
         path.rename(aside)
         if aside.read_bytes() != stale:
-            with suppress(OSError):
+            with suppress(OSError):  # a third process has taken the lock meanwhile
                 os.link(aside, path)
         aside.unlink()
 
@@ -111,35 +129,37 @@ def _beat(path: Path, released: threading.Event) -> None:
 
 
 def _is_gone(content: bytes) -> bool:
-    """Whether the holder was a process of this host and is no more."""
+    """Whether the holder was a process of this host that has ended."""
     try:
         holder: Any = json.loads(content)
-        host, pid, born = holder["host"], int(holder["pid"]), holder["born"]
+        host, pid, start_time = holder["host"], int(holder["pid"]), holder["born"]
     except (ValueError, TypeError, KeyError):  # not written yet, or damaged: time will tell
         return False
     if host != _host() or os.name != "posix":
         return False
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 does nothing but check that the process is there
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
         return False
-    return bool(_born(pid) != born)
+    return bool(_start_time(pid) != start_time)  # a later process may have been given its number
 
 
 def _host() -> str:
-    """This host and, where containers share its name, the space in which pids count."""
+    """This host and, as containers may share its name, the namespace in which pids count."""
     try:
-        space = str(Path("/proc/self/ns/pid").readlink())
+        namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
-        space = ""
-    return f"{socket.gethostname()} {space}"
+        namespace = ""
+    return f"{socket.gethostname()} {namespace}"
 
 
-def _born(pid: int) -> str:
-    """When a process started, which tells it from a later one of the same number."""
+def _start_time(pid: int) -> str:
+    """When a process started, in clock ticks since the host did; empty where that isn't told."""
     try:
+        # Field 22 of the file. The name, field 2, stands in parentheses and may contain spaces, so
+        # fields are counted from the last parenthesis on.
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return ""

@@ -1,7 +1,18 @@
 """Packs of scored samples: columns joined, cut, put in another order and checksummed.
 
-Columns are tensors by name. Each holds one value for each sample, but `token_loss`, which holds
-`count` values for each, sample after sample.
+The columns of a store are tensors by name, laid sample after sample. Each holds one value for each
+sample, except `token_loss`, which holds `count` values for each. Here are samples a and b in the
+first pack and sample c in the second:
+
+                  |    pack 0     |  pack 1  |
+                  |  a     |  b   |  c       |
+    loss          |  l_a   |  l_b |  l_c     |   (N,)
+    count         |  2     |  1   |  3       |   (N,)
+    token_loss    | a0 a1  |  b0  | c0 c1 c2 |   (Σ count,)
+    offsets       0        2      3          6   (N + 1,) = offsets_of(count)
+
+A sample's place in `token_loss` is thus another than in the other columns. To cut or move samples,
+the sizes of the packs tell the place in those, and the offsets tell the place in `token_loss`.
 """
 
 from __future__ import annotations
@@ -13,70 +24,100 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.offsets import offsets_of
+
 Columns = dict[str, Tensor]
 
 
 def join(packs: Sequence[Mapping[str, Tensor]]) -> Columns:
-    """Return packs' columns one pack after another."""
+    """Return packs' columns one pack after another; all packs have the same columns."""
     return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
 
 
 def split(columns: Mapping[str, Tensor], sizes: Tensor) -> list[Columns]:
-    """Cut columns into packs of so many samples; the opposite of `join`."""
-    ends = torch.cat([torch.zeros(1, dtype=torch.long), columns["count"].cumsum(0)])
-    targets = ends[torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])].diff()
-    cut = {
-        name: values.split((targets if name == "token_loss" else sizes).tolist())
+    """Return the packs that columns consist of; the opposite of `join`.
+
+    Args:
+        columns: of all packs, one after another; `count` is among them.
+        sizes: (packs,) int64, samples in each.
+    """
+    target_sizes = _target_bounds(columns["count"], sizes).diff()
+    pieces = {
+        name: values.split((target_sizes if name == "token_loss" else sizes).tolist())
         for name, values in columns.items()
     }
-    return [{name: parts[index] for name, parts in cut.items()} for index in range(len(sizes))]
+    return [{name: pieces[name][pack] for name in pieces} for pack in range(len(sizes))]
 
 
 def reorder(columns: Mapping[str, Tensor], order: Tensor) -> Columns:
-    """Return the columns of samples ``order[0]``, ``order[1]``, …"""
+    """Return the columns of samples ``order[0]``, ``order[1]``, …; `count` is among them."""
     counts = columns["count"]
     ordered = {name: values[order] for name, values in columns.items() if name != "token_loss"}
     if "token_loss" in columns:
-        starts = (counts.cumsum(0) - counts)[order]
+        starts = offsets_of(counts)[:-1][order]
         ordered["token_loss"] = columns["token_loss"][places(starts, ordered["count"])]
     return ordered
 
 
 def places(starts: Tensor, counts: Tensor) -> Tensor:
-    """Return the indices starts[i], …, starts[i] + counts[i] − 1 of all i, one after another."""
-    shift = starts - (counts.cumsum(0) - counts)
-    return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
+    """Return the indices starts[i], …, starts[i] + counts[i] − 1 of all i, one after another.
+
+    Args:
+        starts: (N,) int64.
+        counts: (N,) int64, none negative.
+
+    Returns:
+        (Σ counts,) int64.
+
+    Example:
+        >>> places(torch.tensor([5, 0, 9]), torch.tensor([2, 0, 1]))
+        tensor([5, 6, 9])
+    """
+    # The result counts up within each run. So does arange, which is off by the same number in all
+    # of a run: by how far the run's start lies from its place in the result.
+    shifts = starts - offsets_of(counts)[:-1]
+    return torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
 
 
 def checksums(columns: Mapping[str, Tensor], sizes: Tensor, key: str) -> Tensor:
-    """Return each pack's checksum, (packs,) int64: BLAKE2b over its number and columns' bytes.
+    """Return each pack's checksum: the first 8 bytes of BLAKE2b over its number and its values.
 
     Args:
-        columns: of all packs, one after another.
+        columns: of all packs, one after another; `count` is among them.
         sizes: (packs,) int64, samples in each.
         key: hex of at most 64 bytes; the same columns under another key are another pack.
+
+    Returns:
+        (packs,) int64.
     """
-    sample_ends = np.concatenate([[0], sizes.cumsum(0).numpy()])
-    target_ends = np.concatenate([[0], columns["count"].cumsum(0).numpy()])[sample_ends]
+    sample_bounds = offsets_of(sizes).numpy()
+    target_bounds = _target_bounds(columns["count"], sizes).numpy()
+    # Views of the columns' bytes and the bytes at which packs begin and end: nothing is copied.
     views = [
         (
             octets(columns[name]),
-            (target_ends if name == "token_loss" else sample_ends) * columns[name].itemsize,
+            (target_bounds if name == "token_loss" else sample_bounds) * columns[name].itemsize,
         )
         for name in sorted(columns)
     ]
     secret = bytes.fromhex(key)
     sums = np.empty(len(sizes), dtype=np.int64)
     for pack in range(len(sizes)):
+        # With its number in the digest, a pack that lies in another's place does not pass for it.
         digest = hashlib.blake2b(pack.to_bytes(8, "little"), digest_size=8, key=secret)
-        for content, ends in views:
-            digest.update(content[ends[pack] : ends[pack + 1]])
+        for content, bounds in views:
+            digest.update(content[bounds[pack] : bounds[pack + 1]])
         sums[pack] = int.from_bytes(digest.digest(), "little", signed=True)
     return torch.from_numpy(sums)
 
 
+def _target_bounds(counts: Tensor, sizes: Tensor) -> Tensor:
+    """Where the targets of each pack begin and the last one's end: (packs + 1,) int64."""
+    return offsets_of(counts)[offsets_of(sizes)]
+
+
 def octets(tensor: Tensor) -> memoryview:
-    """Return a contiguous tensor's bytes."""
+    """Return the bytes of a contiguous tensor, without a copy."""
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,13 @@
-"""Parts: what a run of scoring has finished so far, and the next run needn't do again."""
+"""Parts: files of packs that a run of scoring has finished, so that the next run goes on from them.
+
+A part holds whole packs. Their tensors lie one pack after another in the columns, and `pack` says
+which packs they are:
+
+    parts/3f….safetensors      pack        [ 7        2    ]
+                               loss, …     [ l l l    l l  ]
+
+Parts have random names and are never changed, so that several ranks can write at once.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +23,31 @@ from torch import Tensor
 
 from flowdata._common.notices import logger
 from flowdata.errors import StoreError
-from flowdata.store.format import Manifest, read_file, store_digest, write_file
+from flowdata.store.format import Manifest, read_file, skipped_in, store_digest, write_file
 from flowdata.store.packs import Columns, join, split
 
 PARTS = "parts"
-_SECONDS, _SHARE = 10.0, 0.01  # a crash loses at most so long, or so much of the time so far
+
+# A crash loses what was scored since the last part: at most 10 seconds, or a hundredth of the time
+# so far if that is more. The share keeps the files few: a run of 10 hours writes about 450 parts,
+# where one every 10 seconds would make 3600.
+_SECONDS, _SHARE = 10.0, 0.01
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Packs that are done, by number, and why samples of them were skipped, by index."""
+class FinishedPacks:
+    """Packs that are scored.
+
+    Attributes:
+        packs: the columns of each pack, by its number.
+        skipped: why samples of the packs could not be read, by the sample's index.
+    """
 
     packs: dict[int, Columns] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
     def add(self, packs: Mapping[int, Columns], skipped: Mapping[int, str]) -> None:
-        """Take packs that are not there yet."""
+        """Take packs that are not there yet; one that two ranks scored is the same from both."""
         self.packs.update({pack: packs[pack] for pack in packs.keys() - self.packs.keys()})
         self.skipped.update(skipped)
 
@@ -48,25 +66,26 @@ class PartWriter:
         self.parts = folder / PARTS
         self.parts.mkdir(exist_ok=True)
         self.manifest = manifest
-        self.begun = self.written = monotonic()
+        self.start_time = self.last_write = monotonic()
         self.waiting: dict[int, Columns] = {}
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[int, str] = {}
 
     def add(self, pack: int, columns: Columns, skipped: Mapping[int, str]) -> None:
-        """Take one pack's columns, and why samples of it were skipped."""
+        """Take one pack's columns, and why samples of it were skipped, by index."""
         self.waiting[pack] = columns
-        self.skipped.update({str(index): reason for index, reason in skipped.items()})
+        self.skipped.update(skipped)
         now = monotonic()
-        if now - self.written >= max(_SECONDS, _SHARE * (now - self.begun)):
+        if now - self.last_write >= max(_SECONDS, _SHARE * (now - self.start_time)):
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been collected."""
-        self.written = monotonic()
+        """Write the packs collected since the last part as one part."""
+        self.last_write = monotonic()
         if self.waiting:
             tensors = {**join(list(self.waiting.values())), "pack": torch.tensor([*self.waiting])}
-            manifest = {**self.manifest, "skipped": self.skipped}
-            manifest.pop("layout", None)
+            manifest = self.manifest.copy()
+            manifest["skipped"] = {str(index): reason for index, reason in self.skipped.items()}
+            manifest.pop("layout", None)  # of scores.safetensors
             write_file(self.parts / f"{uuid.uuid4().hex}.safetensors", tensors, manifest)
             self.waiting, self.skipped = {}, {}
 
@@ -81,14 +100,16 @@ class PartWriter:
     ) -> None:
         try:
             self.flush()
-        except OSError as second:
+        except OSError as write_error:
             if error is None:
                 raise
-            logger.warning("the last %d packs could not be kept: %s", len(self.waiting), second)
+            # The error that ended the run is the one to raise, not the full disk it met at its end.
+            count = len(self.waiting)
+            logger.warning("the last %d packs could not be kept: %s", count, write_error)
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """Return the files of a store's parts."""
+    """Return the files of a store's parts; drafts, whose names begin with a dot, are none."""
     return [file for file in sorted((folder / PARTS).glob("[!.]*.safetensors")) if file.is_file()]
 
 
@@ -115,14 +136,19 @@ def packs_of_part(
         raise StoreError(f"{file} names no packs")
     if not (packs.min() >= 0 and packs.max() < len(sizes)):
         raise StoreError(f"{file} names packs that the plan does not have")
-    sizes = sizes[packs]
-    targets = int(tensors["count"].sum())
-    for name, values in tensors.items():
-        wanted = torch.int64 if name == "count" else torch.float32
-        length = targets if name == "token_loss" else int(sizes.sum())
-        if values.shape != (length,) or values.dtype != wanted:
+    sizes_here = sizes[packs]
+    _check_columns(tensors, int(sizes_here.sum()), file)
+    columns = split(tensors, sizes_here)
+    return dict(zip(packs.tolist(), columns, strict=True)), skipped_in(manifest)
+
+
+def _check_columns(columns: Columns, samples: int, file: Path) -> None:
+    """Refuse columns that are not one value for each sample, or one for each target."""
+    targets = int(columns["count"].sum())
+    for name, values in columns.items():
+        dtype = torch.int64 if name == "count" else torch.float32
+        length = targets if name == "token_loss" else samples
+        if values.shape != (length,) or values.dtype != dtype:
             raise StoreError(f"{file} does not hold one {name} for every sample of its packs")
-    if (tensors["count"] < 0).any():
+    if (columns["count"] < 0).any():
         raise StoreError(f"{file} holds negative counts")
-    skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-    return dict(zip(packs.tolist(), split(tensors, sizes), strict=True)), skipped

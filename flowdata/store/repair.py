@@ -1,4 +1,4 @@
-"""What a damaged store still proves: whole packs, a lost manifest."""
+"""Repair: taking from a damaged store all that it still proves, whole packs and a lost manifest."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from flowdata.store.format import (
     Manifest,
     layout_of,
     manifest_in,
+    skipped_in,
     store_digest,
     tensors_at,
     write_manifest,
 )
 from flowdata.store.packs import Columns, checksums, places, reorder, split
-from flowdata.store.parts import Kept, packs_of_part, parts_of
+from flowdata.store.parts import FinishedPacks, packs_of_part, parts_of
 
 
 def repair_manifest(folder: Path) -> None:
-    """Write manifest.json anew from a whole scores.safetensors, should it be missing or damaged."""
+    """Write manifest.json anew from a whole scores.safetensors if it is missing or damaged."""
     try:
         manifest_in(folder / MANIFEST)
     except (StoreError, OSError):
@@ -32,55 +33,73 @@ def repair_manifest(folder: Path) -> None:
         write_manifest(folder, {**manifest_in(file), "layout": layout_of(file)})
 
 
-def read_kept(folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor) -> Kept:
+def read_finished_packs(
+    folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor
+) -> FinishedPacks:
     """Return every pack that earlier runs finished and that can be trusted.
 
     Args:
         folder: the store.
         manifest: its manifest.
-        order: (N,) int64, the plan's.
+        order: (N,) int64, the plan's order: sample ``order[i]`` is the i-th of the packs' samples.
         sizes: (packs,) int64, the plan's samples in each pack.
     """
-    kept = Kept()
+    finished_packs = FinishedPacks()
     for file in parts_of(folder):
         try:
-            kept.add(*packs_of_part(file, store_digest(manifest), sizes))
+            finished_packs.add(*packs_of_part(file, store_digest(manifest), sizes))
         except (StoreError, OSError) as error:
             logger.warning("%s; what it held is scored again", error)
-    if (folder / SCORES).exists():
-        skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-        salvaged = _packs_of_damaged(folder / SCORES, manifest, order, sizes)
-        logger.warning("%d of %d packs of %s are whole", len(salvaged), len(sizes), folder / SCORES)
-        kept.add(salvaged, skipped)
-    return kept
+    file = folder / SCORES
+    if file.exists():  # it must be damaged: a whole one would have been loaded instead
+        whole_packs = _whole_packs(file, manifest, order, sizes)
+        logger.warning("%d of %d packs of %s are whole", len(whole_packs), len(sizes), file)
+        finished_packs.add(whole_packs, skipped_in(manifest))
+    return finished_packs
 
 
-def _packs_of_damaged(
+def _whole_packs(
     file: Path, manifest: Manifest, order: Tensor, sizes: Tensor
 ) -> dict[int, Columns]:
-    """The packs of a damaged scores.safetensors whose checksum agrees."""
+    """The packs of a damaged scores.safetensors whose checksum agrees.
+
+    The file keeps samples in the data set's order; the checksums are of packs, in the plan's. So
+    the columns are put in the plan's order first. A damaged byte then changes the checksum of
+    those packs alone whose values, counts or places it belongs to.
+    """
     try:
+        # The header may be what is damaged, so manifest.json says once more where tensors lie.
         tensors = tensors_at(file.read_bytes(), manifest.get("layout") or layout_of(file))
     except (StoreError, OSError):
         return {}
-    kept = tensors.pop("pack_checksum", torch.empty(0))
-    offsets, losses = tensors.pop("token_offset", None), tensors.get("token_loss")
-    samples = tensors.keys() - {"token_loss"}
-    if kept.shape != sizes.shape or not {"loss", "count"} <= samples:
+    stored_sums = tensors.pop("pack_checksum", torch.empty(0))
+    offsets = tensors.pop("token_offset", None)
+    of_samples = tensors.keys() - {"token_loss"}
+    if stored_sums.shape != sizes.shape or not {"loss", "count"} <= of_samples:
         return {}
-    if any(tensors[name].shape != order.shape for name in samples):
+    if any(tensors[name].shape != order.shape for name in of_samples):
         return {}
-    if losses is None:
-        columns = reorder(tensors, order)
-    elif offsets is None or offsets.shape != (len(order) + 1,):
+    if tensors["count"].dtype != torch.int64:
         return {}
-    else:  # a sample whose place can't be trusted gets no targets, and so another checksum
-        starts, counts = offsets[:-1], tensors["count"]
-        placed = (starts >= 0) & (counts >= 0) & (starts + counts == offsets[1:])
-        placed &= offsets[1:] <= len(losses)
-        tensors["count"] = counts.where(placed, 0)
-        tensors["token_loss"] = losses[places(starts, tensors["count"])]
-        columns = reorder(tensors, order)
-    agree = kept == checksums(columns, sizes, store_digest(manifest))
+    if "token_loss" in tensors:
+        if offsets is None or offsets.shape != (len(order) + 1,) or offsets.dtype != torch.int64:
+            return {}
+        _place_targets(tensors, offsets)
+    columns = reorder(tensors, order)
+    agrees = stored_sums == checksums(columns, sizes, store_digest(manifest))
     packs = split(columns, sizes)
-    return {index: packs[index] for index in agree.nonzero().flatten().tolist()}
+    return {pack: packs[pack] for pack in agrees.nonzero().flatten().tolist()}
+
+
+def _place_targets(tensors: Columns, offsets: Tensor) -> None:
+    """Take the targets' losses from where the stored offsets say, in place.
+
+    The counts alone would not do: a damaged count would move the targets of all later samples,
+    and so cost their packs too. A sample whose count and offsets disagree gets no targets; its
+    pack's checksum then differs, and the pack is scored again.
+    """
+    starts, ends = offsets[:-1], offsets[1:]
+    counts, losses = tensors["count"], tensors["token_loss"]
+    agrees = (starts >= 0) & (counts >= 0) & (starts + counts == ends) & (ends <= len(losses))
+    tensors["count"] = counts.where(agrees, 0)
+    tensors["token_loss"] = losses[places(starts, tensors["count"])]

@@ -1,4 +1,4 @@
-"""What is whole in a store, and what is not."""
+"""Verification: which files of a store are whole, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import Any
 
 from flowdata.errors import StoreError
 from flowdata.store.folder import SCORES, check_folder, read_manifest, read_store
-from flowdata.store.format import (
-    MANIFEST,
-    manifest_in,
-    read_file,
-    store_digest,
-)
+from flowdata.store.format import MANIFEST, manifest_in, read_file, store_digest
 from flowdata.store.parts import parts_of
+
+_WHOLE = "whole"
 
 
 def verify_store(folder: Path) -> dict[str, str]:
-    """Return, for each file of a store, "whole" or what is wrong with it.
+    """Return, for each file of a store by its name, ``"whole"`` or what is wrong with it.
 
     Raises:
         FileNotFoundError: there is no folder.
@@ -26,35 +23,49 @@ def verify_store(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no store at {folder}")
     check_folder(folder)
-    files = [file for file in (folder / SCORES, folder / MANIFEST) if file.exists()]
-    findings = {
-        str(file.relative_to(folder)): _state(file, folder) for file in [*files, *parts_of(folder)]
-    }
-    if not (folder / SCORES).exists():
-        findings[SCORES] = "not there yet: scoring is not finished" if findings else "not there"
-    return findings
+    states = {}
+    if (folder / SCORES).exists():
+        states[SCORES] = _state_of_scores(folder / SCORES)
+    if (folder / MANIFEST).exists():
+        states[MANIFEST] = _state_of_manifest(folder / MANIFEST, folder / SCORES)
+    for part in parts_of(folder):
+        states[str(part.relative_to(folder))] = _state_of_part(part, folder)
+    if SCORES not in states:
+        states[SCORES] = "not there yet: scoring is not finished" if states else "not there"
+    return states
 
 
-def _state(file: Path, folder: Path) -> str:
+def _state_of_scores(file: Path) -> str:
     try:
-        if file.name == MANIFEST:
-            identity = manifest_in(file)["identity"]
-            if (folder / SCORES).exists() and _identity_in(folder / SCORES) not in (None, identity):
-                return f"{file} belongs to other scores than {SCORES}"
-        elif file.name == SCORES:
-            read_store(file)
-        else:
-            manifest = read_file(file)[1]
-            if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):
-                return f"{file} belongs to another store"
+        read_store(file)
     except (StoreError, OSError) as error:
         return str(error)
-    return "whole"
+    return _WHOLE
 
 
-def _identity_in(file: Path) -> Any:
-    """The identity that a file of scores tells; None if it is damaged."""
+def _state_of_manifest(file: Path, scores: Path) -> str:
+    try:
+        identity = manifest_in(file)["identity"]
+    except (StoreError, OSError) as error:
+        return str(error)
+    if _identity_of_scores(scores) not in (None, identity):
+        return f"{file} belongs to other scores than {SCORES}"
+    return _WHOLE
+
+
+def _identity_of_scores(file: Path) -> Any:
+    """The identity that a file of scores tells; None if it is damaged or not there."""
     try:
         return manifest_in(file)["identity"]
     except (StoreError, OSError):
         return None
+
+
+def _state_of_part(file: Path, folder: Path) -> str:
+    try:
+        manifest = read_file(file)[1]
+        if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):
+            return f"{file} belongs to another store"
+    except (StoreError, OSError) as error:
+        return str(error)
+    return _WHOLE

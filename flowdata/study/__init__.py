@@ -1,47 +1,47 @@
-"""What would a model forget? Methods × learning rates × seeds on a model and data of your own.
+"""What would my model forget? Methods × rates × seeds on a model and data of yours.
 
-`run_study` calls a function of yours for each method, rate and seed, keeps every run in a file and
-goes on where it was stopped; `page` and `picture` say what came out. `fine_tune` trains a
-classifier by any of `METHODS`, and `HeadTask` is the whole function for a task with a new head.
-
+    import copy
     from pathlib import Path
-    from flowdata import LossScorer, study
+    from flowdata import study
 
-    scores = LossScorer(model).score(train)
+    def run(name, rate, seed):                                    # one fine-tuning, measured
+        method, model = study.METHODS[name], copy.deepcopy(pretrained)
+        weights = study.sample_weights(method, scores)            # scores: LossScorer(...).score
+        study.fine_tune(model, train, weights, method, rate=rate, seed=seed, epochs=5, batch=32)
+        return {
+            "validation": study.accuracy(model, validation),      # the rate is chosen by it
+            "target": {"accuracy": study.accuracy(model, test)},
+            "retained": {"old accuracy": study.accuracy(model, old_test)},
+        }
 
-    def run(name, rate, seed):
-        method, tuned = study.METHODS[name], copy.deepcopy(model)
-        weights = study.sample_weights(method, scores)
-        study.fine_tune(tuned, train, weights, method, rate=rate, seed=seed, epochs=3, batch=32)
-        return {"validation": study.accuracy(tuned, validation),
-                "target": {"accuracy": study.accuracy(tuned, test)},
-                "retained": {"old accuracy": study.accuracy(tuned, old_test)}}
+    methods = study.grids(["standard", "FLOW", "l2"], [0.01, 0.03, 0.1])
+    options = {"study": "mine", "target": "new images"}           # all that a run depends on
+    file = Path("runs/mine.jsonl")
+    records = study.run_study(file, options, run, methods=methods, seeds=range(3))
+    print(study.report(options, records))                         # a Markdown page
+    file.with_suffix(".png").write_bytes(study.draw_picture(records))
 
-    options = {"study": "mine", "target": "new task"}
-    rates = study.grids(["standard", "FLOW", "FLOW + l2"], [0.01, 0.03, 0.1])
-    records = study.run_study(Path("mine.jsonl"), options, run, methods=rates, seeds=range(3))
-    Path("mine.md").write_text(study.page(options, records))
-    Path("mine.png").write_bytes(study.picture(records))
-
-matplotlib (pictures), scipy (paired tests) and peft (rows with LoRA) come with the extra:
-``pip install "flowdata-torch[study]"``.
+`run_study` appends each finished run to the file, so a study that was stopped goes on where it was.
+`HeadTask` is the whole `run` for a task that gets a head of its own, and a `Method` of your own
+works beside those of `METHODS`. examples/measure_forgetting.py is a whole script. Pages need scipy,
+pictures matplotlib, LoRA peft: ``pip install "flowdata-torch[study]"``.
 """
 
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
 from flowdata.study.head_task import HeadTask, Sizes, Split
 from flowdata.study.methods import METHODS, STANDARD, TEMPERATURES, grids
 from flowdata.study.parts import anchor, averaging, hft, lora, mofo, weight_averaging
-from flowdata.study.pictures import picture
-from flowdata.study.recipe import HeadRecipe
+from flowdata.study.picture import draw_picture
+from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record, chosen_rates, chosen_runs, read_records, run_study
-from flowdata.study.table import page, studies
+from flowdata.study.table import report, studies
 from flowdata.study.training import Hooks, Method, Part, train
 
 __all__ = [
     "METHODS",
     "STANDARD",
     "TEMPERATURES",
-    "HeadRecipe",
+    "Beginning",
     "HeadTask",
     "Hooks",
     "Method",
@@ -51,17 +51,20 @@ __all__ = [
     "Split",
     "accuracy",
     "anchor",
+    "as_old_network",
     "averaging",
+    "begin",
     "chosen_rates",
     "chosen_runs",
+    "draw_picture",
     "fine_tune",
+    "fit_new_head",
     "grids",
     "hft",
     "lora",
     "mofo",
-    "page",
-    "picture",
     "read_records",
+    "report",
     "run_study",
     "sample_weights",
     "studies",

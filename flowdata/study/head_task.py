@@ -1,11 +1,12 @@
 """A task with a head of its own, as the runs of a study: the recipe, by any method.
 
 All methods get the recipe's last step, the head fitted once more on the fine-tuned body, so that
-none has an advantage by it.
+none has an advantage by it. See `flowdata.study.recipe`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdata.scores import Scores
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
 from flowdata.study.methods import METHODS
-from flowdata.study.recipe import HeadRecipe
+from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record
 from flowdata.study.training import Method
 from flowdata.weights import effective_sample_size, resolve_temperature
+
+_PROBE_STRENGTH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,6 @@ class Split(NamedTuple):
     test: Any
 
 
-class Start(NamedTuple):
-    """What all methods begin with under one seed: the probed model, the data and the losses."""
-
-    model: nn.Sequential
-    split: Split
-    scores: Scores
-
-
 class HeadTask:
     """Runs a method on one task; `run` is what `run_study` takes.
 
@@ -99,66 +93,82 @@ class HeadTask:
         methods: Mapping[str, Method] = METHODS,
         columns: Sequence[str] = (),
     ) -> None:
-        body, head = old
+        head = old[1]
         if not isinstance(head, nn.Linear):
-            raise TypeError(f"old must end with an nn.Linear, got {type(head).__name__}")
+            raise TypeError(f"old must end in an nn.Linear, got {type(head).__name__}")
         self.new_head = partial(nn.Linear, head.in_features, classes, device=head.weight.device)
-        self.recipe = HeadRecipe(body, head, dtype=sizes.dtype, workers=workers)
-        self.old_test, self.old_name = old_test, old_name
-        self.split, self.sizes, self.methods, self.columns = split, sizes, methods, columns
-        self.start = lru_cache(maxsize=8)(self._start)  # all methods of a seed share it
+        self.old, self.old_test, self.old_name = old, old_test, old_name
+        self.split, self.sizes, self.workers = split, sizes, workers
+        self.methods, self.columns = methods, columns
+        self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share it
 
-    def _start(self, seed: int) -> Start:
+    def _begin(self, seed: int) -> tuple[Split, Beginning]:
         split = self.split(seed)
-        model = self.recipe.probe(self.new_head(), split.scored)
-        return Start(model, split, self.recipe.score(model, split.scored, columns=self.columns))
+        beginning = begin(
+            self.old[0],
+            self.new_head(),
+            split.scored,
+            strength=_PROBE_STRENGTH,
+            dtype=self.sizes.dtype,
+            columns=self.columns,
+            workers=self.workers,
+        )
+        return split, beginning
 
     def run(self, name: str, rate: float, seed: int) -> Record:
         """Fine-tune by a method and measure accuracy, in %, on both tasks."""
-        start, method = self.start(seed), self.methods[name]
-        weights = sample_weights(method, start.scores)
-        train = partial(
-            self._train, start=start, weights=weights, method=method, rate=rate, seed=seed
-        )
-        model = self.recipe.fine_tune(
-            start.model, start.split.scored, train, head_again=method.trains
-        )
-        measure = partial(accuracy, dtype=self.sizes.dtype, workers=self.recipe.workers)
-        validation, target = (measure(model, d) for d in (start.split.validation, start.split.test))
-        retained = measure(self.recipe.old_model(model), self.old_test)
+        (split, beginning), method = self.begin(seed), self.methods[name]
+        network = copy.deepcopy(beginning.network)
+        # The memory layout that convolutions are fastest in; a method that doesn't train is
+        # measured in it as well, so that all round alike.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = sample_weights(method, beginning.scores)
+        if method.trains:
+            self._fine_tune(network, split, weights, method, rate, seed)
+        measure = partial(accuracy, dtype=self.sizes.dtype, workers=self.workers)
+        validation, target = measure(network, split.validation), measure(network, split.test)
+        retained = measure(as_old_network(network, self.old), self.old_test)
         return {
             "validation": validation,
             "target": {"accuracy": target},
             "retained": {f"{self.old_name} accuracy": retained},
-            "median_loss": resolve_temperature(start.scores.losses, "median"),
+            "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
             "effective_share": effective_sample_size(weights) / len(weights),
         }
 
-    def _train(
+    def _fine_tune(
         self,
-        model: nn.Sequential,
-        *,
-        start: Start,
+        network: nn.Sequential,
+        split: Split,
         weights: Tensor,
         method: Method,
         rate: float,
         seed: int,
     ) -> None:
-        # The memory layout that convolutions are fastest in; a method that doesn't train is
-        # measured in it as well, so that all round alike.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if not method.trains:
-            return
+        """Train head and body in place, and fit the head once more."""
+        sizes = self.sizes
         fine_tune(
-            model,
-            start.split.train,
+            network,
+            split.train,
             weights,
             method,
             rate=rate,
             seed=seed,
-            epochs=self.sizes.epochs,
-            batch=self.sizes.batch,
-            dtype=self.sizes.dtype,
-            workers=self.recipe.workers,
+            epochs=sizes.epochs,
+            batch=sizes.batch,
+            dtype=sizes.dtype,
+            workers=self.workers,
         )
+        if _is_finite(network):  # where training diverged there is nothing to fit a head to
+            fit_new_head(
+                network,
+                split.scored,
+                strength=_PROBE_STRENGTH,
+                dtype=sizes.dtype,
+                workers=self.workers,
+            )
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(tensor.isfinite().all() for tensor in model.state_dict().values())

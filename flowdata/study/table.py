@@ -49,7 +49,7 @@ def measures(record: Record) -> dict[str, float]:
     return values
 
 
-def page(options: Mapping[str, Any], records: list[Record]) -> str:
+def report(options: Mapping[str, Any], records: list[Record]) -> str:
     """Return a study's Markdown page.
 
     Args:

@@ -1,4 +1,4 @@
-"""Columns: what a scorer can keep of every sample beside its loss.
+"""Columns: further values that scores keep of every sample, beside its loss.
 
 Each is the mean over a sample's targets of
 
@@ -11,7 +11,7 @@ Each is the mean over a sample's targets of
   scale · (1 − (z / softcap)²). A sample's value is the mean of its targets' norms, not the norm
   of their mean gradient; for a sample of one target both are the same.
 
-This file takes them from full logits; head.py does so tile by tile.
+This file takes them from full logits; flowdata/head does so tile by tile.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS = ("entropy", "correct", "gradient_norm")
 
 
 def check_columns(columns: Sequence[str], loss: object) -> tuple[str, ...]:
-    """Return the columns, each once and in their usual order.
+    """Return the names of the columns, each once and in the order of `COLUMNS`.
+
+    Args:
+        columns: names among `COLUMNS`.
+        loss: the loss's name, or a user's callable.
 
     Raises:
         TypeError: `columns` is a string, not a sequence of names.
@@ -37,9 +42,9 @@ def check_columns(columns: Sequence[str], loss: object) -> tuple[str, ...]:
         if name not in COLUMNS:
             raise ValueError(f"columns must be among {', '.join(map(repr, COLUMNS))}, got {name!r}")
     if columns and (callable(loss) or loss in ("binary_cross_entropy", "mse")):
-        given = "a callable" if callable(loss) else repr(loss)
+        name = "a callable" if callable(loss) else repr(loss)
         raise ValueError(
-            f"columns are made from the logits of classes, which loss={given} doesn't have; "
+            f"columns are made from the logits of classes, which loss={name} doesn't have; "
             "pass columns=(), or a language model's loss or 'cross_entropy'"
         )
     return tuple(name for name in COLUMNS if name in columns)
@@ -68,24 +73,24 @@ def columns_of_logits(
     Raises:
         ValueError: `gradient_norm` without `hidden`.
     """
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     probabilities = logits.softmax(1)
-    soft = targets.is_floating_point()
+    has_probabilities = targets.is_floating_point()
     if "entropy" in names:
-        found["entropy"] = torch.special.entr(probabilities).sum(1)
+        values["entropy"] = torch.special.entr(probabilities).sum(1)
     if "correct" in names:
-        target = (targets.argmax(1) if soft else targets)[:, None]
+        target = (targets.argmax(1) if has_probabilities else targets)[:, None]
         others = logits.scatter(1, target, -torch.inf).amax(1)
-        found["correct"] = (logits.gather(1, target).squeeze(1) > others).float()
+        values["correct"] = (logits.gather(1, target).squeeze(1) > others).float()
     if "gradient_norm" in names:
         if hidden is None:
             raise ValueError(
                 "the column 'gradient_norm' needs what the model's last linear layer is given, "
                 "but the logits are not the output of one; leave it out of columns"
             )
-        wanted = targets if soft else torch.nn.functional.one_hot(targets, logits.shape[1])
-        slope = (probabilities - wanted) * scale
+        expected = targets if has_probabilities else F.one_hot(targets, logits.shape[1])
+        slope = (probabilities - expected) * scale  # of the loss, by what the last layer made
         if softcap is not None:
-            slope *= 1 - (logits / softcap).square()
-        found["gradient_norm"] = slope.norm(dim=1) * hidden.float().norm(dim=1)
-    return found
+            slope *= 1 - (logits / softcap).square()  # the derivative of the tanh
+        values["gradient_norm"] = slope.norm(dim=1) * hidden.float().norm(dim=1)
+    return values

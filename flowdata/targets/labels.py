@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # PyTorch's and Hugging Face's mark of a position without a target
+_LABEL_FIELDS = ("labels", "label", "targets", "target")  # the first that a batch has counts
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """Return a batch's inputs and targets: a pair, or a mapping with `labels` (or `label`)."""
+    """Return a batch's inputs and its targets, None where it has none.
+
+    Args:
+        batch: an (inputs, targets) pair, or a mapping with a field `labels`, `label`, `targets`
+            or `target`; of anything else all is inputs.
+    """
     if isinstance(batch, Mapping):
-        name = next((n for n in ("labels", "label", "targets", "target") if n in batch), None)
+        name = next((field for field in _LABEL_FIELDS if field in batch), None)
         inputs = {key: value for key, value in batch.items() if key != name}
         return inputs, None if name is None else torch.as_tensor(batch[name])
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
@@ -24,7 +30,12 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def describe_batch(batch: Any) -> str:
-    """Return what a batch looks like, for a message."""
+    """Return what a batch looks like, for a message.
+
+    Example:
+        >>> describe_batch([1, 2, 3])
+        'a list of 3'
+    """
     if isinstance(batch, Mapping):
         return f"a mapping with {', '.join(map(repr, batch))}"
     if isinstance(batch, tuple | list):
@@ -32,6 +43,15 @@ def describe_batch(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return labels moved one place left, (B, T): what each position predicts."""
+def next_tokens(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return what each position of a causal model predicts, (B, T): the label one place further.
+
+    Args:
+        labels: (B, T) int64, unshifted, as Hugging Face gives them.
+        ignore_index: the target of the last position, which predicts nothing.
+
+    Example:
+        >>> next_tokens(torch.tensor([[5, 6, 7]]))
+        tensor([[   6,    7, -100]])
+    """
     return F.pad(labels[:, 1:], (0, 1), value=ignore_index)

@@ -11,15 +11,23 @@ from torch import Tensor, nn
 from flowdata.models.calling import innermost
 from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
 
-_PROBLEMS = {  # Hugging Face's names
+LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
+PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
+LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
+
+# The ends of Hugging Face's class names, and the `problem_type` of its classifiers' configurations.
+_LOSS_OF_CLASS = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForMaskedLM": "masked_lm",
+    "ForTokenClassification": "cross_entropy",
+}
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+_LOSS_OF_PROBLEM = {
     "regression": "mse",
     "single_label_classification": "cross_entropy",
     "multi_label_classification": "binary_cross_entropy",
 }
-_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
-LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
-PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
-LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
 
 
 def loss_of(model: nn.Module, batch: Any) -> str:
@@ -29,31 +37,29 @@ def loss_of(model: nn.Module, batch: Any) -> str:
         ValueError: see `loss_of_batch`.
     """
     inner = innermost(model)
-    said = loss_of_model(inner)
-    if said is None and type(inner).__name__.endswith(_CLASSIFIERS):
+    loss = loss_of_model(inner)
+    if loss is None and type(inner).__name__.endswith(_CLASSIFIERS):
         targets = split_batch(batch)[1]
-        if targets is not None:  # as Hugging Face's classifiers choose
+        if targets is not None:  # Hugging Face's classifiers choose by the labels' type as well
             return "binary_cross_entropy" if targets.is_floating_point() else "cross_entropy"
-    return said or loss_of_batch(batch)
+    return loss or loss_of_batch(batch)
 
 
 def loss_of_model(model: nn.Module) -> str | None:
-    """Return the name of the loss that a Hugging Face model's class says, if it says one."""
+    """Return the name of the loss that a Hugging Face model's class is made for.
+
+    None where neither its name nor its configuration tells.
+    """
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
-    for ending, loss in (
-        ("ForCausalLM", "causal_lm"),
-        ("LMHeadModel", "causal_lm"),
-        ("ForMaskedLM", "masked_lm"),
-        ("ForTokenClassification", "cross_entropy"),
-    ):
+    for ending, loss in _LOSS_OF_CLASS.items():
         if name.endswith(ending):
             return loss
     if name.endswith("ForConditionalGeneration") and config is not None:
         return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
     if name.endswith(_CLASSIFIERS) and config is not None:
         problem = "regression" if config.num_labels == 1 else None
-        return _PROBLEMS.get(config.problem_type or problem or "")
+        return _LOSS_OF_PROBLEM.get(config.problem_type or problem or "")
     return None
 
 

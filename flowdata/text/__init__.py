@@ -1,1 +1,16 @@
 """Text files and chats as token samples, and the models that read them."""
+
+from flowdata.text.chats import Fields, find_fields
+from flowdata.text.models import load_model, load_tokenizer
+from flowdata.text.read import read_rows
+from flowdata.text.tokens import TokenSamples, tokenize_rows
+
+__all__ = [
+    "Fields",
+    "TokenSamples",
+    "find_fields",
+    "load_model",
+    "load_tokenizer",
+    "read_rows",
+    "tokenize_rows",
+]

@@ -1,4 +1,4 @@
-"""Models and tokenizers that the command line names."""
+"""Models and tokenizers by name: a hub id, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ def hide_progress() -> None:
 
 
 def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the causal language model at a hub id, a folder, or a GGUF file or folder."""
+    """Return the causal language model at a hub id, a folder, or a GGUF file or folder.
+
+    Args:
+        source: the hub id or path.
+        trust_remote_code: whether code that comes with the model is run.
+
+    Raises:
+        ValueError: transformers is not installed, or the folder `source` holds no model or
+            several GGUF files.
+    """
     transformers = _transformers()
     folder, options = _gguf(source)
     return transformers.AutoModelForCausalLM.from_pretrained(
@@ -25,8 +34,12 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer at a hub id, a folder, or a GGUF file or folder.
 
+    Args:
+        source: the hub id or path.
+        trust_remote_code: whether code that comes with the tokenizer is run.
+
     Raises:
-        ValueError: there is none.
+        ValueError: transformers is not installed, or there is no tokenizer at `source`.
     """
     transformers = _transformers()
     folder, options = _gguf(source)
@@ -34,6 +47,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
         )
+    # Transformers raises each of these for one kind or another of folder without a tokenizer.
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"no tokenizer could be loaded from {source} ({first_line(error)}); "
@@ -42,16 +56,17 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _gguf(source: str) -> tuple[str, dict[str, str]]:
-    """The folder to load from, and the GGUF file in it if that is all there is."""
+    """The folder to load from, and the option that names a GGUF file where the model is one."""
     path = Path(source)
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
+    # Without a config.json transformers can't tell what the folder holds: the file has to be named.
     if path.is_dir() and not (path / "config.json").exists():
-        found = sorted(file.name for file in path.glob("*.gguf"))
-        if len(found) > 1:
-            raise ValueError(f"{source} holds several GGUF files; name one: {', '.join(found)}")
-        if found:
-            return source, {"gguf_file": found[0]}
+        names = sorted(file.name for file in path.glob("*.gguf"))
+        if len(names) > 1:
+            raise ValueError(f"{source} holds several GGUF files; name one: {', '.join(names)}")
+        if names:
+            return source, {"gguf_file": names[0]}
         raise ValueError(f"{source} holds neither a config.json nor a GGUF file: it is no model")
     return source, {}
 
@@ -60,5 +75,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ValueError('this needs transformers: pip install "flowdata[transformers]"') from None
+        raise ValueError(
+            'this needs transformers: pip install "flowdata-torch[transformers]"'
+        ) from None
     return transformers

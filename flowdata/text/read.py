@@ -1,4 +1,4 @@
-"""Loading what the command line names: rows of data, models, tokenizers."""
+"""Rows of text: from a JSONL or Parquet file, a saved data set, or the hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from flowdata.text.chats import Row
 def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> Sequence[Row]:
     """Return the rows of a JSONL or Parquet file, a saved data set's folder, or a hub data set.
 
+    Args:
+        source: the path or hub id.
+        split: of a hub data set, or of a saved folder that has splits.
+        limit: how many rows are read, from the first; None reads all.
+
     Raises:
-        FileNotFoundError: a file is named that is not there.
-        ValueError: no rows, a line that is not a JSON object (its number named), or a limit
-            below 1.
+        FileNotFoundError: `source` names a file that is not there.
+        ValueError: there are no rows, a line is not a JSON object (its number is named), or
+            `limit` is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -36,6 +41,7 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
 
 
 def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
+    """The rows of a JSONL file; no line after the limit is parsed."""
     rows: list[Row] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -56,12 +62,12 @@ def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
 
 
 def _read_dataset(path: Path, source: str, split: str) -> Any:
-    import datasets
+    import datasets  # here, as it is slow to import and JSONL files are read without it
 
     if path.suffix == ".parquet":
         return datasets.Dataset.from_parquet(str(path))
-    loaded = datasets.load_from_disk(source) if path.is_dir() else _from_hub(source, split)
-    return loaded[split] if isinstance(loaded, dict) else loaded
+    dataset = datasets.load_from_disk(source) if path.is_dir() else _from_hub(source, split)
+    return dataset[split] if isinstance(dataset, dict) else dataset  # a folder may hold all splits
 
 
 def _from_hub(source: str, split: str) -> Any:
@@ -69,7 +75,7 @@ def _from_hub(source: str, split: str) -> Any:
 
     try:
         return datasets.load_dataset(source, split=split)
-    except Exception as error:
+    except Exception as error:  # of many classes: no network, no such name, no such split
         raise ValueError(
             f"{source!r} is no .jsonl or .parquet file or folder here, and the hub gave no data "
             f"set for it ({first_line(error)})"

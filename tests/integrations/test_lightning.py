@@ -25,14 +25,14 @@ class Classifier(pl.LightningModule):
     def __init__(self, weighted=True):
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.weighted, self.seen = torch.nn.Linear(3, 2), weighted, []
+        self.layer, self.weighted, self.inputs = torch.nn.Linear(3, 2), weighted, []
 
     def training_step(self, item, index):
         if self.weighted:
             ((inputs, targets), weights), num_items = item
         else:
             (inputs, targets), weights, num_items = item, torch.ones(len(item[0])), None
-        self.seen.append(inputs)
+        self.inputs.append(inputs)
         losses = F.cross_entropy(self.layer(inputs), targets, reduction="none")
         return weighted_mean(losses, weights, num_items=num_items)
 
@@ -61,10 +61,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    kept = tiny.run_on_two_ranks("lightning", tmp_path, 16, 4, 1)["lightning"]
+    gradients = tiny.run_on_two_ranks("lightning", tmp_path, 16, 4, 1)["lightning"]
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in kept:
+        for rank in gradients:
             for size in (16, 4, 1):
                 tiny.assert_same_gradient(rank[size, normalize], expected)
 
@@ -77,7 +77,7 @@ def test_weights_of_one_train_as_an_unweighted_module(tmp_path):
 
 def test_each_epoch_has_every_sample_once_in_another_order():
     module = fit(Classifier(), FlowDataModule(data(), torch.ones(12), batch_size=5))
-    first, second = torch.cat(module.seen[:3]), torch.cat(module.seen[3:])
+    first, second = torch.cat(module.inputs[:3]), torch.cat(module.inputs[3:])
     assert not torch.equal(first, second)
     for epoch in (first, second):
         assert epoch.sort(0).values.equal(data().tensors[0].sort(0).values)
@@ -95,7 +95,7 @@ def test_resampled_batches_come_without_weights():
     weights[:2] = 1
     datamodule = FlowDataModule(data(), weights, batch_size=4, resample=True)
     module = fit(Classifier(weighted=False), datamodule)
-    drawn = {tuple(row.tolist()) for row in torch.cat(module.seen)}
+    drawn = {tuple(row.tolist()) for row in torch.cat(module.inputs)}
     assert drawn == {tuple(row.tolist()) for row in data().tensors[0][:2]}
 
 
@@ -103,15 +103,15 @@ def test_a_count_of_ones_own_is_the_denominator():
     datamodule = FlowDataModule(
         data(), torch.ones(12), batch_size=6, count=lambda batch, weights: 100.0
     )
-    seen = []
+    counts = []
 
-    class Keep(Classifier):
+    class Recorder(Classifier):
         def training_step(self, item, index):
-            seen.append(item[1].item())
+            counts.append(item[1].item())
             return super().training_step(item, index)
 
-    fit(Keep(), datamodule, max_epochs=1, accumulate_grad_batches=2)
-    assert seen == [100.0, 100.0]  # 200 items in the step, Lightning's division by 2 undone
+    fit(Recorder(), datamodule, max_epochs=1, accumulate_grad_batches=2)
+    assert counts == [100.0, 100.0]  # 200 items in the step, Lightning's division by 2 undone
 
 
 def test_what_cannot_be_right_is_refused():

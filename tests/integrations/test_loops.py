@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import flowdata
 from flowdata.accumulation import AccumulatedBatches
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
-from flowdata.integrations.checks import carries_weights, check_loader, find_sampler
+from flowdata.integrations.checks import carries_weights, check_loader, flow_sampler_of
 from flowdata.sampler import FlowSampler
 from tests.integrations import tiny, train_worker
 
@@ -24,10 +25,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(adapter, steps, norma
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    kept = tiny.run_on_two_ranks("ddp,fsdp2,accelerate", tmp_path, 16, 4, 1)
+    gradients = tiny.run_on_two_ranks("ddp,fsdp2,accelerate", tmp_path, 16, 4, 1)
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for ranks in kept.values():
+        for ranks in gradients.values():
             for rank in ranks:
                 for size in (16, 4, 1):
                     tiny.assert_same_gradient(rank[size, normalize], expected)
@@ -68,6 +69,12 @@ def test_token_weights_go_where_the_collator_put_the_tokens():
         WeightedCollator(tiny.collate)(marked)
 
 
+def test_the_collator_is_found_at_its_former_place_too():
+    from flowdata.integrations import collator
+
+    assert collator.WeightedCollator is flowdata.WeightedCollator is WeightedCollator
+
+
 def test_samples_without_weights_pass_and_mixtures_are_refused():
     samples = tiny.make_samples(3)
     assert "weight" not in WeightedCollator(tiny.collate)(samples)
@@ -90,8 +97,11 @@ def test_a_loader_that_weighs_and_resamples_is_refused():
             check_loader(AccumulatedBatches(loader, 2, len))
     check_loader(DataLoader(weighted, shuffle=True))
     check_loader(DataLoader(data, sampler=FlowSampler(weights)))
-    assert find_sampler(DataLoader(data)) is None
-    assert not carries_weights(data)
+    assert flow_sampler_of(DataLoader(data)) is None
+    with pytest.raises(ValueError, match="the weights would act twice"):
+        check_loader(DataLoader(data, sampler=FlowSampler(weights)), weighted_loss=True)
+    assert not carries_weights(data, "weight")
+    assert carries_weights(weighted, "weight")
 
 
 def test_the_last_step_of_an_epoch_may_have_fewer_batches():

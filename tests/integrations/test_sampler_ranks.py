@@ -40,11 +40,11 @@ class Recorder(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 1)
-        self.seen = []
+        self.batches_seen = []
 
     def forward(self, x, labels, index):
         if self.training:
-            self.seen.append(index.tolist())
+            self.batches_seen.append(index.tolist())
         return {"loss": nn.functional.mse_loss(self.linear(x / 60)[:, 0], labels)}
 
 
@@ -76,10 +76,10 @@ def launch(loop, folder, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "-m", "tests.integrations.test_sampler_ranks"]
     command += [loop, str(folder)]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return [json.loads((folder / f"{loop}-{r}.json").read_text()) for r in range(processes)]
 
 
@@ -98,7 +98,7 @@ def run_ddp(folder):
             optimizer.zero_grad()
             wrapped(**batch)["loss"].backward()
             optimizer.step()
-    return model.seen
+    return model.batches_seen
 
 
 def run_stateful(folder):
@@ -109,14 +109,14 @@ def run_stateful(folder):
     sampler = FlowSampler(WEIGHTS, COUNT)
     sampler.set_epoch(1)
     loader = StatefulDataLoader(Numbers(), batch_size=BATCH, sampler=sampler, num_workers=2)
-    saved, batches = folder / "loader.pt", 5
-    if saved.exists():
-        loader.load_state_dict(torch.load(saved))
+    checkpoint, batches = folder / "loader.pt", 5
+    if checkpoint.exists():
+        loader.load_state_dict(torch.load(checkpoint))
         batches = None
-    seen = [batch["index"].tolist() for batch in islice(iter(loader), batches)]
+    batches_seen = [batch["index"].tolist() for batch in islice(iter(loader), batches)]
     if dist.get_rank() == 0:
-        torch.save(loader.state_dict(), saved)
-    return seen
+        torch.save(loader.state_dict(), checkpoint)
+    return batches_seen
 
 
 def run_accelerate(folder):
@@ -138,14 +138,14 @@ def run_accelerate(folder):
             accelerator.backward(wrapped(**batch)["loss"])
             optimizer.step()
     accelerator.end_training()
-    return model.seen
+    return model.batches_seen
 
 
 def run_trainer(folder):
     """Hugging Face Trainer, straight through."""
     trainer = build_trainer(folder / "trainer")
     trainer.train()
-    return trainer.model.seen
+    return trainer.model.batches_seen
 
 
 def run_trainer_resumed(folder):
@@ -162,7 +162,7 @@ def run_trainer_resumed(folder):
     trainer = build_trainer(folder / "resumed")
     trainer.add_callback(SetEpoch())
     trainer.train(resume_from_checkpoint=True)
-    return trainer.model.seen
+    return trainer.model.batches_seen
 
 
 def build_trainer(folder, **options):
@@ -219,7 +219,7 @@ def run_lightning(folder):
         enable_model_summary=False,
         default_root_dir=folder,
     ).fit(module)
-    return module.model.seen
+    return module.model.batches_seen
 
 
 def test_ddp_ranks_share_the_order(tmp_path):
@@ -266,8 +266,8 @@ def test_a_plain_loader_sees_the_order(num_workers):
 def main():
     """Record what one rank's loop sees."""
     loop, folder = sys.argv[1], Path(sys.argv[2])
-    seen = globals()[f"run_{loop}"](folder)
-    (folder / f"{loop}-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    batches_seen = globals()[f"run_{loop}"](folder)
+    (folder / f"{loop}-{os.environ['RANK']}.json").write_text(json.dumps(batches_seen))
     leave_ranks()
 
 

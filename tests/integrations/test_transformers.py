@@ -21,7 +21,7 @@ from transformers import (
 
 from flowdata import ScoreMismatchError, Scores
 from flowdata.dataset import FlowWeightedDataset
-from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin, check_trainer
+from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
 from tests.integrations import tiny, train_worker
@@ -72,10 +72,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    kept = tiny.run_on_two_ranks("trainer", tmp_path, 16, 4, 1)["trainer"]
+    gradients = tiny.run_on_two_ranks("trainer", tmp_path, 16, 4, 1)["trainer"]
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in kept:
+        for rank in gradients:
             for size in (16, 4, 1):
                 tiny.assert_same_gradient(rank[size, normalize], expected)
 
@@ -166,27 +166,27 @@ def layouts():
 
 @pytest.mark.parametrize("layout", list(layouts()))
 def test_weights_survive_columns_and_collators(tmp_path, layout):
-    kept = []
+    gradients = []
     flow_trainer(
         tmp_path,
-        callbacks=[train_worker.keep_gradient(kept)],
+        callbacks=[train_worker.record_gradients(gradients)],
         settings={"per_device_train_batch_size": tiny.N, "max_steps": 1, "max_grad_norm": 0.0},
         **layouts()[layout],
     ).train()
-    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(tiny.make_weights()))
+    tiny.assert_same_gradient(gradients[0], tiny.full_batch_gradient(tiny.make_weights()))
 
 
 def test_streams_bring_their_weights_along(tmp_path):
     stream = tiny.as_hf_dataset(tiny.make_samples(), weight=tiny.make_weights().numpy())
     stream = stream.with_format("torch").to_iterable_dataset()
-    kept = []
+    gradients = []
     flow_trainer(
         tmp_path,
         train_dataset=stream,
-        callbacks=[train_worker.keep_gradient(kept)],
+        callbacks=[train_worker.record_gradients(gradients)],
         settings={"per_device_train_batch_size": tiny.N, "max_steps": 1, "max_grad_norm": 0.0},
     ).train()
-    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(tiny.make_weights()))
+    tiny.assert_same_gradient(gradients[0], tiny.full_batch_gradient(tiny.make_weights()))
 
 
 def test_evaluation_stays_unweighted(tmp_path):
@@ -207,10 +207,10 @@ def test_evaluation_stays_unweighted(tmp_path):
 def test_resampling_leaves_the_loss_alone_and_reshuffles_each_epoch(tmp_path):
     weights = torch.zeros(tiny.N)
     weights[:4] = 1
-    seen = []
+    lengths = []
 
     def collate(samples):
-        seen.append([len(s["input_ids"]) for s in samples])
+        lengths.append([len(s["input_ids"]) for s in samples])
         return tiny.collate(samples)
 
     settings = {"max_steps": 16, "per_device_train_batch_size": 4}
@@ -219,8 +219,8 @@ def test_resampling_leaves_the_loss_alone_and_reshuffles_each_epoch(tmp_path):
     )
     losses = curve(trainer)
     allowed = {len(s["input_ids"]) for s in tiny.make_samples()[:4]}
-    assert all(length in allowed for batch in seen for length in batch)
-    assert seen[:8] != seen[8:16]
+    assert all(length in allowed for batch in lengths for length in batch)
+    assert lengths[:8] != lengths[8:16]
     assert all(math.isfinite(loss) for loss in losses)
     assert not hasattr(trainer.train_dataset, "weights")
 
@@ -233,12 +233,12 @@ def test_lora_trains_its_adapters_by_the_weights(tmp_path):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         return peft.get_peft_model(tiny.make_model(), config)
 
-    kept = []
+    gradients = []
     flow_trainer(
         tmp_path,
         model=lora(),
         scores=tiny.make_weights(),
-        callbacks=[train_worker.keep_gradient(kept)],
+        callbacks=[train_worker.record_gradients(gradients)],
         settings={
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 4,
@@ -246,7 +246,9 @@ def test_lora_trains_its_adapters_by_the_weights(tmp_path):
             "max_grad_norm": 0.0,
         },
     ).train()
-    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(tiny.make_weights(), model=lora()))
+    tiny.assert_same_gradient(
+        gradients[0], tiny.full_batch_gradient(tiny.make_weights(), model=lora())
+    )
 
 
 def test_a_mixture_of_experts_keeps_its_router_loss(tmp_path):
@@ -386,17 +388,17 @@ def test_other_models_have_the_gradient_of_the_plain_weighted_loss(tmp_path, kin
         targets = losses.numel()
     weighted_mean(losses, per_target, num_items=targets).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    kept = []
+    gradients = []
 
-    class Keep(FlowTrainer):
+    class Recorder(FlowTrainer):
         def _clip_grad_norm(self, model):
-            kept.append(
+            gradients.append(
                 torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
             )
 
     flow_trainer(
         tmp_path,
-        Keep,
+        Recorder,
         model=make(),
         train_dataset=data(),
         scores=weights,
@@ -407,7 +409,7 @@ def test_other_models_have_the_gradient_of_the_plain_weighted_loss(tmp_path, kin
             "max_steps": 1,
         },
     ).train()
-    tiny.assert_same_gradient(kept[0], expected)
+    tiny.assert_same_gradient(gradients[0], expected)
     settings = {"per_device_train_batch_size": 8, "max_steps": 3}
     options = {"train_dataset": data(), "data_collator": collate, "settings": settings}
     plain = curve(flow_trainer(tmp_path, Trainer, model=make(), **options))
@@ -419,7 +421,7 @@ def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
     def sample_loss(outputs, labels):
         return outputs.logits.float().square().mean((1, 2))
 
-    weights, kept = tiny.make_weights(), []
+    weights, gradients = tiny.make_weights(), []
     model, batch = tiny.make_model(), tiny.collate(tiny.make_samples())
     for normalize in NORMALIZE:
         model.zero_grad()
@@ -430,27 +432,27 @@ def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
             scores=weights,
             sample_loss=sample_loss,
             normalize=normalize,
-            callbacks=[train_worker.keep_gradient(kept)],
+            callbacks=[train_worker.record_gradients(gradients)],
             settings={
                 "per_device_train_batch_size": tiny.N,
                 "max_steps": 1,
                 "max_grad_norm": 0.0,
             },
         ).train()
-        tiny.assert_same_gradient(kept.pop(), tiny.flat_gradient(model))
+        tiny.assert_same_gradient(gradients.pop(), tiny.flat_gradient(model))
 
 
 def test_a_token_rule_needs_no_scores(tmp_path):
-    kept = []
+    gradients = []
     settings = {
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 4,
         "max_steps": 1,
         "max_grad_norm": 0.0,
     }
-    options = {"callbacks": [train_worker.keep_gradient(kept)], "settings": settings}
+    options = {"callbacks": [train_worker.record_gradients(gradients)], "settings": settings}
     flow_trainer(tmp_path, token_rule="dft", **options).train()
-    tiny.assert_same_gradient(kept[0], tiny.full_batch_gradient(None, token_rule="dft"))
+    tiny.assert_same_gradient(gradients[0], tiny.full_batch_gradient(None, token_rule="dft"))
     with pytest.raises(ValueError, match="token_rule is for causal language models"):
         flow_trainer(
             tmp_path,
@@ -510,14 +512,6 @@ def test_a_loss_that_ignores_the_weights_is_refused(tmp_path):
         trainer.train()
 
 
-def test_check_trainer_refuses_a_trainer_that_takes_no_notice(tmp_path):
-    weighted = FlowWeightedDataset(tiny.make_samples(), tiny.make_weights(), layout="dict")
-    with pytest.raises(ValueError, match="Trainer ignores the weights"):
-        check_trainer(flow_trainer(tmp_path, Trainer, train_dataset=weighted))
-    check_trainer(flow_trainer(tmp_path, Trainer))
-    check_trainer(flow_trainer(tmp_path, train_dataset=weighted))
-
-
 def test_the_order_of_batches_is_the_trainers_own(tmp_path):
     settings = {"train_sampling_strategy": "sequential"}
     trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings)
@@ -527,3 +521,8 @@ def test_the_order_of_batches_is_the_trainers_own(tmp_path):
 def test_a_rule_is_refused_where_its_weights_would_be_the_denominator():
     with pytest.raises(ValueError, match="token_rule with normalize='weights' would divide"):
         FlowTrainer(None, token_rule="talr", normalize="weights")
+
+
+def test_a_rule_is_refused_beside_a_loss_that_has_no_tokens():
+    with pytest.raises(ValueError, match="token_rule is for causal language models, whose token"):
+        FlowTrainer(None, token_rule="talr", sample_loss=lambda outputs, labels: labels)

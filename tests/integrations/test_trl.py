@@ -56,10 +56,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    kept = tiny.run_on_two_ranks("sft", tmp_path, 16, 4, 1)["sft"]
+    gradients = tiny.run_on_two_ranks("sft", tmp_path, 16, 4, 1)["sft"]
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in kept:
+        for rank in gradients:
             for size in (16, 4, 1):
                 tiny.assert_same_gradient(rank[size, normalize], expected)
 
@@ -119,10 +119,10 @@ def test_weights_of_one_give_the_unweighted_curve_and_metrics(tmp_path, settings
 
 def test_weights_of_zero_give_no_gradient(tmp_path):
     trainer = sft(tmp_path, scores=torch.zeros(tiny.N))
-    kept = []
-    trainer.add_callback(train_worker.keep_gradient(kept))
+    gradients = []
+    trainer.add_callback(train_worker.record_gradients(gradients))
     assert history(trainer, "loss") == [0.0] * 4
-    assert all(gradient.eq(0).all() for gradient in kept)
+    assert all(gradient.eq(0).all() for gradient in gradients)
 
 
 def conversations():
@@ -139,13 +139,13 @@ def conversations():
 def test_chat_and_completion_only_labels_carry_their_weights(tmp_path):
     weights = torch.rand(12, generator=torch.Generator().manual_seed(0))
     settings = {"per_device_train_batch_size": 12, "max_steps": 1, "max_grad_norm": 0.0}
-    kept = []
+    gradients = []
     trainer = sft(
         tmp_path,
         settings=settings,
         train_dataset=conversations(),
         scores=weights,
-        callbacks=[train_worker.keep_gradient(kept)],
+        callbacks=[train_worker.record_gradients(gradients)],
     )
     rows = trainer.train_dataset
     assert all(-100 in row["labels"] for row in rows)
@@ -156,7 +156,7 @@ def test_chat_and_completion_only_labels_carry_their_weights(tmp_path):
     batch = tiny.collate(samples)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     causal_lm_loss(logits, batch["labels"], weights).backward()
-    tiny.assert_same_gradient(kept[0], tiny.flat_gradient(model))
+    tiny.assert_same_gradient(gradients[0], tiny.flat_gradient(model))
 
 
 def test_plain_text_is_weighted_through_its_tokenisation(tmp_path):
@@ -196,15 +196,15 @@ def test_reference_token_weights_end_to_end(tmp_path, mode):
     scores = Scores.load(tmp_path / "scores")
     column = token_weight_column(scores, dataset["labels"], mode=mode)
     expected = tiny.full_batch_gradient([torch.tensor(row) for row in column])
-    kept = []
+    gradients = []
     settings = PACKED | {"per_device_train_batch_size": 8, "max_steps": 1, "max_grad_norm": 0.0}
     sft(
         tmp_path,
         settings=settings,
         train_dataset=dataset.add_column("weight", column),
-        callbacks=[train_worker.keep_gradient(kept)],
+        callbacks=[train_worker.record_gradients(gradients)],
     ).train()
-    tiny.assert_same_gradient(kept[0], expected)
+    tiny.assert_same_gradient(gradients[0], expected)
 
 
 def test_modes_that_cannot_be_right_are_refused(tmp_path):

@@ -105,7 +105,7 @@ def as_hf_dataset(samples, **columns):
 
 
 def run_on_two_ranks(adapters, folder, *sizes):
-    """Run train_worker.py under torchrun and return what each adapter kept on each rank."""
+    """Run train_worker.py under torchrun and return what each adapter gave on each rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.integrations.train_worker", adapters, str(folder)]
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Train one step by an adapter, keep its gradient: torchrun -m … ADAPTERS FOLDER [SIZE …].
+"""Train one step by an adapter and record its gradient: torchrun -m … ADAPTERS FOLDER [SIZE …].
 
 Run in this process by the single-rank tests, and by torchrun for two ranks.
 """
@@ -37,14 +37,14 @@ def hf_arguments(cls, batch_size, steps, **options):
     )
 
 
-def keep_gradient(kept):
+def record_gradients(gradients):
     from transformers import TrainerCallback
 
-    class Keep(TrainerCallback):
+    class Recorder(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            kept.append(tiny.flat_gradient(model))
+            gradients.append(tiny.flat_gradient(model))
 
-    return Keep()
+    return Recorder()
 
 
 def trainer(batch_size, steps, normalize="count", **options):
@@ -52,7 +52,7 @@ def trainer(batch_size, steps, normalize="count", **options):
 
     from flowdata.integrations.transformers import FlowTrainer
 
-    kept = []
+    gradients = []
     FlowTrainer(
         tiny.make_model(),
         hf_arguments(TrainingArguments, batch_size, steps),
@@ -60,10 +60,10 @@ def trainer(batch_size, steps, normalize="count", **options):
         scores=tiny.make_weights(),
         data_collator=tiny.collate,
         normalize=normalize,
-        callbacks=[keep_gradient(kept)],
+        callbacks=[record_gradients(gradients)],
         **options,
     ).train()
-    return kept[0]
+    return gradients[0]
 
 
 def sft(batch_size, steps, normalize="count", token_weights=False, config=(), **options):
@@ -71,7 +71,7 @@ def sft(batch_size, steps, normalize="count", token_weights=False, config=(), **
 
     from flowdata.integrations.trl import FlowSFTTrainer
 
-    kept, samples = [], tiny.make_samples()
+    gradients, samples = [], tiny.make_samples()
     if token_weights:
         weights = [w.tolist() for w in tiny.make_token_weights(samples)]
         data = {"train_dataset": tiny.as_hf_dataset(samples, weight=weights)}
@@ -82,11 +82,11 @@ def sft(batch_size, steps, normalize="count", token_weights=False, config=(), **
         hf_arguments(SFTConfig, batch_size, steps, bf16=False, **dict(config)),
         processing_class=tiny.make_tokenizer(),
         normalize=normalize,
-        callbacks=[keep_gradient(kept)],
+        callbacks=[record_gradients(gradients)],
         **data,
         **options,
     ).train()
-    return kept[0]
+    return gradients[0]
 
 
 def lightning(batch_size, steps, normalize="count"):
@@ -94,7 +94,7 @@ def lightning(batch_size, steps, normalize="count"):
 
     from flowdata.integrations.lightning import FlowDataModule
 
-    kept = []
+    gradients = []
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -108,7 +108,7 @@ def lightning(batch_size, steps, normalize="count"):
             return causal_lm_loss(logits, batch["labels"], weights, **options)
 
         def on_before_optimizer_step(self, optimizer):
-            kept.append(tiny.flat_gradient(self.model))
+            gradients.append(tiny.flat_gradient(self.model))
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -134,7 +134,7 @@ def lightning(batch_size, steps, normalize="count"):
             normalize=normalize,
         ),
     )
-    return kept[0]
+    return gradients[0]
 
 
 def loop(batch_size, steps, normalize, prepare):
@@ -231,15 +231,15 @@ def resumed(batch_size, steps, normalize):
         trainer.train(resume_from_checkpoint=resume)
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
-    kept = {}
+    parameters = {}
     for resample in (False, True):
         folder = [tempfile.mkdtemp()]
         torch.distributed.broadcast_object_list(folder)
         whole = run(folder[0], resample=resample)
         torch.distributed.barrier()
         checkpoint = f"{folder[0]}/checkpoint-6"
-        kept[resample] = whole, run(folder[0], checkpoint, resample=resample)
-    return kept
+        parameters[resample] = whole, run(folder[0], checkpoint, resample=resample)
+    return parameters
 
 
 ADAPTERS["resumed"] = resumed
@@ -248,14 +248,14 @@ ADAPTERS["resumed"] = resumed
 def main(adapters, folder, *sizes):
     torch.distributed.init_process_group("gloo")
     for adapter in adapters.split(","):
-        kept = {
+        results = {
             (int(size), normalize): ADAPTERS[adapter](
                 int(size), tiny.N // 2 // int(size), normalize
             )
             for size in sizes
             for normalize in ("count", "weights")
         }
-        torch.save(kept, f"{folder}/{adapter}.{torch.distributed.get_rank()}")
+        torch.save(results, f"{folder}/{adapter}.{torch.distributed.get_rank()}")
     leave_ranks()
 
 

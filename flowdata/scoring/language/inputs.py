@@ -1,83 +1,28 @@
-"""Inputs: a batch of token samples as what a language model is given, and its targets.
-
-All of it is made on the host, where sizes can be looked at without waiting for a device.
-"""
+"""Inputs: what a language model is given of a batch of token samples, and its targets."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.models.calling import innermost
-from flowdata.models.tensors import to_device
-from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.scoring.language.work import Prepare, Work, make_work
+from flowdata.targets.labels import IGNORE_INDEX, next_tokens
 
-
-@dataclass(frozen=True)
-class Work:
-    """One call of a model, and what to read off its outputs.
-
-    Attributes:
-        inputs: the call's keyword arguments.
-        shape: (B, T), of the call's output positions.
-        places: (n,) int64, those positions that have a target, counted through all of B × T.
-        targets: (n,) int64, their targets.
-        counts: (samples,) int64, targets of each sample, in the order in which they lie.
-        around: makes the context that the call needs.
-    """
-
-    inputs: dict[str, Any]
-    shape: torch.Size
-    places: Tensor
-    targets: Tensor
-    counts: Tensor
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def on(self, device: torch.device) -> Work:
-        """Return the same with all that the call needs on a device."""
-        inputs, places, targets = to_device([self.inputs, self.places, self.targets], device)
-        return replace(self, inputs=inputs, places=places, targets=targets)
-
-    def of_targets(self, values: Tensor) -> Tensor:
-        """Return those of (B, T, …) values that belong to targets, (n, …)."""
-        return values.flatten(0, 1).index_select(0, self.places)
-
-
+# Without labels, tokens at which one of these fields is 0 are no targets.
 _TARGET_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
-Prepare = Callable[[nn.Module, Any], list[Work]]  # of a batch, its samples in order
-
-
-def make_work(
-    inputs: dict[str, Any],
-    targets: Tensor,
-    counts: Tensor,
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Work:
-    """Return the work whose targets are given for each output position: (B, T), or −100.
-
-    Raises:
-        ValueError: a target is negative and not −100: it would be read as another token.
-    """
-    flat = targets.flatten()
-    places = (flat != IGNORE_INDEX).nonzero().flatten()
-    wanted = flat[places]
-    if (wanted < 0).any():
-        raise ValueError(
-            f"labels must be token ids, or {IGNORE_INDEX} where nothing counts, "
-            f"got {int(wanted[wanted < 0][0])}"
-        )
-    return Work(inputs, targets.shape, places, wanted, counts, around)
 
 
 def padded(loss: str, max_tokens: int | None = None) -> Prepare:
-    """Return what runs batches as they were collated, in slices where they exceed `max_tokens`."""
+    """Return what prepares batches as they were collated.
+
+    Args:
+        loss: the language loss's name.
+        max_tokens: a batch of more tokens, padding included, is cut into slices of whole samples.
+    """
 
     def prepare(model: nn.Module, batch: Any) -> list[Work]:
         return [_padded_work(model, part, loss) for part in _slices(batch, max_tokens)]
@@ -90,12 +35,47 @@ def _padded_work(model: nn.Module, batch: Any, loss: str) -> Work:
     return make_work(inputs, targets, (targets != IGNORE_INDEX).sum(1))
 
 
+def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
+    """A batch in slices of whole samples, each of `max_tokens` at most or of one sample."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if max_tokens is None or not isinstance(ids, Tensor) or ids.numel() <= max_tokens:
+        return [batch]
+    if any(len(value) != len(ids) for value in batch.values() if isinstance(value, Tensor)):
+        return [batch]  # fields of another layout can't be cut
+    step = max(1, max_tokens // ids.shape[1])
+    return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
+
+
+def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return samples `start` to `stop` of a batch, without padding on the right that all have.
+
+    Fields that don't have one entry for each sample are left out.
+    """
+    size = len(batch["input_ids"])
+    fields = {
+        key: value[start:stop]
+        for key, value in batch.items()
+        if isinstance(value, Tensor | list) and len(value) == size
+    }
+    mask = fields.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        width = mask.shape[1]
+        length = int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1  # no model runs on none
+        for key, value in fields.items():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
+                fields[key] = value[:, :length]
+    return fields
+
+
 def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[str, Any], Tensor]:
-    """Return a model's inputs and, for each of its output positions, the target or −100.
+    """Return a model's inputs and the targets of its output positions, (B, T), −100 for none.
 
     Labels are as Hugging Face gives them: unshifted for causal models. Without labels every
     token that is not padding is a target, or, where the batch has a `completion_mask` or
     `assistant_masks` as TRL makes them, every token that they mark.
+
+    Raises:
+        ValueError: a batch without tokens, or without the labels that its loss needs.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(
@@ -105,7 +85,7 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = labels_of(batch, loss)
     if loss == "causal_lm":
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = next_tokens(labels)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
             labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
@@ -116,35 +96,14 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
     return inputs, labels
 
 
-def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Return some samples of a batch, without padding on the right that all of them have."""
-    size = len(batch["input_ids"])
-    fields = {
-        key: value[start:stop]
-        for key, value in batch.items()
-        if isinstance(value, Tensor | list) and len(value) == size
-    }
-    mask = fields.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        width, length = mask.shape[1], int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1
-        for key, value in fields.items():
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
-                fields[key] = value[:, :length]
-    return fields
-
-
-def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if max_tokens is None or not isinstance(ids, Tensor) or ids.numel() <= max_tokens:
-        return [batch]
-    if any(len(value) != len(ids) for value in batch.values() if isinstance(value, Tensor)):
-        return [batch]  # fields of another layout can't be cut
-    step = max(1, max_tokens // ids.shape[1])
-    return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
-
-
 def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
-    """Return a batch's unshifted labels, (B, T); where it has none, those that its masks leave."""
+    """Return a batch's unshifted labels, (B, T).
+
+    Where a causal model's batch has none, they are its tokens, −100 where one of its masks is 0.
+
+    Raises:
+        ValueError: no labels, for a loss that can't do without.
+    """
     if "labels" in batch:
         labels: Tensor = batch["labels"]
         return labels
@@ -157,18 +116,18 @@ def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
 
 
 def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether leaving a mask out would change what a model does.
+    """Whether leaving the mask out would change what a model does.
 
-    Hugging Face's models read packed sequences out of `position_ids` where there is no mask; a
-    `forward` may have no default for it.
+    Without a mask, Hugging Face's models read from `position_ids` where packed sequences begin;
+    and a `forward` may have no default for its mask.
     """
-    wanted = inspect.signature(innermost(model).forward).parameters.get("attention_mask")
-    required = wanted is not None and wanted.default is inspect.Parameter.empty
-    return required or "position_ids" in inputs
+    parameter = inspect.signature(innermost(model).forward).parameters.get("attention_mask")
+    is_required = parameter is not None and parameter.default is inspect.Parameter.empty
+    return is_required or "position_ids" in inputs
 
 
 def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Drop a mask that causality makes needless; else count positions from the first real token.
+    """Drop a mask of padding on the right; else count positions from the first real token.
 
     No position of a causal model sees padding to its right, and without a mask attention takes
     its fastest kernel.
@@ -176,7 +135,7 @@ def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return inputs
-    if bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    if bool((mask[:, 1:] <= mask[:, :-1]).all()):  # it never rises: ones, then zeros
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
     return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
 

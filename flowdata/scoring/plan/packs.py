@@ -8,11 +8,47 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the packs of a plan were cut by, and how each of them is run.
+
+    The last bits of a loss depend on all of it, so a store keeps it and every rank shares it.
+
+    Attributes:
+        max_tokens: tokens in one pack, padding included; None where samples have no length.
+        batch_size: most samples in one pack; None: no limit.
+        prefix: tokens with which all samples begin, run once for all packs.
+        shared_prompts: tokens that are saved by running shared prompts once.
+        compile: whether the model's layers are compiled.
+        threads: with which PyTorch computes on a CPU.
+    """
+
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    prefix: int = 0
+    shared_prompts: int = 0
+    compile: bool = False
+    threads: int = 1
+
+    def as_begun(self, plan_field: Mapping[str, Any]) -> PlanOptions:
+        """Return the options that a store was begun with, from the `plan` field of its manifest.
+
+        What that field lacks is taken from these options; the plan made with them then differs
+        from the field in what was lacking, and the store is refused by that name.
+        """
+        begun = {name: plan_field[name] for name in asdict(self) if name in plan_field}
+        return replace(self, **begun)
 
 
 @dataclass(frozen=True)
@@ -23,11 +59,13 @@ class Plan:
         order: (N,) int64, every sample's index once, pack after pack.
         offsets: (packs + 1,) int64; pack p is ``order[offsets[p]:offsets[p + 1]]``.
         costs: (packs,) int64, tokens (or samples) that a pack runs, padding included.
+        options: what the packs were cut by.
     """
 
     order: Tensor
     offsets: Tensor
     costs: Tensor
+    options: PlanOptions = field(default_factory=PlanOptions)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -46,6 +84,10 @@ class Plan:
         """Hex SHA-256 of the order and the cuts."""
         content = self.order.numpy().tobytes() + self.offsets.numpy().tobytes()
         return hashlib.sha256(content).hexdigest()
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Return the `plan` field of a store's manifest: the options, and what was made of them."""
+        return {**asdict(self.options), "packs": len(self), "digest": self.digest}
 
 
 def plan_padded(
@@ -73,23 +115,32 @@ def plan_padded(
     """
     sizes = np.maximum(lengths.numpy(), 1)
     if groups is not None:
-        longest = np.zeros(len(sizes), dtype=sizes.dtype)
-        np.maximum.at(longest, groups.numpy(), sizes)
-        sizes = longest[groups.numpy()]
-    shortness = (sizes.max() - sizes).astype(np.min_scalar_type(sizes.max()))  # sorts faster
+        longest_in_group = np.zeros(len(sizes), dtype=sizes.dtype)
+        np.maximum.at(longest_in_group, groups.numpy(), sizes)
+        sizes = longest_in_group[groups.numpy()]
+    order = _longest_first(sizes, groups)
+    offsets = _cut(sizes[order], max_tokens, len(order) if batch_size is None else batch_size)
+    costs = sizes[order][offsets[:-1]] * np.diff(offsets)  # a pack's first sample is its longest
+    return Plan(torch.from_numpy(order), torch.from_numpy(offsets), torch.from_numpy(costs))
+
+
+def _longest_first(sizes: _Integers, groups: Tensor | None) -> _Integers:
+    """Sort samples by falling size, those of a group together, equals in data set order."""
+    # numpy sorts integers of 8 and 16 bits by radix, much faster than those of 64. How much a
+    # sample is shorter than the longest one is small, rises as sizes fall, and fits such integers.
+    shortness = (sizes.max() - sizes).astype(np.min_scalar_type(sizes.max()))
     if groups is None:
-        order = np.argsort(shortness, kind="stable")
-    else:
-        order = np.lexsort((groups.numpy(), shortness))
-    longest_first = sizes[order]
-    most = len(order) if batch_size is None else batch_size
+        return np.argsort(shortness, kind="stable")
+    return np.lexsort((groups.numpy(), shortness))
+
+
+def _cut(falling_sizes: _Integers, max_tokens: int, batch_size: int) -> _Integers:
+    """Return where packs begin: each takes as many samples as fit, at the size of its first."""
     offsets = [0]
-    while offsets[-1] < len(order):
-        fits = int(max_tokens // longest_first[offsets[-1]])
-        offsets.append(min(offsets[-1] + max(1, min(fits, most)), len(order)))
-    cuts = np.asarray(offsets, dtype=np.int64)
-    costs = longest_first[cuts[:-1]] * np.diff(cuts)
-    return Plan(torch.from_numpy(order), torch.from_numpy(cuts), torch.from_numpy(costs))
+    while offsets[-1] < len(falling_sizes):
+        samples = min(int(max_tokens // falling_sizes[offsets[-1]]), batch_size)
+        offsets.append(min(offsets[-1] + max(1, samples), len(falling_sizes)))
+    return np.asarray(offsets, dtype=np.int64)
 
 
 def plan_fixed(num_samples: int, *, batch_size: int) -> Plan:

@@ -25,7 +25,7 @@ _LINE = 10.0  # points from one label to the next
 _BEFORE = "pre-trained"
 
 
-def picture(
+def draw_picture(
     records: list[Record],
     *,
     variants: Collection[str] = tuple(TEMPERATURES),

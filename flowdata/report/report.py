@@ -20,8 +20,8 @@ class Report:
     """What `write_report` wrote.
 
     Attributes:
-        page: the HTML page.
-        picture: the PNG.
+        page: path of the HTML page.
+        picture: path of the PNG.
         summary: the figures, as `summarize` returns them.
     """
 
@@ -38,7 +38,7 @@ def write_report(
     samples: Callable[[int], str] | None = None,
     top: int = 10,
 ) -> Report:
-    """Write `report.html` and `losses.png` into a folder and return their paths.
+    """Write `report.html` and `losses.png` into a folder; return their paths and the figures.
 
     Args:
         scores: of N samples.
@@ -48,6 +48,9 @@ def write_report(
             numbers alone.
         top: how many of the easiest and of the hardest samples the page lists.
 
+    Returns:
+        The paths of the page and the picture, and the summary.
+
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: no sample has a loss, `top` is negative, or the temperature is unusable.
@@ -56,7 +59,6 @@ def write_report(
         raise ValueError(f"top must be >= 0, got {top}")
     summary = scores.summary(temperature)
     picture = plot_losses(scores.losses, Path(folder) / "losses.png", temperature=temperature)
-    top = min(top, summary["samples"] - summary["missing"])
     page = Path(folder) / "report.html"
     page.write_text(render(scores, summary, samples, top), encoding="utf-8")
     return Report(page, picture, summary)

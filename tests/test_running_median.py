@@ -26,8 +26,8 @@ def test_parts_in_any_order_and_merged_give_the_sketch_of_the_whole():
     values = np.random.default_rng(0).lognormal(sigma=3, size=10_000)
     whole = sketch_of(values)
     assert sketch_of(*np.split(values[::-1].copy(), 10)).counts == whole.counts
-    merged = sketch_of(values[:3_000]) + sketch_of(values[3_000:])
-    assert merged.counts == whole.counts
+    total = sketch_of(values[:3_000]) + sketch_of(values[3_000:])
+    assert total.counts == whole.counts
     assert RunningMedian(dict(whole.counts)).median() == whole.median()
 
 

@@ -3,7 +3,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata.probe.linear_probe import linear_probe
-from tests.test_heads import blobs
+from tests.test_fit import blobs
 
 
 def quiet(head, dataset, model=None, **options):

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-SIDE = 32  # of an image, in pixels
+Arrays = tuple[Any, Any]  # images (N, H, W) or (N, H, W, 3) uint8, and labels
 
 
 class Block(nn.Module):
@@ -57,31 +57,25 @@ class Body(nn.Module):
 
 def load_resnet20(assets: Path) -> nn.Sequential:
     """Return body and head as they were trained on CIFAR-10; `assets` holds ``vision/``."""
-    folder = assets / "vision"
-    file = folder / "cifar10_resnet20.safetensors"
+    file = assets / "vision" / "cifar10_resnet20.safetensors"
     if not file.is_file():
-        raise SystemExit(f"{folder} holds no {file.name}: pass its parent as --assets")
+        raise SystemExit(f"{file.parent} holds no {file.name}: pass its parent as --assets")
     weights, body, head = load_file(file), Body(), nn.Linear(64, 10)
     head.load_state_dict({name: weights.pop(f"linear.{name}") for name in ("weight", "bias")})
     body.load_state_dict(weights)
     return nn.Sequential(body, head)
 
 
-def read_images(file: Path) -> tuple[Any, Any]:
-    """Return the ``images`` and ``labels`` of an npz file."""
-    arrays = np.load(file)
-    return arrays["images"], arrays["labels"]
+def read_arrays(path: Path) -> Arrays:
+    """Return the images and the labels of an npz file: (N, H, W) or (N, H, W, 3) uint8, (N,)."""
+    file = np.load(path)
+    return file["images"], file["labels"]
 
 
 def as_dataset(images: Any, labels: Any) -> TensorDataset:
-    """Return images as the network takes them: 32 × 32, three channels, its own normalisation.
-
-    Args:
-        images: (N, H, W) or (N, H, W, 3) uint8.
-        labels: (N,) classes.
-    """
+    """Return images as the network takes them: 32 × 32, three channels, its own normalisation."""
     pixels = torch.from_numpy(images).float() / 255
     pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
-    if pixels.shape[-1] != SIDE:
-        pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
+    if pixels.shape[-1] != 32:
+        pixels = F.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
     return TensorDataset((pixels - MEAN) / STD, torch.from_numpy(labels).long())

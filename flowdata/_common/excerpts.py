@@ -1,0 +1,25 @@
+"""Values as a message shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_MOST_CHARACTERS, _BEGINNING = 60, 44  # two values and the text around them fit a few lines
+
+
+def excerpt_of(fields: Mapping[str, Any], name: str) -> str:
+    """Return the field `name` as JSON, its beginning alone where it is long, or ``none``.
+
+    Example:
+        >>> excerpt_of({"model": "ab" * 40}, "model")
+        '"abababababababababababababababababababababa…"'
+        >>> excerpt_of({"samples": 6}, "samples"), excerpt_of({}, "samples")
+        ('6', 'none')
+    """
+    if name not in fields:
+        return "none"
+    text = json.dumps(fields[name])
+    closing = text[-1] if text[0] in '"[{' else ""
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_BEGINNING]}…{closing}"

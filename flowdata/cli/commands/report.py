@@ -1,0 +1,63 @@
+"""`flowdata report`: a store's figures, pictures and samples, for a reader."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from flowdata._common.notices import logger
+from flowdata.cli.exit_codes import DONE, USER_ERRORS
+from flowdata.cli.options import add_temperature
+from flowdata.cli.output import list_figures, print_result
+from flowdata.report.report import write_report
+from flowdata.scores import Scores
+from flowdata.text.read import read_rows
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("store", help="folder with finished scores")
+    parser.add_argument("--output", help="folder for the report (default: STORE/report)")
+    add_temperature(parser, "number or rule")
+    parser.add_argument("--top", type=int, default=10, help="easiest and hardest samples shown")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write a store's report: summary, histogram, easiest and hardest samples."""
+    scores = Scores.load(options.store)
+    report = write_report(
+        scores,
+        Path(options.output or Path(options.store) / "report"),
+        temperature=options.temperature,
+        samples=_sample_texts(scores),
+        top=options.top,
+    )
+    print_result(
+        options,
+        {**report.summary, "page": str(report.page), "picture": str(report.picture)},
+        f"{list_figures(report.summary)}\n{report.page}\n{report.picture}",
+    )
+    return DONE
+
+
+def _sample_texts(scores: Scores) -> Callable[[int], str] | None:
+    """The text of sample i; None where the store doesn't name the data or the data is gone."""
+    data = scores.metadata.get("details", {}).get("data")
+    if not isinstance(data, dict):  # not scored by `flowdata score`
+        return None
+    try:
+        rows = read_rows(data["source"], split=data["split"], limit=len(scores))
+    except USER_ERRORS as error:
+        logger.warning("samples are shown without their text: %s", error)
+        return None
+    fields = [data[name] for name in ("messages", "prompt", "completion") if data.get(name)]
+
+    def text(index: int) -> str:
+        return "\n".join(
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in (rows[index][field] for field in fields)
+        )
+
+    return text

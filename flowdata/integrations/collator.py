@@ -1,0 +1,3 @@
+"""The former place of `flowdata.WeightedCollator`."""
+
+from flowdata.collator import WeightedCollator as WeightedCollator

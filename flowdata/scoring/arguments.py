@@ -1,0 +1,81 @@
+"""What `LossScorer` and its `score` are given, refused where it can't be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowdata._common.unreadable import check_map_style
+from flowdata.models.placement import is_placed
+from flowdata.models.precision import name_of
+from flowdata.targets.which_loss import LOSSES
+
+
+def check_loss(loss: object) -> None:
+    """Raise ValueError unless a loss is "auto", a loss's name or a callable."""
+    if not callable(loss) and loss not in ("auto", *LOSSES):
+        raise ValueError(
+            f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
+            f"(model, batch) -> (B,) tensor; got {loss!r}"
+        )
+
+
+def check_counts(**counts: object) -> None:
+    """Raise ValueError, with its name, of a value that is neither None nor a positive integer."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+
+
+def check_reference(reference: str, model: nn.Module) -> None:
+    """Raise ValueError unless the model can be scored as this reference."""
+    if reference not in ("model", "base"):
+        raise ValueError(f"reference must be 'model' or 'base', got {reference!r}")
+    if reference == "model":
+        return
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "reference='base' needs a PEFT model whose adapters can be turned off, got "
+            f"{type(model).__name__}; score the model itself with reference='model'"
+        )
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            "reference='base' turns adapters off, which would take merged ones out of the "
+            "base model's weights; call model.unmerge_adapter() first"
+        )
+
+
+def check_switches(compile: object, token_losses: object) -> None:
+    """Raise ValueError or TypeError unless both are what they can be."""
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
+    if not isinstance(token_losses, bool):
+        raise TypeError(f"token_losses must be True or False, got {token_losses!r}")
+
+
+def check_placed(model: nn.Module, dtype: str | torch.dtype, device: object) -> None:
+    """Raise ValueError if a model that others have placed would have to move or be converted."""
+    if not is_placed(model):
+        return
+    own_names = {name_of(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    name = dtype if isinstance(dtype, str) else name_of(dtype)
+    if device is not None or name not in ("auto", *own_names):
+        raise ValueError(
+            "a model that is sharded, or spread over devices, is scored as and where it is: leave "
+            f"device=None, got {device!r}, and dtype='auto' (its own, "
+            f"{', '.join(sorted(own_names))}), got {name!r}; to score in another dtype, load it "
+            "in that"
+        )
+
+
+def check_call(dataset: Any, collate_fn: object, on_error: str) -> None:
+    """Raise ValueError or TypeError unless `LossScorer.score` can begin with these arguments."""
+    check_map_style(dataset)
+    if len(dataset) == 0:
+        raise ValueError("dataset is empty: there is nothing to score")
+    if not (collate_fn is None or callable(collate_fn)):
+        raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")

@@ -1,0 +1,150 @@
+"""Runs: from prepared work to the losses of its targets, through the model's output layer.
+
+    hidden states (B, T, d) → output layer → logits (B, T, V) → softcap, scale → losses
+
+Three runs of `forward` differ in what the output layer is given, fastest first:
+
+- one position, because `forward` has to end; the hidden states of the target positions go through
+  the tiled head, which never holds their logits (flowdata/head);
+- the target positions, whose logits the model makes itself;
+- all positions, as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdata.head.output_layer import Head, finish_logits, logit_options, read_head
+from flowdata.head.tiled import kernels, target_values
+from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.models.hooks import Call, last_call, replaced_input
+from flowdata.scoring.language.work import Work
+from flowdata.targets.columns import columns_of_logits
+from flowdata.targets.predictions import logits_of
+from flowdata.targets.target_losses import TargetLosses, joined
+
+_ROWS_AT_ONCE = 256  # of logits that are converted to float32: 256 MiB for 2^18 tokens
+Run = Callable[[nn.Module, Work], TargetLosses]  # of a model and work on its device
+
+
+def runs_of(
+    model: nn.Module, columns: Sequence[str] = (), *, compiled: bool = False
+) -> list[tuple[str, Run]]:
+    """Return the runs that a model allows, named, fastest first, full logits last.
+
+    Args:
+        model: the model as it is run.
+        columns: names of further columns, see flowdata/targets/columns.py.
+        compiled: the head may be compiled as well.
+    """
+    output_layer = output_layer_of(model)
+    config: Any = getattr(innermost(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    runs: list[tuple[str, Run]] = []
+    if output_layer is not None:
+        head = read_head(output_layer, config)
+        if head is not None:
+            for name, head_of_kernel in kernels(head, compiled=compiled):
+                tiled = _tiled(output_layer, head_of_kernel, columns)
+                runs.append((f"target positions through {name}", tiled))
+        gathered = _gathered(output_layer, config, columns)
+        runs.append(("target positions through the model's head", gathered))
+    return [*runs, ("full logits", _full_logits(output_layer, config, columns))]
+
+
+def _tiled(output_layer: nn.Module, head: Head, columns: Sequence[str]) -> Run:
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        with replaced_input(output_layer, _one_position) as originals:
+            call_with(model, work.inputs, use_cache=False)
+        hidden = work.of_targets(originals[0]).to(head.weight.dtype)
+        values, further = target_values(hidden, head, work.targets, columns)
+        return TargetLosses(values, work.counts, further)
+
+    return run
+
+
+def _one_position(hidden: Tensor) -> Tensor:
+    """(B, T, d) to (1, 1, d)."""
+    return hidden.flatten(0, -2)[None, :1]
+
+
+def _gathered(output_layer: nn.Module, config: Any, columns: Sequence[str]) -> Run:
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        with (
+            replaced_input(output_layer, lambda hidden: work.of_targets(hidden)[None]),
+            last_call(_recorded(output_layer, columns)) as calls,
+        ):
+            logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        rows = [Call(call.input[0], call.output[0]) for call in calls]
+        return _losses_of_logits(logits[0], work, columns, rows, config)
+
+    return run
+
+
+def _full_logits(output_layer: nn.Module | None, config: Any, columns: Sequence[str]) -> Run:
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        with last_call(_recorded(output_layer, columns)) as calls:
+            logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        if logits.shape[:2] != work.shape:
+            raise ValueError(
+                f"the model gives logits of shape {tuple(logits.shape)} for labels of shape "
+                f"{tuple(work.shape)}; they should be (B, T, V) and (B, T). "
+                "Pass loss=callable(model, batch)"
+            )
+        rows = [Call(work.of_targets(call.input), work.of_targets(call.output)) for call in calls]
+        return _losses_of_logits(work.of_targets(logits), work, columns, rows, config)
+
+    return run
+
+
+def _recorded(output_layer: nn.Module | None, columns: Sequence[str]) -> list[nn.Module]:
+    """The layers whose call is recorded: the output layer where a gradient's norm needs it."""
+    if output_layer is None or "gradient_norm" not in columns:
+        return []
+    return [output_layer]
+
+
+def _losses_of_logits(
+    logits: Tensor, work: Work, columns: Sequence[str], calls: list[Call], config: Any
+) -> TargetLosses:
+    """Cross-entropies of (n, V) logits and further columns, a few rows in float32 at a time.
+
+    `calls` holds what the output layer was given and returned for them, (n, d) and (n, V), or
+    nothing where no column needs it.
+    """
+    scale, softcap = logit_options(config)
+    for call in calls:
+        _check_logit_options(call.output, logits, work.targets, scale, softcap)
+    hidden = calls[0].input if calls else None
+    parts = []
+    for start in range(0, max(1, len(work.targets)), _ROWS_AT_ONCE):  # once without targets, too
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        targets, few = work.targets[rows], logits[rows].float()
+        inputs = None if hidden is None else hidden[rows]
+        further = columns_of_logits(few, targets, columns, inputs, scale=scale, softcap=softcap)
+        losses = F.cross_entropy(few, targets, reduction="none")
+        parts.append(TargetLosses(losses, work.counts[:0], further))
+    whole = joined(parts)
+    return TargetLosses(whole.values, work.counts, whole.further)
+
+
+def _check_logit_options(
+    output: Tensor, logits: Tensor, targets: Tensor, scale: float, softcap: float | None
+) -> None:
+    """Raise unless the logits are what the configuration makes of the output layer's values.
+
+    Only the targets' logits are compared: those of all classes would be as much work again.
+    """
+    expected = finish_logits(output.gather(1, targets[:, None]).float(), None, scale, softcap)
+    actual = logits.gather(1, targets[:, None]).float()
+    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
+        raise ValueError(
+            "the column 'gradient_norm' needs to know how logits follow from the output layer, but "
+            "the model does something to them that its configuration doesn't tell; leave it out "
+            "of columns"
+        )

@@ -1,0 +1,41 @@
+"""The vocabulary: whether a batch's tokens are the model's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowdata.models.calling import innermost, output_layer_of
+from flowdata.scoring.language.work import Work
+
+
+def check_vocabulary(model: nn.Module, work: Work) -> None:
+    """Refuse tokens that the model doesn't have; a GPU would only say that it was aborted.
+
+    Raises:
+        ValueError: an input token without an embedding, or a target without a logit.
+    """
+    inner = innermost(model)
+    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    # A model that takes images as well may have ids beyond its vocabulary stand for them.
+    if not _takes_more_than_text(inner):
+        _check_tokens("input_ids", work.inputs["input_ids"], embedding, "num_embeddings")
+    _check_tokens("labels", work.targets, output_layer_of(model), "out_features")
+
+
+def _takes_more_than_text(model: Any) -> bool:
+    config: Any = getattr(model, "config", None)
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
+
+
+def _check_tokens(field: str, ids: Tensor, layer: nn.Module | None, size_name: str) -> None:
+    size = getattr(layer, size_name, None)
+    if size is None:
+        return
+    outside = ids[(ids < 0) | (ids >= size)]
+    if len(outside):
+        raise ValueError(
+            f"{field} must be tokens of the model, from 0 to {size - 1}, got {int(outside[0])}; "
+            "is the tokenizer the model's own?"
+        )

@@ -1,0 +1,115 @@
+"""Planning: the options by which a job's data set is cut into packs, and agreement on the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowdata.models.compiled import gains, pays
+from flowdata.scoring.job import Job
+from flowdata.scoring.language.packable import why_not_packed
+from flowdata.scoring.plan.lengths import sample_lengths
+from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
+from flowdata.scoring.plan.prompts import shared_prompts
+from flowdata.scoring.ranks import SAME_CALL, Ranks
+from flowdata.store.format import Manifest
+from flowdata.store.identity import check_identity
+
+# Tokens, or samples, in one pack where the user names no number: enough to keep matrix products
+# at their full rate on the CPUs measured; the figures for a GPU are not measured.
+_MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+_BATCH_SIZE = {"cpu": 64, "cuda": 256}
+
+
+def shared_plan(
+    job: Job, draft: Manifest, begun: Manifest | None, ranks: Ranks
+) -> tuple[Plan, Manifest]:
+    """Return rank 0's plan, which every rank makes for itself, and the manifest with it.
+
+    A plan can be large and is quickly made, so ranks compare its digest rather than send it.
+
+    Args:
+        job: the job.
+        draft: the manifest of this call, with an empty plan.
+        begun: on rank 0, the manifest of a store that goes on; None for a new one.
+        ranks: the ranks that share the call.
+
+    Raises:
+        ScoreMismatchError: the store was begun with another plan, or rank 0 makes another.
+    """
+    begun = ranks.from_first("begun", begun)
+    # Rank 0 speaks for all machines here: ranks that choose for themselves could differ.
+    machine = [torch.get_num_threads(), gains(job.dtype, job.device)]
+    threads, compiling_gains = ranks.from_first("machine", machine)
+    plan = make_plan(job, threads, begun, compiling_gains=compiling_gains)
+    if begun is not None:
+        check_identity(begun["plan"], plan.to_manifest(), "the store")
+    manifest: Manifest = begun or {**draft, "plan": plan.to_manifest()}
+    manifest = ranks.from_first("manifest", manifest)
+    check_identity(manifest["plan"], plan.to_manifest(), "rank 0's plan", SAME_CALL)
+    return plan, manifest
+
+
+def make_plan(
+    job: Job, threads: int, begun: Manifest | None, *, compiling_gains: bool = False
+) -> Plan:
+    """Return how the job's data set is cut into packs.
+
+    Args:
+        job: the job.
+        threads: with which PyTorch computes.
+        begun: the manifest of a store that goes on. Its options go before the job's and
+            `threads`, since losses of one store have to be made in one way.
+        compiling_gains: whether compiled layers are faster on the machine that scores.
+    """
+    lengths = sample_lengths(job.dataset, job.lengths)
+    options = PlanOptions(
+        max_tokens=job.max_tokens,
+        batch_size=job.batch_size,
+        prefix=len(job.prefix),
+        compile=_compiles(job, lengths, compiling_gains),
+        threads=threads,
+    )
+    if begun is not None:
+        options = options.as_begun(begun["plan"])
+    kind = "cuda" if job.device.type == "cuda" else "cpu"
+    if lengths is None:
+        batch_size = options.batch_size or _BATCH_SIZE[kind]
+        options = replace(options, max_tokens=None, batch_size=batch_size, shared_prompts=0)
+        plan = plan_fixed(len(job.dataset), batch_size=batch_size)
+        return replace(plan, options=options)
+    max_tokens = options.max_tokens or _MAX_TOKENS[kind]
+    groups, savings = _prompt_groups(job, options.prefix)
+    options = replace(options, max_tokens=max_tokens, shared_prompts=int(savings.sum()))
+    plan = plan_padded(
+        lengths - options.prefix - savings,
+        max_tokens=max_tokens,
+        batch_size=options.batch_size,
+        groups=groups,
+    )
+    return replace(plan, options=options)
+
+
+def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
+    """Return which samples share a prompt, and how many tokens that saves each on average.
+
+    Nothing is looked for where the user gave the lengths: that was to spare reading all samples.
+    """
+    can_share = job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
+    sharing = shared_prompts(job.dataset) if can_share and job.lengths is None else None
+    if sharing is None:
+        return None, torch.zeros(1, dtype=torch.long)
+    groups, prompt_lengths = sharing
+    group_sizes = groups.bincount()[groups]
+    # A prompt that k samples share is run once instead of k times: each saves (k − 1)/k of it.
+    return groups, (prompt_lengths - prefix).clamp_min(0) * (group_sizes - 1) // group_sizes
+
+
+def _compiles(job: Job, lengths: Tensor | None, compiling_gains: bool) -> bool:
+    if job.compile != "auto":
+        return job.compile
+    if lengths is None or not compiling_gains:
+        return False
+    return pays(job.model, int(lengths.sum()) - len(job.prefix) * len(lengths))

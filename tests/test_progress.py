@@ -1,0 +1,38 @@
+import logging
+
+from flowdata._common import progress
+from flowdata._common.notices import logger, say
+from flowdata._common.progress import progress_bar
+
+
+def test_a_log_gets_a_line_in_a_while_and_one_at_the_end(capsys, monkeypatch):
+    clock = iter([0.0, 20.0, 40.0, 40.0, 50.0, 60.0])
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
+    with progress_bar(2000, "scoring", "samples", initial=1000) as advance:
+        advance(300)  # at 20 seconds: too early for a line
+        advance(300)  # at 40
+        advance(400)  # at 50: too early again
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 1,600 of 2,000 samples (80%), 15/s",
+        "scoring: 2,000 of 2,000 samples (100%), 17/s",
+    ]
+
+
+def test_nothing_is_shown_where_nothing_is_asked_for(capsys):
+    with progress_bar(2, "scoring", "samples", shown=False) as advance:
+        advance(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notice_is_logged_and_printed_only_where_no_logging_is_set_up(
+    capsys, caplog, monkeypatch
+):
+    caplog.set_level(logging.INFO)
+    say("a sentence")
+    say("a whisper", shown=False)
+    assert [record.getMessage() for record in caplog.records] == ["a sentence"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(type(logger), "hasHandlers", lambda self: False)
+    say("a sentence")
+    say("a whisper", shown=False)
+    assert capsys.readouterr().err == "flowdata: a sentence\n"
