@@ -140,10 +140,18 @@ class FlowSampler(DistributedSampler[int]):
         count = self._orders.num_samples
         super().__init__(range(count), num_replicas, rank, True, seed, drop_last)  # type: ignore[arg-type]
         self.num_samples = self.total_size = count
-        self.seed = self._orders.seed
         self.replacement = replacement
         self.method: Method = method
         self._rewind(0)
+
+    @property
+    def seed(self) -> int:
+        """The seed of all orders; a new one counts from the next pass."""
+        return self._orders.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._orders.seed = check_natural("seed", value)
 
     def __len__(self) -> int:
         """Return the number of indices that this rank's next pass yields."""

@@ -136,6 +136,16 @@ def test_resampled_batches_have_the_gradient_of_the_weighted_mean_loss():
 # The order.
 
 
+def test_a_seed_set_later_counts():
+    weights = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    sampler = FlowSampler(weights, seed=0)
+    sampler.seed = 5
+    assert list(sampler) == list(FlowSampler(weights, seed=5))
+    assert sampler.state_dict()["seed"] == 5
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got -1"):
+        sampler.seed = -1
+
+
 def test_the_order_is_a_function_of_seed_and_epoch():
     sampler = FlowSampler(WEIGHTS, seed=3)
     first = list(sampler)
