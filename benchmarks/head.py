@@ -35,13 +35,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    measured = [
+    results = [
         row
         for width in options.widths
         for vocabulary in options.vocabularies
         for row in measure(options.rows, width, vocabulary, options.repeats, options.device)
     ]
-    print(rows.write("head", measured, " ".join(["python -m benchmarks head", *argv])))
+    print(rows.write("head", results, " ".join(["python -m benchmarks head", *argv])))
 
 
 def measure(
@@ -62,9 +62,9 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # in turn, so that a slow moment slows them alike
         for name, way in ways.items():
-            took = rows.timed(lambda way=way: synced(way, hidden, weight, targets), 1, warmup=0)
-            seconds[name] += took if turn else []
-    measured = []
+            times = rows.timed(lambda way=way: synced(way, hidden, weight, targets), 1, warmup=0)
+            seconds[name] += times if turn else []
+    results = []
     least = rows.row("", seconds["the matrix product alone"], "s")["median"]
     for name, way in ways.items():
         row = rows.row(
@@ -81,14 +81,14 @@ def measure(
                 errors[name].max().item(),
                 errors[name].mean().item(),
             )
-        measured.append(row)
+        results.append(row)
         memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:7.0f} MiB"
         print(
             f"{row['what']:58}{row['median']:8.1f} ms {row['ratio_to_floor']:6.2f}x{memory}  "
             f"error {row.get('largest_error', 0):.0e}",
             flush=True,
         )
-    return measured
+    return results
 
 
 def peers(device: str) -> dict[str, Peer]:
