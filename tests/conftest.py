@@ -2,8 +2,8 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The coverage that the gate asks for is not for the pytests that tests start.
+    os.environ.pop("PYTEST_ADDOPTS", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-# The coverage of the gate is not for the pytests that tests start.
-os.environ.pop("PYTEST_ADDOPTS", None)

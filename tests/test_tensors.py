@@ -88,7 +88,8 @@ def test_a_pack_is_begun_before_the_one_before_it_is_waited_for(monkeypatch):
     scorer = LossScorer(tiny_llama(), dtype="float32", max_tokens=128, progress=False)
     expected = scorer.score(samples)
     monkeypatch.setattr(run, "Fetched", Logged)
-    monkeypatch.setattr(run, "_ahead", lambda device: 1)
+    finish_packs = run._finish_packs
+    monkeypatch.setattr(run, "_finish_packs", lambda started, ahead: finish_packs(started, ahead=1))
     assert torch.equal(scorer.score(samples).losses, expected.losses)
     packs = len(order) // 2
     assert packs > 3

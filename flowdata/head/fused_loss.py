@@ -93,7 +93,7 @@ class _FusedLoss(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
     ) -> Tensor:
-        losses, ctx.made = _loss_and_gradients(
+        losses, ctx.parts = _loss_and_gradients(
             hidden,
             weight,
             bias,
@@ -101,7 +101,7 @@ class _FusedLoss(torch.autograd.Function):
             coefficients,
             softcap,
             logit_scale,
-            wanted=ctx.needs_input_grad[:3],
+            needs=ctx.needs_input_grad[:3],
         )
         ctx.save_for_backward(hidden, weight, bias, targets, coefficients, losses)
         ctx.logit_options = softcap, logit_scale
@@ -111,14 +111,14 @@ class _FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (*inputs, losses) = gradients, ctx.saved_tensors
-        made, ctx.made = ctx.made, None  # given away, not copied
-        if made is None:  # a second backward pass, under retain_graph=True
-            wanted = ctx.needs_input_grad[:3]
-            _, made = _loss_and_gradients(*inputs, *ctx.logit_options, wanted=wanted)
+        parts, ctx.parts = ctx.parts, None  # given away, not copied
+        if parts is None:  # a second backward pass, under retain_graph=True
+            needs = ctx.needs_input_grad[:3]
+            _, parts = _loss_and_gradients(*inputs, *ctx.logit_options, needs=needs)
         if not gradient.is_cpu or gradient != 1:
-            made = [None if part is None else part.mul_(gradient.to(part.dtype)) for part in made]
+            parts = [None if part is None else part.mul_(gradient.to(part.dtype)) for part in parts]
         d_coefficients = losses * gradient if ctx.needs_input_grad[4] else None
-        return *made, None, d_coefficients, None, None
+        return *parts, None, d_coefficients, None, None
 
 
 def _loss_and_gradients(
@@ -130,14 +130,14 @@ def _loss_and_gradients(
     softcap: float | None,
     logit_scale: float,
     *,
-    wanted: Sequence[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The losses of rows, and what Σ coefficient · loss adds to hidden, weight and bias."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     head = Head(weight.to(hidden.dtype), bias, logit_scale, softcap)
-    d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    d_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
-    d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
+    d_hidden = torch.empty_like(hidden) if needs[0] else None
+    d_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
+    d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs[2] else None
     losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
     products = hidden.new_empty(min(len(hidden), _rows(weight)), len(weight))
     values = products if hidden.dtype == exact else products.to(exact)
@@ -153,7 +153,7 @@ def _loss_and_gradients(
         top, picked = value.amax(1, keepdim=True), value.gather(1, target)
         total = value.sub_(top).exp_().sum(1, keepdim=True)
         losses[rows] = (total.log() + (top - picked)).squeeze(1)
-        if not any(wanted):
+        if not any(needs):
             continue
         # `value` becomes the loss's gradient in what the matrix product alone computed.
         value.mul_(scale / total).scatter_add_(1, target, -scale)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> Any:
     """Call a model with those fields that its `forward` takes by name."""
     parameters = inspect.signature(innermost(model).forward).parameters
-    named = {name for name in fields if name in parameters}
-    if not named and not _takes_any(parameters):
+    names = {name for name in fields if name in parameters}
+    if not names and not _takes_any(parameters):
         first = fields["input_ids"] if "input_ids" in fields else next(iter(fields.values()))
         return model(first)
-    if not named:
-        named = {name for name, value in fields.items() if isinstance(value, Tensor)}
-    taken = {
+    if not names:
+        names = {name for name, value in fields.items() if isinstance(value, Tensor)}
+    accepted_options = {
         name: value
         for name, value in options.items()
         if name in parameters or _takes_any(parameters)
     }
-    return model(**{name: fields[name] for name in named}, **taken)
+    return model(**{name: fields[name] for name in names}, **accepted_options)
 
 
 def unwrapped(model: Any) -> Any:

@@ -30,8 +30,8 @@ def home(model: nn.Module) -> torch.device:
         for hook in _hooks(module):
             if hook.execution_device is not None:
                 return torch.device(hook.execution_device)
-    own = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
-    return own.device
+    tensor = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+    return tensor.device
 
 
 def usable_device(device: str | torch.device) -> torch.device:

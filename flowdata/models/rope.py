@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 def longest_alike(model: nn.Module) -> int | None:
     """Return the tokens up to which frequencies don't depend on a call's length; None: always."""
-    found = [
+    lengths = [
         _longest_alike(module, layer)
         for module in _rotary_modules(model)
         for layer, kind in _kinds(module).items()
         if "dynamic" in kind or kind == "longrope"
     ]
-    return min(found, default=None)
+    return min(lengths, default=None)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Decoders that take their attention from `AttentionInterface` find it under a name in their
 configuration. For the call that name is ours, and each attention layer calls `_attend` with the
-queries, keys and values of one flat sequence. Which samples lie in it only the `Pass` knows: the
-layers know nothing of it, so that it is handed to `_attend` through a context variable.
+queries, keys and values of one flat sequence. Only the `Pass` knows which samples lie in it. The
+layers have no argument for a `Pass`, so `_attend` finds it in a context variable.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pass:
 
     Attributes:
         blocks: in the order in which they lie.
-        prefix: what every sample sees before its own keys and values, layer by layer; empty
+        prefix: keys and values that every sample sees before its own, layer by layer; empty
             without a prefix.
         record: takes the pass's own keys and values, layer by layer; None to keep none.
         layers: attention layers run so far.
@@ -100,8 +100,8 @@ def _attend(
     return _over_blocks(query, key, value, scaling, sliding_window, softcap, s_aux), None
 
 
-# An operator of its own, because torch.compile would otherwise trace into it: a graph for every
-# set of blocks, and a counter of layers that it could not change.
+# This is an operator of its own so that torch.compile does not trace into it: it would make a
+# graph for every set of blocks, and one for every layer because of the counter.
 @torch.library.custom_op("flowdata::over_blocks", mutates_args=())
 def _over_blocks(
     query: Tensor,

@@ -1,7 +1,8 @@
 """The layout of a batch: which rectangles of it lie end to end, without padding.
 
 Four samples share a prefix P of three tokens, which is run elsewhere, and the second and third
-answer one prompt q. Dots are padding, and what lies behind a sample's last target:
+answer one prompt q. (Shared prompts and prefixes are longer than those of the picture.) Dots are
+padding, and what lies behind a sample's last target:
 
     row 0    P P P a a a a a a .
     row 1    P P P q q q q b b b
@@ -36,8 +37,8 @@ class Piece(NamedTuple):
 
     Attributes:
         rows: the samples.
-        positions: their tokens, the same for all.
-        after: the number of the piece with their prompt, where they share one.
+        positions: the same for all samples.
+        after: the number of the piece with the samples' prompt, where they share one.
     """
 
     rows: slice
@@ -105,16 +106,12 @@ def find_neighbours(ids: Tensor, is_target: Tensor, skipped: int) -> list[Neighb
     shares = [False, *is_same.tolist(), False]  # shares[i]: row i has the prompt of row i - 1
     neighbours: list[Neighbours] = []
     for row, prompt_end in enumerate(prompt_ends.tolist()):
-        begins_prompt = shares[row + 1] and not shares[row]
-        is_alone = not shares[row + 1] and not shares[row]
-        follows_alone = bool(neighbours) and neighbours[-1].prompt_end == 0
-        if begins_prompt:
-            neighbours.append(Neighbours(1, prompt_end))
-        elif is_alone and not follows_alone:
-            neighbours.append(Neighbours(1, 0))
-        else:  # another answer to the last prompt, or another sample alone
-            samples, end = neighbours[-1]
-            neighbours[-1] = Neighbours(samples + 1, end)
+        is_alone = not shares[row] and not shares[row + 1]
+        both_alone = is_alone and bool(neighbours) and neighbours[-1].prompt_end == 0
+        if shares[row] or both_alone:
+            neighbours[-1] = neighbours[-1]._replace(samples=neighbours[-1].samples + 1)
+        else:
+            neighbours.append(Neighbours(1, 0 if is_alone else prompt_end))
     return neighbours
 
 

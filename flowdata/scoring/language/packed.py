@@ -78,9 +78,9 @@ class Packing:
         return [make_work(packed, flatten(targets, pieces), is_target.sum(1), around)]
 
     def _shared(self, ids: Tensor, is_target: Tensor) -> int:
-        """How many tokens of the prefix all samples of a batch begin with, none of them needed.
+        """How many tokens of the prefix all samples of a batch have, before any target needs one.
 
-        A sample's last token is never counted: every sample must have a token of its own to run.
+        The batch's last position never counts: something must be left of it to run.
         """
         most = min(len(self.prefix), ids.shape[1] - 1)
         is_shared = (ids[:, :most] == self.prefix[:most].to(ids.device)).all(0)
