@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, 
 from benchmarks.rows import row, write
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
+from flowdata.targets.labels import IGNORE_INDEX
 
 BATCH = 32
 
@@ -94,7 +95,7 @@ def pad(samples: list[Any]) -> dict[str, torch.Tensor]:
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     }
     if isinstance(samples[0], tuple):
         batch["weight"] = torch.stack([weight for _, weight in samples])
@@ -120,9 +121,9 @@ def main(arguments: list[str]) -> None:
         weights = torch.rand(options.count, generator=torch.Generator().manual_seed(0))
         check(dataset, weights)
         for workers in options.workers:
-            found = measure(kind, dataset, collate, weights, workers, options.repeats)
-            rows += found
-            for each in found:
+            results = measure(kind, dataset, collate, weights, workers, options.repeats)
+            rows += results
+            for each in results:
                 low, high = each["spread"]
                 spread = f"{low:9.2f} … {high:9.2f}"
                 print(
@@ -139,9 +140,9 @@ def check(dataset: Any, weights: torch.Tensor) -> None:
     weighted = FlowWeightedDataset(dataset, weights)
     random.seed(0)
     expected = [(dataset[index], weights[index]) for index in indices]
-    for got in (lambda: [weighted[i] for i in indices], lambda: weighted.__getitems__(indices)):
+    for draw in (lambda: [weighted[i] for i in indices], lambda: weighted.__getitems__(indices)):
         random.seed(0)
-        for (sample, weight), (bare, its_weight) in zip(got(), expected, strict=True):
+        for (sample, weight), (bare, its_weight) in zip(draw(), expected, strict=True):
             assert weight == its_weight
             torch.testing.assert_close(sample, bare, rtol=0, atol=0)
 
@@ -164,18 +165,18 @@ def measure(
     }
     rounds = []
     for number in range(repeats + 1):
-        mixed = random.Random(number).sample(list(variants.items()), len(variants))
+        in_random_order = random.Random(number).sample(list(variants.items()), len(variants))
         loaders = {
             name: DataLoader(data, BATCH, sampler=sampler, collate_fn=collate, num_workers=workers)
-            for name, (data, sampler) in mixed
+            for name, (data, sampler) in in_random_order
         }
-        took = one_by_one(loaders) if workers else in_lockstep(loaders)
-        rounds += [took] * (number > 0)  # the first one warms up
-    bare = [took["bare"] for took in rounds]
+        times = one_by_one(loaders) if workers else in_lockstep(loaders)
+        rounds += [times] * (number > 0)  # the first one warms up
+    bare = [times["bare"] for times in rounds]
     where = f"{kind}, {workers} workers"
     rows = [row(f"{where}: bare", bare, "µs/batch", batch=BATCH)]
     for name in list(variants)[1:]:
-        added = [took[name] - took["bare"] for took in rounds]
+        added = [times[name] - times["bare"] for times in rounds]
         rows.append(row(f"{where}: {name} adds", added, "µs/batch", batch=BATCH))
         share = [100 * extra / statistics.median(bare) for extra in added]
         rows.append(row(f"{where}: {name} adds", share, "% of bare", batch=BATCH))
@@ -191,12 +192,12 @@ def in_lockstep(loaders: dict[str, DataLoader]) -> dict[str, float]:
             start = perf_counter()
             next(iterator)
             seconds[name].append(perf_counter() - start)
-    return {name: statistics.median(found) * 1e6 for name, found in seconds.items()}
+    return {name: statistics.median(of_loader) * 1e6 for name, of_loader in seconds.items()}
 
 
 def one_by_one(loaders: dict[str, DataLoader]) -> dict[str, float]:
     """Microseconds of each loader's batches, as fast as its own workers alone deliver them."""
-    took = {}
+    times = {}
     for name, loader in loaders.items():
         stretch, seconds = 4 * loader.num_workers, []
         iterator = iter(loader)
@@ -207,5 +208,5 @@ def one_by_one(loaders: dict[str, DataLoader]) -> dict[str, float]:
             for _ in range(stretch):
                 next(iterator)
             seconds.append(perf_counter() - start)
-        took[name] = statistics.median(seconds) / stretch * 1e6
-    return took
+        times[name] = statistics.median(seconds) / stretch * 1e6
+    return times

@@ -85,8 +85,8 @@ def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     """
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else []
-    runs = [run for run in kept if run["command"] != command]
+    runs = json.loads(path.read_text()) if path.exists() else []
+    runs = [run for run in runs if run["command"] != command]
     runs.append({"command": command, "machine": machine(), "rows": rows})
     path.write_text(json.dumps(runs, indent=1) + "\n")
     return path

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     rows = []
     for size in options.sizes:
         for peer in options.peers:
-            rows += show(measured(peer, size, options.repeats))
+            rows += show(measure(peer, size, options.repeats))
     rows += show(ratios(rows))
     if not options.dry_run:
         print(write("sampler", rows, " ".join(["python -m benchmarks sampler", *arguments])))
@@ -117,7 +117,7 @@ def check(peer: str, size: int = 100_000) -> None:
         assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom), peer
 
 
-def measured(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
+def measure(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
     """The figures of one sampler at one size, each run in a fresh process."""
     context = multiprocessing.get_context("spawn")
     runs = []
@@ -162,16 +162,16 @@ def one_run(peer: str, size: int) -> dict[str, Any]:
         next(iterator)
     except RuntimeError as error:
         return {"failure": str(error).splitlines()[0]}
-    begun = perf_counter()
+    first = perf_counter()
     deque(iterator, maxlen=0)
     end = perf_counter()
     count = len(sampler)
     figures = {} if not isinstance(sampler, FlowSampler) else {RESUMED: resumption(sampler)}
     return figures | {
         "set-up": ready - start,
-        "first index": begun - ready,
+        "first index": first - ready,
         "indices, set-up included": count / (end - start),
-        "indices, once begun": (count - 1) / (end - begun),
+        "indices, once begun": (count - 1) / (end - first),
         "memory over the weights": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
         / 1024,
     }
@@ -189,11 +189,17 @@ def resumption(sampler: FlowSampler) -> float:
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many times faster the systematic sampler is than each peer, set-up included."""
     name = "indices, set-up included"
-    found = {r["what"]: r["median"] for r in rows if r["what"].endswith(name)}
-    own = "FlowSampler systematic"
-    ours = {what.split(", ")[1]: speed for what, speed in found.items() if what.startswith(own)}
+    speeds = {r["what"]: r["median"] for r in rows if r["what"].endswith(name)}
+    systematic = "FlowSampler systematic"
+    ours = {
+        what.split(", ")[1]: speed for what, speed in speeds.items() if what.startswith(systematic)
+    }
     return [
-        {"what": f"{own} / {what}", "median": ours[what.split(", ")[1]] / speed, "unit": "times"}
-        for what, speed in found.items()
+        {
+            "what": f"{systematic} / {what}",
+            "median": ours[what.split(", ")[1]] / speed,
+            "unit": "times",
+        }
+        for what, speed in speeds.items()
         if "FlowSampler" not in what and speed is not None and what.split(", ")[1] in ours
     ]

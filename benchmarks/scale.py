@@ -47,17 +47,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", help="a causal language model; random Llama layers without")
     options = parser.parse_args(argv)
-    measured = [
+    results = [
         *coordination(options.repeats),
         *plan_and_store(options.samples),
         *overhead(options.model, options.rows),
         *processes(options.repeats),
     ]
-    print(rows.write("scale", measured, " ".join(["python -m benchmarks scale", *argv])))
+    print(rows.write("scale", results, " ".join(["python -m benchmarks scale", *argv])))
 
 
-def told(what: str, values: list[float], unit: str, **more: Any) -> Row:
-    """A row, printed as it comes."""
+def printed_row(what: str, values: list[float], unit: str, **more: Any) -> Row:
+    """Return a row after printing it."""
     one = rows.row(what, values, unit, **more)
     extras = "  ".join(f"{name} {value:.4g}" for name, value in more.items())
     print(f"{what:58}{one['median']:12,.4g} {unit:14}{extras}", flush=True)
@@ -67,20 +67,22 @@ def told(what: str, values: list[float], unit: str, **more: Any) -> Row:
 def coordination(repeats: int, packs: int = 2000) -> list[Row]:
     """Microseconds that a rank spends on claiming one pack, over TCP on this machine."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    measured = []
+    results = []
     for ahead in (False, True):
         seconds = []
         for repeat in range(repeats):
             store = dist.PrefixStore(f"{ahead} {repeat}", server)
             ranks = Ranks(store, 0, 2)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             claims = ranks.claims(range(packs), ahead=ahead)
             for pack in claims:
                 claims.begins(pack)
-            seconds.append((time.perf_counter() - begun) / packs * 1e6)
+            seconds.append((time.perf_counter() - start) / packs * 1e6)
         workers = "with" if ahead else "without"
-        measured.append(told(f"claim of a pack, {workers} DataLoader workers", seconds, "us/pack"))
-    return measured
+        results.append(
+            printed_row(f"claim of a pack, {workers} DataLoader workers", seconds, "us/pack")
+        )
+    return results
 
 
 def plan_and_store(most: int) -> list[Row]:
@@ -90,10 +92,10 @@ def plan_and_store(most: int) -> list[Row]:
 
 
 def _plan_and_store(samples: int) -> list[Row]:
-    generator, measured = torch.Generator().manual_seed(0), list[Row]()
+    generator, results = torch.Generator().manual_seed(0), list[Row]()
     lengths = torch.randint(20, 400, (samples,), generator=generator)
     loss, count = torch.rand(samples, generator=generator), torch.ones(samples).long()
-    step = stopwatch(measured, samples)
+    step = stopwatch(results, samples)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan = step("plan", lambda: plan_padded(lengths, max_tokens=16384))
@@ -115,21 +117,23 @@ def _plan_and_store(samples: int) -> list[Row]:
         size = sum(file.stat().st_size for file in folder.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [
-        *measured,
-        told(f"store, {samples:,} samples", [size / samples], "bytes/sample"),
-        told(f"peak memory up to {samples:,} samples", [peak], "MiB"),
+        *results,
+        printed_row(f"store, {samples:,} samples", [size / samples], "bytes/sample"),
+        printed_row(f"peak memory up to {samples:,} samples", [peak], "MiB"),
     ]
 
 
-def stopwatch(measured: list[Row], samples: int) -> Callable[[str, Callable[[], Any]], Any]:
+def stopwatch(results: list[Row], samples: int) -> Callable[[str, Callable[[], Any]], Any]:
     """Runs a step and adds its row."""
 
     def step(what: str, run: Callable[[], Any]) -> Any:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         result = run()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         per_sample = seconds / samples * 1e9
-        measured.append(told(f"{what}, {samples:,} samples", [seconds], "s", ns_each=per_sample))
+        results.append(
+            printed_row(f"{what}, {samples:,} samples", [seconds], "s", ns_each=per_sample)
+        )
         return result
 
     return step
@@ -142,17 +146,17 @@ def overhead(model_path: str | None, count: int) -> list[Row]:
     scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
     parts: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, timing(parts):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         scorer.score(samples, store=folder)
-        total = time.perf_counter() - begun
-    measured = [told(f"scoring {len(samples)} samples into a store", [total], "s")]
+        total = time.perf_counter() - start
+    results = [printed_row(f"scoring {len(samples)} samples into a store", [total], "s")]
     for name, seconds in parts.items():
-        measured.append(told(f"  {name}", [seconds], "s", percent=100 * seconds / total))
+        results.append(printed_row(f"  {name}", [seconds], "s", percent=100 * seconds / total))
     share = 100 * sum(parts.values()) / total
-    measured.append(told("keeping losses safely, of scoring", [share], "%"))
+    results.append(printed_row("keeping losses safely, of scoring", [share], "%"))
     alone = rows.timed(lambda: fingerprint_model(model), repeats=3)
-    measured.append(told("fingerprint of the model, alone", alone, "s"))
-    return measured
+    results.append(printed_row("fingerprint of the model, alone", alone, "s"))
+    return results
 
 
 WATCHED = (
@@ -180,11 +184,11 @@ def timing(seconds: dict[str, float]) -> Iterator[None]:
 
 def _timed(original: Callable[..., Any], what: str, seconds: dict[str, float]) -> Any:
     def run(*args: Any, **options: Any) -> Any:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             return original(*args, **options)
         finally:
-            seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - begun
+            seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
 
     return run
 
@@ -200,16 +204,16 @@ def processes(repeats: int, samples: int = 240) -> list[Row]:
                 losses.append(flowdata.Scores.load(Path(name) / "store").losses)
                 if not torch.equal(losses[0], losses[-1]):
                     raise SystemExit(f"{size} processes give other losses: nothing reported")
-    measured = []
+    results = []
     one, cores = min(seconds[1]), os.cpu_count() or 1
     for size, times in seconds.items():
         ideal = one / min(size, cores)
         speed = [samples / value for value in times]
         efficiency = ideal / min(times)
-        measured.append(
-            told(f"{size} processes of one thread", speed, "samples/s", of_ideal=efficiency)
+        results.append(
+            printed_row(f"{size} processes of one thread", speed, "samples/s", of_ideal=efficiency)
         )
-    return measured
+    return results
 
 
 def _run_ranks(size: int, samples: int, folder: Path) -> float:
@@ -230,10 +234,10 @@ def score_as_rank(samples: int, folder: Path) -> None:
     )
     scorer.score(data[:8])  # warm
     dist.barrier()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     scorer.score(data, store=folder / "store", dataset_id="benchmark")
     if dist.get_rank() == 0:
-        (folder / "seconds").write_text(str(time.perf_counter() - begun))
+        (folder / "seconds").write_text(str(time.perf_counter() - start))
     dist.destroy_process_group()
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flowdata
-from benchmarks.forgetting.images import ASSETS, as_dataset, pretrained, read_arrays
+from benchmarks.forgetting.images import ASSETS, as_dataset, load_resnet20, read_arrays
 from flowdata.study.recipe import as_old_network, begin, fit_new_head
 
 PROBE_STRENGTH = 1e-3
@@ -105,17 +105,14 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
     options = parser.parse_args(arguments)
     if options.quick:
         options.images, options.epochs = 1000, 1
-    folder = options.assets / "vision"
-    if not (folder / "cifar10_resnet20.safetensors").is_file():
-        sys.exit(f"{folder} holds no cifar10_resnet20.safetensors: pass its parent as --assets")
     torch.manual_seed(0)
+    old, folder = load_resnet20(options.assets), options.assets / "vision"
     few = 500 if options.quick else None
     fashion = load(folder / "fashion_mnist_train.npz", options.images)
     tests = (
         load(folder / "fashion_mnist_test_dev.npz", few),
         load(folder / "cifar10_test_dev.npz", few),
     )
-    old = pretrained(folder / "cifar10_resnet20.safetensors")
     table, scores = compare(old, fashion, tests, options.epochs, options.rate)
     print(
         f"ResNet-20 of CIFAR-10, fine-tuned on {options.images:,} images of Fashion-MNIST for "

@@ -28,6 +28,7 @@ from flowdata.study import (
     accuracy,
     draw_picture,
     fine_tune,
+    grids,
     report,
     run_study,
     sample_weights,
@@ -75,18 +76,18 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/my_study"))
-    given = parser.parse_args(argv)
-    options = {"study": "digits", "target": "turned digits", "epochs": given.epochs}
+    arguments = parser.parse_args(argv)
+    options = {"study": "digits", "target": "turned digits", "epochs": arguments.epochs}
     records = run_study(
-        given.output.with_suffix(".jsonl"),
+        arguments.output.with_suffix(".jsonl"),
         options,
-        partial(run, epochs=given.epochs),
-        methods=dict.fromkeys(given.methods, given.rates),
-        seeds=range(given.seeds),
+        partial(run, epochs=arguments.epochs),
+        methods=grids(arguments.methods, arguments.rates),
+        seeds=range(arguments.seeds),
     )
     page = report(options, records)
-    given.output.with_suffix(".md").write_text(page)
-    given.output.with_suffix(".png").write_bytes(draw_picture(options, records))
+    arguments.output.with_suffix(".md").write_text(page)
+    arguments.output.with_suffix(".png").write_bytes(draw_picture(records))
     print(page)
     return page
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowdata import FlowWeightedDataset, LossScorer, linear_probe, weighted_mean
-from flowdata.companions.batch_norm import batch_norm_state
+from flowdata.companions import batch_norm_state
 
 try:
     import torchvision
@@ -54,16 +54,16 @@ def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Print and return accuracy on the new task after each step of the recipe."""
-    options = argparse.ArgumentParser(description="FLOW's vision recipe on a torchvision ResNet")
-    options.add_argument("--pretrained", action="store_true", help="download ImageNet weights")
-    options.add_argument("--data", type=Path, default=DATA, help="npz with images and labels")
-    options.add_argument("--samples", type=int, default=2000)
-    options.add_argument("--size", type=int, default=64, help="of the images, in pixels")
-    options.add_argument("--epochs", type=int, default=2)
-    given = options.parse_args(argv)
+    parser = argparse.ArgumentParser(description="FLOW's vision recipe on a torchvision ResNet")
+    parser.add_argument("--pretrained", action="store_true", help="download ImageNet weights")
+    parser.add_argument("--data", type=Path, default=DATA, help="npz with images and labels")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--size", type=int, default=64, help="of the images, in pixels")
+    parser.add_argument("--epochs", type=int, default=2)
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
-    dataset = load(given.data, given.samples, given.size)
-    body = torchvision.models.resnet18(weights="DEFAULT" if given.pretrained else None)
+    dataset = load(options.data, options.samples, options.size)
+    body = torchvision.models.resnet18(weights="DEFAULT" if options.pretrained else None)
     old_head, old_norms = body.fc, batch_norm_state(body)  # to measure the old task afterwards
     body.fc = nn.Identity()
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     loader = DataLoader(train, batch_size=64, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     model.train()
-    for _ in range(given.epochs):
+    for _ in range(options.epochs):
         for inputs, targets, weight in loader:  # FLOW  plain: for inputs, targets in loader:
             losses = F.cross_entropy(model(inputs), targets, reduction="none")
             loss = weighted_mean(losses, weight)  # FLOW  plain: loss = losses.mean()

@@ -52,11 +52,11 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_a_short_measurement_says_what_it_found(capsys):
     assert main(["bench", "--json", "--dtype", "float32", "--device", "cpu", "--samples", "2"]) == 0
-    measured = bench.Measured(**json.loads(capsys.readouterr().out))
-    assert measured.ratio == pytest.approx(measured.flowdata / measured.usual_loop)
-    assert measured.largest_difference < 1e-3
-    assert measured.share_of_matmul > 0
-    assert "float32 on cpu" in str(measured)
+    measurement = bench.Measurement(**json.loads(capsys.readouterr().out))
+    assert measurement.ratio == pytest.approx(measurement.flowdata / measurement.usual_loop)
+    assert measurement.largest_difference < 1e-3
+    assert measurement.share_of_matmul > 0
+    assert "float32 on cpu" in str(measurement)
 
 
 def test_too_few_samples_are_refused():

@@ -13,10 +13,11 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import flowdata
 from benchmarks import forgetting
-from benchmarks.forgetting import harness, language
+from benchmarks.forgetting import batches, harness, language, texts
+from benchmarks.forgetting import methods as ours
 from examples import small
-from flowdata.study import methods
 from flowdata.study import runs as study
+from flowdata.study.training import passes
 from tests import reference
 
 TEMPLATE = (
@@ -88,7 +89,7 @@ def test_only_answers_are_targets(task):
 @pytest.mark.parametrize("name", ["FLOW", "FLOW, tokens", "FLOW, both", "token masking"])
 def test_weights_lie_on_the_targets_they_were_made_for(task, name):
     samples, _, scores = task.start(0)
-    weights = language.target_weights(language.ALL[name], scores)
+    weights = batches.target_weights(language.ALL[name], scores)
     for index in (0, 7):
         losses = scores.token_losses(index)
         own = scores.weights()[index]
@@ -100,34 +101,34 @@ def test_weights_lie_on_the_targets_they_were_made_for(task, name):
             "token masking": (losses.exp() <= 2.5).float(),
         }[name]
         torch.testing.assert_close(weights[index], wanted, rtol=1e-3, atol=1e-5)
-        laid = language.Weighted(samples, weights)[index]
+        laid = batches.Weighted(samples, weights)[index]
         torch.testing.assert_close(laid["weight"][laid["labels"] != -100], weights[index])
 
 
 def test_batches_hold_samples_of_like_length_each_drawn_once():
     lengths = torch.randint(1, 300, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     torch.manual_seed(0)
-    batches = list(language.LengthBatches(RandomSampler(range(90)), lengths, 8))
-    assert len(batches) == 11
-    assert len({index for batch in batches for index in batch}) == 88
+    drawn = list(batches.LengthBatches(RandomSampler(range(90)), lengths, 8))
+    assert len(drawn) == 11
+    assert len({index for batch in drawn for index in batch}) == 88
 
-    def padded(batches):
-        return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    def padded(rows):
+        return sum(max(lengths[i] for i in batch) * len(batch) for batch in rows)
 
     as_drawn = BatchSampler(RandomSampler(range(90)), 8, drop_last=True)
-    assert padded(batches) - sum(lengths) < 0.4 * (padded(as_drawn) - sum(lengths))
-    assert [max(lengths[i] for i in batch) for batch in batches] != sorted(
-        max(lengths[i] for i in batch) for batch in batches
+    assert padded(drawn) - sum(lengths) < 0.4 * (padded(as_drawn) - sum(lengths))
+    assert [max(lengths[i] for i in batch) for batch in drawn] != sorted(
+        max(lengths[i] for i in batch) for batch in drawn
     )
 
 
 def test_an_epoch_of_a_sampler_draws_anew():
     sampler = flowdata.FlowSampler(torch.ones(12), seed=0)
     loader = DataLoader(
-        range(12), batch_sampler=language.LengthBatches(sampler, [1] * 12, 4), collate_fn=list
+        range(12), batch_sampler=batches.LengthBatches(sampler, [1] * 12, 4), collate_fn=list
     )
     first, second = [[], []]
-    for place, batch in enumerate(methods.passes(loader, 2)):
+    for place, batch in enumerate(passes(loader, 2)):
         (first if place < 3 else second).extend(batch)
     assert len(first) == len(second) == 12
     assert first != second
@@ -135,11 +136,11 @@ def test_an_epoch_of_a_sampler_draws_anew():
 
 def test_the_loss_of_a_batch_is_weighted_and_divided_by_its_targets(task):
     samples, _, scores = task.start(0)
-    weights = language.target_weights(language.ALL["FLOW"], scores)
-    data = language.Weighted(samples, weights)
-    batch = language.collate([data[0], data[1]])
-    assert batch["input_ids"].shape[1] % language.MULTIPLE == 0
-    loss = language.batch_loss(task.model, batch)
+    weights = batches.target_weights(language.ALL["FLOW"], scores)
+    data = batches.Weighted(samples, weights)
+    batch = batches.collate([data[0], data[1]])
+    assert batch["input_ids"].shape[1] % batches.MULTIPLE == 0
+    loss = batches.batch_loss(task.model, batch)
     found = [reference.causal_lm_sample_loss(task.model, samples[i]) for i in (0, 1)]
     total = sum(mean * count * weights[i][0].item() for i, (mean, count) in enumerate(found))
     assert loss.item() == pytest.approx(total / sum(count for _, count in found), rel=0.01)
@@ -153,7 +154,7 @@ def test_every_method_has_a_working_row(task, name):
     untouched = language.nlls(task.model, [task.start(0)[1], task.test, task.code])[1]
     if name == "pre-trained":
         assert record["target"]["nll"] == untouched
-    elif name in language.LANGUAGE_ONLY:  # these learn easy tokens: the mean loss may rise
+    elif name in ours.TOKEN_METHODS:  # these learn easy tokens: the mean loss may rise
         assert record["target"]["nll"] != untouched
     else:
         assert record["target"]["nll"] < untouched
@@ -164,14 +165,14 @@ def test_every_third_answer_of_noisy_rows_is_shuffled():
     problems = [
         {"question": f"q{i}", "answer": " ".join(map(str, range(i, i + 20)))} for i in range(9)
     ]
-    rows = language.noisy(problems, seed=0)
+    rows = texts.noisy(problems, seed=0)
     changed = [row != problem for row, problem in zip(rows, problems, strict=True)]
     assert changed == [True, False, False] * 3
     assert all(
         sorted(row["answer"].split()) == sorted(problem["answer"].split())
         for row, problem in zip(rows, problems, strict=True)
     )
-    assert language.noisy(problems, seed=0) == rows
+    assert texts.noisy(problems, seed=0) == rows
     assert problems[0]["answer"].startswith("0 1 2")
 
 
@@ -181,7 +182,7 @@ def targets_of(samples):
 
 def test_short_answers_are_the_final_number_alone(task, model, assets, tmp_path):
     problems = [{"question": "3 plus 4?", "answer": "It is 7.\n#### 7"}]
-    assert language.short(problems) == [{"question": "3 plus 4?", "answer": "7"}]
+    assert texts.short(problems) == [{"question": "3 plus 4?", "answer": "7"}]
     sizes = language.Sizes(**asdict(SIZES) | NO_HARNESS | {"data": "short"})
     cut = language.Language(model, assets, sizes, tmp_path)
     trained, validation, _ = cut.start(0)
@@ -191,15 +192,15 @@ def test_short_answers_are_the_final_number_alone(task, model, assets, tmp_path)
 
 def test_mixed_rows_are_a_third_each_and_leave_the_code_that_is_measured_out(task):
     problems = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(50)]
-    rows = language.mixed(problems, 30, seed=0)
+    rows = texts.mixed(problems, 30, seed=0)
     kinds = ["Continue this Python code:", "Continue this text:"]
     counts = [sum(row["question"].startswith(kind) for row in rows) for kind in kinds]
     assert counts == [10, 10]
     assert sum(row["question"].startswith("q") for row in rows) == 10
-    trained = set(language.code_files(held_out=False))
-    assert trained.isdisjoint(language.code_files(held_out=True))
-    assert language.mixed(problems, 30, seed=0) == rows
-    assert language.mixed(problems, 30, seed=1) != rows
+    trained = set(texts.code_files(held_out=False))
+    assert trained.isdisjoint(texts.code_files(held_out=True))
+    assert texts.mixed(problems, 30, seed=0) == rows
+    assert texts.mixed(problems, 30, seed=1) != rows
 
 
 def test_the_command_runs_and_resumes(model, assets, tmp_path, monkeypatch):
@@ -264,7 +265,7 @@ def test_token_methods_refuse_scores_without_token_losses():
     from flowdata import Scores
 
     with pytest.raises(ValueError, match="token losses"):
-        methods.easy_tokens(Scores(torch.ones(2)))
+        ours.easy_tokens(Scores(torch.ones(2)))
 
 
 # --- the paper's run, sharded ----------------------------------------------------------------

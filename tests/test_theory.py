@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import forgetting
 from benchmarks.forgetting import theory
 from flowdata import flow_weights
 from tests import reference
@@ -44,12 +45,12 @@ def test_for_white_data_the_weighted_covariance_shrinks_the_direction_of_e_alone
 def test_gradient_descent_on_flows_objective_follows_the_prediction(covariance):
     x, temperature, rate, steps = normal(covariance, 400_000, seed=1), 0.8, 0.05, 40
     weights = flow_weights((x @ APART).square(), temperature=temperature)
-    gone = theory.descended(x, APART, weights, rate, steps)
+    gone = theory.descent_path(x, APART, weights, rate, steps)
     matrix = theory.weighted_covariance(covariance, APART, temperature)
-    wanted = theory.predicted(matrix, APART, rate, steps)
+    wanted = theory.predicted_path(matrix, APART, rate, steps)
     torch.testing.assert_close(gone, wanted, atol=0.01, rtol=0)
     assert (wanted[-1] - APART).norm() > 0.1  # it went somewhere
-    plain = theory.predicted(covariance, APART, rate, steps)
+    plain = theory.predicted_path(covariance, APART, rate, steps)
     assert (gone[-1] - plain[-1]).norm() > 0.2  # and not where plain descent goes
 
 
@@ -59,7 +60,7 @@ def test_the_path_stalls_along_e_as_the_temperature_falls():
     for temperature in (100.0, 10.0, 1.0, 0.1, 0.01):
         matrix = theory.weighted_covariance(EYE, APART, temperature)
         mu = (temperature / (temperature + 2 * APART @ APART)) ** 0.5
-        end = theory.predicted(matrix, APART, rate, steps)[-1]
+        end = theory.predicted_path(matrix, APART, rate, steps)[-1]
         torch.testing.assert_close(end, (1 - 2 * rate * mu**3) ** steps * APART)
         left.append((end @ APART / APART.square().sum()).item())
     assert left == sorted(left)
@@ -70,8 +71,8 @@ def test_the_path_stalls_along_e_as_the_temperature_falls():
 def test_a_start_across_e_moves_on_while_one_along_e_stalls():
     matrix = theory.weighted_covariance(EYE, APART, 0.1)
     across = torch.linalg.cross(APART, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
-    along = theory.predicted(matrix, APART, 0.1, 50)[-1].norm() / APART.norm()
-    other = theory.predicted(matrix, across, 0.1, 50)[-1].norm() / across.norm()
+    along = theory.predicted_path(matrix, APART, 0.1, 50)[-1].norm() / APART.norm()
+    other = theory.predicted_path(matrix, across, 0.1, 50)[-1].norm() / across.norm()
     assert along > 0.9
     assert other < 0.2
 
@@ -85,9 +86,9 @@ def old_risk_at(new_risk, points):
 def curves(covariance):
     grid = np.linspace(0, 1, 400)
     dials = {
-        "l2": lambda t: theory.l2_anchored(covariance, APART, 10 ** (8 * t - 4)),
-        "averaging": lambda t: theory.averaged(APART, t),
-        "FLOW": lambda t: theory.predicted(
+        "l2": lambda t: theory.l2_minimum(covariance, APART, 10 ** (8 * t - 4)),
+        "averaging": lambda t: theory.average(APART, t),
+        "FLOW": lambda t: theory.predicted_path(
             theory.weighted_covariance(covariance, APART, 10 ** (8 * t - 4)), APART, 0.05, 80
         )[-1],
     }
@@ -116,14 +117,15 @@ def test_on_other_data_l2_is_best_flow_close_and_averaging_last():
 
 def test_l2_and_averaging_are_what_minimising_and_mixing_give():
     strength, alpha = 0.3, 0.4
-    theta = theory.l2_anchored(SKEWED, APART, strength).clone().requires_grad_()
+    theta = theory.l2_minimum(SKEWED, APART, strength).clone().requires_grad_()
     objective = theta @ SKEWED @ theta + strength * (theta - APART).square().sum()
     (gradient,) = torch.autograd.grad(objective, theta)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
-    torch.testing.assert_close(theory.averaged(APART, alpha), 0.6 * APART)
+    torch.testing.assert_close(theory.average(APART, alpha), 0.6 * APART)
 
 
 def test_the_picture_is_drawn(tmp_path, capsys):
-    path = theory.main(["--output", str(tmp_path / "new" / "theory.png"), "--samples", "2000"])
+    path = tmp_path / "new" / "forgetting_theory.png"
+    forgetting.main(["theory", "--results", str(path.parent)])
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert str(path) in capsys.readouterr().out

@@ -43,27 +43,27 @@ def main(argv: list[str] | None = None) -> None:
     if options.command in ("vision", "language"):
         _study(options)
     elif options.command == "theory":
-        importlib.import_module("benchmarks.forgetting.theory").main(
-            ["--output", str(options.results / "forgetting_theory.png")]
-        )
+        from benchmarks.forgetting.theory import draw
+
+        print(draw(options.results / "forgetting_theory.png"))
     else:
         _tables(options.results, options.readme)
 
 
 def _study(options: argparse.Namespace) -> None:
     options.results = options.results or (QUICK_RESULTS if options.quick else RESULTS)
-    usual = "quick" if options.quick else "main"
-    options.methods = _named(options.methods or [usual], options.module)
+    default = "quick" if options.quick else "main"
+    options.methods = _method_names(options.methods or [default], options.module)
     options.module.study(options)
     _tables(options.results, None)
 
 
-def _named(asked: list[str], module: ModuleType) -> list[str]:
-    """The methods that names, or names of groups, stand for."""
+def _method_names(words: list[str], module: ModuleType) -> list[str]:
+    """The methods that words, each a name or a group's name, stand for."""
     main, extra = list(module.MAIN), list(module.EXTRA)
     groups = {"main": main, "extra": extra, "all": main + extra}
     groups["quick"] = list(module.QUICK_METHODS)
-    names = [name for group in asked for name in groups.get(group, [group])]
+    names = [name for word in words for name in groups.get(word, [word])]
     if unknown := sorted(set(names) - set(main + extra)):
         sys.exit(f"no method {unknown[0]!r}; there are {', '.join(main + extra)}")
     return names
@@ -74,12 +74,12 @@ def _tables(results: Path, readme: Path | None) -> None:
 
     if readme is None and results == RESULTS:
         readme = README
-    written = publish(results, readme)
-    if not written:
+    files = publish(results, readme)
+    if not files:
         sys.exit(
             f"{results} holds no runs (forgetting_*.jsonl): run a study first, or see --results"
         )
-    print(*written, sep="\n")
+    print(*files, sep="\n")
 
 
 def _add_study_options(parser: argparse.ArgumentParser) -> None:

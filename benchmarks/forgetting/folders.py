@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from benchmarks.forgetting import RESULTS
-from flowdata.study.head_task import MAIN, HeadTask, Parts, Sizes, grids
-from flowdata.study.runs import Record, run_study
+from flowdata.study import METHODS, HeadTask, Record, Sizes, Split, grids, run_study
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
@@ -59,11 +58,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         shape = [max(self.size, round(side * scale)) for side in pixels.shape[1:]]
         pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
         room = [side - self.size for side in shape]
-        drawn = [int(torch.randint(r + 1, ())) if self.augment else r // 2 for r in room]
-        cut = pixels[:, drawn[0] : drawn[0] + self.size, drawn[1] : drawn[1] + self.size]
+        top, left = (int(torch.randint(r + 1, ())) if self.augment else r // 2 for r in room)
+        crop = pixels[:, top : top + self.size, left : left + self.size]
         if self.augment and torch.rand(()) < 0.5:
-            cut = cut.flip(-1)
-        return (cut - MEAN) / STD, label
+            crop = crop.flip(-1)
+        return (crop - MEAN) / STD, label
 
 
 def load_network(name: str, weights: str) -> nn.Sequential:
@@ -84,12 +83,16 @@ def task(
     augmented = Images(folder / "train", pixels, augment=True)
     plain, test = Images(folder / "train", pixels), Images(folder / "test", pixels)
 
-    def split(seed: int) -> Parts:
+    def split(seed: int) -> Split:
         order = np.random.default_rng(seed).permutation(len(plain)).tolist()
         held_out = min(sizes.validation, len(order) // 10)
-        chosen, rest = order[held_out:][: sizes.images], order[:held_out]
-        few = Subset(test, range(min(sizes.test, len(test))))
-        return Parts(Subset(augmented, chosen), Subset(plain, chosen), Subset(plain, rest), few)
+        training, validation = order[held_out:][: sizes.images], order[:held_out]
+        return Split(
+            Subset(augmented, training),
+            Subset(plain, training),
+            Subset(plain, validation),
+            Subset(test, range(min(sizes.test, len(test)))),
+        )
 
     return HeadTask(
         network, Images(old, pixels), "ImageNet", plain.classes, split, sizes, workers=workers
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None, network: nn.Sequential | None = None) ->
     parser.add_argument("--weights", default="IMAGENET1K_V1")
     parser.add_argument("--imagenet", type=Path, required=True, help="its validation images")
     parser.add_argument("--targets", nargs="+", required=True, help="NAME=FOLDER")
-    parser.add_argument("--methods", nargs="+", default=list(MAIN))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
@@ -111,23 +114,28 @@ def main(argv: list[str] | None = None, network: nn.Sequential | None = None) ->
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = (network or load_network(given.network, given.weights)).to(device)
+    network = (network or load_network(options.network, options.weights)).to(device)
     everything = 1 << 31
-    sizes = Sizes(everything, given.epochs, given.batch, 5000, everything)
+    sizes = Sizes(everything, options.epochs, options.batch, 5000, everything)
     records = []
-    for name, path in (target.split("=", 1) for target in given.targets):
-        learned = task(
-            network, given.imagenet, Path(path), sizes, pixels=given.pixels, workers=given.workers
+    for name, path in (target.split("=", 1) for target in options.targets):
+        head_task = task(
+            network,
+            options.imagenet,
+            Path(path),
+            sizes,
+            pixels=options.pixels,
+            workers=options.workers,
         )
-        options = {"study": "vision", "target": name, "network": given.network}
+        setting = {"study": "vision", "target": name, "network": options.network}
         records += run_study(
-            given.results / f"forgetting_{given.network}_{name}.jsonl",
-            options | {"pixels": given.pixels} | asdict(sizes),
-            learned.run,
-            methods=grids(given.methods, tuple(given.rates)),
-            seeds=range(given.seeds),
+            options.results / f"forgetting_{options.network}_{name}.jsonl",
+            setting | {"pixels": options.pixels} | asdict(sizes),
+            head_task.run,
+            methods=grids(options.methods, options.rates),
+            seeds=range(options.seeds),
         )
     return records
 

@@ -28,8 +28,11 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in and out."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        # Where the block halves the image and doubles the channels, the shortcut drops every other
+        # pixel and adds channels of zeros on both sides.
         shortcut = F.pad(
             x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding)
         )
@@ -37,7 +40,7 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """ResNet-20 without its head: images (B, 3, 32, 32) to features (B, 64)."""
+    """ResNet-20 without its head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +49,18 @@ class Body(nn.Module):
         self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
         self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) to features (B, 64)."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return x.mean((2, 3))
 
 
-def pretrained(path: Path) -> nn.Sequential:
-    """Body and head as they were trained on CIFAR-10."""
-    weights, body, head = load_file(path), Body(), nn.Linear(64, 10)
+def load_resnet20(assets: Path) -> nn.Sequential:
+    """Return body and head as they were trained on CIFAR-10; `assets` holds ``vision/``."""
+    file = assets / "vision" / "cifar10_resnet20.safetensors"
+    if not file.is_file():
+        raise SystemExit(f"{file.parent} holds no {file.name}: pass its parent as --assets")
+    weights, body, head = load_file(file), Body(), nn.Linear(64, 10)
     head.load_state_dict({name: weights.pop(f"linear.{name}") for name in ("weight", "bias")})
     body.load_state_dict(weights)
     return nn.Sequential(body, head)
@@ -66,7 +73,7 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def as_dataset(images: Any, labels: Any) -> TensorDataset:
-    """Images as the network takes them: 32×32, three channels, its own normalisation."""
+    """Return images as the network takes them: 32 × 32, three channels, its own normalisation."""
     pixels = torch.from_numpy(images).float() / 255
     pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
     if pixels.shape[-1] != 32:

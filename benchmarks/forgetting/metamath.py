@@ -28,10 +28,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import flowdata
-from benchmarks.forgetting.language import MAIN, Weighted, target_weights
+from benchmarks.forgetting.batches import Weighted, target_weights
+from benchmarks.forgetting.language import MAIN
 from flowdata.losses import causal_lm_loss, count_items
 from flowdata.scoring.collate import pad_collate
-from flowdata.study.methods import Method, train
+from flowdata.study import Method, train
 from flowdata.text import Fields, find_fields, load_model, load_tokenizer, read_rows, tokenize_rows
 
 SHARDED = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
@@ -41,40 +42,40 @@ Batch = list[dict[str, Tensor]]  # the micro-batches of one optimiser step on on
 
 def main(argv: list[str] | None = None) -> None:
     """Score, fine-tune and save; every rank runs this."""
-    given = parse(argv)
+    options = parse(argv)
     device = start_ranks()
-    model, tokenizer = load_model(given.model).float().to(device), load_tokenizer(given.model)
-    rows = read_rows(given.data, limit=given.rows)
+    model, tokenizer = load_model(options.model).float().to(device), load_tokenizer(options.model)
+    rows = read_rows(options.data, limit=options.rows)
     samples = tokenize_rows(
         rows, tokenizer, find_fields(rows[0], Fields()), template=False, max_length=1024
     )
     scorer = flowdata.LossScorer(model, "causal_lm", token_losses=True)
-    scores = scorer.score(samples, dataset_id=samples.digest(), store=given.output / "scores")
+    scores = scorer.score(samples, dataset_id=samples.digest(), store=options.output / "scores")
 
-    method = METHODS[given.method]
-    data, sampler = weighted(method, Weighted(samples, target_weights(method, scores)), scores)
-    if given.wise_ft is not None:
-        save(model, tokenizer, given.output / "pretrained")
-    network = with_adapters(model, given.lora) if given.lora else model
+    method = METHODS[options.method]
+    data, sampler = data_and_sampler(method, Weighted(samples, target_weights(method, scores)))
+    if options.wise_ft is not None:
+        save(model, tokenizer, options.output / "pretrained")
+    network = with_adapters(model, options.lora) if options.lora else model
     shard(network, device)
     loader = DataLoader(
-        data, batch_size=given.micro, sampler=sampler, collate_fn=pad_collate, drop_last=True
+        data, batch_size=options.micro, sampler=sampler, collate_fn=pad_collate, drop_last=True
     )
-    accumulated = max(1, given.batch // (given.micro * dist.get_world_size()))
-    steps = given.epochs * (len(loader) // accumulated)
+    accumulated = max(1, options.batch // (options.micro * dist.get_world_size()))
+    steps = options.epochs * (len(loader) // accumulated)
     train(
         network,
-        steps_of(loader, sampler, accumulated, given.epochs, device),
+        steps_of(loader, sampler, accumulated, options.epochs, device),
         steps,
         partial(accumulated_loss, network, rule=method.rule),
-        partial(torch.optim.AdamW, lr=given.rate, weight_decay=0.0),
+        partial(torch.optim.AdamW, lr=options.rate, weight_decay=0.0),
         method,
-        seed=given.seed,
+        seed=options.seed,
         warmup=0.03,
     )
-    save(network, tokenizer, given.output)
-    if given.wise_ft is not None and dist.get_rank() == 0:
-        average_files(given.output, given.wise_ft)
+    save(network, tokenizer, options.output)
+    if options.wise_ft is not None and dist.get_rank() == 0:
+        average_files(options.output, options.wise_ft)
     dist.destroy_process_group()
 
 
@@ -106,15 +107,13 @@ def start_ranks() -> torch.device:
     return torch.device("cuda", dist.get_node_local_rank())
 
 
-def weighted(
-    method: Method, data: Weighted, scores: flowdata.Scores
-) -> tuple[Weighted, DistributedSampler[Any]]:
+def data_and_sampler(method: Method, data: Weighted) -> tuple[Weighted, DistributedSampler[Any]]:
     """Return the data and the sampler that a method trains with."""
     if not method.resample:
         return data, DistributedSampler(data, drop_last=True)
-    drawn = torch.stack([part.mean() for part in data.weights])
+    of_samples = torch.stack([part.mean() for part in data.weights])
     even = Weighted(data.samples, [torch.ones_like(part) for part in data.weights])
-    return even, flowdata.FlowSampler(drawn, drop_last=True)
+    return even, flowdata.FlowSampler(of_samples, drop_last=True)
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
@@ -126,7 +125,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard every decoder layer, and what is left, over all ranks."""
+    """Shard every decoder layer, and then all that is outside of them, over the ranks."""
     options: dict[str, Any] = {}
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -145,21 +144,22 @@ def steps_of(
     epochs: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Give the micro-batches of each optimiser step."""
+    """Yield the micro-batches of each optimiser step; what is left over at the end is dropped."""
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
-        waiting: Batch = []
+        step: Batch = []
         for batch in loader:
-            waiting.append({name: value.to(device) for name, value in batch.items()})
-            if len(waiting) == accumulated:
-                yield waiting
-                waiting = []
+            step.append({name: value.to(device) for name, value in batch.items()})
+            if len(step) == accumulated:
+                yield step
+                step = []
 
 
 def accumulated_loss(model: nn.Module, batch: Batch, rule: Any = None) -> Tensor:
-    """Return the last micro-batch's share of the step's loss; those before are done backward.
+    """Return the last micro-batch's share of the step's loss, after `backward` of the others.
 
-    All are divided by the targets of the whole step over the ranks, as FSDP averages gradients.
+    Every share is divided by the targets of the whole step on all ranks, times the number of
+    ranks, because FSDP averages gradients where a sum is needed.
     """
     items = torch.stack([count_items(part["labels"]) for part in batch]).sum()
     dist.all_reduce(items)

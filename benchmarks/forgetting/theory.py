@@ -1,4 +1,4 @@
-"""The theory of FLOW in the linear setting, drawn: what stalls, what is kept, and against what.
+"""The theory of FLOW in the linear setting, in closed forms and drawn.
 
     python -m benchmarks forgetting theory
 
@@ -20,7 +20,6 @@ old data are N(0, I), since its penalty is then the old risk itself; averaging i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def weighted_covariance(covariance: Tensor, apart: Tensor, temperature: float) -
     return mu * (covariance - (1 - mu**2) * torch.outer(along, along) / spread)
 
 
-def predicted(matrix: Tensor, apart: Tensor, rate: float, steps: int) -> Tensor:
+def predicted_path(matrix: Tensor, apart: Tensor, rate: float, steps: int) -> Tensor:
     """Return θ_K − θ̃* = (I − 2ηM)^K e after K = 0, …, `steps`: (steps + 1, D)."""
     step = torch.eye(len(apart)).to(matrix) - 2 * rate * matrix
     path = [apart]
@@ -49,8 +48,8 @@ def predicted(matrix: Tensor, apart: Tensor, rate: float, steps: int) -> Tensor:
     return torch.stack(path)
 
 
-def descended(x: Tensor, apart: Tensor, weights: Tensor, rate: float, steps: int) -> Tensor:
-    """Return the same path, gone by autograd on mean(weight · ⟨θ − θ̃*, x⟩²) over samples x."""
+def descent_path(x: Tensor, apart: Tensor, weights: Tensor, rate: float, steps: int) -> Tensor:
+    """Return the same path, taken by autograd's gradients of mean(weight · ⟨θ − θ̃*, x⟩²)."""
     theta = apart.clone().requires_grad_()  # θ̃* is 0: only differences matter
     path = [apart]
     for _ in range(steps):
@@ -61,13 +60,13 @@ def descended(x: Tensor, apart: Tensor, weights: Tensor, rate: float, steps: int
     return torch.stack(path)
 
 
-def l2_anchored(covariance: Tensor, apart: Tensor, strength: float) -> Tensor:
+def l2_minimum(covariance: Tensor, apart: Tensor, strength: float) -> Tensor:
     """Return θ − θ̃* at the minimum of E⟨θ − θ̃*, x⟩² + strength · ‖θ − θ*‖²."""
     eye = torch.eye(len(apart)).to(covariance)
     return strength * torch.linalg.solve(covariance + strength * eye, apart)
 
 
-def averaged(apart: Tensor, alpha: float) -> Tensor:
+def average(apart: Tensor, alpha: float) -> Tensor:
     """Return θ − θ̃* of WiSE-FT: `alpha` of θ̃* and 1 − `alpha` of θ*."""
     return (1 - alpha) * apart
 
@@ -78,13 +77,13 @@ def risks(off: Tensor, apart: Tensor, covariance: Tensor, old: Tensor) -> tuple[
     return (off @ covariance @ off).item(), (back @ old @ back).item()
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Draw the picture and return its path."""
-    parser = argparse.ArgumentParser(description="FLOW's closed forms, drawn")
-    parser.add_argument("--output", type=Path, default=Path("runs/theory.png"))
-    parser.add_argument("--samples", type=int, default=200_000)
-    output: Path = parser.parse_args(argv).output
-    samples: int = parser.parse_args(argv).samples
+def draw(output: Path, samples: int = 200_000) -> Path:
+    """Draw the picture into a PNG and return its path.
+
+    Args:
+        output: the PNG's path; missing folders are made.
+        samples: that gradient descent runs on.
+    """
     apart = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     old = torch.eye(3, dtype=torch.float64)
     skewed = torch.diag(torch.tensor([0.2, 2.0, 1.0], dtype=torch.float64))
@@ -96,12 +95,11 @@ def main(argv: list[str] | None = None) -> Path:
         right.set_title("Σ = diag(0.2, 2, 1): the curves part")
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(png(drawing))
-    print(output)
     return output
 
 
 def _draw_stalling(axes: Any, apart: Tensor, samples: int) -> None:
-    """The distance left along e: lines are predicted, dots are gradient descent on samples."""
+    """The distance left along e: lines are the prediction, dots gradient descent on samples."""
     steps, rate, length = 60, 0.05, apart.norm()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, len(apart), generator=generator, dtype=apart.dtype)
@@ -117,8 +115,8 @@ def _draw_stalling(axes: Any, apart: Tensor, samples: int) -> None:
             matrix = weighted_covariance(torch.eye(len(apart)).to(apart), apart, temperature)
             weights = flow_weights((x @ apart).square(), temperature=temperature)
             name = f"{temperature:g}"
-        line = predicted(matrix, apart, rate, steps) @ apart / length**2
-        dots = descended(x, apart, weights, rate, steps) @ apart / length**2
+        line = predicted_path(matrix, apart, rate, steps) @ apart / length**2
+        dots = descent_path(x, apart, weights, rate, steps) @ apart / length**2
         axes.plot(line, color=colour, label=f"temperature {name}")
         axes.plot(range(0, steps + 1, 6), dots[::6], "o", color=colour, markersize=4)
     axes.set(title="FLOW stalls along e", xlabel="step", ylabel="share of e left", ylim=(0, 1.02))
@@ -131,18 +129,18 @@ def _draw_trade_off(axes: Any, apart: Tensor, covariance: Tensor, old: Tensor) -
     rate, steps = 0.1, 40
     dials: dict[str, tuple[Callable[[float], Tensor], str, Any]] = {
         "plain, over the steps": (
-            lambda t: predicted(covariance, apart, rate / 10, round(400 * t))[-1],
+            lambda t: predicted_path(covariance, apart, rate / 10, round(400 * t))[-1],
             "-",
             "#9aa2b1",
         ),
         "ℓ2, over the strength": (
-            lambda t: l2_anchored(covariance, apart, 10 ** (6 * t - 3)),
+            lambda t: l2_minimum(covariance, apart, 10 ** (6 * t - 3)),
             "--",
             BLUE,
         ),
-        "averaging, over α": (lambda t: averaged(apart, t), ":", ORANGE),
+        "averaging, over α": (lambda t: average(apart, t), ":", ORANGE),
         f"FLOW, {steps} steps, over the temperature": (
-            lambda t: predicted(
+            lambda t: predicted_path(
                 weighted_covariance(covariance, apart, 10 ** (6 * t - 3)), apart, rate, steps
             )[-1],
             "-.",
@@ -155,7 +153,3 @@ def _draw_trade_off(axes: Any, apart: Tensor, covariance: Tensor, old: Tensor) -
     axes.set(xlabel="excess risk on the new data", ylabel="excess risk on the old data")
     axes.grid(True, axis="both")
     axes.legend(fontsize=8)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, pretrained, read_arrays
-from flowdata.study.head_task import EXTRA, MAIN, HeadTask, Parts, Sizes, grids
-from flowdata.study.runs import run_study
+from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, load_resnet20, read_arrays
+from benchmarks.forgetting.methods import ABLATIONS
+from flowdata.study import METHODS, HeadTask, Sizes, Split, grids, run_study
 
-__all__ = ["EXTRA", "MAIN", "QUICK_METHODS", "add_options", "study", "task"]
-
+MAIN, EXTRA = METHODS, ABLATIONS
+ALL = {**MAIN, **EXTRA}
 RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
 NOISY = "noisy_"
 QUICK_METHODS = MAIN
@@ -33,32 +33,46 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
             after ``noisy_``, a third of the training labels are shuffled.
         sizes: see there.
     """
-    folder = assets / "vision"
-    if not (folder / "cifar10_resnet20.safetensors").is_file():
-        raise SystemExit(f"{folder} holds no cifar10_resnet20.safetensors: see --assets")
+    old, folder = load_resnet20(assets), assets / "vision"
     old_test = as_dataset(
         *(part[: sizes.test] for part in read_arrays(folder / "cifar10_test_dev.npz"))
     )
-    train, test = _arrays(folder, target.removeprefix(NOISY))
+    pool, test = _arrays(folder, target.removeprefix(NOISY))
 
-    def split(seed: int) -> Parts:
-        order = np.random.default_rng(seed).permutation(len(train[1]))
-        ends = np.cumsum([sizes.images, sizes.validation])
-        if test is None:  # one pool: three fifths, one fifth, the rest
-            ends = np.minimum(ends, [len(order) * 3 // 5, len(order) * 4 // 5])
-        parts = np.split(order[: ends[1]], ends[:1])
-        chosen, validation = ((train[0][part], train[1][part]) for part in parts)
+    def split(seed: int) -> Split:
+        train, validation, rest = _cut(pool, sizes, seed, gives_test=test is None)
         if target.startswith(NOISY):
-            chosen = with_noise(chosen, seed)
-        learned = as_dataset(*chosen)
-        rest = order[ends[1] :][: sizes.test]
-        held = (train[0][rest], train[1][rest]) if test is None else test
-        tested = as_dataset(*(part[: sizes.test] for part in held))
-        return Parts(learned, learned, as_dataset(*validation), tested)
+            train = with_noise(train, seed)
+        trained = as_dataset(*train)
+        tested = as_dataset(*(part[: sizes.test] for part in test or rest))
+        return Split(trained, trained, as_dataset(*validation), tested)
 
-    classes = int(train[1].max()) + 1
-    old = pretrained(folder / "cifar10_resnet20.safetensors")
-    return HeadTask(old, old_test, "CIFAR-10", classes, split, sizes)
+    classes = int(pool[1].max()) + 1
+    return HeadTask(
+        old,
+        old_test,
+        "CIFAR-10",
+        classes,
+        split,
+        sizes,
+        methods=ALL,
+        columns=("gradient_norm",),  # one of the ablations weighs by it
+    )
+
+
+def _cut(pool: Arrays, sizes: Sizes, seed: int, *, gives_test: bool) -> tuple[Arrays, ...]:
+    """What is trained on, what the rate is chosen by and what is measured, drawn by the seed.
+
+    Of a pool that must give the test as well at least a fifth is left for it.
+    """
+    images, labels = pool
+    order = np.random.default_rng(seed).permutation(len(labels))
+    ends = np.cumsum([sizes.images, sizes.validation])
+    if gives_test:
+        ends = np.minimum(ends, [len(order) * 3 // 5, len(order) * 4 // 5])
+    return tuple(
+        (images[part], labels[part]) for part in np.split(order[: ends[1] + sizes.test], ends)
+    )
 
 
 def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
@@ -107,6 +121,6 @@ def study(options: argparse.Namespace) -> None:
             options.results / f"forgetting_{name}.jsonl",
             {"study": "vision", "target": name, **asdict(sizes)},
             task(options.assets, target, sizes).run,
-            methods=grids(options.methods, rates),
+            methods=grids(options.methods, rates, ALL),
             seeds=options.seeds or range(2 if options.quick else 5),
         )

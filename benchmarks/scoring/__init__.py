@@ -3,7 +3,7 @@
 In every case all loops get the same model and samples. Each one's losses are first compared with
 one sample at a time in float32; then the loops are timed in turn. Tokens are real ones, without
 padding. The share of the matrix products' rate counts only the operations that scoring can't do
-without (flowdata/bench.py says which), so no loop gains from work it wastes.
+without (`flowdata.cli.bench.flops` says which), so no loop gains from work it wastes.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def main(argv: list[str]) -> None:
     if options.profile and set(options.cases) & set(images.CASES):
         parser.error("--profile takes language cases: name them with --cases")
     device = torch.device(options.device)
-    measured: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for name in options.cases:
         sizes = name, options.samples, options.smollm2, device
         if name in images.CASES:
-            found = images.measure(name, options.repeats, device)
+            case_rows = images.measure(name, options.repeats, device)
         elif options.profile:
-            found = language.profiled(*sizes)
+            case_rows = language.profile_case(*sizes)
         else:
-            found = language.measure(*sizes, options.repeats, options.loops or [])
-        measured.extend(found)
-        path = rows.write("scoring", measured, " ".join(["python -m benchmarks scoring", *argv]))
+            case_rows = language.measure(*sizes, options.repeats, options.loops or [])
+        results.extend(case_rows)
+        path = rows.write("scoring", results, " ".join(["python -m benchmarks scoring", *argv]))
     print(path)

@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks import rows
 from benchmarks.scoring import peers
 from flowdata.cli import bench
 from flowdata.cli.bench import Samples
+from flowdata.targets.labels import IGNORE_INDEX
 
 ASSETS = Path(__file__).parents[3] / "shared/assets/language"
 CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
@@ -91,63 +93,75 @@ def measure(
         return
     model, data = make(case, max(EXACT, round(samples * case.samples)), smollm2)
     model = model.to(device)
-    low, few = copy.deepcopy(model).bfloat16(), data[:EXACT]
+    in_bfloat16, few = copy.deepcopy(model).bfloat16(), data[:EXACT]
     exact = peers.one_at_a_time(model, few)
-    runs: dict[str, Callable[[], Tensor]] = {}
-    for loop in case.loops:
-        if only and loop not in only:
-            continue
-        if loop in NEEDED and find_spec(NEEDED[loop]) is None:
-            print(f"{loop} is left out: {NEEDED[loop]} is not installed")
-            continue
-        used = (model, few) if loop.endswith("float32") else (low, data)
-        runs[loop] = lambda run=LOOPS[loop], used=used: run(*used)
-    errors, memory = {}, {}
-    for loop, run in runs.items():
-        found: list[Tensor] = []
-        memory[loop] = rows.peak_memory(lambda run=run, found=found: found.append(run()))
-        errors[loop] = (found[0][:EXACT] - exact).abs().max().item()
-        if not errors[loop] <= ALLOWED[dtype_of(loop)]:
-            raise SystemExit(f"{loop} gives other losses, by up to {errors[loop]:.2g}")
+    loops = [loop for loop in case.loops if (not only or loop in only) and is_installed(loop)]
+    pairs = {
+        loop: (model, few) if dtype_of(loop) == "float32" else (in_bfloat16, data) for loop in loops
+    }
+    runs = {loop: partial(LOOPS[loop], *pair) for loop, pair in pairs.items()}
+    accuracy = {loop: check(loop, run, exact) for loop, run in runs.items()}
+    seconds, rate = time_in_turn(runs, repeats, device)
+    loop_rows = []
+    for loop, (_, samples_of_loop) in pairs.items():
+        tokens = sum(len(sample["input_ids"]) for sample in samples_of_loop)
+        speeds = [tokens / s for s in seconds[loop]]
+        row = rows.row(f"{name}: {loop}", speeds, "tokens/s", dtype=dtype_of(loop))
+        row |= accuracy[loop]
+        row["share_of_matmul"] = bench.flops(model, samples_of_loop) / tokens * row["median"] / rate
+        loop_rows.append(row)
+    ours = max((row["median"] for row in loop_rows if "flowdata" in row["what"]), default=None)
+    for row in loop_rows:
+        row["matmul_tflops"] = rate / 1e12
+        row["best_flowdata_ratio"] = ours and ours / row["median"]
+        show(row)
+        yield row
+
+
+def is_installed(loop: str) -> bool:
+    """Whether a loop can run here; says why where it can't."""
+    if loop in NEEDED and find_spec(NEEDED[loop]) is None:
+        print(f"{loop} is left out: {NEEDED[loop]} is not installed")
+        return False
+    return True
+
+
+def check(loop: str, run: Callable[[], Tensor], exact: Tensor) -> dict[str, Any]:
+    """Return a loop's largest error and its memory; exit where its losses are others."""
+    losses: list[Tensor] = []
+    memory = rows.peak_memory(lambda: losses.append(run()))
+    error = (losses[0][:EXACT] - exact).abs().max().item()
+    if not error <= ALLOWED[dtype_of(loop)]:
+        raise SystemExit(f"{loop} gives other losses, by up to {error:.2g}")
+    return {"largest_error": error, "memory_mib": memory}
+
+
+def time_in_turn(
+    runs: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device
+) -> tuple[dict[str, list[float]], float]:
+    """Return the seconds of each run, and the rate of matrix products between them in FLOP/s."""
     seconds: dict[str, list[float]] = {loop: [] for loop in runs}
     rates = [bench.matmul_rate(torch.bfloat16, device)]
     for _ in range(repeats):  # in turn, so that a slow moment slows them alike
         for loop, run in runs.items():
             seconds[loop] += rows.timed(run, repeats=1, warmup=0)
         rates.append(bench.matmul_rate(torch.bfloat16, device))
-    rate = statistics.median(rates)
-    speeds = {}
-    for loop, times in seconds.items():
-        used = few if loop.endswith("float32") else data
-        tokens = sum(len(sample["input_ids"]) for sample in used)
-        speeds[loop] = row = rows.row(
-            f"{name}: {loop}", [tokens / s for s in times], "tokens/s", dtype=dtype_of(loop)
-        )
-        row["largest_error"], row["memory_mib"] = errors[loop], memory[loop]
-        row["share_of_matmul"] = bench.flops(model, used) / tokens * row["median"] / rate
-    ours = max((row["median"] for loop, row in speeds.items() if "flowdata" in loop), default=None)
-    for row in speeds.values():
-        row["matmul_tflops"], row["best_flowdata_ratio"] = (
-            rate / 1e12,
-            ours and ours / row["median"],
-        )
-        show(row)
-        yield row
+    return seconds, statistics.median(rates)
 
 
-def profiled(
+def profile_case(
     name: str, samples: int, smollm2: str, device: torch.device, most: int = 12
 ) -> Iterator[dict[str, Any]]:
     """Yield the operations that a case's time goes to: in bfloat16, eager, the library's loop."""
     model, data = make(CASES[name], max(EXACT, round(samples * CASES[name].samples)), smollm2)
     model = model.to(device).bfloat16()
     LOOPS["flowdata"](model, data)
-    with profile() as kept:
+    with profile() as profiler:
         LOOPS["flowdata"](model, data)
     on_gpu = device.type == "cuda"
     times = {
         e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total
-        for e in kept.key_averages()
+        for e in profiler.key_averages()
     }
     total = sum(times.values())
     for key in sorted(times, key=times.__getitem__, reverse=True)[:most]:
@@ -174,13 +188,13 @@ def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
     generator = torch.Generator().manual_seed(0)
     lengths = gsm8k_lengths(count) if case.lengths == "gsm8k" else None
     lengths = lengths or bench.lognormal_lengths(count, generator)
-    own = sum(map(sum, lengths)) / count
+    mean_length = sum(map(sum, lengths)) / count
     model = bench.random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
     samples = bench.random_samples(
         lengths,
         generator=generator,
         vocabulary=case.vocabulary,
-        template=round(own / 2) if case.template else 0,
+        template=round(mean_length / 2) if case.template else 0,
     )
     firsts = range(0, count, case.answers)
     return model, [s for first in firsts for s in answers(samples[first : first + case.answers])]
@@ -188,7 +202,7 @@ def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
 
 def answers(samples: Samples) -> Samples:
     """The samples' completions, all behind the first one's prompt."""
-    prompts = [sample["labels"].eq(-100).sum() for sample in samples]
+    prompts = [sample["labels"].eq(IGNORE_INDEX).sum() for sample in samples]
     shared = {name: values[: prompts[0]] for name, values in samples[0].items()}
     return [
         {name: torch.cat([shared[name], values[prompt:]]) for name, values in sample.items()}

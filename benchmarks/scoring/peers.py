@@ -14,6 +14,7 @@ from flowdata.cli.bench import Samples
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.scorer import LossScorer
+from flowdata.targets.labels import IGNORE_INDEX
 
 
 def scored(
@@ -51,11 +52,13 @@ def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tens
             indices = plan.pack(pack)
             batch = pad_collate([samples[index] for index in indices.tolist()])
             batch = {name: values.to(model.device) for name, values in batch.items()}
-            labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
-            kept = labels != -100
-            hidden = model.model(**batch, use_cache=False).last_hidden_state[kept]
-            each = F.cross_entropy(model.lm_head(hidden).float(), labels[kept], reduction="none")
-            counts = kept.sum(1)
+            labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
+            is_target = labels != IGNORE_INDEX
+            hidden = model.model(**batch, use_cache=False).last_hidden_state[is_target]
+            each = F.cross_entropy(
+                model.lm_head(hidden).float(), labels[is_target], reduction="none"
+            )
+            counts = is_target.sum(1)
             means = [part.mean() for part in each.split(counts.tolist())]
             losses[indices] = torch.stack(means).cpu()
     return losses
@@ -69,10 +72,10 @@ def lm_eval(model: Any, samples: Samples, batch_size: int = 16) -> Tensor:
     requests = []
     for sample in samples:
         ids, labels = sample["input_ids"].tolist(), sample["labels"]
-        prompt = int((labels == -100).sum())
+        prompt = int((labels == IGNORE_INDEX).sum())
         requests.append((("", ""), ids[:prompt], ids[prompt:]))
-    found = evaluated._loglikelihood_tokens(requests, disable_tqdm=True)
-    pairs = zip(found, requests, strict=True)
+    results = evaluated._loglikelihood_tokens(requests, disable_tqdm=True)
+    pairs = zip(results, requests, strict=True)
     return torch.tensor([-total / len(ids) for (total, _), (_, _, ids) in pairs])
 
 
@@ -95,7 +98,7 @@ def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
     for start in range(0, len(samples), batch_size):
         batch = pad_collate(samples[start : start + batch_size])
         batch = {name: values.to(model.device) for name, values in batch.items()}
-        mask = (batch.pop("labels") != -100).long()
+        mask = (batch.pop("labels") != IGNORE_INDEX).long()
         sums = DPOTrainer.compute_ref_log_probs(trainer, model, {**batch, "completion_mask": mask})
         losses.append((-torch.cat(sums).float() / mask[:, 1:].sum(1)).cpu())
     return torch.cat(losses)

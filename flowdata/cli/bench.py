@@ -26,8 +26,19 @@ Samples = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One short measurement: real tokens a second, and matrix products in TFLOP/s."""
+class Measurement:
+    """What a small model reaches on a machine.
+
+    Attributes:
+        device: the GPU's name, or `cpu`.
+        dtype: that the model ran in.
+        matmul_tflops: of large matrix products.
+        usual_loop: real tokens a second of the loop that people write.
+        flowdata: real tokens a second of `LossScorer`.
+        ratio: of the two.
+        share_of_matmul: of the matrix products' rate that `LossScorer` reaches.
+        largest_difference: between the losses of the two, nats.
+    """
 
     device: str
     dtype: str
@@ -54,7 +65,7 @@ class Measured:
 
 def run_bench(
     *, dtype: str = "auto", device: str | torch.device | None = None, samples: int = 64
-) -> Measured:
+) -> Measurement:
     """Return what a small random Llama reaches, three runs of each loop in turn.
 
     Raises:
@@ -65,35 +76,36 @@ def run_bench(
         raise ValueError(f"samples must be a positive number, got {samples}")
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = random_llama(layers=4).to(place)
-    dtype_of_run = resolve_dtype(dtype, model, place)
-    model = model.to(dtype_of_run)
+    compute_dtype = resolve_dtype(dtype, model, place)
+    model = model.to(compute_dtype)
     generator = torch.Generator().manual_seed(0)
     data = random_samples(lognormal_lengths(samples, generator), generator=generator)
-    scorer = LossScorer(model, "causal_lm", dtype=dtype_of_run, progress=False)
-    usual, losses = usual_loop(model, data), scorer.score(data, dataset_id="bench").losses
+    scorer = LossScorer(model, "causal_lm", dtype=compute_dtype, progress=False)
+    usual, ours = usual_loop(model, data), scorer.score(data, dataset_id="bench").losses
     seconds: dict[str, list[float]] = {"usual": [], "flowdata": []}
     for _ in range(3):
         seconds["usual"].append(_seconds(lambda: usual_loop(model, data)))
         seconds["flowdata"].append(_seconds(lambda: scorer.score(data, dataset_id="bench")))
     usual_seconds, our_seconds = (statistics.median(seconds[n]) for n in ("usual", "flowdata"))
-    tokens, rate = (
-        sum(len(sample["input_ids"]) for sample in data),
-        matmul_rate(dtype_of_run, place),
-    )
-    return Measured(
+    tokens = sum(len(sample["input_ids"]) for sample in data)
+    rate = matmul_rate(compute_dtype, place)
+    return Measurement(
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
-        dtype=name_of(dtype_of_run),
+        dtype=name_of(compute_dtype),
         matmul_tflops=rate / 1e12,
         usual_loop=tokens / usual_seconds,
         flowdata=tokens / our_seconds,
         ratio=usual_seconds / our_seconds,
         share_of_matmul=flops(model, data) / our_seconds / rate,
-        largest_difference=(usual - losses).abs().max().item(),
+        largest_difference=(usual - ours).abs().max().item(),
     )
 
 
 def usual_loop(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
-    """Losses as most code takes them: random batches, padded, all logits, the model's dtype."""
+    """Return the losses as most code takes them, (N,).
+
+    Batches are random and padded, all logits are made, and everything is in the model's dtype.
+    """
     device = next(model.parameters()).device
     order = random.Random(0).sample(range(len(samples)), len(samples))
     losses = torch.empty(len(samples))
@@ -137,10 +149,8 @@ def flops(model: Any, samples: Samples) -> float:
     attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     total = 0.0
     for sample in samples:
-        length, targets = (
-            len(sample["input_ids"]),
-            int((sample["labels"][1:] != IGNORE_INDEX).sum()),
-        )
+        length = len(sample["input_ids"])
+        targets = int((sample["labels"][1:] != IGNORE_INDEX).sum())
         total += 2 * body * length + 2 * attention * length**2
         total += 2 * model.lm_head.weight.numel() * targets
     return total
@@ -189,8 +199,8 @@ def random_samples(
 
 def lognormal_lengths(count: int, generator: torch.Generator) -> list[list[int]]:
     """Return (prompt, completion) lengths, about 80 and 120 tokens on average."""
-    draws = torch.randn(count, 2, generator=generator) * 0.5 + torch.tensor([4.25, 4.65])
-    lengths: list[list[int]] = draws.exp().long().clamp_min(1).tolist()
+    logarithms = torch.randn(count, 2, generator=generator) * 0.5 + torch.tensor([4.25, 4.65])
+    lengths: list[list[int]] = logarithms.exp().long().clamp_min(1).tolist()
     return lengths
 
 

@@ -1,55 +1,73 @@
 """What would my model forget? Methods × rates × seeds on a model and data of yours.
 
-    from flowdata.study import METHODS, accuracy, draw_picture, fine_tune, report, run_study
+    import copy
+    from pathlib import Path
+    from flowdata import study
 
-    def run(method, rate, seed):                                  # one fine-tuning, measured
-        model = copy.deepcopy(pretrained)
-        weights = sample_weights(METHODS[method], scores)         # scores: LossScorer(...).score
-        fine_tune(model, train, weights, METHODS[method], rate=rate, seed=seed, epochs=5, batch=32)
+    def run(name, rate, seed):                                    # one fine-tuning, measured
+        method, model = study.METHODS[name], copy.deepcopy(pretrained)
+        weights = study.sample_weights(method, scores)            # scores: LossScorer(...).score
+        study.fine_tune(model, train, weights, method, rate=rate, seed=seed, epochs=5, batch=32)
         return {
-            "validation": accuracy(model, validation),            # the rate is chosen by it
-            "target": {"accuracy": accuracy(model, test)},
-            "retained": {"old accuracy": accuracy(model, old_test)},
+            "validation": study.accuracy(model, validation),      # the rate is chosen by it
+            "target": {"accuracy": study.accuracy(model, test)},
+            "retained": {"old accuracy": study.accuracy(model, old_test)},
         }
 
-    methods = {name: [0.01, 0.03, 0.1] for name in ("standard", "FLOW", "l2")}
+    methods = study.grids(["standard", "FLOW", "l2"], [0.01, 0.03, 0.1])
     options = {"study": "mine", "target": "new images"}           # all that a run depends on
-    records = run_study(Path("runs/mine.jsonl"), options, run, methods=methods, seeds=range(3))
-    print(report(options, records))                               # a Markdown page
-    Path("runs/mine.png").write_bytes(draw_picture(options, records))
+    file = Path("runs/mine.jsonl")
+    records = study.run_study(file, options, run, methods=methods, seeds=range(3))
+    print(study.report(options, records))                         # a Markdown page
+    file.with_suffix(".png").write_bytes(study.draw_picture(records))
 
 `run_study` appends each finished run to the file, so a study that was stopped goes on where it was.
-`HeadTask` is the same for a task that gets a head of its own. examples/measure_forgetting.py is a
-whole script. Pages need scipy, pictures matplotlib, LoRA peft: the extra `study`.
+`HeadTask` is the whole `run` for a task that gets a head of its own, and a `Method` of your own
+works beside those of `METHODS`. examples/measure_forgetting.py is a whole script. Pages need scipy,
+pictures matplotlib, LoRA peft: ``pip install "flowdata-torch[study]"``.
 """
 
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
-from flowdata.study.head_task import HeadTask, Parts, Sizes
-from flowdata.study.methods import ABLATIONS, METHODS, Hooks, Method, Part, train
+from flowdata.study.head_task import HeadTask, Sizes, Split
+from flowdata.study.methods import METHODS, STANDARD, TEMPERATURES, grids
+from flowdata.study.parts import anchor, averaging, hft, lora, mofo, weight_averaging
 from flowdata.study.picture import draw_picture
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
-from flowdata.study.runs import Record, run_study
-from flowdata.study.table import report
+from flowdata.study.runs import Record, chosen_rates, chosen_runs, read_records, run_study
+from flowdata.study.table import report, studies
+from flowdata.study.training import Hooks, Method, Part, train
 
 __all__ = [
-    "ABLATIONS",
     "METHODS",
+    "STANDARD",
+    "TEMPERATURES",
     "Beginning",
     "HeadTask",
     "Hooks",
     "Method",
     "Part",
-    "Parts",
     "Record",
     "Sizes",
+    "Split",
     "accuracy",
+    "anchor",
     "as_old_network",
+    "averaging",
     "begin",
+    "chosen_rates",
+    "chosen_runs",
     "draw_picture",
     "fine_tune",
     "fit_new_head",
+    "grids",
+    "hft",
+    "lora",
+    "mofo",
+    "read_records",
     "report",
     "run_study",
     "sample_weights",
+    "studies",
     "train",
+    "weight_averaging",
 ]

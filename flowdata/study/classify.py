@@ -14,7 +14,7 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
-from flowdata.study.methods import Method, passes, train
+from flowdata.study.training import Method, passes, train
 
 
 def sample_weights(method: Method, scores: Scores) -> Tensor:
@@ -40,21 +40,27 @@ def fine_tune(
     Args:
         model: inputs (B, …) → logits (B, C).
         data: map-style, samples (input, class).
-        weights: (N,), of the samples.
-        method: how they are used, and what else is done.
+        weights: (N,), of the samples, see `sample_weights`.
+        method: how the weights are used, and what else is done.
         rate: the highest learning rate.
-        seed: of the order, and of the method's own draws.
+        seed: of the order, and of what the method's parts draw.
         epochs: passes over the data.
         batch: samples in one; what is left over at the end of an epoch is dropped.
-        dtype: of the forward pass, under autocast.
-        workers: that load samples.
+        dtype: of the forward pass: ``"float32"``, or ``"bfloat16"`` under autocast.
+        workers: processes that load samples.
+
+    Raises:
+        ValueError: the method's weights are for tokens, which a classifier doesn't have.
     """
+    if method.rule is not None:
+        raise ValueError("method has a rule for token weights: a classifier has no tokens")
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)
     if method.resample:
         batches = loader(data, sampler=FlowSampler(weights, seed=seed))
-        rate *= weights.mean().item()  # Σwℓ / Σw makes steps larger by that than Σwℓ / N
+        # Resampling is Σwℓ / Σw, weighting Σwℓ / N, whose steps are smaller by the mean weight.
+        rate *= weights.mean().item()
     else:
         weighted = FlowWeightedDataset(data, weights, layout="triple")
         batches = loader(weighted, shuffle=True)
@@ -72,7 +78,14 @@ def fine_tune(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Any, dtype: str = "float32", workers: int = 0) -> float:
-    """Return the share of right answers, in %."""
+    """Return the share of right answers, in %.
+
+    Args:
+        model: inputs (B, …) → logits (B, C); left in eval mode.
+        data: map-style, samples (input, class).
+        dtype: as for `fine_tune`.
+        workers: as for `fine_tune`.
+    """
     device = next(model.parameters()).device
     loader = DataLoader(data, batch_size=256, num_workers=workers)
     model.eval()

@@ -1,36 +1,42 @@
-"""The recipe for a task with a head of its own, as one run of any method.
+"""A task with a head of its own, as the runs of a study: the recipe, by any method.
 
-It is the paper's: a new head is probed on the frozen body, its losses make the weights, head and
-body are fine-tuned, and the head is fitted once more on the fine-tuned body: for every method
-here, so that none has an advantage by it. The old task is measured with its own head and
-BatchNorm put back.
+All methods get the recipe's last step, the head fitted once more on the fine-tuned body, so that
+none has an advantage by it. See `flowdata.study.recipe`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
-from flowdata.study.methods import ABLATIONS, METHODS
+from flowdata.study.methods import METHODS
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record
+from flowdata.study.training import Method
 from flowdata.weights import effective_sample_size, resolve_temperature
 
-MAIN, EXTRA = METHODS, ABLATIONS
-ALL = {**MAIN, **EXTRA}
 _PROBE_STRENGTH = 1e-3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured in a run, and in which precision."""
+    """How much is trained and measured in a run, and in which precision.
+
+    Attributes:
+        images: of the new task that are trained on.
+        epochs: passes over them.
+        batch: images in one.
+        validation: images of the new task that the learning rate is chosen by.
+        test: images of each task that are measured.
+        dtype: ``"float32"`` or ``"bfloat16"``.
+    """
 
     images: int = 2500
     epochs: int = 4
@@ -40,8 +46,15 @@ class Sizes:
     dtype: str = "bfloat16"
 
 
-class Parts(NamedTuple):
-    """A task's data: what is trained on, the same without augmentation, and what is measured."""
+class Split(NamedTuple):
+    """A task's data sets, map-style, with samples (input, class).
+
+    Attributes:
+        train: what is trained on.
+        scored: the same samples without augmentation, for losses and heads.
+        validation: what the learning rate is chosen by.
+        test: what is measured.
+    """
 
     train: Any
     scored: Any
@@ -50,16 +63,21 @@ class Parts(NamedTuple):
 
 
 class HeadTask:
-    """Runs a method on one task.
+    """Runs a method on one task; `run` is what `run_study` takes.
 
     Args:
         old: body, (B, …) → (B, D), and the head it was trained with, an `nn.Linear`.
         old_test: samples (input, class) of the old task.
         old_name: the old task's, for the records.
         classes: of the new task.
-        split: seed → `Parts` of the new task.
+        split: seed → the new task's data.
         sizes: see there.
-        workers: that load samples; 0 for data in memory.
+        workers: processes that load samples; 0 for data in memory.
+        methods: by the names that `run` takes.
+        columns: what methods need of the scores beside the losses, see `LossScorer`.
+
+    Raises:
+        TypeError: the old head is no `nn.Linear`.
     """
 
     def __init__(
@@ -68,76 +86,89 @@ class HeadTask:
         old_test: Any,
         old_name: str,
         classes: int,
-        split: Callable[[int], Parts],
+        split: Callable[[int], Split],
         sizes: Sizes,
+        *,
         workers: int = 0,
+        methods: Mapping[str, Method] = METHODS,
+        columns: Sequence[str] = (),
     ) -> None:
+        head = old[1]
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"old must end in an nn.Linear, got {type(head).__name__}")
+        self.new_head = partial(nn.Linear, head.in_features, classes, device=head.weight.device)
         self.old, self.old_test, self.old_name = old, old_test, old_name
-        self.classes, self.split, self.sizes, self.workers = classes, split, sizes, workers
-        self.begin = lru_cache(maxsize=8)(self._begin)
+        self.split, self.sizes, self.workers = split, sizes, workers
+        self.methods, self.columns = methods, columns
+        self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share it
 
-    def _begin(self, seed: int) -> tuple[Parts, Beginning]:
-        parts, (body, old_head) = self.split(seed), self.old
-        assert isinstance(old_head, nn.Linear)  # as the class asks for
-        head = nn.Linear(old_head.in_features, self.classes, device=old_head.weight.device)
+    def _begin(self, seed: int) -> tuple[Split, Beginning]:
+        split = self.split(seed)
         beginning = begin(
-            body,
-            head,
-            parts.scored,
+            self.old[0],
+            self.new_head(),
+            split.scored,
             strength=_PROBE_STRENGTH,
             dtype=self.sizes.dtype,
-            columns=("gradient_norm",),
+            columns=self.columns,
             workers=self.workers,
         )
-        return parts, beginning
+        return split, beginning
 
     def run(self, name: str, rate: float, seed: int) -> Record:
         """Fine-tune by a method and measure accuracy, in %, on both tasks."""
-        (parts, beginning), method, sizes = self.begin(seed), ALL[name], self.sizes
+        (split, beginning), method = self.begin(seed), self.methods[name]
         network = copy.deepcopy(beginning.network)
+        # The memory layout that convolutions are fastest in; a method that doesn't train is
+        # measured in it as well, so that all round alike.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = sample_weights(method, beginning.scores)
         if method.trains:
-            fine_tune(
-                network,
-                parts.train,
-                weights,
-                method,
-                rate=rate,
-                seed=seed,
-                epochs=sizes.epochs,
-                batch=sizes.batch,
-                dtype=sizes.dtype,
-                workers=self.workers,
-            )
-            if _is_finite(network):  # else there is nothing to fit a head to
-                fit_new_head(
-                    network,
-                    parts.scored,
-                    strength=_PROBE_STRENGTH,
-                    dtype=sizes.dtype,
-                    workers=self.workers,
-                )
-        measure = partial(accuracy, dtype=sizes.dtype, workers=self.workers)
-        validation, target = measure(network, parts.validation), measure(network, parts.test)
+            self._fine_tune(network, split, weights, method, rate, seed)
+        measure = partial(accuracy, dtype=self.sizes.dtype, workers=self.workers)
+        validation, target = measure(network, split.validation), measure(network, split.test)
+        retained = measure(as_old_network(network, self.old), self.old_test)
         return {
             "validation": validation,
             "target": {"accuracy": target},
-            "retained": {
-                f"{self.old_name} accuracy": measure(
-                    as_old_network(network, self.old), self.old_test
-                )
-            },
+            "retained": {f"{self.old_name} accuracy": retained},
             "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
             "effective_share": effective_sample_size(weights) / len(weights),
         }
 
+    def _fine_tune(
+        self,
+        network: nn.Sequential,
+        split: Split,
+        weights: Tensor,
+        method: Method,
+        rate: float,
+        seed: int,
+    ) -> None:
+        """Train head and body in place, and fit the head once more."""
+        sizes = self.sizes
+        fine_tune(
+            network,
+            split.train,
+            weights,
+            method,
+            rate=rate,
+            seed=seed,
+            epochs=sizes.epochs,
+            batch=sizes.batch,
+            dtype=sizes.dtype,
+            workers=self.workers,
+        )
+        if _is_finite(network):  # where training diverged there is nothing to fit a head to
+            fit_new_head(
+                network,
+                split.scored,
+                strength=_PROBE_STRENGTH,
+                dtype=sizes.dtype,
+                workers=self.workers,
+            )
+
 
 def _is_finite(model: nn.Module) -> bool:
     return all(tensor.isfinite().all() for tensor in model.state_dict().values())
-
-
-def grids(names: list[str], rates: tuple[float, ...]) -> Mapping[str, tuple[float, ...]]:
-    """Return the rates to try for each method; one that doesn't train has none."""
-    return {name: rates if ALL[name].trains else (0.0,) for name in names}

@@ -1,10 +1,10 @@
 """A study: every method at every learning rate of its grid, on every seed.
 
 Every finished run is one JSON line of a results file, so a study that was stopped goes on where
-it was: a run whose line is there is not run again. Seeds are the outermost loop: what is there of
-an unfinished study is a study of fewer seeds; and processes that are given different seeds share
-the work. A method's learning rate is chosen by the validation score on the *new* task alone, as
-somebody without the old data has to choose it.
+it was: a run whose line is there is not run again. Seeds are the outermost loop, so an unfinished
+study is a whole study of fewer seeds, and processes that are given different seeds share the work.
+A method's learning rate is chosen by the validation score on the *new* task alone, as somebody
+without the old data has to choose it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-Record = dict[str, Any]
-Runs = dict[str, list[Record]]  # of each method, in the order of their seeds
-Runner = Callable[[str, float, int], Record]  # method, rate, seed -> what was measured
+from flowdata._common.notices import logger, say
+from flowdata.study.methods import STANDARD
 
-STANDARD = "standard"  # the method that all others are compared with
+Record: TypeAlias = dict[str, Any]
+Runs: TypeAlias = dict[str, list[Record]]  # each method's records, in the order of their seeds
+Runner: TypeAlias = Callable[[str, float, int], Record]  # method, rate, seed → measures
 
 
 def run_study(
@@ -36,31 +36,37 @@ def run_study(
     methods: Mapping[str, Sequence[float]],
     seeds: Iterable[int],
 ) -> list[Record]:
-    """Run what is missing from the results file `path` and return this study's records.
+    """Run what the results file lacks, and return the records of this study.
 
     Args:
-        path: JSON lines, appended to.
+        path: of the results file, JSON lines; new runs are appended to it.
         options: all that a run depends on beside method, rate and seed; runs under other
-            options don't count.
+            options don't count. ``study`` and ``target`` among them make the page's title.
         run: returns ``validation`` (higher is better), ``target`` and ``retained`` (mappings of
-            measures) and whatever else is worth a note.
-        methods: the rates to run each at.
+            measures by name) and whatever else is worth a note. Where a measure's name ends in
+            ``accuracy``, it is in % and more of it is better; less is better of all others.
+        methods: names, each with the learning rates to run it at, see `grids`.
         seeds: of the runs.
+
+    Returns:
+        Records under these options, older ones included.
     """
-    options = json.loads(json.dumps(options))
-    grid: list[Record] = [
+    options = json.loads(json.dumps(options))  # as they come back from the file
+    keys: list[Record] = [
         {"method": method, "rate": rate, "seed": seed, "options": options}
         for seed in seeds
         for method, rates in methods.items()
         for rate in rates
     ]
     finished = {key_of(record) for record in read_records(path)}
-    for settings in (settings for settings in grid if key_of(settings) not in finished):
+    for key in keys:
+        if key_of(key) in finished:
+            continue
         start = perf_counter()
-        record = settings | run(settings["method"], settings["rate"], settings["seed"])
+        record = key | run(key["method"], key["rate"], key["seed"])
         record |= {"seconds": round(perf_counter() - start, 2), "torch": torch.__version__}
         append_record(path, record)
-        print(line_of(record), file=sys.stderr, flush=True)
+        say(line_of(record))
     return [record for record in read_records(path) if record["options"] == options]
 
 
@@ -72,16 +78,16 @@ def validation_of(record: Record) -> float:
 
 def swept_runs(records: Iterable[Record]) -> dict[str, dict[float, list[Record]]]:
     """Return each method's runs by rate, at the rates that it was run at on the most seeds."""
-    swept: dict[str, dict[float, list[Record]]] = {}
+    by_method: dict[str, dict[float, list[Record]]] = {}
     for record in records:
-        swept.setdefault(record["method"], {}).setdefault(record["rate"], []).append(record)
+        by_method.setdefault(record["method"], {}).setdefault(record["rate"], []).append(record)
     return {
         method: {
             rate: sorted(rates[rate], key=lambda record: record["seed"])
             for rate in sorted(rates)
             if len(rates[rate]) == max(map(len, rates.values()))
         }
-        for method, rates in swept.items()
+        for method, rates in by_method.items()
     }
 
 
@@ -97,21 +103,22 @@ def chosen_rates(records: Iterable[Record]) -> dict[str, float]:
 
 
 def edges(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return the swept methods that may do better at a ``larger`` or ``smaller`` rate than chosen.
+    """Return the methods whose grid may have ended too early, by side: ``larger`` or ``smaller``.
 
-    They are those for which no rate on that side was tried and found no better, on the seeds
-    that both were run on: one seed is enough to see where a grid may end.
+    On such a side no rate was tried that turned out no better than the chosen one, on the seeds
+    that both were run on: one seed is enough to see where a grid may end. Methods with a single
+    rate don't count.
     """
     records = list(records)
     best_rates = chosen_rates(records)
     open_ended: dict[str, list[str]] = {"larger": [], "smaller": []}
-    for method, rates in _scores(records).items():
-        best = rates[best_rates[method]]
-        no_better = [rate for rate, scores in rates.items() if _is_no_better(scores, best)]
+    for method, rates in _validation_scores(records).items():
+        best = best_rates[method]
+        no_better = [rate for rate, scores in rates.items() if _is_no_better(scores, rates[best])]
         if len(rates) > 1:
-            if max(no_better) == best_rates[method]:
+            if max(no_better) == best:  # the chosen rate is among them
                 open_ended["larger"].append(method)
-            if min(no_better) == best_rates[method]:
+            if min(no_better) == best:
                 open_ended["smaller"].append(method)
     return open_ended
 
@@ -121,7 +128,9 @@ def _is_no_better(scores: Mapping[int, float], best: Mapping[int, float]) -> boo
     return bool(shared) and sum(scores[s] for s in shared) <= sum(best[s] for s in shared)
 
 
-def _scores(records: Iterable[Record]) -> dict[str, dict[float, dict[int, float]]]:
+def _validation_scores(
+    records: Iterable[Record],
+) -> dict[str, dict[float, dict[int, float]]]:
     """Each method's validation scores, by rate and seed."""
     scores: dict[str, dict[float, dict[int, float]]] = {}
     for record in records:
@@ -138,9 +147,10 @@ def chosen_runs(records: Iterable[Record]) -> Runs:
 
 
 def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
-    """Return all methods' runs at each rate of standard fine-tuning; those without one at all.
+    """Return all methods' runs at each rate of standard fine-tuning.
 
-    Only rates count that standard fine-tuning was run at on as many seeds as at any other.
+    Only those rates count that standard fine-tuning was run at on the most seeds. Methods that
+    don't train have no rate and appear at each.
     """
     records = list(records)
     methods = dict.fromkeys(record["method"] for record in records)
@@ -152,22 +162,22 @@ def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
 
 
 def runs_at_rate_of_standard(records: Iterable[Record]) -> Runs:
-    """Return all methods' runs at the rate chosen for standard fine-tuning; none without it."""
+    """Return all methods' runs at the rate chosen for standard fine-tuning; empty without one."""
     records = list(records)
     rate = chosen_rates(records).get(STANDARD)
     return {} if rate is None else runs_by_rate(records)[rate]
 
 
 def _runs_at(rates: Mapping[str, float], records: list[Record]) -> Runs:
-    found: Runs = {name: [] for name in rates}
+    runs: Runs = {name: [] for name in rates}
     for record in sorted(records, key=lambda record: record["seed"]):
         if record["rate"] == rates[record["method"]]:
-            found[record["method"]].append(record)
-    return {name: runs for name, runs in found.items() if runs}
+            runs[record["method"]].append(record)
+    return {name: of_method for name, of_method in runs.items() if of_method}
 
 
 def key_of(record: Record) -> str:
-    """Return what makes a run the same run."""
+    """Return what tells a run from all others, as text: its options, method, rate and seed."""
     return json.dumps(
         [record[name] for name in ("options", "method", "rate", "seed")], sort_keys=True
     )
@@ -182,13 +192,15 @@ def read_records(path: Path) -> list[Record]:
         try:
             records.append(json.loads(text))
         except ValueError:
-            print(f"{path}: a torn line is left out: {text[:60]!r}", file=sys.stderr)
+            logger.warning("%s: a torn line is left out: %r", path, text[:60])
     return records
 
 
 def append_record(path: Path, record: Record) -> None:
     """Add a run as one line, in one write: several processes may share the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A process that was killed may have left half a line: it is ended here, or it would take the
+    # new one with it.
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
     text = "\n" * is_torn + json.dumps(record) + "\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -202,6 +214,6 @@ def append_record(path: Path, record: Record) -> None:
 def line_of(record: Record) -> str:
     """Return a run as a line of the log."""
     measures = {**record["target"], **record["retained"]}
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
-    where = f"{record['method']}, rate {record['rate']:g}, seed {record['seed']}"
-    return f"{where}: {figures} ({record['seconds']:.0f} s)"
+    values = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+    run = f"{record['method']}, rate {record['rate']:g}, seed {record['seed']}"
+    return f"{run}: {values} ({record['seconds']:.0f} s)"

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from flowdata.study.methods import ABLATIONS, LANGUAGE_ONLY, METHODS
+from flowdata.study.extras import load_extra
+from flowdata.study.methods import METHODS, STANDARD
 from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
 
 CHOSEN = (
     "At the rate that is best, for each method, on validation samples of the new task "
     "(of the rates that it was run at on the most seeds):"
 )
-ORDER = ("pre-trained", *METHODS, *LANGUAGE_ONLY, *ABLATIONS)  # of the rows
 
 
-def studies(records: Iterable[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
-    """Group runs by their options, methods in order: only runs under the same are compared."""
+def studies(
+    records: Iterable[Record], order: Sequence[str] = tuple(METHODS)
+) -> list[tuple[dict[str, Any], list[Record]]]:
+    """Return options with the runs under them: only such runs are compared with each other.
+
+    Args:
+        records: of one results file.
+        order: of the methods; others come after these, in the order of their runs.
+    """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(json.dumps(record["options"], sort_keys=True), []).append(record)
-    return [(group[0]["options"], sorted(group, key=_place)) for group in groups.values()]
+    place = {method: number for number, method in enumerate(order)}
+    return [
+        (group[0]["options"], sorted(group, key=lambda r: place.get(r["method"], len(place))))
+        for group in groups.values()
+    ]
 
 
 def measures(record: Record) -> dict[str, float]:
@@ -39,12 +50,21 @@ def measures(record: Record) -> dict[str, float]:
 
 
 def report(options: Mapping[str, Any], records: list[Record]) -> str:
-    """Return a study's Markdown page."""
+    """Return a study's Markdown page.
+
+    Args:
+        options: those that the study was run under.
+        records: what `run_study` returned; methods appear in their order.
+
+    Raises:
+        ImportError: scipy, for the tests of differences over two or more seeds, isn't installed.
+    """
     runs = chosen_runs(records)
-    seeds = count(max(len(group) for group in runs.values()), "seed")
+    seeds = count(max(len(of_method) for of_method in runs.values()), "seed")
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    title = ", ".join(str(options[name]) for name in ("study", "target") if name in options)
     lines = [
-        f"# Forgetting: {options['study']}, {options['target']}",
+        f"# Forgetting: {title}" if title else "# Forgetting",
         "",
         f"{settings}. {len(records)} runs, up to {seeds}.",
         "",
@@ -66,46 +86,44 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
 
 
 def compare(runs: list[Record], others: list[Record], name: str) -> str:
-    """Return the paired difference of a measure: mean ± standard deviation (p)."""
+    """Return the difference of a measure, paired by seed: mean ± standard deviation (p)."""
     theirs = {record["seed"]: measures(record)[name] for record in others}
     pairs = [(measures(r)[name], theirs[r["seed"]]) for r in runs if r["seed"] in theirs]
     differences, places = [ours - other for ours, other in pairs], digits(name)
     if len(differences) < 2:
         return f"{mean(differences):+.{places}f}" if differences else "–"
-    spread = stdev(differences)
-    return f"{mean(differences):+.{places}f} ± {spread:.{places}f} ({paired_p(differences)})"
+    deviation = stdev(differences)
+    return f"{mean(differences):+.{places}f} ± {deviation:.{places}f} ({paired_p(differences)})"
 
 
 def paired_p(differences: list[float]) -> str:
-    """Return the two-sided p of a paired t-test, for people."""
-    from scipy.stats import ttest_1samp
-
-    if len(set(differences)) == 1:
+    """Return the two-sided p of a paired t-test, in words."""
+    if len(set(differences)) == 1:  # no spread: the test would divide by 0
         return "p 1" if differences[0] == 0 else "p < 0.001"
-    p = float(ttest_1samp(differences, 0.0).pvalue)
+    stats = load_extra("scipy.stats", "paired tests")
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def _table(runs: Runs) -> list[str]:
     names = list(measures(next(iter(runs.values()))[0]))
     lines = [row(["method", "rate", *names]), row(["---", "---:", *["---:"] * len(names)])]
-    for method, method_runs in runs.items():
+    for method, records in runs.items():
         cells = [
-            spread([measures(record)[name] for record in method_runs], digits(name))
-            for name in names
+            spread([measures(record)[name] for record in records], digits(name)) for name in names
         ]
-        lines.append(row([method, f"{method_runs[0]['rate']:g}", *cells]))
+        lines.append(row([method, f"{records[0]['rate']:g}", *cells]))
     return lines
 
 
 def _edges(records: Iterable[Record]) -> list[str]:
-    """Sentences on the methods that may do better beyond the rates tried."""
-    lines = [
+    """Sentences on the methods that may do better beyond the rates that were tried."""
+    sentences = [
         f"A {side} rate was not tried and may be better: {'; '.join(methods)}."
         for side, methods in edges(records).items()
         if methods
     ]
-    return [" ".join(lines), ""] if lines else []
+    return [" ".join(sentences), ""] if sentences else []
 
 
 def _over_rates(records: list[Record]) -> list[str]:
@@ -122,11 +140,12 @@ def _over_rates(records: list[Record]) -> list[str]:
     for method in dict.fromkeys(record["method"] for record in trained):
         of_method = [record for record in trained if record["method"] == method]
         at_rates = [[record for record in of_method if record["rate"] == rate] for rate in rates]
-        lines.append(row([method, *(_counted(rate_runs, names, most) for rate_runs in at_rates)]))
+        lines.append(row([method, *(_with_number(runs, names, most) for runs in at_rates)]))
     return [title, "", *lines, ""]
 
 
-def _counted(runs: list[Record], names: list[str], most: int) -> str:
+def _with_number(runs: list[Record], names: list[str], most: int) -> str:
+    """The means, and the number of seeds where it isn't `most`."""
     return means(runs, names) + f" ({len(runs)})" * (0 < len(runs) < most)
 
 
@@ -134,18 +153,13 @@ def _comparisons(runs: Runs) -> list[str]:
     """Each method against standard fine-tuning, and each sum of two against either alone."""
     names = list(measures(next(iter(runs.values()))[0]))
     lines = [row(["method", "against", *names]), row(["---", "---", *["---:"] * len(names)])]
-    for method, method_runs in runs.items():
-        alone = method.split(" + ") if " + " in method else []
-        for other in ["standard", *alone]:
+    for method, records in runs.items():
+        summands = method.split(" + ") if " + " in method else []
+        for other in [STANDARD, *summands]:
             if other in runs and other != method:
-                cells = [compare(method_runs, runs[other], name) for name in names]
+                cells = [compare(records, runs[other], name) for name in names]
                 lines.append(row([method, other, *cells]))
     return lines
-
-
-def _place(record: Record) -> int:
-    method = record["method"]
-    return ORDER.index(method) if method in ORDER else len(ORDER)
 
 
 def row(cells: Iterable[str]) -> str:
@@ -154,17 +168,17 @@ def row(cells: Iterable[str]) -> str:
 
 
 def spread(values: list[float], places: int) -> str:
-    """Return mean ± standard deviation."""
-    around = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{places}f}{around}"
+    """Return mean ± standard deviation, the latter from two values on."""
+    deviation = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{places}f}{deviation}"
 
 
 def means(runs: list[Record], names: list[str]) -> str:
     """Return the means of several measures, in one cell."""
     if not runs:
         return "–"
-    averages = [mean(measures(record)[name] for record in runs) for name in names]
-    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(averages, names, strict=True))
+    values = [mean(measures(record)[name] for record in runs) for name in names]
+    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(values, names, strict=True))
 
 
 def count(number: int, what: str) -> str:
@@ -173,7 +187,7 @@ def count(number: int, what: str) -> str:
 
 
 def digits(name: str) -> int:
-    """Return the digits that a measure is told with."""
+    """Return how many digits after the point a measure is shown with."""
     if name.endswith(("accuracy", "average")):
         return 1
     return 2 if name.endswith("perplexity") else 3

@@ -1,0 +1,91 @@
+"""Batches of token samples with a weight for each target, and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from flowdata import Scores
+from flowdata.losses import fused_causal_lm_loss
+from flowdata.scoring.collate import pad_collate
+from flowdata.study import Method, sample_weights
+from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.text import TokenSamples
+from flowdata.token_weights import align_token_weights
+
+WINDOW = 8  # batches that are drawn together and sorted by length
+MULTIPLE = 16  # tokens of a batch's samples; a CPU's bfloat16 attention is slow between
+
+
+def target_weights(method: Method, scores: Scores) -> list[Tensor]:
+    """Return the weights of each sample's targets: for sample weights, the same one for all."""
+    weights = sample_weights(method, scores)
+    if len(weights) != int(scores.counts.sum()):
+        weights = weights.repeat_interleave(scores.counts)
+    return list(weights.split(scores.counts.tolist()))
+
+
+class Weighted(Dataset[dict[str, Tensor]]):
+    """Token samples with a weight for each label."""
+
+    def __init__(self, samples: TokenSamples, weights: list[Tensor]) -> None:
+        self.samples, self.weights = samples, weights
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.samples[index]
+        return sample | {"weight": align_token_weights(self.weights[index], sample["labels"])}
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of samples of like length, in random order: little padding is trained on.
+
+    Args:
+        sampler: gives the indices, in random order.
+        lengths: tokens of each sample.
+        size: samples in a batch; what is left over at the end is dropped.
+    """
+
+    def __init__(self, sampler: Sampler[int], lengths: list[int], size: int) -> None:
+        self.sampler, self.lengths, self.size = sampler, lengths, size
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.size  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Sorting a window at a time keeps chance in which samples meet in a batch; sorting all of
+        # them would make the same batches in every epoch.
+        indices = list(self.sampler)[: len(self) * self.size]
+        window, batches = WINDOW * self.size, []
+        for start in range(0, len(indices), window):
+            by_length = sorted(indices[start : start + window], key=self.lengths.__getitem__)
+            batches += [by_length[i : i + self.size] for i in range(0, len(by_length), self.size)]
+        for index in torch.randperm(len(batches)).tolist():
+            yield batches[index]
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a batch padded on the right to a multiple of 16 tokens; padding is no target."""
+    batch = pad_collate(samples)
+    width = -batch["input_ids"].shape[1] % MULTIPLE
+    fill = {"labels": IGNORE_INDEX}
+    return {name: F.pad(v, (0, width), value=fill.get(name, 0)) for name, v in batch.items()}
+
+
+def batch_loss(model: nn.Module, batch: dict[str, Tensor], rule: Any = None) -> Tensor:
+    """Return Σ weight · loss over the batch's target tokens, divided by their number.
+
+    Padding is on the right, where no token of a causal model looks: there is no attention mask.
+    """
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        decoder = model.get_decoder()
+        hidden = decoder(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        return fused_causal_lm_loss(hidden, head, batch["labels"], batch["weight"], token_rule=rule)

@@ -1,0 +1,84 @@
+"""The methods of our own studies, beyond those that `flowdata.study` brings.
+
+The further ones answer questions about FLOW: which temperature, is it the weights or the smaller
+steps that they make, and what do weights for tokens do.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from flowdata.scores import Scores
+from flowdata.streaming import FlowWeightedIterable
+from flowdata.study import METHODS, TEMPERATURES, Method, anchor, weight_averaging
+from flowdata.study.methods import flow
+from flowdata.token_weights import selective_token_weights
+from flowdata.weights import flow_weights
+
+
+def normalised(scores: Scores) -> Tensor:
+    """Return FLOW's weights over their mean: steps as large as those of standard fine-tuning."""
+    weights = scores.weights()
+    return weights / weights.mean()
+
+
+def even(scores: Scores) -> Tensor:
+    """Return FLOW's mean weight for every sample: what its smaller steps do by themselves."""
+    return torch.full((len(scores),), scores.weights().mean().item())
+
+
+def running_median(scores: Scores, window: int = 128) -> Tensor:
+    """Return FLOW's weights as a stream gives them: each window under the median so far."""
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)).tolist()
+    # The stream's scorer looks the losses up: its samples are their numbers.
+    scorer = SimpleNamespace(
+        score=lambda window, **_: SimpleNamespace(losses=scores.losses[list(window)])
+    )
+    weights = torch.empty(len(scores))
+    for index, weight in FlowWeightedIterable(order, scorer, window=window):
+        weights[index] = weight
+    return weights
+
+
+def flow_tokens(scores: Scores) -> Tensor:
+    """Return FLOW's token weights, the median taken over all target tokens."""
+    return flow_weights(_token_losses(scores))
+
+
+def flow_both(scores: Scores) -> Tensor:
+    """Return token weights times the weight of their sequence."""
+    return flow_tokens(scores) * scores.weights().repeat_interleave(scores.counts)
+
+
+def easy_tokens(scores: Scores) -> Tensor:
+    """Return 1 for tokens that the frozen model finds easy, 0 for others: token masking."""
+    return selective_token_weights(_token_losses(scores))
+
+
+def _token_losses(scores: Scores) -> Tensor:
+    if scores.flat_token_losses is None:
+        raise ValueError("token weights need scores with token losses; vision has none")
+    return scores.flat_token_losses
+
+
+ABLATIONS: dict[str, Method] = {
+    **TEMPERATURES,
+    "FLOW, running median": Method(running_median),
+    "FLOW normalised": Method(normalised),
+    "standard, smaller steps": Method(even),
+    "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
+    **{f"l2, {strength:g}": Method(parts=(anchor("l2", strength),)) for strength in (1e-3, 1e-1)},
+    **{f"WiSE-FT, {alpha:g}": Method(parts=(weight_averaging(alpha),)) for alpha in (0.25, 0.75)},
+}
+TOKEN_METHODS: dict[str, Method] = {
+    "TALR": Method(rule="talr"),
+    "DFT": Method(rule="dft"),
+    "FLOW, tokens": Method(flow_tokens),
+    "FLOW, both": Method(flow_both),
+    "token masking": Method(easy_tokens),
+}
+ORDER = ("pre-trained", *METHODS, *TOKEN_METHODS, *ABLATIONS)  # of the tables' rows

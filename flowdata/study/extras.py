@@ -1,0 +1,25 @@
+"""Packages that only a study needs, imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def load_extra(module: str, purpose: str) -> Any:
+    """Return a module of the extra `study`.
+
+    Args:
+        module: its full name.
+        purpose: what needs it, in the plural, for the message.
+
+    Raises:
+        ImportError: its package is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f'{purpose} need {package}: pip install "flowdata-torch[study]"'
+        ) from None
