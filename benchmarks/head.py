@@ -9,7 +9,8 @@ are compared with float64 before anything is timed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,32 +39,35 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    results = [
-        row
-        for width in options.widths
-        for vocabulary in options.vocabularies
-        for row in measure(options.rows, width, vocabulary, options.repeats, options.device)
-    ]
+    results = []
+    for width, vocabulary in itertools.product(options.widths, options.vocabularies):
+        for row in measure(options.rows, width, vocabulary, options.repeats, options.device):
+            print(rows.line(row), flush=True)
+            results.append(row)
     print(rows.write("head", results, " ".join(["python -m benchmarks head", *argv])))
 
 
 def measure(
-    count: int, width: int, vocabulary: int, repeats: int, device: str
-) -> list[dict[str, Any]]:
-    """Rows of one width and vocabulary: milliseconds, ratio to the floor, error, memory."""
-    inputs = draw_inputs(count, width, vocabulary, device)
-    ways = {name: way for name, way in peers(device).items() if runs(name, way, device)}
+    count: int,
+    width: int,
+    vocabulary: int,
+    repeats: int,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[dict[str, Any]]:
+    """Yield one size's rows: milliseconds, ratio to the floor, error, memory."""
+    inputs = draw_inputs(count, width, vocabulary, device, dtype)
+    ways = {name: way for name, way in peers(device).items() if runs(name, way, inputs)}
     errors = errors_of(ways, inputs)
     ways[FLOOR] = floor
     seconds = times_in_turn(ways, inputs, repeats)
     floor_ms = 1000 * rows.row("", seconds[FLOOR], "s")["median"]
-    results = []
     for name, way in ways.items():
         row = rows.row(
             f"{name}, {count} x {width} x {vocabulary}",
             [1000 * second for second in seconds[name]],
             "ms",
-            dtype="bfloat16",
+            dtype=str(dtype).removeprefix("torch."),
             device=device,
             memory_mib=rows.peak_memory(lambda way=way: way(*inputs)),
         )
@@ -71,22 +75,18 @@ def measure(
         if name in errors:
             row["largest_error"] = errors[name].max().item()
             row["mean_error"] = errors[name].mean().item()
-        results.append(row)
-        memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:7.0f} MiB"
-        print(
-            f"{row['what']:58}{row['median']:8.1f} ms {row['ratio_to_floor']:6.2f}x{memory}  "
-            f"error {row.get('largest_error', 0):.0e}",
-            flush=True,
-        )
-    return results
+        yield row
 
 
-def draw_inputs(count: int, width: int, vocabulary: int, device: str) -> Inputs:
+def draw_inputs(
+    count: int, width: int, vocabulary: int, device: str, dtype: torch.dtype = torch.bfloat16
+) -> Inputs:
     """Hidden states, weight and targets; logits have a standard deviation of 1."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(count, width, generator=generator).bfloat16().to(device)
-    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).bfloat16()
-    return hidden, weight.to(device), torch.randint(0, vocabulary, (count,)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device}
+    hidden = torch.randn(count, width, **options).to(dtype)
+    weight = (torch.randn(vocabulary, width, **options) / width**0.5).to(dtype)
+    return hidden, weight, torch.randint(0, vocabulary, (count,), **options)
 
 
 def errors_of(ways: Mapping[str, Peer], inputs: Inputs) -> dict[str, Tensor]:
@@ -144,11 +144,11 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-def runs(name: str, way: Peer, device: str) -> bool:
-    """Whether a way runs here; says why where it doesn't."""
-    few = torch.randn(4, 64, device=device).bfloat16(), torch.randn(512, 64, device=device)
+def runs(name: str, way: Peer, inputs: Inputs) -> bool:
+    """Whether a way runs on such inputs; says why where it doesn't."""
+    hidden, weight, targets = inputs
     try:
-        way(few[0], few[1].bfloat16(), torch.zeros(4, dtype=torch.long, device=device))
+        way(hidden[:4], weight[:512], targets[:4].clamp_max(511))
     except Exception as error:
         print(f"{name} is left out: {type(error).__name__}: {error}".splitlines()[0])
         return False

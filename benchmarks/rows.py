@@ -36,6 +36,18 @@ def row(what: str, values: list[float], unit: str, **more: Any) -> dict[str, Any
     return {"what": what, "median": median, "spread": spread, "unit": unit, **more}
 
 
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed: its figures by their names, the median first."""
+    spread = {"what", "part", "median", "spread", "unit"}
+    figures = [f"{row['median']:,.4g} {row['unit']}"] if "median" in row else []
+    figures += [
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name not in spread
+    ]
+    return f"{row['what']:60} {', '.join(figures)}"
+
+
 def peak_memory(run: Callable[[], object]) -> float | None:
     """MiB that a call adds to the process's resident memory at its highest; None off Linux.
 
@@ -62,7 +74,7 @@ def _status(name: str) -> int:
 
 def machine() -> dict[str, Any]:
     """Where and with what the rows were measured."""
-    names = ("torch", "transformers", "datasets", "torchdata", "numpy")
+    names = ("torch", "transformers", "datasets", "torchdata", "numpy", "triton")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -73,7 +85,7 @@ def machine() -> dict[str, Any]:
         if torch.cuda.is_available()
         else "none: CUDA is not measured",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
         "commit": commit,
     }
 
@@ -90,6 +102,13 @@ def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     runs.append({"command": command, "machine": machine(), "rows": rows})
     path.write_text(json.dumps(runs, indent=1) + "\n")
     return path
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

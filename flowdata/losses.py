@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flowdata.head.cross_entropy import cross_entropies
 from flowdata.head.fused_loss import head_losses, weighted_head_loss
+from flowdata.models.tensors import to_device
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens
 from flowdata.targets.target_weights import (
     Normalize,
@@ -73,7 +74,7 @@ def weighted_mean(
     check_normalize(normalize)
     _check_losses(losses, weights)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    weights = weights.to(losses)
+    weights = to_device(weights, losses.device).to(losses.dtype)
     if num_items is None:
         num_items = weights.sum() if normalize == "weights" else float(losses.numel())
     return _divide(_weighted_sum(losses, weights), num_items)
@@ -125,7 +126,7 @@ def causal_lm_loss(
     """
     check_normalize(normalize)
     _check_labels(logits, labels, "logits (B, T, V)")
-    labels = labels.to(logits.device)
+    labels = to_device(labels, logits.device)
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     targets = next_tokens(labels, ignore_index).flatten()
     # Only the host can look at the labels without waiting for a device, and a compiled graph
@@ -197,7 +198,7 @@ def fused_causal_lm_loss(
     check_normalize(normalize)
     _check_labels(hidden_states, labels, "hidden_states (B, T, d)")
     _check_head(head)
-    labels = labels.to(hidden_states.device)
+    labels = to_device(labels, hidden_states.device)
     targets = next_tokens(labels, ignore_index).flatten()
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     positions = ((targets != ignore_index) & (token_weights != 0)).nonzero().flatten()
@@ -234,7 +235,10 @@ def _count_batch(
 
 def _divide(total: Tensor, num_items: float | Tensor) -> Tensor:
     """Return total / num_items; a denominator of 0 counts as 1, as a sum over no items is 0."""
-    items = torch.as_tensor(num_items, dtype=total.dtype, device=total.device)
+    if isinstance(num_items, Tensor):
+        items = to_device(num_items, total.device).to(total.dtype)
+    else:
+        items = total.new_full((), num_items)  # a kernel fills it: no copy that the host waits for
     return total / torch.where(items == 0, 1.0, items)
 
 

@@ -95,16 +95,19 @@ def test_a_block_may_give_up_compiling(caplog):
 
 
 def test_compiling_pays_on_long_jobs_alone():
-    model = nn.Linear(1000, 1000)
-    assert not compiled.pays(model, 10_000)
-    assert compiled.pays(model, 10**9)
+    model, gpu = nn.Linear(1000, 1000), torch.device("cuda")
+    assert not compiled.pays(model, 10_000, CPU)
+    assert compiled.pays(model, 10**9, CPU)
+    assert not compiled.pays(model, 10**9, gpu)
+    assert compiled.pays(model, 10**12, gpu)
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
 def test_compiling_gains_on_the_kind_of_machine_where_it_was_measured(has_amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     assert compiled.gains(torch.bfloat16, CPU) is has_amx
-    assert not compiled.gains(torch.bfloat16, torch.device("cuda"))
+    assert compiled.gains(torch.bfloat16, torch.device("cuda"))
+    assert not compiled.gains(torch.float32, torch.device("cuda"))
     assert not compiled.gains(torch.float64, CPU)
 
 

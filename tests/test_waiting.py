@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from flowdata import LossScorer
-from flowdata.models.tensors import to_device
 from flowdata.scoring import run
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.language import attention
@@ -13,7 +12,7 @@ from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.language.ways import ways_of
 from flowdata.targets.predictions import prediction_way
-from flowdata.targets.target_losses import Fetched, TargetLosses
+from flowdata.targets.target_losses import Fetched
 from tests.models import tiny_gpt2, tiny_llama, token_samples
 from tests.test_packed import prompted
 
@@ -95,18 +94,3 @@ def test_a_pack_is_begun_before_the_one_before_it_is_waited_for(monkeypatch):
     assert packs > 3
     assert order[:4] == [("begun", 0), ("begun", 1), ("waited for", 0), ("begun", 2)]
     assert [number for kind, number in order if kind == "waited for"] == list(range(packs))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_losses_are_fetched_from_a_gpu_without_waiting():
-    values = torch.rand(1000, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fetched = Fetched(TargetLosses(values, torch.ones(1000).long(), {"entropy": values}))
-        (moved,) = to_device([torch.ones(5)], torch.device("cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert moved.is_cuda
-    columns = fetched.columns(token_losses=True)
-    assert torch.equal(columns["token_loss"], values.cpu())
-    assert torch.equal(columns["entropy"], values.cpu())

@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
             case_rows = language.profile_case(*sizes)
         else:
             case_rows = language.measure(*sizes, options.repeats, options.loops or [])
-        results.extend(case_rows)
+        for row in case_rows:
+            print(rows.line(row), flush=True)
+            results.append(row)
         path = rows.write("scoring", results, " ".join(["python -m benchmarks scoring", *argv]))
     print(path)

@@ -92,19 +92,8 @@ def measure(name: str, repeats: int, device: torch.device) -> Iterator[dict[str,
         for way, run in ways.items():
             seconds[way] += rows.timed(run, repeats=1, warmup=0)
     for way, times in seconds.items():
-        row = rows.row(
-            f"{name}: {way}", [count / s for s in times], "images/s", largest_error=errors[way]
-        )
-        show(row)
-        yield row
-
-
-def show(row: dict[str, Any]) -> None:
-    """Print a row."""
-    print(
-        f"{row['what']:48}{row['median']:8,.1f} images/s  error {row['largest_error']:.0e}",
-        flush=True,
-    )
+        speeds = [count / s for s in times]
+        yield rows.row(f"{name}: {way}", speeds, "images/s", largest_error=errors[way])
 
 
 def plain(model: nn.Module, data: TensorDataset, *, autocast: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ def measure(route: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return seconds of each step; runs of the two kinds take turns, without their first steps."""
     seconds: dict[str, list[float]] = {"plain": [], "weighted": []}
     memory: dict[str, list[float]] = {"plain": [], "weighted": []}
-    for _ in range(1 if options.tiny else 5):
+    for _ in range(1 if options.tiny else options.repeats):
         for kind in seconds:
             moments, mebibytes = _run(route, kind == "weighted", options)
             # A moment is the end of a step. The first two steps are a warm-up and left out: the
@@ -50,13 +50,14 @@ def _language_model(options: argparse.Namespace) -> tuple[Any, list[dict[str, Te
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    width = 32 if options.tiny else options.model_width
     config = LlamaConfig(
         vocab_size=512 if options.tiny else 32768,
-        hidden_size=32 if options.tiny else 256,
-        intermediate_size=64 if options.tiny else 768,
-        num_hidden_layers=2 if options.tiny else 4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=2 if options.tiny else options.model_layers,
+        num_attention_heads=max(4, width // 64),
+        num_key_value_heads=max(4, width // 64),
         pad_token_id=0,
     )
     longest = 16 if options.tiny else 160
@@ -66,7 +67,9 @@ def _language_model(options: argparse.Namespace) -> tuple[Any, list[dict[str, Te
         labels = ids.clone()
         labels[: len(ids) // 4] = IGNORE_INDEX
         samples.append({"input_ids": ids, "labels": labels})
-    return LlamaForCausalLM(config), samples, torch.rand(len(samples))
+    with torch.device(options.device):
+        model = LlamaForCausalLM(config).to(getattr(torch, options.model_dtype))
+    return model, samples, torch.rand(len(samples))
 
 
 def _run_loop(weighted: bool, options: argparse.Namespace) -> list[float]:
@@ -91,7 +94,6 @@ def _run_loop(weighted: bool, options: argparse.Namespace) -> list[float]:
 
 
 def _run_trainer(weighted: bool, options: argparse.Namespace, sft: bool = False) -> list[float]:
-    from datasets import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from flowdata.integrations.transformers import FlowTrainer
@@ -100,6 +102,7 @@ def _run_trainer(weighted: bool, options: argparse.Namespace, sft: bool = False)
     model, samples, weights = _language_model(options)
     data: Any = samples
     if sft:
+        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         from flowdata.integrations.trl import FlowSFTTrainer

@@ -62,7 +62,7 @@ def _values(
         odds = _odds(hidden, head, targets, target_logits)
         if odds.isfinite().all():
             return {"loss": odds.log1p()}
-    tally = _tally(hidden, head, targets)
+    tally = _tally(hidden, head, targets, columns=bool(columns))
     # All other classes together are one class with this logit above the target's.
     gap = tally.top + tally.total.log() - target_logits
     values = {"loss": F.softplus(gap)}
@@ -119,12 +119,14 @@ def _add_odds(
     return logits.sub_(target_logits[:, None]).exp_().sum(1)
 
 
-def _tally(hidden: Tensor, head: Head, targets: Tensor) -> Tally:
-    """The sums over all classes but the targets."""
+def _tally(hidden: Tensor, head: Head, targets: Tensor, *, columns: bool) -> Tally:
+    """The sums over all classes but the targets; without `columns` the last two may be 0."""
     if head.kernel == "triton":
         from flowdata.head.triton import partial_sums
 
-        parts = partial_sums(hidden, head.weight, head.bias, targets, head.scale, head.softcap)
+        parts = partial_sums(
+            hidden, head.weight, head.bias, targets, head.scale, head.softcap, columns=columns
+        )
         return merge(Tally(*parts))
     sums = torch.zeros(4, len(hidden), device=hidden.device)
     sums[0] = LOWEST

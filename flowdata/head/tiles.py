@@ -48,7 +48,9 @@ def tile_size(hidden: Tensor) -> tuple[int, int]:
 
     On a CPU the results are 4 MiB in bfloat16: large enough for a product to run at its full rate,
     small enough for the last-level cache (chosen on two cores of an Intel Xeon with AMX). On a GPU
-    they are 128 MiB in float32; nothing is measured there.
+    they are 128 MiB in float32. There the tiles are for where Triton is missing: at 8,192 rows
+    and 128k classes an H200 takes 5 times as long for them as for the product alone, and 1.15
+    times as long for the Triton kernel.
     """
     return (4096, 8192) if hidden.is_cuda else (1024, 2048)
 

@@ -15,32 +15,36 @@ import torch
 from torch import nn
 
 from flowdata._common.notices import logger
+from flowdata.models.placement import home
 
 # Graphs of one layer's code before Dynamo gives up and runs it eagerly: kinds of layers (sliding
 # and full attention, …) times kinds of inputs. Its own limit of 8 is too low for both together.
 _GRAPHS = 64
-# Floating point operations from which compiling pays. Compiling takes about 30 seconds. Intel CPUs
-# with AMX score at about 3e11 a second in bfloat16 on two cores, and a tenth faster once
-# compiled (2,820 and 3,067 tokens/s on GSM8K): 240 seconds' worth of matrix products at 6e11.
-_PAYS_FROM = 240 * 6e11
+# Floating point operations of a job from which compiling pays: four minutes of it, since compiling
+# takes 10 to 30 seconds and makes the rest a tenth faster. Intel CPUs with AMX score at 6e11 a
+# second on two cores once compiled, an H200 at 4e14.
+_PAYS_FROM = {"cpu": 240 * 6e11, "cuda": 240 * 4e14}
 
 
 def gains(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether compiled layers were measured to be faster on this kind of machine.
 
-    They are on Intel CPUs with AMX in bfloat16, by 9 %. On AMD CPUs with AVX512-BF16 the gain is
-    about 1 %, and nothing is measured on a GPU. `python -m benchmarks scoring` measures it.
+    In half precision they are on GPUs, by 11 % (a Llama of a billion parameters on an H200), and
+    on Intel CPUs with AMX in bfloat16, by 9 %. On AMD CPUs with AVX512-BF16 the gain is about 1 %.
+    `python -m benchmarks gpu` and `scoring` measure it.
     """
+    if device.type == "cuda":
+        return dtype in (torch.bfloat16, torch.float16)
     has_amx = device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
     return has_amx and dtype == torch.bfloat16
 
 
-def pays(model: nn.Module, tokens: int) -> bool:
+def pays(model: nn.Module, tokens: int, device: torch.device) -> bool:
     """Return whether a job of so many tokens is long enough for compiling to save time.
 
     It depends on sizes and not on a timing, because a resumed run must choose the same.
     """
-    return 2 * _size(model) * tokens > _PAYS_FROM
+    return 2 * _size(model) * tokens > _PAYS_FROM[device.type]
 
 
 @contextmanager
@@ -51,7 +55,7 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     they run as they are and the reason is logged. The caller's own compiled calls come back at the
     end.
     """
-    reason = _why_not()
+    reason = _why_not(home(model))
     if reason:
         logger.warning("not compiling: %s", reason)
         yield
@@ -109,10 +113,10 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _why_not() -> str:
-    """Why this machine can't compile, "" if it can: told by compiling something small."""
+def _why_not(device: torch.device) -> str:
+    """Why a device's code can't be compiled here, "" if it can: told by compiling a small piece."""
     try:
-        torch.compile(lambda values: values.sin() + 1, dynamic=True)(torch.ones(8))
+        torch.compile(lambda values: values.sin() + 1, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no headers, a full disk: whatever it is
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""

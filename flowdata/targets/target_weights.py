@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdata.models.tensors import to_device
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens
 
 Normalize: TypeAlias = Literal["count", "weights"]
@@ -43,7 +44,8 @@ def target_weights(
         return is_target.to(torch.float32)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
-    weights = weights.to(labels.device, torch.promote_types(weights.dtype, torch.float32))
+    weights = to_device(weights, labels.device)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     if weights.shape == labels.shape[:1]:
         weights = weights[:, None]
     elif weights.shape == labels.shape:

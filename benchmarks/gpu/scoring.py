@@ -1,0 +1,75 @@
+"""Scoring at billions of parameters: real tokens a second of every loop on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu.parts import Row, Setting
+from benchmarks.gpu.shapes import SHAPES, make_model, make_samples
+from benchmarks.scoring import peers
+from benchmarks.scoring.language import EXACT, compare, is_installed
+
+OURS = ("flowdata", "flowdata, compiled")
+PEERS = ("sorted, logits of targets only", "usual loop", "TRL", "lm-eval")
+
+
+class Case(NamedTuple):
+    """A model's shape, its vocabulary, the share of completions, samples, and the loops."""
+
+    shape: str
+    vocabulary: int
+    share: float
+    samples: int
+    loops: tuple[str, ...] = ("flowdata", *PEERS[:2])
+
+
+# The most telling first: a limit cuts the list.
+CASES = (
+    Case("llama-1b", 128256, 0.5, 1024, ("flowdata", *PEERS)),
+    Case("gemma-2b", 256000, 0.5, 512),
+    Case("llama-3b", 128256, 0.9, 512),
+    Case("llama-0.5b", 32000, 0.5, 2048),
+    Case("gemma2-2b", 256000, 0.5, 512, ("flowdata", PEERS[0])),
+    Case("llama-1b", 128256, 0.9, 1024, ("flowdata", PEERS[0])),
+    Case("llama-0.5b", 32000, 0.9, 2048, ("flowdata", PEERS[0])),
+)
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    """Yield a row for each loop of each case that there is time for."""
+    costs = [0.0]  # seconds of the cases so far: the next is begun if the dearest would fit
+    for case in CASES[:2] if setting.is_tiny else CASES:
+        if setting.seconds_left() < max(costs):
+            yield {"what": name_of(case), "error": "not measured: no time left"}
+            continue
+        before = setting.seconds_left()
+        yield from measure_case(case, setting)
+        costs.append(before - setting.seconds_left())
+
+
+def measure_compiled(setting: Setting) -> Iterator[Row]:
+    """Yield the first case's rows with compiled layers and without."""
+    yield from measure_case(CASES[0]._replace(loops=OURS), setting)
+
+
+def measure_case(case: Case, setting: Setting) -> Iterator[Row]:
+    """Yield a row for each loop, equality checked first, timed in turn."""
+    shape, vocabulary, count = SHAPES[case.shape], case.vocabulary, case.samples
+    if setting.is_tiny:
+        shape, vocabulary, count = shape.tiny(), 512, EXACT
+    model = make_model(shape, vocabulary, setting.device)
+    samples = make_samples(setting, count, vocabulary, case.share)
+    exact = peers.one_at_a_time(model, samples[:EXACT])
+    model = model.bfloat16()
+    device, repeats = torch.device(setting.device), 1 if setting.is_tiny else 3
+    for loop in filter(is_installed, case.loops):
+        # Each by itself and not in turn: a GPU has no slow moments, and a limit loses no loop.
+        yield from compare(name_of(case), {loop: (model, samples)}, exact, repeats, device)
+
+
+def name_of(case: Case) -> str:
+    """A case as a row names it."""
+    return f"{case.shape}, {case.vocabulary // 1000}k, {case.share:.0%} completions"

@@ -1,0 +1,104 @@
+"""`python -m benchmarks gpu` is tried whole where there is no GPU, so that none is wasted on it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import PARTS, goals
+from benchmarks.gpu.parts import Setting, run_part
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def setting(tmp_path, seconds):
+    return Setting("cpu", True, tmp_path, tmp_path, time.monotonic() + seconds)
+
+
+def test_every_part_runs_at_a_tiny_size(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--tiny", "--output", tmp_path],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    ((result),) = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["command"].startswith("python -m benchmarks gpu --tiny")
+    assert result["machine"]["gpu"].startswith("none")
+    assert {row["part"] for row in result["rows"]} == set(PARTS)
+    assert not [row for row in result["rows"] if "error" in row]
+    loops = {row["what"] for row in result["rows"] if row["part"] in ("scoring", "compiled")}
+    assert {"llama-1b, 128k, 50% completions: flowdata, compiled"} <= loops
+    assert "| every test that needs a GPU passes |" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "trace-llama-1b.json.gz").stat().st_size > 1000
+
+
+def test_without_a_gpu_it_measures_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--output", tmp_path]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        command, cwd=REPOSITORY, env=hidden, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr == "no GPU is here; --tiny tries the command on a CPU\n"
+    assert not list(tmp_path.iterdir())
+
+
+def rows_of(part, tmp_path, seconds=60):
+    machine, *rows = run_part(part, setting(tmp_path, seconds))
+    assert "machine" in machine
+    return rows
+
+
+def test_an_error_of_a_part_is_a_row_and_what_came_before_stays(tmp_path):
+    def part(setting):
+        yield {"what": "first", "median": 1.0}
+        raise SystemExit("other losses")
+
+    first, error = rows_of(part, tmp_path)
+    assert first == {"what": "first", "median": 1.0}
+    assert error == {"what": "the rest of this part", "error": "SystemExit: other losses"}
+
+
+def test_a_part_that_dies_is_a_row(tmp_path):
+    def part(setting):
+        yield {"what": "first"}
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert rows_of(part, tmp_path)[1]["error"] == "exit code -9"
+
+
+def test_a_part_that_hangs_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.parts._LEEWAY", 0.5)
+
+    def part(setting):
+        yield {"what": "first"}
+        time.sleep(600)
+
+    start = time.monotonic()
+    assert rows_of(part, tmp_path, seconds=4)[-1]["error"] == "stopped at its limit"
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(("speed", "met"), [(150.0, "yes"), (90.0, "no")])
+def test_the_summary_says_which_goals_were_met(speed, met):
+    shared = {"part": "scoring", "share_of_matmul": 0.7}
+    summary = goals.summarize(
+        [
+            {"what": "a: flowdata", "median": speed, **shared},
+            {"what": "a: usual loop", "median": 100.0, **shared},
+            {"part": "scoring", "what": "a: TRL", "left_out": "trl is not installed"},
+            {"part": "head", "what": "the rest of this part", "error": "ValueError: no\nroom"},
+        ]
+    )
+    assert f"times the nearest, a: usual loop | {met} |" in summary
+    assert "reaches 60 % of the matrix products' rate | a 70% | yes |" in summary
+    assert "| weights cost at most 3 % of a training step | – | not measured |" in summary
+    assert "- head, the rest of this part: room" in summary
