@@ -76,7 +76,7 @@ def varlen(
     groups = q.shape[1] // k.shape[1]  # query heads that share a head of keys
     if groups > 1 and "enable_gqa" in takes:
         options["enable_gqa"] = True
-    elif groups > 1 and not _takes_groups(query.device):
+    elif groups > 1 and not _takes_groups(kernels.varlen_attn, query.device):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     begins = [_offsets(tuple(lengths), query.device) for lengths in (queries, keys)]
     kernel: Any = kernels.varlen_attn
@@ -125,25 +125,22 @@ def _window_options(takes: Container[str], window: int | None, most_keys: int) -
 
 
 @functools.cache
-def _takes_groups(device: torch.device) -> bool:
+def _takes_groups(kernel: Any, device: torch.device) -> bool:
     """Whether a kernel without the option takes fewer heads of keys than of queries all the same.
 
     PyTorch's own flash kernel does, although the releases up to 2.12 don't say so; it is asked once
     and its answer compared with that for repeated heads.
     """
-    from torch.nn.attention import varlen as kernels
-
-    kernel: Any = kernels.varlen_attn
     q, k, v = torch.randn(3, 5, 4, 64, device=device).bfloat16()
-    lengths = [torch.tensor([0, 5], dtype=torch.int32, device=device)] * 2 + [5, 5]
+    begins = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    options = _window_options(inspect.signature(kernel).parameters, None, 5)
     few = k[:, :2], v[:, :2]
+    repeated = [heads.repeat_interleave(2, 1) for heads in few]
     try:
-        grouped: Tensor = kernel(q, *few, *lengths)
+        grouped: Tensor = kernel(q, *few, begins, begins, 5, 5, **options)
     except RuntimeError:
         return False
-    return torch.equal(
-        grouped, kernel(q, *(heads.repeat_interleave(2, 1) for heads in few), *lengths)
-    )
+    return torch.equal(grouped, kernel(q, *repeated, begins, begins, 5, 5, **options))
 
 
 @functools.lru_cache(maxsize=4)  # the same for every layer of a pass
