@@ -108,7 +108,8 @@ def slow_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, left):
 
 def old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
     assert is_causal
-    assert key.shape[1] == query.shape[1]  # it knew no grouped heads
+    if key.shape[1] != query.shape[1]:
+        raise RuntimeError("no grouped heads")
     return slow_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, WIDTH**-0.5, -1)
 
 
