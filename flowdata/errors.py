@@ -15,5 +15,26 @@ class SampleError(ValueError):
     """A data set raised an exception when one of its samples was read; the message names it."""
 
 
+class DisagreementError(ValueError):
+    """A sample checked during a run has another loss alone; nothing made that way is used.
+
+    Args:
+        sample: its index in the data set.
+        reason: both numbers.
+    """
+
+    def __init__(self, sample: int, reason: str) -> None:
+        super().__init__(
+            f"sample {sample}, scored alone, does not have the loss that it has among others: "
+            f"{reason}. The way that was right for the samples checked before is not right for "
+            "this one. The same call again checks it first and takes a slower way; losses made by "
+            "the first one are scored again"
+        )
+        self.sample = sample
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.sample, ""), {"args": self.args}
+
+
 class RankError(RuntimeError):
     """Another rank of the process group failed, so that this one stopped too."""

@@ -264,7 +264,8 @@ class Scores:
 
     def manifest(self) -> Manifest:
         """Return the manifest of a store of these scores, made from their metadata."""
-        return make_manifest(**{name: self.metadata.get(name, {}) for name in FIELDS})
+        fields = {name: self.metadata.get(name, {}) for name in (*FIELDS, "checked")}
+        return make_manifest(**fields)
 
 
 class Scorer(Protocol):

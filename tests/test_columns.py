@@ -6,9 +6,10 @@ from flowdata import FlowSampler, FlowWeightedDataset, LossScorer, ScoreMismatch
 from flowdata.head.output_layer import Head
 from flowdata.head.tiled import target_values
 from flowdata.scoring.collate import pad_collate
-from flowdata.scoring.language.ways import ways_of
+from flowdata.scoring.language.ways import plain_way, ways_of
 from flowdata.targets.columns import COLUMNS, check_columns, columns_of_logits
 from flowdata.targets.predictions import prediction_way
+from flowdata.targets.target_losses import joined
 from tests import reference
 from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_samples
 
@@ -198,8 +199,14 @@ def expected_of(model, samples, name):
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_every_way_to_score_a_language_model_gives_the_same_columns(name, way):
     model, samples = LANGUAGE_MODELS[name](), token_samples(5, longest=20)
+    plain = plain_way(model, "causal_lm", COLUMNS)
+
+    def one_by_one(model, batch):
+        return joined([plain(model, pad_collate([sample])) for sample in samples])
+
     with torch.no_grad():
-        way_name, score = ways_of(model, "causal_lm", columns=COLUMNS)[way]
+        ways = [*ways_of(model, "causal_lm", columns=COLUMNS), ("one by one", one_by_one)]
+        way_name, score = ways[way]
         columns = score(model, pad_collate(samples)).columns(token_losses=False)
     for column in COLUMNS:
         expected = expected_of(model, samples, column).float()

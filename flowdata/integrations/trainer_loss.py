@@ -21,7 +21,7 @@ from flowdata.targets.prediction_losses import (
     cross_entropy,
     squared_error,
 )
-from flowdata.targets.predictions import classes_come_last, logits_of
+from flowdata.targets.predictions import is_of_tokens, logits_of
 from flowdata.targets.target_losses import TargetLosses
 from flowdata.token_weights import TokenRule
 
@@ -151,5 +151,5 @@ def _target_losses(
         return binary_cross_entropy(logits, labels)
     if loss == "mse":
         return squared_error(logits, labels)
-    last = loss != "cross_entropy" or classes_come_last(model, batch, labels)
+    last = loss != "cross_entropy" or is_of_tokens(model, batch, labels)
     return cross_entropy(logits, labels, classes_last=last)

@@ -15,7 +15,8 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     The parameters of `forward` decide which fields those are:
 
     - parameters with the names of fields get those fields;
-    - where there is none, but `**kwargs`, every tensor among the fields is passed by its name;
+    - where there is none, or `labels` alone, but `**kwargs`, every tensor among the fields is
+      passed by its name;
     - else the model takes inputs under a name of its own: `input_ids`, or the first field where
       there is no such field, is passed by its place.
 
@@ -39,7 +40,7 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     if not names and not takes_any:
         first = fields["input_ids"] if "input_ids" in fields else next(iter(fields.values()))
         return model(first)
-    if not names:
+    if takes_any and set(names) <= {"labels"}:  # a wrapper that passes all else on
         names = [name for name, value in fields.items() if isinstance(value, Tensor)]
     arguments = {name: fields[name] for name in names}
     switches = {name for name in options if takes_any or name in parameters}
@@ -47,7 +48,7 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside the wrappers of `torch.compile` and DistributedDataParallel.
+    """Return the model inside `torch.compile`, DataParallel and DistributedDataParallel.
 
     Their `forward` takes anything, and their hooks and graphs are made for training. A PEFT model
     is no such wrapper: it is the user's model.
@@ -60,7 +61,7 @@ def unwrapped(model: Any) -> Any:
     """
     if hasattr(model, "_orig_mod"):
         return unwrapped(model._orig_mod)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return unwrapped(model.module)
     return model
 

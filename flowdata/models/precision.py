@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -60,6 +62,19 @@ def is_fast_at_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return False
+
+
+def has_memory_for_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a copy of a model takes at most half of the memory that a device has free."""
+    size = dtype.itemsize * sum(p.numel() for p in model.parameters() if p.dtype != dtype)
+    if device.type == "cuda":
+        return size < torch.cuda.mem_get_info(device)[0] / 2
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return size < 2**33  # not Linux: 8 GiB are a guess
+    free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return size < free_kib * 1024 / 2
 
 
 def name_of(dtype: torch.dtype) -> str:

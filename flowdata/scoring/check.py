@@ -1,108 +1,256 @@
-"""The check: which way to the losses agrees with the plainest one.
+"""The check: which way to the losses is right for a model and its data.
 
-A fast way is trusted with a model only after it has given two samples the losses that the plainest
-way gives them: full logits, one sample at a time. Whatever a model does that a fast way doesn't
-know of (a scaled head, an attention of its own) shows in that comparison.
+    samples that differ ──┬─ each alone, in float32 and in the run's dtype → truth.py
+                          └─ together, by the fastest way that is left     → the same? taken
+                                                                             else the next way
+    during the run        a few in a thousand and each new kind, alone      → not the same? stop
+
+Whatever a model does that a fast way doesn't know of (a scaled head, an attention of its own,
+padding that leaks) shows in the comparison. The last way is every sample alone: the truth itself.
+Where the model makes a loss of its own, the loss by name has to be that one.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from flowdata._common.notices import logger
-from flowdata.models.compiled import as_written, give_up, is_compiled
+from flowdata._common.unreadable import Unreadable
+from flowdata.errors import SampleError
+from flowdata.models.compiled import give_up, is_compiled
+from flowdata.models.placement import reshard
 from flowdata.models.rope import longest_as_loaded
+from flowdata.models.tensors import to_device
+from flowdata.scoring.grouping import Grouping, alike, alone, together
 from flowdata.scoring.job import Job
+from flowdata.scoring.kinds import differing, is_short, kind_of
 from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
 from flowdata.scoring.language.packed import Packing
-from flowdata.scoring.language.ways import ways_of
-from flowdata.scoring.plan.lengths import length_of
-from flowdata.scoring.plan.packs import PlanOptions
+from flowdata.scoring.language.ways import plain_way, ways_of
+from flowdata.scoring.meaning import output_with_labels
+from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.targets.predictions import callable_way, prediction_way
-from flowdata.targets.target_losses import Way
-from flowdata.targets.which_loss import LANGUAGE_LOSSES
+from flowdata.scoring.truth import Truth, check_size, difference
+from flowdata.store.packs import Columns
+from flowdata.targets.own_loss import agrees, own_losses
+from flowdata.targets.predictions import (
+    callable_way,
+    classes_come_last,
+    own_way,
+    prediction_way,
+)
+from flowdata.targets.target_losses import Way, joined
+from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
-# How far losses may lie apart: in nats below a loss of 1 nat, as a share of the loss above.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_LONGEST_CHECKED = 2048  # tokens of a sample whose full logits still fit into memory
+_MOST_CHECKED = 8  # samples before a run
+_MOST_IN_FLOAT32 = 2  # of them, the shortest: float32 is several times as slow
+_MOST_ASKED = 3  # samples whose loss is compared with the model's own
 
 
-def agreed_way(job: Job, options: PlanOptions, model: nn.Module, ranks: Ranks) -> tuple[Way, str]:
-    """Return the way that all ranks choose, and its description.
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make losses, and which samples it is given together."""
+
+    name: str
+    way: Way
+    grouping: Grouping = together
+
+
+@dataclass(frozen=True)
+class AgreedWay:
+    """The way that is right for a job, and the truth that it is judged by.
+
+    Attributes:
+        way: of a pack: a list of batches, as `grouping` cuts it.
+        description: of the way, for people.
+        grouping: which samples of a pack are collated together.
+        truth: of single samples.
+        kinds: of the samples that were checked.
+    """
+
+    way: Way
+    description: str
+    grouping: Grouping
+    truth: Truth
+    kinds: list[Hashable]
+
+
+@dataclass
+class Evidence:
+    """Samples to judge ways by.
+
+    Attributes:
+        samples: the samples, shortest first.
+        batches: each collated alone.
+        plain: their columns, each alone in the run's dtype.
+        exact: the same in float32, as far as they are known, of the first samples.
+        is_whole: whether all that can be learned in float32 was.
+    """
+
+    samples: list[Any]
+    batches: list[Any]
+    plain: list[Columns]
+    exact: list[Columns]
+    is_whole: bool = False
+
+    def true(self, place: int) -> Columns:
+        """Return the best known columns of a sample."""
+        return self.exact[place] if place < len(self.exact) else self.plain[place]
+
+
+def agreed_way(job: Job, plan: Plan, model: nn.Module, ranks: Ranks) -> AgreedWay:
+    """Return the way that all ranks choose.
 
     Raises:
-        ValueError: another rank chose another way, so that losses would depend on who makes them.
+        ValueError: another rank chose another way, so that losses would depend on who makes them;
+            or the loss by name is not the model's own.
     """
-    way, description = choose_way(job, options, model)
-    if len(set(ranks.gather("way", description))) > 1:
+    agreed = choose_way(job, plan, model)
+    if len(set(ranks.gather("way", agreed.description))) > 1:
         raise ValueError(
-            f"rank {ranks.rank} can score by {description!r}, another rank can't: losses would "
-            "depend on who makes them; run on machines of one kind"
+            f"rank {ranks.rank} can score by {agreed.description!r}, another rank can't: losses "
+            "would depend on who makes them; run on machines of one kind"
         )
-    return way, description
+    return agreed
 
 
-def choose_way(job: Job, options: PlanOptions, model: nn.Module) -> tuple[Way, str]:
-    """Return the fastest way to the losses that agrees with the plainest, and its description.
+def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
+    """Return the fastest way to the losses that is right for samples that differ.
 
     Args:
         job: the job.
-        options: those of the plan whose packs the way is for.
+        plan: whose packs the way is for.
         model: the job's model as it is run.
     """
-    if layers := _batch_dependent(model):
-        logger.warning(
-            "BatchNorm without running statistics (%s): a sample's loss depends on the others in "
-            "its batch; batch_size=1 scores each alone",
-            ", ".join(layers),
-        )
-    if not isinstance(job.loss, str):
-        return callable_way(job.loss, job.device), ""
-    if job.loss not in LANGUAGE_LOSSES:
-        return prediction_way(job.loss, job.columns, job.device), ""
-    return _language_way(job, job.loss, options, model)
-
-
-def _language_way(job: Job, loss: str, options: PlanOptions, model: nn.Module) -> tuple[Way, str]:
-    """Try the ways of language models, fastest first, on two samples of different lengths."""
-    batch = _batch_to_check(job)
-    why_padded = why_not_packed(model, loss) or why_batch_not_packed(model, batch)
-    compiled = is_compiled(model)
-    *ways, (plainest, plain) = _ways(job, loss, options, model, pack=not why_padded)
-    if compiled and (reason := disagreement(ways[0][1], plain, model, batch, job.dtype)):
-        # The fastest way may fail on account of the compiled layers: it is tried without them.
-        give_up(model, reason)
-        compiled = False
-    for name, way in ways:
-        reason = disagreement(way, plain, model, batch, job.dtype)
+    samples = samples_to_check(job, plan)
+    batches = [job.collate([sample]) for sample in samples]
+    plain_of = _plain_way(job, model, batches)
+    in_nats = not (callable(job.loss) or job.loss in ("mse", OWN))
+    truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
+    evidence = _gather_evidence(truth, samples, batches)
+    reshard(model)  # else a sharded head would look like a whole one
+    whole, _ = _collate_groups(job, samples, together)
+    for candidate in _candidates(job, plan, model, whole, plain_of(model)):
+        is_compiled_way = is_compiled(model) and candidate.grouping is together
+        reason = _disagreement(candidate, truth, evidence)
+        if reason and is_compiled_way:
+            give_up(model, reason)  # it may fail on account of the compiled layers
+            reason = _disagreement(candidate, truth, evidence)
         if not reason:
-            layers = ", layers compiled" if compiled else ""
-            return way, name + layers + _describe_samples(job, options, name, why_padded, model)
-        logger.warning("not scoring by %s: %s", name, reason)
-    return plain, plainest
+            return AgreedWay(
+                _of_batches(candidate.way),
+                _describe(job, plan, model, candidate, whole),
+                candidate.grouping,
+                truth,
+                list(map(kind_of, samples)),
+            )
+        logger.warning("not scoring by %s: %s", candidate.name or "whole batches", reason)
+    raise ValueError(
+        f"the model gives a sample another loss each time it is run alone ({reason}); it has to be "
+        "deterministic in eval mode"
+    )
 
 
-def _batch_to_check(job: Job) -> Any:
-    """A longer and a shorter sample in one batch, so that padding and packing both show."""
-    samples = [sample for sample in job.few_samples if (length_of(sample) or 0) <= _LONGEST_CHECKED]
-    samples = samples or job.few_samples[:1]
-    return job.collate([samples[-1], samples[len(samples) // 4]])
+def samples_to_check(job: Job, plan: Plan) -> list[Any]:
+    """Return readable samples that differ, shortest first."""
+    ends = plan.order[[0, len(plan.order) // 2, -1]].tolist()  # plans begin with the longest
+    samples = list(job.few_samples)
+    for index in ends:
+        with contextlib.suppress(SampleError):  # the run will meet it and say so
+            samples.append(job.dataset[index])
+    samples = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    suspects = [job.dataset[index] for index in job.suspects]
+    return [*suspects, *(samples[place] for place in differing(samples, _MOST_CHECKED))]
 
 
-def _ways(
-    job: Job, loss: str, options: PlanOptions, model: nn.Module, *, pack: bool
+def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[nn.Module], Way]:
+    """What makes the way of one sample alone, by the model's own forward, for a model."""
+    loss, columns, device = job.loss, job.columns, job.device
+    if not isinstance(loss, str):
+        return lambda _: callable_way(loss, device)
+    if loss == OWN:
+        return lambda _: own_way(output_with_labels, device)
+    if loss in LANGUAGE_LOSSES:
+        return lambda model: plain_way(model, loss, columns, device)
+    last = loss == "cross_entropy" and classes_come_last(model, batches, device)
+    return lambda _: prediction_way(loss, columns, device, classes_last=last)
+
+
+def _gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evidence:
+    """The truth of samples; raises where the loss by name is not the model's own."""
+    plain = [truth.columns(batch) for batch in batches]
+    few = batches if truth.is_exact else batches[:_MOST_IN_FLOAT32]
+    exact: list[Columns] = []
+    with truth.exact_model() as model:
+        if model is not None:
+            exact = plain if truth.is_exact else [truth.columns(batch, model) for batch in few]
+            _check_own_loss(truth, model, few, exact)
+        else:
+            _check_own_loss(truth, truth.model, few, plain)
+    truth.learn_errors(plain[: len(exact)], exact)
+    return Evidence(samples, batches, plain, list(exact))
+
+
+def _check_own_loss(
+    truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
+) -> None:
+    """Raise ValueError where a loss by name is not that which the model makes itself."""
+    loss, device = truth.job.loss, truth.job.device
+    if not isinstance(loss, str) or loss == OWN:
+        return
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    pairs = [pair for pair in zip(batches, columns, strict=True) if int(pair[1]["count"])]
+    for batch, true in pairs[:_MOST_ASKED]:
+        try:
+            own = own_losses(model, output_with_labels(model, to_device(batch, device)))
+        except Exception:  # a model that can't take its labels along makes no loss
+            return
+        if own and not any(agrees(value, float(true["loss"]), dtype) for value in own):
+            raise ValueError(
+                f"loss={loss!r} gives a sample {float(true['loss']):.6g}, and the model's own loss "
+                f"is {own[0]:.6g}: its labels mean something else (a shift, class weights, "
+                "smoothing, …). Pass loss='auto' or another name, a callable (model, batch) -> "
+                "(B,) losses, or loss='own', which takes the model's own, one sample at a time"
+            )
+
+
+def _candidates(
+    job: Job, plan: Plan, model: nn.Module, batches: Sequence[Any], plain: Way
+) -> list[Candidate]:
+    """The ways that a job could go, fastest first, each sample alone last."""
+    if job.loss == OWN:
+        return [Candidate("the model's own loss, one sample at a time", plain, alone)]
+    candidates: list[Candidate] = []
+    name, whole = "", plain
+    if isinstance(job.loss, str) and job.loss in LANGUAGE_LOSSES:
+        ways = _language_ways(job, job.loss, plan, model, batches)
+        candidates = [Candidate(*named) for named in ways]
+        name, whole = ways[-1][0] + ", ", ways[-1][1]
+    else:
+        candidates.append(Candidate("", whole))
+    candidates.append(Candidate(f"{name}samples of one length at a time", whole, alike))
+    candidates.append(Candidate(f"{name}one sample at a time", plain, alone))
+    return candidates
+
+
+def _language_ways(
+    job: Job, loss: str, plan: Plan, model: nn.Module, batches: Sequence[Any]
 ) -> list[tuple[str, Way]]:
-    """The ways of language models, named, fastest first, the plainest last."""
-    prefix = job.prefix[: options.prefix][: longest_as_loaded(model)]
+    """The ways of language models, named, fastest first, full logits of a batch last."""
+    prefix = job.prefix[: plan.options.prefix][: longest_as_loaded(model)]
     # Packs are cut by lengths without the prefix. A pack whose samples don't share it after all is
     # larger than planned, and is run in slices. Without a prefix no pack is larger than planned.
-    max_tokens = options.max_tokens if len(prefix) else None
-    packing = Packing(padded(loss, max_tokens), prefix, max_tokens, job.device) if pack else None
+    max_tokens = plan.options.max_tokens if len(prefix) else None
+    packing = None
+    if not _why_padded(model, loss, batches):
+        packing = Packing(padded(loss, max_tokens), prefix, max_tokens, job.device)
     return ways_of(
         model,
         loss,
@@ -114,56 +262,124 @@ def _ways(
     )
 
 
-def disagreement(way: Way, plain: Way, model: nn.Module, batch: Any, dtype: torch.dtype) -> str:
-    """Return "" if a way gives samples the losses that the plain one gives, else how they differ.
+def _why_padded(model: nn.Module, loss: str, batches: Sequence[Any]) -> str:
+    """Why samples are not packed, "" if some are."""
+    reasons = (
+        [why_batch_not_packed(model, batch) for batch in batches] if loss == "causal_lm" else []
+    )
+    return why_not_packed(model, loss) or (reasons[0] if all(reasons) else "")
 
-    The allowance is the dtype's `TOLERANCE`, absolute below a loss of 1 nat and relative above,
-    and wider for samples of few targets, whose rounding errors can't cancel.
+
+def _of_batches(way: Way) -> Way:
+    """Return the way of a list of batches."""
+
+    def all_batches(model: nn.Module, batches: Sequence[Any]) -> Any:
+        return joined([way(model, batch) for batch in batches])
+
+    return all_batches
+
+
+def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str:
+    """Return "" if a way gives samples their true columns, else what is wrong.
+
+    Two short samples can be rounded by luck to less than is usual. Before a way is refused for a
+    difference of rounding, all samples are looked at in float32.
     """
     try:
-        losses = way(model, batch).columns(token_losses=False)
+        columns = _columns_of(candidate, truth, evidence)
     except Exception as error:  # whatever it is, another way may do without
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    with as_written():
-        truth = plain(model, batch).columns(token_losses=False)
-    if losses["count"].tolist() != truth["count"].tolist():
-        return f"it counts {losses['count'].tolist()} targets, not {truth['count'].tolist()}"
-    # One target may be off by three times the tolerance, the mean of many by hardly more than it.
-    rounding = TOLERANCE[dtype] * (1 + 2 / truth["count"].sqrt())
-    for name in set(truth) - {"count", "correct"}:  # a tie may be broken either way
-        differences = (losses[name] - truth[name]).abs()
-        # A sample without a loss is NaN in both, and no comparison with NaN is true.
-        if (differences > rounding * truth[name].clamp_min(1)).any():
-            return f"a sample's {name} differs by {differences.nan_to_num().max():.2g}"
-    return ""
+    reason = _first_difference(truth, columns, evidence)
+    if reason and not truth.is_exact and not evidence.is_whole:
+        _look_again(truth, evidence)
+        reason = _first_difference(truth, columns, evidence)
+    if not reason:
+        truth.samples = len(columns)
+        truth.largest = max(
+            float((each["loss"] - evidence.true(place)["loss"]).abs().nan_to_num())
+            for place, each in enumerate(columns)
+        )
+    return reason
 
 
-def _batch_dependent(model: nn.Module) -> list[str]:
-    """Return the names of a model's BatchNorm layers that have no statistics but the batch's."""
-    return [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
-    ]
+def _look_again(truth: Truth, evidence: Evidence) -> None:
+    """Learn the truth of all samples in float32, and what rounding costs on further ones."""
+    evidence.is_whole = True
+    further = [truth.job.collate([each]) for each in truth.job.few_samples if is_short(each)]
+    with truth.exact_model() as model:
+        if model is None:
+            return
+        rest = evidence.batches[len(evidence.exact) :]
+        evidence.exact.extend(truth.columns(batch, model) for batch in rest)
+        exact = [truth.columns(batch, model) for batch in further]
+    truth.learn_errors(evidence.plain, evidence.exact)
+    truth.learn_errors([truth.columns(batch) for batch in further], exact)
+
+
+def _columns_of(candidate: Candidate, truth: Truth, evidence: Evidence) -> list[Columns]:
+    """What a way makes of the samples, together where they can be collated together."""
+    batches, places = _collate_groups(truth.job, evidence.samples, candidate.grouping)
+    losses = _of_batches(candidate.way)(truth.model, batches)
+    columns = losses.columns(token_losses=False)
+    check_size(columns, len(places))
+    rows = sorted(range(len(places)), key=places.__getitem__)
+    return [{name: values[row : row + 1] for name, values in columns.items()} for row in rows]
+
+
+def _collate_groups(
+    job: Job, samples: Sequence[Any], grouping: Grouping
+) -> tuple[list[Any], list[int]]:
+    """Samples collated as a grouping says, and the place of each sample in the batches' order."""
+    try:
+        return [job.collate(group) for group in grouping(samples)], list(range(len(samples)))
+    except Exception:  # kinds that can't be collated together never share a pack
+        by_kind: dict[Any, list[int]] = {}
+        for place, sample in enumerate(samples):
+            by_kind.setdefault(kind_of(sample), []).append(place)
+        if len(by_kind) == 1:
+            raise
+    groups = [[samples[place] for place in places] for places in by_kind.values()]
+    batches = [job.collate(part) for group in groups for part in grouping(group)]
+    return batches, [place for places in by_kind.values() for place in places]
+
+
+def _first_difference(truth: Truth, columns: Sequence[Columns], evidence: Evidence) -> str:
+    reasons = (difference(truth, each, evidence.true(place)) for place, each in enumerate(columns))
+    return next(filter(None, reasons), "")
+
+
+def _describe(
+    job: Job, plan: Plan, model: nn.Module, candidate: Candidate, batches: Sequence[Any]
+) -> str:
+    """A way in words: its name, how samples are laid out, and what it was checked on."""
+    parts = [candidate.name] if candidate.name else []
+    if isinstance(job.loss, str) and job.loss in LANGUAGE_LOSSES:
+        parts += (
+            ["layers compiled"] if is_compiled(model) and candidate.grouping is together else []
+        )
+        parts += _describe_samples(job, job.loss, plan, model, candidate, batches)
+    return ", ".join(parts)
 
 
 def _describe_samples(
-    job: Job, options: PlanOptions, way: str, why_padded: str, model: nn.Module
-) -> str:
-    """How samples are laid out, as it is added to the name of a way."""
-    parts = [""]
-    if why_padded:
+    job: Job, loss: str, plan: Plan, model: nn.Module, candidate: Candidate, batches: Sequence[Any]
+) -> list[str]:
+    """How a language model's samples are laid out."""
+    parts = []
+    options = plan.options
+    if candidate.grouping is not together:
+        pass
+    elif why_padded := _why_padded(model, loss, batches):
         parts.append(f"samples padded ({why_padded})")
-    elif "packed" in way:
-        prefix, shared = options.prefix, options.shared_prompts
-        if prefix:
-            saved = prefix * (len(job.dataset) - 1)
-            parts.append(f"a prefix of {prefix:,} tokens run once ({saved:,} tokens saved)")
-        if shared:
-            parts.append(f"shared prompts run once (about {shared:,} tokens saved)")
+    elif "packed" in candidate.name:
+        if options.prefix:
+            saved = options.prefix * (len(job.dataset) - 1)
+            parts.append(f"a prefix of {options.prefix:,} tokens run once ({saved:,} tokens saved)")
+        if options.shared_prompts:
+            parts.append(f"shared prompts run once (about {options.shared_prompts:,} tokens saved)")
     if (longest := longest_as_loaded(model)) is not None:
         parts.append(
             f"samples of over {longest:,} tokens one at a time (their rotary frequencies depend "
             "on the length)"
         )
-    return ", ".join(parts)
+    return parts

@@ -28,6 +28,7 @@ class Job:
 
     Attributes:
         announce: takes the sentence that says how losses are made, once the way is known.
+        suspects: samples that another way gave wrong losses; they are checked before the run.
         other fields: as the arguments of `LossScorer` and `LossScorer.score`.
     """
 
@@ -47,6 +48,7 @@ class Job:
     num_workers: int
     progress: bool
     announce: Callable[[str], None]
+    suspects: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flowdata._common.notices import logger, say
-from flowdata.errors import StoreError
+from flowdata.errors import DisagreementError, StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.scores import Scores
 from flowdata.scoring.job import Job
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.planning import shared_plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.scoring.run import run_packs
+from flowdata.scoring.run import CheckReport, run_packs
 from flowdata.store.folder import finish, locked, read_manifest
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import join, reorder, split
-from flowdata.store.parts import FinishedPacks, PartWriter
+from flowdata.store.parts import FinishedPacks, PartWriter, parts_of
 from flowdata.store.repair import read_finished_packs, repair_manifest
 
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
@@ -37,13 +38,21 @@ def score_in_memory(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
         ranks: the ranks that share the call.
     """
     plan, manifest = shared_plan(job, draft, None, ranks)
-    packs = FinishedPacks()
-    for pack in run_packs(job, plan, range(len(plan)), ranks):
+    packs, report = FinishedPacks(), CheckReport()
+    for pack in run_packs(job, plan, range(len(plan)), ranks, report):
         packs.add({pack.number: pack.columns}, pack.skipped)
-    ranks.gather("done", True)
+    manifest["checked"] = _gather_checks(report, ranks)
     if ranks.size > 1 and not is_sharded(job.model):
         _exchange_packs(packs, plan, ranks)
     return merge_packs(plan, packs, manifest)
+
+
+def _gather_checks(report: CheckReport, ranks: Ranks) -> dict[str, Any]:
+    """What all ranks have checked, once each of them is done."""
+    whole = CheckReport()
+    for samples, largest in ranks.gather("done", [report.samples, report.largest_difference]):
+        whole.add(samples, largest)
+    return {"samples": whole.samples, "largest_difference": whole.largest_difference}
 
 
 def _exchange_packs(packs: FinishedPacks, plan: Plan, ranks: Ranks) -> None:
@@ -100,15 +109,18 @@ def _score_the_rest(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Sc
     own; rank 0 reads all parts once every rank is through, and merges them.
     """
     begun = _begun_manifest(folder, draft) if ranks.is_first else None
+    suspects = ranks.from_first("suspects", [] if begun is None else begun.get("suspects", []))
+    job = replace(job, suspects=(*job.suspects, *suspects))
     plan, manifest = shared_plan(job, draft, begun, ranks)
     lacking = _begin(folder, plan, manifest) if ranks.is_first else None
     todo: list[int] = ranks.from_first("todo", lacking)
-    _write_parts(folder, job, plan, manifest, todo, ranks)
-    ranks.gather("done", True)
+    report = CheckReport()
+    _write_parts(folder, job, plan, manifest, todo, ranks, report)
+    checked = _gather_checks(report, ranks)
     scores = None
     if ranks.is_first:
         packs = _once_visible(lambda: _read_all_packs(folder, plan, manifest), ranks)
-        scores = merge_packs(plan, packs, manifest)
+        scores = merge_packs(plan, packs, {**manifest, "checked": checked})
         finish(folder, scores.to_tensors(), scores.manifest(), plan.order, plan.sizes)
     ranks.from_first("merged", True)
     return scores
@@ -118,7 +130,28 @@ def _begun_manifest(folder: Path, draft: Manifest) -> Manifest | None:
     begun = read_manifest(folder)
     if begun is not None:
         check_identity(begun["identity"], draft["identity"], f"the store {folder}")
+        begun = _without_wrong_parts(folder, begun)
     return begun
+
+
+def _without_wrong_parts(folder: Path, begun: Manifest) -> Manifest:
+    """Remove the parts of a run that a checked sample proved wrong; it is known once, by its name.
+
+    The sample stays in the manifest, so that every later call checks it before its run.
+    """
+    if not begun.get("is_wrong", False):
+        return begun
+    parts = parts_of(folder)
+    for part in parts:
+        part.unlink()
+    logger.warning(
+        "the way by which %s was begun gave sample %s a wrong loss: what it made is scored again",
+        folder,
+        begun["suspects"][-1],
+    )
+    manifest: Manifest = {**begun, "is_wrong": False}
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _begin(folder: Path, plan: Plan, manifest: Manifest) -> list[int]:
@@ -129,7 +162,13 @@ def _begin(folder: Path, plan: Plan, manifest: Manifest) -> list[int]:
 
 
 def _write_parts(
-    folder: Path, job: Job, plan: Plan, manifest: Manifest, todo: Sequence[int], ranks: Ranks
+    folder: Path,
+    job: Job,
+    plan: Plan,
+    manifest: Manifest,
+    todo: Sequence[int],
+    ranks: Ranks,
+    report: CheckReport,
 ) -> None:
     """Score this rank's share of packs into parts; say of an error how much is kept."""
     samples_kept = len(job.dataset) - int(plan.sizes[list(todo)].sum())
@@ -137,10 +176,14 @@ def _write_parts(
     writes = ranks.is_first or not is_sharded(job.model)
     try:
         with PartWriter(folder, manifest) if writes else nullcontext() as writer:
-            for pack in run_packs(job, plan, todo, ranks):
+            for pack in run_packs(job, plan, todo, ranks, report):
                 if writer is not None:
                     writer.add(pack.number, pack.columns, pack.skipped)
                     samples_kept += len(pack.columns["loss"])
+    except DisagreementError as error:
+        suspects = [*job.suspects, error.sample]
+        write_manifest(folder, {**manifest, "suspects": suspects, "is_wrong": True})
+        raise
     except BaseException:
         at_least = "at least " if ranks.size > 1 else ""
         say(
@@ -179,7 +222,9 @@ def merge_packs(plan: Plan, packs: FinishedPacks, manifest: Manifest) -> Scores:
     scores = Scores(
         columns.pop("loss"),
         columns.pop("count"),
-        metadata=dict(make_manifest(**fields, skipped=packs.skipped)),
+        metadata=dict(
+            make_manifest(**fields, skipped=packs.skipped, checked=manifest.get("checked"))
+        ),
         token_losses=columns.pop("token_loss", None),
         columns=columns,
     )

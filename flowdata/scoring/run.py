@@ -19,20 +19,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from flowdata._common.offsets import offsets_of
 from flowdata._common.progress import progress_bar
-from flowdata._common.unreadable import Unreadable
+from flowdata.errors import DisagreementError
 from flowdata.models.placement import is_sharded
-from flowdata.scoring.check import agreed_way
-from flowdata.scoring.collate import Collate
+from flowdata.scoring.batches import Batch, load_batches
+from flowdata.scoring.check import AgreedWay, agreed_way
+from flowdata.scoring.grouping import alone
 from flowdata.scoring.job import Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks, one_rank
+from flowdata.scoring.truth import Truth
 from flowdata.store.packs import Columns
-from flowdata.targets.target_losses import Fetched, Way
+from flowdata.targets.target_losses import Fetched
 
 _NAMED = 5  # samples of a pack that an error names
 
@@ -51,19 +52,22 @@ class FinishedPack(NamedTuple):
     skipped: dict[int, str]
 
 
-class Batch(NamedTuple):
-    """What a DataLoader makes of a pack.
+@dataclass
+class CheckReport:
+    """What was checked: how many samples, alone, and the largest difference of their losses."""
 
-    Attributes:
-        content: the readable samples, collated; None where there are none.
-        unreadable: why samples could not be read, by their place in the pack.
-    """
+    samples: int = 0
+    largest_difference: float = 0.0
 
-    content: Any
-    unreadable: dict[int, str]
+    def add(self, samples: int, largest: float) -> None:
+        """Take further samples into account."""
+        self.samples += samples
+        self.largest_difference = max(self.largest_difference, largest)
 
 
-def run_packs(job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks) -> Iterator[FinishedPack]:
+def run_packs(
+    job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks, report: CheckReport
+) -> Iterator[FinishedPack]:
     """Run this rank's share of packs and yield them as they are finished.
 
     Args:
@@ -71,14 +75,20 @@ def run_packs(job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks) -> Iterat
         plan: the job's plan.
         todo: the packs to run, the same on every rank.
         ranks: the ranks that share the packs. Those that hold a model together run all of them.
+        report: takes what was checked.
+
+    Raises:
+        DisagreementError: a sample that was checked during the run has another loss alone.
     """
     if not todo:
         return
-    share = _Share(job, plan, todo, ranks)
     with lent_model(job, plan.options) as model, _progress(job, plan, todo) as show:
-        way, description = agreed_way(job, plan.options, model, ranks)
-        job.announce("; ".join(filter(None, [job.name, description, _describe_packs(plan)])))
-        started = _start_packs(job, plan, share, way, model)
+        agreed = agreed_way(job, plan, model, ranks)
+        report.add(agreed.truth.samples, agreed.truth.largest)
+        sentence = [job.name, agreed.description, _describe_packs(plan), _describe_check(report)]
+        job.announce("; ".join(filter(None, sentence)))
+        share = _Share(job, plan, todo, ranks, agreed)
+        started = _start_packs(job, plan, share, agreed, model, report)
         for pack in _finish_packs(started, ahead=1 if job.device.type == "cuda" else 0):
             yield pack
             show(share.packs_behind())
@@ -91,8 +101,10 @@ class _Share:
     until its batch is there; by then another rank may have begun it.
     """
 
-    def __init__(self, job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks) -> None:
-        self.job, self.plan, self.todo = job, plan, todo
+    def __init__(
+        self, job: Job, plan: Plan, todo: Sequence[int], ranks: Ranks, agreed: AgreedWay
+    ) -> None:
+        self.job, self.plan, self.todo, self.agreed = job, plan, todo, agreed
         # Ranks that hold a model together call it together: each runs all packs, as if alone.
         claimants = one_rank() if is_sharded(job.model) else ranks
         self.claims = claimants.claims(todo, ahead=job.num_workers > 0)
@@ -100,7 +112,9 @@ class _Share:
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Yield each pack to run with its batch."""
-        for batch in _load_batches(self.job, self._claim_packs()):
+        # A run of samples alone is the truth itself.
+        kinds = None if self.agreed.grouping is alone else self.agreed.kinds
+        for batch in load_batches(self.job, self._claim_packs(), self.agreed.grouping, kinds):
             index = self.queue.popleft()  # a DataLoader gives batches in the order of its sampler
             if self.claims.begins(index):
                 yield index, batch
@@ -135,13 +149,21 @@ def _progress(job: Job, plan: Plan, todo: Sequence[int]) -> Iterator[Callable[[i
 
 @dataclass(frozen=True)
 class _StartedPack:
-    """A pack that the model was given, and its losses on their way; None if it has no sample."""
+    """A pack that the model was given, and its losses on their way; None if it has no sample.
+
+    Attributes:
+        alone: samples of the pack that were run alone as well, by their place among the readable
+            ones: their batches, and their losses on their way.
+    """
 
     job: Job
     index: int
     samples: Tensor
     losses: Fetched | None
     unreadable: dict[int, str]
+    alone: dict[int, tuple[Any, Fetched]]
+    truth: Truth
+    report: CheckReport
 
     def finish(self) -> FinishedPack:
         """Wait for the losses."""
@@ -153,10 +175,26 @@ class _StartedPack:
                 f"a batch of {int(is_readable.sum())} samples gave {len(columns['loss'])} "
                 "losses; collate_fn and loss must keep one entry for each sample, in order"
             )
+        self._check(columns, is_readable)
         if self.unreadable:
             columns = _spread(columns, is_readable)
         skipped = {int(self.samples[place]): reason for place, reason in self.unreadable.items()}
         return FinishedPack(self.index, columns, skipped)
+
+    def _check(self, columns: Columns, is_readable: Tensor) -> None:
+        """Compare the samples that were run alone as well with what the pack gave them."""
+        for place, (batch, losses) in self.alone.items():
+            sample = {
+                name: values[place : place + 1]
+                for name, values in columns.items()
+                if name != "token_loss"
+            }
+            true = losses.columns(token_losses=False)
+            if reason := self.truth.difference(sample, true, batch):
+                index = int(self.samples[is_readable][place])
+                raise DisagreementError(index, reason)
+            off = float((sample["loss"] - true["loss"]).abs().nan_to_num())
+            self.report.add(1, off)
 
     def _columns(self) -> Columns:
         if self.losses is not None:
@@ -167,13 +205,21 @@ class _StartedPack:
 
 
 def _start_packs(
-    job: Job, plan: Plan, share: _Share, way: Way, model: nn.Module
+    job: Job,
+    plan: Plan,
+    share: _Share,
+    agreed: AgreedWay,
+    model: nn.Module,
+    report: CheckReport,
 ) -> Iterator[_StartedPack]:
     """Give the model one batch after another, without waiting for the losses."""
+    truth = agreed.truth
     for index, batch in share.batches():
         with _naming_samples(plan, index):
-            losses = None if batch.content is None else Fetched(way(model, batch.content))
-        yield _StartedPack(job, index, plan.pack(index), losses, batch.unreadable)
+            losses = Fetched(agreed.way(model, batch.content)) if batch.content else None
+            few = {place: (each, truth.start(each)) for place, each in batch.alone.items()}
+        samples = plan.pack(index)
+        yield _StartedPack(job, index, samples, losses, batch.unreadable, few, truth, report)
 
 
 def _finish_packs(started: Iterable[_StartedPack], *, ahead: int) -> Iterator[FinishedPack]:
@@ -217,46 +263,12 @@ def _spread(columns: Columns, is_readable: Tensor) -> Columns:
     return spread
 
 
-def _load_batches(job: Job, packs: Iterator[list[int]]) -> Iterator[Batch]:
-    """Read and collate packs' samples, given by their indices, as the packs are claimed."""
-    loader: DataLoader[Any] = DataLoader(
-        job.dataset,
-        batch_sampler=packs,  # it need not have a length
-        collate_fn=_CollateReadable(job.collate),
-        num_workers=job.num_workers,
-        pin_memory=job.device.type == "cuda",  # nothing waits for copies from pinned memory
-        # The default generator would be drawn from, and the caller's random numbers change.
-        generator=torch.Generator().manual_seed(0),
-    )
-    try:
-        batches = iter(loader)
-    except Exception as error:  # its type depends on what can't be pickled
-        if job.num_workers == 0 or "pickle" not in f"{type(error).__name__} {error}".lower():
-            raise
-        raise ValueError(
-            f"the data set or collate_fn can't be sent to DataLoader workers ({error}); define it "
-            "at the top level of a module, or pass num_workers=0"
-        ) from error
-    yield from batches
-
-
-class _CollateReadable:
-    """Collates the samples that could be read, and keeps the reasons of the others."""
-
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Batch:
-        unreadable = {
-            place: sample.reason
-            for place, sample in enumerate(samples)
-            if isinstance(sample, Unreadable)
-        }
-        content = None if len(unreadable) == len(samples) else self.collate(samples)
-        return Batch(content, unreadable)
-
-
 def _describe_packs(plan: Plan) -> str:
     tokens, samples = plan.options.max_tokens, plan.options.batch_size
     most = f"{samples} samples" if tokens is None else f"{tokens:,} tokens"
     return f"{len(plan):,} pack{'s' * (len(plan) != 1)} of at most {most}"
+
+
+def _describe_check(report: CheckReport) -> str:
+    samples = f"{report.samples} sample{'s' * (report.samples != 1)}"
+    return f"{samples} checked alone, off by {report.largest_difference:.1g} at most"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import say
 from flowdata._common.rng import preserved_rng
-from flowdata._common.unreadable import CollateReadable, Readable, first_readable
+from flowdata._common.unreadable import CollateReadable, Readable, Unreadable, first_readable
+from flowdata.errors import DisagreementError, SampleError
+from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import innermost, unwrapped
+from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home, usable_device
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scores import Scores
@@ -26,20 +31,24 @@ from flowdata.scoring.arguments import (
 )
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job, LossFunction
+from flowdata.scoring.kinds import differing, kind_of
+from flowdata.scoring.meaning import decide_loss
 from flowdata.scoring.ranks import SAME_CALL, Ranks, ranks_of_this_call
 from flowdata.scoring.resume import score_in_memory, score_into_store
 from flowdata.store.fingerprint import fingerprint_model
+from flowdata.store.folder import read_manifest
 from flowdata.store.format import make_manifest
 from flowdata.store.identity import check_identity, content_identity, scores_identity
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
+    LOSSES,
     PREDICTION_LOSSES,
-    loss_of,
     loss_of_model,
 )
 
 _SAMPLES_FOR_AUTO = 64  # from which loss="auto" tells the kind of targets
+_SAMPLES_TO_CHOOSE, _SAMPLES_TO_ASK = 8, 3  # of which the model is asked for its own loss
 
 
 class LossScorer:
@@ -52,8 +61,10 @@ class LossScorer:
         model: the pre-trained model. It comes back exactly as it went in: training flags, dtype,
             device, gradients, hooks; the global random generators too.
         loss: ``"causal_lm"``, ``"seq2seq_lm"``, ``"masked_lm"``, ``"cross_entropy"``,
-            ``"binary_cross_entropy"``, ``"mse"``, or a callable ``(model, batch) -> (B,)``
-            tensor of losses; ``"auto"`` decides from model and batch and says what it chose.
+            ``"binary_cross_entropy"``, ``"mse"``, ``"own"`` (what the model itself returns as its
+            loss, one sample at a time), or a callable ``(model, batch) -> (B,)`` tensor of losses;
+            ``"auto"`` takes the name that equals the model's own loss, and says what it chose. A
+            loss by another name is refused.
         dtype: ``"auto"`` is bfloat16 for language models where the device is fast at it, else
             the model's own: a classifier's loss rests on one target, whose rounding errors
             nothing averages out. Or ``"float32"``, ``"bfloat16"``, ``"float16"``.
@@ -84,7 +95,7 @@ class LossScorer:
         >>> scorer.score(data)
         Scores(6 samples, 0 without a loss)
         >>> print(scorer.explain())
-        cross_entropy in float32 on cpu; 1 pack of at most 64 samples
+        cross_entropy in float32 on cpu; 1 pack of at most 64 samples; 2 samples checked alone, ...
     """
 
     def __init__(
@@ -124,6 +135,8 @@ class LossScorer:
         self.progress = progress
         self._is_shown = progress
         self._explanation = "nothing scored yet"
+        self._losses_of_kinds: dict[Hashable, str] = {}
+        self._suspects: tuple[int, ...] = ()
         self._fingerprint = ""
         self._fingerprinted_versions: list[tuple[int, int]] = []
 
@@ -177,22 +190,35 @@ class LossScorer:
             check_call(dataset, collate_fn, on_error)
             skip = on_error == "skip"
             self._is_shown = self.progress and ranks.is_first
-            job = self._job(Readable(dataset, skip=skip), collate_fn, lengths, num_workers)
+            readable = Readable(dataset, skip=skip)
+            job = self._job(readable, collate_fn, lengths, num_workers, store)
             if dataset_id is None:
                 dataset_id = content_identity(dataset, skip_unreadable=skip)
             identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
             draft = make_manifest(identity, {}, details or {})
             _check_same_call(ranks, draft["identity"], has_store=store is not None)
-            if store is None:
-                scores = score_in_memory(job, draft, ranks)
-            else:
-                scores = score_into_store(Path(store), job, draft, ranks)
+            try:
+                if store is None:
+                    scores = score_in_memory(job, draft, ranks)
+                else:
+                    scores = score_into_store(Path(store), job, draft, ranks)
+            except DisagreementError as error:
+                self._suspects = (*self._suspects, error.sample)
+                raise
             ranks.leave()
         return scores
 
-    def _job(self, dataset: Any, collate_fn: Collate | None, lengths: Any, num_workers: int) -> Job:
+    def _job(
+        self,
+        dataset: Any,
+        collate_fn: Collate | None,
+        lengths: Any,
+        num_workers: int,
+        store: str | Path | None = None,
+    ) -> Job:
+        check_batch_norm(self.model)
         first = first_readable(dataset)
-        loss = self._choose_loss(dataset, first, collate_fn)
+        loss = self._choose_loss(dataset, first, collate_fn, store)
         collate = choose_collate(collate_fn, first, self.model, loss)
         if collate_fn is None and loss in PREDICTION_LOSSES:
             check_stackable(first)
@@ -214,23 +240,42 @@ class LossScorer:
             num_workers=num_workers,
             progress=self._is_shown,
             announce=self._announce,
+            suspects=self._suspects,
         )
 
     def _choose_loss(
-        self, dataset: Any, first: Any, collate_fn: Collate | None
+        self, dataset: Any, first: Any, collate_fn: Collate | None, store: str | Path | None
     ) -> str | LossFunction:
-        """The loss that the user named; for "auto" the model's own, or what the targets call for.
+        """The loss that the user named; for "auto" that which equals the model's own.
 
-        Samples are read for it only where the model's class doesn't say.
+        What was decided holds for samples with the same fields, as long as the scorer lives; and
+        what a store of this very model says was decided once.
         """
         if self.loss != "auto":
             return self.loss
+        if collate_fn is None:
+            check_stackable(first)
+        begun = None if store is None else read_manifest(Path(store))
+        if begun is not None and begun["identity"].get("model") == self._model_identity(fresh=True):
+            loss: str = begun["identity"]["loss"]
+            if loss in LOSSES:
+                return loss
+        kind = kind_of(first)
+        if kind not in self._losses_of_kinds:
+            self._losses_of_kinds[kind] = self._decide_loss(dataset, first, collate_fn)
+        return self._losses_of_kinds[kind]
+
+    def _decide_loss(self, dataset: Any, first: Any, collate_fn: Collate | None) -> str:
         loss_of_class = loss_of_model(innermost(self.model))
-        if loss_of_class is not None:
-            return loss_of_class
-        samples = [dataset[index] for index in range(min(_SAMPLES_FOR_AUTO, len(dataset)))]
-        collate = choose_collate(collate_fn, first, self.model)
-        return loss_of(self.model, CollateReadable(collate)(samples))
+        collate = choose_collate(collate_fn, first, self.model, loss_of_class)
+        samples = _first_samples(dataset, _SAMPLES_TO_CHOOSE)
+        few = [samples[index] for index in differing(samples, _SAMPLES_TO_ASK)]
+        place = home(self.model)
+        dtype = resolve_dtype("auto", self.model, place, one_target=True)  # the model's own
+        with frozen_model(self.model, dtype, place) as model:
+            batches = [collate([sample]) for sample in few]
+            many = partial(_first_samples, dataset, _SAMPLES_FOR_AUTO)
+            return decide_loss(model, batches, lambda: collate(many()), place)
 
     def _identity(
         self, job: Job, dataset_id: str, collate_fn: Collate | None, *, fresh: bool
@@ -267,6 +312,17 @@ class LossScorer:
     def _announce(self, sentence: str) -> None:
         self._explanation = sentence
         say(sentence, shown=self._is_shown)
+
+
+def _first_samples(dataset: Any, most: int) -> list[Any]:
+    """The first samples that can be read."""
+    samples = []
+    for index in range(min(most, len(dataset))):
+        with suppress(SampleError):  # the run will meet it and say so
+            samples.append(dataset[index])
+    return [sample for sample in samples if not isinstance(sample, Unreadable)] or [
+        first_readable(dataset)
+    ]
 
 
 def _check_same_call(ranks: Ranks, identity: dict[str, Any], *, has_store: bool) -> None:

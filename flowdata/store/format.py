@@ -35,6 +35,10 @@ JSON of the others. manifest.json holds the same, indented.
                threads, the number with which each process computes: last bits depend on both
     details    anything a reader may want to know (the data file, …)
     skipped    {"index": reason} of samples that could not be read; in a part, of its samples
+    checked    in a complete store alone: {"samples": how many were compared with the model run on
+               them alone, "largest_difference": of their losses}
+    suspects   in manifest.json while scoring: samples that some way gave a wrong loss; is_wrong:
+               the parts were made by it
     layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
                scores.safetensors, bytes counted from the file's beginning
 
@@ -84,10 +88,14 @@ class _ManifestFields(TypedDict):
 class Manifest(_ManifestFields, total=False):
     """What a store is of; the fields are explained at the top of this file.
 
-    `layout` is in the manifest.json of a finished store alone.
+    `layout` is in the manifest.json of a finished store alone, `checked` in finished stores,
+    `suspects` and `is_wrong` in the manifest.json of one that is not finished.
     """
 
     layout: dict[str, list[Any]]
+    checked: dict[str, Any]
+    suspects: list[int]
+    is_wrong: bool
 
 
 def make_manifest(
@@ -95,6 +103,7 @@ def make_manifest(
     plan: Mapping[str, Any],
     details: Mapping[str, Any],
     skipped: Mapping[int, str] | None = None,
+    checked: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Return the manifest of a store, as it will be read back.
 
@@ -106,6 +115,7 @@ def make_manifest(
         plan: how the data set is cut into packs; empty where there are none.
         details: JSON-like notes for readers.
         skipped: why samples could not be read, by index.
+        checked: how many samples were compared with the truth, and the largest difference.
 
     Raises:
         TypeError: `details` holds what JSON can't.
@@ -118,6 +128,8 @@ def make_manifest(
         "details": dict(details),
         "skipped": {str(index): reason for index, reason in (skipped or {}).items()},
     }
+    if checked:
+        manifest["checked"] = dict(checked)
     try:
         as_read: Manifest = json.loads(json.dumps(manifest))
     except TypeError as error:

@@ -16,17 +16,25 @@ from flowdata.models.calling import call_with, innermost
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import CPU, to_device
 from flowdata.targets.labels import describe_batch, split_batch
+from flowdata.targets.own_loss import own_losses
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
 
 
-def prediction_way(loss: str, columns: Sequence[str] = (), device: torch.device = CPU) -> Way:
+def prediction_way(
+    loss: str,
+    columns: Sequence[str] = (),
+    device: torch.device = CPU,
+    *,
+    classes_last: bool = False,
+) -> Way:
     """Return the way to a loss between a model's predictions and its targets.
 
     Args:
         loss: one of `PREDICTION_LOSSES`.
         columns: names of further columns, for ``"cross_entropy"`` alone.
         device: where the model takes its inputs.
+        classes_last: logits are (B, …, C) where both orders fit, and not (B, C, …).
     """
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
@@ -48,8 +56,7 @@ def prediction_way(loss: str, columns: Sequence[str] = (), device: torch.device 
             call.input for call in calls if torch.equal(call.output.float(), predictions)
         )
         hidden = next(inputs_of_logits, None)
-        last = classes_come_last(model, inputs, targets)
-        return cross_entropy(predictions, targets, columns, hidden, classes_last=last)
+        return cross_entropy(predictions, targets, columns, hidden, classes_last=classes_last)
 
     return way
 
@@ -58,16 +65,69 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def classes_come_last(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
+def classes_come_last(model: nn.Module, batches: Sequence[Any], device: torch.device) -> bool:
     """Return whether logits are (B, T, C) and not (B, C, T), PyTorch's order.
 
-    So they are for (B, T) targets of a model of tokens, or of one of Hugging Face's. The shape of
-    the logits alone does not tell where T is C.
+    The shapes tell, unless there are as many classes as places in every batch. Then it is known of
+    models of tokens, and of Hugging Face's: classes come last.
+
+    Args:
+        model: the model.
+        batches: with targets.
+        device: where the model takes its inputs.
+
+    Raises:
+        ValueError: nothing tells.
     """
+    shape = None
+    for batch in batches:
+        inputs, targets = split_batch(batch)
+        if targets is None or targets.dim() < 2 or targets.is_floating_point():
+            return False
+        if is_of_tokens(model, inputs, targets):
+            return True
+        logits = predict(model, to_device(inputs, device))
+        is_second = targets.shape == logits.shape[:1] + logits.shape[2:]
+        is_last = targets.shape == logits.shape[:-1]
+        if not (is_second and is_last):
+            return is_last
+        shape = tuple(logits.shape)
+    if shape is None:
+        return False
+    raise ValueError(
+        f"loss='cross_entropy': the model returns logits of shape {shape} for as many classes as "
+        "places, so that either axis could be the classes'; pass loss=callable(model, batch)"
+    )
+
+
+def is_of_tokens(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
+    """Return whether (B, T) targets are those of a model of tokens, or of one of Hugging Face's."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == targets.shape:
         return targets.dim() == 2
     return targets.dim() == 2 and hasattr(innermost(model), "config")
+
+
+def own_way(call: Callable[[nn.Module, Any], Any], device: torch.device = CPU) -> Way:
+    """Return the way to the loss that a model makes itself, of one sample collated alone.
+
+    Args:
+        call: (model, batch) -> the model's output for a batch with its labels.
+        device: where the model takes its inputs.
+    """
+
+    def way(model: nn.Module, batch: Any) -> TargetLosses:
+        own = own_losses(model, call(model, to_device(batch, device)))
+        if not own:
+            raise ValueError(
+                "loss='own' takes the loss that the model makes itself, and it made none of "
+                f"{describe_batch(batch)}; its forward has to take the labels and return `loss`"
+            )
+        # Without the terms that the output names apart.
+        values = torch.tensor(own[1:2] or own[:1])
+        return TargetLosses(values, torch.ones(1, dtype=torch.long))
+
+    return way
 
 
 def callable_way(function: Callable[[nn.Module, Any], Tensor], device: torch.device = CPU) -> Way:
@@ -98,15 +158,26 @@ def predict(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: itself, its `logits`, or its first tensor."""
+    """Return the logits of a model's output: itself, its `logits`, or the one tensor in a tuple."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     elif hasattr(output, "logits"):
         output = output.logits
-    elif isinstance(output, tuple | list) and output:
-        output = output[0]
+    elif isinstance(output, tuple | list):
+        tensors = [
+            each
+            for each in output
+            if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 0
+        ]
+        if len(tensors) > 1:
+            raise ValueError(
+                f"the model returned {len(tensors)} tensors, of shapes "
+                f"{', '.join(str(tuple(each.shape)) for each in tensors)}, and does not say which "
+                "are its logits; return them under the name `logits`, or pass loss=callable"
+            )
+        output = tensors[0] if tensors else output
     if not isinstance(output, Tensor):
         raise ValueError(
             f"the model returned {type(output).__name__}, in which no logits were found; "

@@ -13,7 +13,8 @@ from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
 
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
 PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
-LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES)
+OWN = "own"  # the model's own loss, whatever it is, one sample at a time
+LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES, OWN)
 
 # The ends of Hugging Face's class names, and the `problem_type` of its classifiers' configurations.
 _LOSS_OF_CLASS = {
@@ -85,8 +86,22 @@ def loss_of_batch(batch: Any) -> str:
         return "binary_cross_entropy"
     if not targets.is_floating_point():
         return "cross_entropy"
+    if targets.dim() == 2 and targets.shape[1] > 1 and _are_probabilities(targets):
+        if ((targets == 0) | (targets == 1)).all():
+            raise ValueError(
+                "loss='auto' found floating targets with a single 1 in each row: they can be one "
+                "class for each sample or a yes or no for each class; pass loss='cross_entropy' or "
+                "'binary_cross_entropy'"
+            )
+        return "cross_entropy"
     is_binary = (targets == 0) | (targets == 1) | (targets == IGNORE_INDEX)
     return "binary_cross_entropy" if is_binary.all() else "mse"
+
+
+def _are_probabilities(targets: Tensor) -> bool:
+    """Whether the rows of (B, C) targets are distributions over classes."""
+    sums = targets.float().sum(1)
+    return bool((targets >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
 
 
 def _same_shape(inputs: Any, targets: Tensor) -> bool:

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 
 from flowdata.models.calling import innermost
 from flowdata.scoring.language.work import Prepare, Work, make_work
-from flowdata.targets.labels import IGNORE_INDEX, next_tokens
+from flowdata.targets.labels import IGNORE_INDEX, describe_batch, next_tokens
 
 # Without labels, tokens at which one of these fields is 0 are no targets.
 _TARGET_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+
+
+def as_collated(loss: str) -> Prepare:
+    """Return what prepares a sample that was collated alone: all its fields, its mask too."""
+
+    def prepare(model: nn.Module, batch: Any) -> list[Work]:
+        inputs, targets = inputs_and_targets(model, batch, loss, keep_mask=True)
+        return [make_work(inputs, targets, (targets != IGNORE_INDEX).sum(1))]
+
+    return prepare
 
 
 def padded(loss: str, max_tokens: int | None = None) -> Prepare:
@@ -40,8 +50,9 @@ def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if max_tokens is None or not isinstance(ids, Tensor) or ids.numel() <= max_tokens:
         return [batch]
-    if any(len(value) != len(ids) for value in batch.values() if isinstance(value, Tensor)):
-        return [batch]  # fields of another layout can't be cut
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if any(value.shape not in (ids.shape, ids.shape[:1]) for value in tensors):
+        return [batch]  # fields of another layout, such as images, can't be cut
     step = max(1, max_tokens // ids.shape[1])
     return [rows_of(batch, start, start + step) for start in range(0, len(ids), step)]
 
@@ -49,9 +60,15 @@ def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
 def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Return samples `start` to `stop` of a batch, without padding on the right that all have.
 
-    Fields that don't have one entry for each sample are left out.
+    Notes that don't have one entry for each sample are left out.
+
+    Raises:
+        ValueError: a tensor has another layout, so that it can't be cut.
     """
     size = len(batch["input_ids"])
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and (value.dim() == 0 or len(value) != size):
+            raise ValueError(f"{key!r} can't be cut into samples: shape {tuple(value.shape)}")
     fields = {
         key: value[start:stop]
         for key, value in batch.items()
@@ -67,7 +84,9 @@ def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     return fields
 
 
-def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[str, Any], Tensor]:
+def inputs_and_targets(
+    model: nn.Module, batch: Any, loss: str, *, keep_mask: bool = False
+) -> tuple[dict[str, Any], Tensor]:
     """Return a model's inputs and the targets of its output positions, (B, T), −100 for none.
 
     Labels are as Hugging Face gives them: unshifted for causal models. Without labels every
@@ -77,10 +96,11 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
     Raises:
         ValueError: a batch without tokens, or without the labels that its loss needs.
     """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+    is_mapping = isinstance(batch, Mapping)
+    if not is_mapping or not ("input_ids" in batch or (loss == "seq2seq_lm" and "labels" in batch)):
         raise ValueError(
             f"loss={loss!r} needs batches that are mappings with 'input_ids' and 'labels', got "
-            f"{type(batch).__name__}; pass a collate_fn that makes them, or loss=callable"
+            f"{describe_batch(batch)}; pass a collate_fn that makes them, or loss=callable"
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = labels_of(batch, loss)
@@ -90,9 +110,9 @@ def inputs_and_targets(model: nn.Module, batch: Any, loss: str) -> tuple[dict[st
         if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
             labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
         if not _wants_mask(model, inputs):
-            inputs = _without_right_padding_mask(inputs)
+            inputs = _without_right_padding_mask(inputs, keep_mask=keep_mask)
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = _decoder_inputs(innermost(model), labels)
+        inputs |= _decoder_inputs(innermost(model), labels)
     return inputs, labels
 
 
@@ -126,7 +146,7 @@ def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return is_required or "position_ids" in inputs
 
 
-def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+def _without_right_padding_mask(inputs: dict[str, Any], *, keep_mask: bool) -> dict[str, Any]:
     """Drop a mask of padding on the right; else count positions from the first real token.
 
     No position of a causal model sees padding to its right, and without a mask attention takes
@@ -136,14 +156,21 @@ def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     if mask is None or mask.dim() != 2:
         return inputs
     if bool((mask[:, 1:] <= mask[:, :-1]).all()):  # it never rises: ones, then zeros
+        if keep_mask:
+            return inputs
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
     return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
 
 
-def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+def _decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """What a decoder is given: its labels one place further, as the model moves them.
+
+    A model that names no function for it moves the labels itself where it is given them.
+    """
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return shifted
+        return {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    if "labels" in inspect.signature(model.forward).parameters:
+        return {"labels": labels}
     raise ValueError(
         "loss='seq2seq_lm' needs 'decoder_input_ids' in the batch: the model can't make them"
     )

@@ -8,11 +8,10 @@ A way (see flowdata/targets/target_losses.py) prepares a batch, and runs what it
     padded, as collated                      target positions → tiled head
     padded                                   target positions → the model's own head
     padded                                   logits of all positions
-    padded, one sample at a time             logits of all positions
 
 Every way runs the model's own `forward`, so that each architecture's peculiarities stay in; the
-first four only change what its output layer is given. The last is the plainest, with which
-flowdata/scoring/check.py compares the others.
+first four only change what its output layer is given. `plain_way` is what they are judged by
+(flowdata/scoring/check.py): logits of all positions of a sample that was collated alone.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import nn
 
 from flowdata.models.rope import loaded_frequencies, longest_as_loaded
 from flowdata.models.tensors import CPU
-from flowdata.scoring.language.inputs import padded, rows_of
+from flowdata.scoring.language.inputs import as_collated, padded, rows_of
 from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.language.runs import Run, runs_of
 from flowdata.scoring.language.vocabulary import check_vocabulary
@@ -43,7 +42,7 @@ def ways_of(
     compiled: bool = False,
     device: torch.device = CPU,
 ) -> list[tuple[str, Way]]:
-    """Return the ways to score a batch, named, fastest first, the plainest last.
+    """Return the ways to score a batch, named, fastest first, full logits last.
 
     Args:
         model: the model as it is run.
@@ -66,12 +65,15 @@ def ways_of(
     if packing is not None:
         ways += [(f"{name}, samples packed", way(packing, run)) for name, run in fast]
     ways += [(name, way(sliced, run)) for name, run in fast]
-    one_by_one = _one_by_one(_prepared(whole, plain, device))
-    return [
-        *ways,
-        (plain_name, way(sliced, plain)),
-        (f"{plain_name}, one sample at a time", one_by_one),
-    ]
+    return [*ways, (plain_name, way(sliced, plain))]
+
+
+def plain_way(
+    model: nn.Module, loss: str, columns: Sequence[str] = (), device: torch.device = CPU
+) -> Way:
+    """Return the way of a sample that was collated alone: its fields as they are, full logits."""
+    _, run = runs_of(model, columns)[-1]
+    return _prepared(as_collated(loss), run, device)
 
 
 def _prepared(prepare: Prepare, run: Run, device: torch.device) -> Way:

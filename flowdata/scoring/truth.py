@@ -1,0 +1,166 @@
+"""The truth: one sample, collated alone, through the model's own forward.
+
+Nothing is cut out of a batch for it. What a way makes of samples in a pack is judged by it:
+
+    exact    the truth in float32
+    plain    the truth in the dtype of the run; |plain − exact| is what that dtype costs
+    way      may differ from `exact` by twice that, and a thousandth of a nat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.models.compiled import as_written
+from flowdata.models.placement import is_placed
+from flowdata.models.precision import has_memory_for_copy
+from flowdata.models.rope import loaded_frequencies
+from flowdata.scoring.job import Job
+from flowdata.scoring.lend import lent_model
+from flowdata.scoring.plan.packs import PlanOptions
+from flowdata.store.packs import Columns
+from flowdata.targets.target_losses import Fetched, Way
+
+LEEWAY = 1e-3  # nats that any way may differ by; of other losses, a thousandth of their size
+# For where no float32 copy of the model fits into memory: differences of two low-precision runs
+# that are rounding, in nats below a loss of 1 nat and as a share of the loss above.
+_ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass
+class Truth:
+    """The truth of a job's samples, and how far from it a way may be.
+
+    Attributes:
+        job: the job.
+        options: those of its plan.
+        model: the job's model as it is run.
+        plain_of: makes the way of a sample alone for a model: that of the run, or its copy.
+        in_nats: whether losses are cross-entropies; else `LEEWAY` is relative.
+        batches: of the samples checked before the run, each collated alone.
+        errors: by column, the largest errors of the plain way in the run's dtype so far.
+        samples: how many samples were compared.
+        largest: by column, the largest difference between an agreed way and the truth.
+    """
+
+    job: Job
+    options: PlanOptions
+    model: nn.Module
+    plain_of: Callable[[nn.Module], Way]
+    in_nats: bool
+    batches: list[Any] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    largest: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the run's own dtype is float32 or wider, so that nothing is rounded away."""
+        return self.job.dtype.itemsize >= 4
+
+    def columns(self, batch: Any, model: nn.Module | None = None) -> Columns:
+        """Return the loss, count and further columns of a sample collated alone, (1,) each.
+
+        Args:
+            batch: the sample's.
+            model: the model in float32; None for that of the run.
+        """
+        model = self.model if model is None else model
+        with as_written(), loaded_frequencies(model):
+            columns = self.plain_of(model)(model, batch).columns(token_losses=False)
+        check_size(columns, 1)
+        return columns
+
+    @contextmanager
+    def exact_model(self) -> Iterator[nn.Module | None]:
+        """Give the model in float32 for a block; None where no such copy can be had."""
+        if self.is_exact:
+            yield self.model
+            return
+        job = replace(self.job, dtype=torch.float32)
+        if is_placed(job.model) or not has_memory_for_copy(job.model, job.dtype, job.device):
+            yield None
+            return
+        with lent_model(job, replace(self.options, compile=False)) as model:
+            yield model
+
+    def learn_errors(self, plain: Sequence[Columns], exact: Sequence[Columns]) -> None:
+        """Take the plain way's errors on samples into account."""
+        for rounded, true in zip(plain, exact, strict=True):
+            for name in set(true) - {"count"}:
+                error = float((rounded[name] - true[name]).abs().nan_to_num().max())
+                self.errors[name] = max(error, self.errors.get(name, 0.0))
+
+    def start(self, batch: Any) -> Fetched:
+        """Return the losses of a sample collated alone on their way to the host."""
+        with as_written(), loaded_frequencies(self.model):
+            return Fetched(self.plain_of(self.model)(self.model, batch))
+
+    def difference(self, columns: Columns, true: Columns, batch: Any) -> str:
+        """Return "" if a sample of the run is right, else how it differs from the truth.
+
+        What looks wrong is looked at again, in float32 beside the samples of the check before the
+        run: one sample's rounding can be larger than theirs.
+
+        Args:
+            columns: what the run made of the sample.
+            true: what it has alone, in the run's dtype.
+            batch: the sample, collated alone.
+        """
+        reason = difference(self, columns, true)
+        if not reason or self.is_exact:
+            return reason
+        with self.exact_model() as model:
+            if model is None:
+                return reason
+            batches = [*self.batches, batch]
+            exact = [self.columns(each, model) for each in batches]
+        self.learn_errors([self.columns(each) for each in batches], exact)
+        return difference(self, columns, exact[-1])
+
+    def allowance(self, name: str, true: Tensor) -> Tensor:
+        """Return how far a column's values may lie from the true ones, (1,)."""
+        size = true.abs()
+        scale = torch.ones_like(size) if self.in_nats else size.clamp_max(1.0)
+        rounding = 1e-5 * size  # of sums in float32
+        if not self.is_exact and (name != "loss" or name not in self.errors):
+            # Further columns are no losses: they are compared for faults, not for each rounding.
+            rounding = _ROUNDING[self.job.dtype] * size.clamp_min(1.0)
+        return 2 * self.errors.get(name, 0.0) + LEEWAY * scale + rounding
+
+
+def check_size(columns: Columns, samples: int) -> None:
+    """Raise ValueError unless there is one loss for each sample of a batch."""
+    if len(columns["loss"]) != samples:
+        raise ValueError(
+            f"a batch of {samples} samples gave {len(columns['loss'])} losses; collate_fn and loss "
+            "must keep one entry for each sample, in order"
+        )
+
+
+def difference(truth: Truth, columns: Columns, true: Columns) -> str:
+    """Return "" if a sample's columns are right, else how they differ from the true ones.
+
+    Args:
+        truth: says how far they may differ.
+        columns: (1,) loss, count and further columns, as a way made them.
+        true: the true ones.
+    """
+    if int(columns["count"]) != int(true["count"]):
+        return f"it counts {int(columns['count'])} targets, not {int(true['count'])}"
+    for name in sorted(set(true) - {"count", "correct"}):  # a tie may be broken either way
+        value, expected = columns[name], true[name]
+        is_nan = bool(value.isnan()), bool(expected.isnan())
+        off = (value - expected).abs()
+        if is_nan[0] != is_nan[1] or bool(off > truth.allowance(name, expected)):
+            return (
+                f"a sample's {name} differs by {float(off):.2g} ({float(value):.6g}, alone "
+                f"{float(expected):.6g})"
+            )
+    return ""

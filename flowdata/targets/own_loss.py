@@ -1,0 +1,79 @@
+"""A model's own loss: what it returns for a batch with labels, less the terms it names apart.
+
+Where a model makes a loss of its own, that loss says what its labels mean: shifted or not, with
+class weights or smoothing, of classes or of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.models.calling import innermost
+
+# Terms that a mixture of experts adds to its loss, by their names in the output, and the names of
+# their factors in its configuration.
+_NAMED_TERMS = {"aux_loss": "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}
+
+
+def own_losses(model: nn.Module, output: Any) -> list[float]:
+    """Return the values that a model's own loss can be meant to have; none if it made none.
+
+    The first is what it returned. Where the output names further terms, those values follow that
+    the loss has without them, with the factor that the configuration tells and with a factor of 1.
+
+    Args:
+        model: the model, whose configuration is looked at.
+        output: what it returned for a batch with labels.
+
+    Example:
+        >>> own_losses(nn.Identity(), {"loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.5)})
+        [2.0, 1.5]
+    """
+    loss = _field(output, "loss")
+    if loss is None and isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        loss = next(iter(output), None)  # Hugging Face's order without names
+    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.numel() != 1:
+        return []
+    values = [float(loss)]
+    terms = {name: _field(output, name) for name in _NAMED_TERMS}
+    for factors in (_factors(model), dict.fromkeys(_NAMED_TERMS, 1.0)):
+        named = [
+            factors[name] * float(term)
+            for name, term in terms.items()
+            if isinstance(term, Tensor) and term.numel() == 1
+        ]
+        if named and values[0] - sum(named) not in values:
+            values.append(values[0] - sum(named))
+    return values
+
+
+def _factors(model: nn.Module) -> dict[str, float]:
+    config: Any = getattr(innermost(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {term: float(getattr(config, name, 1.0) or 0.0) for term, name in _NAMED_TERMS.items()}
+
+
+def _field(output: Any, name: str) -> Any:
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return getattr(output, name, None)
+
+
+def agrees(own: float, named: float, dtype: torch.dtype) -> bool:
+    """Return whether two losses of the same logits are the same but for rounding.
+
+    A model may add its own loss up in the dtype that it runs in.
+
+    Args:
+        own: the model's.
+        named: that by a loss's name.
+        dtype: that the model runs in.
+    """
+    if own != own or named != named:  # NaN: a sample without a target
+        return own != own and named != named
+    eps = torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-5
+    return abs(own - named) <= 1e-4 + 4 * eps * abs(named)
