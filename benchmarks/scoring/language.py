@@ -18,8 +18,8 @@ from torch.profiler import profile
 
 from benchmarks import rows
 from benchmarks.scoring import peers
-from flowdata.cli import bench
-from flowdata.cli.bench import Samples
+from flowdata.cli.bench_inputs import Samples, lognormal_lengths, random_llama, random_samples
+from flowdata.cli.bench_yardsticks import flops, matmul_rate, usual_loop
 from flowdata.targets.labels import IGNORE_INDEX
 
 ASSETS = Path(__file__).parents[3] / "shared/assets/language"
@@ -54,9 +54,9 @@ class Case:
 
 
 LOOPS: dict[str, Loop] = {
-    "usual loop, float32": bench.usual_loop,
+    "usual loop, float32": usual_loop,
     "flowdata, float32": lambda m, s: peers.scored(m, s, dtype="float32"),
-    "usual loop": bench.usual_loop,
+    "usual loop": usual_loop,
     "one sample at a time": peers.one_at_a_time,
     "lm-eval": peers.lm_eval,
     "TRL": peers.trl,
@@ -137,7 +137,7 @@ def compare(
         speeds = [tokens / s for s in seconds[loop]]
         row = rows.row(f"{name}: {loop}", speeds, "tokens/s", dtype=dtype_of(loop))
         row |= accuracy[loop]
-        row["share_of_matmul"] = bench.flops(model, samples) / tokens * row["median"] / rate
+        row["share_of_matmul"] = flops(model, samples) / tokens * row["median"] / rate
         loop_rows.append(row)
     ours = max((row["median"] for row in loop_rows if "flowdata" in row["what"]), default=None)
     for row in loop_rows:
@@ -171,11 +171,11 @@ def time_in_turn(
 ) -> tuple[dict[str, list[float]], float]:
     """Return the seconds of each run, and the rate of matrix products between them in FLOP/s."""
     seconds: dict[str, list[float]] = {loop: [] for loop in runs}
-    rates = [bench.matmul_rate(torch.bfloat16, device)]
+    rates = [matmul_rate(torch.bfloat16, device)]
     for _ in range(repeats):  # in turn, so that a slow moment slows them alike
         for loop, run in runs.items():
             seconds[loop] += rows.timed(run, repeats=1, warmup=0)
-        rates.append(bench.matmul_rate(torch.bfloat16, device))
+        rates.append(matmul_rate(torch.bfloat16, device))
     return seconds, statistics.median(rates)
 
 
@@ -204,10 +204,10 @@ def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
         return smollm2_itself(count, smollm2)
     generator = torch.Generator().manual_seed(0)
     lengths = gsm8k_lengths(count) if case.lengths == "gsm8k" else None
-    lengths = lengths or bench.lognormal_lengths(count, generator)
+    lengths = lengths or lognormal_lengths(count, generator)
     mean_length = sum(map(sum, lengths)) / count
-    model = bench.random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
-    samples = bench.random_samples(
+    model = random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
+    samples = random_samples(
         lengths,
         generator=generator,
         vocabulary=case.vocabulary,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdata.cli.bench import Samples
+from flowdata.cli.bench_inputs import Samples
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.scorer import LossScorer
