@@ -139,10 +139,10 @@ def main(arguments: list[str]) -> None:
 def check(dataset: Any, weights: torch.Tensor) -> None:
     """Check that weighted samples are the bare ones with their weights, alone and in batches."""
     indices = [3, 0, len(weights) - 1, 3]
-    weighted = FlowWeightedDataset(dataset, weights)
+    pairs = FlowWeightedDataset(dataset, weights)
     random.seed(0)
     expected = [(dataset[index], weights[index]) for index in indices]
-    for draw in (lambda: [weighted[i] for i in indices], lambda: weighted.__getitems__(indices)):
+    for draw in (lambda: [pairs[i] for i in indices], lambda: pairs.__getitems__(indices)):
         random.seed(0)
         for (sample, weight), (bare, its_weight) in zip(draw(), expected, strict=True):
             assert weight == its_weight
@@ -158,12 +158,12 @@ def measure(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """Return rows of a batch's microseconds: bare, and the extra ones of each other loader."""
-    shuffled = RandomSampler(dataset)
+    random_order = RandomSampler(dataset)
     variants = {
-        "bare": (dataset, shuffled),
+        "bare": (dataset, random_order),
         "FlowSampler": (dataset, FlowSampler(weights)),
-        "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), shuffled),
-        "a weight by hand": (ByHand(dataset, weights), shuffled),
+        "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), random_order),
+        "a weight by hand": (ByHand(dataset, weights), random_order),
     }
     rounds = []
     for number in range(repeats + 1):

@@ -131,7 +131,7 @@ def measure(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
             return [
                 {"what": f"{peer}, {size}: {name}", "median": None, "unit": unit, "why": why}
                 for name, unit in UNITS.items()
-                if name != RESUMED
+                if name != RESUMPTION
             ]
     return [
         row(f"{peer}, {size}: {name}", [run[name] for run in runs], unit)
@@ -140,14 +140,14 @@ def measure(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-RESUMED = "first index, resumed at the end"
+RESUMPTION = "first index, resumed at the end"
 UNITS = {
     "set-up": "s",
     "first index": "s",
     "indices, set-up included": "1/s",
     "indices, once begun": "1/s",
     "memory over the weights": "MiB",
-    RESUMED: "s",
+    RESUMPTION: "s",
 }
 
 
@@ -168,7 +168,7 @@ def one_run(peer: str, size: int) -> dict[str, Any]:
     deque(iterator, maxlen=0)
     end = perf_counter()
     count = len(sampler)
-    figures = {} if not isinstance(sampler, FlowSampler) else {RESUMED: resumption(sampler)}
+    figures = {} if not isinstance(sampler, FlowSampler) else {RESUMPTION: resumption(sampler)}
     return figures | {
         "set-up": set_up_end - start,
         "first index": first - set_up_end,

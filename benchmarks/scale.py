@@ -162,7 +162,7 @@ def overhead(model_path: str | None, count: int) -> list[Row]:
     return results
 
 
-WATCHED = (
+STORING_STEPS = (
     (scorer_module, "fingerprint_model", "fingerprint of the model"),
     (scorer_module, "content_identity", "fingerprint of the data"),
     (resume, "read_finished_packs", "reading parts"),
@@ -175,13 +175,13 @@ WATCHED = (
 @contextmanager
 def timing(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of those parts of `LossScorer.score` that only store losses safely."""
-    originals = [getattr(owner, name) for owner, name, _ in WATCHED]
-    for (owner, name, what), original in zip(WATCHED, originals, strict=True):
+    originals = [getattr(owner, name) for owner, name, _ in STORING_STEPS]
+    for (owner, name, what), original in zip(STORING_STEPS, originals, strict=True):
         setattr(owner, name, _timed(original, what, seconds))
     try:
         yield
     finally:
-        for (owner, name, _), original in zip(WATCHED, originals, strict=True):
+        for (owner, name, _), original in zip(STORING_STEPS, originals, strict=True):
             setattr(owner, name, original)
 
 

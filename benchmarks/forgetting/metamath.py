@@ -35,8 +35,10 @@ from flowdata.scoring.collate import pad_collate
 from flowdata.study import Method, train
 from flowdata.text import Fields, find_fields, load_model, load_tokenizer, read_rows, tokenize_rows
 
-SHARDED = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
-METHODS = {n: m for n, m in MAIN.items() if n in SHARDED or not (m.parts or n == "pre-trained")}
+SHARDABLE_METHODS = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
+METHODS = {
+    n: m for n, m in MAIN.items() if n in SHARDABLE_METHODS or not (m.parts or n == "pre-trained")
+}
 Batch = list[dict[str, Tensor]]  # the micro-batches of one optimiser step on one rank
 
 

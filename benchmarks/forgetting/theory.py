@@ -87,12 +87,12 @@ def draw(output: Path, samples: int = 200_000) -> Path:
     """
     apart = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     old = torch.eye(3, dtype=torch.float64)
-    skewed = torch.diag(torch.tensor([0.2, 2.0, 1.0], dtype=torch.float64))
+    skewed_covariance = torch.diag(torch.tensor([0.2, 2.0, 1.0], dtype=torch.float64))
     with figure(15, 4.6, panels=3) as (drawing, (left, middle, right)):
         _draw_stalling(left, apart, samples)
         _draw_trade_off(middle, apart, old, old)
         middle.set_title("Old against new, Σ = I: one curve for all")
-        _draw_trade_off(right, apart, skewed, old)
+        _draw_trade_off(right, apart, skewed_covariance, old)
         right.set_title("Σ = diag(0.2, 2, 1): the curves part")
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(png(drawing))

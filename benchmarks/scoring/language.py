@@ -26,7 +26,7 @@ from flowdata.targets.labels import IGNORE_INDEX
 ASSETS = ALL_ASSETS / "language"
 CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
 EXACT = 12  # samples whose losses are compared, and that the float32 loops are timed on
-ALLOWED = {"float32": 1e-4, "bfloat16": 0.1}
+LARGEST_ERRORS = {"float32": 1e-4, "bfloat16": 0.1}
 
 Loop = Callable[[Any, Samples], Tensor]
 
@@ -165,7 +165,7 @@ def check(
     memory = rows.peak_memory(lambda: losses.append(run()), device.type)
     seconds = perf_counter() - start  # the first run's, compiling included
     error = (losses[0][:EXACT] - exact).abs().max().item()
-    if not error <= ALLOWED[dtype_of(loop)]:
+    if not error <= LARGEST_ERRORS[dtype_of(loop)]:
         raise SystemExit(f"{loop} gives other losses, by up to {error:.2g}")
     return {"largest_error": error, "memory_mib": memory, "first_run_s": seconds}
 

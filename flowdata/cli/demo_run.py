@@ -70,12 +70,14 @@ def _measure(seeds: int, progress: bool) -> tuple[list[Start], list[Outcome]]:
             for seed in range(seeds):
                 with preserved_rng(seed):
                     tasks = _split(images, labels)
-                    old, probed, start = _pretrain_and_probe(seed, tasks)
+                    old, probed_network, start = _pretrain_and_probe(seed, tasks)
                     starts.append(start)
                     advance(1)
                     for method in (STANDARD, FLOW):
                         for rate in RATES:
-                            outcomes.append(_fine_tune(method, rate, old, probed, start, tasks))
+                            outcomes.append(
+                                _fine_tune(method, rate, old, probed_network, start, tasks)
+                            )
                             advance(1)
     finally:
         torch.set_num_threads(threads)
@@ -121,11 +123,11 @@ def _fine_tune(
     method: str,
     rate: float,
     old: nn.Sequential,
-    probed: nn.Sequential,
+    probed_network: nn.Sequential,
     start: Start,
     tasks: _Tasks,
 ) -> Outcome:
-    network = copy.deepcopy(probed)
+    network = copy.deepcopy(probed_network)
     weights = torch.ones(len(tasks.train)) if method == STANDARD else flow_weights(start.losses)
     _train(network, tasks.train, weights, rate, _EPOCHS)
     if method == FLOW:  # the recipe's second probe, of the head alone and without weights
@@ -144,8 +146,8 @@ def _train(
     model: nn.Module, data: TensorDataset, weights: Tensor, rate: float, epochs: int
 ) -> None:
     """Minimise the weighted loss by SGD with momentum and a cosine schedule."""
-    weighted = FlowWeightedDataset(data, weights)
-    loader = DataLoader(weighted, batch_size=_BATCH, shuffle=True)
+    weighted_data = FlowWeightedDataset(data, weights)
+    loader = DataLoader(weighted_data, batch_size=_BATCH, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     for _ in range(epochs):
@@ -179,12 +181,12 @@ def _digits() -> tuple[Tensor, Tensor]:
 def _split(images: Tensor, labels: Tensor) -> _Tasks:
     """Split the images at random: half for training, a fifth held out, the rest for tests."""
     order = torch.randperm(len(images))
-    turned = images.reshape(-1, 8, 8).rot90(1, (1, 2)).reshape(-1, 64)
+    turned_images = images.reshape(-1, 8, 8).rot90(1, (1, 2)).reshape(-1, 64)
     train, held_out, test = order.tensor_split((len(order) // 2, len(order) * 7 // 10))
     return _Tasks(
         TensorDataset(images[train], labels[train]),
         TensorDataset(images[test], labels[test]),
-        TensorDataset(turned[train], labels[train]),
-        TensorDataset(turned[held_out], labels[held_out]),
-        TensorDataset(turned[test], labels[test]),
+        TensorDataset(turned_images[train], labels[train]),
+        TensorDataset(turned_images[held_out], labels[held_out]),
+        TensorDataset(turned_images[test], labels[test]),
     )

@@ -11,7 +11,7 @@ from flowdata.study.extras import load_extra
 from flowdata.study.methods import METHODS, STANDARD
 from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
 
-CHOSEN = (
+BEST_RATE_NOTE = (
     "At the rate that is best, for each method, on validation samples of the new task "
     "(of the rates that it was run at on the most seeds):"
 )
@@ -68,7 +68,7 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
         "",
         f"{settings}. {len(records)} runs, up to {seeds}.",
         "",
-        CHOSEN,
+        BEST_RATE_NOTE,
         "",
         *_table(runs),
         "",
