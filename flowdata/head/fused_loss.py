@@ -13,6 +13,7 @@ The work is therefore that of the plain head: three matrix products.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -91,8 +92,7 @@ def head_losses(
             bias = None if head.bias is None else head.bias.detach()
             layer = Head(head.weight.detach().to(hidden.dtype), bias, logit_scale, softcap)
             return target_values(hidden.detach(), layer, targets)[0]
-        rows = rows_of_a_tile(getattr(head, "weight", None))
-        tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
+        tiles = _tiles(head, hidden, targets)
         parts = [_called_losses(h, head, t, softcap, logit_scale).float() for h, t in tiles]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -162,11 +162,16 @@ def _called_loss(
         losses = _called_losses(hidden, head, targets, softcap, logit_scale)
         return (losses * coefficients.to(losses)).sum()
 
-    rows = rows_of_a_tile(getattr(head, "weight", None))
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for tile in zip(hidden.split(rows), targets.split(rows), coefficients.split(rows), strict=True):
+    for tile in _tiles(head, hidden, targets, coefficients):
         total = total + checkpoint(part, *tile, use_reentrant=False)
     return total
+
+
+def _tiles(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of all tensors, as many at a time as a tile of the head's logits has."""
+    rows = rows_of_a_tile(getattr(head, "weight", None))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _called_losses(
