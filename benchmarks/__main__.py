@@ -8,7 +8,7 @@ import benchmarks
 
 
 def main() -> None:
-    """Hand the options to `main` of the module (or package) that carries the name."""
+    """Pass the options to `main` of the module (or package) that carries the name."""
     helpers = {"__main__", "rows"}
     names = sorted({m.name for m in pkgutil.iter_modules(benchmarks.__path__)} - helpers)
     if len(sys.argv) < 2 or sys.argv[1] not in names:

@@ -1,9 +1,9 @@
 """The head's losses against its matrix product alone: python -m benchmarks head [--widths 576].
 
-The floor is the product of hidden states and vocabulary, tile by tile into a given buffer, in
-the tiles that the head uses. Peers that are not installed, or don't run on this device, are named
-and left out: cut-cross-entropy runs on a CPU where Triton is installed, Liger needs a GPU. Losses
-are compared with float64 before anything is timed.
+The floor is the product of hidden states and vocabulary alone, in the tiles that the head uses, all
+written into one buffer. A peer that is not installed, or does not run on this device, is left out
+with a line that says so: cut-cross-entropy needs Triton, on a CPU as well, and Liger needs a GPU.
+Losses are compared with float64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,21 +56,22 @@ def measure(
     device: str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one size's rows: milliseconds, ratio to the floor, error, memory."""
+    """Yield a row for each way at one size: milliseconds, ratio to the floor, error, memory."""
     inputs = draw_inputs(count, width, vocabulary, device, dtype)
     ways = {name: way for name, way in peers(device).items() if runs(name, way, inputs)}
     errors = errors_of(ways, inputs)
     ways[FLOOR] = floor
-    seconds = times_in_turn(ways, inputs, repeats)
+    calls = {name: partial(synced, way, *inputs) for name, way in ways.items()}
+    seconds = rows.timed_in_turn(calls, repeats, warmup=1)
     floor_ms = 1000 * rows.row("", seconds[FLOOR], "s")["median"]
-    for name, way in ways.items():
+    for name in ways:
         row = rows.row(
             f"{name}, {count} x {width} x {vocabulary}",
             [1000 * second for second in seconds[name]],
             "ms",
             dtype=str(dtype).removeprefix("torch."),
             device=device,
-            memory_mib=rows.peak_memory(lambda way=way: way(*inputs)),
+            memory_mib=rows.peak_memory(calls[name], device),
         )
         row["ratio_to_floor"] = row["median"] / floor_ms
         if name in errors:
@@ -81,7 +83,7 @@ def measure(
 def draw_inputs(
     count: int, width: int, vocabulary: int, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> Inputs:
-    """Hidden states, weight and targets; logits have a standard deviation of 1."""
+    """Draw hidden states, weight and targets; the logits have a standard deviation of 1."""
     generator = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": device}
     hidden = torch.randn(count, width, **options).to(dtype)
@@ -90,7 +92,7 @@ def draw_inputs(
 
 
 def errors_of(ways: Mapping[str, Peer], inputs: Inputs) -> dict[str, Tensor]:
-    """How far each way's losses lie from the exact ones; ends the benchmark if too far."""
+    """Return how far each way's losses lie from the exact ones; exit if one's lie too far."""
     exact = torch.cat([exact_losses(*part) for part in parts(*inputs)])
     errors = {name: (way(*inputs) - exact).abs() for name, way in ways.items()}
     for name, error in errors.items():
@@ -99,18 +101,8 @@ def errors_of(ways: Mapping[str, Peer], inputs: Inputs) -> dict[str, Tensor]:
     return errors
 
 
-def times_in_turn(ways: Mapping[str, Peer], inputs: Inputs, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, all ways in each turn, so that a slow moment slows them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            times = rows.timed(lambda way=way: synced(way, *inputs), 1, warmup=0)
-            seconds[name] += times if turn else []  # the first turn warms up
-    return seconds
-
-
 def peers(device: str) -> dict[str, Peer]:
-    """The ways to a loss for every row, by name."""
+    """Return the ways to a loss for every row, by name."""
     ways: dict[str, Peer] = {
         "flowdata, eager": lambda h, w, t: target_values(h, Head(w), t)[0],
         "flowdata, compiled": lambda h, w, t: target_values(h, Head(w, kernel="compiled"), t)[0],
@@ -130,7 +122,7 @@ def peers(device: str) -> dict[str, Peer]:
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Its kernel on a GPU, its compiled version elsewhere."""
+    """Return the losses by cut-cross-entropy: by its kernel on a GPU, else compiled."""
     from cut_cross_entropy import linear_cross_entropy
 
     implementation = "cce" if hidden.is_cuda else "torch_compile"
@@ -138,14 +130,14 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Its fused linear cross-entropy, losses of rows."""
+    """Return the losses by Liger's fused linear cross-entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
 def runs(name: str, way: Peer, inputs: Inputs) -> bool:
-    """Whether a way runs on such inputs; says why where it doesn't."""
+    """Return whether a way runs on such inputs; where it does not, say why."""
     hidden, weight, targets = inputs
     try:
         way(hidden[:4], weight[:512], targets[:4].clamp_max(511))
@@ -156,7 +148,7 @@ def runs(name: str, way: Peer, inputs: Inputs) -> bool:
 
 
 def floor(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Products into one buffer, and nothing else."""
+    """Write all products into one buffer, tile by tile, and do nothing else."""
     tile_rows, tile_classes = tile_size(hidden)
     buffer = hidden.new_empty(min(tile_rows, len(hidden)) * tile_classes)
     for rows_ in hidden.split(tile_rows):
@@ -167,18 +159,18 @@ def floor(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def synced(way: Peer, *tensors: Tensor) -> None:
-    """Run a way to its end."""
+    """Run a way until the device has finished."""
     way(*tensors)
     if tensors[0].is_cuda:
         torch.cuda.synchronize()
 
 
 def parts(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """A few rows at a time, for float64."""
+    """Return the inputs a few rows at a time, as float64 takes twice the memory."""
     return [(h, weight, t) for h, t in zip(hidden.split(256), targets.split(256), strict=True)]
 
 
 def exact_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies over float32 products, summed up in float64."""
+    """Return the cross-entropies of float32 products, summed up in float64."""
     logits = (hidden.float() @ weight.float().t()).double()
     return F.cross_entropy(logits, targets, reduction="none")

@@ -1,11 +1,13 @@
 """What FlowWeightedDataset and FlowSampler add to a DataLoader, for each batch of small samples.
 
 `python -m benchmarks loader` times a bare shuffling DataLoader and the same with each of the two,
-turn by turn, so that a slow moment of the machine meets all alike. A fourth loader's samples bring
-a weight that is looked up by hand: what any further 0-d tensor costs PyTorch's collation and
-worker processes, whoever adds it. The samples, smallest first:
-one row of a tensor of tokens; one row of a Hugging Face data set of tokens, padded by a collator;
-a 32 × 32 image, cropped, flipped and normalised by Pillow as a CIFAR recipe does.
+turn by turn, so that a slow moment of the machine slows all of them alike. The samples of a fourth
+loader bring a weight that is looked up by hand: it shows what any further 0-d tensor costs in
+PyTorch's collation and worker processes. The kinds of samples, the smallest first:
+
+- one row of a tensor of tokens;
+- one row of a Hugging Face data set of tokens, padded by a collator;
+- a 32 × 32 image, cropped, flipped and normalised by Pillow as a CIFAR recipe does.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ BATCH = 32
 
 
 class ByHand(Dataset):
-    """What one would write oneself: a sample and its weight."""
+    """The wrapper that people write themselves: it gives a sample and its weight."""
 
     def __init__(self, dataset: Any, weights: torch.Tensor) -> None:
         self.dataset, self.weights = dataset, weights
@@ -106,7 +108,7 @@ SAMPLES = {"tensor row": tensor_rows, "text row": text_rows, "image": image_rows
 
 
 def main(arguments: list[str]) -> None:
-    """Print and keep the added cost for each kind of sample and number of workers."""
+    """Print and store the additional cost for each kind of sample and number of workers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks loader", description=__doc__)
     parser.add_argument("--count", type=int, default=3_200, help="samples in a pass")
     parser.add_argument("--repeats", type=int, default=9)
@@ -135,12 +137,12 @@ def main(arguments: list[str]) -> None:
 
 
 def check(dataset: Any, weights: torch.Tensor) -> None:
-    """Weighted samples must be the bare ones with their own weight, singly and in batches."""
+    """Check that weighted samples are the bare ones with their weights, alone and in batches."""
     indices = [3, 0, len(weights) - 1, 3]
-    weighted = FlowWeightedDataset(dataset, weights)
+    pairs = FlowWeightedDataset(dataset, weights)
     random.seed(0)
     expected = [(dataset[index], weights[index]) for index in indices]
-    for draw in (lambda: [weighted[i] for i in indices], lambda: weighted.__getitems__(indices)):
+    for draw in (lambda: [pairs[i] for i in indices], lambda: pairs.__getitems__(indices)):
         random.seed(0)
         for (sample, weight), (bare, its_weight) in zip(draw(), expected, strict=True):
             assert weight == its_weight
@@ -155,13 +157,13 @@ def measure(
     workers: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """Microseconds for each batch, bare, and what each addition costs in the same round."""
-    shuffled = RandomSampler(dataset)
+    """Return rows of a batch's microseconds: bare, and the extra ones of each other loader."""
+    random_order = RandomSampler(dataset)
     variants = {
-        "bare": (dataset, shuffled),
+        "bare": (dataset, random_order),
         "FlowSampler": (dataset, FlowSampler(weights)),
-        "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), shuffled),
-        "a weight by hand": (ByHand(dataset, weights), shuffled),
+        "FlowWeightedDataset": (FlowWeightedDataset(dataset, weights), random_order),
+        "a weight by hand": (ByHand(dataset, weights), random_order),
     }
     rounds = []
     for number in range(repeats + 1):
@@ -171,20 +173,20 @@ def measure(
             for name, (data, sampler) in in_random_order
         }
         times = one_by_one(loaders) if workers else in_lockstep(loaders)
-        rounds += [times] * (number > 0)  # the first one warms up
+        rounds += [times] * (number > 0)  # the first round warms up
     bare = [times["bare"] for times in rounds]
     where = f"{kind}, {workers} workers"
     rows = [row(f"{where}: bare", bare, "µs/batch", batch=BATCH)]
     for name in list(variants)[1:]:
-        added = [times[name] - times["bare"] for times in rounds]
-        rows.append(row(f"{where}: {name} adds", added, "µs/batch", batch=BATCH))
-        share = [100 * extra / statistics.median(bare) for extra in added]
+        extras = [times[name] - times["bare"] for times in rounds]
+        rows.append(row(f"{where}: {name} adds", extras, "µs/batch", batch=BATCH))
+        share = [100 * extra / statistics.median(bare) for extra in extras]
         rows.append(row(f"{where}: {name} adds", share, "% of bare", batch=BATCH))
     return rows
 
 
 def in_lockstep(loaders: dict[str, DataLoader]) -> dict[str, float]:
-    """Microseconds of each loader's batches, the median of a pass that all make side by side."""
+    """Return the median microseconds of each loader's batches; the loaders take turns by batch."""
     iterators = {name: iter(loader) for name, loader in loaders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(min(map(len, loaders.values()))):
@@ -196,12 +198,15 @@ def in_lockstep(loaders: dict[str, DataLoader]) -> dict[str, float]:
 
 
 def one_by_one(loaders: dict[str, DataLoader]) -> dict[str, float]:
-    """Microseconds of each loader's batches, as fast as its own workers alone deliver them."""
+    """Return the median microseconds of each loader's batches; the loaders run one by one.
+
+    Workers prefetch, and would go on with that while another loader has its turn.
+    """
     times = {}
     for name, loader in loaders.items():
         stretch, seconds = 4 * loader.num_workers, []
         iterator = iter(loader)
-        for _ in range(1 + 2 * loader.num_workers):  # prefetched while the workers started
+        for _ in range(1 + 2 * loader.num_workers):  # these were made while the workers started
             next(iterator)
         for _ in range((len(loader) - 1) // stretch - 1):
             start = perf_counter()

@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: rows with their unit, spread, machine and versions."""
+"""Rows: how every benchmark times, prints and stores, with unit, spread, machine and versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,62 +18,86 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> list[float]:
-    """Seconds of `repeats` calls after `warmup` untimed ones."""
-    for _ in range(warmup):
-        run()
-    seconds = []
-    for _ in range(repeats):
-        start = perf_counter()
-        run()
-        seconds.append(perf_counter() - start)
+    """Return the seconds of `repeats` calls, after `warmup` calls that are not timed."""
+    return timed_in_turn({"": run}, repeats, warmup)[""]
+
+
+def timed_in_turn(
+    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 0
+) -> dict[str, list[float]]:
+    """Return the seconds of `repeats` calls of each run, after `warmup` untimed ones.
+
+    Every turn calls all runs one after another, so that a slow moment of the machine slows all of
+    them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + repeats):
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            seconds[name] += [perf_counter() - start] * (turn >= warmup)
     return seconds
 
 
+def now(device: str) -> float:
+    """Return the time in seconds, once the device has finished its work."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
 def row(what: str, values: list[float], unit: str, **more: Any) -> dict[str, Any]:
-    """One measured quantity: median and spread (smallest and largest) of its runs."""
+    """Return one quantity: the median and the spread (smallest and largest) of its runs."""
     spread = [min(values), max(values)]
     median = statistics.median(values)
     return {"what": what, "median": median, "spread": spread, "unit": unit, **more}
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as it is printed: its figures by their names, the median first."""
-    spread = {"what", "part", "median", "spread", "unit"}
+    """Return a row's text: its median, and then its further figures with their names."""
+    common_fields = {"what", "part", "median", "spread", "unit"}
     figures = [f"{row['median']:,.4g} {row['unit']}"] if "median" in row else []
     figures += [
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in row.items()
-        if name not in spread
+        if name not in common_fields
     ]
     return f"{row['what']:60} {', '.join(figures)}"
 
 
-def peak_memory(run: Callable[[], object]) -> float | None:
-    """MiB that a call adds to the process's resident memory at its highest; None off Linux.
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """Return the MiB that a call adds at its highest to the memory in use before it.
 
-    Where there is a GPU, what it adds to that one's memory.
+    Args:
+        run: the call.
+        device: ``"cpu"`` for the resident memory of this process, else the GPU's memory.
+
+    Returns:
+        None for a CPU where the system does not tell (only Linux does); `run` is called anyway.
     """
-    if torch.cuda.is_available():
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to now
-        before = _status("VmRSS")
-        run()
-        return (_status("VmHWM") - before) / 1024
+        Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to its memory now
     except OSError:
+        run()
         return None
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 2**10
 
 
 def _status(name: str) -> int:
+    """A field of Linux's status of this process, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the rows were measured."""
+    """Return the hardware and the versions that rows are measured with."""
     names = ("torch", "transformers", "datasets", "torchdata", "numpy", "triton")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -91,9 +115,9 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:
-    """Put a run's rows into benchmarks/results/NAME.json, a list of runs, and return its path.
+    """Add a run's rows to benchmarks/results/NAME.json, a list of runs, and return its path.
 
-    They take the place of what the same command gave before.
+    An older run of the same command is replaced.
     """
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +141,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    extras = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in named.get("flags", "")]
-    return " ".join([named.get("model name", platform.processor()), *extras])
+    facts = {key.strip(): value.strip() for key, value in fields.items()}
+    extras = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts.get("flags", "")]
+    return " ".join([facts.get("model name", platform.processor()), *extras])

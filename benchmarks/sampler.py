@@ -1,11 +1,12 @@
 """FlowSampler against the usual ways to draw samples by weight.
 
-`python -m benchmarks sampler` measures, each in a process of its own: set-up, the time to the
-first index, indices a second from set-up to the last one and once the first is there, and memory
-over the float32 weights. Before anything is timed, each one's counts are checked against
-num_samples · w / Σw. The peers are `WeightedRandomSampler`, numpy's `Generator.choice`, and the
-`DistributedSamplerWrapper` that training frameworks put around a sampler (all of its indices in a
-list, of which a `DistributedSampler` takes a rank's), here for one rank of one.
+`python -m benchmarks sampler` runs each sampler in a process of its own. It measures the set-up,
+the time to the first index, the indices a second with the set-up and without it, and the memory
+beyond the float32 weights. Before anything is timed, the counts of each sampler's draws are
+compared with num_samples · w / Σw. The peers are `WeightedRandomSampler`, numpy's
+`Generator.choice`, and the `DistributedSamplerWrapper` that training frameworks put around a
+sampler: a `DistributedSampler` (here of a single rank) takes a rank's share from the list of all
+indices.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class Choice(Sampler[int]):
 
 
 class Wrapper(DistributedSampler):
-    """The wrapper of training frameworks: a distributed sampler over another one's list."""
+    """The wrapper of training frameworks: a distributed sampler over another sampler's list."""
 
     def __init__(self, weights: torch.Tensor) -> None:
         self.inner = WeightedRandomSampler(weights, len(weights))
         super().__init__(range(len(weights)), 1, 0, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:
-        drawn = list(self.inner)
-        return (drawn[position] for position in super().__iter__())
+        indices = list(self.inner)
+        return (indices[position] for position in super().__iter__())
 
 
 PEERS = {
@@ -71,7 +72,7 @@ PEERS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Print and keep each sampler's figures at each size."""
+    """Print and store each sampler's figures at each size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks sampler", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--repeats", type=int, default=3)
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Print rows as soon as they are there, and return them."""
+    """Print rows, and return them."""
     for each in rows:
         median = "fails" if each["median"] is None else f"{each['median']:.4g}"
         why = each.get("why", "")
@@ -99,26 +100,27 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check(peer: str, size: int = 100_000) -> None:
-    """A sampler's counts must be those its weights deserve: within one, or by chi-square."""
+    """Check that a sampler draws ∝ weight: each count within one, or all of them by chi-square."""
     weights = torch.rand(size, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     counts = np.bincount(np.fromiter(PEERS[peer](weights), dtype=np.int64), minlength=size)
-    deserved = counts.sum() * weights.double().numpy() / weights.sum(dtype=torch.float64).item()
+    expected = counts.sum() * weights.double().numpy() / weights.sum(dtype=torch.float64).item()
     if "without" in peer:
         assert counts.max() == 1
-        drawn = weights.numpy()[counts > 0].mean()
-        assert drawn > 1.1 * weights.mean().item(), "heavy samples must come more often"
+        mean_of_draws = weights.numpy()[counts > 0].mean()
+        assert mean_of_draws > 1.1 * weights.mean().item(), "heavy samples must come more often"
     elif "systematic" in peer:
-        assert np.abs(counts - deserved).max() < 1 + 1e-6
+        assert np.abs(counts - expected).max() < 1 + 1e-6
     else:
-        parts = [part.sum(axis=1) for part in (counts.reshape(-1, 100), deserved.reshape(-1, 100))]
-        statistic = ((parts[0] - parts[1]) ** 2 / parts[1]).sum()
-        freedom = len(parts[0]) - 1
+        # Chi-square needs more than a few draws a cell, so a cell is the sum over 100 samples.
+        draws, mean_draws = (cell.reshape(-1, 100).sum(axis=1) for cell in (counts, expected))
+        statistic = ((draws - mean_draws) ** 2 / mean_draws).sum()
+        freedom = len(draws) - 1
         assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom), peer
 
 
 def measure(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
-    """The figures of one sampler at one size, each run in a fresh process."""
+    """Return the rows of one sampler at one size, each run in a fresh process."""
     context = multiprocessing.get_context("spawn")
     runs = []
     for _ in range(repeats):
@@ -129,7 +131,7 @@ def measure(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
             return [
                 {"what": f"{peer}, {size}: {name}", "median": None, "unit": unit, "why": why}
                 for name, unit in UNITS.items()
-                if name != RESUMED
+                if name != RESUMPTION
             ]
     return [
         row(f"{peer}, {size}: {name}", [run[name] for run in runs], unit)
@@ -138,26 +140,26 @@ def measure(peer: str, size: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-RESUMED = "first index, resumed at the end"
+RESUMPTION = "first index, resumed at the end"
 UNITS = {
     "set-up": "s",
     "first index": "s",
     "indices, set-up included": "1/s",
     "indices, once begun": "1/s",
     "memory over the weights": "MiB",
-    RESUMED: "s",
+    RESUMPTION: "s",
 }
 
 
 def one_run(peer: str, size: int) -> dict[str, Any]:
-    """Set a sampler up, take its first index and drain it."""
+    """Return the figures of setting a sampler up, taking its first index and all others."""
     torch.set_num_threads(1)
     weights = torch.rand(size, generator=torch.Generator().manual_seed(0))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = perf_counter()
     try:
         sampler = PEERS[peer](weights)
-        ready = perf_counter()
+        set_up_end = perf_counter()
         iterator = iter(sampler)
         next(iterator)
     except RuntimeError as error:
@@ -166,10 +168,10 @@ def one_run(peer: str, size: int) -> dict[str, Any]:
     deque(iterator, maxlen=0)
     end = perf_counter()
     count = len(sampler)
-    figures = {} if not isinstance(sampler, FlowSampler) else {RESUMED: resumption(sampler)}
+    figures = {} if not isinstance(sampler, FlowSampler) else {RESUMPTION: resumption(sampler)}
     return figures | {
-        "set-up": ready - start,
-        "first index": first - ready,
+        "set-up": set_up_end - start,
+        "first index": first - set_up_end,
         "indices, set-up included": count / (end - start),
         "indices, once begun": (count - 1) / (end - first),
         "memory over the weights": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
@@ -178,7 +180,7 @@ def one_run(peer: str, size: int) -> dict[str, Any]:
 
 
 def resumption(sampler: FlowSampler) -> float:
-    """Seconds from a state at the last position of the order to the index there."""
+    """Return the seconds that it takes to load a state of the last position and draw there."""
     state = {**sampler.state_dict(), "position": len(sampler) - 1}
     start = perf_counter()
     sampler.load_state_dict(state)
@@ -187,7 +189,7 @@ def resumption(sampler: FlowSampler) -> float:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times faster the systematic sampler is than each peer, set-up included."""
+    """Return rows of how many times faster the systematic sampler is than each peer."""
     name = "indices, set-up included"
     speeds = {r["what"]: r["median"] for r in rows if r["what"].endswith(name)}
     systematic = "FlowSampler systematic"

@@ -1,8 +1,11 @@
 """Scoring beyond one process: python -m benchmarks scale [--samples N] [--rows N].
 
-1, 2 and 4 processes of one thread each against ideal; what coordination costs for each pack; plan
-and store at many samples; and what keeping losses safely (identities, checksums, files) adds to
-scoring a real language model, where its file is there.
+The benchmark measures
+
+- 1, 2 and 4 processes of one thread each, against a speed that grows with their number;
+- the cost of coordination for each pack;
+- plan and store at many samples;
+- what storing losses safely (identities, checksums, files) adds to scoring a language model.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ def printed_row(what: str, values: list[float], unit: str, **more: Any) -> Row:
 
 
 def coordination(repeats: int, packs: int = 2000) -> list[Row]:
-    """Microseconds that a rank spends on claiming one pack, over TCP on this machine."""
+    """Return rows of the microseconds in which a rank claims one pack, over TCP on this machine."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = []
     for ahead in (False, True):
@@ -86,7 +89,7 @@ def coordination(repeats: int, packs: int = 2000) -> list[Row]:
 
 
 def plan_and_store(most: int) -> list[Row]:
-    """Seconds and bytes of the plan and the store, at 1/100, 1/10 and all of `most` samples."""
+    """Return rows of the plan and the store, at 1/100, 1/10 and all of `most` samples."""
     sizes = sorted({max(most // 100, 1000), max(most // 10, 1000), most})
     return [one for samples in sizes for one in _plan_and_store(samples)]
 
@@ -124,7 +127,7 @@ def _plan_and_store(samples: int) -> list[Row]:
 
 
 def stopwatch(results: list[Row], samples: int) -> Callable[[str, Callable[[], Any]], Any]:
-    """Runs a step and adds its row."""
+    """Return a function that runs a step, adds the row of its seconds, and returns its result."""
 
     def step(what: str, run: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -140,7 +143,7 @@ def stopwatch(results: list[Row], samples: int) -> Callable[[str, Callable[[], A
 
 
 def overhead(model_path: str | None, count: int) -> list[Row]:
-    """Share of scoring a language model that goes into keeping the losses safely."""
+    """Return rows of the share of scoring a language model that storing the losses takes."""
     case = language.Case(width=None if model_path else 576, layers=30)
     model, samples = language.make(case, count, model_path or "")
     scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
@@ -159,7 +162,7 @@ def overhead(model_path: str | None, count: int) -> list[Row]:
     return results
 
 
-WATCHED = (
+STORING_STEPS = (
     (scorer_module, "fingerprint_model", "fingerprint of the model"),
     (scorer_module, "content_identity", "fingerprint of the data"),
     (resume, "read_finished_packs", "reading parts"),
@@ -171,14 +174,14 @@ WATCHED = (
 
 @contextmanager
 def timing(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds of those parts of `LossScorer.score` that only keep losses safe."""
-    originals = [getattr(owner, name) for owner, name, _ in WATCHED]
-    for (owner, name, what), original in zip(WATCHED, originals, strict=True):
+    """Add up the seconds of those parts of `LossScorer.score` that only store losses safely."""
+    originals = [getattr(owner, name) for owner, name, _ in STORING_STEPS]
+    for (owner, name, what), original in zip(STORING_STEPS, originals, strict=True):
         setattr(owner, name, _timed(original, what, seconds))
     try:
         yield
     finally:
-        for (owner, name, _), original in zip(WATCHED, originals, strict=True):
+        for (owner, name, _), original in zip(STORING_STEPS, originals, strict=True):
             setattr(owner, name, original)
 
 
@@ -194,7 +197,7 @@ def _timed(original: Callable[..., Any], what: str, seconds: dict[str, float]) -
 
 
 def processes(repeats: int, samples: int = 240) -> list[Row]:
-    """Samples a second of 1, 2 and 4 processes of one thread; their losses compared first."""
+    """Return rows of the samples a second of 1, 2 and 4 processes, whose losses must agree."""
     seconds: dict[int, list[float]] = {1: [], 2: [], 4: []}
     losses: list[torch.Tensor] = []
     for _ in range(repeats):
@@ -217,7 +220,7 @@ def processes(repeats: int, samples: int = 240) -> list[Row]:
 
 
 def _run_ranks(size: int, samples: int, folder: Path) -> float:
-    """Seconds of scoring itself, imports and model left out, as rank 0 measured them."""
+    """The seconds of scoring without imports and model, as rank 0 measures them."""
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
     command = [sys.executable, *launch, "-m", "benchmarks.scale", str(samples), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -226,7 +229,7 @@ def _run_ranks(size: int, samples: int, folder: Path) -> float:
 
 
 def score_as_rank(samples: int, folder: Path) -> None:
-    """What each process of `_run_ranks` does."""
+    """Score as one of the processes that `_run_ranks` starts; rank 0 writes its seconds."""
     dist.init_process_group("gloo")
     model, data = language.make(language.Case(layers=2), samples, "")
     scorer = flowdata.LossScorer(

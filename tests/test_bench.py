@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowdata.cli import bench
+from flowdata.cli import bench_run
+from flowdata.cli.bench_inputs import lognormal_lengths, random_samples
+from flowdata.cli.bench_yardsticks import flops, usual_loop
 from flowdata.cli.main import main
 from tests import reference
 from tests.models import tiny_llama, token_samples
@@ -14,7 +16,7 @@ from tests.models import tiny_llama, token_samples
 def test_the_usual_loop_gives_the_losses_of_one_sample_at_a_time():
     model, samples = tiny_llama().eval(), token_samples(11)
     expected = [reference.causal_lm_sample_loss(model, sample)[0] for sample in samples]
-    found = bench.usual_loop(model, samples, batch_size=4)
+    found = usual_loop(model, samples, batch_size=4)
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
@@ -27,32 +29,36 @@ def test_operations_are_those_that_torch_counts():
     attention = 2 * 2 * 32 * 2 * 20**2  # two products, two layers of width 32
     head_of_one = 2 * 32 * 199  # whose next token there is not
     expected = counter.get_total_flops() - attention / 2 - head_of_one
-    assert bench.flops(model, [sample]) == expected
+    assert flops(model, [sample]) == expected
     prompt = {**sample, "labels": torch.where(torch.arange(20) < 15, -100, torch.arange(20))}
-    assert bench.flops(model, [prompt]) == expected - 14 * head_of_one
+    assert flops(model, [prompt]) == expected - 14 * head_of_one
 
 
 def test_samples_share_a_template_and_have_the_lengths_asked_for():
     generator = torch.Generator().manual_seed(0)
-    samples = bench.random_samples([(3, 2), (1, 4)], generator=generator, template=5)
+    samples = random_samples([(3, 2), (1, 4)], generator=generator, template=5)
     assert [len(sample["input_ids"]) for sample in samples] == [10, 10]
     assert torch.equal(samples[0]["input_ids"][:5], samples[1]["input_ids"][:5])
     assert [(sample["labels"] == -100).sum().item() for sample in samples] == [8, 6]
-    lengths = torch.tensor(bench.lognormal_lengths(2000, generator)).float()
+    lengths = torch.tensor(lognormal_lengths(2000, generator)).float()
     assert lengths.min() >= 1
     assert 150 < lengths.sum(1).mean() < 250
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "random_llama", functools.partial(bench.random_llama, width=192))
-    monkeypatch.setattr(bench, "matmul_rate", functools.partial(bench.matmul_rate, size=256))
+    monkeypatch.setattr(
+        bench_run, "random_llama", functools.partial(bench_run.random_llama, width=192)
+    )
+    monkeypatch.setattr(
+        bench_run, "matmul_rate", functools.partial(bench_run.matmul_rate, size=256)
+    )
 
 
 @pytest.mark.usefixtures("small")
 def test_a_short_measurement_says_what_it_found(capsys):
     assert main(["bench", "--json", "--dtype", "float32", "--device", "cpu", "--samples", "2"]) == 0
-    measurement = bench.Measurement(**json.loads(capsys.readouterr().out))
+    measurement = bench_run.Measurement(**json.loads(capsys.readouterr().out))
     assert measurement.ratio == pytest.approx(measurement.flowdata / measurement.usual_loop)
     assert measurement.largest_difference < 1e-3
     assert measurement.share_of_matmul > 0
@@ -61,4 +67,4 @@ def test_a_short_measurement_says_what_it_found(capsys):
 
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="samples must be a positive number, got 0"):
-        bench.run_bench(samples=0)
+        bench_run.run_bench(samples=0)

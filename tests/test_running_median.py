@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowdata._common.running_median import RELATIVE_ERROR, RunningMedian
+from flowdata.streaming.running_median import RELATIVE_ERROR, RunningMedian
 from tests import reference
 
 

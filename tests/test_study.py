@@ -222,8 +222,8 @@ def test_temperatures_are_compared_on_the_seeds_that_they_share():
         for name, count in {"FLOW": 5, "FLOW, ess0.1": 2, "FLOW + l2": 1, "standard": 1}.items()
     }
     shared = [{"seed": 0}, {"seed": 1}]
-    assert pictures._of_temperatures(runs, TEMPERATURES) == {"median": shared, "ess0.1": shared}
-    assert pictures._of_temperatures({"standard": shared}, TEMPERATURES) == {}
+    assert pictures._runs_by_rule(runs, TEMPERATURES) == {"median": shared, "ess0.1": shared}
+    assert pictures._runs_by_rule({"standard": shared}, TEMPERATURES) == {}
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=12).map(sorted))

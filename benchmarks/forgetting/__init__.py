@@ -1,11 +1,11 @@
-"""What is forgotten, and at what price: FLOW and the methods of the field, side by side.
+"""How much each method forgets, and at what price: FLOW beside the methods of the field.
 
     python -m benchmarks forgetting vision [--quick]     # ResNet-20: new images against CIFAR-10
     python -m benchmarks forgetting language [--quick]   # SmolLM2-135M: GSM8K against the rest
     python -m benchmarks forgetting theory               # the closed forms, drawn
     python -m benchmarks forgetting table                # tables, pictures and the README's table
 
-A study that was stopped goes on where it was. The paper's full-size runs are one command each:
+A study that was stopped goes on where it was. Each of the paper's full-size runs is one command:
 see `folders` (ImageNet ResNets on folders of images) and `metamath` (Gemma 2, Llama 3.2).
 """
 
@@ -23,7 +23,7 @@ QUICK_RESULTS = Path("runs/forgetting")  # not in the repository
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a study, or write what the results files say."""
+    """Run a study, or write pages, pictures and the README's table from the results files."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks forgetting", description=__doc__.splitlines()[0]
     )
@@ -59,7 +59,7 @@ def _study(options: argparse.Namespace) -> None:
 
 
 def _method_names(words: list[str], module: ModuleType) -> list[str]:
-    """The methods that words, each a name or a group's name, stand for."""
+    """The methods that words stand for: each word is a method's name or a group's."""
     main, extra = list(module.MAIN), list(module.EXTRA)
     groups = {"main": main, "extra": extra, "all": main + extra}
     groups["quick"] = list(module.QUICK_METHODS)

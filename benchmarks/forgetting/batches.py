@@ -18,12 +18,12 @@ from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text import TokenSamples
 from flowdata.token_weights import align_token_weights
 
-WINDOW = 8  # batches that are drawn together and sorted by length
-MULTIPLE = 16  # tokens of a batch's samples; a CPU's bfloat16 attention is slow between
+WINDOW = 8  # number of batches whose samples are sorted by length together
+MULTIPLE = 16  # of the tokens in a row of a batch: a CPU's bfloat16 attention is slow at others
 
 
 def target_weights(method: Method, scores: Scores) -> list[Tensor]:
-    """Return the weights of each sample's targets: for sample weights, the same one for all."""
+    """Return the weights of each sample's targets; a sample weight is repeated for all of them."""
     weights = sample_weights(method, scores)
     if len(weights) != int(scores.counts.sum()):
         weights = weights.repeat_interleave(scores.counts)
@@ -45,12 +45,12 @@ class Weighted(Dataset[dict[str, Tensor]]):
 
 
 class LengthBatches(Sampler[list[int]]):
-    """Batches of samples of like length, in random order: little padding is trained on.
+    """Batches of samples of similar length, in random order, so that there is little padding.
 
     Args:
         sampler: gives the indices, in random order.
-        lengths: tokens of each sample.
-        size: samples in a batch; what is left over at the end is dropped.
+        lengths: number of tokens of each sample.
+        size: samples in a batch; the last samples are dropped if they fill no batch.
     """
 
     def __init__(self, sampler: Sampler[int], lengths: list[int], size: int) -> None:
@@ -60,8 +60,8 @@ class LengthBatches(Sampler[list[int]]):
         return len(self.sampler) // self.size  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Sorting a window at a time keeps chance in which samples meet in a batch; sorting all of
-        # them would make the same batches in every epoch.
+        # Samples are sorted within one window at a time, so that chance decides which of them meet
+        # in a batch. Sorting all of them would make the same batches in every epoch.
         indices = list(self.sampler)[: len(self) * self.size]
         window, batches = WINDOW * self.size, []
         for start in range(0, len(indices), window):
@@ -82,7 +82,8 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def batch_loss(model: nn.Module, batch: dict[str, Tensor], rule: Any = None) -> Tensor:
     """Return Σ weight · loss over the batch's target tokens, divided by their number.
 
-    Padding is on the right, where no token of a causal model looks: there is no attention mask.
+    The padding is on the right, where no token of a causal model attends to it, so that no
+    attention mask is needed.
     """
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         decoder = model.get_decoder()

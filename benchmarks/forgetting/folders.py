@@ -30,9 +30,9 @@ class Images(Dataset[tuple[Tensor, int]]):
     """The images of a folder with one folder for each class.
 
     Args:
-        folder: holds them.
-        size: of the square that is cut from each, in pixels.
-        augment: cut at random and flip, instead of the middle.
+        folder: holds a folder for each class.
+        size: side of the square that is cut from each image, in pixels.
+        augment: whether to cut the square at random and flip it, instead of cutting the middle.
     """
 
     def __init__(self, folder: Path, size: int, *, augment: bool = False) -> None:
@@ -57,8 +57,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         scale = self.size * 256 / 224 / min(pixels.shape[1:])
         shape = [max(self.size, round(side * scale)) for side in pixels.shape[1:]]
         pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
-        room = [side - self.size for side in shape]
-        top, left = (int(torch.randint(r + 1, ())) if self.augment else r // 2 for r in room)
+        margins = [side - self.size for side in shape]
+        top, left = (int(torch.randint(m + 1, ())) if self.augment else m // 2 for m in margins)
         crop = pixels[:, top : top + self.size, left : left + self.size]
         if self.augment and torch.rand(()) < 0.5:
             crop = crop.flip(-1)
@@ -80,15 +80,15 @@ def task(
     network: nn.Sequential, old: Path, folder: Path, sizes: Sizes, *, pixels: int, workers: int
 ) -> HeadTask:
     """Return the task of learning one folder; a tenth of its training images choose the rate."""
-    augmented = Images(folder / "train", pixels, augment=True)
+    crops = Images(folder / "train", pixels, augment=True)
     plain, test = Images(folder / "train", pixels), Images(folder / "test", pixels)
 
     def split(seed: int) -> Split:
         order = np.random.default_rng(seed).permutation(len(plain)).tolist()
-        held_out = min(sizes.validation, len(order) // 10)
-        training, validation = order[held_out:][: sizes.images], order[:held_out]
+        count = min(sizes.validation, len(order) // 10)
+        training, validation = order[count:][: sizes.images], order[:count]
         return Split(
-            Subset(augmented, training),
+            Subset(crops, training),
             Subset(plain, training),
             Subset(plain, validation),
             Subset(test, range(min(sizes.test, len(test)))),

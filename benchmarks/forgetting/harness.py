@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,24 +40,24 @@ def evaluate(
     limits: dict[str, int],
     batch: int = 16,
 ) -> dict[str, float]:
-    """Return what the harness measures, by name.
+    """Return the harness's measures, by name.
 
     Args:
         model: a Hugging Face causal language model.
-        tokenizer: its tokenizer.
-        files: of each task (``wikitext``, ``piqa``, ``gsm8k``) its data: text or JSON lines.
-        limits: documents of each task; a task of none is left out.
-        batch: documents in one forward pass.
+        tokenizer: the model's.
+        files: the data of each task (``wikitext``, ``piqa``, ``gsm8k``), text or JSON lines.
+        limits: number of documents of each task; 0 leaves the task out.
+        batch: number of documents in one forward pass.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    found = {}
+    measures = {}
     manager = TaskManager(include_defaults=False)
     model.eval()
-    # Without softmax_dtype a bfloat16 model's log-likelihoods are summed in 8 bits: two models 2 %
-    # apart in perplexity came out the same.
+    # Without softmax_dtype the harness sums a bfloat16 model's log-likelihoods in 8 bits, and two
+    # models whose perplexities differ by 2 % get the same one.
     language_model = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32"
     )
@@ -72,9 +73,9 @@ def evaluate(
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        key, shown, scale = _METRICS[name]
-        found[shown] = scale * results["results"][f"flowdata_{name}"][key]
-    return found
+        key, title, scale = _METRICS[name]
+        measures[title] = scale * results["results"][f"flowdata_{name}"][key]
+    return measures
 
 
 @contextmanager
@@ -85,14 +86,14 @@ def _task(name: str, data: Path, limit: int) -> Iterator[dict[str, Any]]:
     config: dict[str, Any] = yaml.safe_load((TASKS / f"{name}.yaml").read_text())
     text = data.read_text(encoding="utf-8")
     rows = articles(text) if data.suffix == ".txt" else map(json.loads, text.splitlines())
-    kept = [row for row, _ in zip(rows, range(limit), strict=False)]
+    documents = list(islice(rows, limit))
     with TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.jsonl"
-        file.write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
+        file.write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
         yield config | {"dataset_kwargs": {"data_files": {"test": str(file)}}}
 
 
 def articles(text: str) -> Iterator[dict[str, str]]:
-    """Cut WikiText at its headings of first rank, " = Title = "."""
+    """Yield the articles of WikiText, each of which begins with a heading " = Title = "."""
     parts = re.split(r"^(?= = [^=].*[^=] = $)", text, flags=re.MULTILINE)
     yield from ({"text": part} for part in parts if part.strip())

@@ -18,7 +18,14 @@ Arrays = tuple[Any, Any]  # images (N, H, W) or (N, H, W, 3) uint8, and labels
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut without parameters (He et al., 2016, option A)."""
+    """Two convolutions beside a shortcut without parameters (He et al., 2016, option A).
+
+    Where the block halves the image and doubles the channels, the shortcut takes every other pixel
+    and adds channels of zeros on both sides::
+
+        x ──┬── conv ── norm ── relu ── conv ── norm ──(+)── relu ──→
+            └── every other pixel, channels of zeros ───┘
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -31,8 +38,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in and out."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        # Where the block halves the image and doubles the channels, the shortcut drops every other
-        # pixel and adds channels of zeros on both sides.
         shortcut = F.pad(
             x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding)
         )
@@ -55,15 +60,21 @@ class Body(nn.Module):
         return x.mean((2, 3))
 
 
+def resnet20() -> nn.Sequential:
+    """Return body and head of random weights."""
+    return nn.Sequential(Body(), nn.Linear(64, 10))
+
+
 def load_resnet20(assets: Path) -> nn.Sequential:
     """Return body and head as they were trained on CIFAR-10; `assets` holds ``vision/``."""
     file = assets / "vision" / "cifar10_resnet20.safetensors"
     if not file.is_file():
         raise SystemExit(f"{file.parent} holds no {file.name}: pass its parent as --assets")
-    weights, body, head = load_file(file), Body(), nn.Linear(64, 10)
+    weights, network = load_file(file), resnet20()
+    body, head = network
     head.load_state_dict({name: weights.pop(f"linear.{name}") for name in ("weight", "bias")})
     body.load_state_dict(weights)
-    return nn.Sequential(body, head)
+    return network
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -73,7 +84,7 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def as_dataset(images: Any, labels: Any) -> TensorDataset:
-    """Return images as the network takes them: 32 × 32, three channels, its own normalisation."""
+    """Return images as the network takes them: 32 × 32, three channels, normalised as for it."""
     pixels = torch.from_numpy(images).float() / 255
     pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
     if pixels.shape[-1] != 32:

@@ -1,10 +1,13 @@
-"""Language: SmolLM2-135M-Instruct learns GSM8K; other text shows what is forgotten.
+"""Language: SmolLM2-135M-Instruct learns GSM8K; other text shows what it forgets.
 
-Target: the loss of GSM8K's test answers. Retained: WikiText-2 and PIQA through
-lm-evaluation-harness, and the loss of code of Python's standard library. The losses of GSM8K lie
-close together; they differ more in ``--data mixed``, which trains on GSM8K, code and prose
-together, in ``--data noisy``, where the words of every third answer are shuffled, and in ``--data
-short``, where an answer is its final number alone, in training and test.
+The target measure is the loss of GSM8K's test answers. The retained measures are WikiText-2 and
+PIQA through lm-evaluation-harness, and the loss of code of Python's standard library. ``--data``
+chooses what to train on:
+
+- ``gsm8k``: the problems as they are; their losses lie close together.
+- ``mixed``: problems, code and prose together, whose losses differ more.
+- ``noisy``: problems, every third of which has the words of its answer shuffled.
+- ``short``: problems whose answer is the final number alone, in training and in the test.
 """
 
 from __future__ import annotations
@@ -46,20 +49,20 @@ PAIR = Fields(prompt="question", completion="answer")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured in a run: numbers of rows, where nothing else is said.
+    """The data of a run, and how much of it is trained on and measured.
 
     Attributes:
         data: ``gsm8k``, ``mixed``, ``noisy`` or ``short``.
-        rows: to train on.
-        epochs: passes over them.
-        batch: rows in one.
-        max_length: tokens of a row; longer ones are cut.
-        validation: rows that the learning rate is chosen by.
-        test: rows that the loss of answers is measured on.
-        code: pieces of code that its loss is measured on.
-        wikitext: articles for the perplexity.
-        piqa: questions of PIQA.
-        exact_match: problems that the model answers.
+        rows: number of rows to train on.
+        epochs: number of passes over them.
+        batch: number of rows in a batch.
+        max_length: number of tokens that a row is cut to.
+        validation: number of rows that the learning rate is chosen by.
+        test: number of rows that measure the loss of answers.
+        code: number of pieces that measure the loss of code.
+        wikitext: number of articles that measure the perplexity.
+        piqa: number of questions of PIQA.
+        exact_match: number of problems that the model answers.
     """
 
     data: str = "gsm8k"
@@ -85,25 +88,26 @@ class Language:
     Args:
         model: a causal language model for `flowdata.text.models.load_model`.
         assets: the folder that holds ``language/``.
-        sizes: see there.
-        scores: folder in which the losses of the pre-trained model are kept.
+        sizes: see `Sizes`.
+        scores: folder for the losses of the pre-trained model.
     """
 
     def __init__(self, model: str, assets: Path, sizes: Sizes, scores: Path) -> None:
         self.folder, self.sizes, self.scores = assets / "language", sizes, scores
         if not (self.folder / "gsm8k_train.jsonl").is_file():
             raise SystemExit(f"{self.folder} holds no gsm8k_train.jsonl: see --assets")
-        # transformers refuses to cast GGUF models, though their weights are plain by now.
+        # transformers refuses `.float()` on a model that it has read from a GGUF file, though the
+        # weights are plain tensors by then. The method of `nn.Module` itself casts them.
         self.model, self.tokenizer = nn.Module.float(load_model(model)), load_tokenizer(model)
         self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
-        held_out = [{"text": text} for text in texts.held_out_code(sizes.code)]
+        code = [{"text": text} for text in texts.held_out_code(sizes.code)]
         self.code = tokenize_rows(
-            held_out, self.tokenizer, Fields(completion="text"), template=False, max_length=512
+            code, self.tokenizer, Fields(completion="text"), template=False, max_length=512
         )
-        self.start = lru_cache(maxsize=8)(self._start)  # all methods of a seed share it
+        self.start = lru_cache(maxsize=8)(self._start)  # all methods of a seed share one start
 
     def _start(self, seed: int) -> tuple[TokenSamples, TokenSamples, flowdata.Scores]:
-        """What to train on, what to choose the rate by, and the losses under the frozen model."""
+        """The training samples, the validation samples, and the frozen model's training losses."""
         rows, sizes = self._problems("gsm8k_train.jsonl"), self.sizes
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         validation = [rows[index] for index in order[: sizes.validation]]
@@ -143,11 +147,11 @@ class Language:
         limits = {"wikitext": self.sizes.wikitext, "piqa": self.sizes.piqa}
         exact = self._harness(model, {"gsm8k": self.sizes.exact_match})
         means = torch.stack([part.mean() for part in weights])
-        held_out, target, code = nlls(model, [validation, self.test, self.code])
+        validation_nll, target_nll, code_nll = nlls(model, [validation, self.test, self.code])
         return {
-            "validation": -held_out,
-            "target": {"nll": target, **exact},
-            "retained": {**self._harness(model, limits), "code nll": code},
+            "validation": -validation_nll,
+            "target": {"nll": target_nll, **exact},
+            "retained": {**self._harness(model, limits), "code nll": code_nll},
             "loss_quartiles": scores.losses.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
             "mean_weight": means.mean().item(),
             "effective_share": flowdata.effective_sample_size(means) / len(means),
@@ -165,8 +169,8 @@ class Language:
         torch.manual_seed(seed)
         sampler: Sampler[int] = RandomSampler(samples)
         if method.resample:
-            of_samples = torch.stack([part.mean() for part in weights])
-            sampler = flowdata.FlowSampler(of_samples, seed=seed)
+            sample_weights = torch.stack([part.mean() for part in weights])
+            sampler = flowdata.FlowSampler(sample_weights, seed=seed)
             weights = [torch.ones_like(part) for part in weights]
         lengths = np.diff(samples.offsets).tolist()
         batches = DataLoader(
@@ -188,12 +192,12 @@ class Language:
         }
         if not any(limits.values()):
             return {}
-        lowered = nn.Module.bfloat16(copy.deepcopy(model))
-        return harness.evaluate(lowered, self.tokenizer, files, limits=limits)
+        low_model = nn.Module.bfloat16(copy.deepcopy(model))
+        return harness.evaluate(low_model, self.tokenizer, files, limits=limits)
 
 
 def nlls(model: nn.Module, sets: list[TokenSamples]) -> list[float]:
-    """Return the mean loss of all target tokens of each set, in nats; scored in one pass."""
+    """Return the mean loss of all target tokens of each set, in nats, by one run of the scorer."""
     scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
     scores = scorer.score(ConcatDataset(sets), dataset_id=" ".join(part.digest() for part in sets))
     sizes = [len(part) for part in sets]
@@ -203,7 +207,7 @@ def nlls(model: nn.Module, sets: list[TokenSamples]) -> list[float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a study of language can be told."""
+    """Add the options of a study of language."""
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder that holds language/")
     parser.add_argument("--model", required=True, help="SmolLM2's GGUF file; any causal model")
     parser.add_argument("--data", choices=("gsm8k", "mixed", "noisy", "short"), default="gsm8k")
@@ -214,7 +218,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def study(options: argparse.Namespace) -> None:
-    """Run what is missing of the study."""
+    """Run what the results file lacks of the study."""
     sizes = asdict(Sizes(options.data, epochs=options.epochs, exact_match=options.exact_match))
     if options.quick:
         sizes |= QUICK

@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 -m benchmarks.forgetting.metamath --model \
         meta-llama/Llama-3.2-3B --data meta-math/MetaMathQA --method FLOW --output runs/llama-flow
 
-Methods: standard, FLOW, "FLOW, sampler", l2, "FLOW + l2", and those of token weights; ``--lora
-64`` adds adapters, ``--wise-ft 0.5`` averages with the pre-trained weights. The paper tried rates
-of 1e-4, 2e-5, 1e-5 and 5e-6. What is forgotten is measured with lm-evaluation-harness:
+The methods are standard, FLOW, "FLOW, sampler", l2, "FLOW + l2" and those with token weights.
+``--lora 64`` adds adapters, ``--wise-ft 0.5`` averages with the pre-trained weights. The paper's
+rates are 1e-4, 2e-5, 1e-5 and 5e-6. lm-evaluation-harness then measures what the model forgot:
 
     lm_eval --model hf --model_args pretrained=runs/gemma-flow --tasks mmlu,mbpp,gsm8k
 """
@@ -35,8 +35,10 @@ from flowdata.scoring.collate import pad_collate
 from flowdata.study import Method, train
 from flowdata.text import Fields, find_fields, load_model, load_tokenizer, read_rows, tokenize_rows
 
-SHARDED = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
-METHODS = {n: m for n, m in MAIN.items() if n in SHARDED or not (m.parts or n == "pre-trained")}
+SHARDABLE_METHODS = ("standard", "FLOW", "FLOW, sampler", "l2", "FLOW + l2", "l1", "DRO")
+METHODS = {
+    n: m for n, m in MAIN.items() if n in SHARDABLE_METHODS or not (m.parts or n == "pre-trained")
+}
 Batch = list[dict[str, Tensor]]  # the micro-batches of one optimiser step on one rank
 
 
@@ -61,11 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(
         data, batch_size=options.micro, sampler=sampler, collate_fn=pad_collate, drop_last=True
     )
-    accumulated = max(1, options.batch // (options.micro * dist.get_world_size()))
-    steps = options.epochs * (len(loader) // accumulated)
+    micro_batches = max(1, options.batch // (options.micro * dist.get_world_size()))
+    steps = options.epochs * (len(loader) // micro_batches)
     train(
         network,
-        steps_of(loader, sampler, accumulated, options.epochs, device),
+        steps_of(loader, sampler, micro_batches, options.epochs, device),
         steps,
         partial(accumulated_loss, network, rule=method.rule),
         partial(torch.optim.AdamW, lr=options.rate, weight_decay=0.0),
@@ -111,9 +113,9 @@ def data_and_sampler(method: Method, data: Weighted) -> tuple[Weighted, Distribu
     """Return the data and the sampler that a method trains with."""
     if not method.resample:
         return data, DistributedSampler(data, drop_last=True)
-    of_samples = torch.stack([part.mean() for part in data.weights])
+    sample_weights = torch.stack([part.mean() for part in data.weights])
     even = Weighted(data.samples, [torch.ones_like(part) for part in data.weights])
-    return even, flowdata.FlowSampler(of_samples, drop_last=True)
+    return even, flowdata.FlowSampler(sample_weights, drop_last=True)
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
@@ -125,7 +127,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard every decoder layer, and then all that is outside of them, over the ranks."""
+    """Shard every decoder layer over the ranks, and then the parameters outside the layers."""
     options: dict[str, Any] = {}
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -140,26 +142,26 @@ def shard(model: nn.Module, device: torch.device) -> None:
 def steps_of(
     loader: DataLoader[Any],
     sampler: DistributedSampler[Any],
-    accumulated: int,
+    micro_batches: int,
     epochs: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of each optimiser step; what is left over at the end is dropped."""
+    """Yield the micro-batches of each optimiser step; an epoch's last ones may fill no step."""
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         step: Batch = []
         for batch in loader:
             step.append({name: value.to(device) for name, value in batch.items()})
-            if len(step) == accumulated:
+            if len(step) == micro_batches:
                 yield step
                 step = []
 
 
 def accumulated_loss(model: nn.Module, batch: Batch, rule: Any = None) -> Tensor:
-    """Return the last micro-batch's share of the step's loss, after `backward` of the others.
+    """Return the last micro-batch's share of a step's loss; `backward` of the others is done here.
 
-    Every share is divided by the targets of the whole step on all ranks, times the number of
-    ranks, because FSDP averages gradients where a sum is needed.
+    With n targets in the whole step on R ranks, a share is a sum of losses times R / n. The factor
+    R is there because FSDP divides the sum of gradients by R.
     """
     items = torch.stack([count_items(part["labels"]) for part in batch]).sum()
     dist.all_reduce(items)
@@ -190,9 +192,9 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def average_files(folder: Path, alpha: float) -> None:
     """Write the WiSE-FT average of `folder` and its ``pretrained``, file by file."""
-    for tuned in folder.glob("*.safetensors"):
-        output = folder / f"wise_ft_{alpha:g}" / tuned.name
-        flowdata.wise_ft(folder / "pretrained" / tuned.name, tuned, alpha, output)
+    for file in folder.glob("*.safetensors"):
+        output = folder / f"wise_ft_{alpha:g}" / file.name
+        flowdata.wise_ft(folder / "pretrained" / file.name, file, alpha, output)
     for other in (folder / "pretrained").glob("*.json"):
         (output.parent / other.name).write_bytes(other.read_bytes())
 

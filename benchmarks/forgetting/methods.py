@@ -1,7 +1,7 @@
 """The methods of our own studies, beyond those that `flowdata.study` brings.
 
-The further ones answer questions about FLOW: which temperature, is it the weights or the smaller
-steps that they make, and what do weights for tokens do.
+They answer questions about FLOW: Which temperature is best? Does FLOW work by its weights, or by
+the smaller steps that they make? What do weights for tokens do?
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from flowdata.weights import flow_weights
 
 
 def normalised(scores: Scores) -> Tensor:
-    """Return FLOW's weights over their mean: steps as large as those of standard fine-tuning."""
+    """Return FLOW's weights over their mean: the steps are as large as standard fine-tuning's."""
     weights = scores.weights()
     return weights / weights.mean()
 
 
 def even(scores: Scores) -> Tensor:
-    """Return FLOW's mean weight for every sample: what its smaller steps do by themselves."""
+    """Return FLOW's mean weight for every sample: the steps are as small as FLOW's, and even."""
     return torch.full((len(scores),), scores.weights().mean().item())
 
 
 def running_median(scores: Scores, window: int = 128) -> Tensor:
-    """Return FLOW's weights as a stream gives them: each window under the median so far."""
+    """Return FLOW's weights as a stream gives them: a window's temperature is the median so far."""
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)).tolist()
-    # The stream's scorer looks the losses up: its samples are their numbers.
+    # The stream's samples are the indices, and its scorer looks their losses up.
     scorer = SimpleNamespace(
         score=lambda window, **_: SimpleNamespace(losses=scores.losses[list(window)])
     )
@@ -45,17 +45,17 @@ def running_median(scores: Scores, window: int = 128) -> Tensor:
 
 
 def flow_tokens(scores: Scores) -> Tensor:
-    """Return FLOW's token weights, the median taken over all target tokens."""
+    """Return FLOW's token weights; their temperature is the median loss of all target tokens."""
     return flow_weights(_token_losses(scores))
 
 
 def flow_both(scores: Scores) -> Tensor:
-    """Return token weights times the weight of their sequence."""
+    """Return FLOW's token weights, each times the weight of its sequence."""
     return flow_tokens(scores) * scores.weights().repeat_interleave(scores.counts)
 
 
 def easy_tokens(scores: Scores) -> Tensor:
-    """Return 1 for tokens that the frozen model finds easy, 0 for others: token masking."""
+    """Return weight 1 for tokens that are easy for the frozen model, and 0 for the others."""
     return selective_token_weights(_token_losses(scores))
 
 

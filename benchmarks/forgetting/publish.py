@@ -1,4 +1,4 @@
-"""Reads the results files and writes their pages, their pictures and the README's tables."""
+"""The pages and pictures of the results files, and the README's tables, written from the runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowdata.study import draw_picture, read_records, report, studies
 
 
 def read_studies(folder: Path) -> list[Study]:
-    """Return the studies of all results files of a folder; a file's further ones are numbered."""
+    """Return the studies of a folder's results files; a file's second one has the stem NAME_2."""
     all_studies = []
     for path in sorted(folder.glob("forgetting_*.jsonl")):
         groups = studies(read_records(path), ORDER)

@@ -30,13 +30,14 @@ _METHODS = {"pre-trained", STANDARD, "linear probe", "FLOW", "FLOW, sampler", *_
 
 @dataclass(frozen=True)
 class Study:
-    """Runs under the same options, and where their page and picture are.
+    """Runs under the same options, and the names of their page and picture.
 
     Attributes:
         stem: the files' name in ``benchmarks/results``.
         options: of all runs.
         records: the runs.
-        first: options of the results file's first study; further ones are linked, not shown.
+        first: options of the results file's first study, which alone is shown in the tables; a
+            further study is linked.
     """
 
     stem: str
@@ -45,17 +46,19 @@ class Study:
     first: Mapping[str, Any]
 
     def is_first(self) -> bool:
-        """Whether it is the first study of its results file."""
+        """Return whether this is the first study of its results file."""
         return self.options == self.first
 
     def name(self) -> str:
-        """What was learned, and how a further study differs from the first."""
-        others = self.options.items()
-        differs = [f"{name} {value}" for name, value in others if self.first.get(name) != value]
-        return ", ".join([str(self.options["target"]).split(" on ")[-1], *differs])
+        """Return the target's name, and the options by which a further study differs."""
+        options = self.options.items()
+        differences = [
+            f"{name} {value}" for name, value in options if self.first.get(name) != value
+        ]
+        return ", ".join([str(self.options["target"]).split(" on ")[-1], *differences])
 
     def link(self) -> str:
-        """The study's page and picture."""
+        """Return Markdown links to the study's page and picture."""
         methods = {record["method"] for record in self.records}
         seeds = max(Counter((r["method"], r["rate"]) for r in self.records).values())
         file = f"benchmarks/results/{self.stem}"
@@ -64,7 +67,7 @@ class Study:
         return f"{title}[picture]({file}.png))"
 
     def column(self) -> tuple[str, dict[str, str]]:
-        """A heading and the methods' cells, see `CELLS`."""
+        """Return a column's heading and its cell for each method, see `CELLS`."""
         records = [record for record in self.records if record["method"] in _METHODS]
         at_standards_rate, at_best = runs_at_rate_of_standard(records), chosen_runs(records)
         rate = at_standards_rate[STANDARD][0]["rate"] if at_standards_rate else None
@@ -111,7 +114,7 @@ def _side_by_side(studies: list[Study]) -> list[str]:
 
 
 def with_table(text: str, table: str) -> str:
-    """Return a text with what stands between the two marks replaced.
+    """Return a text with the table in place of what stands between the two marks.
 
     Raises:
         ValueError: a mark is missing.

@@ -1,4 +1,4 @@
-"""What the studies of language train on: GSM8K's problems, and text around them.
+"""The training texts of the studies of language: GSM8K's problems, code and prose.
 
 A row is a mapping with ``question`` and ``answer``.
 """
@@ -51,18 +51,18 @@ def code_files(*, held_out: bool) -> Iterator[str]:
 
 
 def held_out_code(count: int) -> list[str]:
-    """Return pieces of code that no training set holds."""
+    """Return pieces of code that are in no training set."""
     return _cut(code_files(held_out=True), HELD_OUT_PIECE)[:count]
 
 
 def _cut(texts: Iterable[str], size: int) -> list[str]:
-    """Pieces of just so many characters: the first one of each text, then the second ones, …."""
+    """Pieces of exactly `size` characters: the first one of each text, then all second ones, …."""
     pieces = [[t[i : i + size] for i in range(0, len(t) - size + 1, size)] for t in texts]
     longest = max(map(len, pieces))
     return [part[row] for row in range(longest) for part in pieces if row < len(part)]
 
 
 def _continuations(request: str, pieces: list[str]) -> list[dict[str, str]]:
-    """Rows whose question is a piece's first half and whose answer is its second one."""
+    """Rows whose question is a piece's first half and whose answer is its second half."""
     halves = [(piece[: len(piece) // 2], piece[len(piece) // 2 :]) for piece in pieces]
     return [{"question": f"{request}\n\n{first}", "answer": second} for first, second in halves]

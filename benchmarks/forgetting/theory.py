@@ -5,17 +5,18 @@
 A model θ* meets data y = ⟨θ̃*, x⟩, x ~ N(0, Σ); e = θ* − θ̃*. Each sample's loss under θ* is
 ⟨e, x⟩², so it weighs exp(−⟨e, x⟩² / temperature), and the FLOW objective has the gradient
 2 M (θ − θ̃*) with M = E[exp(−⟨e, x⟩² / temperature) x xᵀ]. The weight is a Gaussian in x itself, so
-M is a Gaussian integral (completing the square, then Sherman–Morrison):
+M is a Gaussian integral. Completing the square, and then Sherman–Morrison, gives
 
     M = μ (Σ − (1 − μ²) Σe eᵀΣ / (eᵀΣe)),   μ = (temperature / (temperature + 2 eᵀΣe))^½
 
-and gradient descent goes θ_K = θ̃* + (I − 2ηM)^K e. For Σ = I, e is an eigenvector of M, of
-eigenvalue μ³, while all directions across it have μ: FLOW slows down along e, and only there.
+and gradient descent goes through θ_K = θ̃* + (I − 2ηM)^K e. For Σ = I, e is an eigenvector of M
+with the eigenvalue μ³, and every direction orthogonal to e has the eigenvalue μ. As μ < 1, FLOW is
+slowest along e.
 
-What the picture shows, and what it doesn't: for Σ = I every method moves θ along e alone, so all
-of them trade old for new along one curve, and FLOW's temperature is one more dial on it. Where Σ
-is no multiple of I the curves part: FLOW lies close to ℓ2, which is the best there can be when the
-old data are N(0, I), since its penalty is then the old risk itself; averaging is behind both.
+The picture shows how methods trade old risk for new. For Σ = I every method moves θ along e alone,
+so all of them lie on one curve, and FLOW's temperature is one more dial on it. Where Σ is no
+multiple of I the curves part. ℓ2 is then the best possible if the old data are N(0, I), since its
+penalty is the old risk itself. FLOW lies close to ℓ2, and averaging is behind both.
 """
 
 from __future__ import annotations
@@ -82,16 +83,16 @@ def draw(output: Path, samples: int = 200_000) -> Path:
 
     Args:
         output: the PNG's path; missing folders are made.
-        samples: that gradient descent runs on.
+        samples: number of samples that gradient descent runs on.
     """
     apart = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     old = torch.eye(3, dtype=torch.float64)
-    skewed = torch.diag(torch.tensor([0.2, 2.0, 1.0], dtype=torch.float64))
+    skewed_covariance = torch.diag(torch.tensor([0.2, 2.0, 1.0], dtype=torch.float64))
     with figure(15, 4.6, panels=3) as (drawing, (left, middle, right)):
         _draw_stalling(left, apart, samples)
         _draw_trade_off(middle, apart, old, old)
         middle.set_title("Old against new, Σ = I: one curve for all")
-        _draw_trade_off(right, apart, skewed, old)
+        _draw_trade_off(right, apart, skewed_covariance, old)
         right.set_title("Σ = diag(0.2, 2, 1): the curves part")
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(png(drawing))
@@ -99,7 +100,7 @@ def draw(output: Path, samples: int = 200_000) -> Path:
 
 
 def _draw_stalling(axes: Any, apart: Tensor, samples: int) -> None:
-    """The distance left along e: lines are the prediction, dots gradient descent on samples."""
+    """Draw the distance left along e: predicted as lines, by gradient descent as dots."""
     steps, rate, length = 60, 0.05, apart.norm()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, len(apart), generator=generator, dtype=apart.dtype)
@@ -124,7 +125,7 @@ def _draw_stalling(axes: Any, apart: Tensor, samples: int) -> None:
 
 
 def _draw_trade_off(axes: Any, apart: Tensor, covariance: Tensor, old: Tensor) -> None:
-    """Excess risk on the old data against that on the new one, along each method's own dial."""
+    """Draw the excess risk on the old data over that on the new data, along each method's dial."""
     grid = torch.linspace(0, 1, 81, dtype=torch.float64)
     rate, steps = 0.1, 40
     dials: dict[str, tuple[Callable[[float], Tensor], str, Any]] = {

@@ -1,7 +1,7 @@
-"""Vision: CIFAR-10's ResNet-20 learns another set of images; CIFAR-10 shows what is forgotten.
+"""Vision: CIFAR-10's ResNet-20 learns another set of images; CIFAR-10 shows what it forgets.
 
-``noisy_`` before a target shuffles every third label of what is trained on, as ``--data noisy``
-shuffles answers in language; what the rate is chosen by and what is measured stay clean.
+``noisy_`` before a target shuffles every third label of the training set, as ``--data noisy``
+shuffles answers in language. The validation set and the test set stay clean.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
     Args:
         assets: the folder that holds ``vision/``.
         target: ``fashion_mnist``, ``digits``, or ``NAME=FILE.npz`` with `images` and `labels`;
-            after ``noisy_``, a third of the training labels are shuffled.
-        sizes: see there.
+            ``noisy_`` before it shuffles a third of the training labels.
+        sizes: see `Sizes`.
     """
     old, folder = load_resnet20(assets), assets / "vision"
     old_test = as_dataset(
@@ -43,9 +43,9 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         train, validation, rest = _cut(pool, sizes, seed, gives_test=test is None)
         if target.startswith(NOISY):
             train = with_noise(train, seed)
-        trained = as_dataset(*train)
-        tested = as_dataset(*(part[: sizes.test] for part in test or rest))
-        return Split(trained, trained, as_dataset(*validation), tested)
+        training_set = as_dataset(*train)
+        test_set = as_dataset(*(part[: sizes.test] for part in test or rest))
+        return Split(training_set, training_set, as_dataset(*validation), test_set)
 
     classes = int(pool[1].max()) + 1
     return HeadTask(
@@ -61,9 +61,9 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
 
 
 def _cut(pool: Arrays, sizes: Sizes, seed: int, *, gives_test: bool) -> tuple[Arrays, ...]:
-    """What is trained on, what the rate is chosen by and what is measured, drawn by the seed.
+    """Draw training, validation and test set from the pool, by the seed.
 
-    Of a pool that must give the test as well at least a fifth is left for it.
+    If the pool has to give the test set as well, at least a fifth of it is left for that.
     """
     images, labels = pool
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -76,7 +76,7 @@ def _cut(pool: Arrays, sizes: Sizes, seed: int, *, gives_test: bool) -> tuple[Ar
 
 
 def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
-    """What to train on, and a test set if there is one apart."""
+    """The images to draw from, and a test set if the target has a separate one."""
     if target == "fashion_mnist":
         test = read_arrays(folder / "fashion_mnist_test_dev.npz")
         return read_arrays(folder / "fashion_mnist_train.npz"), test
@@ -92,14 +92,14 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
 
 
 def with_noise(arrays: Arrays, seed: int) -> Arrays:
-    """Return the images with the labels of every third one shuffled among those."""
+    """Return the same images with every third label, and only these, shuffled."""
     images, labels = arrays[0], arrays[1].copy()
     labels[::3] = np.random.default_rng(seed).permutation(labels[::3])
     return images, labels
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a study of vision can be told."""
+    """Add the options of a study of vision."""
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder that holds vision/")
     parser.add_argument(
         "--targets",
@@ -111,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def study(options: argparse.Namespace) -> None:
-    """Run what is missing of the study of every target."""
+    """Run what the results files lack of the study of every target."""
     sizes = QUICK if options.quick else Sizes()
     sizes = replace(sizes, epochs=options.epochs or sizes.epochs)
     rates = options.rates or (RATES[1:2] if options.quick else RATES)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.parts import Setting
 from benchmarks.scoring.language import gsm8k_lengths
-from flowdata.cli.bench import Samples, lognormal_lengths, random_samples
+from flowdata.cli.bench_inputs import Samples, lognormal_lengths, random_samples
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Scoring speed against the loops people write: python -m benchmarks scoring [--cases NAME ...].
 
-In every case all loops get the same model and samples. Each one's losses are first compared with
-one sample at a time in float32; then the loops are timed in turn. Tokens are real ones, without
-padding. The share of the matrix products' rate counts only the operations that scoring can't do
-without (`flowdata.cli.bench.flops` says which), so no loop gains from work it wastes.
+In every case all loops get the same model and samples. Each loop's losses are first compared with
+those of one sample at a time in float32; then the loops are timed in turn. Padding does not count
+as tokens. The share of the matrix products' rate counts only the operations that scoring can't do
+without (`flowdata.cli.bench_yardsticks.flops` says which), so that wasted work raises no share.
 """
 
 from __future__ import annotations

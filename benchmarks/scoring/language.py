@@ -1,4 +1,4 @@
-"""Language models: real tokens a second of every loop on the same samples."""
+"""Language models: tokens a second, padding not counted, of every loop on the same samples."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from torch import Tensor
 from torch.profiler import profile
 
 from benchmarks import rows
+from benchmarks.forgetting.images import ASSETS as ALL_ASSETS
 from benchmarks.scoring import peers
-from flowdata.cli import bench
-from flowdata.cli.bench import Samples
+from flowdata.cli.bench_inputs import Samples, lognormal_lengths, random_llama, random_samples
+from flowdata.cli.bench_yardsticks import flops, matmul_rate, usual_loop
 from flowdata.targets.labels import IGNORE_INDEX
 
-ASSETS = Path(__file__).parents[3] / "shared/assets/language"
+ASSETS = ALL_ASSETS / "language"
 CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
 EXACT = 12  # samples whose losses are compared, and that the float32 loops are timed on
-ALLOWED = {"float32": 1e-4, "bfloat16": 0.1}
+LARGEST_ERRORS = {"float32": 1e-4, "bfloat16": 0.1}
 
 Loop = Callable[[Any, Samples], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and data, and which loops run on them.
+    """A model, its data and the loops to run on them.
 
     Attributes:
         width, layers, vocabulary: the random Llama's; `width` None means SmolLM2 itself.
-        lengths: ``"gsm8k"`` or ``"lognormal"``.
-        samples: how many, of those that `--samples` asks for.
-        template: a shared template makes up a third of the tokens.
-        answers: samples with one and the same prompt.
+        lengths: where the samples' lengths come from, ``"gsm8k"`` or ``"lognormal"``.
+        samples: number of samples, as a share of ``--samples``.
+        template: whether all samples begin with one template, a third of all tokens.
+        answers: number of samples that share a prompt.
         loops: names among `LOOPS`.
     """
 
@@ -54,9 +55,9 @@ class Case:
 
 
 LOOPS: dict[str, Loop] = {
-    "usual loop, float32": bench.usual_loop,
+    "usual loop, float32": usual_loop,
     "flowdata, float32": lambda m, s: peers.scored(m, s, dtype="float32"),
-    "usual loop": bench.usual_loop,
+    "usual loop": usual_loop,
     "one sample at a time": peers.one_at_a_time,
     "lm-eval": peers.lm_eval,
     "TRL": peers.trl,
@@ -65,7 +66,7 @@ LOOPS: dict[str, Loop] = {
     "flowdata, prompts apart": peers.prompts_apart,
     "flowdata, compiled": lambda m, s: peers.scored(m, s, dtype="bfloat16", compile=True),
 }
-NEEDED = {"lm-eval": "lm_eval", "TRL": "trl"}
+PACKAGES = {"lm-eval": "lm_eval", "TRL": "trl"}
 CASES = {
     "gsm8k": Case(loops=tuple(loop for loop in LOOPS if loop != "flowdata, prompts apart")),
     "template": Case(template=True, samples=0.5),
@@ -87,18 +88,19 @@ CASES = {
 def measure(
     name: str, samples: int, smollm2: str, device: torch.device, repeats: int, only: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each loop of a case, equality checked first, timed in turn."""
+    """Yield a row for each loop of a case: first their losses are compared, then all are timed."""
     case = CASES[name]
     if case.width is None and not Path(smollm2).exists():
         print(f"smollm2 is left out: there is no {smollm2}; pass --smollm2 FILE")
         return
     model, data = make(case, max(EXACT, round(samples * case.samples)), smollm2)
     model = model.to(device)
-    in_bfloat16, few = copy.deepcopy(model).bfloat16(), data[:EXACT]
-    exact = peers.one_at_a_time(model, few)
+    low_model, few_samples = copy.deepcopy(model).bfloat16(), data[:EXACT]
+    exact = peers.one_at_a_time(model, few_samples)
     loops = [loop for loop in case.loops if (not only or loop in only) and is_installed(loop)]
     pairs = {
-        loop: (model, few) if dtype_of(loop) == "float32" else (in_bfloat16, data) for loop in loops
+        loop: (model, few_samples) if dtype_of(loop) == "float32" else (low_model, data)
+        for loop in loops
     }
     yield from compare(name, pairs, exact, repeats, device)
 
@@ -110,10 +112,10 @@ def compare(
     repeats: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each loop, equality checked first, timed in turn.
+    """Yield a row for each loop: first their losses are compared, then all are timed in turn.
 
     Args:
-        name: the case's.
+        name: the case's name.
         pairs: a model and samples for each loop, by its name among `LOOPS`.
         exact: the losses of the first `EXACT` samples.
         repeats: timed runs of each loop.
@@ -124,7 +126,7 @@ def compare(
     for loop, pair in pairs.items():
         run = partial(LOOPS[loop], *pair)
         try:
-            accuracy[loop] = check(loop, run, exact)
+            accuracy[loop] = check(loop, run, exact, device)
             runs[loop] = run
         except (ImportError, torch.OutOfMemoryError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -137,7 +139,7 @@ def compare(
         speeds = [tokens / s for s in seconds[loop]]
         row = rows.row(f"{name}: {loop}", speeds, "tokens/s", dtype=dtype_of(loop))
         row |= accuracy[loop]
-        row["share_of_matmul"] = bench.flops(model, samples) / tokens * row["median"] / rate
+        row["share_of_matmul"] = flops(model, samples) / tokens * row["median"] / rate
         loop_rows.append(row)
     ours = max((row["median"] for row in loop_rows if "flowdata" in row["what"]), default=None)
     for row in loop_rows:
@@ -147,21 +149,23 @@ def compare(
 
 
 def is_installed(loop: str) -> bool:
-    """Whether a loop can run here; says why where it can't."""
-    if loop in NEEDED and find_spec(NEEDED[loop]) is None:
-        print(f"{loop} is left out: {NEEDED[loop]} is not installed")
+    """Return whether the package that a loop needs is installed; where it is not, say so."""
+    if loop in PACKAGES and find_spec(PACKAGES[loop]) is None:
+        print(f"{loop} is left out: {PACKAGES[loop]} is not installed")
         return False
     return True
 
 
-def check(loop: str, run: Callable[[], Tensor], exact: Tensor) -> dict[str, Any]:
-    """Return a loop's largest error and its memory; exit where its losses are others."""
+def check(
+    loop: str, run: Callable[[], Tensor], exact: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Return a loop's largest error, its memory and its first run's time; exit if it is wrong."""
     losses: list[Tensor] = []
     start = perf_counter()
-    memory = rows.peak_memory(lambda: losses.append(run()))
-    seconds = perf_counter() - start  # of a first run: compiling is in it
+    memory = rows.peak_memory(lambda: losses.append(run()), device.type)
+    seconds = perf_counter() - start  # the first run's, compiling included
     error = (losses[0][:EXACT] - exact).abs().max().item()
-    if not error <= ALLOWED[dtype_of(loop)]:
+    if not error <= LARGEST_ERRORS[dtype_of(loop)]:
         raise SystemExit(f"{loop} gives other losses, by up to {error:.2g}")
     return {"largest_error": error, "memory_mib": memory, "first_run_s": seconds}
 
@@ -171,18 +175,18 @@ def time_in_turn(
 ) -> tuple[dict[str, list[float]], float]:
     """Return the seconds of each run, and the rate of matrix products between them in FLOP/s."""
     seconds: dict[str, list[float]] = {loop: [] for loop in runs}
-    rates = [bench.matmul_rate(torch.bfloat16, device)]
-    for _ in range(repeats):  # in turn, so that a slow moment slows them alike
-        for loop, run in runs.items():
-            seconds[loop] += rows.timed(run, repeats=1, warmup=0)
-        rates.append(bench.matmul_rate(torch.bfloat16, device))
+    rates = [matmul_rate(torch.bfloat16, device)]
+    for _ in range(repeats):
+        for loop, times in rows.timed_in_turn(runs, 1).items():
+            seconds[loop] += times
+        rates.append(matmul_rate(torch.bfloat16, device))
     return seconds, statistics.median(rates)
 
 
 def profile_case(
     name: str, samples: int, smollm2: str, device: torch.device, most: int = 12
 ) -> Iterator[dict[str, Any]]:
-    """Yield the operations that a case's time goes to: in bfloat16, eager, the library's loop."""
+    """Yield the operations that take most of the library's time on a case, in eager bfloat16."""
     model, data = make(CASES[name], max(EXACT, round(samples * CASES[name].samples)), smollm2)
     model = model.to(device).bfloat16()
     LOOPS["flowdata"](model, data)
@@ -199,15 +203,15 @@ def profile_case(
 
 
 def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
-    """The case's model in float32 and its samples."""
+    """Return a case's model in float32, and its samples."""
     if case.width is None:
         return smollm2_itself(count, smollm2)
     generator = torch.Generator().manual_seed(0)
     lengths = gsm8k_lengths(count) if case.lengths == "gsm8k" else None
-    lengths = lengths or bench.lognormal_lengths(count, generator)
+    lengths = lengths or lognormal_lengths(count, generator)
     mean_length = sum(map(sum, lengths)) / count
-    model = bench.random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
-    samples = bench.random_samples(
+    model = random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
+    samples = random_samples(
         lengths,
         generator=generator,
         vocabulary=case.vocabulary,
@@ -218,17 +222,17 @@ def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
 
 
 def answers(samples: Samples) -> Samples:
-    """The samples' completions, all behind the first one's prompt."""
-    prompts = [sample["labels"].eq(IGNORE_INDEX).sum() for sample in samples]
-    shared = {name: values[: prompts[0]] for name, values in samples[0].items()}
+    """Return the samples with the first one's prompt in place of their own."""
+    prompt_lengths = [sample["labels"].eq(IGNORE_INDEX).sum() for sample in samples]
+    prompt = {name: values[: prompt_lengths[0]] for name, values in samples[0].items()}
     return [
-        {name: torch.cat([shared[name], values[prompt:]]) for name, values in sample.items()}
-        for sample, prompt in zip(samples, prompts, strict=True)
+        {name: torch.cat([prompt[name], values[length:]]) for name, values in sample.items()}
+        for sample, length in zip(samples, prompt_lengths, strict=True)
     ]
 
 
 def gsm8k_lengths(count: int, folder: Path = ASSETS) -> list[list[int]]:
-    """Tokens of GSM8K's questions and answers; empty where the data is missing."""
+    """Return the tokens of GSM8K's questions and answers; empty if the data is missing."""
     file = folder / "gsm8k_train.jsonl"
     if not file.exists():
         print(f"{file} is missing: lognormal lengths stand in for it")
@@ -240,7 +244,7 @@ def gsm8k_lengths(count: int, folder: Path = ASSETS) -> list[list[int]]:
 
 
 def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
-    """SmolLM2-135M-Instruct and GSM8K's questions and answers through its tokenizer."""
+    """Return SmolLM2-135M-Instruct, and GSM8K's questions and answers by its tokenizer."""
     from flowdata.text import (
         Fields,
         find_fields,
@@ -261,5 +265,5 @@ def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
 
 
 def dtype_of(loop: str) -> str:
-    """The dtype that a loop's name tells."""
+    """Return the dtype of a loop, which its name tells."""
     return "float32" if loop.endswith("float32") else "bfloat16"

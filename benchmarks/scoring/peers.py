@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdata.cli.bench import Samples
+from flowdata.cli.bench_inputs import Samples
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.scorer import LossScorer
@@ -20,19 +20,23 @@ from flowdata.targets.labels import IGNORE_INDEX
 def scored(
     model: Any, samples: Samples, *, lengths: list[int] | None = None, **options: Any
 ) -> Tensor:
-    """The library: fingerprint of the model, plan and self-check included."""
+    """Return the losses by the library, whose fingerprint, plan and self-check count as well."""
     scorer = LossScorer(model, "causal_lm", progress=False, **options)
     return scorer.score(samples, dataset_id="benchmark", lengths=lengths).losses
 
 
 def prompts_apart(model: Any, samples: Samples) -> Tensor:
-    """The library, running a prompt again for each of its answers: lengths given, it reads none."""
+    """Return the losses by the library, where it runs a prompt again for each of its answers.
+
+    The library finds common prompts while it reads the samples for their lengths. Here it is given
+    the lengths.
+    """
     lengths = [len(sample["input_ids"]) for sample in samples]
     return scored(model, samples, lengths=lengths, dtype="bfloat16")
 
 
 def one_at_a_time(model: Any, samples: Samples) -> Tensor:
-    """No padding, full logits in float32."""
+    """Return the losses without padding, of full logits in float32."""
     losses = []
     with torch.no_grad():
         for sample in samples:
@@ -43,7 +47,7 @@ def one_at_a_time(model: Any, samples: Samples) -> Tensor:
 
 
 def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tensor:
-    """A strong loop of one's own: sorted by length, logits of target positions, in float32."""
+    """Return the losses by the loop of an expert: sorted by length, logits of targets only."""
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
     plan = plan_padded(lengths, max_tokens=max_tokens)
     losses = torch.empty(len(samples))
@@ -65,22 +69,22 @@ def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tens
 
 
 def lm_eval(model: Any, samples: Samples, batch_size: int = 16) -> Tensor:
-    """lm-eval's `HFLM._loglikelihood_tokens`: sorted, padded, full logits."""
+    """Return the losses by lm-eval's `HFLM._loglikelihood_tokens`: sorted, padded, full logits."""
     from lm_eval.models.huggingface import HFLM
 
-    evaluated = HFLM(pretrained=model, tokenizer=_tokenizer(), batch_size=batch_size)
+    harness = HFLM(pretrained=model, tokenizer=_tokenizer(), batch_size=batch_size)
     requests = []
     for sample in samples:
         ids, labels = sample["input_ids"].tolist(), sample["labels"]
         prompt = int((labels == IGNORE_INDEX).sum())
         requests.append((("", ""), ids[:prompt], ids[prompt:]))
-    results = evaluated._loglikelihood_tokens(requests, disable_tqdm=True)
+    results = harness._loglikelihood_tokens(requests, disable_tqdm=True)
     pairs = zip(results, requests, strict=True)
     return torch.tensor([-total / len(ids) for (total, _), (_, _, ids) in pairs])
 
 
 def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
-    """TRL's `DPOTrainer.compute_ref_log_probs` over padded batches in the data's order."""
+    """Return the losses by TRL's `DPOTrainer.compute_ref_log_probs`: padded, in given order."""
     from accelerate import Accelerator
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.utils import add_fused_lm_head
@@ -105,7 +109,7 @@ def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
 
 
 def _tokenizer() -> Any:
-    """The least that lm-eval asks for: the samples are tokens already."""
+    """A tokenizer of one word: lm-eval asks for one, though the samples are tokens already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

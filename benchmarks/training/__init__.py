@@ -1,10 +1,10 @@
 """What weights cost in training: python -m benchmarks training [--tiny] [--routes …] …
 
-Each measurement is a process of its own, so that peak memory is its own too. Weighted and
-unweighted runs of a route take turns in one process. The fused loss is compared with the same
-loss of full logits, by hand (PyTorch's cross-entropy, weighted) and by `causal_lm_loss`, at each
-vocabulary, head and loss alone: forward, backward, and the gradients of the head. Equality is
-checked before anything is timed.
+Each measurement runs in a process of its own, because a peak of memory belongs to a process. The
+weighted and unweighted runs of a route take turns in one process. At each vocabulary the fused
+loss is compared with the same loss of full logits, by hand (PyTorch's cross-entropy, weighted) and
+by `causal_lm_loss`. Only head and loss run then, forward and backward, with the head's gradients.
+Values and gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.tiny:
         options.vocabulary, options.tokens, options.width, options.steps = [512], 64, 32, 2
+    if options.device == "cpu" and sys.platform != "linux":
+        parser.error("peak memory of a CPU is read from Linux's /proc: pass --device cuda")
     if options.one:
         print(json.dumps(_measure(options.one, options)))
         return

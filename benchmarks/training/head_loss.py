@@ -1,6 +1,6 @@
 """Head and loss of one batch: by hand, by `causal_lm_loss` on full logits, and fused.
 
-Liger's fused loss, on a GPU, takes no weights: its row is that of the plain mean.
+Liger's fused loss, on a GPU, takes no weights, so its row is of the unweighted mean.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import rows
-from benchmarks.training.clock import now, peak_memory
+from benchmarks.rows import now, peak_memory
 from flowdata.losses import causal_lm_loss, fused_causal_lm_loss
 
 LOSSES = ("by hand", "full", "fused")
 
 
 def losses_on(device: str) -> list[str]:
-    """The losses that can be measured on a device, by name."""
+    """Return the names of the losses that run on a device."""
     has_liger = device != "cpu" and find_spec("liger_kernel") is not None
     return [*LOSSES, *(["Liger, without weights"] if has_liger else [])]
 
 
 def check_equal(width: int, size: int, device: str = "cpu", losses: Sequence[str] = LOSSES) -> None:
-    """Check that loss and gradients of all agree, each weight being 1 where one takes none."""
+    """Check that all give the same loss and gradients; weights are 1 if one of them takes none."""
     weighted = set(losses) <= set(LOSSES)
     results = []
     for loss in losses:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import rows
-from benchmarks.training.clock import now, peak_memory
+from benchmarks.rows import now, peak_memory
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import causal_lm_loss
@@ -22,7 +22,7 @@ from flowdata.targets.labels import IGNORE_INDEX
 
 
 def measure(route: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return seconds of each step; runs of the two kinds take turns, without their first steps."""
+    """Return rows of a route's seconds a step and its memory, weighted and plain, run in turn."""
     seconds: dict[str, list[float]] = {"plain": [], "weighted": []}
     memory: dict[str, list[float]] = {"plain": [], "weighted": []}
     for _ in range(1 if options.tiny else options.repeats):

@@ -1,1 +1,1 @@
-"""The ground: small tools that every room may use and that use none."""
+"""The ground: small tools that every room may use, and that use no other room."""

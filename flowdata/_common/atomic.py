@@ -1,10 +1,10 @@
-"""Files that are there whole or not at all: written beside their place, then renamed into it.
+"""Files that have all of their new content or all of the old, even after a crash.
 
-    draft written → synced to the disk → renamed to its name → folder synced
+    write a draft → sync it to the disk → rename it to the file's name → sync the folder
 
-A rename within a folder happens at once, so that a reader finds the old content or the new one. The
-draft is synced before, or after a power cut the name might stand for a file without content; the
-folder is synced after, or the rename itself might be lost.
+A rename within a folder happens at once, so that a reader sees the old content or the new one. If
+the draft were not synced before, a power cut might leave the name on a file without content. If the
+folder were not synced after, a power cut might undo the rename.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a draft beside `path` for writing; it takes the name once all of it is on the disk.
+    """Open a draft beside `path` for writing, and rename it to `path` after the block.
 
-    After an error, in the block or here, the draft is gone and `path` holds what it held before.
+    After an error, in the block or here, the draft is removed and `path` has its old content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

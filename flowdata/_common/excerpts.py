@@ -1,4 +1,4 @@
-"""Values as a message shows them."""
+"""Excerpts: values in messages, cut to a readable length."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_MOST_CHARACTERS, _BEGINNING = 60, 44  # two values and the text around them fit a few lines
+_MOST_CHARACTERS, _BEGINNING = 60, 44  # so that a message with two values takes a few lines
 
 
 def excerpt_of(fields: Mapping[str, Any], name: str) -> str:
-    """Return the field `name` as JSON, its beginning alone where it is long, or ``none``.
+    """Return the field `name` as JSON, or ``none``; of a long value only the beginning.
 
     Example:
         >>> excerpt_of({"model": "ab" * 40}, "model")

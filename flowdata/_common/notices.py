@@ -11,8 +11,8 @@ logger = logging.getLogger("flowdata")
 def say(message: str, *, shown: bool = True) -> None:
     """Log a sentence at level INFO, and print it where the program has set up no logging.
 
-    Without handlers Python drops what is below a warning, but a user in a notebook, who sets up no
-    logging, should see what was chosen and what was found.
+    Without a handler Python drops all messages below a warning. Few people set up logging in a
+    notebook, and they should see the library's choices all the same.
 
     Args:
         message: the sentence, without a full stop.

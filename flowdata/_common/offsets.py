@@ -1,4 +1,9 @@
-"""Offsets: where each of several runs of values begins, laid one after another."""
+"""Offsets: where each run of values begins in a flat tensor of several runs.
+
+counts      2      0      3
+values    a a           c c c
+offsets   0     2 2           5
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from torch import Tensor
 
 
 def offsets_of(counts: Tensor) -> Tensor:
-    """Return where each run begins and the last one ends: (N,) counts to (N + 1,) int64.
+    """Return where each run begins, and where the last one ends: (N,) counts to (N + 1,) int64.
 
     Example:
         >>> offsets_of(torch.tensor([2, 0, 3]))

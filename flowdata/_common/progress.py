@@ -21,13 +21,14 @@ class Advance(Protocol):
 def progress_bar(
     total: int, name: str, unit: str, *, initial: int = 0, shown: bool = True
 ) -> Iterator[Advance]:
-    """Show how far a piece of work is; gives the function that moves the display on.
+    """Show the progress of a piece of work; the context is a function that moves the display on.
 
     Args:
-        total: units in the whole work.
-        name: of the work, for the beginning of the line.
-        unit: of what is counted, in the plural.
-        initial: units that an earlier run has done; they count for the share, not for the speed.
+        total: number of units in the whole work.
+        name: the work's name, at the beginning of the line.
+        unit: the unit's name, in the plural.
+        initial: number of units that an earlier run has done; the share includes them, the speed
+            does not.
         shown: False shows nothing.
     """
     if not shown:
@@ -46,7 +47,7 @@ def progress_bar(
 
 
 class _Lines:
-    """Plain lines, one in a while: a log file would keep every step of a bar."""
+    """Plain lines, one in half a minute: in a log file every step of a bar would be a line."""
 
     def __init__(self, total: int, name: str, unit: str, initial: int) -> None:
         self.total, self.name, self.unit = total, name, unit

@@ -1,10 +1,10 @@
 """Random draws as pure functions of (seed, epoch, position): nothing here has a state to save.
 
-Weights become integers before they are summed. Integer sums are exact, so that neither the order
-of the summation, nor the machine, nor the position that is asked for first changes a draw.
+Weights become integers before they are summed. Integer sums are exact, so that a draw depends
+neither on the order of the summation nor on the machine nor on the positions drawn before.
 
-Systematic resampling goes from a position of an epoch to the sample drawn there in three steps;
-multinomial resampling takes a random point for every position in place of the first two::
+Systematic resampling goes from a position of an epoch to the sample drawn there in three steps.
+Multinomial resampling replaces the first two: it takes a random point for every position::
 
     position ──→ stratum ──→ point ──→ sample
              │           │         └ CumulativeWeights.find
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-PERMUTATION, OFFSET, POINTS, NOISE, ACCEPTANCE = range(5)  # what a stream of words is used for
-_TOTAL_BITS = 62  # of the sum of the integer weights, which thus fits an int64
-_CHUNK = 1 << 18  # weights that are in float64 at a time: 2 MiB
+PERMUTATION, OFFSET, POINTS, NOISE, ACCEPTANCE = range(5)  # the purposes of streams of words
+_TOTAL_BITS = 62  # the sum of the integer weights is just below 2^62, so that it fits an int64
+_CHUNK = 1 << 18  # the number of weights converted to float64 at a time: 2 MiB
 
 
 def random_words(key: tuple[int, int], purpose: int, start: int, count: int) -> Words:
@@ -40,8 +40,8 @@ def random_words(key: tuple[int, int], purpose: int, start: int, count: int) -> 
         start: first word, >= 0.
         count: number of words.
     """
-    # The purpose is the highest of the counter's four digits, which block numbers never reach, so
-    # that no two streams of a key overlap.
+    # Philox takes a counter of four digits of 64 bits. The block's number is the lowest, the
+    # purpose the highest, so that no two streams of a key overlap.
     block, skip = divmod(start, 4)
     counter = np.array([block, 0, 0, purpose], dtype=np.uint64)
     philox = np.random.Philox(counter=counter, key=np.array(key, dtype=np.uint64))
@@ -52,7 +52,8 @@ def random_words(key: tuple[int, int], purpose: int, start: int, count: int) -> 
 def multiply_high(words: Words, factor: int) -> Words:
     """Return floor(words · factor / 2^64) exactly, for a factor below 2^63.
 
-    NumPy has no integers of 128 bits, so the product is made of halves of 32 bits, as on paper::
+    NumPy has no integers of 128 bits, so the product is made of halves of 32 bits, digit by digit
+    as in multiplication on paper::
 
            2^64         2^32          1
                                   low·f_low
@@ -60,7 +61,7 @@ def multiply_high(words: Words, factor: int) -> Words:
                      low·f_high             + middle's lower half    = carry
         high·f_high                         + what middle and carry carry = the result
     """
-    low_half, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # `>> half` leaves what carries
+    low_half, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # `>> half` gives the carry
     high, low = words >> half, words & low_half
     factor_high, factor_low = np.uint64(factor >> 32), np.uint64(factor & 0xFFFFFFFF)
     middle = high * factor_low + (low * factor_low >> half)
@@ -72,8 +73,8 @@ def multiply_high(words: Words, factor: int) -> Words:
 class KeyedPermutation:
     """A permutation of 0 … size − 1 whose value at any position costs the same.
 
-    A shuffled list would take 8 bytes a sample on every rank; here a round takes two tables of
-    about √size entries.
+    A shuffled list would take 8 bytes a sample on every rank. This permutation takes a few rounds
+    of two tables each, with about √size entries a table.
 
     Source: a Feistel network over a grid (Black and Rogaway, CT-RSA 2002). Position p is the cell
     in row p // columns and column p % columns. One half of a round shifts the row by a random
@@ -81,26 +82,26 @@ class KeyedPermutation:
 
         (row, column) ──→ (row + f(column), column) ──→ (row', column + g(row')) ──→ …
 
-    Each half can be undone, since what it depends on is left as it is: a round takes no two
-    cells to the same one, whatever f and g are. With √size rows and columns, f and g are small
-    tables of true random numbers.
+    Each half can be undone, because the coordinate that its shift depends on does not change. So a
+    round never takes two cells to the same one, whatever f and g are. With √size rows and columns,
+    f and g are small tables of random numbers.
 
-    The grid has fewer than √size + 1 cells more than values. A position that lands on such a
-    cell goes through the network again until it lands on a value (cycle walking): its cycle
-    began at a value, so it comes back to one, and different positions come to different ones.
+    The grid has up to √size cells more than there are values. A position that lands on such a cell
+    goes through the network again until it lands on a value (cycle walking). Its cycle began at a
+    value, so it comes back to one, and different positions come to different values.
     """
 
     def __init__(self, size: int, key: tuple[int, int]) -> None:
         self.size = size
         self.rows = math.isqrt(size - 1) + 1
         self.columns = -(-size // self.rows)
-        # Small grids mix worse and take more rounds: with these, no order of 6 values is 1 %
-        # likelier than another.
+        # A small grid mixes less in a round and gets more of them. With these numbers of rounds no
+        # order of 6 values is 1 % likelier than another.
         rounds = max(3, 12 - size.bit_length() // 2)
         sides = np.array([self.rows, self.columns] * rounds)[:, None]
         words = random_words(key, PERMUTATION, 0, len(sides) * self.rows).reshape(len(sides), -1)
-        # Shifts lie in [−side, 0): a shift can then leave the grid at one end alone, which the
-        # sign of the sum tells, and one addition mends.
+        # Shifts lie in [−side, 0). A row or column can then leave the grid at one end alone, where
+        # it is negative, and adding the side brings it back.
         self._shifts = list((words % sides.astype(np.uint64)).astype(np.int64) - sides)
 
     def __call__(self, positions: Ints) -> Ints:
@@ -115,8 +116,8 @@ class KeyedPermutation:
         column = positions - row * self.columns
         for row_shifts, column_shifts in zip(self._shifts[::2], self._shifts[1::2], strict=True):
             row += row_shifts.take(column)
-            # An int64 shifted by 63 bits is all ones where it is negative, and all zeros where
-            # it is not: a modulo without division or branch.
+            # An int64 shifted by 63 bits is all ones if it is negative, and all zeros if not, so
+            # that `&` adds the side to negative rows alone: a modulo without division or branch.
             row += self.rows & (row >> 63)
             column += column_shifts.take(row)
             column += self.columns & (column >> 63)
@@ -125,7 +126,7 @@ class KeyedPermutation:
 
 
 class CumulativeWeights:
-    """Weights as exact integers, laid end to end, and the sample that lies at a point of them.
+    """Weights as integers, laid end to end on a line, to find the sample at a point of the line.
 
     Weights are scaled by a power of two and rounded, so that their sum is just below 2^62::
 
@@ -135,19 +136,19 @@ class CumulativeWeights:
                               ↑ a point here falls on sample 1
 
     A binary search of the ends would miss the cache about log2(N) times a point. A table of
-    guides (Chen and Asau, 1974) cuts the line into N / 2 to N equal buckets and keeps, for each,
-    the first sample that can lie in it: what is left to search is a step or two.
+    guides (Chen and Asau, 1974) makes it a step or two: it cuts the line into N / 2 to N equal
+    buckets and has, for each of them, the first sample that can lie in it.
 
     Args:
-        weights: (N,) float32 or float64, finite, >= 0, not all zero; read in chunks, not kept.
+        weights: (N,) float32 or float64, finite, >= 0, not all zero; read once, in chunks.
     """
 
     def __init__(self, weights: NDArray[np.floating]) -> None:
         self._ends = np.empty(len(weights), dtype=np.int64)  # where each sample's share ends
         exponent = _TOTAL_BITS - math.ceil(math.log2(sum_of(weights)))
-        # guide[b] is the number of samples that end at or before the start of bucket b: no point
-        # of the bucket lies on any of them. Buckets are powers of two wide, so that a shift
-        # tells a point's bucket.
+        # guide[b] is the number of samples that end at or before the start of bucket b, so that no
+        # point of the bucket lies on any of them. The width of a bucket is a power of two, so that
+        # a shift gives a point's bucket.
         bits = (len(weights) // 2).bit_length()
         self._shift = _TOTAL_BITS - bits
         self._guide = np.zeros(2**bits + 2, dtype=np.min_scalar_type(-len(weights) - 1))
@@ -156,8 +157,8 @@ class CumulativeWeights:
             ends = self._ends[start : start + len(chunk)]
             np.cumsum(np.rint(np.ldexp(chunk, exponent)).astype(np.int64), out=ends)
             ends += self.total
-            # The first bucket that starts at or after a sample's end counts that sample; the sum
-            # over buckets, below, makes every later one count it as well.
+            # Each sample is counted at the first bucket that starts at or after its end. The sum
+            # over buckets, below, then counts it at every later bucket as well.
             bucket = (ends + ((1 << self._shift) - 1)) >> self._shift
             counts = np.bincount(bucket - bucket[0])
             self._guide[bucket[0] : bucket[0] + len(counts)] += counts.astype(self._guide.dtype)
@@ -169,8 +170,9 @@ class CumulativeWeights:
         """Return the sample that each point of [0, total) falls on: (K,) int64."""
         bucket = points >> self._shift
         samples = self._guide.take(bucket).astype(np.int64)
-        # A binary search from the guide on, of all points at once: skip 2^bit samples wherever
-        # the last of them ends at or before the point. The widest bucket tells the first bit.
+        # A binary search of all points at once, from the guide on: it skips 2^bit samples wherever
+        # the last of them ends at or before the point. The bucket with the most samples tells how
+        # large the first step has to be.
         widest = int((self._guide.take(bucket + 1) - samples).max(initial=0))
         for bit in reversed(range(widest.bit_length())):
             step = 1 << bit
@@ -182,9 +184,9 @@ class CumulativeWeights:
 def systematic_points(strata: Ints, total: int, num_samples: int, offset: int) -> Ints:
     """Return the point floor((stratum · total + offset) / num_samples) of every stratum, exactly.
 
-    Source: systematic resampling (Kitagawa, 1996). All strata have one offset, so that points lie
-    as evenly as the teeth of a comb, and a share s of the total is hit num_samples · s times, to
-    within one::
+    Source: systematic resampling (Kitagawa, 1996). All strata have the same offset, so that points
+    lie as evenly as the teeth of a comb. A share s of the total therefore gets num_samples · s
+    points, to within one::
 
         0                                                   total
         ├───•────────┼───•────────┼───•────────┼───•────────┤
@@ -196,8 +198,8 @@ def systematic_points(strata: Ints, total: int, num_samples: int, offset: int) -
         num_samples: number of equal strata that the total is cut into.
         offset: in [0, total), from `systematic_offset`.
     """
-    # stratum · total would overflow an int64. Quotients and remainders by num_samples give the
-    # same point: remainders are below 2^31, and so are strata, whose products fit.
+    # stratum · total would overflow an int64. With quotients and remainders by num_samples the
+    # point is the same, and the largest product is of a stratum and a remainder, both below 2^31.
     step, step_rest = divmod(total, num_samples)
     shift, shift_rest = divmod(offset, num_samples)
     points: Ints = strata * step + shift + (strata * step_rest + shift_rest) // num_samples
@@ -234,9 +236,9 @@ def gumbel_top_k(weights: NDArray[np.floating], count: int, key: tuple[int, int]
         count: samples to draw.
         key: (seed, epoch).
     """
-    # A first pass finds the threshold, a second one the samples up to it, since the partition
-    # forgets whose key is whose. The noise is made twice: a copy of the keys, kept beside the
-    # partition, would take 8 bytes a sample.
+    # The partition gives the threshold but mixes the keys, so a second pass looks for the samples
+    # whose keys lie up to it. It makes the noise again, because a second copy of the keys would
+    # take 8 bytes a sample.
     keys = np.empty(len(weights))
     for start, part in _gumbel_keys(weights, key):
         keys[start : start + len(part)] = part
@@ -259,7 +261,7 @@ def _gumbel_keys(
     start = 0
     for chunk in chunks(weights):
         words = random_words(key, NOISE, start, len(chunk))
-        # 52 bits and a half: u is never 0 or 1, where a logarithm would be infinite.
+        # A half is added to the 52 bits, so that u is never 0 or 1 and the logarithms are finite.
         uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
         with np.errstate(divide="ignore"):  # a weight of 0 gives infinity, which is drawn last
             yield start, np.log(-np.log(uniform)) - np.log(chunk)

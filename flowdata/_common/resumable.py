@@ -1,4 +1,4 @@
-"""What loops that resume have in common: checks of a state, of ranks and of whole numbers."""
+"""Checks that all objects which resume have in common: of states, ranks and whole numbers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ def check_state(
 ) -> None:
     """Check that a state was saved by an object with the same identity.
 
-    A position means something only in the very same order of samples: loaded elsewhere it would
-    leave samples out or repeat them without anybody noticing.
+    A position has a meaning only in one order of samples. In another order a loop that resumed at
+    it would miss or repeat samples, and nobody would notice.
 
     Args:
-        state_dict: what the user passed to `load_state_dict`.
-        identity: what the state must share with the object that loads it.
+        state_dict: the user's argument of `load_state_dict`.
+        identity: the entries that the state must have in common with the object that loads it.
         maker: the name of the object's class, for messages.
-        what: what its objects are called there, such as ``"sampler"``.
-        remedy: the sentence that says what the user can do.
+        what: the word for such an object, for messages: ``"sampler"`` or the like.
+        remedy: a sentence that says what the user can do.
 
     Raises:
-        TypeError: not a mapping.
-        ValueError: an entry is absent or another.
+        TypeError: the state is no mapping.
+        ValueError: an entry is absent or differs.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
@@ -56,7 +56,7 @@ def check_rank(rank: Any, num_replicas: Any) -> None:
 def check_natural(name: str, value: Any, least: int = 0) -> int:
     """Return `value` as an int, checked to lie between `least` and 2^64 − 1.
 
-    Seeds, epochs and positions are words of 64 bits to the random generator.
+    Seeds, epochs and positions are words of 64 bits in the random generator.
 
     Raises:
         ValueError: `value` is no integer, or lies outside.

@@ -12,14 +12,14 @@ import torch
 
 @contextmanager
 def preserved_rng(seed: int | None = None) -> Iterator[None]:
-    """Put the states of Python's, NumPy's and torch's generators back after a block.
+    """Restore the states of Python's, NumPy's and torch's generators after a block.
 
     Args:
-        seed: in [0, 2^32), seeds all of them for the block; None leaves them as they are.
+        seed: in [0, 2^32), seeds all of them at the start of the block; None does not.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # Asking for the state of a GPU's generator would start CUDA, which costs memory on each GPU
-    # and forbids forking workers. Where it has not started, its generators have no state to lose.
+    # To ask for the state of a GPU's generator would start CUDA, which costs memory on each GPU and
+    # forbids forking workers. If CUDA has not started, its generators have no state to restore.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):

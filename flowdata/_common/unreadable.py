@@ -1,7 +1,7 @@
 """Reading samples of a data set that may raise on some of them.
 
-A sample that can't be read may be an `Unreadable` in its place, so that its neighbours are scored
-all the same: `Readable` puts it there, `CollateReadable` leaves it out of the batch.
+An `Unreadable` can take the place of a sample that can't be read, so that the samples around it are
+scored all the same. `Readable` puts it there, and `CollateReadable` leaves it out of the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_map_style(dataset: Any) -> None:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in for a sample that could not be read.
+    """The stand-in for a sample that can't be read.
 
     Attributes:
         reason: the exception that the data set raised, in words.
@@ -43,11 +43,12 @@ class Unreadable:
 
 
 class Readable(Dataset[Any]):
-    """A map-style data set that names its failing samples, or puts an `Unreadable` in their place.
+    """A map-style data set with a remedy for samples that raise.
 
     Args:
-        dataset: the data set; its other attributes are those of the wrapper, too.
-        skip: give an `Unreadable` for a sample that can't be read; else raise `SampleError`.
+        dataset: the data set to read; the wrapper passes its other attributes on.
+        skip: True gives an `Unreadable` for such a sample; False raises a `SampleError` that names
+            its index.
     """
 
     def __init__(self, dataset: Any, *, skip: bool) -> None:
@@ -80,8 +81,8 @@ class Readable(Dataset[Any]):
         return [self[index] for index in indices]
 
     def __getattr__(self, name: str) -> Any:
-        # Pickle looks for special methods before `dataset` is set. To look them up there would
-        # call this method again, and so on.
+        # Pickle looks for special methods before `dataset` is set. A look-up in `self.dataset`
+        # would then call this method again, without end.
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
@@ -91,10 +92,10 @@ def first_readable(dataset: Any) -> Any:
     """Return the first sample that can be read.
 
     Args:
-        dataset: not empty; gives an `Unreadable` for samples that can't be read.
+        dataset: not empty; gives an `Unreadable` for each sample that can't be read.
 
     Raises:
-        SampleError: none can.
+        SampleError: no sample can be read.
     """
     for index in range(len(dataset)):
         sample = dataset[index]
@@ -104,7 +105,7 @@ def first_readable(dataset: Any) -> Any:
 
 
 class CollateReadable:
-    """A collate function that leaves out the samples that could not be read.
+    """A collate function that leaves out every `Unreadable`.
 
     Args:
         collate: the collate function for the samples themselves.

@@ -1,4 +1,4 @@
-"""Losses and weights as users give them, checked and made tensors."""
+"""Checks of losses and weights from users, which become tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_values(values: Values, name: str = "losses") -> Tensor:
 
     Args:
         values: (N,) floating, finite, non-negative; half precision becomes float32.
-        name: what the values are called in messages: ``"losses"`` or ``"weights"``.
+        name: the word for the values in messages: ``"losses"`` or ``"weights"``.
 
     Raises:
         TypeError: `values` are not floating.
@@ -40,7 +40,8 @@ def check_values(values: Values, name: str = "losses") -> Tensor:
 
 def _as_tensor(values: Values, name: str) -> Tensor:
     with warnings.catch_warnings():
-        # torch warns that a memory map is read-only; nothing here writes to it.
+        # torch warns of a read-only memory map, because a tensor of it must not be written to.
+        # Nothing in the library writes to the values.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         try:
             return torch.as_tensor(values).detach()
@@ -53,7 +54,7 @@ def _as_tensor(values: Values, name: str) -> Tensor:
 
 
 def _first_bad_value(values: Tensor, name: str) -> str:
-    """The message that names the first value which is not finite, or else negative."""
+    """The message on the first value that is not finite, or else on the first negative one."""
     bad = ~values.isfinite()
     what, remedy = "not finite", "find out why, or drop or zero-weight these samples"
     if not bad.any():

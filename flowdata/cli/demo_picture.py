@@ -10,7 +10,7 @@ from flowdata.report.pictures import BLUE, GREEN, draw_losses
 
 
 def draw_demo(left: Any, right: Any, result: DemoResult) -> None:
-    """Draw into two axes: what was learned and kept, and the losses under the first seed."""
+    """Draw the trade-off into one pair of axes, and the first seed's losses into the other."""
     _draw_trade_off(left, result)
     first = result.starts[0]
     draw_losses(right, first.losses, first.temperature)
@@ -50,7 +50,7 @@ def _draw_trade_off(axes: Any, result: DemoResult) -> None:
         title="What was learned and what was kept",
         xlabel="accuracy on the new task (%)",
         ylabel="accuracy on the old task (%)",
-        xlim=(probe - 5, 100),  # what learned less than the probe did has diverged
+        xlim=(probe - 5, 100),  # a run far below the probe has diverged and is left out
     )
     axes.grid(True, axis="both")
     axes.legend(loc="lower left", fontsize=9)

@@ -1,4 +1,4 @@
-"""What the demo measured, and its table."""
+"""The demo's measurements, and their table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Outcome:
     Attributes:
         method: `STANDARD` or `FLOW`.
         learning_rate: the highest one of its schedule.
-        seed: of the run.
-        old: on the old task's test samples.
-        new: on the new task's.
-        held_out: on samples of the new task that the learning rate is chosen by.
+        seed: the run's.
+        old: accuracy on the old task's test samples.
+        new: accuracy on the new task's test samples.
+        held_out: accuracy on the samples of the new task that the learning rate is chosen by.
     """
 
     method: str
@@ -35,13 +35,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Start:
-    """What one seed began with.
+    """The figures of one seed before fine-tuning.
 
     Attributes:
-        seed: of the run.
+        seed: the run's.
         old: accuracy in % of the pre-trained network on the old task.
         probe: accuracy in % of the probed network on the new task.
-        losses: (N,), of the new task's training samples under the probed network, nats.
+        losses: (N,) losses of the new task's training samples under the probed network, nats.
         temperature: their median, nats.
     """
 
@@ -54,7 +54,13 @@ class Start:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that the demo measured; `str()` gives the table."""
+    """All measurements of the demo; `str()` gives the table.
+
+    Attributes:
+        starts: one for each seed.
+        outcomes: one for each method, learning rate and seed.
+        picture: path of the PNG.
+    """
 
     starts: list[Start]
     outcomes: list[Outcome]
@@ -62,7 +68,7 @@ class DemoResult:
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates that were tried, the smallest first."""
+        """The learning rates of the runs, the smallest first."""
         return sorted({outcome.learning_rate for outcome in self.outcomes})
 
     def learning_rate(self, method: str) -> float:

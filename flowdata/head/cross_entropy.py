@@ -1,4 +1,4 @@
-"""The cross-entropies of logits, made for losses that are weighted afterwards."""
+"""Cross-entropies of logits, for losses that are weighted afterwards."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of every row.
 
-    Two things set it apart from ``F.cross_entropy(..., reduction="none")``. A row whose loss is
-    not used gets a gradient of 0 even if its logits are NaN. Each direction makes one buffer of
-    the size of the logits, where PyTorch's function makes two.
+    The function differs from ``F.cross_entropy(..., reduction="none")`` in two ways. A row whose
+    loss has no weight gets a gradient of 0 even if its logits are NaN. The forward pass and the
+    backward pass allocate one buffer of the logits' size each, where PyTorch's function takes two.
 
     Args:
         logits: (n, V) floating.
@@ -40,7 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
         places = targets[:, None]
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_sums = values.logsumexp(1)
-        # The logits are kept in their own dtype: their float32 copy would be a second buffer.
+        # The logits are saved in the dtype they have: a float32 copy would be a second buffer.
         ctx.save_for_backward(logits, log_sums, places)
         return log_sums - values.gather(1, places).squeeze(1)
 
@@ -52,10 +52,10 @@ class _CrossEntropy(torch.autograd.Function):
         factors = gradients[0][:, None]
         values = logits.to(log_sums.dtype)
         if torch.is_grad_enabled():
-            # Under create_graph=True this pass is differentiated again, so nothing in place here.
+            # Under create_graph=True autograd differentiates this pass: nothing changes in place.
             product = (values.softmax(1) * factors).scatter_add(1, places, -factors)
             return product.masked_fill(factors == 0, 0.0).to(logits.dtype), None
         product = (values - log_sums[:, None]).exp_().mul_(factors)
         product.scatter_add_(1, places, -factors)
-        # 0 · NaN is NaN, so rows without a say are filled with 0 rather than multiplied by it.
+        # 0 · NaN is NaN, so rows whose factor is 0 are filled with 0 instead of multiplied by it.
         return product.masked_fill_(factors == 0, 0.0).to(logits.dtype), None

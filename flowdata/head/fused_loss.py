@@ -1,14 +1,19 @@
 """Head and weighted cross-entropy in one: loss and gradients without the logits.
 
-Rows of hidden states go through the head a tile at a time, and a tile of logits becomes the tile's
-part of the loss and of the gradients before the next one overwrites it (gradients.py). That the
-coefficients are known beforehand is what makes one pass enough: Σ coefficient · loss has gradients
-that need no second look at the logits, so the work is that of the plain head (three matrix
-products).
+Rows of hidden states go through the head a tile at a time. A tile's logits give its part of the
+loss and of the gradients before the next tile overwrites them (gradients.py). One pass is enough
+because the coefficients are known in the forward pass: the gradients of Σ coefficient · loss are
+complete up to the one factor that autograd hands in later::
+
+    forward     hidden, weight ──→ logits of a tile ──→ losses, and gradients kept in `ctx`
+    backward    factor · gradients
+
+The work is therefore that of the plain head: three matrix products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -34,8 +39,8 @@ def weighted_head_loss(
 
     Args:
         hidden: (n, d) floating.
-        head: d → V; a plain `nn.Linear` is fused, any other module is called tile by tile and
-            run again in the backward pass.
+        head: d → V; a plain `nn.Linear` is fused, any other module is called tile by tile, and
+            once more in the backward pass.
         targets: (n,) int64 in [0, V).
         coefficients: (n,) floating.
         softcap: logits become softcap · tanh(logits / softcap), after the scale.
@@ -58,7 +63,7 @@ def weighted_head_loss(
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))  # as autocast does for `nn.Linear`
-    with torch.autocast(device, enabled=False):  # else it would convert the float32 sums as well
+    with torch.autocast(device, enabled=False):  # the float32 sums must stay float32
         total: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, targets, coefficients, softcap, logit_scale
         )
@@ -85,16 +90,15 @@ def head_losses(
     with torch.no_grad():
         if _is_plain(head):
             bias = None if head.bias is None else head.bias.detach()
-            plain = Head(head.weight.detach().to(hidden.dtype), bias, logit_scale, softcap)
-            return target_values(hidden.detach(), plain, targets)[0]
-        rows = rows_of_a_tile(getattr(head, "weight", None))
-        tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
+            layer = Head(head.weight.detach().to(hidden.dtype), bias, logit_scale, softcap)
+            return target_values(hidden.detach(), layer, targets)[0]
+        tiles = _tiles(head, hidden, targets)
         parts = [_called_losses(h, head, t, softcap, logit_scale).float() for h, t in tiles]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Σ coefficient · loss; its gradients are made in the forward pass and handed out later."""
+    """Σ coefficient · loss, whose forward pass makes the gradients that backward returns."""
 
     @staticmethod
     def forward(
@@ -107,28 +111,41 @@ class _FusedLoss(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
     ) -> Tensor:
-        head = Head(weight.to(hidden.dtype), bias, logit_scale, softcap)
-        needs = ctx.needs_input_grad[:3]
-        losses, ctx.gradients = losses_and_gradients(hidden, head, targets, coefficients, needs)
-        ctx.save_for_backward(hidden, weight, bias, targets, coefficients, losses)
         ctx.logit_options = logit_scale, softcap
+        inputs = hidden, weight, bias, targets, coefficients
+        losses, ctx.gradients = _run_tiles(ctx, *inputs)
+        ctx.save_for_backward(*inputs, losses)
         return (losses * coefficients).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = gradients
-        hidden, weight, bias, targets, coefficients, losses = ctx.saved_tensors
-        # The gradients are given away: they are scaled in place, and nobody else holds them.
+        *inputs, losses = ctx.saved_tensors
+        # `ctx` lets go of the gradients, so that nobody else has them and they can be scaled in
+        # place. A second backward pass, under retain_graph=True, has to make them again.
         parts, ctx.gradients = ctx.gradients, None
-        if parts is None:  # a second backward pass, under retain_graph=True: made again
-            head = Head(weight.to(hidden.dtype), bias, *ctx.logit_options)
-            needs = ctx.needs_input_grad[:3]
-            _, parts = losses_and_gradients(hidden, head, targets, coefficients, needs)
-        if not factor.is_cpu or factor != 1:  # on a GPU a look at the factor would wait for it
+        if parts is None:
+            _, parts = _run_tiles(ctx, *inputs)
+        # A factor of 1 needs no pass over the gradients. On a GPU the host would have to wait for
+        # the factor to compare it.
+        if not factor.is_cpu or factor != 1:
             parts = [None if part is None else part.mul_(factor.to(part.dtype)) for part in parts]
         d_coefficients = losses * factor if ctx.needs_input_grad[4] else None
         return *parts, None, d_coefficients, None, None
+
+
+def _run_tiles(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    coefficients: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The losses of rows, and the gradients that autograd asks of `ctx`."""
+    head = Head(weight.to(hidden.dtype), bias, *ctx.logit_options)
+    return losses_and_gradients(hidden, head, targets, coefficients, ctx.needs_input_grad[:3])
 
 
 def _called_loss(
@@ -139,23 +156,28 @@ def _called_loss(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """The same with a head that must be called: a tile's logits are made again for its gradient."""
+    """The same loss with a head that must be called; a tile's gradient makes its logits again."""
 
     def part(hidden: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
         losses = _called_losses(hidden, head, targets, softcap, logit_scale)
         return (losses * coefficients.to(losses)).sum()
 
-    rows = rows_of_a_tile(getattr(head, "weight", None))
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for tile in zip(hidden.split(rows), targets.split(rows), coefficients.split(rows), strict=True):
+    for tile in _tiles(head, hidden, targets, coefficients):
         total = total + checkpoint(part, *tile, use_reentrant=False)
     return total
+
+
+def _tiles(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of all tensors, as many at a time as a tile of the head's logits has."""
+    rows = rows_of_a_tile(getattr(head, "weight", None))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _called_losses(
     hidden: Tensor, head: nn.Module, targets: Tensor, softcap: float | None, logit_scale: float
 ) -> Tensor:
-    """The losses of a tile's rows, which autograd can differentiate: nothing is done in place."""
+    """The losses of a tile's rows; nothing is changed in place, so that autograd can follow."""
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
@@ -164,7 +186,7 @@ def _called_losses(
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether reading the weight is the same as calling the head."""
+    """Whether hidden · weightᵀ + bias is all that calling the head does."""
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         return False
     return not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)

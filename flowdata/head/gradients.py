@@ -24,16 +24,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowdata.head.output_layer import Head, finish_logits
+from flowdata.head.output_layer import Head, finish_logits, softcap_slopes
 
-# Logits in a tile: 128 MiB in float32, which are 128 rows at a vocabulary of 256k. It bounds the
+# Logits in a tile: 128 MiB in float32, which are 128 rows at a vocabulary of 256k. They bound the
 # memory that training needs beside the gradients.
 _LOGITS_OF_A_TILE = 1 << 25
-# Rows in a tile at least, whatever the vocabulary: each tile reads and writes the weight's whole
-# gradient once, which has to be worth it.
+# The fewest rows of a tile, whatever the vocabulary. Each tile reads and writes the weight's whole
+# gradient once, which takes too much of the time if it has few rows.
 _FEWEST_ROWS = 64
-# Classes of the weight's gradient whose low-precision product is held at a time until it is added
-# in float32: 32 MiB in bfloat16 at a width of 2,048.
+# Classes of the weight's gradient that are made in low precision, and added up in float32, at a
+# time: 32 MiB in bfloat16 at a width of 2,048.
 _CLASSES_AT_ONCE = 8192
 
 
@@ -56,8 +56,8 @@ def losses_and_gradients(
     exact = torch.promote_types(hidden.dtype, torch.float32)
     gradients = _Gradients.begin(hidden, head, needs, exact)
     losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
-    # Two buffers serve all tiles: products in the inputs' dtype, and their values in float32. They
-    # are one where the inputs are float32 themselves.
+    # Two buffers serve all tiles: one for products, in the inputs' dtype, and one for their float32
+    # values. Where the inputs are float32 themselves, one buffer is both.
     count = min(len(hidden), rows_of_a_tile(head.weight))
     products = hidden.new_empty(count, len(head.weight))
     values = products if hidden.dtype == exact else torch.empty_like(products, dtype=exact)
@@ -68,14 +68,14 @@ def losses_and_gradients(
         torch.mm(hidden[rows], head.weight.t(), out=product)
         _copy(product, value)
         finish_logits(value, head.bias, head.scale, head.softcap)
-        capped = None if head.softcap is None else _softcap_slopes(value, head.softcap)
+        cap_slopes = None if head.softcap is None else softcap_slopes(value, head.softcap)
         losses[rows], sums = _losses_in_place(value, target)
         if any(needs):
             # The slope of coefficient · loss in a product is, with factor = coefficient · scale,
             # factor · (softmax − onehot(target)), times the slope of the softcap.
             value.mul_(factors / sums).scatter_add_(1, target, -factors)
-            if capped is not None:
-                value.mul_(capped)
+            if cap_slopes is not None:
+                value.mul_(cap_slopes)
             _copy(value, product)
             gradients.add(rows, product, value, hidden[rows], head.weight)
     return losses, [gradients.hidden, gradients.weight, gradients.bias]
@@ -84,22 +84,17 @@ def losses_and_gradients(
 def _losses_in_place(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The losses of a tile's rows, (rows,), and Σ exp(z − top), (rows, 1).
 
-    The logits z become exp(z − top), with the largest logit of each row taken off so that nothing
-    overflows. A loss is log Σ exp(z − top) + top − the target's z.
+    The logits z become exp(z − top) in place. The largest logit of each row, top, is subtracted so
+    that nothing overflows. A loss is log Σ exp(z − top) + top − the target's z.
     """
     top, target_logits = logits.amax(1, keepdim=True), logits.gather(1, target)
     sums = logits.sub_(top).exp_().sum(1, keepdim=True)
     return (sums.log() + (top - target_logits)).squeeze(1), sums
 
 
-def _softcap_slopes(logits: Tensor, softcap: float) -> Tensor:
-    """The derivative of z → softcap · tanh(z / softcap), by its value: 1 − (value / softcap)²."""
-    return (logits / softcap).square_().neg_().add_(1)
-
-
 @dataclass
 class _Gradients:
-    """The gradients of Σ coefficient · loss over the tiles so far; None where not needed.
+    """The gradients of Σ coefficient · loss, summed over the tiles so far; None if not needed.
 
     Attributes:
         hidden: (n, d) in the dtype of the hidden states: a row's gradient comes from one tile.
@@ -129,10 +124,10 @@ class _Gradients:
         """Add a tile's part.
 
         Args:
-            rows: which rows the tile has.
-            product: its slopes in the inputs' dtype, for matrix products.
-            value: its slopes in float32, for the bias.
-            hidden: its rows' hidden states.
+            rows: the tile's rows.
+            product: the tile's slopes in the inputs' dtype, for matrix products.
+            value: the same slopes in float32, for the bias.
+            hidden: the hidden states of the tile's rows.
             weight: the head's weight.
         """
         if self.hidden is not None:
@@ -156,13 +151,13 @@ def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
 
 
 def _copy(source: Tensor, destination: Tensor) -> None:
-    """Copy a tile between the two buffers; where they are one, it is there already."""
+    """Copy a tile from one buffer to the other, unless the two are the same memory."""
     if source.dtype != destination.dtype:
         destination.copy_(source)
 
 
 def rows_of_a_tile(weight: Tensor | None) -> int:
-    """Return how many rows a tile has; the fewest where no (V, d) weight tells the vocabulary."""
+    """Return how many rows a tile has: the fewest if there is no (V, d) weight to tell V."""
     if weight is None or weight.dim() != 2:
         return _FEWEST_ROWS
     return max(_FEWEST_ROWS, _LOGITS_OF_A_TILE // len(weight))

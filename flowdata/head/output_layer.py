@@ -1,4 +1,4 @@
-"""A language model's output layer: its weight, and what the model does to its logits."""
+"""A language model's output layer: its weight, and how its logits are scaled and capped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Head:
-    """A linear output layer and what the model does to its logits.
+    """A linear output layer, and the scale, softcap and kernel of its logits.
 
     logits = softcap · tanh((hidden · weightᵀ + bias) · scale / softcap), without the tanh where
     `softcap` is None.
@@ -21,8 +21,8 @@ class Head:
         bias: (V,) floating, or None.
         scale: factor on the logits, positive.
         softcap: their bound, or None.
-        kernel: how tiles are added up: ``"eager"``, ``"compiled"`` (one fused pass, after some
-            seconds of compiling), or ``"triton"`` (logits stay on the chip; CUDA only).
+        kernel: how the logits are summed up: ``"eager"``, ``"compiled"`` (one fused pass, after
+            some seconds of compiling), or ``"triton"`` (logits stay on the chip; CUDA only).
     """
 
     weight: Tensor
@@ -33,13 +33,13 @@ class Head:
 
 
 def read_head(module: nn.Module | None, config: Any) -> Head | None:
-    """Return the head that a module and a Hugging Face configuration describe, None if none.
+    """Return the head that a module and a Hugging Face configuration describe, or None.
 
-    Only a plain `nn.Linear` with a dense weight can be read: adapters, quantised and sharded layers
-    must be called, because their products are not those of their weight. So must a layer whose
-    scale is negative, which would turn the −inf that marks a target's product (tiles.py) into +inf.
-    What a model does to its logits beyond the configuration shows only when losses are compared
-    with the model's own, as flowdata/scoring/check.py does.
+    Only a plain `nn.Linear` with a dense weight can be read. Adapters, quantised and sharded layers
+    must be called, because their products are not those of their weight. A layer whose scale is
+    negative must be called as well: the scale would turn the −inf that marks a target's product
+    (tiles.py) into +inf. Some models change their logits in ways that the configuration does not
+    tell; flowdata/scoring/check.py finds those, by comparing losses with the model's own.
     """
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return None
@@ -57,14 +57,15 @@ def read_head(module: nn.Module | None, config: Any) -> Head | None:
 
 
 def kernels(head: Head, *, compiled: bool) -> list[tuple[str, Head]]:
-    """Return the kernels that can run a head where its weight is, named, fastest first.
+    """Return the kernels that can run a head on its weight's device, the fastest first.
 
     Args:
         head: the head, with the eager kernel.
         compiled: whether the model's layers are compiled, so that the head may be compiled too.
 
     Returns:
-        What each kernel is called in a sentence, and the head with that kernel; eager comes last.
+        The name of each kernel, to stand in a sentence, and the head with that kernel. The eager
+        one comes last.
     """
     choices = [("a tiled head", head)]
     if head.weight.is_cuda and find_spec("triton") is not None:
@@ -91,7 +92,7 @@ def logit_options(config: Any) -> tuple[float, float | None]:
 def finish_logits(
     logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """Return what a model makes of products, in place: plus bias, times scale, then the softcap.
+    """Turn products into logits in place, and return them: add the bias, scale, then softcap.
 
     Args:
         logits: (n, V) or (n,) float32 or float64 products, which are written over.
@@ -106,3 +107,15 @@ def finish_logits(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
+
+
+def softcap_slopes(logits: Tensor, softcap: float) -> Tensor:
+    """Return the derivative of z → softcap · tanh(z / softcap), from its values.
+
+    The derivative of tanh is 1 − tanh², and tanh(z / softcap) is the capped logit over the softcap.
+
+    Args:
+        logits: of any shape, after the softcap.
+        softcap: their bound.
+    """
+    return (logits / softcap).square_().neg_().add_(1)

@@ -1,4 +1,4 @@
-"""What the logits of all classes but the target add up to, and how two such sums become one."""
+"""Sums over the logits of all classes but the target, and how those of several parts become one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Stands for a logit of −inf: below every logit, and finite, so that a weight of 0 times it is 0
-# and not NaN. Its square, which the sums take as well, is still within float32.
+# The stand-in for a logit of −inf. It lies below every logit and is finite, so that 0 times it is 0
+# and not NaN. Its square, which the sums need as well, is still within float32.
 LOWEST = -1e15
 
 

@@ -1,7 +1,7 @@
-"""Losses of target tokens from hidden states, tile by tile, so that no logits are ever held.
+"""Losses of target tokens from hidden states, tile by tile: the logits never exist as a whole.
 
-tiles.py makes the tiles, or triton.py does without them. Each is folded into a few sums for every
-row, and the loss and the columns are made of those sums at the end.
+Each tile of logits (tiles.py) is folded into a few sums for every row, and the loss and the further
+columns are made of these sums at the end. On a GPU triton.py makes the sums without tiles.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdata.head.output_layer import Head, finish_logits
+from flowdata.head.output_layer import Head, finish_logits, softcap_slopes
 from flowdata.head.tally import LOWEST, Tally, merge
 from flowdata.head.tiles import tile_size, tiles
 from flowdata.models.compiled import one_pass
@@ -23,10 +23,10 @@ def target_values(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of every row's target and further columns, computed tile by tile.
 
-    The loss is log(1 + Σ exp(z − target's z)) over all other classes, added up in float32, and
-    the target's own logit is a float32 dot product: a confident prediction's small loss keeps its
-    relative accuracy, where the usual difference of two large numbers, one of them rounded, loses
-    it.
+    The loss is log(1 + Σ exp(z − target's z)), where the sum is over all other classes, in float32,
+    and the target's logit is a float32 dot product. The small loss of a confident prediction thus
+    keeps its relative accuracy. The usual difference of log-sum-exp and target logit loses it: both
+    are large, and one is rounded to the model's dtype.
 
     Args:
         hidden: (n, d) floating.
@@ -57,36 +57,39 @@ def _values(
 ) -> dict[str, Tensor]:
     """The loss and the columns of the rows of one matrix product, by name."""
     target_logits = _target_logits(hidden, head, targets)
-    on_host = hidden.device.type == "cpu"  # elsewhere a look at the odds would wait for them
-    if not columns and head.kernel != "triton" and on_host:
+    # A GPU takes the tally at once: the host would have to wait for the odds to see them finite.
+    on_cpu = hidden.device.type == "cpu"
+    if not columns and head.kernel != "triton" and on_cpu:
         odds = _odds(hidden, head, targets, target_logits)
         if odds.isfinite().all():
             return {"loss": odds.log1p()}
     tally = _tally(hidden, head, targets, columns=bool(columns))
-    # All other classes together are one class with this logit above the target's.
+    # All other classes together count like one class whose logit is this far above the target's.
     gap = tally.top + tally.total.log() - target_logits
     values = {"loss": F.softplus(gap)}
-    others = gap.sigmoid()  # 1 − p(target)
+    rest = gap.sigmoid()  # the probability of all other classes together, 1 − p(target)
     if "entropy" in columns:
-        # The entropy of the distribution over the other classes, given that one of them comes.
-        within = tally.total.log() - tally.first / tally.total
+        # The chain rule of entropy: first whether the target comes or another class, and then, if
+        # another one, which of them.
+        entropy_of_rest = tally.total.log() - tally.first / tally.total
         values["entropy"] = (
-            torch.special.entr(others) + (-gap).sigmoid() * values["loss"] + others * within
+            torch.special.entr(rest) + (-gap).sigmoid() * values["loss"] + rest * entropy_of_rest
         )
     if "correct" in columns:
         values["correct"] = (target_logits > tally.top).float()
     if "gradient_norm" in columns:
-        # ‖(p − onehot) · slope‖: an other class has p = (1 − p(target)) · exp(z − top) / total,
-        # and the target 1 − p(target), so that this factor stands before the root.
+        # The gradient in the logits is (p − onehot) · slope. At the target this is −(1 − p(target))
+        # · slope, at another class (1 − p(target)) · exp(z − top) / total · slope. Both have the
+        # factor 1 − p(target), which is therefore a factor of the norm.
         slope = _slope(target_logits, head.softcap)
-        norm = (tally.squares / tally.total.square() + slope * slope).sqrt() * others
+        norm = (tally.squares / tally.total.square() + slope * slope).sqrt() * rest
         values["gradient_norm"] = norm * head.scale * hidden.float().norm(dim=1)
     return values
 
 
 def _target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    # In float32, not read off the low-precision products: the loss is a small difference of two
-    # large logits, and this one's rounding error would stand in it whole.
+    # These dot products are made anew in float32. In the low-precision ones a target's logit is
+    # rounded, and the loss, a small difference of large logits, would have all of that error.
     dots = (hidden.float() * head.weight[targets].float()).sum(1)
     bias = None if head.bias is None else head.bias[targets]
     return finish_logits(dots, bias, head.scale, head.softcap)
@@ -95,9 +98,9 @@ def _target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 def _odds(hidden: Tensor, head: Head, targets: Tensor, target_logits: Tensor) -> Tensor:
     """Return (1 − p) / p of every target: Σ exp(z − z of the target) over all other classes.
 
-    The target's logit takes the place of the running maximum of `_add_tally`, which spares a pass
-    over each tile. The sum overflows float32 only beyond a loss of 88 nats; the caller then
-    falls back on the tally.
+    `_add_tally` subtracts the running maximum from the logits; here the target's logit takes its
+    place, which spares a pass over each tile. The sum overflows float32 only where a loss is above
+    88 nats; the caller then falls back on the tally.
     """
     odds = torch.zeros_like(target_logits)
     for rows, products, bias, buffer in tiles(hidden, head, targets):
@@ -114,13 +117,13 @@ def _add_odds(
     softcap: float | None,
     target_logits: Tensor,
 ) -> Tensor:
-    """What a tile adds to the odds of its rows."""
+    """A tile's share of the odds of its rows."""
     logits = _logits(products, buffer, bias, scale, softcap)
     return logits.sub_(target_logits[:, None]).exp_().sum(1)
 
 
 def _tally(hidden: Tensor, head: Head, targets: Tensor, *, columns: bool) -> Tally:
-    """The sums over all classes but the targets; without `columns` the last two may be 0."""
+    """The sums over all classes but the targets; the last two may be 0 if `columns` is False."""
     if head.kernel == "triton":
         from flowdata.head.triton import partial_sums
 
@@ -146,7 +149,7 @@ def _add_tally(
     softcap: float | None,
     tally: Tally,
 ) -> Tally:
-    """The tally of rows once a tile is added to it."""
+    """The tally of rows after a tile, from the tally before it."""
     # The online log-sum-exp (Milakov and Gimelshein, 2018): with m the largest logit so far and
     # m' that after this tile, Σ exp(z − m') = exp(m − m') · Σ exp(z − m) + this tile's share.
     # The other two sums follow by the same shift of their exponents.
@@ -182,5 +185,5 @@ def _logits(
 
 
 def _slope(logits: Tensor, softcap: float | None) -> Tensor | float:
-    """The derivative of z → softcap · tanh(z / softcap), by its value: 1 − (value / softcap)²."""
-    return 1.0 if softcap is None else 1 - (logits / softcap).square()
+    """The derivative of the logits in what they are without the softcap: 1 if there is none."""
+    return 1.0 if softcap is None else softcap_slopes(logits, softcap)

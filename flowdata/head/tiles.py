@@ -1,6 +1,6 @@
 """Tiles: products of hidden states with slices of the vocabulary, in memory that is used again.
 
-One matrix product takes all rows and one slice of the vocabulary. What it gives is read in tiles::
+One matrix product takes all rows and one slice of the vocabulary. Its result is read in tiles::
 
                    vocabulary, in slices →
                  ┌────────────┬────────────┬────────┐
@@ -8,7 +8,7 @@ One matrix product takes all rows and one slice of the vocabulary. What it gives
                  ├ ─ ─ ─ ─ ─ ─┤            │        │    buffer: float32, one tile
                  │ tile       │ next slice │   …    │
                  ├ ─ ─ ─ ─ ─ ─┤            │        │    both are written over and over, so that
-                 │ tile       │            │        │    memory doesn't grow with the vocabulary
+                 │ tile       │            │        │    memory does not grow with the vocabulary
                  └────────────┴────────────┴────────┘
 """
 
@@ -31,9 +31,9 @@ class Tile(NamedTuple):
     """The products of some rows with one slice of the vocabulary.
 
     Attributes:
-        rows: which rows.
+        rows: the tile's rows among all.
         products: (rows, classes) hidden · weightᵀ, −inf at a row's own target.
-        bias: (classes,) the slice's part of the bias, or None.
+        bias: (classes,) the bias of the slice, or None.
         buffer: flat float32 memory for the tile's logits; None where a compiled pass needs none.
     """
 
@@ -46,11 +46,11 @@ class Tile(NamedTuple):
 def tile_size(hidden: Tensor) -> tuple[int, int]:
     """Return how many rows and classes one matrix product has at most.
 
-    On a CPU the results are 4 MiB in bfloat16: large enough for a product to run at its full rate,
-    small enough for the last-level cache (chosen on two cores of an Intel Xeon with AMX). On a GPU
-    they are 128 MiB in float32. There the tiles are for where Triton is missing: at 8,192 rows
-    and 128k classes an H200 takes 5 times as long for them as for the product alone, and 1.15
-    times as long for the Triton kernel.
+    On a CPU the result is 4 MiB in bfloat16: large enough for a product to run at its full rate,
+    small enough for the last-level cache (measured on two cores of an Intel Xeon with AMX). On a
+    GPU it is 128 MiB in float32. A GPU uses tiles only where Triton is missing: at 8,192 rows and
+    128k classes an H200 takes 5 times as long for them as for the product alone, and 1.15 times as
+    long for the Triton kernel.
     """
     return (4096, 8192) if hidden.is_cuda else (1024, 2048)
 
@@ -58,9 +58,9 @@ def tile_size(hidden: Tensor) -> tuple[int, int]:
 def tiles(hidden: Tensor, head: Head, targets: Tensor) -> Iterator[Tile]:
     """Yield the tiles of all classes but each row's target, slice after slice.
 
-    A tile is valid until the next one is asked for. A compiled pass reads a tile once, so it gets
-    all rows together. An eager one makes several passes over its buffer, so its tiles are small
-    enough to stay in a core's cache.
+    The next tile overwrites the one before. A compiled pass reads a tile once, so its tiles have
+    all rows. An eager one makes several passes over its buffer, so its tiles are small enough to
+    stay in a core's cache.
 
     Args:
         hidden: (n, d) floating, at most the rows of `tile_size`.
@@ -91,8 +91,9 @@ def _rows_of_a_tile(hidden: Tensor, head: Head) -> int:
 def _rule_out(products: Tensor, targets: Tensor) -> None:
     """Set the product of each row with its target to −inf, where the slice has the target.
 
-    The sums are over the other classes. Every row writes one value, if only the one that it has:
-    to select the rows whose targets lie in the slice, the host would have to wait for the device.
+    The sums are over the other classes, and exp(−inf) adds nothing to them. A row whose target lies
+    in another slice writes back a value that it already has. To leave such rows out, the host would
+    have to wait for the device to learn which they are.
     """
     inside = (targets >= 0) & (targets < products.shape[1])
     rows = torch.arange(len(products), device=products.device)
@@ -101,7 +102,7 @@ def _rule_out(products: Tensor, targets: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of products: a GPU writes those of low precision in float32, a CPU can't."""
+    """The dtype of products: a GPU can write float32 products of bfloat16 inputs, a CPU can't."""
     return torch.float32 if hidden.is_cuda else hidden.dtype
 
 

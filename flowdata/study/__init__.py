@@ -1,10 +1,10 @@
-"""What would my model forget? Methods × rates × seeds on a model and data of yours.
+"""What would my model forget? Methods × rates × seeds on your own model and data.
 
     import copy
     from pathlib import Path
     from flowdata import study
 
-    def run(name, rate, seed):                                    # one fine-tuning, measured
+    def run(name, rate, seed):                                    # fine-tune once, and measure
         method, model = study.METHODS[name], copy.deepcopy(pretrained)
         weights = study.sample_weights(method, scores)            # scores: LossScorer(...).score
         study.fine_tune(model, train, weights, method, rate=rate, seed=seed, epochs=5, batch=32)
@@ -15,16 +15,21 @@
         }
 
     methods = study.grids(["standard", "FLOW", "l2"], [0.01, 0.03, 0.1])
-    options = {"study": "mine", "target": "new images"}           # all that a run depends on
+    options = {"study": "mine", "target": "new images"}           # what else a run depends on
     file = Path("runs/mine.jsonl")
     records = study.run_study(file, options, run, methods=methods, seeds=range(3))
     print(study.report(options, records))                         # a Markdown page
     file.with_suffix(".png").write_bytes(study.draw_picture(records))
 
 `run_study` appends each finished run to the file, so a study that was stopped goes on where it was.
-`HeadTask` is the whole `run` for a task that gets a head of its own, and a `Method` of your own
-works beside those of `METHODS`. examples/measure_forgetting.py is a whole script. Pages need scipy,
-pictures matplotlib, LoRA peft: ``pip install "flowdata-torch[study]"``.
+`HeadTask` brings the whole `run` for a task that gets a head of its own, and a `Method` of your own
+works beside those of `METHODS`. examples/measure_forgetting.py is a complete script. Pages need
+scipy, pictures matplotlib, and LoRA peft: ``pip install "flowdata-torch[study]"``.
+
+- methods.py names the methods; parts.py has what they do beside weighing samples.
+- training.py is the loop of all methods, classify.py fine-tunes a classifier with it.
+- recipe.py and head_task.py are for a task with a head of its own.
+- runs.py runs a study and chooses the learning rates; table.py and picture.py show it.
 """
 
 from flowdata.study.classify import accuracy, fine_tune, sample_weights

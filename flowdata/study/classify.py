@@ -40,14 +40,14 @@ def fine_tune(
     Args:
         model: inputs (B, …) → logits (B, C).
         data: map-style, samples (input, class).
-        weights: (N,), of the samples, see `sample_weights`.
-        method: how the weights are used, and what else is done.
-        rate: the highest learning rate.
-        seed: of the order, and of what the method's parts draw.
-        epochs: passes over the data.
-        batch: samples in one; what is left over at the end of an epoch is dropped.
-        dtype: of the forward pass: ``"float32"``, or ``"bfloat16"`` under autocast.
-        workers: processes that load samples.
+        weights: (N,) weights of the samples, see `sample_weights`.
+        method: tells how the weights are used, and brings the parts that act beside them.
+        rate: the highest learning rate of the schedule.
+        seed: makes the order, and the random draws of the method's parts.
+        epochs: number of passes over the data.
+        batch: number of samples in a batch; an epoch's last samples are dropped if they fill none.
+        dtype: the forward pass's, ``"float32"``, or ``"bfloat16"`` under autocast.
+        workers: number of processes that load samples.
 
     Raises:
         ValueError: the method's weights are for tokens, which a classifier doesn't have.
@@ -59,11 +59,12 @@ def fine_tune(
     loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)
     if method.resample:
         batches = loader(data, sampler=FlowSampler(weights, seed=seed))
-        # Resampling is Σwℓ / Σw, weighting Σwℓ / N, whose steps are smaller by the mean weight.
+        # Resampling minimises Σwℓ / Σw, weighting Σwℓ / N. The latter's steps are smaller by the
+        # mean weight, so the former's rate is multiplied by it: one rate then means the same.
         rate *= weights.mean().item()
     else:
-        weighted = FlowWeightedDataset(data, weights, layout="triple")
-        batches = loader(weighted, shuffle=True)
+        triples = FlowWeightedDataset(data, weights, layout="triple")
+        batches = loader(triples, shuffle=True)
 
     def loss(batch: list[Tensor]) -> Tensor:
         inputs, targets, *weight = (part.to(device, non_blocking=True) for part in batch)

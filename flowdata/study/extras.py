@@ -10,11 +10,11 @@ def load_extra(module: str, purpose: str) -> Any:
     """Return a module of the extra `study`.
 
     Args:
-        module: its full name.
-        purpose: what needs it, in the plural, for the message.
+        module: the module's full name.
+        purpose: the things that need it, in the plural, for the message.
 
     Raises:
-        ImportError: its package is not installed; the message names the extra.
+        ImportError: the module's package is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)

@@ -1,7 +1,7 @@
 """A task with a head of its own, as the runs of a study: the recipe, by any method.
 
-All methods get the recipe's last step, the head fitted once more on the fine-tuned body, so that
-none has an advantage by it. See `flowdata.study.recipe`.
+The recipe's last step fits the head once more on the fine-tuned body (`flowdata.study.recipe`).
+Every method that trains gets this step, so that none has an advantage by it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PROBE_STRENGTH = 1e-3
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured in a run, and in which precision.
+    """The numbers of images that a run trains on and measures, and its precision.
 
     Attributes:
-        images: of the new task that are trained on.
-        epochs: passes over them.
-        batch: images in one.
-        validation: images of the new task that the learning rate is chosen by.
-        test: images of each task that are measured.
+        images: number of the new task's images to train on.
+        epochs: number of passes over them.
+        batch: number of images in a batch.
+        validation: number of the new task's images that the learning rate is chosen by.
+        test: number of each task's test images.
         dtype: ``"float32"`` or ``"bfloat16"``.
     """
 
@@ -50,10 +50,10 @@ class Split(NamedTuple):
     """A task's data sets, map-style, with samples (input, class).
 
     Attributes:
-        train: what is trained on.
+        train: the samples to fine-tune on.
         scored: the same samples without augmentation, for losses and heads.
-        validation: what the learning rate is chosen by.
-        test: what is measured.
+        validation: the samples that the learning rate is chosen by.
+        test: the samples that accuracy is measured on.
     """
 
     train: Any
@@ -68,13 +68,13 @@ class HeadTask:
     Args:
         old: body, (B, …) → (B, D), and the head it was trained with, an `nn.Linear`.
         old_test: samples (input, class) of the old task.
-        old_name: the old task's, for the records.
-        classes: of the new task.
+        old_name: the old task's name, for the records.
+        classes: number of the new task's classes.
         split: seed → the new task's data.
-        sizes: see there.
-        workers: processes that load samples; 0 for data in memory.
-        methods: by the names that `run` takes.
-        columns: what methods need of the scores beside the losses, see `LossScorer`.
+        sizes: see `Sizes`.
+        workers: number of processes that load samples; 0 suits data in memory.
+        methods: methods by the names that `run` takes.
+        columns: columns of the scores that methods need beside the losses, see `LossScorer`.
 
     Raises:
         TypeError: the old head is no `nn.Linear`.
@@ -100,7 +100,7 @@ class HeadTask:
         self.old, self.old_test, self.old_name = old, old_test, old_name
         self.split, self.sizes, self.workers = split, sizes, workers
         self.methods, self.columns = methods, columns
-        self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share it
+        self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share one beginning
 
     def _begin(self, seed: int) -> tuple[Split, Beginning]:
         split = self.split(seed)
@@ -119,8 +119,8 @@ class HeadTask:
         """Fine-tune by a method and measure accuracy, in %, on both tasks."""
         (split, beginning), method = self.begin(seed), self.methods[name]
         network = copy.deepcopy(beginning.network)
-        # The memory layout that convolutions are fastest in; a method that doesn't train is
-        # measured in it as well, so that all round alike.
+        # Convolutions are fastest in this memory layout. It changes how they round, so a method
+        # that doesn't train is measured in it as well.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = sample_weights(method, beginning.scores)
         if method.trains:
@@ -160,7 +160,7 @@ class HeadTask:
             dtype=sizes.dtype,
             workers=self.workers,
         )
-        if _is_finite(network):  # where training diverged there is nothing to fit a head to
+        if _is_finite(network):  # a body that diverged has no features to fit a head to
             fit_new_head(
                 network,
                 split.scored,

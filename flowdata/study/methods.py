@@ -1,4 +1,4 @@
-"""The methods of the field, by name, and the learning rates to try them at."""
+"""The methods of the field, by name, and their grids of learning rates."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def flow(scores: Scores, temperature: str = "median", column: str = "loss") -> T
 
 
 def dro(scores: Scores) -> Tensor:
-    """Return exp(+loss / temperature) over its mean, (N,), as unequal as FLOW's weights are.
+    """Return distributionally robust weights, exp(+loss / temperature) over their mean, (N,).
 
-    The temperature is the one that gives FLOW's effective sample size: under FLOW's own the
-    hardest sample alone would outweigh all the others.
+    They prefer hard samples, as FLOW prefers easy ones. The temperature is the one at which their
+    effective sample size is that of FLOW's weights. At FLOW's own temperature the hardest sample
+    would outweigh all the others together.
     """
     share = effective_sample_size(scores.weights()) / len(scores)
-    from_top = scores.losses.max() - scores.losses
-    return flow_weights(from_top, temperature=f"ess{share:.9f}", normalize="mean")
+    # exp(loss / τ) is exp(−(top − loss) / τ) times a constant, which the mean takes out again.
+    distances_to_top = scores.losses.max() - scores.losses
+    return flow_weights(distances_to_top, temperature=f"ess{share:.9f}", normalize="mean")
 
 
 _COMPANIONS: dict[str, tuple[Part, ...]] = {
@@ -66,7 +68,7 @@ def grids(
     A method that doesn't train has a single rate of 0.
 
     Raises:
-        ValueError: there is no method of a name.
+        ValueError: a name is no method's.
 
     Example:
         >>> grids(["linear probe", "FLOW"], [0.01, 0.03])

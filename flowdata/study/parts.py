@@ -1,4 +1,4 @@
-"""The parts of methods: what changes the training beside the weights."""
+"""The parts of methods: what they change in the training beside the weights."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ def lora(rank: int) -> Part:
         peft = load_extra("peft", "rows with LoRA")
         kinds = nn.Linear | nn.Conv2d
         layers = [re.escape(n) for n, m in model.named_modules() if isinstance(m, kinds)]
-        # "all-linear" leaves a language model's head out; peft only takes it for models of
-        # transformers, so all others are told the names of their layers.
+        # "all-linear" leaves a language model's head out. peft takes the word for models of
+        # transformers only; for other models it needs the names of the layers.
         targets = "all-linear" if hasattr(model, "config") else "|".join(layers)
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        adapted = peft.get_peft_model(model, config)
+        trainable_parameters = [p for p in model.parameters() if p.requires_grad]
+        model_with_adapters = peft.get_peft_model(model, config)
         yield Hooks()
-        adapted.merge_and_unload()
-        for parameter in trainable:  # peft froze them
+        model_with_adapters.merge_and_unload()
+        for parameter in trainable_parameters:  # peft froze them
             parameter.requires_grad_(True)
 
     return part
 
 
 def mofo(share: float) -> Part:
-    """Return momentum-filtered updates: of each parameter the entries of largest momentum move.
+    """Return momentum-filtered updates: only a parameter's entries of largest momentum move.
 
     Source: MoFO, arXiv:2407.20999 (there with Adam, whose first moment is the momentum).
 
     Args:
-        share: of a parameter's entries that move, at least one of them.
+        share: share of a parameter's entries that move; at least one of them does.
     """
 
     @contextmanager
@@ -82,8 +82,8 @@ def mofo(share: float) -> Part:
                 if p.grad is not None:
                     before[p] = p.detach().clone()
 
-        # The optimiser updates its momentum and the parameters in one step, so which entries may
-        # move is known only afterwards: the others are put back.
+        # The optimiser updates momentum and parameters in one step, so the entries that may move
+        # are known only after it. The others are put back.
         @torch.no_grad()
         def put_back(step: int, optimizer: Optimizer) -> None:
             for p, old in before.items():
@@ -102,7 +102,7 @@ def mofo(share: float) -> Part:
 def hft(rounds: int) -> Part:
     """Return half fine-tuning: each round trains a random half of the parameter blocks.
 
-    A block is what one layer owns. Source: HFT, arXiv:2404.18466.
+    A block has the parameters of one layer. Source: HFT, arXiv:2404.18466.
     """
 
     @contextmanager
@@ -110,12 +110,13 @@ def hft(rounds: int) -> Part:
         blocks = _blocks(model)
 
         def freeze(step: int, optimizer: Optimizer) -> None:
-            # A round's half depends on seed and round alone, so all steps of a round agree on it.
+            # The half depends on seed and round alone, so that it is the same in all steps of a
+            # round.
             generator = torch.Generator().manual_seed(seed * rounds + step * rounds // steps)
             order = torch.randperm(len(blocks), generator=generator)
             for index in order[: len(blocks) // 2].tolist():
                 for p in blocks[index]:
-                    p.grad = None  # the optimiser leaves it alone, momentum and decay included
+                    p.grad = None  # the optimiser then skips it, momentum and decay included
 
         yield Hooks(before_step=freeze)
 
@@ -125,23 +126,24 @@ def hft(rounds: int) -> Part:
 def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of each layer that has any; a tied one belongs to its first layer."""
     blocks: list[list[nn.Parameter]] = []
-    earlier: set[nn.Parameter] = set()
+    earlier_parameters: set[nn.Parameter] = set()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))
-        blocks.append([p for p in parameters if p not in earlier])
-        earlier.update(parameters)
+        blocks.append([p for p in parameters if p not in earlier_parameters])
+        earlier_parameters.update(parameters)
     return [block for block in blocks if block]
 
 
 @contextmanager
 def averaging(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
-    """End with the mean of the weights along the way, the start included."""
+    """End with the mean of the weights after each step and those of the start."""
     mean = {n: v.detach().clone() for n, v in model.state_dict().items() if v.is_floating_point()}
 
     def add(step: int, optimizer: Optimizer) -> None:
         state = model.state_dict()
         for name, value in mean.items():
-            value.lerp_(state[name].detach(), 1 / (step + 2))  # the start is the mean's first term
+            # mean += (weights − mean) / n: with the start, step 0 brings the second term.
+            value.lerp_(state[name].detach(), 1 / (step + 2))
 
     yield Hooks(after_step=add)
     model.load_state_dict(mean, strict=False)

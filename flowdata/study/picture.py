@@ -33,15 +33,16 @@ def draw_picture(
 ) -> bytes:
     """Draw a study and return the bytes of a PNG.
 
-    One panel shows the first target measure against the first retained one, at each method's best
-    rate. Where standard fine-tuning was run at several rates a second one shows the same over the
-    learning rate, and where FLOW was run by several rules for the temperature a third one shows
-    both over the effective sample size (``effective_share`` in the records).
+    The first panel shows the first retained measure over the first target measure, at each
+    method's best rate. A second panel shows the same along the learning rate, if the records have
+    standard fine-tuning at several rates. A third one shows both measures over the effective sample
+    size (``effective_share`` in the records), if they have FLOW by several rules for the
+    temperature.
 
     Args:
         records: what `run_study` returned.
-        variants: methods that are another one with a dial turned. The first panel leaves them
-            out; those called ``FLOW, RULE`` make the third.
+        variants: methods that differ from another one by the setting of a dial. The first panel
+            leaves them out; those called ``FLOW, RULE`` make the third.
         curves: the methods of the second panel, each with its colour and its line style.
 
     Raises:
@@ -50,17 +51,17 @@ def draw_picture(
     load_extra("matplotlib", "pictures")
     first = records[0]
     target, retained = next(iter(first["target"])), next(iter(first["retained"]))
-    swept = swept_runs(records)
-    rules = [_of_temperatures(runs, variants) for runs in runs_by_rate(records).values()]
-    at_temperatures = max(rules, key=len, default={})
+    sweeps = swept_runs(records)
+    rules = [_runs_by_rule(runs, variants) for runs in runs_by_rate(records).values()]
+    runs_by_rule = max(rules, key=len, default={})
     draws: list[Callable[..., None]] = [
         partial(_draw_trade_off, runs=chosen_runs(records), variants=variants)
     ]
-    if len(swept.get(STANDARD, {})) > 1:
-        draws.append(partial(_draw_rates, swept=swept, curves=curves))
-    shares = ("effective_share" in run for runs in at_temperatures.values() for run in runs)
-    if len(at_temperatures) > 1 and all(shares):
-        draws.append(partial(_draw_temperatures, runs=at_temperatures))
+    if len(sweeps.get(STANDARD, {})) > 1:
+        draws.append(partial(_draw_rates, sweeps=sweeps, curves=curves))
+    shares = ("effective_share" in run for runs in runs_by_rule.values() for run in runs)
+    if len(runs_by_rule) > 1 and all(shares):
+        draws.append(partial(_draw_temperatures, runs=runs_by_rule))
     with figure(6 * len(draws), 5, panels=len(draws)) as (drawing, panels):
         for draw, axes in zip(draws, panels if len(draws) > 1 else [panels], strict=True):
             draw(axes, target=target, retained=retained)
@@ -81,9 +82,9 @@ def _draw_trade_off(
     axes: Any, runs: Runs, variants: Collection[str], target: str, retained: str
 ) -> None:
     places = {}
-    worse = _worse_than_before(runs, target)
-    hidden = {_BEFORE, *variants, *worse}
-    for method in (m for m in runs if m not in hidden):
+    losers = _worse_than_before(runs, target)
+    omissions = {_BEFORE, *variants, *losers}
+    for method in (m for m in runs if m not in omissions):
         places[method] = _middle(runs[method], target, retained)
         errors = [
             stdev(r[kind][name] for r in runs[method]) if len(runs[method]) > 1 else 0.0
@@ -93,12 +94,13 @@ def _draw_trade_off(
         axes.errorbar(*places[method], *errors, color=colour, elinewidth=1, alpha=0.4)
         axes.plot(*places[method], "o", color=colour, markersize=5)
     notes = [f"target {target}"]
-    if _BEFORE in runs:  # as a point it would press all others together
+    # The model before training is a line: as a point far off it would press all others together.
+    if _BEFORE in runs:
         new, old = _middle(runs[_BEFORE], target, retained)
         axes.axhline(old, color="grey", linewidth=1, linestyle="--")
         notes[0] += f" (before training {new:.4g}, and the dashed line)"
-    if worse:
-        notes.append(f"worse than before training: {'; '.join(worse)}")
+    if losers:
+        notes.append(f"worse than before training: {'; '.join(losers)}")
     axes.set(title="At each method's best rate", xlabel="\n".join(notes), ylabel=retained)
     axes.grid(True, axis="both")
     axes.margins(x=0.1)
@@ -107,7 +109,7 @@ def _draw_trade_off(
 
 
 def _worse_than_before(runs: Runs, target: str) -> list[str]:
-    """The methods after which the target is worse than before: they would stretch the picture."""
+    """The methods that made the target measure worse; their points would stretch the picture."""
     if _BEFORE not in runs:
         return []
     sign = 1 if target.endswith("accuracy") else -1
@@ -118,13 +120,17 @@ def _worse_than_before(runs: Runs, target: str) -> list[str]:
 
 
 def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
-    """Write names beside points; a line leads to a name that had to be moved off another one."""
+    """Write names beside points, with a line to each name that had to move away from others."""
     axes.autoscale_view()
-    points = 72 / axes.figure.dpi  # in a pixel
-    height = {name: axes.transData.transform(at)[1] * points for name, at in places.items()}
+    points_of_a_pixel = 72 / axes.figure.dpi
+    height = {
+        name: axes.transData.transform(place)[1] * points_of_a_pixel
+        for name, place in places.items()
+    }
     names = sorted(places, key=lambda name: height[name])
-    for name, free in zip(names, _apart([height[name] for name in names]), strict=True):
-        shift = free - height[name]
+    label_heights = _apart([height[name] for name in names])
+    for name, label_height in zip(names, label_heights, strict=True):
+        shift = label_height - height[name]
         is_far = abs(shift) > _LINE / 2
         axes.annotate(
             name,
@@ -137,10 +143,13 @@ def _label(axes: Any, places: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights, rising, moved as little as possible to lie a line apart (least squares).
+    """The nearest heights, by least squares, that lie at least one line apart.
 
-    Heights lie a line apart just where height − line · index still rises, so what is nearest to
-    them under that condition is an isotonic regression.
+    Heights h₀, h₁, … lie at least a line apart exactly if h_i − i · line never falls. The nearest
+    values that never fall are an isotonic regression.
+
+    Args:
+        heights: in rising order, in points.
     """
     optimize = load_extra("scipy.optimize", "pictures")
     steps = [_LINE * index for index in range(len(heights))]
@@ -151,17 +160,17 @@ def _apart(heights: Sequence[float]) -> list[float]:
 
 def _draw_rates(
     axes: Any,
-    swept: Mapping[str, Mapping[float, list[Record]]],
+    sweeps: Mapping[str, Mapping[float, list[Record]]],
     curves: Mapping[str, tuple[str, str]],
     target: str,
     retained: str,
 ) -> None:
     for method, (colour, line) in curves.items():
-        points = [_middle(runs, target, retained) for runs in swept.get(method, {}).values()]
+        points = [_middle(runs, target, retained) for runs in sweeps.get(method, {}).values()]
         if points:
             axes.plot(*zip(*points, strict=True), line, color=colour, marker="o", label=method)
         if method == STANDARD:
-            names = [f"{rate:g}" for rate in swept[method]]
+            names = [f"{rate:g}" for rate in sweeps[method]]
             _label(axes, dict(zip(names, points, strict=True)))
     axes.set(title="Over the learning rate", xlabel=f"target {target}", ylabel=retained)
     axes.legend(fontsize=8)
@@ -170,7 +179,7 @@ def _draw_rates(
 
 
 def _draw_temperatures(axes: Any, runs: Runs, target: str, retained: str) -> None:
-    """Both measures over the effective sample size that each temperature rule gives."""
+    """Draw both measures over the effective sample size that each temperature rule gives."""
     points = [
         (
             mean(record["effective_share"] for record in records),
@@ -180,31 +189,31 @@ def _draw_temperatures(axes: Any, runs: Runs, target: str, retained: str) -> Non
         for rule, records in runs.items()
     ]
     rate = next(iter(runs.values()))[0]["rate"]
-    other = axes.twinx()
-    other.grid(False)
+    right_axes = axes.twinx()
+    right_axes.grid(False)
     for share, x, y, _ in sorted(points):
         axes.plot(share, y, "o", color=GREEN)
-        other.plot(share, x, "s", color=BLUE, markersize=4)
+        right_axes.plot(share, x, "s", color=BLUE, markersize=4)
     shares, xs, ys, _ = zip(*sorted(points), strict=True)
     axes.plot(shares, ys, color=GREEN, linewidth=1)
-    other.plot(shares, xs, color=BLUE, linewidth=1)
+    right_axes.plot(shares, xs, color=BLUE, linewidth=1)
     _label(axes, {rule: (share, y) for share, _, y, rule in points})
     axes.set(title=f"Over the temperature (rate {rate:g})", xlabel="effective sample size / N")
     axes.set_ylabel(retained, color=GREEN)
-    other.set_ylabel(f"target {target}", color=BLUE)
+    right_axes.set_ylabel(f"target {target}", color=BLUE)
 
 
-def _of_temperatures(runs: Runs, variants: Collection[str]) -> Runs:
+def _runs_by_rule(runs: Runs, variants: Collection[str]) -> Runs:
     """FLOW's runs by their rule for the temperature, on the seeds that all rules share."""
     flow = {m: r for m, r in runs.items() if m == "FLOW" or (m in variants and "FLOW, " in m)}
     seeds = [{record["seed"] for record in records} for records in flow.values()]
-    shared = set.intersection(*seeds) if seeds else set()
+    common_seeds = set.intersection(*seeds) if seeds else set()
     return {
         m.removeprefix("FLOW, ").replace("FLOW", "median"): [
-            r for r in records if r["seed"] in shared
+            r for r in records if r["seed"] in common_seeds
         ]
         for m, records in flow.items()
-        if shared
+        if common_seeds
     }
 
 

@@ -1,10 +1,11 @@
 """The paper's recipe for a task with a head of its own, step by step.
 
-    probe a new head on the frozen body → its losses make the weights → fine-tune head and body by
-    any loop → probe the head once more → put the old head and BatchNorm back, to measure
+    begin           fit a new head on the frozen body; score the samples, whose losses make weights
+    (the caller)    fine-tune head and body by any loop
+    fit_new_head    fit the head once more, on the fine-tuned body
+    as_old_network  put the old head and the old BatchNorm back, to measure the old task
 
-Source: Sanyal et al., ICML 2025, arXiv:2502.02797, section 5. The fine-tuning between `begin` and
-`finish` is the caller's.
+Source: Sanyal et al., ICML 2025, arXiv:2502.02797, section 5.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flowdata.scoring.scorer import LossScorer
 
 
 class Beginning(NamedTuple):
-    """What fine-tuning begins with: the network with its probed head, and its losses."""
+    """The start of fine-tuning: the network with its probed head, and the samples' scores."""
 
     network: nn.Sequential
     scores: Scores
@@ -40,14 +41,14 @@ def begin(
     """Probe a head for the new task on the frozen body, and score the new task's samples.
 
     Args:
-        body: of the pre-trained network, (B, …) → (B, D); nothing in it changes.
+        body: the pre-trained network's, (B, …) → (B, D); nothing in it changes.
         head: D → C, for the new task; its values are replaced in place.
         data: map-style, samples (input, class), without augmentation.
-        strength: of the probe's ℓ2 penalty, see `fit_head`.
-        dtype: of the body's pass for the probe. The samples are scored in the network's own
-            dtype: a class's loss rests on one target, whose rounding errors nothing averages out.
+        strength: strength of the probe's ℓ2 penalty, see `fit_head`.
+        dtype: dtype of the body's pass for the probe. Scoring takes the network's own dtype,
+            because a class's loss has one target only and its rounding error is not averaged out.
         columns: further columns of the scores, see `LossScorer`.
-        workers: that load samples.
+        workers: number of processes that load samples.
 
     Returns:
         Body and head as one network, not copied, and the scores of `data` under it.
@@ -61,11 +62,17 @@ def begin(
 def fit_new_head(
     network: nn.Sequential, data: Any, *, strength: float, dtype: str = "auto", workers: int = 0
 ) -> None:
-    """Fit a network's head on its body as it stands: the recipe's first round and its second.
+    """Fit a network's head on its present body, for the recipe's first round and its second.
 
     Args:
         network: body and head; the head's values are replaced in place.
-        data: as for `begin`, and so are strength, dtype and workers.
+        data: as for `begin`.
+        strength: as for `begin`.
+        dtype: as for `begin`.
+        workers: as for `begin`.
+
+    Raises:
+        TypeError: the head is no `nn.Linear`.
     """
     body, head = network
     if not isinstance(head, nn.Linear):
@@ -76,9 +83,9 @@ def fit_new_head(
 
 
 def as_old_network(network: nn.Sequential, old: nn.Sequential) -> nn.Sequential:
-    """Return a fine-tuned body as the old task is served: old head, old BatchNorm.
+    """Return a fine-tuned body with the head and the BatchNorm of the old network.
 
-    The body of `network` is used as it is and gets the BatchNorm of `old`.
+    The body is that of `network`, not a copy: its BatchNorm is changed in place.
     """
     network[0].load_state_dict(batch_norm_state(old[0]), strict=False)
     return nn.Sequential(network[0], old[1])

@@ -1,10 +1,10 @@
 """A study: every method at every learning rate of its grid, on every seed.
 
-Every finished run is one JSON line of a results file, so a study that was stopped goes on where
-it was: a run whose line is there is not run again. Seeds are the outermost loop, so an unfinished
-study is a whole study of fewer seeds, and processes that are given different seeds share the work.
-A method's learning rate is chosen by the validation score on the *new* task alone, as somebody
-without the old data has to choose it.
+Every finished run is one JSON line of a results file. A study that was stopped goes on where it
+was, because a run that has its line is not run again. Seeds are the outermost loop, so that an
+unfinished study is a whole study of fewer seeds, and processes with different seeds can share the
+work. A method's learning rate is chosen by the validation score on the *new* task alone, as
+somebody without the old data has to choose it.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ def run_study(
     """Run what the results file lacks, and return the records of this study.
 
     Args:
-        path: of the results file, JSON lines; new runs are appended to it.
-        options: all that a run depends on beside method, rate and seed; runs under other
+        path: the results file, of JSON lines; new runs are appended to it.
+        options: what a run depends on beside method, rate and seed. Runs in the file with other
             options don't count. ``study`` and ``target`` among them make the page's title.
-        run: returns ``validation`` (higher is better), ``target`` and ``retained`` (mappings of
-            measures by name) and whatever else is worth a note. Where a measure's name ends in
-            ``accuracy``, it is in % and more of it is better; less is better of all others.
-        methods: names, each with the learning rates to run it at, see `grids`.
-        seeds: of the runs.
+        run: takes method, rate and seed, and returns ``validation`` (higher is better), ``target``
+            and ``retained`` (mappings of measures by name) and whatever else is worth a note. A
+            measure whose name ends in ``accuracy`` is in %, and more is better; of all other
+            measures less is better.
+        methods: the methods' names, each with the learning rates to run it at, see `grids`.
+        seeds: the seeds of the runs.
 
     Returns:
         Records under these options, older ones included.
     """
-    options = json.loads(json.dumps(options))  # as they come back from the file
+    options = json.loads(json.dumps(options))  # equal to what comes back from the file
     keys: list[Record] = [
         {"method": method, "rate": rate, "seed": seed, "options": options}
         for seed in seeds
         for method, rates in methods.items()
         for rate in rates
     ]
-    finished = {key_of(record) for record in read_records(path)}
+    keys_in_file = {key_of(record) for record in read_records(path)}
     for key in keys:
-        if key_of(key) in finished:
+        if key_of(key) in keys_in_file:
             continue
         start = perf_counter()
         record = key | run(key["method"], key["rate"], key["seed"])
@@ -92,9 +93,9 @@ def swept_runs(records: Iterable[Record]) -> dict[str, dict[float, list[Record]]
 
 
 def chosen_rates(records: Iterable[Record]) -> dict[str, float]:
-    """Return each method's rate of the highest mean validation score, the smaller of equals.
+    """Return each method's rate with the highest mean validation score; of equals the smaller.
 
-    Only rates that were run on as many seeds as any other of the method count.
+    Only those rates count at which the method was run on the most seeds.
     """
     return {
         method: max(rates, key=lambda rate: mean(map(validation_of, rates[rate])))
@@ -103,29 +104,36 @@ def chosen_rates(records: Iterable[Record]) -> dict[str, float]:
 
 
 def edges(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return the methods whose grid may have ended too early, by side: ``larger`` or ``smaller``.
+    """Return the methods whose grid may end too early, by side: ``larger`` or ``smaller``.
 
-    On such a side no rate was tried that turned out no better than the chosen one, on the seeds
-    that both were run on: one seed is enough to see where a grid may end. Methods with a single
-    rate don't count.
+    A grid is long enough on a side if a rate there is no better than the chosen one::
+
+        rate         0.01    0.03    0.1
+        validation     81      84     86   ← chosen
+                                          a larger rate may be better still
+
+    Two rates are compared on the seeds that both were run on; one seed is enough. Methods with a
+    single rate don't count.
     """
     records = list(records)
     best_rates = chosen_rates(records)
-    open_ended: dict[str, list[str]] = {"larger": [], "smaller": []}
+    methods_by_side: dict[str, list[str]] = {"larger": [], "smaller": []}
     for method, rates in _validation_scores(records).items():
         best = best_rates[method]
-        no_better = [rate for rate, scores in rates.items() if _is_no_better(scores, rates[best])]
+        # The chosen rate is no better than itself, so that the list is never empty.
+        limits = [rate for rate, scores in rates.items() if _is_no_better(scores, rates[best])]
         if len(rates) > 1:
-            if max(no_better) == best:  # the chosen rate is among them
-                open_ended["larger"].append(method)
-            if min(no_better) == best:
-                open_ended["smaller"].append(method)
-    return open_ended
+            if max(limits) == best:
+                methods_by_side["larger"].append(method)
+            if min(limits) == best:
+                methods_by_side["smaller"].append(method)
+    return methods_by_side
 
 
 def _is_no_better(scores: Mapping[int, float], best: Mapping[int, float]) -> bool:
-    shared = scores.keys() & best.keys()
-    return bool(shared) and sum(scores[s] for s in shared) <= sum(best[s] for s in shared)
+    """Whether scores, by seed, are no better than others on the seeds of both."""
+    seeds = scores.keys() & best.keys()
+    return bool(seeds) and sum(scores[s] for s in seeds) <= sum(best[s] for s in seeds)
 
 
 def _validation_scores(
@@ -134,29 +142,29 @@ def _validation_scores(
     """Each method's validation scores, by rate and seed."""
     scores: dict[str, dict[float, dict[int, float]]] = {}
     for record in records:
-        of_rate = scores.setdefault(record["method"], {}).setdefault(record["rate"], {})
-        of_rate[record["seed"]] = validation_of(record)
+        scores_at_rate = scores.setdefault(record["method"], {}).setdefault(record["rate"], {})
+        scores_at_rate[record["seed"]] = validation_of(record)
     return scores
 
 
 def chosen_runs(records: Iterable[Record]) -> Runs:
     """Return each method's runs at the rate chosen for it, in the order of their seeds."""
     records = list(records)
-    swept = swept_runs(records)
-    return {method: swept[method][rate] for method, rate in chosen_rates(records).items()}
+    sweeps = swept_runs(records)
+    return {method: sweeps[method][rate] for method, rate in chosen_rates(records).items()}
 
 
 def runs_by_rate(records: Iterable[Record]) -> dict[float, Runs]:
     """Return all methods' runs at each rate of standard fine-tuning.
 
-    Only those rates count that standard fine-tuning was run at on the most seeds. Methods that
-    don't train have no rate and appear at each.
+    Only those rates count at which standard fine-tuning was run on the most seeds. A method that
+    doesn't train has no rate and appears at each of them.
     """
     records = list(records)
     methods = dict.fromkeys(record["method"] for record in records)
-    untrained = {record["method"] for record in records if record["rate"] == 0}
+    rateless_methods = {record["method"] for record in records if record["rate"] == 0}
     return {
-        rate: _runs_at({m: 0.0 if m in untrained else rate for m in methods}, records)
+        rate: _runs_at({m: 0.0 if m in rateless_methods else rate for m in methods}, records)
         for rate in swept_runs(records).get(STANDARD, {})
     }
 
@@ -173,18 +181,18 @@ def _runs_at(rates: Mapping[str, float], records: list[Record]) -> Runs:
     for record in sorted(records, key=lambda record: record["seed"]):
         if record["rate"] == rates[record["method"]]:
             runs[record["method"]].append(record)
-    return {name: of_method for name, of_method in runs.items() if of_method}
+    return {name: method_runs for name, method_runs in runs.items() if method_runs}
 
 
 def key_of(record: Record) -> str:
-    """Return what tells a run from all others, as text: its options, method, rate and seed."""
+    """Return a text that identifies a run: its options, method, rate and seed."""
     return json.dumps(
         [record[name] for name in ("options", "method", "rate", "seed")], sort_keys=True
     )
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the runs of a results file; a last line that was torn off is left out."""
+    """Return the runs of a results file; a line that a killed process left torn is skipped."""
     if not path.exists():
         return []
     records = []
@@ -199,8 +207,8 @@ def read_records(path: Path) -> list[Record]:
 def append_record(path: Path, record: Record) -> None:
     """Add a run as one line, in one write: several processes may share the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process that was killed may have left half a line: it is ended here, or it would take the
-    # new one with it.
+    # A process that was killed may have left half a line. A line break ends it here: the new line
+    # would else be a part of it and be skipped with it.
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
     text = "\n" * is_torn + json.dumps(record) + "\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""What a study's runs say, as a Markdown page."""
+"""A study's runs as a Markdown page: tables of measures, and tests of their differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowdata.study.extras import load_extra
 from flowdata.study.methods import METHODS, STANDARD
 from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
 
-CHOSEN = (
+BEST_RATE_NOTE = (
     "At the rate that is best, for each method, on validation samples of the new task "
     "(of the rates that it was run at on the most seeds):"
 )
@@ -20,11 +20,11 @@ CHOSEN = (
 def studies(
     records: Iterable[Record], order: Sequence[str] = tuple(METHODS)
 ) -> list[tuple[dict[str, Any], list[Record]]]:
-    """Return options with the runs under them: only such runs are compared with each other.
+    """Return the records by their options: only runs with the same options are compared.
 
     Args:
-        records: of one results file.
-        order: of the methods; others come after these, in the order of their runs.
+        records: all records of a results file.
+        order: the order of the methods; other methods come after these, in the order of their runs.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -37,7 +37,7 @@ def studies(
 
 
 def measures(record: Record) -> dict[str, float]:
-    """Return a run's measures by name; where all are accuracies, their average as well."""
+    """Return a run's measures by name, and their average if all of them are accuracies."""
     values = {
         **{f"target {name}": value for name, value in record["target"].items()},
         **record["retained"],
@@ -53,14 +53,14 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
     """Return a study's Markdown page.
 
     Args:
-        options: those that the study was run under.
-        records: what `run_study` returned; methods appear in their order.
+        options: the study's options.
+        records: what `run_study` returned; the methods appear in the records' order.
 
     Raises:
-        ImportError: scipy, for the tests of differences over two or more seeds, isn't installed.
+        ImportError: scipy, which tests differences over two or more seeds, is not installed.
     """
     runs = chosen_runs(records)
-    seeds = count(max(len(of_method) for of_method in runs.values()), "seed")
+    seeds = count(max(len(method_runs) for method_runs in runs.values()), "seed")
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
     title = ", ".join(str(options[name]) for name in ("study", "target") if name in options)
     lines = [
@@ -68,7 +68,7 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
         "",
         f"{settings}. {len(records)} runs, up to {seeds}.",
         "",
-        CHOSEN,
+        BEST_RATE_NOTE,
         "",
         *_table(runs),
         "",
@@ -87,9 +87,12 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
 
 def compare(runs: list[Record], others: list[Record], name: str) -> str:
     """Return the difference of a measure, paired by seed: mean ± standard deviation (p)."""
-    theirs = {record["seed"]: measures(record)[name] for record in others}
-    pairs = [(measures(r)[name], theirs[r["seed"]]) for r in runs if r["seed"] in theirs]
-    differences, places = [ours - other for ours, other in pairs], digits(name)
+    values = {record["seed"]: measures(record)[name] for record in runs}
+    other_values = {record["seed"]: measures(record)[name] for record in others}
+    differences = [
+        value - other_values[seed] for seed, value in values.items() if seed in other_values
+    ]
+    places = digits(name)
     if len(differences) < 2:
         return f"{mean(differences):+.{places}f}" if differences else "–"
     deviation = stdev(differences)
@@ -117,7 +120,7 @@ def _table(runs: Runs) -> list[str]:
 
 
 def _edges(records: Iterable[Record]) -> list[str]:
-    """Sentences on the methods that may do better beyond the rates that were tried."""
+    """Sentences on the methods that may do better beyond the rates of their grid."""
     sentences = [
         f"A {side} rate was not tried and may be better: {'; '.join(methods)}."
         for side, methods in edges(records).items()
@@ -127,30 +130,32 @@ def _edges(records: Iterable[Record]) -> list[str]:
 
 
 def _over_rates(records: list[Record]) -> list[str]:
-    """One row for each method that trains, its measures at each rate in one cell."""
-    trained = [record for record in records if record["rate"] > 0]
-    rates = sorted({record["rate"] for record in trained})
+    """A table with a row for each method that trains and a column for each rate."""
+    records = [record for record in records if record["rate"] > 0]
+    rates = sorted({record["rate"] for record in records})
     if len(rates) < 2:
         return []
     names = list(measures(records[0]))
-    most = len({record["seed"] for record in trained})
+    most = len({record["seed"] for record in records})
     title = f"At each rate ({' / '.join(names)}; in brackets how many seeds, where not {most}):"
     lines = [row(["method", *(f"{rate:g}" for rate in rates)])]
     lines += [row(["---", *["---:"] * len(rates)])]
-    for method in dict.fromkeys(record["method"] for record in trained):
-        of_method = [record for record in trained if record["method"] == method]
-        at_rates = [[record for record in of_method if record["rate"] == rate] for rate in rates]
-        lines.append(row([method, *(_with_number(runs, names, most) for runs in at_rates)]))
+    for method in dict.fromkeys(record["method"] for record in records):
+        cells = [
+            _means_and_seeds([r for r in records if (r["method"], r["rate"]) == key], names, most)
+            for key in ((method, rate) for rate in rates)
+        ]
+        lines.append(row([method, *cells]))
     return [title, "", *lines, ""]
 
 
-def _with_number(runs: list[Record], names: list[str], most: int) -> str:
-    """The means, and the number of seeds where it isn't `most`."""
+def _means_and_seeds(runs: list[Record], names: list[str], most: int) -> str:
+    """The means of some runs, and the number of their seeds if it is less than `most`."""
     return means(runs, names) + f" ({len(runs)})" * (0 < len(runs) < most)
 
 
 def _comparisons(runs: Runs) -> list[str]:
-    """Each method against standard fine-tuning, and each sum of two against either alone."""
+    """A table of each method against standard fine-tuning, and of each sum against its summands."""
     names = list(measures(next(iter(runs.values()))[0]))
     lines = [row(["method", "against", *names]), row(["---", "---", *["---:"] * len(names)])]
     for method, records in runs.items():
@@ -168,7 +173,7 @@ def row(cells: Iterable[str]) -> str:
 
 
 def spread(values: list[float], places: int) -> str:
-    """Return mean ± standard deviation, the latter from two values on."""
+    """Return mean ± standard deviation; a single value has no deviation."""
     deviation = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
     return f"{mean(values):.{places}f}{deviation}"
 

@@ -1,8 +1,8 @@
-"""What a method is, and the one training loop that all methods share.
+"""The definition of a method, and the one training loop that all methods share.
 
-A method says what weighs the samples (or their tokens) and which parts change the training. A part
-is a context manager around the whole of it: it may change the model on the way in, act in every
-step through `Hooks`, and change the model again on the way out.
+A method says how samples (or their tokens) are weighed, and which parts change the training. A part
+is a context manager around the whole training: it may change the model on entering, act in every
+step through `Hooks`, and change the model again on leaving.
 
     enter parts ──► step 0, 1, 2, … ──► leave parts, the last one first
                     loss + penalties
@@ -36,11 +36,11 @@ def _nothing(step: int, optimizer: Optimizer) -> None: ...
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a part does in each step.
+    """The actions of a part in each step.
 
     Attributes:
-        penalty: gives what is added to the loss.
-        before_step: called when the gradients are there and the update is still to come.
+        penalty: returns a term that is added to the loss.
+        before_step: called after the backward pass and before the optimiser's update.
         after_step: called after the update.
     """
 
@@ -58,13 +58,13 @@ class Method:
     """One way to fine-tune; the defaults are standard fine-tuning.
 
     Attributes:
-        weights: makes (N,) sample weights, or one for each target token, from the scores of the
-            frozen model; None weighs all alike.
-        resample: draw the samples in proportion to their weights, and leave the loss unweighted.
-        rule: makes token weights from the current model's own losses, see
-            `flowdata.token_weights`; for loops over language.
-        parts: what else is done; entered in order, left in reverse.
-        trains: False leaves the model as it is, but for a new head.
+        weights: makes (N,) sample weights, or one weight for each target token, from the frozen
+            model's scores; None weighs all alike.
+        resample: whether to draw samples ∝ weight and leave the loss unweighted.
+        rule: makes token weights from the losses of the model in training, see
+            `flowdata.token_weights`; for language models only.
+        parts: actions beside the weights; entered in order, left in reverse.
+        trains: False leaves the model as it is, except for a new head.
     """
 
     weights: Callable[[Scores], Tensor] | None = None
@@ -88,14 +88,14 @@ def train(
     """Train in place, under a cosine schedule after a linear warm-up.
 
     Args:
-        model: what is trained.
-        batches: as many as there are steps.
-        steps: their number, which the schedule has to know beforehand.
+        model: the model to train.
+        batches: one for each step.
+        steps: the number of batches, which the schedule has to know in advance.
         loss: batch → a scalar.
-        make_optimizer: makes one from the parameters that require gradients, after the parts have
-            had their say about them.
-        method: only its `parts` count here; its weights are the loss's and the batches' affair.
-        seed: of what a part draws.
+        make_optimizer: makes the optimiser from the parameters that require gradients once all
+            parts are entered.
+        method: only its `parts` are used here; `loss` and `batches` have to apply its weights.
+        seed: makes the random draws of the parts.
         warmup: share of the steps in which the learning rate rises.
     """
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def train(
 
 
 def cosine(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the learning rate at a step: it rises in a line and falls as a cosine.
+    """Return the share of the highest learning rate at a step: a linear rise, then a cosine.
 
     Example:
         >>> [round(cosine(step, 4, 0.0), 2) for step in range(5)]
@@ -134,9 +134,10 @@ def cosine(step: int, steps: int, warmup: float) -> float:
 
 
 def passes(loader: DataLoader[Any], epochs: int) -> Iterator[Any]:
-    """Yield a loader's batches, epoch after epoch; a `FlowSampler` draws anew for each."""
+    """Yield a loader's batches, epoch after epoch; a `FlowSampler` draws another order in each."""
     for epoch in range(epochs):
-        # A loader with a batch sampler of the user's own has its sampler one level deeper.
+        # The batch sampler has the sampler in every case; `loader.sampler` is another one if the
+        # user has passed a batch sampler.
         sampler = loader.batch_sampler.sampler  # type: ignore[union-attr]
         if isinstance(sampler, FlowSampler):
             sampler.set_epoch(epoch)

@@ -1,10 +1,10 @@
-"""`flowdata bench`: see `flowdata.cli.bench` for what it measures."""
+"""`flowdata bench`: its options; `flowdata.cli.bench_run` measures."""
 
 from __future__ import annotations
 
 import argparse
 
-from flowdata.cli.bench import run_bench
+from flowdata.cli.bench_run import run_bench
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.options import add_dtype
 from flowdata.cli.output import print_result

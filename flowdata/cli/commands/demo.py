@@ -1,10 +1,10 @@
-"""`flowdata demo`: see `flowdata.cli.demo` for what it does."""
+"""`flowdata demo`: its options; `flowdata.cli.demo_run` runs it."""
 
 from __future__ import annotations
 
 import argparse
 
-from flowdata.cli.demo import run_demo
+from flowdata.cli.demo_run import run_demo
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.output import print_result
 

@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from flowdata._common.running_median import RunningMedian
+from flowdata.streaming.running_median import RunningMedian
 
 StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"
 
 
 class WindowTemperature:
-    """The temperature of one window after another, under one rule.
+    """The temperature of one window after another, by one rule.
 
     Args:
         rule: ``"running_median"``, ``"batch_median"``, or a positive float for all windows.
@@ -22,11 +22,11 @@ class WindowTemperature:
 
     def __init__(self, rule: StreamTemperature) -> None:
         self.rule = rule
-        self._median = RunningMedian()  # of what this process has read
-        self._others = RunningMedian()  # of the other ranks, when they were last merged
+        self._median = RunningMedian()  # of the losses that this process has read
+        self._median_of_others = RunningMedian()  # of the other ranks' losses at the last merge
 
     def of_window(self, losses: Tensor, position: int) -> float:
-        """Return the temperature of the next window; a running median counts its losses first.
+        """Return the temperature of the next window, whose losses a running median counts first.
 
         Args:
             losses: (K,) floating, finite, >= 0, not empty.
@@ -41,7 +41,7 @@ class WindowTemperature:
             median = losses.double().quantile(0.5).item()
         else:
             self._median.update(losses)
-            median = (self._median + self._others).median()
+            median = (self._median + self._median_of_others).median()
         if median == 0:
             raise ValueError(
                 f"temperature={self.rule!r} is 0 up to sample {position + len(losses)} of the "
@@ -53,19 +53,19 @@ class WindowTemperature:
         """Let the running median include what the other ranks have counted until now."""
         counts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(counts, dict(self._median.counts), group=group)
-        del counts[dist.get_rank(group)]  # this rank's own, which go on growing in `_median`
-        self._others = sum(map(RunningMedian, counts), RunningMedian())
+        del counts[dist.get_rank(group)]  # `_median` has this rank's counts, and goes on counting
+        self._median_of_others = sum(map(RunningMedian, counts), RunningMedian())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been counted: plain data."""
-        return {"median": dict(self._median.counts), "others": dict(self._others.counts)}
+        """Return the counts of both medians: plain data."""
+        return {"median": dict(self._median.counts), "others": dict(self._median_of_others.counts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what a state has counted."""
+        """Go on from the counts of a state."""
         self._median = _median_of(state_dict["median"])
-        self._others = _median_of(state_dict["others"])
+        self._median_of_others = _median_of(state_dict["others"])
 
 
 def _median_of(counts: Mapping[Any, int]) -> RunningMedian:
-    """A median from its state, whose keys are strings if the state was JSON in between."""
+    """The median that a state's counts make; JSON has turned the keys of some states to strings."""
     return RunningMedian({int(bucket): count for bucket, count in counts.items()})

@@ -1,4 +1,12 @@
-"""One process's share of a stream, read window by window and resumed at any window."""
+"""One process's share of a stream, read window by window and resumed at any window.
+
+The stream deals its samples out in turn. Of two ranks with two workers each::
+
+    sample   0  1  2  3  4  5  6  7  …
+    share    0  1  2  3  0  1  2  3
+    rank     0  0  1  1  0  0  1  1
+    worker   0  1  0  1  0  1  0  1     within the rank
+"""
 
 from __future__ import annotations
 
@@ -10,14 +18,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 
 class StreamSource:
-    """The samples of a stream that are this process's, from the current window on.
+    """This process's share of a stream's samples, from the current window on.
 
-    The source resumes by its own `state_dict` where it has one. Without one it is read again from
+    The dataset resumes by its own `state_dict` where it has one. Without one it is read again from
     its start, and the samples before the current window are skipped.
 
     Args:
         dataset: any iterable, a Hugging Face stream, or a torchdata node.
-        rank: this rank among those that share the samples.
+        rank: this rank's number among those that share the samples.
         num_replicas: the number of these ranks.
     """
 
@@ -29,11 +37,7 @@ class StreamSource:
         self._fresh_state: Any = None  # a Hugging Face stream's, before anything was read
 
     def share(self) -> tuple[int, int]:
-        """Return which share of the samples is this process's, and of how many.
-
-        Ranks and their workers take turns. Of two ranks with two workers each, rank 0 takes the
-        shares 0 and 1, rank 1 the shares 2 and 3.
-        """
+        """Return the number of this process's share, and the number of shares."""
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         return self.rank * workers + number, self.num_replicas * workers
@@ -42,7 +46,8 @@ class StreamSource:
         """Return this process's samples from the start of the current window on."""
         share, shares = self.share()
         if isinstance(self.dataset, IterableDataset):
-            # It splits itself between workers, as PyTorch asks of it: ranks alone are left.
+            # PyTorch asks such a dataset to split itself between workers, so that here the samples
+            # are dealt out to ranks alone.
             share, shares = self.rank, self.num_replicas
         if type(self.dataset).__module__.startswith("datasets."):
             # A Hugging Face stream begins every pass where it was last resumed. For a pass from
@@ -54,7 +59,8 @@ class StreamSource:
         if self._state is None:
             return islice(self.dataset, share + shares * self.position, None, shares)
         self.dataset.load_state_dict(self._state)
-        # The state stands right behind our last sample: those of the other shares come first.
+        # The state was saved right after a sample of this share. One sample of each other share
+        # follows before the next one of this.
         return islice(self.dataset, shares - 1, None, shares)
 
     def advance(self, count: int) -> None:
@@ -77,7 +83,7 @@ class StreamSource:
 
 
 def _as_iterable(dataset: Any) -> Any:
-    """A torchdata node is iterated, saved and restored through its Loader."""
+    """The dataset itself, or for a torchdata node its Loader, which can be saved and resumed."""
     if hasattr(dataset, "get_state") and hasattr(dataset, "reset"):
         from torchdata.nodes import Loader
 

@@ -32,9 +32,9 @@ _VERSION = 1  # of the order and of a sampler's state; an order that changes nee
 class EpochOrders:
     """Every epoch's order of samples drawn ∝ weight.
 
-    An order depends on (weights, number of draws, algorithm, seed, epoch) alone: no position
-    needs the ones before it. Ranks therefore share an order without a word to each other, and a
-    loop that resumes has nothing to draw again.
+    An order depends on (weights, number of draws, algorithm, seed, epoch) alone, and a position
+    can be drawn without the ones before it. Ranks therefore share an order without talking to each
+    other, and a loop that resumes has nothing to draw again.
 
     Args:
         weights: (N,) float32 or float64, finite, >= 0; not copied.
@@ -69,12 +69,14 @@ class EpochOrders:
         """Return the epoch's order: a function from (K,) rising positions to (K,) samples."""
         key, count, table = (self.seed, epoch), self.num_samples, self._table
         if table is None:
-            # The samples come rising, whatever their weights: the permutation makes an order.
+            # The samples come in rising order, which would say nothing of chance: the permutation
+            # shuffles them.
             samples, shuffle = gumbel_top_k(self.weights, count, key), KeyedPermutation(count, key)
             return lambda positions: samples[shuffle(positions)]
         if self.algorithm == "multinomial":
             return lambda positions: table.find(multinomial_points(positions, table.total, key))
-        # Points of rising strata fall on rising samples: here as well the permutation mixes them.
+        # Rising strata have rising points, which fall on rising samples: the permutation of the
+        # strata shuffles them.
         strata, offset = KeyedPermutation(count, key), systematic_offset(table.total, key)
         return lambda positions: table.find(
             systematic_points(strata(positions), table.total, count, offset)
@@ -82,7 +84,7 @@ class EpochOrders:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What a position in the order belongs to: equal identities, equal orders."""
+        """What an order depends on beside the epoch: equal identities have equal orders."""
         return {
             "version": _VERSION,
             "algorithm": self.algorithm,
@@ -105,10 +107,12 @@ class EpochOrders:
         return self.num_samples * float(self.weights.max()) / sum_of(self.weights)
 
     def _chances(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The probability that a sample of this share of the total weight is drawn at all."""
+        """How likely a sample of this share of the total weight is to be drawn at least once."""
         if self.algorithm == "systematic":
             return np.minimum(shares * self.num_samples, 1)
-        with np.errstate(divide="ignore"):  # one sample that has all the weight: log(0)
+        # 1 − (1 − share)^draws, by logarithms: a small share would be lost in 1 − share. A sample
+        # that has all the weight takes the logarithm of 0, which gives a probability of 1.
+        with np.errstate(divide="ignore"):
             chances: NDArray[np.float64] = -np.expm1(
                 self.num_samples * np.log1p(-np.minimum(shares, 1))
             )
@@ -116,7 +120,7 @@ class EpochOrders:
 
 
 def _check_draws(weights: NDArray[np.floating], num_samples: Any, algorithm: Algorithm) -> None:
-    """Check that the weights can give so many draws."""
+    """Check that the weights allow so many draws."""
     total = sum_of(weights)
     if not 0 < total < float("inf"):
         raise ValueError(
@@ -125,12 +129,12 @@ def _check_draws(weights: NDArray[np.floating], num_samples: Any, algorithm: Alg
         )
     if not is_integer(num_samples):
         raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
-    if not 0 < num_samples < 2**31:  # `systematic_points` multiplies two such numbers in 64 bits
+    if not 0 < num_samples < 2**31:  # `systematic_points` multiplies two such numbers in an int64
         raise ValueError(f"num_samples must lie between 1 and 2^31 - 1, got {num_samples}")
     without_replacement = algorithm == "gumbel_top_k"
-    if without_replacement and num_samples > (drawable := np.count_nonzero(weights)):
+    if without_replacement and num_samples > (positive := np.count_nonzero(weights)):
         raise ValueError(
-            f"num_samples is {num_samples}, but without replacement only the {drawable} of "
+            f"num_samples is {num_samples}, but without replacement only the {positive} of "
             f"{len(weights)} samples with a positive weight can be drawn; ask for no more, or "
             "pass replacement=True"
         )

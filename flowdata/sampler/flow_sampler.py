@@ -1,4 +1,4 @@
-"""Importance resampling: an order of samples drawn ∝ weight, exact on any number of ranks."""
+"""A sampler that draws samples ∝ weight, the same order on any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from flowdata._common.epoch_orders import EpochOrders
 from flowdata._common.notices import logger
 from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata.dataset import gather_weights
+from flowdata.sampler.epoch_orders import EpochOrders
 from flowdata.scores import Missing
 from flowdata.weights import Normalize, Temperature, effective_sample_size
 
 Method: TypeAlias = Literal["systematic", "multinomial"]
 
 _BLOCK = 1 << 13  # indices drawn at a time: arrays of this size stay in a core's cache
-_FEW = 0.1  # share of the samples below which the effective sample size is called small
+_SMALL_SHARE = 0.1  # an effective sample size below this share of the samples is called small
 
 
 class FlowSampler(DistributedSampler[int]):
     """Draws samples ∝ weight, in an order that depends on (seed, epoch, position) alone.
 
     Resampling by w and averaging the plain loss estimates Σwℓ / Σw: leave the training loop's
-    loss as it is, and never weigh it as well, or the weights act twice.
+    loss as it is. To weigh it as well would apply the weights twice.
 
     Rank r of R takes positions r, r + R, r + 2R, … of the one global order. No position is
     padded, doubled or lost, so ranks differ by one index where R does not divide the draws:
@@ -71,15 +71,16 @@ class FlowSampler(DistributedSampler[int]):
             `WeightedRandomSampler`, of a higher variance.
         temperature: as in `resolve_temperature`, of each of several scores by itself. Only
             scores use it: weights are taken as they are.
-        missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, never drawn.
+        missing: ``"raise"`` refuses samples without a loss, ``"zero"`` never draws them.
         normalize: ``"mean"`` divides the weights by their mean. Draws depend on the ratios of
-            weights alone, so that this changes nothing but what `max_weight` caps.
+            weights alone, so this matters only together with `max_weight`.
         max_weight: caps the weights, after normalising, and with them the draws of the heaviest
             samples.
-        num_replicas: ranks that share the order; those of the process group by default, or 1.
-        rank: this one among them; likewise.
+        num_replicas: number of ranks that share the order; by default that of the process group,
+            or 1 without one.
+        rank: this rank's number among them; by default that in the process group, or 0.
         seed: >= 0, the same on every rank.
-        drop_last: leave out the up to R − 1 last draws that not every rank would get.
+        drop_last: leave out the last draws where they are too few for every rank to get one.
 
     Raises:
         TypeError, ValueError: an argument is not as above; weights are negative, not finite
@@ -92,11 +93,11 @@ class FlowSampler(DistributedSampler[int]):
         [0, 0, 2, 3]
     """
 
-    # Where the sampler stands, in global positions:
+    # Where the sampler stands, in global positions (`_iterate` has a picture):
     _start: int  # where the next pass begins
-    _pass_start: int  # where the current pass began, or the last one
-    _next: int  # the first position that was in no block yet
-    _block: Iterator[int]  # indices that are drawn, and not handed out yet
+    _pass_start: int  # where the current pass began, or the last one if none is under way
+    _next: int  # the first position behind the current block
+    _block: Iterator[int]  # the indices of the current block that the loop has not been given yet
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class FlowSampler(DistributedSampler[int]):
 
     @property
     def seed(self) -> int:
-        """The seed of all orders; a new one counts from the next pass."""
+        """The seed of all orders; a change takes effect at the next pass."""
         return self._orders.seed
 
     @seed.setter
@@ -162,7 +163,7 @@ class FlowSampler(DistributedSampler[int]):
         start = self._start
         if start == self.num_samples:
             # The state that was loaded stands at the end of its epoch, so that this pass is
-            # empty. The next one is whole, even if the loop asks this one for no index.
+            # empty. The pass after it is whole, even if the loop asks this one for no index.
             self._start = 0
         return self._iterate(start)
 
@@ -173,27 +174,27 @@ class FlowSampler(DistributedSampler[int]):
             self._rewind(0)
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """Return where the global order stands, for `load_state_dict` on any number of ranks.
+        """Return the position in the global order, for `load_state_dict` on any number of ranks.
 
-        All ranks are taken to have come equally far; the state of one serves all.
+        All ranks are assumed to have come equally far, so that the state of one serves all.
 
         Args:
-            consumed: indices that this rank's loop has used in the current pass (since
-                `load_state_dict`, if there was one). By default those that were handed out,
-                which run ahead of the loop where a plain DataLoader's workers prefetch;
-                `StatefulDataLoader` keeps count by itself.
+            consumed: number of indices that this rank's loop has used in the current pass (since
+                `load_state_dict`, if there was one). The default is the number that the sampler
+                has given out, which runs ahead of the loop where a plain DataLoader's workers
+                prefetch; `StatefulDataLoader` keeps count by itself.
 
         Raises:
-            ValueError: more were consumed than handed out in a whole pass.
+            ValueError: `consumed` is more than a whole pass has.
         """
         if consumed is None:
-            # Each index that is left of the block stands for one position on every rank.
+            # Each index that is left in the block stands for one position on every rank.
             position = self._next - self.num_replicas * operator.length_hint(self._block)
         else:
-            whole = len(self._positions(self._pass_start))
+            pass_length = len(self._positions(self._pass_start))
             consumed = check_natural("consumed", consumed)
-            if consumed > whole:
-                raise ValueError(f"consumed must lie between 0 and {whole}, got {consumed}")
+            if consumed > pass_length:
+                raise ValueError(f"consumed must lie between 0 and {pass_length}, got {consumed}")
             position = self._pass_start + self.num_replicas * consumed
         position = min(position, self.num_samples)
         return {**self._orders.identity, "epoch": self.epoch, "position": position}
@@ -217,8 +218,8 @@ class FlowSampler(DistributedSampler[int]):
         if position > self.num_samples:
             raise ValueError(f"state_dict['position'] is {position} of {self.num_samples} draws")
         if position == self.num_samples and epoch < self.epoch:
-            # The state ends an epoch that is over: `set_epoch` has chosen a later one already.
-            # Loaders that restore late, within their first pass, load such states.
+            # The state stands at the end of an epoch, and `set_epoch` has already chosen a later
+            # one. Loaders that restore late, within their first pass, load such states.
             return
         self.epoch = epoch
         self._rewind(position)
@@ -228,9 +229,9 @@ class FlowSampler(DistributedSampler[int]):
 
         Returns:
             ``effective_sample_size``: (Σw)² / Σw², between 1 and N.
-            ``expected_distinct_share``: expected share of the N samples that are drawn at all.
+            ``expected_distinct_share``: expected share of the N samples drawn at least once.
             ``largest_repeat``: expected draws of the heaviest sample.
-            ``mean_weight``: Σw / N, the ratio of Σwℓ / N (the paper's loss) to the Σwℓ / Σw that
+            ``mean_weight``: Σw / N. The paper's loss Σwℓ / N is this many times the Σwℓ / Σw that
             resampling estimates: multiply the learning rate by it to compare the two.
 
         Example:
@@ -257,18 +258,18 @@ class FlowSampler(DistributedSampler[int]):
             2.0 times. The effective sample size of the weights is 2.7, their mean 1.
         """
         count, figures = len(self.weights), self.summary()
-        effective = figures["effective_sample_size"]
-        if effective < _FEW * count:
+        effective_size = figures["effective_sample_size"]
+        if effective_size < _SMALL_SHARE * count:
             logger.warning(
-                f"{effective:.0f} of {count} samples carry the epoch (effective sample size); a "
-                "higher temperature, such as 'mean' or 'ess0.5', spreads the weights"
+                f"{effective_size:.0f} of {count} samples carry the epoch (effective sample size); "
+                "a higher temperature, such as 'mean' or 'ess0.5', spreads the weights"
             )
         draws = f"{self.method} draws" if self.replacement else "draws without replacement"
         return (
             f"An epoch of {self.num_samples:,} {draws} is expected to see "
             f"{figures['expected_distinct_share']:.1%} of the {count:,} samples, the heaviest "
             f"{figures['largest_repeat']:.1f} times. The effective sample size of the weights is "
-            f"{effective:,.1f}, their mean {figures['mean_weight']:.3g}."
+            f"{effective_size:,.1f}, their mean {figures['mean_weight']:.3g}."
         )
 
     def _rewind(self, position: int) -> None:
@@ -290,7 +291,7 @@ class FlowSampler(DistributedSampler[int]):
 
             0 [1] 2 [3] 4 [5]   6 [7] 8 [9] 10 [11]   …
             └── one block ──┘   └── the next one ─┘
-            start               _next, while the first block is handed out
+            start               _next, while the loop takes the first block
         """
         self._start, self._pass_start, self._next = 0, start, start
         positions = self._positions(start)
@@ -298,7 +299,8 @@ class FlowSampler(DistributedSampler[int]):
             order = self._orders.of_epoch(self.epoch)
             for first in range(0, len(positions), _BLOCK):
                 part = positions[first : first + _BLOCK]
-                # What is left of the block tells the position, at no cost for each index.
+                # `state_dict` reads the position off the length of what is left in the block, so
+                # that no index has to be counted here.
                 self._block = iter(order(np.arange(part.start, part.stop, part.step)).tolist())
                 self._next = start + self.num_replicas * (first + len(part))
                 yield from self._block
@@ -306,7 +308,7 @@ class FlowSampler(DistributedSampler[int]):
 
 
 def _ranks_of_group(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """The number of ranks and this one, from the process group where they are not given."""
+    """The number of ranks and this rank's, by default those of the process group."""
     is_grouped = dist.is_available() and dist.is_initialized()
     if num_replicas is None:
         num_replicas = dist.get_world_size() if is_grouped else 1

@@ -1,4 +1,4 @@
-"""Weights for streams: samples scored window by window as they pass."""
+"""A stream of samples with their weights: scored window by window as they pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils.data import IterableDataset
 
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
-from flowdata._common.stream_source import StreamSource
-from flowdata._common.window_temperature import StreamTemperature, WindowTemperature
 from flowdata.dataset import Layout, weight_attacher
 from flowdata.scores import Missing, Scorer
+from flowdata.streaming.source import StreamSource
+from flowdata.streaming.temperature import StreamTemperature, WindowTemperature
 from flowdata.weights import flow_weights, resolve_temperature
 
 _VERSION = 1  # of state_dict
@@ -46,14 +46,14 @@ class FlowWeightedIterable(IterableDataset[Any]):
         temperature: ``"running_median"`` of all losses so far, those of this window included,
             within 0.1 %; ``"batch_median"``, of the window alone; or a positive float, in nats.
         window: samples scored together.
-        collate_fn: for the scorer.
+        collate_fn: makes a batch of samples, for the scorer.
         layout: as in `FlowWeightedDataset`.
         key: as in `FlowWeightedDataset`.
-        missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"`` for weight 0.
-        resample: yield a sample with a probability of its weight, and without the weight:
-            leave the training loop's loss as it is.
-        num_replicas: ranks that share a source which each of them reads whole.
-        rank: this one among them.
+        missing: ``"raise"`` refuses samples without a loss, ``"zero"`` gives them weight 0.
+        resample: yield samples without a weight, each with the probability that is its weight;
+            the training loop's loss then stays as it is.
+        num_replicas: number of ranks, each of which reads the whole source and yields its share.
+        rank: this rank's number among them.
         seed: of resampling.
 
     Raises:
@@ -71,9 +71,15 @@ class FlowWeightedIterable(IterableDataset[Any]):
         True
     """
 
-    # Where the stream stands, besides its source:
+    # Where the stream stands. The source's position is the start of the current window; a state
+    # leads back to it, and the samples that the loop has been given are skipped then::
+    #
+    #      earlier windows      current window
+    #    ├───────┼───────┼────────────┬─────────┼ ─ ─ ─ ─ ─   not read yet
+    #                    │            └ _index: the next sample that the loop gets
+    #                    └ the source's position
+    _index: int  # in the current window
     _window_temperature: float | None  # the current window's; None until it is scored
-    _yielded: int  # samples of the current window that the loop has been through
     _in_pass: bool  # a pass has begun since the stream was rewound or a state loaded
     _at_end: bool  # the pass has been through the whole source
 
@@ -121,7 +127,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self.epoch = 0
         self._source = StreamSource(dataset, rank, num_replicas)
         self._attach = weight_attacher(layout, key)
-        self._score_options = _alone(scorer)
+        self._score_options = _options_of_one_rank(scorer)
         self._temperatures = WindowTemperature(temperature)
         self._rewind()
 
@@ -138,7 +144,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         return self._iterate()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the source, if it has any, and of resampling."""
+        """Choose the epoch, which resampling depends on, and the source's where it has epochs."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         if epoch != self.epoch:
@@ -148,26 +154,26 @@ class FlowWeightedIterable(IterableDataset[Any]):
     def merge_ranks(self, group: Any = None) -> None:
         """Let the running median include what the other ranks have read until now.
 
-        What they read later counts after the next call. A collective: every rank of the process
-        group calls it at the same point of its loop, in the process that iterates.
+        What they read later counts after the next call. The call is a collective: every rank of
+        the process group makes it at the same point of its loop, in the process that iterates.
         """
         self._temperatures.merge_ranks(group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: plain data.
 
-        It holds the source's state at the start of the current window, how far the loop has been
-        through the window, its temperature, and the running median's counts. A stream that loads
-        the state reads and scores the window again: a source that does not resume exactly (a
-        Hugging Face shuffle buffer is refilled with other samples) still gives every sample its
-        own weight.
+        The state holds the source's state at the start of the current window, the number of the
+        window's samples that the loop has been given, the window's temperature, and the running
+        median's counts. A stream that loads the state reads and scores the window again, so that
+        every sample has the weight of its own loss even if the source does not resume exactly (a
+        Hugging Face shuffle buffer is refilled with other samples).
         """
         return {
             **self._identity(),
             "epoch": self.epoch,
             **self._source.state_dict(),
             "in_use": self._window_temperature,
-            "yielded": self._yielded,
+            "yielded": self._index,
             "ended": self._at_end,
             **self._temperatures.state_dict(),
         }
@@ -188,7 +194,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         )
         self.set_epoch(state_dict["epoch"])
         self._source.load_state_dict(state_dict)
-        self._window_temperature, self._yielded = state_dict["in_use"], state_dict["yielded"]
+        self._window_temperature, self._index = state_dict["in_use"], state_dict["yielded"]
         self._in_pass, self._at_end = False, state_dict["ended"]
         self._temperatures.load_state_dict(state_dict)
 
@@ -206,7 +212,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
     def _rewind(self) -> None:
         """Let the next pass begin at the start of the source."""
         self._source.rewind()
-        self._window_temperature, self._yielded = None, 0
+        self._window_temperature, self._index = None, 0
         self._in_pass = self._at_end = False
 
     def _iterate(self) -> Iterator[Any]:
@@ -215,25 +221,27 @@ class FlowWeightedIterable(IterableDataset[Any]):
         samples = self._source.samples()
         while window := list(islice(samples, self.window)):
             yield from self._rest_of(window)
-            # Only now: as long as samples of a window are left, a state leads back to its start.
+            # The source moves on only after the window's last sample: until then a state has to
+            # lead back to the window's start.
             self._source.advance(len(window))
-            self._window_temperature, self._yielded = None, 0
+            self._window_temperature, self._index = None, 0
         self._at_end = True
 
     def _rest_of(self, window: list[Any]) -> Iterator[Any]:
-        """Yield the samples of a window that the loop has not been through yet."""
+        """Yield the samples of a window that the loop has not been given yet."""
         weights = self._weigh(window)
-        accepted = self._accepted(weights) if self.resample else []
-        while self._yielded < len(window):
-            index = self._yielded
-            self._yielded += 1  # before the loop gets the sample, and may ask for the state
+        draws = self._draw(weights) if self.resample else []
+        while self._index < len(window):
+            index = self._index
+            # The loop may ask for the state as soon as it has the sample, so the index moves first.
+            self._index += 1
             if not self.resample:
                 yield self._attach(window[index], weights[index].clone())
-            elif accepted[index]:
+            elif draws[index]:
                 yield window[index]
 
     def _weigh(self, window: list[Any]) -> Tensor:
-        """(W,) weights of a window; a running median counts its losses before it is taken."""
+        """The (W,) weights of a window; a running median counts the window's losses first."""
         scores = self.scorer.score(
             window, collate_fn=self.collate_fn, dataset_id="window", **self._score_options
         )
@@ -247,8 +255,8 @@ class FlowWeightedIterable(IterableDataset[Any]):
             )
         weights = torch.zeros(len(losses))
         if present.any():
-            # A window that is resumed has its temperature from the state, and was counted before
-            # the state was saved.
+            # The state of a resumed window brings its temperature and a median that has counted
+            # its losses: to count them again would double them.
             if self._window_temperature is None:
                 self._window_temperature = self._temperatures.of_window(
                     losses[present], self._source.position
@@ -256,23 +264,24 @@ class FlowWeightedIterable(IterableDataset[Any]):
             weights[present] = flow_weights(losses[present], temperature=self._window_temperature)
         return weights
 
-    def _accepted(self, weights: Tensor) -> list[bool]:
-        """Which samples of the window resampling keeps: a function of seed and position."""
-        # Every share has 2^48 words of the epoch's stream to itself, one for each sample.
+    def _draw(self, weights: Tensor) -> list[bool]:
+        """Whether resampling yields each sample of the window: a function of seed and position."""
+        # Every share has 2^48 random words of the epoch to itself, one for each of its samples.
         first = (self._source.share()[0] << 48) + self._source.position
         words = random_words((self.seed, self.epoch), ACCEPTANCE, first, len(weights))
-        # 53 bits are what a float64 holds: uniform in [0, 1), so that a weight of 1 always passes.
+        # A float64 holds 53 bits exactly. The numbers lie in [0, 1), so that a weight of 1 is
+        # larger than any of them and its sample always drawn.
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
-        accepted: list[bool] = (uniform < weights).tolist()
-        return accepted
+        draws: list[bool] = (uniform < weights).tolist()
+        return draws
 
 
-def _alone(scorer: Scorer) -> dict[str, Any]:
-    """The options that make a scorer score on this rank alone.
+def _options_of_one_rank(scorer: Scorer) -> dict[str, Any]:
+    """The options of `score` that let a scorer work on this rank without the others.
 
-    Inside a process group a `LossScorer` shares its work among the ranks, which all have to call
-    it with the same samples. Here every rank scores windows of its own, at its own pace: a scorer
-    that can share is told not to. One whose `score` has no such argument knows of no ranks.
+    Inside a process group a `LossScorer` shares its work among the ranks, all of which have to call
+    it with the same samples. Here every rank scores different windows at its own pace, so sharing
+    is turned off. A scorer whose `score` has no argument `shared` does not share.
     """
     parameters = inspect.signature(scorer.score).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

@@ -1,4 +1,4 @@
-"""The median of values that pass by once and are not kept."""
+"""The median of values that pass by once and are not stored."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-RELATIVE_ERROR = 1e-3  # of the median, always
+RELATIVE_ERROR = 1e-3  # the largest possible error of the median
 _LOG_WIDTH = math.log((1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR))
-_ZERO = -(2**31)  # the bucket of zeros, whose logarithm is −∞: before all others
+_ZERO = -(2**31)  # the bucket of zeros, whose logarithm is −∞: it comes before all others
 
 
 class RunningMedian:
@@ -23,9 +23,9 @@ class RunningMedian:
                       γ^(k−1)     ×       γ^k
                       × stands for all values of the bucket, each within 0.1 % of it
 
-    Unlike the randomised KLL sketch it gives the same median again after a resumption, and
-    merging is exact: sketches of parts add up to the sketch of the whole. Values over nine
-    decades take at most 10,400 counts.
+    Nothing in it is random, unlike in the KLL sketch, so that a resumed stream gets the same
+    median. Merging is exact: the counts of parts add up to the counts of the whole. Values over
+    nine decades take at most 10,400 counts.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ class RunningMedian:
         self.counts = Counter(counts or {})
 
     def __add__(self, other: RunningMedian) -> RunningMedian:
-        """Return the sketch of the values of both together."""
+        """Return the running median of both objects' values together."""
         return RunningMedian(self.counts + other.counts)
 
     def update(self, values: Tensor) -> None:
@@ -57,20 +57,20 @@ class RunningMedian:
         total = self.counts.total()
         if not total:
             raise ValueError("no value has been counted yet: there is no median")
-        # In the order of their values, a bucket holds the places start … start + count. The two
-        # middle places are the same one if the total is odd.
+        # In rising order the values of a bucket take the places start … start + count − 1. The
+        # median is the mean of the two middle places, which are one and the same for an odd total.
         lower, upper = (total - 1) // 2, total // 2
-        middle = []
+        middle_values = []
         start = 0
         for bucket, count in sorted(self.counts.items()):
             places = range(start, start + count)
-            middle += [_value(bucket)] * ((lower in places) + (upper in places))
+            middle_values += [_value(bucket)] * ((lower in places) + (upper in places))
             start += count
-        return sum(middle) / 2
+        return sum(middle_values) / 2
 
 
 def _value(bucket: int) -> float:
-    """The value that stands for a bucket: both of its ends are 0.1 % of their value away."""
+    """The value that stands for a bucket: it differs from each end by 0.1 % of that end."""
     if bucket == _ZERO:
         return 0.0
     return math.exp(bucket * _LOG_WIDTH) * (1 - RELATIVE_ERROR)

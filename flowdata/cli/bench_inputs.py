@@ -1,0 +1,61 @@
+"""The model and the samples that scoring is timed on: random, of the sizes that are common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdata.targets.labels import IGNORE_INDEX
+
+Samples = list[dict[str, Tensor]]
+
+
+def random_llama(*, layers: int, width: int = 576, vocabulary: int = 49152) -> Any:
+    """Return a Llama of random weights; by default its layers have the shape of SmolLM2-135M's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = width // 64
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // (3 if heads % 3 == 0 else 4),
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+def random_samples(
+    lengths: Sequence[Sequence[int]],
+    *,
+    generator: torch.Generator,
+    vocabulary: int = 49152,
+    template: int = 0,
+) -> Samples:
+    """Return samples of random tokens with the given (prompt, completion) lengths.
+
+    All of them begin with the same tokens, as many as `template` says.
+    """
+    template_tokens = torch.randint(0, vocabulary, (template,), generator=generator)
+    samples = []
+    for prompt, completion in lengths:
+        tokens = torch.randint(0, vocabulary, (prompt + completion,), generator=generator)
+        ids = torch.cat([template_tokens, tokens])
+        labels = ids.clone()
+        labels[: template + prompt] = IGNORE_INDEX
+        samples.append({"input_ids": ids, "labels": labels})
+    return samples
+
+
+def lognormal_lengths(count: int, generator: torch.Generator) -> list[list[int]]:
+    """Return (prompt, completion) lengths, about 80 and 120 tokens on average."""
+    logarithms = torch.randn(count, 2, generator=generator) * 0.5 + torch.tensor([4.25, 4.65])
+    lengths: list[list[int]] = logarithms.exp().long().clamp_min(1).tolist()
+    return lengths
