@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.models.placement import is_placed
+from flowdata.models.precision import runs_as_it_is
 from flowdata.models.tensors import map_floating
 
 
@@ -60,7 +61,8 @@ def _lent_itself(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for module, flag in training_flags:
             module.training = flag
         for parameter, flag in gradient_flags:  # PEFT sets them when it turns adapters on again
-            parameter.requires_grad = flag
+            if parameter.requires_grad != flag:  # a model made in inference mode can't be told
+                parameter.requires_grad = flag
 
 
 class _Conversion(NamedTuple):
@@ -76,6 +78,9 @@ def _conversions(model: nn.Module, dtype: torch.dtype) -> list[_Conversion]:
     What loses its meaning in 8 bits of mantissa keeps its dtype: integers, rotary frequencies,
     BatchNorm, and the modules that a Hugging Face model names as strictly float32.
     """
+    if runs_as_it_is(model) and dtype in {p.dtype for p in model.parameters()}:
+        tensors = [*model.parameters(), *model.buffers()]
+        return [_Conversion(tensor, tensor.dtype) for tensor in tensors]
     strict_names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     conversions = []
     for path, module in model.named_modules():

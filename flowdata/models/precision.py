@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowdata.models.placement import is_placed
 
@@ -23,7 +23,8 @@ def resolve_dtype(
 
     - the model's own dtype is float32;
     - the device is fast at bfloat16 (`is_fast_at_bfloat16`);
-    - the model can be converted: it is not sharded, nor spread over devices;
+    - the model can be converted: it is not sharded, spread over devices, quantised, nor made of
+      parts in several dtypes;
     - what is computed does not rest on one target, as a classifier's loss does, in which nothing
       averages rounding errors out.
 
@@ -43,13 +44,39 @@ def resolve_dtype(
     if dtype == "auto":
         floating = (p.dtype for p in model.parameters() if p.is_floating_point())
         own_dtype = next(floating, torch.float32)
-        if one_target or own_dtype != torch.float32 or is_placed(model):
+        if one_target or own_dtype != torch.float32 or is_placed(model) or runs_as_it_is(model):
             return own_dtype
         return torch.bfloat16 if is_fast_at_bfloat16(device) else torch.float32
     named_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if named_dtype is None or named_dtype not in DTYPES.values():
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
     return named_dtype
+
+
+def runs_as_it_is(model: nn.Module) -> bool:
+    """Return whether a model's parts expect the dtypes that they have: it is quantised, or mixed.
+
+    Whoever gave parts of a model other dtypes converts between them in its `forward`, and a
+    quantised layer multiplies in the dtype that it was made for.
+    """
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if len({p.dtype for p in parameters}) > 1:
+        return True
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(not isinstance(t, Tensor) or _is_quantised(t) for t in tensors):
+        return True
+    return any("quantized" in type(module).__module__ for module in model.modules())
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    # Libraries of quantised weights make tensors of classes of their own, which look floating; a
+    # weight of integers is another kind.
+    is_plain = type(tensor.data) in (Tensor, nn.Parameter) and type(tensor) in (
+        Tensor,
+        nn.Parameter,
+    )
+    is_weight = isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()
+    return (not is_plain and not hasattr(tensor, "full_tensor")) or is_weight
 
 
 def is_fast_at_bfloat16(device: torch.device) -> bool:

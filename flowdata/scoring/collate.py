@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from flowdata.models.calling import innermost
 from flowdata.scoring.language.inputs import labels_of
-from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.targets.labels import IGNORE_INDEX, UNSIGNED
 
 Collate = Callable[[list[Any]], Any]
 
@@ -115,6 +115,11 @@ def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
         ValueError: a sample has more or fewer `labels` than `input_ids`.
     """
     for sample in samples:
+        if sample.get("labels", ()) is None:
+            raise ValueError(
+                "'labels' of a sample is None; leave the field out where every token is a target, "
+                f"or give a label for each of its input_ids, {IGNORE_INDEX} where nothing counts"
+            )
         tokens, labels = len(sample["input_ids"]), len(sample.get("labels", sample["input_ids"]))
         if labels != tokens:
             raise ValueError(
@@ -144,6 +149,7 @@ def _stack(name: str, values: list[Any], padding: int) -> Any:
         return values
     try:
         tensors = [torch.as_tensor(value) for value in values]
+        tensors = [each.long() if each.dtype in UNSIGNED else each for each in tensors]
     except (TypeError, ValueError, RuntimeError):
         return values
     if name == "input_ids" and any(tensor.dim() != 1 for tensor in tensors):

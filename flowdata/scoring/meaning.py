@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import logger
 from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.models.positions import check_positions
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens, split_batch
@@ -66,6 +67,8 @@ def output_with_labels(model: nn.Module, batch: Any) -> Any:
         return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     if "input_ids" in batch and split_batch(batch)[1] is None:
         batch = {**batch, "labels": labels_of(batch, "causal_lm")}
+    if isinstance(ids := batch.get("input_ids"), Tensor):
+        check_positions(model, ids.shape[-1])
     with _same_problem(model):
         try:
             return call_with(model, batch, use_cache=False)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100  # PyTorch's and Hugging Face's mark of a position without a target
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which no layer or loss of PyTorch takes
 _LABEL_FIELDS = ("labels", "label", "targets", "target")  # the first that a batch has counts
 
 
@@ -23,10 +24,23 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, Mapping):
         name = next((field for field in _LABEL_FIELDS if field in batch), None)
         inputs = {key: value for key, value in batch.items() if key != name}
-        return inputs, None if name is None else torch.as_tensor(batch[name])
+        return inputs, None if name is None else _as_targets(name, batch[name])
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     return batch, None
+
+
+def _as_targets(name: str, values: Any) -> Tensor:
+    """A batch's targets as a tensor; unsigned numbers as PyTorch's losses take them."""
+    try:
+        targets = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        strange = next((v for v in values if isinstance(v, str) or v is None), values)
+        raise ValueError(
+            f"{name!r} must be numbers, got {strange!r}: give each class a number from 0 on, "
+            f"{IGNORE_INDEX} where nothing counts; without targets leave the field out"
+        ) from error
+    return targets.long() if targets.dtype in UNSIGNED else targets
 
 
 def describe_batch(batch: Any) -> str:

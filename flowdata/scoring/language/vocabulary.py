@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdata.models.calling import innermost, output_layer_of
+from flowdata.models.positions import check_positions
 from flowdata.scoring.language.work import Work
 
 
@@ -22,27 +23,9 @@ def check_vocabulary(model: nn.Module, work: Work) -> None:
     ids = work.inputs.get("input_ids")
     if ids is not None and not _takes_more_than_text(inner):
         _check_tokens("input_ids", ids, embedding, "num_embeddings")
-        _check_positions(inner, work)
+        positions = work.inputs.get("position_ids")
+        check_positions(inner, ids.shape[-1] if positions is None else int(positions.max()) + 1)
     _check_tokens("labels", work.targets, output_layer_of(model), "out_features")
-
-
-def _check_positions(model: Any, work: Work) -> None:
-    """Refuse a sample longer than the positions that a model has learned."""
-    config: Any = getattr(model, "config", None)
-    most = getattr(config, "max_position_embeddings", None)
-    positions = work.inputs.get("position_ids")
-    length = work.inputs["input_ids"].shape[-1] if positions is None else int(positions.max()) + 1
-    if not isinstance(most, int) or length <= most:
-        return
-    if any(
-        isinstance(module, nn.Embedding) and most <= module.num_embeddings <= most + 2
-        for name, module in model.named_modules()
-        if "pos" in name or "wpe" in name
-    ):
-        raise ValueError(
-            f"a sample has {length:,} tokens and the model {most:,} positions "
-            "(max_position_embeddings); cut the samples to that length"
-        )
 
 
 def _takes_more_than_text(model: Any) -> bool:
