@@ -21,6 +21,7 @@ from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.scorer import LossScorer
 from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.text.models import load_transformers
 
 Samples = list[dict[str, Tensor]]
 
@@ -158,12 +159,11 @@ def flops(model: Any, samples: Samples) -> float:
 
 def random_llama(*, layers: int, width: int = 576, vocabulary: int = 49152) -> Any:
     """Return a Llama of random weights, at the usual size SmolLM2-135M's in shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers = load_transformers()
     heads = width // 64
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=width * 8 // 3,
