@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
 
 from flowdata.dataset import FlowWeightedDataset
@@ -21,6 +21,18 @@ from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
 from flowdata.token_weights import rule_weights
 from flowdata.weights import Temperature
+
+
+def _with_plain_nll(argument: Any) -> Any:
+    """Return a configuration with "nll" for "chunked_nll", and anything else as it is.
+
+    TRL before 1.15 computes the same loss in pieces unless it is told not to, by a forward of its
+    own that gives no losses to weigh. Later releases make the same change themselves.
+    """
+    if isinstance(argument, SFTConfig) and argument.loss_type == "chunked_nll":
+        argument = copy.copy(argument)
+        argument.loss_type = "nll"
+    return argument
 
 
 class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
@@ -43,7 +55,15 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "SFTTrainer prepares Hugging Face data sets only, got a FlowWeightedDataset; pass "
                 "train_dataset=dataset, scores=scores"
             )
+        args = tuple(_with_plain_nll(argument) for argument in args)
+        if "args" in kwargs:
+            kwargs["args"] = _with_plain_nll(kwargs["args"])
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        if self._replaces_loss and self.args.loss_type == "chunked_nll":  # no args were given
+            raise ValueError(
+                "loss_type='chunked_nll', this TRL's default, gives no losses to weigh; pass "
+                "args=SFTConfig(..., loss_type='nll')"
+            )
         if self._replaces_loss and self.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.args.loss_type!r} would apply to losses already weighted; use "
