@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from flowdata.dataset import FlowWeightedDataset
@@ -21,18 +21,6 @@ from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
 from flowdata.token_weights import rule_weights
 from flowdata.weights import Temperature
-
-
-def _with_plain_nll(argument: Any) -> Any:
-    """Return a configuration with "nll" for "chunked_nll", and anything else as it is.
-
-    TRL before 1.15 computes the same loss in pieces unless it is told not to, by a forward of its
-    own that gives no losses to weigh. Later releases make the same change themselves.
-    """
-    if isinstance(argument, SFTConfig) and argument.loss_type == "chunked_nll":
-        argument = copy.copy(argument)
-        argument.loss_type = "nll"
-    return argument
 
 
 class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
@@ -45,6 +33,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
     weights need a tokenised data set (`input_ids`): before that there are no tokens to weigh.
 
     Raises:
+        ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
             a data set of images, or token weights in a data set that is not tokenised.
     """
@@ -55,14 +44,11 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "SFTTrainer prepares Hugging Face data sets only, got a FlowWeightedDataset; pass "
                 "train_dataset=dataset, scores=scores"
             )
-        args = tuple(_with_plain_nll(argument) for argument in args)
-        if "args" in kwargs:
-            kwargs["args"] = _with_plain_nll(kwargs["args"])
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        if self._replaces_loss and self.args.loss_type == "chunked_nll":  # no args were given
-            raise ValueError(
-                "loss_type='chunked_nll', this TRL's default, gives no losses to weigh; pass "
-                "args=SFTConfig(..., loss_type='nll')"
+        if self._replaces_loss and self.args.loss_type == "chunked_nll":
+            raise ImportError(
+                "this TRL takes its losses from a forward of its own, where weights can't reach "
+                "them; install trl 1.15 or newer, which needs Python 3.11 or newer"
             )
         if self._replaces_loss and self.args.loss_type != "nll":
             raise ValueError(
