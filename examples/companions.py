@@ -1,6 +1,6 @@
 """ℓ2 and WiSE-FT added to FLOW, on the digits of custom_loop.py.
 
-    pip install "flowdata-torch[demo]"; python examples/companions.py
+    pip install ".[demo]"; python examples/companions.py
 
 FLOW works on the data, these on the parameters: they add up.
 """

@@ -1,6 +1,6 @@
 """FLOW in a plain PyTorch loop: digits, then turned digits.
 
-    pip install "flowdata-torch[demo]"; python examples/custom_loop.py
+    pip install ".[demo]"; python examples/custom_loop.py
 
 The lines marked FLOW are the difference to the plain loop, whose own lines stand beside them.
 """

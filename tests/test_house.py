@@ -25,6 +25,8 @@ LAYERS = [
     },
     {"integrations", "cli", "__main__"},
 ]
+TYPING_ALONE = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+IMPORT_BY_NAME = ("import_module", "importlib.import_module", "__import__")
 MOST_FLAT_FILES, MOST_LINES, MOST_BODY_LINES = 20, 350, 50
 
 
@@ -41,13 +43,15 @@ def read_modules(root):
 
 def imports_of(tree):
     """Every import at any depth, as (module, name or None); those for typing alone left out."""
-    if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.unparse(tree.test):
+    if isinstance(tree, ast.If) and ast.unparse(tree.test) in TYPING_ALONE:
         return [found for branch in tree.orelse for found in imports_of(branch)]
     if isinstance(tree, ast.Import):
         return [(alias.name, None) for alias in tree.names]
     if isinstance(tree, ast.ImportFrom):
         assert tree.level == 0, "imports are absolute"
         return [(tree.module, alias.name) for alias in tree.names]
+    if isinstance(tree, ast.Call) and ast.unparse(tree.func) in IMPORT_BY_NAME:
+        return [(name.value, None) for name in tree.args[:1] if isinstance(name, ast.Constant)]
     return [found for child in ast.iter_child_nodes(tree) for found in imports_of(child)]
 
 
@@ -124,6 +128,28 @@ def test_no_file_takes_anothers_private_name():
     assert borrowed == []
 
 
+def test_no_file_reaches_for_anothers_private_name():
+    reached = []
+    for importer, tree in read_modules(ROOT).items():
+        rooms = [name or module for module, name in imports_of(tree) if "flowdata" in module]
+        reached += [
+            f"{importer}: {ast.unparse(node)}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            if node.attr.startswith("_") and not node.attr.startswith("__")
+            if ast.unparse(node.value) in rooms
+        ]
+    assert reached == []
+
+
+def test_every_room_has_a_layer_and_a_place_in_the_plan():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    rooms -= {"__init__", "__pycache__"}
+    assert set().union(*LAYERS) == rooms
+    plan = (ROOT / "CONTRIBUTING.md").read_text().split("```")[3]
+    assert [room for room in rooms - {"__main__", "_version"} if room not in plan] == []
+
+
 def test_the_graph_sees_circles_and_imports_inside_functions(tmp_path):
     rooms = tmp_path / "flowdata"
     rooms.mkdir()
@@ -133,11 +159,15 @@ def test_the_graph_sees_circles_and_imports_inside_functions(tmp_path):
         "from typing import TYPE_CHECKING\nimport flowdata.errors\n"
         "if TYPE_CHECKING:\n    from flowdata.weights import flow_weights\n"
         "else:\n    from flowdata import scores\n"
+        "if not TYPE_CHECKING:\n    import flowdata.dataset\n"
+        "import importlib\nimportlib.import_module('flowdata.sampler')\n"
     )
     (rooms / "errors.py").write_text("")
     (rooms / "weights.py").write_text("")
     graph = import_graph(tmp_path)
-    assert graph["flowdata.store"] == {"flowdata.errors", "flowdata.scores"}
+    assert graph["flowdata.store"] == {
+        *("flowdata.errors", "flowdata.scores", "flowdata.dataset", "flowdata.sampler")
+    }
     assert circles(graph) == [["flowdata.scores", "flowdata.store"]]
 
 
@@ -180,12 +210,14 @@ def calls(tree):
 
 
 def test_the_user_is_told_through_one_logger():
-    tellers = {
-        module
-        for module, tree in read_modules(ROOT).items()
-        if {"warnings.warn", "logging.getLogger"}.intersection(calls(tree))
-    }
+    channels = {"warnings.warn", "warn", "logging.getLogger", "getLogger"}
+    modules = read_modules(ROOT)
+    tellers = {module for module, tree in modules.items() if channels.intersection(calls(tree))}
     assert tellers == {"flowdata._common.notices"}
+    printers = {module for module, tree in modules.items() if "print" in calls(tree)}
+    assert {name for name in printers if not name.startswith("flowdata.cli.")} == {
+        *("flowdata._common.notices", "flowdata._common.progress")
+    }
 
 
 def test_the_mark_of_no_target_has_a_name():

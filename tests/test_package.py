@@ -1,14 +1,17 @@
 """The package as a whole: what an import costs and brings, and what the README promises."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
 import flowdata
+from flowdata.cli.commands import COMMANDS
 from tests.models import TinyResNet, images
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +35,8 @@ def test_importing_takes_little_more_than_importing_torch():
 
 def test_importing_brings_no_framework():
     heavy = ["transformers", "datasets", "matplotlib", "peft", "trl", "lightning", "pyarrow"]
-    code = f"import sys, flowdata; print([n for n in {heavy} if n in sys.modules])"
+    heavy += ["sklearn", "scipy", "accelerate", "triton"]
+    code = f"import sys, flowdata, flowdata.study; print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -40,6 +44,65 @@ def test_importing_brings_no_framework():
 def test_every_public_name_is_there_and_documented():
     for name in flowdata.__all__:
         assert getattr(flowdata, name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("losses", ["causal_lm_loss", "fused_causal_lm_loss", "weighted_mean"]),
+        ("views", ["score_views"]),
+        ("companions", ["ParameterAnchor", "sweep_wise_ft", "wise_ft"]),
+        ("integrations.transformers", ["FlowTrainer", "FlowTrainerMixin"]),
+        ("integrations.trl", ["FlowSFTTrainer"]),
+        ("integrations.lightning", ["FlowDataModule", "FlowGuard"]),
+    ],
+)
+def test_modules_that_users_import_by_path_keep_their_names(module, names):
+    room = importlib.import_module(f"flowdata.{module}")
+    assert [name for name in names if not getattr(room, name).__doc__] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [("flowdata", "score,report"), ("benchmarks", "forgetting, gpu, head, loader")],
+)
+def test_both_command_lines_list_their_commands(command, printed):
+    arguments = ["--help"] if command == "flowdata" else []
+    done = subprocess.run(
+        [sys.executable, "-m", command, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert all(name in done.stdout + done.stderr for name in printed.split(","))
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"),
+    [
+        ("transformers", ["score", "model", "data"], "transformers"),
+        ("transformers", ["bench"], "transformers"),
+        ("sklearn", ["demo"], "demo"),
+        ("matplotlib", ["demo"], "plotting"),
+    ],
+)
+def test_a_missing_package_is_told_with_its_extra(missing, command, extra):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from flowdata.cli import main; "
+        f"sys.exit(main({command!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f'pip install "flowdata-torch[{extra}]"' in done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_pages_name_only_files_and_commands_that_exist(page):
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    scripts = re.findall(r"`(\w+\.py)`", text.partition("| loop | file |")[2].partition("\n\n")[0])
+    scripts += [f"{name}.py" for name in re.findall(r"-m examples\.(\w+)", text)]
+    assert [script for script in scripts if not (ROOT / "examples" / script).exists()] == []
+    commands = set(re.findall(r"^flowdata (\w+)|-m flowdata (\w+)|`flowdata (\w+)`", text, re.M))
+    assert {name for names in commands for name in names if name} <= set(COMMANDS)
 
 
 def test_doctests_of_the_package():

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.text.models import load_transformers
 
 Samples = list[dict[str, Tensor]]
 
 
 def random_llama(*, layers: int, width: int = 576, vocabulary: int = 49152) -> Any:
     """Return a Llama of random weights; by default its layers have the shape of SmolLM2-135M's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers = load_transformers()
     heads = width // 64
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=width * 8 // 3,

@@ -50,17 +50,19 @@ def run_demo(output: str | Path, *, seeds: int = 5, progress: bool = True) -> De
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    images, labels = _digits()
     # The figure is opened first, so that a missing matplotlib is reported before the training.
     with figure(10.5, 4.3, panels=2) as (drawing, (left, right)):
-        result = DemoResult(*_measure(seeds, progress), Path(output))
+        result = DemoResult(*_measure(images, labels, seeds, progress), Path(output))
         draw_demo(left, right, result)
         result.picture.parent.mkdir(parents=True, exist_ok=True)
         result.picture.write_bytes(png(drawing))
     return result
 
 
-def _measure(seeds: int, progress: bool) -> tuple[list[Start], list[Outcome]]:
-    images, labels = _digits()
+def _measure(
+    images: Tensor, labels: Tensor, seeds: int, progress: bool
+) -> tuple[list[Start], list[Outcome]]:
     starts, outcomes = [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the network is so small that a second thread would only wait

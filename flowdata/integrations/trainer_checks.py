@@ -89,4 +89,4 @@ def check_arguments(trainer: Any) -> None:
             "along them; use data parallelism (DDP, FSDP)"
         )
     if not hasattr(trainer, "loss_is_scaled_for_ga"):
-        raise ImportError("this transformers divides accumulated losses; install 5.23 or newer")
+        raise ImportError("this transformers divides accumulated losses; install 5.19 or newer")

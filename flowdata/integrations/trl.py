@@ -33,6 +33,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
     weights need a tokenised data set (`input_ids`): before that there are no tokens to weigh.
 
     Raises:
+        ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
             a data set of images, or token weights in a data set that is not tokenised.
     """
@@ -44,6 +45,11 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "train_dataset=dataset, scores=scores"
             )
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        if self._replaces_loss and self.args.loss_type == "chunked_nll":
+            raise ImportError(
+                "this TRL takes its losses from a forward of its own, where weights can't reach "
+                "them; install trl 1.15 or newer, which needs Python 3.11 or newer"
+            )
         if self._replaces_loss and self.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.args.loss_type!r} would apply to losses already weighted; use "

@@ -10,7 +10,7 @@ from flowdata.text.read import first_line
 
 def hide_progress() -> None:
     """Let models load without transformers' own progress bars."""
-    _transformers().utils.logging.disable_progress_bar()
+    load_transformers().utils.logging.disable_progress_bar()
 
 
 def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
@@ -21,10 +21,10 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether code that comes with the model is run.
 
     Raises:
-        ValueError: transformers is not installed, or the folder `source` holds no model or
-            several GGUF files.
+        ImportError: transformers is not installed.
+        ValueError: the folder `source` holds no model or several GGUF files.
     """
-    transformers = _transformers()
+    transformers = load_transformers()
     folder, options = _gguf(source)
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code, **options
@@ -39,9 +39,10 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether code that comes with the tokenizer is run.
 
     Raises:
-        ValueError: transformers is not installed, or there is no tokenizer at `source`.
+        ImportError: transformers is not installed.
+        ValueError: there is no tokenizer at `source`.
     """
-    transformers = _transformers()
+    transformers = load_transformers()
     folder, options = _gguf(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -71,11 +72,16 @@ def _gguf(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
-def _transformers() -> Any:
+def load_transformers() -> Any:
+    """Return the module transformers.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
     try:
         import transformers
     except ImportError:
-        raise ValueError(
+        raise ImportError(
             'this needs transformers: pip install "flowdata-torch[transformers]"'
         ) from None
     return transformers

@@ -18,7 +18,7 @@ from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.store.fingerprint import fingerprint_tokenizer
 from flowdata.text.chats import Fields, find_fields
-from flowdata.text.models import hide_progress, load_model, load_tokenizer
+from flowdata.text.models import hide_progress, load_model, load_tokenizer, load_transformers
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 from flowdata.weights import check_temperature
@@ -59,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a causal language model's fine-tuning set into a store."""
+    load_transformers()  # a missing one is told before the data is read, or fetched from the hub
     if options.quiet:
         hide_progress()
     with process_group() as device:
