@@ -43,7 +43,9 @@ _HAS_DOCSTRING = 0x4000000  # the flag of code objects since Python 3.13
 _FLAGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR
 _FLAGS |= inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _ENTRIES = ("forward", "__call__", "__getitem__")  # the methods by which an object is called
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
+_METHOD_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+_NO_STEPS = ("CACHE", "NOP", "EXTENDED_ARG")
+_SWAPS, _COPIES = ("SWAP", "ROT_TWO", "ROT_THREE"), ("COPY", "DUP_TOP", "DUP_TOP_TWO")
 
 
 def is_of_library(module_name: str | None) -> bool:
@@ -149,9 +151,10 @@ def globals_read(function: types.FunctionType) -> set[str]:
 def names_filled(function: types.FunctionType) -> set[str]:
     """Return what a function fills: attributes of `self`, and names of containers that it changes.
 
-        self.cache = x          cache
-        self.seen.append(x)     seen
-        STORE[key] = x          STORE
+        self.cache = x                      cache
+        self.seen.append(x)                 seen
+        self.mean.mul_(x)                   mean
+        STORE[key] = x                      STORE
         self.register_buffer("table", x)    table
 
     These hold what calls have left behind, such as a cache, and no setting.
@@ -160,23 +163,70 @@ def names_filled(function: types.FunctionType) -> set[str]:
 
 
 def _names_filled_by(code: types.CodeType) -> set[str]:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    first = code.co_varnames[0] if code.co_argcount else "self"
     names: set[str] = set()
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
     for index, step in enumerate(steps):
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR") and index:
-            before = steps[index - 1].argval  # a tuple where two loads are one instruction
-            owner = before[-1] if isinstance(before, tuple) else before
-            if owner == "self" or (code.co_argcount and owner == code.co_varnames[0]):
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+            owner = _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
+            if _variable(steps, owner) in ("self", first):
                 names.add(step.argval)
-        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") and index:
-            container = _expression_start(steps, index - 1) - 1
-            names |= _name_loaded(steps, container)
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _MUTATORS:
-            names |= _name_loaded(steps, index - 1)
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "register_buffer":
-            names |= {s.argval for s in steps[index + 1 : index + 3] if isinstance(s.argval, str)}
-        elif step.opname in ("STORE_GLOBAL", "STORE_DEREF"):
-            names |= {step.argval} if step.argval not in code.co_cellvars else set()
+            else:
+                names |= _chain(steps, owner)
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            key = _before_swap(steps, index, "BINARY_", None, copies=2)
+            names |= _chain(steps, _expression_start(steps, key) - 1)
+        elif step.opname in _METHOD_LOADS and _changes(str(step.argval)):
+            names |= _chain(steps, index - 1)
+        elif step.argval in ("register_buffer", "setattr"):
+            constants = [s for s in steps[index + 1 : index + 3] if s.opname == "LOAD_CONST"]
+            names |= {s.argval for s in constants if isinstance(s.argval, str)}
+        elif step.opname == "STORE_GLOBAL" or (
+            step.opname == "STORE_DEREF" and step.argval in code.co_freevars
+        ):
+            names.add(step.argval)
+    return names
+
+
+def _changes(method: str) -> bool:
+    """Whether a method of this name changes its object; PyTorch ends such names with a line."""
+    return method in _MUTATORS or (method.endswith("_") and not method.startswith("_"))
+
+
+def _before_swap(
+    steps: list[dis.Instruction], index: int, kind: str, name: str | None, *, copies: int
+) -> int:
+    """The index of the last instruction of what a store writes to.
+
+    It stands right before the store; in `self.calls += 1` before the copies that `calls` is read
+    by, since the sum is made between them.
+    """
+    end = index - 1
+    if end >= 0 and steps[end].opname in _SWAPS:
+        while end >= 0:
+            is_read = steps[end].opname.startswith(kind) and name in (None, steps[end].argval)
+            if is_read and steps[end - 1].opname in _COPIES:
+                return end - 1 - (1 if steps[end - 1].opname == "DUP_TOP_TWO" else copies)
+            end -= 1
+    return end
+
+
+def _variable(steps: list[dis.Instruction], index: int) -> Any:
+    """The local variable that an instruction loads; the last one where it loads several."""
+    value = steps[index].argval if index >= 0 and "FAST" in steps[index].opname else None
+    if index >= 0 and steps[index].opname == "LOAD_DEREF":
+        value = steps[index].argval
+    return value[-1] if isinstance(value, tuple) else value
+
+
+def _chain(steps: list[dis.Instruction], index: int) -> set[str]:
+    """The names of `self.a.b`, or of a global or captured name, that an expression ends with."""
+    names = set()
+    while index >= 0 and steps[index].opname in _METHOD_LOADS:
+        names.add(steps[index].argval)
+        index -= 1
+    if not names and index >= 0 and steps[index].opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+        names.add(steps[index].argval)
     return names
 
 
@@ -185,18 +235,10 @@ def _expression_start(steps: list[dis.Instruction], end: int) -> int:
     depth = 0
     for index in range(end, -1, -1):
         argument = steps[index].arg if steps[index].opcode >= dis.HAVE_ARGUMENT else None
-        try:
-            depth += dis.stack_effect(steps[index].opcode, argument, jump=False)
-        except ValueError:
-            return index
+        depth += dis.stack_effect(steps[index].opcode, argument, jump=False)
         if depth >= 1:
             return index
     return 0
-
-
-def _name_loaded(steps: list[dis.Instruction], index: int) -> set[str]:
-    is_load = index >= 0 and steps[index].opname in _LOADS
-    return {steps[index].argval} if is_load else set()
 
 
 def filled_by_calls(kind: type) -> set[str]:

@@ -7,7 +7,6 @@ checksums of their values.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from typing import Any
 
@@ -25,6 +24,7 @@ from flowdata.store.fingerprint.objects import Describer, stable_config
 from flowdata.store.fingerprint.values import canonical
 
 _MOST_GAPS = 8  # that a message names
+_named_gaps: set[str] = set()  # by this program: a user need not read twice of one
 
 
 def fingerprint_model(model: nn.Module, *, skip_adapters: bool = False) -> str:
@@ -56,18 +56,14 @@ def say_gaps(what: str, describer: Describer) -> None:
         what: is described: ``"model"``, ``"function"``.
         describer: has described it.
     """
-    gaps = list(describer.gaps)
+    gaps = [gap for gap in describer.gaps if gap not in _named_gaps]
+    _named_gaps.update(gaps)
     if gaps:
         more = f" and {len(gaps) - _MOST_GAPS} more" if len(gaps) > _MOST_GAPS else ""
-        _say_once(
+        logger.warning(
             f"the fingerprint of the {what} leaves out {', '.join(gaps[:_MOST_GAPS])}{more}: a "
             "change of these alone goes unnoticed, so use another store after one"
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _say_once(sentence: str) -> None:
-    logger.warning(sentence)
 
 
 def _digest_of(describer: Describer, model: nn.Module, *, skip_adapters: bool) -> str:
