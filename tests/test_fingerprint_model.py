@@ -283,6 +283,7 @@ class Remembering(nn.Module):
     """Keeps what its calls leave behind in every way that code does."""
 
     shared: ClassVar = {}
+    shared_calls, shared_sizes = 0, 0
 
     def __init__(self):
         super().__init__()
@@ -301,6 +302,8 @@ class Remembering(nn.Module):
     def forward(self, x):
         self.calls += 1
         self.sums[len(x)] += 1
+        Remembering.shared_calls += 1
+        type(self).shared_sizes = len(x)
         self.total.add_(len(x))
         self.stats.sizes.append(len(x))
         setattr(self, "longest", len(x))  # noqa: B010

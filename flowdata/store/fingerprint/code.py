@@ -152,6 +152,7 @@ def names_filled(function: types.FunctionType) -> set[str]:
     """Return what a function fills: attributes of `self`, and names of containers that it changes.
 
         self.cache = x                      cache
+        Net.calls += 1                      calls, Net
         self.seen.append(x)                 seen
         self.mean.mul_(x)                   mean
         STORE[key] = x                      STORE
@@ -169,10 +170,8 @@ def _names_filled_by(code: types.CodeType) -> set[str]:
     for index, step in enumerate(steps):
         if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             owner = _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
-            if _variable(steps, owner) in ("self", first):
-                names.add(step.argval)
-            else:
-                names |= _chain(steps, owner)
+            if _variable(steps, owner) in (None, "self", first):  # no other local variable
+                names |= {step.argval} | _chain(steps, owner)
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             key = _before_swap(steps, index, "BINARY_", None, copies=2)
             names |= _chain(steps, _expression_start(steps, key) - 1)
@@ -214,8 +213,6 @@ def _before_swap(
 def _variable(steps: list[dis.Instruction], index: int) -> Any:
     """The local variable that an instruction loads; the last one where it loads several."""
     value = steps[index].argval if index >= 0 and "FAST" in steps[index].opname else None
-    if index >= 0 and steps[index].opname == "LOAD_DEREF":
-        value = steps[index].argval
     return value[-1] if isinstance(value, tuple) else value
 
 

@@ -178,6 +178,7 @@ class Describer:
         named = {name: function.__globals__.get(name) for name in globals_read(function)}
         values = {name: v for name, v in (named | contents).items() if v is not None}
         filled = names_filled(function) & values.keys()
+        filled -= {name for name in filled if isinstance(values[name], type)}  # of_class knows
         for name in sorted(filled):
             self.gaps[f"{name!r} of {place} (calls fill it)"] = None
         names = names_read(function)
