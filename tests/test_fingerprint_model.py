@@ -279,6 +279,91 @@ def test_hooks_change_it_while_they_are_there(register):
     assert fingerprint_model(model) == before
 
 
+def hooks_that_watch():
+    seen, counts = [], {"calls": 0}
+
+    class Tracker:
+        calls = 0
+
+        def __call__(self, module, values, output):
+            self.calls += 1
+
+        def record(self, module, values, output):
+            self.last = output
+            self.calls += 1
+
+    def append(module, values, output):
+        seen.append(output.detach().mean().item())
+
+    def count(module, values, output):
+        counts["calls"] += 1
+
+    return append, count, Tracker().record, lambda module, values, output: None
+
+
+def hooks_that_change():
+    def in_place(module, values, output):
+        output.mul_(2)
+
+    def part(module, values, output):
+        output[:, 0] = 0
+
+    def attribute(module, values, output):
+        output.data = 2 * output.data
+
+    def augmented(module, values, output):
+        output += 1
+
+    def out(module, values, output):
+        torch.mul(output, 2, out=output)
+
+    def inner(output):
+        output.mul_(2)
+
+    def handed_on(module, values, output):
+        inner(output)
+
+    def returned(module, values, output):
+        if len(output) > 100:
+            return None
+        return 2 * output
+
+    def hooked_alias(module, values, output):
+        alias = output
+        alias.zero_()
+
+    return in_place, part, attribute, augmented, out, handed_on, returned, hooked_alias
+
+
+@pytest.mark.parametrize("hook", hooks_that_watch(), ids=lambda hook: hook.__name__)
+def test_hooks_that_only_watch_are_no_part_of_it(hook):
+    model = Body()
+    before = fingerprint_model(model)
+    model.register_forward_hook(hook)
+    for _ in range(2):
+        assert fingerprint_model(model) == before
+        model(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("hook", hooks_that_change(), ids=lambda hook: hook.__name__)
+def test_hooks_that_change_what_they_are_given_are(hook):
+    model = Body()
+    before = fingerprint_model(model)
+    model.register_forward_hook(hook)
+    hooked = fingerprint_model(model)
+    assert hooked != before
+    with torch.no_grad():
+        model(torch.ones(2, 6))
+    assert fingerprint_model(model) == hooked
+
+
+def test_a_mark_on_a_packages_module_that_no_code_reads_is_none():
+    model = tiny_llama()
+    before = fingerprint_model(model)
+    model.calls, model.model.note = 3, "mine"
+    assert fingerprint_model(model) == before
+
+
 class Remembering(nn.Module):
     """Keeps what its calls leave behind in every way that code does."""
 

@@ -10,7 +10,9 @@ a digest makes every store of earlier versions unusable: it asks for another mar
     dataset.py    of a data set: its length, its samples, and the view that gives them
     callables.py  of a function
     objects.py    any Python object described: functions, classes, attributes
-    code.py       what compiled code says
+    code.py       what compiled code says, and whose it is
+    instructions.py  the names that code reads and fills
+    view.py       of a Hugging Face data set's format, columns and decoding
     values.py     the rules for plain values, which the others build on
 """
 

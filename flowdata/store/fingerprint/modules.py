@@ -6,6 +6,7 @@ forward pass and after it.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from flowdata.store.fingerprint.code import (
     is_of_library,
     names_read_by,
 )
+from flowdata.store.fingerprint.instructions import only_watches
 from flowdata.store.fingerprint.objects import Describer
 
 # Wrappers that run a module otherwise and compute the same: torch.compile, FSDP, checkpointing.
@@ -130,7 +132,7 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
     if isinstance(active, str | list | tuple):  # of a layer; a transformers model has a method
         scaling = str(getattr(module, "scaling", None))
         settings["adapters"] = [active, bool(module.disable_adapters), scaling]
-    chooses = _chooser(module, kind)
+    chooses = _chooser(describer, module, kind)
     for name, value in sorted(vars(module).items()):
         place = f"{path}.{name}" if path else name
         if name in _FORWARDS:
@@ -151,11 +153,16 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
     return [settings]
 
 
-def _chooser(module: nn.Module, kind: type) -> Callable[[str, Any], bool]:
-    """The function that says which of a module's attributes count."""
+def _chooser(describer: Describer, module: nn.Module, kind: type) -> Callable[[str, Any], bool]:
+    """The function that says which of a module's attributes count.
+
+    A mark that somebody has put on a known package's module counts as little as no code reads it.
+    """
     if is_of_library(kind.__module__):
+        names = describer.names(kind)
         return lambda name, value: (
-            (_is_scalar(value) and not name.startswith("_")) or _is_own_function(module, value)
+            (_is_scalar(value) and name in names and not name.startswith("_"))
+            or _is_own_function(module, value)
         )
     names = names_read_by(kind)
     return lambda name, value: (
@@ -196,17 +203,22 @@ def _replaced(module: nn.Module, kind: type, name: str) -> Any:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks that may change a module's inputs or outputs."""
+    """The hooks that may change a module's inputs or outputs, and don't only count or record."""
     hooks = [*module._forward_pre_hooks.values(), None, *module._forward_hooks.values()]
     return [hook for hook in hooks if hook is None or not _is_of_running(hook)]
 
 
 def _is_of_running(hook: Any) -> bool:
+    """Whether a hook belongs to how a model is run, or only watches it."""
     function = getattr(hook, "func", hook)  # inside a partial
     function = getattr(function, "__func__", function)
     is_function = isinstance(function, types.FunctionType)
     home = home_of(function) if is_function else type(function).__module__
-    return home.partition(".")[0] in _HOOKS_OF_RUNNING or home.startswith(_HOOKS_OF_SHARDING)
+    if home.partition(".")[0] in _HOOKS_OF_RUNNING or home.startswith(_HOOKS_OF_SHARDING):
+        return True
+    if not is_function or isinstance(hook, functools.partial):
+        return False
+    return only_watches(function, is_method=isinstance(hook, types.MethodType))
 
 
 def _packed_tensors(describer: Describer, module: Any, place: str) -> Any:

@@ -24,13 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.store.fingerprint.code import (
-    contents_of,
     describe_code,
     filled_by_calls,
     functions_in,
-    globals_read,
     home_of,
     is_of_library,
+    names_read_by,
+)
+from flowdata.store.fingerprint.instructions import (
+    contents_of,
+    globals_read,
     names_filled,
     names_read,
 )
@@ -67,6 +70,7 @@ class Describer:
         self._models: list[Any] = []
         self._classes: dict[type, str] = {}
         self._filled: dict[type, set[str]] = {}
+        self._names: dict[type, set[str]] = {}
         self.gaps: dict[str, None] = {}
         self._count = 0
         self._open: list[int] = []  # ids of the objects inside which this description is
@@ -158,6 +162,12 @@ class Describer:
         if kind not in self._filled:
             self._filled[kind] = filled_by_calls(kind)
         return self._filled[kind]
+
+    def names(self, kind: type) -> set[str]:
+        """Return the names in a class's methods, those of known packages among them."""
+        if kind not in self._names:
+            self._names[kind] = names_read_by(kind, libraries=True)
+        return self._names[kind]
 
     def of_module_class(self, kind: type, place: str, beside: Set[str]) -> Any:
         """Return the description of a module's class; see `of_class`."""
