@@ -457,6 +457,13 @@ def offloaded(model):
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
+def dispatched(model):
+    from accelerate import dispatch_model
+
+    parts = dict.fromkeys((name for name, _ in model.named_children()), "cpu")
+    return dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+
+
 def released(model):
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -514,8 +521,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_it_does_not_depend_on_how_a_model_is_run(name):
     before = fingerprint_model(MODELS[name]())
-    ways = [nn.Module.train, nn.Module.eval, called, cloned, offloaded, released, checkpointing]
-    ways += [torch.compile, compiled_forward, prepared, nn.DataParallel]
+    ways = [nn.Module.train, nn.Module.eval, called, cloned, offloaded, dispatched]
+    ways += [released, checkpointing, torch.compile, compiled_forward, prepared, nn.DataParallel]
     for way in ways:
         assert fingerprint_model(way(MODELS[name]())) == before, way
 

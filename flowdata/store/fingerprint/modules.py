@@ -30,6 +30,7 @@ _INTERNAL = frozenset(vars(nn.Module()))
 # Attributes that say how a model is run, where it came from, or how it generates text.
 _VOLATILE = {
     *("training", "device", "device_map", "hf_device_map", "name_or_path", "warnings_issued"),
+    *("to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa"),  # which accelerate puts a warning around
     *("generation_config", "config", "quantization_config", "hf_quantizer", "model_tags"),
 }
 _FORWARDS = {"forward", "_old_forward", "_original_forward", "_forward_hooks", "_loss_function"}
