@@ -435,6 +435,23 @@ def test_what_can_not_be_described_is_named_once(caplog):
     model.source.close()
 
 
+def test_loggers_optimizers_and_generators_are_no_part_of_it():
+    def model(name, seed):
+        body = Body(logger=logging.getLogger(name), noise=np.random.default_rng(seed))
+        body.optimizer = torch.optim.SGD(body.parameters(), 0.1 * seed)
+        return body
+
+    assert fingerprint_model(model("a", 1)) == fingerprint_model(model("b", 2))
+
+
+def test_code_that_ran_often_stays_the_same():
+    model = net()
+    before = fingerprint_model(model)
+    for _ in range(200):  # Python rewrites the instructions of code that runs often
+        model(torch.ones(2))
+    assert fingerprint_model(model) == before
+
+
 def test_attributes_that_lead_back_to_the_model_end():
     model = Body()
     model.itself, model.parts = [model], {"layer": model.layer}

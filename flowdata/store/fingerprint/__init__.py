@@ -12,14 +12,15 @@ a digest makes every store of earlier versions unusable: it asks for another mar
     objects.py    any Python object described: functions, classes, attributes
     code.py       what compiled code says, and whose it is
     instructions.py  the names that code reads and fills
+    hugging_face.py  of tokenizers and configurations
     view.py       of a Hugging Face data set's format, columns and decoding
     values.py     the rules for plain values, which the others build on
 """
 
 from flowdata.store.fingerprint.callables import fingerprint_callable
 from flowdata.store.fingerprint.dataset import fingerprint_dataset
+from flowdata.store.fingerprint.hugging_face import fingerprint_tokenizer
 from flowdata.store.fingerprint.model import fingerprint_model
-from flowdata.store.fingerprint.objects import fingerprint_tokenizer
 
 __all__ = [
     "fingerprint_callable",

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from flowdata._common.notices import logger
 from flowdata.models.placement import whole_parameters
 from flowdata.store.fingerprint.checksums import checksums_of, plain_tensors
+from flowdata.store.fingerprint.hugging_face import stable_config
 from flowdata.store.fingerprint.modules import (
     describe_module,
     is_filled_by_calls,
     walk,
 )
-from flowdata.store.fingerprint.objects import Describer, stable_config
+from flowdata.store.fingerprint.objects import Describer
 from flowdata.store.fingerprint.values import canonical
 
 _MOST_GAPS = 8  # that a message names

@@ -31,6 +31,11 @@ from flowdata.store.fingerprint.code import (
     is_of_library,
     names_read_by,
 )
+from flowdata.store.fingerprint.hugging_face import (
+    fingerprint_tokenizer,
+    is_tokenizer,
+    stable_config,
+)
 from flowdata.store.fingerprint.instructions import (
     contents_of,
     globals_read,
@@ -49,7 +54,11 @@ _BESIDE_CALLS = {
     *("__annotate_func__", "__dir__", "__sizeof__"),
 }
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_VOLATILE_CONFIG = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_BESIDE_RESULTS = (
+    *("logging", "torch.utils.tensorboard", "torch.optim", "torch.profiler", "wandb", "tqdm"),
+    *("lightning", "pytorch_lightning", "transformers.trainer", "tensorboard", "threading"),
+)
+_SCALARS = (bool, int, float, str)
 _MOST_DEPTH = 60  # of objects inside objects
 _MOST_OBJECTS = 100_000  # that one description goes through
 
@@ -138,6 +147,8 @@ class Describer:
             return ["mapping", sorted(pairs, key=canonical)]
         if isinstance(value, Set):  # the order of a set changes from process to process
             return ["set", sorted((self.describe(v, place) for v in value), key=canonical)]
+        if isinstance(value, list | tuple) and all(type(item) in _SCALARS for item in value):
+            return ["scalars", list(value)]  # as JSON tells them apart, and long ones at once
         if isinstance(value, Sequence | np.ndarray):
             return ["sequence", [self.describe(item, place) for item in value]]
         if isinstance(value, _NAMESPACES):
@@ -254,8 +265,9 @@ class Describer:
             return ["configuration", class_name(value), stable_config(value.to_dict())]
         if kind.__module__ == "PIL.Image" or isinstance(value, bytes):
             return ["image", value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
-        if isinstance(value, _GENERATORS):  # their states are what calls leave behind
-            return ["generator", class_name(value)]
+        # The states of generators are what calls leave behind; loggers and the like change nothing.
+        if isinstance(value, _GENERATORS) or kind.__module__.startswith(_BESIDE_RESULTS):
+            return ["by name", kind.__qualname__]
         if isinstance(value, torch.jit.ScriptFunction):
             return ["script", value.code]
         if kind is object:
@@ -294,34 +306,11 @@ class Describer:
         }
 
 
-def is_tokenizer(value: Any) -> bool:
-    """Return whether a value is a Hugging Face tokenizer, or has what a fingerprint reads of it."""
-    return hasattr(value, "chat_template") and hasattr(value, "get_vocab")
-
-
 def is_builtin_name(value: Any) -> bool:
     """Return whether a value is a function or class of Python itself, which its name tells."""
     return getattr(value, "__module__", None) == "builtins" and isinstance(
         value, type | types.BuiltinFunctionType
     )
-
-
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Return the digest of a Hugging Face tokenizer: its rules, vocabulary and chat template."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    content = [class_name(tokenizer), vocabulary, rules, tokenizer.chat_template, special]
-    return hashlib.sha256(canonical(content)).hexdigest()
-
-
-def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the entries that say where it came from or how it is run."""
-    return {
-        str(key): stable_config(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if not str(key).startswith("_") and key not in _VOLATILE_CONFIG
-    }
 
 
 def _is_member(name: str, value: Any) -> bool:
