@@ -18,7 +18,12 @@ from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
-from flowdata.store.identity import CONTENT_PREFIX, content_identity
+from flowdata.store.identity import (
+    CONTENT_PREFIX,
+    content_identity,
+    dataset_difference,
+    same_rows,
+)
 from flowdata.weights import Normalize, Temperature, flow_weights, shape_weights
 
 Missing: TypeAlias = Literal["raise", "zero"]  # what becomes of samples without a loss
@@ -163,14 +168,19 @@ class Scores:
         weights[~absent] = flow_weights(values[~absent], temperature=temperature)
         return shape_weights(weights, normalize=normalize, max_weight=max_weight)
 
-    def check_dataset(self, dataset: Any) -> None:
+    def check_dataset(self, dataset: Any, *, view: bool = True) -> None:
         """Check that `dataset` is the one these scores were made from.
 
         Scores made under a `dataset_id` of the user's own, or from losses computed elsewhere,
         are checked for their length alone.
 
+        Args:
+            dataset: map-style.
+            view: whether the transform, format and columns of a Hugging Face data set must be
+                the same too; False compares the rows alone.
+
         Raises:
-            ScoreMismatchError: another length, or other content.
+            ScoreMismatchError: another length, other content, or another view of it.
         """
         if len(dataset) != len(self):
             raise ScoreMismatchError(
@@ -181,11 +191,12 @@ class Scores:
         if not identity.startswith(CONTENT_PREFIX):
             return  # a name of the user's own, which no content can be compared with
         skip_unreadable = bool(self.metadata.get("skipped"))
-        if identity != content_identity(dataset, skip_unreadable=skip_unreadable):
+        here = content_identity(dataset, skip_unreadable=skip_unreadable, remarks=False)
+        if identity != here and (view or not same_rows(identity, here)):
             raise ScoreMismatchError(
-                "the scores were made from another data set of the same length (its samples "
-                "differ in content or order). If they are the same samples in the same order, "
-                "differently transformed, score with dataset_id='a-name' or pass "
+                "the scores were made from another data set of the same length: "
+                f"{dataset_difference(identity, here)}. If they are the same samples in the same "
+                "order, differently transformed, score with dataset_id='a-name' or pass "
                 "scores.weights() instead of scores"
             )
 
@@ -200,7 +211,8 @@ class Scores:
         """Return the Hugging Face data set with the weights as a float32 column `name`.
 
         Args:
-            hf_dataset: the `datasets.Dataset` that was scored.
+            hf_dataset: the `datasets.Dataset` that was scored. Its rows must be the same; a
+                column holds whatever transform or format shows them.
             name: the new column's.
             temperature: as for `weights`.
             missing: as for `weights`.
@@ -215,7 +227,7 @@ class Scores:
                 f"hf_dataset must be a Hugging Face Dataset, got {type(hf_dataset).__name__}; for "
                 "others use FlowWeightedDataset"
             )
-        self.check_dataset(hf_dataset)
+        self.check_dataset(hf_dataset, view=False)
         if name in hf_dataset.column_names:
             raise ValueError(f"the data set has a column {name!r} already; pass another name")
         weights = self.weights(temperature, missing=missing)

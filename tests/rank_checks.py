@@ -21,7 +21,10 @@ LINEAR = torch.nn.Linear(4, 3)
 
 
 class SumAfter:
-    """A loss before which something happens, other things on other ranks."""
+    """A loss before which something happens, other things on other ranks.
+
+    What happens asks for its rank: a function that holds its rank's number is another loss on each.
+    """
 
     def __init__(self, happens):
         self.happens = happens
@@ -80,7 +83,7 @@ def _counted(rank, workers):
     packs = []
 
     def slow(batch):
-        time.sleep(0.1 if rank == 1 else 0.01)
+        time.sleep(0.1 if dist.get_rank() == 1 else 0.01)
         packs.append(1)
 
     data = torch.utils.data.TensorDataset(torch.randn(40, 4))
@@ -106,7 +109,7 @@ def _one_fails(rank, folder):
     def fail(batch):
         packs.append(1)
         time.sleep(0.01)
-        if rank == 1 and len(packs) == 3:
+        if dist.get_rank() == 1 and len(packs) == 3:
             raise RuntimeError("boom")
 
     data = torch.utils.data.TensorDataset(torch.randn(400, 4))

@@ -118,7 +118,7 @@ def test_wrong_shapes_are_refused(arguments, message):
 
 
 def test_another_data_set_is_refused():
-    scores = Scores(torch.ones(3), metadata={"identity": {"dataset": "content:abc"}})
+    scores = Scores(torch.ones(3), metadata={"identity": {"dataset": "content:2:abc"}})
     with pytest.raises(ScoreMismatchError, match="the scores are of 3 samples"):
         scores.check_dataset([1, 2])
     with pytest.raises(ScoreMismatchError, match=r"differ in content or order.*dataset_id="):

@@ -3,6 +3,13 @@
 An identity is a mapping of JSON-like values. A store keeps it in its manifest, and a later call
 reuses what the store holds if its own identity is equal, field for field. A field that is added,
 or that is written in another way, therefore makes every earlier store unusable.
+
+The fingerprints of models and data sets carry the number of their scheme, which rises when they
+come to hold more. Scheme 1, without a number, saw neither a model's lists, functions, hooks and
+code nor a data set's transform and format: what it took for the same may have been another.
+
+    model      2:<digest>
+    dataset    content:2:<digest of the samples>[ <part>:<digest>…][ sampled:<n>/<N>]
 """
 
 from __future__ import annotations
@@ -13,12 +20,28 @@ from typing import Any
 from torch import nn
 
 from flowdata._common.excerpts import excerpt_of
+from flowdata._common.notices import logger
 from flowdata.errors import ScoreMismatchError
 from flowdata.store.fingerprint.callables import fingerprint_callable
-from flowdata.store.fingerprint.dataset import fingerprint_dataset
+from flowdata.store.fingerprint.dataset import fingerprint_parts, random_sample, sample_count
 from flowdata.store.fingerprint.model import fingerprint_model
+from flowdata.store.fingerprint.values import class_name
 
 CONTENT_PREFIX = "content:"  # of a data set's identity that was read off its samples
+_SCHEME = "2:"
+_EARLIER = (
+    "it was made by an earlier version of flowdata, whose fingerprints saw neither a model's "
+    "functions, lists, hooks and code nor a data set's transform and format"
+)
+_PARTS = {  # of a data set's identity, as a message names them
+    CONTENT_PREFIX[:-1]: "its samples differ in content or order",
+    "format": "the format differs (with_format, set_format)",
+    "columns": "the columns that are shown differ (with_format, set_format)",
+    "transform": "the transform differs (with_transform, set_transform)",
+    "decoding": "the decoding of its features differs (Image, Audio)",
+    "sampled": "its number of samples differs",
+}
+_remarks: set[str] = set()  # that were made in this program: once is enough
 _CALLABLE_PREFIX = "callable:"  # of a loss that is the user's own function
 
 
@@ -58,7 +81,7 @@ def scores_identity(
     }
     if columns:  # stores from before there were columns have no such field
         identity["columns"] = list(columns)
-    return {**identity, "model": model}
+    return {**identity, "model": _SCHEME + model}
 
 
 def features_identity(
@@ -80,7 +103,7 @@ def features_identity(
     """
     return {
         "kind": "features",
-        "body": fingerprint_model(body),
+        "body": _SCHEME + fingerprint_model(body),
         "dataset": content_identity(dataset) if dataset_id is None else dataset_id,
         "num_samples": len(dataset),
         "collate_fn": fingerprint_callable(collate_fn),
@@ -88,9 +111,100 @@ def features_identity(
     }
 
 
-def content_identity(dataset: Any, *, skip_unreadable: bool = False) -> str:
-    """Return a data set's identity as read off its samples (see `fingerprint_dataset`)."""
-    return CONTENT_PREFIX + fingerprint_dataset(dataset, skip_unreadable=skip_unreadable)
+def content_identity(dataset: Any, *, skip_unreadable: bool = False, remarks: bool = True) -> str:
+    """Return a data set's identity as read off its samples and view (`fingerprint_parts`).
+
+    Args:
+        dataset: map-style.
+        skip_unreadable: let a mark stand for a sample on which the data set raises.
+        remarks: say through the logger, once, that samples differ from reading to reading.
+
+    Raises:
+        TypeError, SampleError: as `fingerprint_dataset`.
+    """
+    parts = fingerprint_parts(dataset, skip_unreadable=skip_unreadable)
+    words = [CONTENT_PREFIX + _SCHEME + parts.pop("samples")]
+    words += [f"{name}:{digest}" for name, digest in parts.items()]
+    number = sample_count(dataset)
+    if number is not None:
+        words.append(f"sampled:{number}/{len(dataset)}")
+    if remarks:
+        _remark_on_random_samples(dataset, skip_unreadable=skip_unreadable)
+    return " ".join(words)
+
+
+def sampling_note(dataset_identity: str) -> str:
+    """Return a sentence where a data set's identity rests on some of its samples, else ``""``.
+
+    Example:
+        >>> sampling_note("content:2:ab12 sampled:512/60000")
+        'only 512 of the 60000 samples were fingerprinted, since code gives them'
+        >>> sampling_note("content:2:ab12")
+        ''
+    """
+    sampled = _words_of(dataset_identity).get("sampled", "")
+    number, _, total = sampled.partition("/")
+    note = f"only {number} of the {total} samples were fingerprinted, since code gives them"
+    return note if sampled else ""
+
+
+def dataset_difference(stored: str, expected: str) -> str:
+    """Return what differs between two identities of data sets, in words; ``""`` where nothing does.
+
+    Args:
+        stored: the identity of the data set that losses were made from.
+        expected: that of the data set in hand.
+
+    Example:
+        >>> dataset_difference("content:2:ab", "content:2:ab transform:cd")
+        'the transform differs (with_transform, set_transform)'
+    """
+    if stored == expected:
+        return ""
+    if not (stored.startswith(CONTENT_PREFIX) and expected.startswith(CONTENT_PREFIX)):
+        return "another name was given for it"
+    if _is_earlier(stored):
+        return _EARLIER
+    old, new = _words_of(stored), _words_of(expected)
+    return ", ".join(words for part, words in _PARTS.items() if old.get(part) != new.get(part))
+
+
+def same_rows(stored: str, expected: str) -> bool:
+    """Return whether two identities are of the same rows, whatever the view of them."""
+    part = CONTENT_PREFIX[:-1]
+    return _words_of(stored).get(part) == _words_of(expected).get(part)
+
+
+def _words_of(identity: str) -> dict[str, str]:
+    """The parts of a data set's identity; a name of the user's own has none."""
+    words = identity.split(" ") if identity.startswith(CONTENT_PREFIX) else []
+    return {name: digest for name, _, digest in (word.partition(":") for word in words)}
+
+
+def _is_earlier(identity: Any) -> bool:
+    text = str(identity).removeprefix(CONTENT_PREFIX)
+    return not text.startswith(_SCHEME)
+
+
+def _remark_on_random_samples(dataset: Any, *, skip_unreadable: bool) -> None:
+    """Say that a sample differs from reading to reading, so that its loss is that of one draw."""
+    sample = random_sample(dataset, skip_unreadable=skip_unreadable)
+    if sample is None:
+        return
+    index, is_seeded = sample
+    remark = (
+        f"dataset[{index}] of {class_name(dataset)} differs from reading to reading, as random "
+        "augmentation makes it: each loss is that of one draw. Score with the transform of "
+        "evaluation, or take the mean over draws with flowdata.views.score_views"
+    )
+    if not is_seeded:
+        remark += (
+            ". No seed fixes it, so its content can't be recognised: pass dataset_id='a name that "
+            "changes when the data does'"
+        )
+    if remark not in _remarks:
+        _remarks.add(remark)
+        logger.warning(remark)
 
 
 def check_identity(
@@ -111,8 +225,21 @@ def check_identity(
     if names:
         differences = "; ".join(
             f"{name}: {what} has {excerpt_of(stored, name)}, this run {excerpt_of(expected, name)}"
+            f"{_explanation(name, stored, expected)}"
             for name in names
         )
         raise ScoreMismatchError(
             f"{what} was made with another {' and '.join(names)} ({differences}). {remedy}"
         )
+
+
+def _explanation(name: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """What a message adds to a field that differs, where more can be said than both values."""
+    if name not in stored or name not in expected:
+        return ""
+    old, new = str(stored[name]), str(expected[name])
+    if name in ("model", "body"):
+        return f", since {_EARLIER}" if _is_earlier(old) and not _is_earlier(new) else ""
+    difference = dataset_difference(old, new) if name == "dataset" else ""
+    is_content = old.startswith(CONTENT_PREFIX) and new.startswith(CONTENT_PREFIX)
+    return f": {difference}" if is_content else ""

@@ -2,16 +2,24 @@
 
 A fingerprint is a hex SHA-256 digest of content alone: addresses, file names, devices and the
 process don't change it. Stores keep fingerprints, so a change to one of these files that changes
-a digest makes every store of earlier versions unusable.
+a digest makes every store of earlier versions unusable: it asks for another mark in `identity.py`.
 
-    model.py      of a model: modules, settings, configuration, parameters, buffers
-    dataset.py    of a data set: its length and samples
-    callables.py  of a function (code, defaults, captured values) and of a tokenizer
+    model.py      of a model: modules, configuration, parameters, buffers
+    modules.py    what of one module counts beside its tensors: class, settings, code, hooks
+    checksums.py  of a tensor's bits
+    dataset.py    of a data set: its length, its samples, and the view that gives them
+    callables.py  of a function
+    objects.py    any Python object described: functions, classes, attributes
+    code.py       what compiled code says, and whose it is
+    instructions.py  the names that code reads and fills
+    hugging_face.py  of tokenizers and configurations
+    view.py       of a Hugging Face data set's format, columns and decoding
     values.py     the rules for plain values, which the others build on
 """
 
-from flowdata.store.fingerprint.callables import fingerprint_callable, fingerprint_tokenizer
+from flowdata.store.fingerprint.callables import fingerprint_callable
 from flowdata.store.fingerprint.dataset import fingerprint_dataset
+from flowdata.store.fingerprint.hugging_face import fingerprint_tokenizer
 from flowdata.store.fingerprint.model import fingerprint_model
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: its length and its samples."""
+"""The fingerprint of a data set: its length, its samples, and the view that gives them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from torch.utils.data import Dataset, TensorDataset
 
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
+from flowdata.store.fingerprint.callables import fingerprint_callable
 from flowdata.store.fingerprint.values import NoContentError, canonical, class_name, update_digest
+from flowdata.store.fingerprint.view import describe_view
 
 # Reading a sample runs the data set's own code, such as decoding an image, so that reading all of a
 # large data set may take as long as scoring it. Evenly spread samples notice another file, order or
 # transform; a change to a few samples between them goes unnoticed.
 _MOST_SAMPLES_OF_CODE = 512
+_SAMPLES_OF_TRANSFORM = 8  # that are read through a transform, beside its code
+_SAMPLES_READ_AGAIN = 8  # to see whether they come out the same
 _ARROW_ROWS = 4096  # rows of a Hugging Face data set that are in memory at a time
 
 
 def fingerprint_dataset(dataset: Any, *, skip_unreadable: bool = False) -> str:
-    """Return the digest of a map-style data set's length and content.
+    """Return the digest of a map-style data set's length, content and view.
 
-    Tensor data sets, Arrow tables of Hugging Face data sets (their rows before any transform)
-    and lists are read whole. Of any other data set at most 512 samples, evenly spread from the
-    first to the last, are read through `__getitem__`, with the random generators seeded alike
-    each time, so that random transforms give the same digest again.
+    Tensor data sets, Arrow tables of Hugging Face data sets and lists are read whole. Of any other
+    data set at most 512 samples, evenly spread from the first to the last, are read through
+    `__getitem__`, with the random generators seeded alike each time, so that random transforms
+    give the same digest again. The view of a Hugging Face data set is its format, its columns,
+    its transform (the code, and what it makes of a few rows) and the decoding of its features.
 
     Args:
         dataset: map-style.
@@ -35,15 +40,107 @@ def fingerprint_dataset(dataset: Any, *, skip_unreadable: bool = False) -> str:
         TypeError: a sample holds something without stable content; pass `dataset_id`.
         SampleError: the data set raises on a sample.
     """
+    parts = fingerprint_parts(dataset, skip_unreadable=skip_unreadable)
+    if len(parts) == 1:
+        return parts["samples"]
+    return hashlib.sha256(canonical(parts)).hexdigest()
+
+
+def fingerprint_parts(dataset: Any, *, skip_unreadable: bool = False) -> dict[str, str]:
+    """Return the digests that `fingerprint_dataset` is made of, by what each is of.
+
+    They are of the ``samples`` and, where a Hugging Face data set has them, of its ``format``,
+    ``columns``, ``transform`` and ``decoding``.
+
+    Args:
+        dataset: map-style.
+        skip_unreadable: let a mark stand for a sample on which the data set raises.
+
+    Raises:
+        TypeError, SampleError: as `fingerprint_dataset`.
+    """
     digest = hashlib.sha256(canonical([_kind(dataset), len(dataset)]))
-    if isinstance(dataset, TensorDataset):
+    if _is_tensors(dataset):
         for tensor in dataset.tensors:
             update_digest(digest, tensor)
-    elif hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
-        _update_from_arrow_table(digest, dataset)
-    else:
+        return {"samples": digest.hexdigest()}
+    if not _is_arrow(dataset):
         _update_from_samples(digest, dataset, skip_unreadable=skip_unreadable)
+        return {"samples": digest.hexdigest()}
+    _update_from_arrow_table(digest, dataset)
+    parts = {"samples": digest.hexdigest(), **describe_view(dataset)}
+    if _transform(dataset) is not None:
+        # The code may read what no description reaches, so that a few rows go through it as well.
+        outputs = hashlib.sha256(fingerprint_callable(_transform(dataset)).encode())
+        readable = Readable(dataset, skip=skip_unreadable)
+        with preserved_rng(seed=0):
+            for index in _spread(len(dataset), _SAMPLES_OF_TRANSFORM):
+                outputs.update((_digest_of(readable[index]) or "").encode())
+        parts["transform"] = outputs.hexdigest()
+    return parts
+
+
+def sample_count(dataset: Any) -> int | None:
+    """Return how many samples a fingerprint rests on; None where it rests on all of them."""
+    if _is_tensors(dataset) or _is_arrow(dataset):
+        return None
+    number = len(_sample_indices(dataset))
+    return None if number == len(dataset) else number
+
+
+def random_sample(dataset: Any, *, skip_unreadable: bool = False) -> tuple[int, bool] | None:
+    """Return the first of a few samples that comes out another on a second reading.
+
+    Args:
+        dataset: map-style; nothing is read of one that holds its samples as they are.
+        skip_unreadable: pass over samples on which the data set raises.
+
+    Returns:
+        The sample's index, and whether PyTorch's, NumPy's and Python's seeds fix it: a generator
+        of the data set's own is beyond their reach. None where all come out the same.
+    """
+    holds_samples = _is_tensors(dataset) or isinstance(dataset, list | tuple | str)
+    if holds_samples or (_is_arrow(dataset) and _transform(dataset) is None):
+        return None
+    readable = Readable(dataset, skip=skip_unreadable)
+    for index in _spread(len(dataset), _SAMPLES_READ_AGAIN):
+        readings = []
+        for seed in (1, 2, 1):
+            with preserved_rng(seed=seed):
+                readings.append(_digest_of(readable[index]))
+        if len(set(readings)) > 1:
+            return index, readings[0] == readings[2]
+    return None
+
+
+def _digest_of(sample: Any) -> str | None:
+    """One sample's digest; None where it holds something without content, or can't be read."""
+    digest = hashlib.sha256()
+    try:
+        update_digest(digest, None if isinstance(sample, Unreadable) else sample)
+    except NoContentError:
+        return None
     return digest.hexdigest()
+
+
+def _is_tensors(dataset: Any) -> bool:
+    """Whether a data set gives its tensors' rows as they are; a class made of it may not."""
+    return (
+        isinstance(dataset, TensorDataset)
+        and type(dataset).__getitem__ is TensorDataset.__getitem__
+    )
+
+
+def _is_arrow(dataset: Any) -> bool:
+    """Whether a data set is Hugging Face's; a class made of it may give samples of its own."""
+    home = getattr(type(dataset).__getitem__, "__module__", "")
+    return home.partition(".")[0] == "datasets" and hasattr(dataset, "column_names")
+
+
+def _transform(dataset: Any) -> Any:
+    """The function that a Hugging Face data set's rows go through, None where there is none."""
+    settings = dataset.format
+    return settings["format_kwargs"].get("transform") if settings["type"] == "custom" else None
 
 
 def _kind(dataset: Any) -> str:
@@ -70,7 +167,14 @@ def _sample_indices(dataset: Any) -> list[int]:
     length = len(dataset)
     if isinstance(dataset, list | tuple) or length <= _MOST_SAMPLES_OF_CODE:
         return list(range(length))
-    indices: list[int] = np.linspace(0, length - 1, _MOST_SAMPLES_OF_CODE).astype(int).tolist()
+    return _spread(length, _MOST_SAMPLES_OF_CODE)
+
+
+def _spread(length: int, number: int) -> list[int]:
+    """Indices from the first to the last, evenly spread: `number` of them, or all of fewer."""
+    if length <= number:
+        return list(range(length))
+    indices: list[int] = np.linspace(0, length - 1, number).astype(int).tolist()
     return indices
 
 

@@ -1,0 +1,34 @@
+"""The content of Hugging Face's tokenizers and configurations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from flowdata.store.fingerprint.values import canonical, class_name
+
+_VOLATILE_CONFIG = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def is_tokenizer(value: Any) -> bool:
+    """Return whether a value is a Hugging Face tokenizer, or has what a fingerprint reads of it."""
+    return hasattr(value, "chat_template") and hasattr(value, "get_vocab")
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Return the digest of a Hugging Face tokenizer: its rules, vocabulary and chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = [class_name(tokenizer), vocabulary, rules, tokenizer.chat_template, special]
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the entries that say where it came from or how it is run."""
+    return {
+        str(key): stable_config(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not str(key).startswith("_") and key not in _VOLATILE_CONFIG
+    }

@@ -1,0 +1,194 @@
+"""What the instructions of compiled code do: the names they read, and the names they fill."""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Iterator
+from typing import Any
+
+# Methods that change the list, dictionary or set they are called on.
+_MUTATORS = {
+    *("append", "extend", "insert", "pop", "popitem", "remove", "clear", "add", "discard"),
+    *("update", "setdefault", "appendleft", "move_to_end", "sort", "reverse"),
+}
+_METHOD_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+_NO_STEPS = ("CACHE", "NOP", "EXTENDED_ARG")
+_SWAPS, _COPIES = ("SWAP", "ROT_TWO", "ROT_THREE"), ("COPY", "DUP_TOP", "DUP_TOP_TWO")
+
+
+def code_within(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield a code object and those of the functions defined inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_within(constant)
+
+
+def contents_of(function: types.FunctionType) -> dict[str, Any]:
+    """Return the values that a function captures, by name; cells that are empty are left out."""
+    contents = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            contents[name] = cell.cell_contents
+        except ValueError:  # a name that is not bound yet
+            continue
+    return contents
+
+
+def names_read(function: types.FunctionType) -> set[str]:
+    """Return the names of globals and attributes in a function and in those inside it."""
+    return {name for code in code_within(function.__code__) for name in code.co_names}
+
+
+def globals_read(function: types.FunctionType) -> set[str]:
+    """Return the names of the globals in a function and in those inside it."""
+    return {
+        step.argval
+        for code in code_within(function.__code__)
+        for step in dis.get_instructions(code)
+        if step.opname == "LOAD_GLOBAL"
+    }
+
+
+def names_filled(function: types.FunctionType) -> set[str]:
+    """Return what a function fills: attributes of `self`, and names of containers that it changes.
+
+        self.cache = x                      cache
+        Net.calls += 1                      calls, Net
+        self.seen.append(x)                 seen
+        self.mean.mul_(x)                   mean
+        STORE[key] = x                      STORE
+        self.register_buffer("table", x)    table
+
+    These hold what calls have left behind, such as a cache, and no setting.
+    """
+    return set().union(*map(_names_filled_by, code_within(function.__code__)))
+
+
+def _names_filled_by(code: types.CodeType) -> set[str]:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    first = code.co_varnames[0] if code.co_argcount else "self"
+    names: set[str] = set()
+    for index, step in enumerate(steps):
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+            owner = _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
+            if _variable(steps, owner) in (None, "self", first):  # no other local variable
+                names |= {step.argval} | _chain(steps, owner)
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            key = _before_swap(steps, index, "BINARY_", None, copies=2)
+            names |= _chain(steps, _expression_start(steps, key) - 1)
+        elif step.opname in _METHOD_LOADS and _changes(str(step.argval)):
+            names |= _chain(steps, index - 1)
+        elif step.argval in ("register_buffer", "setattr"):
+            constants = [s for s in steps[index + 1 : index + 3] if s.opname == "LOAD_CONST"]
+            names |= {s.argval for s in constants if isinstance(s.argval, str)}
+        elif step.opname == "STORE_GLOBAL" or (
+            step.opname == "STORE_DEREF" and step.argval in code.co_freevars
+        ):
+            names.add(step.argval)
+    return names
+
+
+def _changes(method: str) -> bool:
+    """Whether a method of this name changes its object; PyTorch ends such names with a line."""
+    return method in _MUTATORS or (method.endswith("_") and not method.startswith("_"))
+
+
+def _before_swap(
+    steps: list[dis.Instruction], index: int, kind: str, name: str | None, *, copies: int
+) -> int:
+    """The index of the last instruction of what a store writes to.
+
+    It stands right before the store; in `self.calls += 1` before the copies that `calls` is read
+    by, since the sum is made between them.
+    """
+    end = index - 1
+    if end >= 0 and steps[end].opname in _SWAPS:
+        while end >= 0:
+            is_read = steps[end].opname.startswith(kind) and name in (None, steps[end].argval)
+            if is_read and steps[end - 1].opname in _COPIES:
+                return end - 1 - (1 if steps[end - 1].opname == "DUP_TOP_TWO" else copies)
+            end -= 1
+    return end
+
+
+def _variable(steps: list[dis.Instruction], index: int) -> Any:
+    """The local variable that an instruction loads; the last one where it loads several."""
+    value = steps[index].argval if index >= 0 and "FAST" in steps[index].opname else None
+    return value[-1] if isinstance(value, tuple) else value
+
+
+def _chain(steps: list[dis.Instruction], index: int) -> set[str]:
+    """The names of `self.a.b`, or of a global or captured name, that an expression ends with."""
+    names = set()
+    while index >= 0 and steps[index].opname in _METHOD_LOADS:
+        names.add(steps[index].argval)
+        index -= 1
+    if not names and index >= 0 and steps[index].opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+        names.add(steps[index].argval)
+    return names
+
+
+def _expression_start(steps: list[dis.Instruction], end: int) -> int:
+    """The index of the first instruction of the expression that ends at `end`."""
+    depth = 0
+    for index in range(end, -1, -1):
+        argument = steps[index].arg if steps[index].opcode >= dis.HAVE_ARGUMENT else None
+        depth += dis.stack_effect(steps[index].opcode, argument, jump=False)
+        if depth >= 1:
+            return index
+    return 0
+
+
+def only_watches(function: types.FunctionType, *, is_method: bool = False) -> bool:
+    """Return whether a hook is sure to leave what it is given as it is: it counts, or records.
+
+    It returns nothing, changes no local variable's value in place, and hands nothing to functions
+    of the user's own, which might.
+
+    Args:
+        function: the hook, or the function behind it.
+        is_method: its first argument is an object that it may write to.
+    """
+    code = function.__code__
+    own = code.co_varnames[0] if is_method and code.co_argcount else None
+    named = [function.__globals__.get(name) for name in globals_read(function)]
+    if any(isinstance(value, types.FunctionType) for value in (*named, *_contents(function))):
+        return False
+    keywords = [
+        name for constant in code.co_consts if isinstance(constant, tuple) for name in constant
+    ]
+    if "out" in keywords or "inplace" in keywords:
+        return False
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    for index, step in enumerate(steps):
+        if step.opname.startswith("RETURN_"):
+            value = step if step.opname == "RETURN_CONST" else steps[index - 1]
+            if not (value.opname in ("LOAD_CONST", "RETURN_CONST") and value.argval is None):
+                return False
+        owner = _changed_by(steps, index)
+        if owner is not None:
+            variable = _variable(steps, _expression_start(steps, owner))
+            if variable not in (None, own):
+                return False
+    return True
+
+
+def _contents(function: types.FunctionType) -> list[Any]:
+    return list(contents_of(function).values())
+
+
+def _changed_by(steps: list[dis.Instruction], index: int) -> int | None:
+    """The index of the last instruction of what a step changes in place; None where it doesn't."""
+    step = steps[index]
+    if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+        return _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
+    if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+        key = _before_swap(steps, index, "BINARY_", None, copies=2)
+        return _expression_start(steps, key) - 1
+    if step.opname in _METHOD_LOADS and _changes(str(step.argval)):
+        return index - 1
+    if step.opname.startswith("INPLACE_") or step.argrepr.endswith("="):
+        return _expression_start(steps, index - 1) - 1
+    return None

@@ -1,0 +1,334 @@
+"""Any Python object described by content: functions, classes, and objects with attributes.
+
+A description is JSON-like and the same in every process: it holds no address, no file and no line.
+Code of the user's own goes in by its bytecode, with the values that it captures and the globals
+that it names; code of a known package by its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import functools
+import hashlib
+import random
+import sys
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowdata.store.fingerprint.code import (
+    describe_code,
+    filled_by_calls,
+    functions_in,
+    home_of,
+    is_of_library,
+    names_read_by,
+)
+from flowdata.store.fingerprint.hugging_face import (
+    fingerprint_tokenizer,
+    is_tokenizer,
+    stable_config,
+)
+from flowdata.store.fingerprint.instructions import (
+    contents_of,
+    globals_read,
+    names_filled,
+    names_read,
+)
+from flowdata.store.fingerprint.values import canonical, class_name, update_digest
+
+_PLAIN = (str, bool, int, float, complex, bytes, bytearray, np.generic, np.ndarray, PurePath)
+_WORDS = (torch.dtype, torch.layout, torch.memory_format)  # their text is their content
+_NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
+# Special methods that make objects, show them or pack them, and so change no result.
+_BESIDE_CALLS = {
+    *("__init__", "__new__", "__post_init__", "__repr__", "__str__", "__init_subclass__"),
+    *("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__del__", "__annotate__"),
+    *("__annotate_func__", "__dir__", "__sizeof__"),
+}
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_BESIDE_RESULTS = (
+    *("logging", "torch.utils.tensorboard", "torch.optim", "torch.profiler", "wandb", "tqdm"),
+    *("lightning", "pytorch_lightning", "transformers.trainer", "tensorboard", "threading"),
+)
+_SCALARS = (bool, int, float, str)
+_MOST_DEPTH = 60  # of objects inside objects
+_MOST_OBJECTS = 100_000  # that one description goes through
+
+
+class Describer:
+    """Describes objects; one of its own for each fingerprint.
+
+    Args:
+        module: takes the describer and a `torch.nn.Module`, returns the module's description.
+
+    Attributes:
+        gaps: places, in words, whose content no rule covers, or that hold what calls left behind.
+    """
+
+    def __init__(self, module: Callable[[Describer, nn.Module], Any]) -> None:
+        self._module = module
+        self._places: dict[int, str] = {}  # the paths of the modules of a model in hand
+        self._models: list[Any] = []
+        self._classes: dict[type, str] = {}
+        self._filled: dict[type, set[str]] = {}
+        self._names: dict[type, set[str]] = {}
+        self.gaps: dict[str, None] = {}
+        self._count = 0
+        self._open: list[int] = []  # ids of the objects inside which this description is
+        self._known: dict[int, tuple[Any, str]] = {}  # the object stays alive, so its id is its own
+
+    def describe(self, value: Any, place: str, names: Set[str] = frozenset()) -> Any:
+        """Return the description of a value.
+
+        Args:
+            value: anything.
+            place: says where it stands, for messages.
+            names: the attributes that the code beside it reads; of a namespace no others count.
+        """
+        if value is None or isinstance(value, _WORDS):
+            return str(value)
+        if isinstance(value, torch.device):
+            return "device"  # the same model is the same on every one
+        if isinstance(value, enum.Enum):
+            return ["enum", type(value).__name__, value.name]
+        if isinstance(value, Tensor) or (isinstance(value, _PLAIN) and not _holds_objects(value)):
+            digest = hashlib.sha256()
+            update_digest(digest, value)
+            return digest.hexdigest()
+        if isinstance(value, types.ModuleType):
+            return self._of_python_module(value, place, names)
+        return self._of_compound(value, place, names)
+
+    def _of_compound(self, value: Any, place: str, names: Set[str]) -> Any:
+        """The digest of what may hold other values, and itself among them."""
+        if isinstance(value, types.MethodType):  # made anew whenever it is asked for
+            parts = [self.describe(part, place) for part in (value.__self__, value.__func__)]
+            return ["method", *parts]
+        if isinstance(value, nn.Module):
+            return self._of_module(value)
+        if id(value) in self._open:
+            return ["as above", len(self._open) - self._open.index(id(value))]
+        if id(value) in self._known and not isinstance(value, _NAMESPACES):
+            return self._known[id(value)][1]
+        self._count += 1
+        if self._count > _MOST_OBJECTS or len(self._open) > _MOST_DEPTH:
+            self.gaps[f"{place} (too large)"] = None
+            return "too large"
+        self._open.append(id(value))
+        try:
+            content = self._content(value, place, names)
+        finally:
+            self._open.pop()
+        digest = hashlib.sha256(canonical(content)).hexdigest()
+        self._known[id(value)] = value, digest
+        return digest
+
+    def _content(self, value: Any, place: str, names: Set[str]) -> Any:
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value, place)
+        if isinstance(value, functools.partial):
+            parts = [value.func, list(value.args), dict(value.keywords)]
+            return ["partial", *(self.describe(part, place) for part in parts)]
+        if isinstance(value, type):
+            return self.of_class(value, place)
+        if isinstance(value, staticmethod | classmethod | property | functools.cached_property):
+            functions = functions_in(value)
+            return [type(value).__name__, *(self.describe(f, place) for f in functions)]
+        if isinstance(value, Mapping):
+            pairs = [[self.describe(k, place), self.describe(value[k], place)] for k in value]
+            return ["mapping", sorted(pairs, key=canonical)]
+        if isinstance(value, Set):  # the order of a set changes from process to process
+            return ["set", sorted((self.describe(v, place) for v in value), key=canonical)]
+        if isinstance(value, list | tuple) and all(type(item) in _SCALARS for item in value):
+            return ["scalars", list(value)]  # as JSON tells them apart, and long ones at once
+        if isinstance(value, Sequence | np.ndarray):
+            return ["sequence", [self.describe(item, place) for item in value]]
+        if isinstance(value, _NAMESPACES):
+            fields = {k: v for k, v in vars(value).items() if not names or k in names}
+            return ["namespace", self.describe(fields, place)]
+        return self._of_object(value, place)
+
+    # --- modules -------------------------------------------------------------------------------
+
+    def place_modules(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Note the paths of a model's modules; an attribute that holds one is known by its path."""
+        self._models.append(modules)  # which keeps them alive, and their ids their own
+        self._places |= {id(module): path for path, module in modules}
+
+    def _of_module(self, module: nn.Module) -> Any:
+        if id(module) in self._places:
+            return ["module at", self._places[id(module)]]
+        return ["module", self._module(self, module)]
+
+    def filled(self, kind: type) -> set[str]:
+        """Return `filled_by_calls(kind)`, which takes a while, once for each class."""
+        if kind not in self._filled:
+            self._filled[kind] = filled_by_calls(kind)
+        return self._filled[kind]
+
+    def names(self, kind: type) -> set[str]:
+        """Return the names in a class's methods, those of known packages among them."""
+        if kind not in self._names:
+            self._names[kind] = names_read_by(kind, libraries=True)
+        return self._names[kind]
+
+    def of_module_class(self, kind: type, place: str, beside: Set[str]) -> Any:
+        """Return the description of a module's class; see `of_class`."""
+        if kind not in self._classes:
+            content = self.of_class(kind, place, beside)
+            self._classes[kind] = hashlib.sha256(canonical(content)).hexdigest()
+        return self._classes[kind]
+
+    # --- functions and classes -----------------------------------------------------------------
+
+    def _of_function(self, function: types.FunctionType, place: str) -> Any:
+        contents = contents_of(function)
+        if is_of_library(home_of(function)):
+            inner = getattr(function, "__wrapped__", None)
+            name = function.__qualname__ if inner is None else function.__code__.co_name
+            settings = {k: v for k, v in contents.items() if isinstance(v, _PLAIN) or callable(v)}
+            return [home_of(function), name, *self._all([inner, settings], place)]
+        named = {name: function.__globals__.get(name) for name in globals_read(function)}
+        values = {name: v for name, v in (named | contents).items() if v is not None}
+        filled = names_filled(function) & values.keys()
+        filled -= {name for name in filled if isinstance(values[name], type)}  # of_class knows
+        for name in sorted(filled):
+            self.gaps[f"{name!r} of {place} (calls fill it)"] = None
+        names = names_read(function)
+        settings = {
+            name: self.describe(value, f"{name!r} of {place}", names)
+            for name, value in sorted(values.items())
+            if name not in filled and not is_builtin_name(value)
+        }
+        defaults = self._all([function.__defaults__, function.__kwdefaults__], place)
+        code = describe_code(function.__code__)
+        return ["function", function.__name__, code, *defaults, settings]
+
+    def _all(self, values: Sequence[Any], place: str) -> list[Any]:
+        return [self.describe(value, place) for value in values]
+
+    def of_class(self, kind: type, place: str, beside: Set[str] = frozenset()) -> Any:
+        """Return a class's description: its name, and the code of what is the user's own in it.
+
+        Args:
+            kind: the class.
+            place: says where it stands, for messages.
+            beside: names of methods that change no result.
+        """
+        left_out = _BESIDE_CALLS | beside | self.filled(kind)
+        if is_of_library(kind.__module__):
+            return [f"{kind.__module__}.{kind.__qualname__}", *self._patches(kind, place, left_out)]
+        members = {
+            name: self.describe(value, f"{kind.__name__}.{name}")
+            for name, value in sorted(vars(kind).items())
+            if name not in left_out and _is_member(name, value)
+        }
+        bases = [self.describe(base, place) for base in kind.__bases__ if base is not object]
+        return ["class", kind.__name__, members, bases]
+
+    def _patches(self, kind: type, place: str, left_out: Set[str]) -> list[Any]:
+        """The methods of a known package's class that somebody else has put in their places."""
+        return [
+            [name, self.describe(value, f"{kind.__name__}.{name}")]
+            for base in kind.__mro__
+            if is_of_library(base.__module__)
+            for name, value in sorted(vars(base).items())
+            if isinstance(value, types.FunctionType) and name not in left_out
+            if not is_of_library(home_of(value))
+        ]
+
+    def _of_python_module(self, module: types.ModuleType, place: str, names: Set[str]) -> Any:
+        if is_of_library(module.__name__):
+            return ["module", module.__name__]
+        named = {name: vars(module)[name] for name in sorted(names) if name in vars(module)}
+        return {
+            name: self.describe(value, f"{module.__name__}.{name}", names)
+            for name, value in named.items()
+            if not isinstance(value, types.ModuleType)
+        }
+
+    # --- objects -------------------------------------------------------------------------------
+
+    def _of_object(self, value: Any, place: str) -> Any:
+        kind = type(value)
+        if is_tokenizer(value):
+            return ["tokenizer", fingerprint_tokenizer(value)]
+        if callable(getattr(value, "to_dict", None)):
+            return ["configuration", class_name(value), stable_config(value.to_dict())]
+        if kind.__module__ == "PIL.Image" or isinstance(value, bytes):
+            return ["image", value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+        # The states of generators are what calls leave behind; loggers and the like change nothing.
+        if isinstance(value, _GENERATORS) or kind.__module__.startswith(_BESIDE_RESULTS):
+            return ["by name", kind.__qualname__]
+        if isinstance(value, torch.jit.ScriptFunction):
+            return ["script", value.code]
+        if kind is object:
+            return ["object"]
+        names = [getattr(value, "__module__", None), getattr(value, "__qualname__", None)]
+        if callable(value) and isinstance(names[1], str):  # a built-in function, or one wrapped
+            owner = getattr(value, "__self__", None)
+            owner = None if isinstance(owner, types.ModuleType) else owner
+            return ["built-in", *names, *self._all([owner, _inner(value)], place)]
+        fields = self._fields(value, place)
+        if fields is None:
+            self.gaps[f"{place} (a {class_name(value)})"] = None
+            return ["unknown", class_name(value)]
+        return ["object", self.describe(kind, place), fields]
+
+    def _fields(self, value: Any, place: str) -> Any:
+        """The description of an object's attributes; None where it has none that can be read."""
+        kind = type(value)
+        root = kind.__module__.partition(".")[0]
+        if root in ("datasets", "pyarrow", "pandas") or isinstance(value, weakref.ref):
+            return None
+        if root in sys.stdlib_module_names and root != "__main__":
+            try:
+                return self._all(list(value.__reduce_ex__(2)[1:3]), place)
+            except Exception:  # a lock, a file, a generator: nothing that lasts
+                return None
+        slots = [name for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)]
+        attributes = {name: getattr(value, name) for name in slots} | getattr(value, "__dict__", {})
+        if not attributes and is_of_library(kind.__module__) and not hasattr(value, "__dict__"):
+            return None
+        filled = self.filled(kind)
+        return {
+            name: self.describe(attribute, f"{place}.{name}")
+            for name, attribute in sorted(attributes.items())
+            if name not in filled
+        }
+
+
+def is_builtin_name(value: Any) -> bool:
+    """Return whether a value is a function or class of Python itself, which its name tells."""
+    return getattr(value, "__module__", None) == "builtins" and isinstance(
+        value, type | types.BuiltinFunctionType
+    )
+
+
+def _is_member(name: str, value: Any) -> bool:
+    """Whether a class's attribute decides on what its methods return."""
+    if name.startswith("__") and name.endswith("__"):
+        return isinstance(value, types.FunctionType)
+    return not name.startswith("_abc_") and not isinstance(value, types.MemberDescriptorType)
+
+
+def _slots(kind: type) -> list[str]:
+    slots = vars(kind).get("__slots__", ())
+    return [slots] if isinstance(slots, str) else list(slots)
+
+
+def _inner(value: Any) -> Any:
+    inner = getattr(value, "__wrapped__", None)
+    return inner if isinstance(inner, types.FunctionType) else None
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == object

@@ -1,0 +1,328 @@
+"""What a data set gives belongs to its identity: transforms, formats, columns and decoding."""
+
+import io
+import logging
+import random
+import re
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError
+from flowdata.probe import compute_features
+from flowdata.scores import Scores
+from flowdata.store.fingerprint import fingerprint_dataset
+from flowdata.store.folder import read_manifest
+from flowdata.store.identity import content_identity, dataset_difference, sampling_note
+from flowdata.views import score_views
+
+
+def rows(count=8):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 4, generator=generator)
+    return datasets.Dataset.from_dict(
+        {"x": x.tolist(), "y": [i % 3 for i in range(count)], "text": ["a b"] * count}
+    )
+
+
+def scaling(factor):
+    def transform(batch):
+        return {"x": [factor * torch.tensor(x) for x in batch["x"]], "y": batch["y"]}
+
+    return transform
+
+
+def shaken(batch):
+    return {"x": [torch.tensor(x) + torch.rand(()) for x in batch["x"]], "y": batch["y"]}
+
+
+def collate(samples):
+    return torch.stack([s["x"] for s in samples]), torch.tensor([s["y"] for s in samples])
+
+
+def scorer():
+    torch.manual_seed(0)
+    return LossScorer(nn.Linear(4, 3), "cross_entropy", progress=False)
+
+
+def images(**decoding):
+    def png(shade):
+        file = io.BytesIO()
+        PIL.Image.new("RGB", (4, 4), (shade, 0, 0)).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    data = datasets.Dataset.from_dict({"image": [png(20 * i) for i in range(4)]})
+    return data.cast_column("image", datasets.Image(**decoding))
+
+
+VIEWS = {  # of one data set: how it is made, and what a message says differs from the plain one
+    "transform": (lambda data: data.with_transform(scaling(1)), "the transform differs"),
+    "another transform": (lambda data: data.with_transform(scaling(2)), "the transform differs"),
+    "of columns": (
+        lambda data: data.with_transform(scaling(1), columns=["x", "y"]),
+        "the columns that are shown differ .*, the transform differs",
+    ),
+    "torch": (lambda data: data.with_format("torch"), "the format differs"),
+    "numpy": (lambda data: data.with_format("numpy"), "the format differs"),
+    "double": (
+        lambda data: data.with_format("torch", dtype=torch.float64),
+        "the format differs",
+    ),
+    "columns": (lambda data: data.with_format(columns=["x"]), "the columns that are shown differ"),
+    "columns and others": (
+        lambda data: data.with_format("torch", columns=["x"], output_all_columns=True),
+        "the format differs .*, the columns that are shown differ",
+    ),
+}
+
+
+def test_every_view_of_the_same_rows_has_an_identity_of_its_own():
+    identities = {content_identity(rows())}
+    for make, words in VIEWS.values():
+        identity = content_identity(make(rows()))
+        assert identity == content_identity(make(rows()))
+        identities.add(identity)
+        difference = dataset_difference(content_identity(rows()), identity)
+        assert re.match(words, difference)
+    assert len(identities) == len(VIEWS) + 1
+    assert len({fingerprint_dataset(make(rows())) for make, _ in VIEWS.values()}) == len(VIEWS)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_scores_of_another_view_are_refused_with_what_differs(name):
+    make, words = VIEWS[name]
+    scores = Scores(torch.ones(8), torch.ones(8, dtype=torch.long))
+    scores.metadata["identity"] = {"dataset": content_identity(make(rows()))}
+    assert len(FlowWeightedDataset(make(rows()), scores)) == 8
+    with pytest.raises(ScoreMismatchError, match=words):
+        FlowWeightedDataset(rows(), scores)
+
+
+def test_plain_formats_are_one_and_set_is_with():
+    data = rows()
+    before = content_identity(data)
+    assert content_identity(data.with_format("python")) == before
+    assert content_identity(data.with_format(columns=["text", "y", "x"])) == before
+    data.set_format("torch")
+    assert content_identity(data) == content_identity(rows().with_format("torch"))
+    data.reset_format()
+    assert content_identity(data) == before
+
+
+def test_a_store_of_another_transform_is_refused_and_one_of_the_same_is_reused(tmp_path):
+    data = rows().with_transform(scaling(1))
+    first = scorer().score(data, collate_fn=collate, store=tmp_path)
+    again = scorer().score(rows().with_transform(scaling(1)), collate_fn=collate, store=tmp_path)
+    assert torch.equal(first.losses, again.losses)
+    other = rows().with_transform(scaling(2))
+    with pytest.raises(ScoreMismatchError, match=r"another dataset .*the transform differs"):
+        scorer().score(other, collate_fn=collate, store=tmp_path)
+    with pytest.raises(ScoreMismatchError, match="the transform differs"):
+        FlowWeightedDataset(other, first)
+    assert len(FlowWeightedDataset(data, first)) == 8
+    assert first.to_column(rows()).column_names[-1] == "weight"  # rows are rows
+
+
+def test_features_of_another_transform_are_refused(tmp_path):
+    torch.manual_seed(0)
+    file, body = tmp_path / "features.safetensors", nn.Linear(4, 2)
+    options = {"store": file, "collate_fn": collate, "dtype": "float32", "progress": False}
+    compute_features(body, rows().with_transform(scaling(1)), **options)
+    with pytest.raises(ScoreMismatchError, match="the transform differs"):
+        compute_features(body, rows().with_transform(scaling(2)), **options)
+
+
+class Hidden:
+    """Keeps its factor where no description looks: in what calls fill."""
+
+    def __init__(self, factor):
+        self.factors = [factor]
+
+    def __call__(self, batch):
+        self.factors.append(self.factors[0])
+        return {"x": [self.factors[0] * x[0] for x in batch["x"]]}
+
+
+def test_what_a_transform_reads_beside_its_code_is_noticed_by_what_it_gives():
+    first = content_identity(rows().with_transform(Hidden(1.0)))
+    assert content_identity(rows().with_transform(Hidden(1.0))) == first
+    assert content_identity(rows().with_transform(Hidden(2.0))) != first
+
+
+def test_decoding_is_part_of_it():
+    identities = {
+        content_identity(images()),
+        content_identity(images(decode=False)),
+        content_identity(images(mode="L")),
+    }
+    assert len(identities) == 3
+    words = dataset_difference(content_identity(images()), content_identity(images(mode="L")))
+    assert words == "the decoding of its features differs (Image, Audio)"
+    nested = rows().cast_column("text", datasets.Value("string"))
+    assert content_identity(nested) == content_identity(rows())
+
+
+# --- data sets that only code can read -----------------------------------------------------------
+
+
+class Folder(Dataset):
+    """Images with a transform, as torchvision's folders have them."""
+
+    def __init__(self, transform=None, count=12):
+        self.transform, self.count = transform, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.full((4,), index, dtype=np.float32)
+        return (image if self.transform is None else self.transform(image)), index % 3
+
+
+class Halved(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x / 2, y
+
+
+class Column(datasets.Dataset):
+    def __getitem__(self, key):
+        return super().__getitem__(key)["y"]
+
+
+def test_other_items_give_another_identity_however_they_are_wrapped():
+    wraps = [
+        lambda data: data,
+        lambda data: Subset(data, range(6)),
+        lambda data: ConcatDataset([data, data]),
+        lambda data: Subset(ConcatDataset([data, Folder()]), range(20)),
+    ]
+    for wrap in wraps:
+        first = content_identity(wrap(Folder(lambda x: x)))
+        assert first == content_identity(wrap(Folder(lambda x: 1 * x)))
+        assert first != content_identity(wrap(Folder(lambda x: 2 * x)))
+    tensors = torch.ones(4, 2), torch.arange(4)
+    assert content_identity(Halved(*tensors)) != content_identity(TensorDataset(*tensors))
+    assert content_identity(Column(rows().data)) != content_identity(rows())
+    assert content_identity(ConcatDataset([rows(), rows()])) != content_identity(
+        ConcatDataset([rows(), rows().with_transform(scaling(2))])
+    )
+
+
+class OwnGenerator(Folder):
+    def __init__(self):
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] + self.generator.random(), index
+
+
+DRAWS = {
+    "torch": lambda: Folder(lambda x: x + torch.rand(()).item()),
+    "numpy": lambda: Folder(lambda x: x + np.random.rand()),  # noqa: NPY002
+    "python": lambda: Folder(lambda x: x if random.random() < 0.5 else -x),
+    "part": lambda: Subset(Folder(lambda x: x + random.random()), range(7)),
+    "rows": lambda: rows().with_transform(shaken),
+    "own": OwnGenerator,
+}
+STILL = {
+    "folder": Folder,
+    "list": lambda: [{"a": 1}, {"a": 2}],
+    "tensors": lambda: TensorDataset(torch.arange(4)),
+    "rows": lambda: rows().with_transform(scaling(2)),
+    "images": images,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, monkeypatch):
+    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        identity = content_identity(DRAWS[name]())
+        assert (content_identity(DRAWS[name]()) == identity) or name == "own"
+    assert caplog.text.count("differs from reading to reading") == 1
+    assert "flowdata.views.score_views" in caplog.text
+    assert ("pass dataset_id=" in caplog.text) == (name == "own")
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_samples_that_stay_the_same_are_not_remarked_on(name, caplog):
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        content_identity(STILL[name]())
+    assert caplog.text == ""
+
+
+def test_views_of_random_samples_are_what_was_asked_for(caplog, monkeypatch):
+    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+
+    def collate_images(samples):
+        return torch.tensor(np.stack([s[0] for s in samples])), torch.tensor(
+            [s[1] for s in samples]
+        )
+
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        scores = score_views(scorer(), DRAWS["torch"](), views=2, collate_fn=collate_images)
+        assert len(FlowWeightedDataset(DRAWS["torch"](), scores)) == 12
+    assert "differs from reading" not in caplog.text
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        scorer().score(DRAWS["torch"](), collate_fn=collate_images)
+    assert "differs from reading" in caplog.text
+
+
+def test_a_sample_that_can_not_be_read_is_passed_over():
+    class Torn(Folder):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("torn")
+            return super().__getitem__(index)
+
+    content_identity(Torn(), skip_unreadable=True)
+    torn = rows().with_transform(lambda batch: 1 / 0)
+    content_identity(torn, skip_unreadable=True)
+
+
+def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path):
+    def collate_images(samples):
+        return torch.tensor(np.stack([s[0] for s in samples])), torch.tensor(
+            [s[1] for s in samples]
+        )
+
+    large = scorer().score(Folder(count=600), collate_fn=collate_images, store=tmp_path)
+    note = sampling_note(large.metadata["identity"]["dataset"])
+    assert note == "only 512 of the 600 samples were fingerprinted, since code gives them"
+    assert read_manifest(tmp_path)["identity"]["dataset"].endswith(" sampled:512/600")
+    small = scorer().score(Folder(count=500), collate_fn=collate_images)
+    assert sampling_note(small.metadata["identity"]["dataset"]) == ""
+
+
+# --- scores of earlier versions ------------------------------------------------------------------
+
+
+def test_scores_of_an_earlier_scheme_are_refused_with_the_reason(tmp_path):
+    data = TensorDataset(torch.ones(4, 4), torch.arange(4) % 3)
+    scores = scorer().score(data, store=tmp_path / "now")
+    identity = scores.metadata["identity"]
+    assert identity["model"].startswith("2:")
+    assert identity["dataset"].startswith("content:2:")
+    earlier = {
+        **identity,
+        "dataset": identity["dataset"].replace("content:2:", "content:"),
+        "model": identity["model"].removeprefix("2:"),
+    }
+    old = Scores(scores.losses, scores.counts, metadata={**scores.metadata, "identity": earlier})
+    reason = "made by an earlier version of flowdata, whose fingerprints saw neither"
+    with pytest.raises(ScoreMismatchError, match=reason):
+        FlowWeightedDataset(data, old)
+    old.save(tmp_path / "then")
+    with pytest.raises(ScoreMismatchError, match=f"another dataset and model .*{reason}"):
+        scorer().score(data, store=tmp_path / "then")
