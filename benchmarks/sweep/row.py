@@ -1,0 +1,145 @@
+"""One architecture's row: the truth, what the library scored, and the verdicts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.sweep.architectures import KINDS, Kind
+from benchmarks.sweep.building import NotBuildable, build, candidates, first_line
+from benchmarks.sweep.image_text import image_text_samples
+from benchmarks.sweep.samples import make_samples
+from benchmarks.sweep.sounds import sound_samples
+from benchmarks.sweep.truth import Collate, plain_losses, true_losses
+from benchmarks.sweep.verdicts import REFUSED, UNJUDGED, how, judge
+from flowdata import LossScorer
+
+_LARGEST_LOSS = 1e4  # nats; a truth above it says nothing about a score
+_SOUNDS = ("audio_classification", "ctc", "speech_seq2seq")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that runs, its samples, and their true losses in float32."""
+
+    kind: Kind
+    model: nn.Module
+    samples: list[Any]
+    collate: Collate
+    truths: list[float]
+
+
+def make_row(kind_name: str, name: str) -> dict[str, Any]:
+    """Return the row of an architecture: what to judge it by, and a verdict a dtype."""
+    kind = KINDS[kind_name]
+    row: dict[str, Any] = {"kind": kind_name, "name": name}
+    try:
+        case = make_case(kind, name)
+    except NotBuildable as reason:
+        return row | {"built": False, "why": str(reason)}
+    row |= {"built": True, "class": type(case.model).__name__, "truths": case.truths}
+    row |= {"images": [s["num_images"] for s in case.samples if "num_images" in s]}
+    return row | {"float32": score(case, torch.float32), "bfloat16": score(case, torch.bfloat16)}
+
+
+def make_case(kind: Kind, name: str) -> Case:
+    """Return the first configuration of an architecture that runs, as a case.
+
+    Raises:
+        NotBuildable: none runs; the message is the first failure's.
+    """
+    failures = []
+    for config in candidates(kind, name):
+        try:
+            return case_of(kind, config)
+        except Exception as error:  # whatever it is, the next configuration may run
+            failures.append(str(error) if isinstance(error, NotBuildable) else first_line(error))
+    raise NotBuildable(failures[0])
+
+
+def case_of(kind: Kind, config: Any) -> Case:
+    """Build a configuration's model and samples, and take the truth twice.
+
+    Raises:
+        NotBuildable: the model's losses are no numbers, or random.
+    """
+    model = build(kind, config)
+    if kind.name == "image_text_to_text":
+        samples, collate = image_text_samples(model, kind)
+    elif kind.name in _SOUNDS:
+        samples, collate = sound_samples(model, kind)
+    else:
+        samples, collate = make_samples(kind, config)
+    truths = true_losses(model, samples, collate, kind)
+    if not all(math.isfinite(loss) and loss < _LARGEST_LOSS for loss in truths):
+        raise NotBuildable(f"its loss of a sample alone is {max(truths, key=abs)}")
+    if true_losses(model, samples, collate, kind) != truths:
+        raise NotBuildable("its loss of a sample alone is another every time")
+    return Case(kind, model, samples, collate, truths)
+
+
+def score(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Score a case in a dtype under `auto`, else by the kind's loss, and judge what comes."""
+    plain_error, why_no_error = None, ""
+    if dtype is not torch.float32:
+        try:
+            plain_error = _plain_error(case, dtype)
+        except Exception as error:  # the model itself may not run in this dtype
+            why_no_error = first_line(error)
+    refusals: dict[str, str] = {}
+    with flowdata_notices() as notices:
+        for loss in filter(None, ("auto", case.kind.loss, "own")):
+            scorer_or_none = None
+            try:
+                scorer_or_none = LossScorer(
+                    case.model, loss, dtype=str(dtype).split(".")[1], progress=False
+                )
+                scores = scorer_or_none.score(case.samples, collate_fn=case.collate)
+            except Exception as error:  # a refusal, of which the row keeps the first line
+                refusals[loss] = first_line(error)
+                continue
+            losses = scores.losses.tolist()
+            verdict, error, wrong = judge(losses, case.truths, plain_error)
+            if why_no_error:
+                verdict = UNJUDGED
+            explanation = scorer_or_none.explain()
+            return {
+                "verdict": verdict,
+                "how": how(explanation),
+                "loss": loss,
+                "error": error,
+                "plain_error": plain_error,
+                "why_no_plain_error": why_no_error,
+                "wrong": wrong,
+                "losses": losses,
+                "refusals": refusals,
+                "explanation": explanation,
+                "notices": notices,
+            }
+    return {"verdict": REFUSED, "refusals": refusals, "plain_error": plain_error}
+
+
+def _plain_error(case: Case, dtype: torch.dtype) -> float:
+    losses = plain_losses(case.model, case.samples, case.collate, case.kind, dtype)
+    return max(abs(low - true) for low, true in zip(losses, case.truths, strict=True))
+
+
+@contextmanager
+def flowdata_notices() -> Iterator[list[str]]:
+    """What the library says in its log meanwhile."""
+    notices: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notices.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("flowdata")
+    logger.addHandler(handler)
+    try:
+        yield notices
+    finally:
+        logger.removeHandler(handler)

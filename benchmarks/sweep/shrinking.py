@@ -1,0 +1,175 @@
+"""Configurations made tiny: the sizes that any architecture's configuration may hold, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+VOCABULARY, WIDTH, HEADS, HEAD_WIDTH, LAYERS, EXPERTS, IMAGE, PATCH = 199, 64, 4, 16, 2, 4, 32, 8
+_FIRST_MOVED_TOKEN = VOCABULARY - 1
+
+# The whole name of a number, or its end, and what the number becomes; the first that fits counts.
+_SIZES: dict[str, int] = {
+    **dict.fromkeys(("layers_block_type", "max_source_positions"), 0),
+    "max_position_embeddings": 128,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "type_vocab_size": 2,
+    "vocab_size": VOCABULARY,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 96,
+    **dict.fromkeys(("ffn_dim", "d_ff", "ffn_hidden_size", "n_inner", "mlp_dim"), 96),
+    "hidden_size_per_layer_input": 16,
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_encoder_layers", "num_layer", "depth"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("attention_heads", "num_attn_heads", "n_mamba_heads"), HEADS),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_head_dim"), HEAD_WIDTH),
+    "qk_rope_head_dim": 8,
+    "head_dim": HEAD_WIDTH,
+    **dict.fromkeys(("d_kv", "attention_head_size", "kv_channels"), HEAD_WIDTH),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("index_n_heads", "num_v_heads", "num_k_heads"), HEADS),
+    "index_topk": 64,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index"), 1),
+    "sliding_window": 16,
+    **dict.fromkeys(("d_model", "n_embd", "emb_dim", "word_embed_proj_dim", "d_embed"), WIDTH),
+    **dict.fromkeys(("hidden_size", "hidden_dim", "embed_dim", "embedding_size"), WIDTH),
+    **dict.fromkeys(("projection_dim", "output_dim", "encoder_dim"), WIDTH),
+    "image_size": IMAGE,
+}
+# In whose configurations widths, heads and depths come as lists or grow from stage to stage.
+_STAGES = ("depths", "hidden_sizes", "embed_dims", "num_blocks", "layer_depths")
+
+# What an architecture asks for beside the sizes. Names with a dot lie in a part of it.
+FIXES: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": WIDTH, "n_head": HEADS},
+    "falcon": {"num_kv_heads": HEADS},
+    "funnel": {"block_sizes": [1, 1], "n_head": HEADS, "d_head": HEAD_WIDTH, "d_inner": 96},
+    "mpt": {"n_heads": HEADS, "max_seq_len": 128},
+    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "is_decoder": True},
+    "xlnet": {"d_inner": 96, "d_head": HEAD_WIDTH},
+    "transfo-xl": {"cutoffs": [50]},
+}
+
+
+def shrunk(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Return the settings of a tiny model of the same architecture.
+
+    Widths, depths, heads, experts, vocabularies and windows become small wherever their names
+    say what they are; every kind of layer that the settings list occurs once; ids of special
+    tokens beyond the small vocabulary move into it, equal ids staying equal.
+
+    Args:
+        settings: a configuration's `to_dict()`, parts nested in it included.
+        name: the architecture, whose entry in `FIXES` comes last.
+    """
+    small = _shrunk_part(settings, moved={})
+    for path, value in FIXES.get(name, {}).items():
+        *parts, last = path.split(".")
+        part = small
+        for each in parts:
+            part = part[each]
+        part[last] = value
+    return small
+
+
+def shortened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with fewer layers and a small vocabulary, all widths as they are.
+
+    For architectures whose widths hang together in ways that `shrunk` doesn't know.
+    """
+    moved: dict[int, int] = {}
+    keep = {"vocab_size", "num_hidden_layers", "n_layer", "num_layers", "depth", "depths"}
+    keep |= {"encoder_layers", "decoder_layers", "image_size", "layer_types"}
+
+    def short(part: Mapping[str, Any]) -> dict[str, Any]:
+        small = _shrunk_part(part, moved)
+        return {
+            key: short(value)
+            if isinstance(value, Mapping)
+            else small[key]
+            if key in keep or _is_token(key)
+            else value
+            for key, value in part.items()
+        }
+
+    return short(settings)
+
+
+def _shrunk_part(settings: Mapping[str, Any], moved: dict[int, int]) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    has_stages = any(isinstance(settings.get(stage), list | tuple) for stage in _STAGES)
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            small[key] = dict(value) if key in ("id2label", "label2id") else _shrunk_part(value, moved)
+        elif _is_token(key):
+            small[key] = _moved(value, moved)
+        elif key == "patch_size":
+            small[key] = _patch(value)
+        elif key == "mrope_section":
+            small[key] = [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]
+        elif key == "depths" and isinstance(value, list | tuple):
+            small[key] = [1 for _ in value]
+        elif _is_number(value) and not (has_stages and key not in ("image_size", "vocab_size")):
+            small[key] = _size(key, value)
+        else:
+            small[key] = value
+    return _with_heads(_with_layer_types(small), settings)
+
+
+def _size(key: str, value: int) -> int:
+    for end, size in _SIZES.items():
+        if key == end or key.endswith(f"_{end}"):
+            return min(value, size) if value > 0 and size else value
+    return value
+
+
+def _with_layer_types(small: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each type, two at least; other lists that have an entry a layer cut to them."""
+    types = small.get("layer_types")
+    if not isinstance(types, list | tuple) or not types:
+        return small
+    kinds = list(dict.fromkeys(types))
+    kinds = kinds * 2 if len(kinds) == 1 else kinds
+    for key, value in small.items():
+        if isinstance(value, list | tuple) and len(value) == len(types):
+            small[key] = list(value[: len(kinds)])
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    return small | {"layer_types": kinds} | {name: len(kinds) for name in names if name in small}
+
+
+def _with_heads(small: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fewer heads for keys where there were fewer, else as many as there are."""
+    heads, before = settings.get("num_attention_heads"), small.get("num_attention_heads")
+    for key in ("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"):
+        value = settings.get(key)
+        if _is_number(value) and _is_number(heads) and _is_number(before):
+            small[key] = before if value >= heads else max(1, before // 2) if value > 1 else 1
+    return small
+
+
+def _patch(value: Any) -> Any:
+    """A patch that an image is a whole number of: two on a side at least."""
+    if isinstance(value, list | tuple):
+        return [_patch(size) for size in value]
+    return value if not _is_number(value) or value <= PATCH else PATCH
+
+
+def _moved(value: Any, moved: dict[int, int]) -> Any:
+    if isinstance(value, list | tuple):
+        return [_moved(each, moved) for each in value]
+    if not _is_number(value) or value < VOCABULARY:
+        return value
+    return moved.setdefault(value, _FIRST_MOVED_TOKEN - len(moved))
+
+
+def _is_token(key: str) -> bool:
+    return key.endswith(("token_id", "token_ids", "token_index"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
