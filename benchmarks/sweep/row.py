@@ -15,14 +15,13 @@ from torch import nn
 from benchmarks.sweep.architectures import KINDS, Kind
 from benchmarks.sweep.building import NotBuildable, build, candidates, first_line
 from benchmarks.sweep.image_text import image_text_samples
-from benchmarks.sweep.samples import make_samples
+from benchmarks.sweep.samples import SIMPLE, Data
 from benchmarks.sweep.sounds import sound_samples
-from benchmarks.sweep.truth import Collate, plain_losses, true_losses
+from benchmarks.sweep.truth import plain_losses, true_losses
 from benchmarks.sweep.verdicts import REFUSED, UNJUDGED, how, judge
 from flowdata import LossScorer
 
 _LARGEST_LOSS = 1e4  # nats; a truth above it says nothing about a score
-_SOUNDS = ("audio_classification", "ctc", "speech_seq2seq")
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Case:
 
     kind: Kind
     model: nn.Module
-    samples: list[Any]
-    collate: Collate
+    data: Data
     truths: list[float]
 
 
@@ -44,8 +42,7 @@ def make_row(kind_name: str, name: str) -> dict[str, Any]:
         case = make_case(kind, name)
     except NotBuildable as reason:
         return row | {"built": False, "why": str(reason)}
-    row |= {"built": True, "class": type(case.model).__name__, "truths": case.truths}
-    row |= {"images": [s["num_images"] for s in case.samples if "num_images" in s]}
+    row |= {"built": True, "class": type(case.model).__name__, "samples": case.data.note, "truths": case.truths}
     return row | {"float32": score(case, torch.float32), "bfloat16": score(case, torch.bfloat16)}
 
 
@@ -71,18 +68,16 @@ def case_of(kind: Kind, config: Any) -> Case:
         NotBuildable: the model's losses are no numbers, or random.
     """
     model = build(kind, config)
-    if kind.name == "image_text_to_text":
-        samples, collate = image_text_samples(model, kind)
-    elif kind.name in _SOUNDS:
-        samples, collate = sound_samples(model, kind)
+    if kind.name in SIMPLE:
+        data = SIMPLE[kind.name](config)
     else:
-        samples, collate = make_samples(kind, config)
-    truths = true_losses(model, samples, collate, kind)
+        data = image_text_samples(model, kind) if kind.loss == "causal_lm" else sound_samples(model, kind)
+    truths = true_losses(model, data.samples, data.collate, kind)
     if not all(math.isfinite(loss) and loss < _LARGEST_LOSS for loss in truths):
         raise NotBuildable(f"its loss of a sample alone is {max(truths, key=abs)}")
-    if true_losses(model, samples, collate, kind) != truths:
+    if true_losses(model, data.samples, data.collate, kind) != truths:
         raise NotBuildable("its loss of a sample alone is another every time")
-    return Case(kind, model, samples, collate, truths)
+    return Case(kind, model, data, truths)
 
 
 def score(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -101,7 +96,7 @@ def score(case: Case, dtype: torch.dtype) -> dict[str, Any]:
                 scorer_or_none = LossScorer(
                     case.model, loss, dtype=str(dtype).split(".")[1], progress=False
                 )
-                scores = scorer_or_none.score(case.samples, collate_fn=case.collate)
+                scores = scorer_or_none.score(case.data.samples, collate_fn=case.data.collate)
             except Exception as error:  # a refusal, of which the row keeps the first line
                 refusals[loss] = first_line(error)
                 continue
@@ -127,7 +122,7 @@ def score(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _plain_error(case: Case, dtype: torch.dtype) -> float:
-    losses = plain_losses(case.model, case.samples, case.collate, case.kind, dtype)
+    losses = plain_losses(case.model, case.data.samples, case.data.collate, case.kind, dtype)
     return max(abs(low - true) for low, true in zip(losses, case.truths, strict=True))
 
 

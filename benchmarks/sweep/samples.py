@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import default_collate
 
-from benchmarks.sweep.architectures import Kind
 from benchmarks.sweep.building import CLASSES, special_tokens, vocabulary_of
 from benchmarks.sweep.truth import IGNORE_INDEX, Collate
 
 LENGTHS = (31, 4, 6, 9, 9, 13, 17, 21, 21, 26, 38, 3)
-_RATE = 16_000  # samples of sound a second
 
 
-def make_samples(kind: Kind, config: Any) -> tuple[list[dict[str, Any]], Collate]:
-    """Return the samples of a kind, and how they become a batch.
+@dataclass(frozen=True)
+class Data:
+    """Samples, how they become a batch, and a note on them for the row."""
 
-    Raises:
-        NotImplementedError: the kind has samples that depend on the model.
-    """
-    makers: dict[str, Callable[[Any], tuple[list[dict[str, Any]], Collate]]] = {
-        "causal_lm": _causal_texts,
-        "masked_lm": _masked_texts,
-        "sequence_classification": _classified_texts,
-        "token_classification": _tagged_texts,
-        "seq2seq_lm": _pairs_of_texts,
-        "image_classification": _images,
-    }
-    if kind.name not in makers:
-        raise NotImplementedError(kind.name)
-    return makers[kind.name](config)
+    samples: list[dict[str, Any]]
+    collate: Collate
+    note: str = ""
 
 
-def words(config: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+def words(config: Any, length: int, generator: torch.Generator) -> Tensor:
     """A text: ids, (length,) int64, none of them special."""
     special = special_tokens(config)
     plain = [token for token in range(3, vocabulary_of(config)) if token not in special]
@@ -46,40 +37,48 @@ def words(config: Any, length: int, generator: torch.Generator) -> torch.Tensor:
 def padder(config: Any) -> Collate:
     """A collate function as users write it: each field padded to its longest, and a mask."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    token = pad if isinstance(pad, int) and pad >= 0 else 0
+    paddings = {"input_ids": pad if isinstance(pad, int) and pad >= 0 else 0}
 
-    def collate(samples: list[Any]) -> dict[str, Any]:
-        ids = [sample["input_ids"] for sample in samples]
-        labels = [torch.as_tensor(sample["labels"]) for sample in samples]
-        return {
-            "input_ids": padded(ids, token),
-            "attention_mask": padded([torch.ones_like(each) for each in ids], 0),
-            "labels": padded(labels, IGNORE_INDEX) if labels[0].dim() else torch.stack(labels),
-        }
+    def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = stacked(samples, paddings)
+        if "input_ids" in batch and "attention_mask" not in batch:
+            batch["attention_mask"] = padded([torch.ones_like(s["input_ids"]) for s in samples])
+        return batch
 
     return collate
 
 
-def padded(values: list[torch.Tensor], padding: float) -> torch.Tensor:
+def stacked(samples: Sequence[Mapping[str, Any]], paddings: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of samples as tensors, padded with 0 where `paddings` names nothing else."""
+    paddings = {"labels": IGNORE_INDEX, **paddings}
+    batch = {}
+    for name in samples[0]:
+        values = [torch.as_tensor(sample[name]) for sample in samples]
+        ragged = values[0].dim() > 0
+        batch[name] = padded(values, paddings.get(name, 0)) if ragged else torch.stack(values)
+    return batch
+
+
+def padded(values: list[Tensor], padding: float = 0) -> Tensor:
     """Tensors of unlike lengths as one, padded on the right."""
     return pad_sequence(values, batch_first=True, padding_value=padding)
 
 
-def _texts(config: Any) -> list[torch.Tensor]:
+def _texts(config: Any) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [words(config, length, generator) for length in LENGTHS]
 
 
-def _causal_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
+def _causal_texts(config: Any) -> Data:
     samples = []
     for ids in _texts(config):
         labels = ids.clone()
         labels[: len(ids) // 3] = IGNORE_INDEX
         samples.append({"input_ids": ids, "labels": labels})
-    return samples, padder(config)
+    return Data(samples, padder(config))
 
 
-def _masked_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
+def _masked_texts(config: Any) -> Data:
     generator = torch.Generator().manual_seed(2)
     mask = getattr(config, "mask_token_id", None)
     samples = []
@@ -89,15 +88,16 @@ def _masked_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
         labels = torch.where(is_target, ids, IGNORE_INDEX)
         inputs = torch.where(is_target, mask if isinstance(mask, int) else 2, ids)
         samples.append({"input_ids": inputs, "labels": labels})
-    return samples, padder(config)
+    return Data(samples, padder(config))
 
 
-def _classified_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
+def _classified_texts(config: Any) -> Data:
     texts = enumerate(_texts(config))
-    return [{"input_ids": ids, "labels": index % CLASSES} for index, ids in texts], padder(config)
+    samples = [{"input_ids": ids, "labels": index % CLASSES} for index, ids in texts]
+    return Data(samples, padder(config))
 
 
-def _tagged_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
+def _tagged_texts(config: Any) -> Data:
     generator = torch.Generator().manual_seed(3)
     samples = []
     for ids in _texts(config):
@@ -105,22 +105,22 @@ def _tagged_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
         labels[torch.rand(len(ids), generator=generator) < 0.2] = IGNORE_INDEX
         labels[1] = 0
         samples.append({"input_ids": ids, "labels": labels})
-    return samples, padder(config)
+    return Data(samples, padder(config))
 
 
-def _pairs_of_texts(config: Any) -> tuple[list[dict[str, Any]], Collate]:
+def _pairs_of_texts(config: Any) -> Data:
     generator = torch.Generator().manual_seed(4)
     samples = [
         {"input_ids": ids, "labels": words(config, length, generator)}
         for ids, length in zip(_texts(config), reversed(LENGTHS), strict=True)
     ]
-    return samples, padder(config)
+    return Data(samples, padder(config))
 
 
 def image_size(config: Any) -> tuple[int, int]:
     """Height and width of the images that a configuration asks for, in pixels."""
-    parts = [config, *(getattr(config, part, None) for part in ("vision_config", "backbone_config"))]
-    for part in parts:
+    names = ("vision_config", "backbone_config", "encoder")
+    for part in (config, *(getattr(config, name, None) for name in names)):
         size = getattr(part, "image_size", None)
         if isinstance(size, int):
             return size, size
@@ -129,13 +129,23 @@ def image_size(config: Any) -> tuple[int, int]:
     return 32, 32
 
 
-def _images(config: Any) -> tuple[list[dict[str, Any]], Collate]:
+def _images(config: Any) -> Data:
     generator = torch.Generator().manual_seed(5)
-    vision = getattr(config, "vision_config", config)
-    channels = getattr(vision, "num_channels", 3)
-    shape = (channels, *image_size(config))
+    channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+    shape = (channels if isinstance(channels, int) else 3, *image_size(config))
     samples = [
         {"pixel_values": torch.randn(shape, generator=generator), "labels": index % CLASSES}
         for index in range(len(LENGTHS))
     ]
-    return samples, torch.utils.data.default_collate
+    return Data(samples, default_collate)
+
+
+# The kinds whose samples don't depend on more of a model than its configuration.
+SIMPLE: dict[str, Callable[[Any], Data]] = {
+    "causal_lm": _causal_texts,
+    "masked_lm": _masked_texts,
+    "sequence_classification": _classified_texts,
+    "token_classification": _tagged_texts,
+    "seq2seq_lm": _pairs_of_texts,
+    "image_classification": _images,
+}

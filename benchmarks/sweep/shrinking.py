@@ -10,7 +10,7 @@ _FIRST_MOVED_TOKEN = VOCABULARY - 1
 
 # The whole name of a number, or its end, and what the number becomes; the first that fits counts.
 _SIZES: dict[str, int] = {
-    **dict.fromkeys(("layers_block_type", "max_source_positions"), 0),
+    "max_source_positions": 64,
     "max_position_embeddings": 128,
     "vocab_size_per_layer_input": VOCABULARY,
     "type_vocab_size": 2,
@@ -114,6 +114,8 @@ def _shrunk_part(settings: Mapping[str, Any], moved: dict[int, int]) -> dict[str
             small[key] = [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]
         elif key == "depths" and isinstance(value, list | tuple):
             small[key] = [1 for _ in value]
+        elif key in ("conv_dim", "tdnn_dim"):  # of what reads waves
+            small[key] = [32 for _ in value]
         elif _is_number(value) and not (has_stages and key not in ("image_size", "vocab_size")):
             small[key] = _size(key, value)
         else:
@@ -124,7 +126,7 @@ def _shrunk_part(settings: Mapping[str, Any], moved: dict[int, int]) -> dict[str
 def _size(key: str, value: int) -> int:
     for end, size in _SIZES.items():
         if key == end or key.endswith(f"_{end}"):
-            return min(value, size) if value > 0 and size else value
+            return min(value, size) if value > 0 else value
     return value
 
 
