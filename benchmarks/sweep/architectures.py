@@ -55,7 +55,9 @@ KINDS = {
         ),
         Kind("ctc", "AutoModelForCTC", "CTC", None),
         Kind("speech_seq2seq", "AutoModelForSpeechSeq2Seq", "SPEECH_SEQ_2_SEQ", "seq2seq_lm"),
-        Kind("image_text_to_text", "AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", "causal_lm"),
+        Kind(
+            "image_text_to_text", "AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", "causal_lm"
+        ),
     )
 }
 

@@ -32,14 +32,14 @@ def candidates(kind: Kind, name: str) -> list[Any]:
         settings = cls().to_dict()
     except Exception as error:
         raise NotBuildable(f"no default configuration: {first_line(error)}") from error
-    configurations = []
-    for make in (lambda: shrunk(settings, name), lambda: shortened(settings), lambda: settings):
+    configurations, failures = [], []
+    for make in (lambda: shrunk(settings, name), lambda: shortened(settings)):
         try:
             configurations.append(_adapted(cls.from_dict(dict(make())), kind))
         except Exception as error:  # a configuration may refuse sizes; the next one may do
-            failure = error
+            failures.append(first_line(error))
     if not configurations:
-        raise NotBuildable(f"no configuration: {first_line(failure)}")
+        raise NotBuildable(f"no configuration: {failures[0]}")
     return configurations
 
 
@@ -85,7 +85,8 @@ def _adapted(config: Any, kind: Kind) -> Any:
             part.use_cache = False
     if kind.name.endswith("classification"):
         config.num_labels = CLASSES
-    if kind.name in ("seq2seq_lm", "speech_seq2seq") and hasattr(config, "is_encoder_decoder"):
+    config.architectures = []
+    if getattr(config, "is_encoder_decoder", False):
         start = getattr(config, "decoder_start_token_id", None)
         config.decoder_start_token_id = start if start is not None else 2
     return config

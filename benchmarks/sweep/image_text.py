@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from benchmarks.sweep.architectures import Kind
 from benchmarks.sweep.building import first_line
-from benchmarks.sweep.samples import LENGTHS, Data, image_size, padder, stacked, words
+from benchmarks.sweep.samples import LENGTHS, Data, Words, image_size, padder, stacked
+from benchmarks.sweep.shrinking import WIDTH
 from benchmarks.sweep.trials import first_that_runs
 from benchmarks.sweep.truth import IGNORE_INDEX, own_loss
 
 _IMAGES = (1, 0, 2, 1, 0, 1, 2, 0, 1, 2, 1, 1)
-_TOKENS_TO_TRY = (0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 16, 17, 18, 20, 25, 32, 36, 64)
+_TOKENS_TO_TRY = (0, 2, 3, 4, 5, 8, 9, 16, 17, 32, 64)
+_MOST_TOKENS = 1100
 _ALIGNED = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -69,33 +71,37 @@ def _candidates(model: nn.Module, kind: Kind) -> Iterator[Any]:
 
 
 def _tokens_an_image(model: nn.Module, kind: Kind, layout: Layout) -> list[int]:
-    """The numbers of image tokens with which a sample of one image runs, at most one of them.
+    """The number of image tokens with which a sample of one image runs; none or one of them.
 
-    Many models say in their refusal how many features an image has; others are asked in turn.
+    Many models say in their refusal how many features an image has, or how many numbers those
+    hold; the others are asked in turn.
     """
-    said: list[int] = []
-    untried = list(_TOKENS_TO_TRY)
-    while said or untried:
-        tokens = said.pop() if said else untried.pop(0)
+    untried = [1, *_TOKENS_TO_TRY]
+    while untried:
+        tokens = untried.pop(0)
         try:
-            data = _make(model, layout, tokens)
-            sample = data.samples[0]
-            own_loss(model, data.collate([sample]), kind)
+            data = _make(model, layout, tokens, most=1)
+            own_loss(model, data.collate(data.samples), kind)
         except Exception as error:  # a model says in many ways that it takes other fields
-            if not said and len(untried) == len(_TOKENS_TO_TRY) - 2:
-                said = [int(n) for n in re.findall(r"\d+", first_line(error)) if 0 < int(n) < 200]
-            continue
-        return [tokens]
+            if "do not match" not in str(error):
+                continue
+            numbers = [int(number) for number in re.findall(r"\d+", str(error))]
+            said = {n // parts for n in numbers for parts in (1, WIDTH) if n % parts == 0}
+            if tokens == 1:
+                untried = [count for count in sorted(said) if 1 < count < _MOST_TOKENS]
+        else:
+            return [tokens]
     return []
 
 
-def _make(model: nn.Module, layout: Layout, tokens: int) -> Data:
+def _make(model: nn.Module, layout: Layout, tokens: int, most: int | None = None) -> Data:
     generator = torch.Generator().manual_seed(7)
     config = model.config
+    words = Words(config, 7)
     samples = []
-    for length, images in zip(LENGTHS, _IMAGES, strict=True):
+    for length, images in list(zip(LENGTHS, _IMAGES, strict=True))[:most]:
         count = min(max(images, min(layout.counts)), max(layout.counts))
-        text = words(config, length, generator)
+        text = words.text(length)
         image = torch.full((tokens,), _image_token(config))
         pieces = [text[:2], *[image] * count, text[2:]]
         ids = torch.cat(pieces)
@@ -132,9 +138,7 @@ def _fields(
     return fields | ({"image_sizes": sizes} if layout.name == "images with sizes" else {})
 
 
-def _collate(
-    pad: Any, joined: bool, samples: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _collate(pad: Any, joined: bool, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Text padded; images joined over samples, or stacked; left out where no sample has any."""
     texts = [{name: s[name] for name in s if name in _ALIGNED} for s in samples]
     batch: dict[str, Any] = pad(texts)

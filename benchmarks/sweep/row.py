@@ -42,7 +42,12 @@ def make_row(kind_name: str, name: str) -> dict[str, Any]:
         case = make_case(kind, name)
     except NotBuildable as reason:
         return row | {"built": False, "why": str(reason)}
-    row |= {"built": True, "class": type(case.model).__name__, "samples": case.data.note, "truths": case.truths}
+    row |= {
+        "built": True,
+        "class": type(case.model).__name__,
+        "samples": case.data.note,
+        "truths": case.truths,
+    }
     return row | {"float32": score(case, torch.float32), "bfloat16": score(case, torch.bfloat16)}
 
 
@@ -71,7 +76,11 @@ def case_of(kind: Kind, config: Any) -> Case:
     if kind.name in SIMPLE:
         data = SIMPLE[kind.name](config)
     else:
-        data = image_text_samples(model, kind) if kind.loss == "causal_lm" else sound_samples(model, kind)
+        data = (
+            image_text_samples(model, kind)
+            if kind.loss == "causal_lm"
+            else sound_samples(model, kind)
+        )
     truths = true_losses(model, data.samples, data.collate, kind)
     if not all(math.isfinite(loss) and loss < _LARGEST_LOSS for loss in truths):
         raise NotBuildable(f"its loss of a sample alone is {max(truths, key=abs)}")

@@ -26,12 +26,23 @@ class Data:
     note: str = ""
 
 
-def words(config: Any, length: int, generator: torch.Generator) -> Tensor:
-    """A text: ids, (length,) int64, none of them special."""
-    special = special_tokens(config)
-    plain = [token for token in range(3, vocabulary_of(config)) if token not in special]
-    draws = torch.randint(len(plain), (length,), generator=generator)
-    return torch.tensor(plain)[draws]
+class Words:
+    """Random texts of a model's vocabulary, free of the tokens that it takes for more than words."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        special = special_tokens(config)
+        tokens = [token for token in range(3, vocabulary_of(config)) if token not in special]
+        self.tokens = torch.tensor(tokens)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def text(self, length: int) -> Tensor:
+        """Ids, (length,) int64."""
+        draws = torch.randint(len(self.tokens), (length,), generator=self.generator)
+        return self.tokens[draws]
+
+    def texts(self) -> list[Tensor]:
+        """A text for each of the sweep's lengths."""
+        return [self.text(length) for length in LENGTHS]
 
 
 def padder(config: Any) -> Collate:
@@ -64,14 +75,9 @@ def padded(values: list[Tensor], padding: float = 0) -> Tensor:
     return pad_sequence(values, batch_first=True, padding_value=padding)
 
 
-def _texts(config: Any) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [words(config, length, generator) for length in LENGTHS]
-
-
 def _causal_texts(config: Any) -> Data:
     samples = []
-    for ids in _texts(config):
+    for ids in Words(config, 1).texts():
         labels = ids.clone()
         labels[: len(ids) // 3] = IGNORE_INDEX
         samples.append({"input_ids": ids, "labels": labels})
@@ -82,7 +88,7 @@ def _masked_texts(config: Any) -> Data:
     generator = torch.Generator().manual_seed(2)
     mask = getattr(config, "mask_token_id", None)
     samples = []
-    for ids in _texts(config):
+    for ids in Words(config, 1).texts():
         is_target = torch.rand(len(ids), generator=generator) < 0.3
         is_target[0] = True
         labels = torch.where(is_target, ids, IGNORE_INDEX)
@@ -92,7 +98,11 @@ def _masked_texts(config: Any) -> Data:
 
 
 def _classified_texts(config: Any) -> Data:
-    texts = enumerate(_texts(config))
+    texts = enumerate(Words(config, 1).texts())
+    end = getattr(config, "eos_token_id", None)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(end, int):
+        # Such a model classifies by what stands at the text's end token.
+        texts = ((index, torch.cat([ids, torch.tensor([end])])) for index, ids in texts)
     samples = [{"input_ids": ids, "labels": index % CLASSES} for index, ids in texts]
     return Data(samples, padder(config))
 
@@ -100,7 +110,7 @@ def _classified_texts(config: Any) -> Data:
 def _tagged_texts(config: Any) -> Data:
     generator = torch.Generator().manual_seed(3)
     samples = []
-    for ids in _texts(config):
+    for ids in Words(config, 1).texts():
         labels = torch.randint(CLASSES, (len(ids),), generator=generator)
         labels[torch.rand(len(ids), generator=generator) < 0.2] = IGNORE_INDEX
         labels[1] = 0
@@ -109,10 +119,10 @@ def _tagged_texts(config: Any) -> Data:
 
 
 def _pairs_of_texts(config: Any) -> Data:
-    generator = torch.Generator().manual_seed(4)
+    words = Words(config, 4)
     samples = [
-        {"input_ids": ids, "labels": words(config, length, generator)}
-        for ids, length in zip(_texts(config), reversed(LENGTHS), strict=True)
+        {"input_ids": ids, "labels": words.text(length)}
+        for ids, length in zip(words.texts(), reversed(LENGTHS), strict=True)
     ]
     return Data(samples, padder(config))
 

@@ -25,7 +25,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("attention_heads", "num_attn_heads", "n_mamba_heads"), HEADS),
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_head_dim"), HEAD_WIDTH),
-    "qk_rope_head_dim": 8,
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), HEAD_WIDTH),
+    "qk_head_dim": 2 * HEAD_WIDTH,
     "head_dim": HEAD_WIDTH,
     **dict.fromkeys(("d_kv", "attention_head_size", "kv_channels"), HEAD_WIDTH),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
@@ -45,14 +46,49 @@ _SIZES: dict[str, int] = {
 _STAGES = ("depths", "hidden_sizes", "embed_dims", "num_blocks", "layer_depths")
 
 # What an architecture asks for beside the sizes. Names with a dot lie in a part of it.
+_MAMBA = {"mamba_n_heads": 2 * HEADS, "mamba_d_head": HEAD_WIDTH}
 FIXES: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA,
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
     "bloom": {"hidden_size": WIDTH, "n_head": HEADS},
+    "canine": {"downsampling_rate": 2},
+    "dbrx": {
+        "attn_config.rope_theta": 1e4,
+        "attn_config.clip_qkv": 8.0,
+        "ffn_config.moe_num_experts": EXPERTS,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "donut-swin": {"window_size": 2, "image_size": 64},
+    "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "efficientnet": {"hidden_dim": 2560},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 2, "pad_token_id": 1},
     "falcon": {"num_kv_heads": HEADS},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 2 * WIDTH},
     "funnel": {"block_sizes": [1, 1], "n_head": HEADS, "d_head": HEAD_WIDTH, "d_inner": 96},
+    "gpt_neo": {
+        "attention_layers": ["global", "local"],
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "granitemoehybrid": _MAMBA,
+    "kimi_linear": {"num_experts_per_token": 2},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "levit": {"image_size": 224},
+    "lilt": {"hidden_size": 96},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "mistral4": {"head_dim": 2 * HEAD_WIDTH},
+    "mobilebert": {"true_hidden_size": WIDTH, "intra_bottleneck_size": WIDTH},
+    "mobilevitv2": {"image_size": 64},
     "mpt": {"n_heads": HEADS, "max_seq_len": 128},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 2},
+    "perceiver": {"d_latents": WIDTH, "num_latents": 16, "num_self_attends_per_block": 2},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "is_decoder": True},
+    "swin": {"window_size": 2, "image_size": 64},
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xlnet": {"d_inner": 96, "d_head": HEAD_WIDTH},
-    "transfo-xl": {"cutoffs": [50]},
+    "zamba2": _MAMBA | {"mamba_headdim": HEAD_WIDTH, "n_mamba_heads": 8, "hybrid_layer_ids": [1]},
 }
 
 
@@ -104,12 +140,21 @@ def _shrunk_part(settings: Mapping[str, Any], moved: dict[int, int]) -> dict[str
     small: dict[str, Any] = {}
     has_stages = any(isinstance(settings.get(stage), list | tuple) for stage in _STAGES)
     for key, value in settings.items():
-        if isinstance(value, Mapping):
-            small[key] = dict(value) if key in ("id2label", "label2id") else _shrunk_part(value, moved)
+        if key == "per_layer_config" and value:
+            small[key] = {1: _shrunk_part(next(iter(value.values())), moved)}
+        elif isinstance(value, Mapping):
+            is_names = key in ("id2label", "label2id")
+            small[key] = dict(value) if is_names else _shrunk_part(value, moved)
         elif _is_token(key):
             small[key] = _moved(value, moved)
         elif key == "patch_size":
             small[key] = _patch(value)
+        elif key in ("out_features", "out_indices", "stage_names"):  # of stages that are no more
+            small[key] = None
+        elif key == "head_dim" and value is None:
+            small[key] = HEAD_WIDTH
+        elif key == "image_size" and isinstance(value, list | tuple):
+            small[key] = [min(size, IMAGE) for size in value]
         elif key == "mrope_section":
             small[key] = [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]
         elif key == "depths" and isinstance(value, list | tuple):
@@ -132,7 +177,8 @@ def _size(key: str, value: int) -> int:
 
 def _with_layer_types(small: dict[str, Any]) -> dict[str, Any]:
     """One layer of each type, two at least; other lists that have an entry a layer cut to them."""
-    types = small.get("layer_types")
+    name = "layer_types" if small.get("layer_types") else "layers_block_type"
+    types = small.get(name)
     if not isinstance(types, list | tuple) or not types:
         return small
     kinds = list(dict.fromkeys(types))
@@ -140,8 +186,8 @@ def _with_layer_types(small: dict[str, Any]) -> dict[str, Any]:
     for key, value in small.items():
         if isinstance(value, list | tuple) and len(value) == len(types):
             small[key] = list(value[: len(kinds)])
-    names = ("num_hidden_layers", "n_layer", "num_layers")
-    return small | {"layer_types": kinds} | {name: len(kinds) for name in names if name in small}
+    counts = ("num_hidden_layers", "n_layer", "num_layers")
+    return small | {name: kinds} | {count: len(kinds) for count in counts if count in small}
 
 
 def _with_heads(small: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +216,7 @@ def _moved(value: Any, moved: dict[int, int]) -> Any:
 
 
 def _is_token(key: str) -> bool:
-    return key.endswith(("token_id", "token_ids", "token_index"))
+    return str(key).endswith(("token_id", "token_ids", "token_index"))
 
 
 def _is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.sweep.architectures import Kind
 from benchmarks.sweep.building import CLASSES
-from benchmarks.sweep.samples import LENGTHS, Data, stacked, words
+from benchmarks.sweep.samples import LENGTHS, Data, Words, stacked
 from benchmarks.sweep.trials import first_that_runs
 
 _WAVES = (9600, 4800, 16000, 5200, 5200, 7040, 12000, 6400, 6400, 8000, 14400, 4960)  # at 16 kHz
@@ -50,6 +50,7 @@ def _make(
 ) -> Data:
     """Waves of unlike lengths; with a `width` frames of them; with a `shape` whole features."""
     generator = torch.Generator().manual_seed(6)
+    words = Words(model.config, 6)
     samples: list[dict[str, Any]] = []
     for index in range(len(LENGTHS)):
         size = shape or ((_FRAMES[index], width) if width else (_WAVES[index],))
@@ -57,7 +58,7 @@ def _make(
         if kind.name == "audio_classification":
             sample["labels"] = index % CLASSES
         else:
-            sample["labels"] = words(model.config, _TARGETS[index], generator)
+            sample["labels"] = words.text(_TARGETS[index])
         samples.append(sample)
 
     def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from benchmarks.sweep.samples import Data
 from benchmarks.sweep.truth import own_loss
 
 
-def first_that_runs(
-    model: nn.Module, kind: Kind, layouts: Iterable[Callable[[], Data]]
-) -> Data:
+def first_that_runs(model: nn.Module, kind: Kind, layouts: Iterable[Callable[[], Data]]) -> Data:
     """Return the samples of the first layout under which every sample runs alone.
 
     Raises:

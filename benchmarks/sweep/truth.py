@@ -39,7 +39,7 @@ def plain_losses(
     return true_losses(low, samples, cast, kind)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # tensors that a model keeps of inference mode would be no tensors to others
 def own_loss(model: nn.Module, batch: dict[str, Any], kind: Kind) -> Tensor:
     """The loss that a model makes of a batch, or what its kind means by the labels if it makes none.
 
