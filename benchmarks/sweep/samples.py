@@ -27,7 +27,7 @@ class Data:
 
 
 class Words:
-    """Random texts of a model's vocabulary, free of the tokens that it takes for more than words."""
+    """Random texts of a model's vocabulary, free of its special tokens."""
 
     def __init__(self, config: Any, seed: int) -> None:
         special = special_tokens(config)

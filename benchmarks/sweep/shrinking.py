@@ -82,6 +82,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "mpt": {"n_heads": HEADS, "max_seq_len": 128},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
     "perceiver": {"d_latents": WIDTH, "num_latents": 16, "num_self_attends_per_block": 2},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "is_decoder": True},
     "swin": {"window_size": 2, "image_size": 64},

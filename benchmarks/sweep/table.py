@@ -38,9 +38,10 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         + f"; {len(rows)} in all.",
         "",
         f"Made by `python -m benchmarks sweep` at commit {machine['commit']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}. Tiny random models; what is "
-        "compared, and how far a score may be off, stands in `benchmarks/sweep/__init__.py`. Errors "
-        "are the largest of the samples, in nats; in bfloat16 the plain forward's own in brackets.",
+        f"{versions['torch']}, transformers {versions['transformers']}. Tiny random models; what "
+        "is compared, and how far a score may be off, stands in `benchmarks/sweep/__init__.py`. "
+        "Errors are the largest of the samples, in nats; in bfloat16 the plain forward's own in "
+        "brackets.",
         "",
         "| kind | " + " | ".join(_ORDER) + " |",
         "| --- " * (len(_ORDER) + 1) + "|",
@@ -58,9 +59,10 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
 
 
 def _markdown(row: Row) -> str:
-    if not row["built"]:
-        return f"| {row['name']} | {status(row)}: {_safe(row['why'])} | |"
-    return f"| {row['name']} | {_safe(_cell(row['float32']))} | {_safe(_cell(row['bfloat16']))} |"
+    cells = [f"{status(row)}: {row['why']}", ""]
+    if row["built"]:
+        cells = [_cell(row["float32"]), _cell(row["bfloat16"])]
+    return f"| {' | '.join(_safe(cell) for cell in (row['name'], *cells))} |"
 
 
 def _cell(part: Row) -> str:
@@ -68,7 +70,7 @@ def _cell(part: Row) -> str:
     if part["verdict"] == REFUSED:
         return f"refused: {next(iter(part['refusals'].values()))[:140]}"
     plain = part["plain_error"]
-    error = f"{part['error']:.1g}" + ("" if plain is None else f" ({plain:.1g})")
+    error = f"{part['error']:.2g}" + ("" if plain is None else f" ({plain:.2g})")
     loss = "" if part["loss"] == "auto" else f", loss={part['loss']!r}"
     samples = f", samples {part['wrong']}" if part["verdict"] == WRONG else ""
     why = f", {part['why_no_plain_error'][:80]}" if part["why_no_plain_error"] else ""

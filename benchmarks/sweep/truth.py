@@ -39,9 +39,9 @@ def plain_losses(
     return true_losses(low, samples, cast, kind)
 
 
-@torch.no_grad()  # tensors that a model keeps of inference mode would be no tensors to others
+@torch.no_grad()  # what a model keeps from inference mode could not be used outside it
 def own_loss(model: nn.Module, batch: dict[str, Any], kind: Kind) -> Tensor:
-    """The loss that a model makes of a batch, or what its kind means by the labels if it makes none.
+    """A model's own loss of a batch; where it makes none, the one that its kind stands for.
 
     Raises:
         ValueError: the model makes no loss, and its kind has none without it.
@@ -57,7 +57,9 @@ def own_loss(model: nn.Module, batch: dict[str, Any], kind: Kind) -> Tensor:
     logits = logits.float()
     if kind.name in ("causal_lm", "image_text_to_text"):
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
+    return functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX
+    )
 
 
 def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
