@@ -102,9 +102,9 @@ def _make(model: nn.Module, layout: Layout, tokens: int, most: int | None = None
         count = min(max(images, min(layout.counts)), max(layout.counts))
         text = words.text(length)
         image = torch.full((tokens,), _image_token(config))
-        pieces = [text[:2], *[image] * count, text[2:]]
+        pieces = [text[:1], *[torch.cat([image, text[1:2]])] * count, text[2:]]
         ids = torch.cat(pieces)
-        labels = torch.cat([torch.full((len(ids) - len(text) + 2,), IGNORE_INDEX), text[2:]])
+        labels = torch.cat([torch.full((len(ids) - len(text[2:]),), IGNORE_INDEX), text[2:]])
         sample = {"input_ids": ids, "labels": labels}
         is_image = (ids == _image_token(config)).long()
         for name in _types(model):
@@ -132,7 +132,7 @@ def _fields(
         grid = torch.tensor([[1, 2 * merge, 2 * merge]] * count)
         return {"pixel_values": draw(count * 4 * merge**2, row), "image_grid_thw": grid}
     if layout.name == "tiles":
-        return {"pixel_values": draw(count, 3, 3, height, width), "image_sizes": sizes}
+        return {"pixel_values": draw(count, 2, 3, height, width), "image_sizes": sizes}
     fields = {"pixel_values": draw(count, 3, height, width)}
     return fields | ({"image_sizes": sizes} if layout.name == "images with sizes" else {})
 

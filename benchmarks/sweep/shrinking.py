@@ -47,6 +47,9 @@ _STAGES = ("depths", "hidden_sizes", "embed_dims", "num_blocks", "layer_depths")
 
 # What an architecture asks for beside the sizes. Names with a dot lie in a part of it.
 _MAMBA = {"mamba_n_heads": 2 * HEADS, "mamba_d_head": HEAD_WIDTH}
+_MULTIMODAL_ROPE = {
+    "text_config.rope_parameters.mrope_section": [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]
+}
 FIXES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
@@ -69,6 +72,7 @@ FIXES: dict[str, dict[str, Any]] = {
         "attention_layers": ["global", "local"],
         "attention_types": [[["global", "local"], 1]],
     },
+    **dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr"), _MULTIMODAL_ROPE),
     "granitemoehybrid": _MAMBA,
     "kimi_linear": {"num_experts_per_token": 2},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
@@ -84,6 +88,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 2},
     "gemma3": {"mm_tokens_per_image": 4},
     "perceiver": {"d_latents": WIDTH, "num_latents": 16, "num_self_attends_per_block": 2},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), _MULTIMODAL_ROPE),
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "is_decoder": True},
     "swin": {"window_size": 2, "image_size": 64},
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
@@ -109,7 +114,7 @@ def shrunk(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
         *parts, last = path.split(".")
         part = small
         for each in parts:
-            part = part[each]
+            part = part.setdefault(each, {})
         part[last] = value
     return small
 
@@ -154,6 +159,8 @@ def _shrunk_part(settings: Mapping[str, Any], moved: dict[int, int]) -> dict[str
             small[key] = None
         elif key == "head_dim" and value is None:
             small[key] = HEAD_WIDTH
+        elif key == "image_grid_pinpoints" and value:
+            small[key] = [[IMAGE, IMAGE]]
         elif key == "image_size" and isinstance(value, list | tuple):
             small[key] = [min(size, IMAGE) for size in value]
         elif key == "mrope_section":

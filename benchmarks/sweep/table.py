@@ -59,9 +59,10 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
 
 
 def _markdown(row: Row) -> str:
-    cells = [f"{status(row)}: {row['why']}", ""]
     if row["built"]:
         cells = [_cell(row["float32"]), _cell(row["bfloat16"])]
+    else:
+        cells = [f"{status(row)}: {row['why']}", ""]
     return f"| {' | '.join(_safe(cell) for cell in (row['name'], *cells))} |"
 
 
