@@ -159,6 +159,7 @@ def test_a_missing_score_is_wrong(losses):
         ("causal_lm; packed segments, a prefix run once", "packed"),
         ("masked_lm; a tiled head, samples padded (masked_lm is not causal, not packed)", "padded"),
         ("cross_entropy in batches of like length", "by like length"),
+        ("causal_lm; packed segments; 8 samples checked against each alone", "packed"),
         ("cross_entropy in float32 on cpu; 1 pack of at most 64 samples", "padded"),
     ],
 )

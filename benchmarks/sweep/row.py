@@ -18,7 +18,7 @@ from benchmarks.sweep.image_text import image_text_samples
 from benchmarks.sweep.samples import SIMPLE, Data
 from benchmarks.sweep.sounds import sound_samples
 from benchmarks.sweep.truth import plain_losses, true_losses
-from benchmarks.sweep.verdicts import REFUSED, UNJUDGED, how, judge
+from benchmarks.sweep.verdicts import REFUSED, UNJUDGED, WRONG, how, judge
 from flowdata import LossScorer
 
 _LARGEST_LOSS = 1e4  # nats; a truth above it says nothing about a score
@@ -46,7 +46,6 @@ def make_row(kind_name: str, name: str) -> dict[str, Any]:
         "built": True,
         "class": type(case.model).__name__,
         "samples": case.data.note,
-        "truths": case.truths,
     }
     return row | {"float32": score(case, torch.float32), "bfloat16": score(case, torch.bfloat16)}
 
@@ -91,42 +90,36 @@ def case_of(kind: Kind, config: Any) -> Case:
 
 def score(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """Score a case in a dtype under `auto`, else by the kind's loss, and judge what comes."""
-    plain_error, why_no_error = None, ""
+    plain_error, why_not = None, ""
     if dtype is not torch.float32:
         try:
             plain_error = _plain_error(case, dtype)
         except Exception as error:  # the model itself may not run in this dtype
-            why_no_error = first_line(error)
+            why_not = first_line(error)
     refusals: dict[str, str] = {}
-    with flowdata_notices() as notices:
-        for loss in filter(None, ("auto", case.kind.loss, "own")):
-            scorer_or_none = None
+    for loss in filter(None, ("auto", case.kind.loss, "own")):
+        with flowdata_notices() as notices:
             try:
-                scorer_or_none = LossScorer(
-                    case.model, loss, dtype=str(dtype).split(".")[1], progress=False
-                )
-                scores = scorer_or_none.score(case.data.samples, collate_fn=case.data.collate)
+                name = str(dtype).removeprefix("torch.")
+                scorer = LossScorer(case.model, loss, dtype=name, progress=False)
+                scores = scorer.score(case.data.samples, collate_fn=case.data.collate)
             except Exception as error:  # a refusal, of which the row keeps the first line
                 refusals[loss] = first_line(error)
                 continue
-            losses = scores.losses.tolist()
-            verdict, error, wrong = judge(losses, case.truths, plain_error)
-            if why_no_error:
-                verdict = UNJUDGED
-            explanation = scorer_or_none.explain()
-            return {
-                "verdict": verdict,
-                "how": how(explanation),
-                "loss": loss,
-                "error": error,
-                "plain_error": plain_error,
-                "why_no_plain_error": why_no_error,
-                "wrong": wrong,
-                "losses": losses,
-                "refusals": refusals,
-                "explanation": explanation,
-                "notices": notices,
-            }
+        losses = scores.losses.tolist()
+        verdict, error, wrong = judge(losses, case.truths, plain_error)
+        part = {
+            "verdict": UNJUDGED if why_not else verdict,
+            "how": how(scorer.explain()),
+            "loss": loss,
+            "error": error,
+            "plain_error": plain_error,
+            "why_no_plain_error": why_not,
+            "refusals": refusals,
+            "explanation": scorer.explain(),
+        }
+        details = {"wrong": wrong, "losses": losses, "truths": case.truths, "notices": notices}
+        return part | (details if part["verdict"] == WRONG else {})
     return {"verdict": REFUSED, "refusals": refusals, "plain_error": plain_error}
 
 

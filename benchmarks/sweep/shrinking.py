@@ -93,6 +93,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "swin": {"window_size": 2, "image_size": 64},
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
+    "xmod": {"default_language": "en_XX"},
     "xlnet": {"d_inner": 96, "d_head": HEAD_WIDTH},
     "zamba2": _MAMBA | {"mamba_headdim": HEAD_WIDTH, "n_mamba_heads": 8, "hybrid_layer_ids": [1]},
 }

@@ -12,7 +12,9 @@ WRONG, RIGHT, REFUSED, UNJUDGED = "WRONG", "right", "refused", "unjudged"
 _HOW = {
     "one sample at a time": "alone",
     "one by one": "alone",
-    "alone": "alone",
+    "each alone": "alone",
+    "each sample alone": "alone",
+    "samples alone": "alone",
     "at most 1 sample": "alone",
     "like length": "by like length",
     "equal length": "by like length",
@@ -24,7 +26,7 @@ _HOW = {
 
 def how(explanation: str) -> str:
     """How samples were laid out, by what `explain()` says."""
-    sentence = explanation.lower()
+    sentence = explanation.lower().split("checked")[0]  # the check's own words say "alone" too
     return next((word for phrase, word in _HOW.items() if phrase in sentence), "padded")
 
 
