@@ -38,7 +38,7 @@ from flowdata.scoring.resume import score_in_memory, score_into_store
 from flowdata.store.fingerprint import fingerprint_model
 from flowdata.store.folder import read_manifest
 from flowdata.store.format import make_manifest
-from flowdata.store.identity import check_identity, content_identity, scores_identity
+from flowdata.store.identity import check_identity, content_identity, sampling_note, scores_identity
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
@@ -135,6 +135,7 @@ class LossScorer:
         self.progress = progress
         self._is_shown = progress
         self._explanation = "nothing scored yet"
+        self._note = ""  # on the data set's identity
         self._losses_of_kinds: dict[Hashable, str] = {}
         self._suspects: tuple[int, ...] = ()
         self._fingerprint = ""
@@ -194,6 +195,7 @@ class LossScorer:
             job = self._job(readable, collate_fn, lengths, num_workers, store)
             if dataset_id is None:
                 dataset_id = content_identity(dataset, skip_unreadable=skip)
+            self._note = sampling_note(dataset_id)
             identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
             draft = make_manifest(identity, {}, details or {})
             _check_same_call(ranks, draft["identity"], has_store=store is not None)
@@ -302,14 +304,17 @@ class LossScorer:
         not counted.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if fresh or versions != self._fingerprinted_versions:
+        # Writes to tensors of inference mode, and to those inside a quantised one, aren't counted.
+        are_counted = all(type(t.data) is Tensor and not t.is_inference() for t in tensors)
+        versions = [(t.data_ptr(), t._version) for t in tensors] if are_counted else []
+        if fresh or not are_counted or versions != self._fingerprinted_versions:
             skip_adapters = self.reference == "base"
             self._fingerprint = fingerprint_model(self.model, skip_adapters=skip_adapters)
             self._fingerprinted_versions = versions
         return self._fingerprint
 
     def _announce(self, sentence: str) -> None:
+        sentence = "; ".join(filter(None, [sentence, self._note]))
         self._explanation = sentence
         say(sentence, shown=self._is_shown)
 

@@ -51,7 +51,11 @@ def home_of(function: types.FunctionType) -> str:
 
     `functools.wraps` gives a wrapper the `__module__` of what it wraps; its globals stay its own.
     """
-    return str(function.__globals__.get("__name__", "__main__"))
+    while isinstance(function, functools.partial):
+        function = function.func
+    names = getattr(function, "__globals__", None)  # a callable object has none
+    home = getattr(function, "__module__", None) if names is None else names.get("__name__")
+    return str(home or "__main__")
 
 
 def describe_code(code: types.CodeType) -> list[Any]:
