@@ -1,4 +1,4 @@
-"""The check before a run: which way is trusted with a model, and whether ranks agree on it."""
+"""The check before a run: which way is right for a model, and whether ranks agree on it."""
 
 from dataclasses import replace
 
@@ -7,57 +7,28 @@ import torch
 from torch import nn
 
 from flowdata import LossScorer
-from flowdata.scoring.check import TOLERANCE, agreed_way, disagreement
+from flowdata.scoring.check import agreed_way, samples_to_check
+from flowdata.scoring.grouping import alike, alone, together
 from flowdata.scoring.job import Job
-from flowdata.scoring.plan.packs import PlanOptions
+from flowdata.scoring.kinds import differing, kind_of
+from flowdata.scoring.plan.packs import PlanOptions, plan_fixed
+from flowdata.scoring.planning import make_plan
 from flowdata.scoring.ranks import one_rank
-from flowdata.targets.target_losses import TargetLosses
-from tests.models import scale_logits, tiny_llama, token_samples
+from flowdata.scoring.truth import LEEWAY, Truth, difference
+from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_samples
 
 
-def way(values, counts, **further):
-    """A way that gives these losses, whatever the model and the batch."""
-    columns = {name: torch.tensor(each) for name, each in further.items()}
-    losses = TargetLosses(torch.tensor(values), torch.tensor(counts), columns)
-    return lambda model, batch: losses
+def truth_of(dtype=torch.float32, *, in_nats=True, **errors):
+    job = replace(job_of(tiny_llama(), token_samples(4)), dtype=dtype)
+    return Truth(job, PlanOptions(), job.model, lambda model: None, in_nats, errors=errors)
 
 
-def compare(fast, plain, dtype=torch.float32):
-    return disagreement(fast, plain, nn.Identity(), None, dtype)
-
-
-def test_ways_that_give_the_same_agree():
-    plain = way([1.0, 2.0, 3.0], [1, 2, 0])
-    assert compare(plain, plain) == ""  # a sample without a target is NaN in both
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("loss", [0.1, 1.0, 50.0])
-def test_the_allowance_is_absolute_below_one_nat_and_relative_above(dtype, loss):
-    allowance = 3 * TOLERANCE[dtype] * max(loss, 1)  # of a sample with one target
-    plain = way([loss], [1])
-    assert compare(way([loss + 0.9 * allowance], [1]), plain, dtype) == ""
-    assert "a sample's loss differs by" in compare(way([loss + 1.1 * allowance], [1]), plain, dtype)
-
-
-def test_samples_of_many_targets_have_to_agree_more_closely():
-    for count, agrees in ((1, True), (400, False)):
-        off = way([1.0 + 2e-4] * count, [count])
-        assert (compare(off, way([1.0] * count, [count])) == "") == agrees
-
-
-def test_what_differs_is_said():
-    plain = way([1.0, 2.0], [1, 1], entropy=[1.0, 1.0], correct=[1.0, 1.0])
-    assert compare(way([1.0, 2.0], [2, 0]), plain) == "it counts [2, 0] targets, not [1, 1]"
-    other = way([1.0, 2.0], [1, 1], entropy=[1.0, 1.5], correct=[1.0, 1.0])
-    assert compare(other, plain) == "a sample's entropy differs by 0.5"
-    tie = way([1.0, 2.0], [1, 1], entropy=[1.0, 1.0], correct=[0.0, 1.0])
-    assert compare(tie, plain) == ""  # of two classes as likely either may come first
-
-    def fails(model, batch):
-        raise KeyError("no such layer\nand more")
-
-    assert compare(fails, plain) == "KeyError: 'no such layer\\nand more'"
+def columns(loss, count=1, **further):
+    return {
+        "loss": torch.tensor([loss]),
+        "count": torch.tensor([count]),
+        **{name: torch.tensor([value]) for name, value in further.items()},
+    }
 
 
 def job_of(model, samples, **options):
@@ -65,23 +36,110 @@ def job_of(model, samples, **options):
     return scorer._job(samples, None, None, 0)
 
 
+def plan_of(samples, **options):
+    plan = plan_fixed(len(samples), batch_size=64)
+    return replace(plan, options=PlanOptions(max_tokens=200, **options))
+
+
+def test_the_same_losses_agree():
+    assert difference(truth_of(), columns(1.0), columns(1.0)) == ""
+    nan = float("nan")
+    assert difference(truth_of(), columns(nan, 0), columns(nan, 0)) == ""  # without a target
+
+
+@pytest.mark.parametrize("loss", [0.01, 1.0, 50.0])
+def test_in_float32_a_way_may_be_off_by_a_thousandth_of_a_nat(loss):
+    truth = truth_of()
+    allowed = LEEWAY + 1e-5 * loss
+    assert difference(truth, columns(loss + 0.98 * allowed), columns(loss)) == ""
+    assert "a sample's loss differs by" in difference(
+        truth, columns(loss + 1.02 * allowed), columns(loss)
+    )
+
+
+def test_other_units_are_judged_by_their_size():
+    truth = truth_of(in_nats=False)
+    assert difference(truth, columns(1.0009e-4), columns(1e-4)) == ""
+    assert difference(truth, columns(1.1e-4), columns(1e-4)) != ""
+
+
+def test_in_low_precision_a_way_may_be_off_by_twice_what_the_plain_one_is():
+    truth = truth_of(torch.bfloat16, loss=0.03)
+    assert difference(truth, columns(1.06), columns(1.0)) == ""
+    assert difference(truth, columns(1.062), columns(1.0)) != ""
+
+
+def test_what_differs_is_said():
+    truth = truth_of()
+    assert difference(truth, columns(1.0, 2), columns(1.0, 1)) == "it counts 2 targets, not 1"
+    assert difference(truth, columns(2.0), columns(1.5)) == (
+        "a sample's loss differs by 0.5 (2, alone 1.5)"
+    )
+    nan = float("nan")
+    assert difference(truth, columns(nan), columns(1.5)).startswith("a sample's loss differs by")
+    other = columns(1.0, entropy=1.5, correct=1.0)
+    assert difference(truth, other, columns(1.0, entropy=1.0, correct=1.0)) == (
+        "a sample's entropy differs by 0.5 (1.5, alone 1)"
+    )
+    # Of two classes as likely either may come first.
+    assert difference(truth, columns(1.0, correct=0.0), columns(1.0, correct=1.0)) == ""
+
+
+def test_samples_that_differ_are_looked_at():
+    rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in (9, 3, 40, 12, 20, 11)]
+    rows[4]["labels"] = [-100] * 19 + [1]  # of many tokens the fewest targets
+    rows[5]["images"] = [object()]
+    places = differing(rows, 8)
+    assert {1, 2, 4, 5} <= set(places)
+    assert len(differing([rows[0]] * 50, 8)) == 4  # of equals several, to share a batch
+    assert kind_of({"pixels": torch.ones(2, 3, 8, 8)}) != kind_of(
+        {"pixels": torch.ones(1, 3, 8, 8)}
+    )
+
+
+def test_the_shortest_and_the_longest_of_all_are_checked():
+    samples = token_samples(400)
+    samples[123] = {name: values[:3] for name, values in samples[123].items()}
+    scorer = LossScorer(tiny_llama(), "causal_lm", dtype="float32", progress=False)
+    job = scorer._job(samples, None, None, 0)
+
+    checked = [
+        len(sample["input_ids"]) for sample in samples_to_check(job, make_plan(job, 1, None))
+    ]
+    assert min(checked) == 3
+    assert max(checked) == max(len(sample["input_ids"]) for sample in samples)
+
+
+def test_groups_keep_the_samples_order():
+    rows = [(torch.ones(2), 1), (torch.zeros(2), 0), (torch.ones(3), 1)]
+    assert together(rows) == [rows]
+    assert alike(rows) == [rows[:2], rows[2:]]
+    assert alone(rows) == [[row] for row in rows]
+    assert alike([{"text": "ab"}, {"text": "cd"}, {"text": "e"}])[0] == [
+        {"text": "ab"},
+        {"text": "cd"},
+    ]
+
+
 def test_a_model_that_changes_its_logits_is_run_through_its_own_head(caplog):
-    model = tiny_llama().eval()
+    model, samples = tiny_llama().eval(), token_samples(8)
     scale_logits(model, 7)
-    job = job_of(model, token_samples(8))
+    job = job_of(model, samples)
     with torch.no_grad():
-        _, description = agreed_way(job, PlanOptions(max_tokens=200), model, one_rank())
-    assert description.startswith("target positions through the model's head, samples padded (")
+        agreed = agreed_way(job, plan_of(samples), model, one_rank())
+    assert agreed.description.startswith(
+        "target positions through the model's head, samples padded ("
+    )
+    assert agreed.grouping is together
     assert "not scoring by target positions through a tiled head" in caplog.text
 
 
 def test_what_is_run_once_is_described():
     samples = [{"input_ids": torch.arange(3, 23), "labels": torch.arange(3, 23)}] * 8
-    options = PlanOptions(max_tokens=200, prefix=12, shared_prompts=30)
-    model = tiny_llama().eval()
+    model, plan = tiny_llama().eval(), plan_of(samples, prefix=12, shared_prompts=30)
     with torch.no_grad():
-        _, description = agreed_way(job_of(model, samples), options, model, one_rank())
-    assert description == (
+        agreed = agreed_way(job_of(model, samples), plan, model, one_rank())
+    assert agreed.description == (
         "target positions through a tiled head, samples packed, a prefix of 12 tokens run once "
         "(84 tokens saved), shared prompts run once (about 30 tokens saved)"
     )
@@ -94,18 +152,34 @@ def test_a_way_that_other_ranks_do_not_choose_is_refused():
         def gather(self, name, value):
             return [value, "full logits"]
 
-    model = tiny_llama().eval()
-    job = job_of(model, token_samples(8))
+    model, samples = tiny_llama().eval(), token_samples(8)
+    job = job_of(model, samples)
     with torch.no_grad(), pytest.raises(ValueError, match=r"rank 1 can score by .*', another rank"):
-        agreed_way(job, PlanOptions(max_tokens=200), model, Ranks())
+        agreed_way(job, plan_of(samples), model, Ranks())
 
 
 def test_losses_without_ways_to_choose_from_have_no_description():
-    job = job_of(tiny_llama(), token_samples(4))
+    data, model = images(8), TinyResNet().eval()
+    scorer = LossScorer(model, "cross_entropy", dtype="float32", progress=False)
+    job = scorer._job(data, None, None, 0)
     assert isinstance(job, Job)
-    for loss in ("mse", lambda model, batch: batch):
-        way, description = agreed_way(
-            replace(job, loss=loss), PlanOptions(), nn.Identity(), one_rank()
-        )
-        assert callable(way)
-        assert description == ""
+
+    def sums(model, batch):
+        return model(batch[0]).sum(1)
+
+    for loss in ("cross_entropy", sums):
+        with torch.no_grad():
+            agreed = agreed_way(replace(job, loss=loss), plan_of(data), model, one_rank())
+        assert agreed.description == ""
+        assert agreed.truth.samples == 4
+        assert agreed.truth.largest < 1e-5
+
+
+def test_a_model_of_chance_is_refused():
+    class Chance(nn.Module):
+        def forward(self, x):
+            return torch.randn(len(x), 3)
+
+    data = torch.utils.data.TensorDataset(torch.randn(6, 2), torch.arange(6) % 3)
+    with pytest.raises(ValueError, match=r"another loss each time it is run alone .*deterministic"):
+        LossScorer(Chance(), "cross_entropy", progress=False).score(data)

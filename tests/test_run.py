@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowdata.scoring import run
+from flowdata.scoring import batches, run
+from flowdata.scoring.grouping import alone, together
+from flowdata.scoring.kinds import kind_of
 from flowdata.scoring.plan.packs import plan_fixed
 from flowdata.scoring.ranks import one_rank
 
@@ -18,9 +20,9 @@ def test_batches_for_a_gpu_are_read_into_pinned_memory(monkeypatch, device, pinn
         options.update(named)
         return []
 
-    monkeypatch.setattr(run, "DataLoader", loader)
+    monkeypatch.setattr(batches, "DataLoader", loader)
     job = SimpleNamespace(dataset=[], collate=list, num_workers=0, device=torch.device(device))
-    assert list(run._load_batches(job, iter([]))) == []
+    assert list(batches.load_batches(job, iter([]), together, None)) == []
     assert options["pin_memory"] is pinned
 
 
@@ -59,8 +61,9 @@ def test_progress_counts_the_packs_that_are_behind(workers):
         device=torch.device("cpu"),
         model=torch.nn.Identity(),
     )
-    share = run._Share(job, plan, [3, 0, 4], one_rank())
-    behind = [(number, batch.content, share.packs_behind()) for number, batch in share.batches()]
+    agreed = SimpleNamespace(grouping=together, kinds=[])
+    share = run._Share(job, plan, [3, 0, 4], one_rank(), agreed)
+    behind = [(number, batch.content[0], share.packs_behind()) for number, batch in share.batches()]
     assert behind == [(3, [6, 7], 1), (0, [0, 1], 2), (4, [8], 3)]
 
 
@@ -75,3 +78,26 @@ def test_an_error_names_the_samples_of_its_pack():
         run._naming_samples(plan_fixed(9, batch_size=7), 1),
     ):
         raise OSError("lost")
+
+
+def test_some_samples_are_collated_alone_as_well():
+    job = SimpleNamespace(
+        dataset=list(range(3000)), collate=list, num_workers=0, device=torch.device("cpu")
+    )
+    packs = [list(range(first, first + 100)) for first in range(0, 3000, 100)]
+    few = {}
+    for pack, batch in enumerate(batches.load_batches(job, iter(packs), together, [()])):
+        few |= {pack * 100 + place: content for place, content in batch.alone.items()}
+    assert 4 <= len(few) <= 8  # two in a thousand
+    assert all(content == [index] and batches.is_drawn(index) for index, content in few.items())
+    (batch,) = batches.load_batches(job, iter([[5, 6]]), alone, None)
+    assert batch.content == [[5], [6]]
+    assert not batch.alone
+
+
+def test_the_first_sample_of_a_new_kind_is_checked():
+    rows = [{"x": 1}] * 5 + [{"x": 1, "image": "a"}] * 3
+    job = SimpleNamespace(dataset=rows, collate=list, num_workers=0, device=torch.device("cpu"))
+    (batch,) = batches.load_batches(job, iter([list(range(8))]), together, [kind_of(rows[0])])
+    assert 5 in batch.alone
+    assert {6, 7}.isdisjoint(batch.alone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,10 +85,19 @@ def give_up(model: nn.Module, reason: str) -> None:
         region._compiled_call_impl = None
 
 
-def as_written() -> AbstractContextManager[Any]:
-    """Run all code as it is written for a block, compiled layers and functions too."""
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Run all code as it is written for a block: a model's compiled layers, and functions."""
+    regions = _regions(model)
+    calls = [region._compiled_call_impl for region in regions]
+    for region in regions:
+        region._compiled_call_impl = None
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for region, call in zip(regions, calls, strict=True):
+            region._compiled_call_impl = call
 
 
 @functools.cache

@@ -23,17 +23,14 @@ from torch import nn
 from flowdata._common.notices import logger
 from flowdata._common.unreadable import Unreadable
 from flowdata.errors import SampleError
-from flowdata.models.compiled import give_up, is_compiled
+from flowdata.models.compiled import as_written, give_up, is_compiled
 from flowdata.models.placement import reshard
-from flowdata.models.rope import longest_as_loaded
 from flowdata.models.tensors import to_device
-from flowdata.scoring.grouping import Grouping, alike, alone, together
+from flowdata.scoring.candidates import Candidate, candidates_of, describe
+from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import Job
 from flowdata.scoring.kinds import differing, is_short, kind_of
-from flowdata.scoring.language.inputs import padded
-from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
-from flowdata.scoring.language.packed import Packing
-from flowdata.scoring.language.ways import plain_way, ways_of
+from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
@@ -52,15 +49,6 @@ from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 _MOST_CHECKED = 8  # samples before a run
 _MOST_IN_FLOAT32 = 2  # of them, the shortest: float32 is several times as slow
 _MOST_ASKED = 3  # samples whose loss is compared with the model's own
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to make losses, and which samples it is given together."""
-
-    name: str
-    way: Way
-    grouping: Grouping = together
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
     evidence = _gather_evidence(truth, samples, batches)
     reshard(model)  # else a sharded head would look like a whole one
     whole, _ = _collate_groups(job, samples, together)
-    for candidate in _candidates(job, plan, model, whole, plain_of(model)):
+    for candidate in candidates_of(job, plan, model, whole, plain_of(model)):
         is_compiled_way = is_compiled(model) and candidate.grouping is together
         reason = _disagreement(candidate, truth, evidence)
         if reason and is_compiled_way:
@@ -146,7 +134,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         if not reason:
             return AgreedWay(
                 _of_batches(candidate.way),
-                _describe(job, plan, model, candidate, whole),
+                describe(job, plan, model, candidate, whole),
                 candidate.grouping,
                 truth,
                 list(map(kind_of, samples)),
@@ -209,7 +197,9 @@ def _check_own_loss(
     pairs = [pair for pair in zip(batches, columns, strict=True) if int(pair[1]["count"])]
     for batch, true in pairs[:_MOST_ASKED]:
         try:
-            own = own_losses(model, output_with_labels(model, to_device(batch, device)))
+            with as_written(model):
+                output = output_with_labels(model, to_device(batch, device))
+            own = own_losses(model, output)
         except Exception:  # a model that can't take its labels along makes no loss
             return
         if own and not any(agrees(value, float(true["loss"]), dtype) for value in own):
@@ -219,55 +209,6 @@ def _check_own_loss(
                 "smoothing, …). Pass loss='auto' or another name, a callable (model, batch) -> "
                 "(B,) losses, or loss='own', which takes the model's own, one sample at a time"
             )
-
-
-def _candidates(
-    job: Job, plan: Plan, model: nn.Module, batches: Sequence[Any], plain: Way
-) -> list[Candidate]:
-    """The ways that a job could go, fastest first, each sample alone last."""
-    if job.loss == OWN:
-        return [Candidate("the model's own loss, one sample at a time", plain, alone)]
-    candidates: list[Candidate] = []
-    name, whole = "", plain
-    if isinstance(job.loss, str) and job.loss in LANGUAGE_LOSSES:
-        ways = _language_ways(job, job.loss, plan, model, batches)
-        candidates = [Candidate(*named) for named in ways]
-        name, whole = ways[-1][0] + ", ", ways[-1][1]
-    else:
-        candidates.append(Candidate("", whole))
-    candidates.append(Candidate(f"{name}samples of one length at a time", whole, alike))
-    candidates.append(Candidate(f"{name}one sample at a time", plain, alone))
-    return candidates
-
-
-def _language_ways(
-    job: Job, loss: str, plan: Plan, model: nn.Module, batches: Sequence[Any]
-) -> list[tuple[str, Way]]:
-    """The ways of language models, named, fastest first, full logits of a batch last."""
-    prefix = job.prefix[: plan.options.prefix][: longest_as_loaded(model)]
-    # Packs are cut by lengths without the prefix. A pack whose samples don't share it after all is
-    # larger than planned, and is run in slices. Without a prefix no pack is larger than planned.
-    max_tokens = plan.options.max_tokens if len(prefix) else None
-    packing = None
-    if not _why_padded(model, loss, batches):
-        packing = Packing(padded(loss, max_tokens), prefix, max_tokens, job.device)
-    return ways_of(
-        model,
-        loss,
-        packing=packing,
-        max_tokens=max_tokens,
-        columns=job.columns,
-        compiled=is_compiled(model),
-        device=job.device,
-    )
-
-
-def _why_padded(model: nn.Module, loss: str, batches: Sequence[Any]) -> str:
-    """Why samples are not packed, "" if some are."""
-    reasons = (
-        [why_batch_not_packed(model, batch) for batch in batches] if loss == "causal_lm" else []
-    )
-    return why_not_packed(model, loss) or (reasons[0] if all(reasons) else "")
 
 
 def _of_batches(way: Way) -> Way:
@@ -346,40 +287,3 @@ def _collate_groups(
 def _first_difference(truth: Truth, columns: Sequence[Columns], evidence: Evidence) -> str:
     reasons = (difference(truth, each, evidence.true(place)) for place, each in enumerate(columns))
     return next(filter(None, reasons), "")
-
-
-def _describe(
-    job: Job, plan: Plan, model: nn.Module, candidate: Candidate, batches: Sequence[Any]
-) -> str:
-    """A way in words: its name, how samples are laid out, and what it was checked on."""
-    parts = [candidate.name] if candidate.name else []
-    if isinstance(job.loss, str) and job.loss in LANGUAGE_LOSSES:
-        parts += (
-            ["layers compiled"] if is_compiled(model) and candidate.grouping is together else []
-        )
-        parts += _describe_samples(job, job.loss, plan, model, candidate, batches)
-    return ", ".join(parts)
-
-
-def _describe_samples(
-    job: Job, loss: str, plan: Plan, model: nn.Module, candidate: Candidate, batches: Sequence[Any]
-) -> list[str]:
-    """How a language model's samples are laid out."""
-    parts = []
-    options = plan.options
-    if candidate.grouping is not together:
-        pass
-    elif why_padded := _why_padded(model, loss, batches):
-        parts.append(f"samples padded ({why_padded})")
-    elif "packed" in candidate.name:
-        if options.prefix:
-            saved = options.prefix * (len(job.dataset) - 1)
-            parts.append(f"a prefix of {options.prefix:,} tokens run once ({saved:,} tokens saved)")
-        if options.shared_prompts:
-            parts.append(f"shared prompts run once (about {options.shared_prompts:,} tokens saved)")
-    if (longest := longest_as_loaded(model)) is not None:
-        parts.append(
-            f"samples of over {longest:,} tokens one at a time (their rotary frequencies depend "
-            "on the length)"
-        )
-    return parts

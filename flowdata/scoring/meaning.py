@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowdata._common.notices import logger
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.positions import check_positions
+from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens, split_batch
@@ -41,7 +42,11 @@ def decide_loss(
     Raises:
         ValueError: nothing tells, or too much does; the message says what `loss` could be.
     """
-    outputs = [output_with_labels(model, to_device(batch, device)) for batch in batches]
+    try:
+        outputs = [output_with_labels(model, to_device(batch, device)) for batch in batches]
+    except (IndexError, RuntimeError, TypeError):
+        # Labels that are no classes, or a batch of another layout: the run's own checks say which.
+        outputs = []
     own = [own_losses(model, output) for output in outputs]
     if not any(own):
         by_class = loss_of_model(innermost(model))
@@ -61,7 +66,15 @@ def decide_loss(
 
 
 def output_with_labels(model: nn.Module, batch: Any) -> Any:
-    """Return a model's output for a batch with its labels, as its own `forward` takes them."""
+    """Return a model's output for a batch with its labels, as its own `forward` takes them.
+
+    Rotary frequencies are those of the model as it was loaded, and are left as they were.
+    """
+    with loaded_frequencies(model):
+        return _output_with_labels(model, batch)
+
+
+def _output_with_labels(model: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, Mapping):
         inputs, _ = split_batch(batch)
         return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)

@@ -38,7 +38,13 @@ from flowdata.scoring.resume import score_in_memory, score_into_store
 from flowdata.store.fingerprint import fingerprint_model
 from flowdata.store.folder import read_manifest
 from flowdata.store.format import make_manifest
-from flowdata.store.identity import check_identity, content_identity, sampling_note, scores_identity
+from flowdata.store.identity import (
+    check_identity,
+    content_identity,
+    is_model_identity,
+    sampling_note,
+    scores_identity,
+)
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
@@ -94,8 +100,8 @@ class LossScorer:
         >>> scorer = LossScorer(torch.nn.Linear(4, 3), dtype="float32", progress=False)
         >>> scorer.score(data)
         Scores(6 samples, 0 without a loss)
-        >>> print(scorer.explain())
-        cross_entropy in float32 on cpu; 1 pack of at most 64 samples; 2 samples checked alone, ...
+        >>> print(scorer.explain())  # doctest: +ELLIPSIS
+        cross_entropy in float32 on cpu; 1 pack of at most 64 samples; 4 samples checked alone, ...
     """
 
     def __init__(
@@ -258,9 +264,9 @@ class LossScorer:
         if collate_fn is None:
             check_stackable(first)
         begun = None if store is None else read_manifest(Path(store))
-        if begun is not None and begun["identity"].get("model") == self._model_identity(fresh=True):
-            loss: str = begun["identity"]["loss"]
-            if loss in LOSSES:
+        if begun is not None:
+            model, loss = (str(begun["identity"].get(name)) for name in ("model", "loss"))
+            if loss in LOSSES and is_model_identity(model, self._model_identity(fresh=True)):
                 return loss
         kind = kind_of(first)
         if kind not in self._losses_of_kinds:

@@ -72,7 +72,7 @@ class Truth:
             model: the model in float32; None for that of the run.
         """
         model = self.model if model is None else model
-        with as_written(), loaded_frequencies(model):
+        with as_written(model), loaded_frequencies(model):
             columns = self.plain_of(model)(model, batch).columns(token_losses=False)
         check_size(columns, 1)
         return columns
@@ -99,7 +99,7 @@ class Truth:
 
     def start(self, batch: Any) -> Fetched:
         """Return the losses of a sample collated alone on their way to the host."""
-        with as_written(), loaded_frequencies(self.model):
+        with as_written(self.model), loaded_frequencies(self.model):
             return Fetched(self.plain_of(self.model)(self.model, batch))
 
     def difference(self, columns: Columns, true: Columns, batch: Any) -> str:

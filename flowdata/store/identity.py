@@ -133,6 +133,11 @@ def content_identity(dataset: Any, *, skip_unreadable: bool = False, remarks: bo
     return " ".join(words)
 
 
+def is_model_identity(identity: str, fingerprint: str) -> bool:
+    """Return whether the identity that a store tells is that of a model with this fingerprint."""
+    return identity == _SCHEME + fingerprint
+
+
 def sampling_note(dataset_identity: str) -> str:
     """Return a sentence where a data set's identity rests on some of its samples, else ``""``.
 
