@@ -87,7 +87,7 @@ def is_short(sample: Any) -> bool:
 def _length_of(sample: Any) -> int:
     """Tokens of a sample, those beside images too; 0 where it has none."""
     ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
-    return np.size(ids) if ids is not None else length_of(sample) or 0
+    return len(ids) if ids is not None else length_of(sample) or 0
 
 
 def _count_targets(sample: Any) -> int:
