@@ -171,7 +171,7 @@ def test_losses_without_ways_to_choose_from_have_no_description():
         with torch.no_grad():
             agreed = agreed_way(replace(job, loss=loss), plan_of(data), model, one_rank())
         assert agreed.description == ""
-        assert agreed.truth.samples == 4
+        assert agreed.truth.samples == 8  # all of so small a data set
         assert agreed.truth.largest < 1e-5
 
 

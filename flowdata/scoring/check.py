@@ -28,7 +28,7 @@ from flowdata.models.placement import reshard
 from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import Candidate, candidates_of, describe
 from flowdata.scoring.grouping import Grouping, together
-from flowdata.scoring.job import Job
+from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.kinds import differing, is_short, kind_of
 from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import output_with_labels
@@ -46,9 +46,10 @@ from flowdata.targets.predictions import (
 from flowdata.targets.target_losses import Way, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
-_MOST_CHECKED = 8  # samples before a run
+_MOST_CHECKED = 8  # samples before a run; of a data set as small as `FEW`, all are
 _MOST_IN_FLOAT32 = 2  # of them, the shortest: float32 is several times as slow
-_MOST_ASKED = 3  # samples whose loss is compared with the model's own
+# Samples whose loss is compared with the model's own. Of tokens each sample has many targets.
+_MOST_ASKED, _MOST_ASKED_OF_TOKENS = 3, 1
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,9 @@ def samples_to_check(job: Job, plan: Plan) -> list[Any]:
         with contextlib.suppress(SampleError):  # the run will meet it and say so
             samples.append(job.dataset[index])
     samples = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    if len(job.dataset) <= FEW:
+        short = [sample for sample in job.few_samples if is_short(sample)]
+        return short or job.few_samples[:1]
     suspects = [job.dataset[index] for index in job.suspects]
     return [*suspects, *(samples[place] for place in differing(samples, _MOST_CHECKED))]
 
@@ -174,7 +178,8 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
 def _gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evidence:
     """The truth of samples; raises where the loss by name is not the model's own."""
     plain = [truth.columns(batch) for batch in batches]
-    few = batches if truth.is_exact else batches[:_MOST_IN_FLOAT32]
+    is_cheap = truth.is_exact or len(truth.job.dataset) <= FEW
+    few = batches if is_cheap else batches[:_MOST_IN_FLOAT32]
     exact: list[Columns] = []
     with truth.exact_model() as model:
         if model is not None:
@@ -195,7 +200,8 @@ def _check_own_loss(
         return
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     pairs = [pair for pair in zip(batches, columns, strict=True) if int(pair[1]["count"])]
-    for batch, true in pairs[:_MOST_ASKED]:
+    most = _MOST_ASKED_OF_TOKENS if loss in LANGUAGE_LOSSES else _MOST_ASKED
+    for batch, true in pairs[:most]:
         try:
             with as_written(model):
                 output = output_with_labels(model, to_device(batch, device))

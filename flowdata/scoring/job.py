@@ -18,7 +18,7 @@ from flowdata.scoring.collate import Collate
 from flowdata.scoring.language.packable import common_prefix, why_not_packed
 from flowdata.scoring.plan.lengths import length_of
 
-_FEW = 16  # samples in which a common prefix is looked for and on which ways are checked
+FEW = 16  # samples in which a common prefix is looked for and on which ways are checked
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -60,7 +60,7 @@ class Job:
     def few_samples(self) -> list[Any]:
         """Some readable samples from all over the data set, shortest first."""
         samples = []
-        for index in range(0, len(self.dataset), -(-len(self.dataset) // _FEW)):
+        for index in range(0, len(self.dataset), -(-len(self.dataset) // FEW)):
             with contextlib.suppress(SampleError):  # the run will meet it and say so
                 samples.append(self.dataset[index])
         readable = [sample for sample in samples if not isinstance(sample, Unreadable)]

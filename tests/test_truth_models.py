@@ -1,0 +1,272 @@
+"""Kinds of models that people have, each against itself on one sample at a time."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flowdata import LossScorer
+from flowdata.scoring.collate import pad_collate
+from tests.models import TinyResNet, images, tiny_gpt2, tiny_llama, token_samples
+from tests.test_truth import bert, own_losses, scored
+from tests.zoo import wild
+
+VOCABULARY = 199
+
+
+def pairs(count=12, seed=5):
+    """Ragged sources and targets of an encoder-decoder."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(3, 190, (length,), generator=generator)
+
+    return [{"input_ids": tokens(4, 20), "labels": tokens(2, 12)} for _ in range(count)]
+
+
+def in_bfloat16(batch):
+    """A batch with its floating inputs as a bfloat16 model takes them."""
+    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def check(model, samples, dtype="float32", collate_fn=None, loss="auto"):
+    """Scores against the model's own loss alone; by twice the plain error in low precision."""
+    collate = collate_fn or pad_collate
+    model.eval()
+    exact = own_losses(model, samples, collate)
+    allowed = 1e-4 * exact.abs().clamp_min(1).max()
+    if dtype == "bfloat16":
+        low = copy.deepcopy(model).bfloat16()
+        rounded = own_losses(low, samples, lambda each: in_bfloat16(collate(each))).float()
+        allowed = 2 * (rounded - exact).abs().max() + 1e-3
+    scores, how = scored(model, samples, loss, dtype, collate_fn=collate_fn)
+    assert (scores.losses - exact).abs().max() <= allowed, how
+    return how
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["Marian", "M2M100", "Blenderbot", "Pegasus", "Bart", "MBart", "T5", "ProphetNet"]
+)
+def test_encoder_decoders_under_auto(name, dtype):
+    import transformers
+
+    layers = {f"{half}_{size}": 2 for half in ("encoder", "decoder") for size in ("layers",)}
+    heads = {f"{half}_attention_heads": 4 for half in ("encoder", "decoder")}
+    widths = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
+    special = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **special}
+    if name == "T5":
+        options = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        sizes = {"vocab_size": VOCABULARY, **special}
+    elif name == "ProphetNet":
+        options = {f"num_{half}": 2 for half in ("encoder_layers", "decoder_layers")}
+        options |= {f"num_{half}": 4 for half in heads}
+        options |= {"hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        sizes |= {"pad_token_id": 0}
+    else:
+        options = {**layers, **heads, **widths}
+    kind = "MarianMTModel" if name == "Marian" else f"{name}ForConditionalGeneration"
+    model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**sizes, **options))
+    how = check(wild(model), pairs(), dtype)
+    # ProphetNet smooths its labels in a way of its own.
+    assert how.startswith("own" if name == "ProphetNet" else "seq2seq_lm")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speech_to_text(dtype):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {f"{half}_layers": 2 for half in ("encoder", "decoder")}
+    sizes |= {f"{half}_attention_heads": 4 for half in ("encoder", "decoder")}
+    sizes |= {f"{half}_ffn_dim": 48 for half in ("encoder", "decoder")}
+    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        num_mel_bins=8,
+        max_source_positions=50,
+        max_target_positions=64,
+        **sizes,
+        **special,
+    )
+    torch.manual_seed(0)
+    rows = [{"input_features": torch.randn(8, 100), "labels": s["labels"]} for s in pairs()]
+
+    def collate(samples):
+        labels = [sample["labels"] for sample in samples]
+        return {
+            "input_features": torch.stack([sample["input_features"] for sample in samples]),
+            "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
+
+    check(wild(WhisperForConditionalGeneration(config)), rows, dtype, collate)
+
+
+def test_speech_with_alignments_is_the_models_own_loss():
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    rows = [
+        {"input_values": torch.randn(int(n)), "labels": torch.randint(1, 30, (5,))}
+        for n in torch.randint(400, 800, (8,))
+    ]
+
+    def collate(samples):
+        waves = [sample["input_values"] for sample in samples]
+        return {
+            "input_values": nn.utils.rnn.pad_sequence(waves, batch_first=True),
+            "labels": torch.stack([sample["labels"] for sample in samples]),
+        }
+
+    how = check(wild(Wav2Vec2ForCTC(config)), rows, collate_fn=collate)
+    assert how.startswith("own")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["PrefixTuning", "PromptTuning", "PromptEncoder"])
+def test_virtual_tokens(kind, dtype):
+    import peft
+
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    torch.manual_seed(0)
+    check(peft.get_peft_model(tiny_llama(), config), token_samples(12), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["ConvBert", "FNet", "Canine"])
+def test_encoders_whose_padding_leaks(family, dtype):
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_labels": 3}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    sizes |= {"embedding_size": 32} if family == "ConvBert" else {}
+    sizes |= {} if family == "Canine" else {"vocab_size": VOCABULARY}
+    if (family, dtype) == ("FNet", "bfloat16"):
+        pytest.skip("its Fourier transform knows no bfloat16")
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = wild(getattr(transformers, f"{family}ForSequenceClassification")(config))
+    rows = [s | {"labels": torch.tensor(i % 3)} for i, s in enumerate(token_samples(16))]
+    check(model, rows, dtype)
+
+
+# --- models in other numbers -----------------------------------------------------------------
+
+
+def test_parts_in_several_dtypes_are_run_as_they_are():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Linear(4, 8).bfloat16(), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.body(x.bfloat16()).float())
+
+    model, data = Mixed(), TensorDataset(torch.randn(9, 4), torch.arange(9) % 5)
+    expected = torch.stack([F.cross_entropy(model(x[None]), y[None]) for x, y in data]).detach()
+    scores = LossScorer(model, progress=False).score(data)
+    torch.testing.assert_close(scores.losses, expected)
+
+
+def test_dynamic_int8():
+    model = tiny_llama(hidden_size=64).eval()
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    exact = own_losses(model, samples := token_samples(12))
+    scores = LossScorer(model, progress=False).score(samples)
+    # Activations are quantised by the range of their batch: a sample's loss depends on it a little.
+    assert (scores.losses - exact).abs().max() <= 1e-3
+
+
+def test_weights_in_int8():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = tiny_llama(hidden_size=64).eval()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    exact = own_losses(model, samples := token_samples(12))
+    scores = LossScorer(model, progress=False).score(samples)
+    assert (scores.losses - exact).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_made_in_inference_mode(dtype):
+    samples = token_samples(12)
+    with torch.inference_mode():
+        model = tiny_llama().eval()
+    exact = own_losses(tiny_llama().eval(), samples)
+    scores, _ = scored(model, samples, dtype=dtype)
+    assert (scores.losses - exact).abs().max() <= (1e-4 if dtype == "float32" else 0.02)
+
+
+def test_unsigned_tokens():
+    samples = token_samples(8)
+    unsigned = [
+        {**sample, "input_ids": sample["input_ids"].numpy().astype(np.uint16)} for sample in samples
+    ]
+    scores, _ = scored(tiny_llama(), unsigned)
+    torch.testing.assert_close(scores.losses, own_losses(tiny_llama().eval(), samples))
+
+
+# --- one line that says what to do -----------------------------------------------------------
+
+
+def classified(label):
+    return [{"input_ids": sample["input_ids"], "labels": label} for sample in token_samples(4)]
+
+
+@pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
+@pytest.mark.parametrize("label", ["positive", None])
+def test_labels_that_are_no_numbers(label, loss):
+    from transformers import BertForSequenceClassification
+
+    with pytest.raises(
+        ValueError, match=rf"'labels' must be numbers, got {re.escape(repr(label))}"
+    ):
+        scored(BertForSequenceClassification(bert(num_labels=3)), classified(label), loss)
+
+
+def test_no_labels_under_their_name():
+    with pytest.raises(ValueError, match="'labels' of a sample is None; leave the field out"):
+        scored(tiny_llama(), classified(None))
+
+
+def test_more_tokens_than_positions():
+    model = tiny_gpt2()
+    model.config.max_position_embeddings = 32
+    model.transformer.wpe = nn.Embedding(32, 32)
+    with pytest.raises(ValueError, match=r"a sample has \d+ tokens and the model 32 positions"):
+        scored(model, token_samples(8))
+
+
+def test_batches_of_another_layout():
+    for batch, name in (({"x": 1}, "a mapping with 'x'"), ([1, 2], "a list of 2")):
+        with pytest.raises(ValueError, match=f"needs batches that are mappings .* got {name}"):
+            scored(tiny_llama(), token_samples(4), "causal_lm", collate_fn=lambda _, b=batch: b)
+
+
+def test_a_mean_where_losses_should_be():
+    def mean(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(
+        ValueError, match=r"tensor of shape \(B,\).* got \(\); use reduction='none'"
+    ):
+        scored(TinyResNet(), images(), mean)
