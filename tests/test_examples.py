@@ -70,6 +70,8 @@ def accuracies(output):
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_three_line_diff_turns_the_plain_loop_into_flow(name, tmp_path, monkeypatch, capsys):
+    if name == "trl_sft":
+        pytest.importorskip("trl", minversion="1.15", reason="TRL from 1.15 on needs Python 3.11")
     path = EXAMPLES / f"{name}.py"
     source = path.read_text()
     assert 0 < sum("  # FLOW" in line for line in source.splitlines()) <= 3

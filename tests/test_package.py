@@ -58,6 +58,8 @@ def test_every_public_name_is_there_and_documented():
     ],
 )
 def test_modules_that_users_import_by_path_keep_their_names(module, names):
+    if module == "integrations.trl":
+        pytest.importorskip("trl", minversion="1.15", reason="TRL from 1.15 on needs Python 3.11")
     room = importlib.import_module(f"flowdata.{module}")
     assert [name for name in names if not getattr(room, name).__doc__] == []
 

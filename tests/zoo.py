@@ -58,7 +58,10 @@ def decoder(name):
 
     kind, options = DECODERS[name]
     sizes = {name: size for name, size in (SIZES | options).items() if size is not None}
-    return wild(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)))
+    # The fast attention of transformers before 5.21 ignored the bound of Gemma 2's scores.
+    options = {"attn_implementation": "eager"} if name == "gemma 2" else {}
+    config = AutoConfig.for_model(kind, **sizes)
+    return wild(AutoModelForCausalLM.from_config(config, **options))
 
 
 def t5():

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
+
+pytest.importorskip("trl", minversion="1.15", reason="TRL from 1.15 on needs Python 3.11")
+
 from trl import SFTConfig, SFTTrainer
 
 from flowdata import LossScorer, Scores

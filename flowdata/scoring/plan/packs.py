@@ -131,7 +131,8 @@ def _longest_first(sizes: _Integers, groups: Tensor | None) -> _Integers:
     shortness = (sizes.max() - sizes).astype(np.min_scalar_type(sizes.max()))
     if groups is None:
         return np.argsort(shortness, kind="stable")
-    return np.lexsort((groups.numpy(), shortness))
+    order: _Integers = np.lexsort((groups.numpy(), shortness))
+    return order
 
 
 def _cut(falling_sizes: _Integers, max_tokens: int, batch_size: int) -> _Integers:
