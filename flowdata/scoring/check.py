@@ -13,7 +13,7 @@ Where the model makes a loss of its own, the loss by name has to be that one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,6 @@ from flowdata.targets.target_losses import Way, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
 _MOST_CHECKED = 8  # samples before a run; of a data set as small as `FEW`, all are
-_MOST_IN_FLOAT32 = 2  # of them, the shortest: float32 is several times as slow
 # Samples whose loss is compared with the model's own. Of tokens each sample has many targets.
 _MOST_ASKED, _MOST_ASKED_OF_TOKENS = 3, 1
 
@@ -178,40 +177,54 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
 def _gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evidence:
     """The truth of samples; raises where the loss by name is not the model's own."""
     plain = [truth.columns(batch) for batch in batches]
-    is_cheap = truth.is_exact or len(truth.job.dataset) <= FEW
-    few = batches if is_cheap else batches[:_MOST_IN_FLOAT32]
-    exact: list[Columns] = []
-    with truth.exact_model() as model:
-        if model is not None:
-            exact = plain if truth.is_exact else [truth.columns(batch, model) for batch in few]
-            _check_own_loss(truth, model, few, exact)
-        else:
-            _check_own_loss(truth, truth.model, few, plain)
-    truth.learn_errors(plain[: len(exact)], exact)
-    return Evidence(samples, batches, plain, list(exact))
+    evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
+    if not truth.is_exact and len(truth.job.dataset) <= FEW:
+        _look_again(truth, evidence)
+    if not _has_own_loss(truth, truth.model, batches, plain):
+        with truth.exact_model() as model:  # it may have been rounding
+            exact = [] if model is None else [truth.columns(batch, model) for batch in batches]
+            if model is None or not _has_own_loss(truth, model, batches, exact):
+                _refuse_loss(truth, model or truth.model, batches, exact or plain)
+    return evidence
 
 
-def _check_own_loss(
+def _has_own_loss(
     truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
-) -> None:
-    """Raise ValueError where a loss by name is not that which the model makes itself."""
-    loss, device = truth.job.loss, truth.job.device
-    if not isinstance(loss, str) or loss == OWN:
-        return
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+) -> bool:
+    """Whether the loss by name is that which the model makes itself, if it makes one."""
+    if not isinstance(truth.job.loss, str) or truth.job.loss == OWN:
+        return True
+    return all(
+        not own or any(agrees(value, true, torch.float32) for value in own)
+        for own, true in _own_and_named(truth, model, batches, columns)
+    )
+
+
+def _own_and_named(
+    truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
+) -> Iterator[tuple[list[float], float]]:
+    """A few samples' own losses, as they can be meant, and those by the loss's name."""
+    most = _MOST_ASKED_OF_TOKENS if truth.job.loss in LANGUAGE_LOSSES else _MOST_ASKED
     pairs = [pair for pair in zip(batches, columns, strict=True) if int(pair[1]["count"])]
-    most = _MOST_ASKED_OF_TOKENS if loss in LANGUAGE_LOSSES else _MOST_ASKED
     for batch, true in pairs[:most]:
         try:
             with as_written(model):
-                output = output_with_labels(model, to_device(batch, device))
-            own = own_losses(model, output)
+                output = output_with_labels(model, to_device(batch, truth.job.device))
         except Exception:  # a model that can't take its labels along makes no loss
             return
-        if own and not any(agrees(value, float(true["loss"]), dtype) for value in own):
+        yield own_losses(model, output), float(true["loss"])
+
+
+def _refuse_loss(
+    truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
+) -> None:
+    """Raise ValueError, with both numbers, where the difference is no rounding of the model's."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for own, named in _own_and_named(truth, model, batches, columns):
+        if own and not any(agrees(value, named, dtype) for value in own):
             raise ValueError(
-                f"loss={loss!r} gives a sample {float(true['loss']):.6g}, and the model's own loss "
-                f"is {own[0]:.6g}: its labels mean something else (a shift, class weights, "
+                f"loss={truth.job.loss!r} gives a sample {named:.6g}, and the model's own loss is "
+                f"{own[0]:.6g}: its labels mean something else (a shift, class weights, "
                 "smoothing, …). Pass loss='auto' or another name, a callable (model, batch) -> "
                 "(B,) losses, or loss='own', which takes the model's own, one sample at a time"
             )
@@ -229,8 +242,8 @@ def _of_batches(way: Way) -> Way:
 def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str:
     """Return "" if a way gives samples their true columns, else what is wrong.
 
-    Two short samples can be rounded by luck to less than is usual. Before a way is refused for a
-    difference of rounding, all samples are looked at in float32.
+    A float32 copy of the model costs memory and time, so it is made only where a difference is
+    larger than rounding makes anyway; then all samples are looked at in float32.
     """
     try:
         columns = _columns_of(candidate, truth, evidence)
@@ -255,6 +268,7 @@ def _look_again(truth: Truth, evidence: Evidence) -> None:
     further = [truth.job.collate([each]) for each in truth.job.few_samples if is_short(each)]
     with truth.exact_model() as model:
         if model is None:
+            truth.is_last_look = True
             return
         rest = evidence.batches[len(evidence.exact) :]
         evidence.exact.extend(truth.columns(batch, model) for batch in rest)
