@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import Candidate, candidates_of, describe
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
-from flowdata.scoring.kinds import differing, is_short, kind_of
+from flowdata.scoring.kinds import differing, is_short, kind_of, tokens_of
 from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import output_with_labels
 from flowdata.scoring.plan.packs import Plan
@@ -75,7 +76,7 @@ class Evidence:
     """Samples to judge ways by.
 
     Attributes:
-        samples: the samples, shortest first.
+        samples: the samples.
         batches: each collated alone.
         plain: their columns, each alone in the run's dtype.
         exact: the same in float32, as far as they are known, of the first samples.
@@ -124,7 +125,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
     truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
     evidence = _gather_evidence(truth, samples, batches)
     reshard(model)  # else a sharded head would look like a whole one
-    whole, _ = _collate_groups(job, samples, together)
+    whole, _ = _collate_groups(truth, samples, together)
     for candidate in candidates_of(job, plan, model, whole, plain_of(model)):
         is_compiled_way = is_compiled(model) and candidate.grouping is together
         reason = _disagreement(candidate, truth, evidence)
@@ -147,7 +148,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
 
 
 def samples_to_check(job: Job, plan: Plan) -> list[Any]:
-    """Return readable samples that differ, shortest first."""
+    """Return readable samples that differ; of a small data set all of them."""
     ends = plan.order[[0, len(plan.order) // 2, -1]].tolist()  # plans begin with the longest
     samples = list(job.few_samples)
     for index in ends:
@@ -155,8 +156,10 @@ def samples_to_check(job: Job, plan: Plan) -> list[Any]:
             samples.append(job.dataset[index])
     samples = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if len(job.dataset) <= FEW:
-        short = [sample for sample in job.few_samples if is_short(sample)]
-        return short or job.few_samples[:1]
+        short = [sample for sample in job.few_samples if is_short(sample)] or job.few_samples[:1]
+        # Shortest and longest by turns, so that those that share a batch differ.
+        halves = short[: (len(short) + 1) // 2], short[::-1][: len(short) // 2]
+        return [each for pair in zip_longest(*halves) for each in pair if each is not None]
     suspects = [job.dataset[index] for index in job.suspects]
     return [*suspects, *(samples[place] for place in differing(samples, _MOST_CHECKED))]
 
@@ -279,7 +282,7 @@ def _look_again(truth: Truth, evidence: Evidence) -> None:
 
 def _columns_of(candidate: Candidate, truth: Truth, evidence: Evidence) -> list[Columns]:
     """What a way makes of the samples, together where they can be collated together."""
-    batches, places = _collate_groups(truth.job, evidence.samples, candidate.grouping)
+    batches, places = _collate_groups(truth, evidence.samples, candidate.grouping)
     losses = _of_batches(candidate.way)(truth.model, batches)
     columns = losses.columns(token_losses=False)
     check_size(columns, len(places))
@@ -288,11 +291,16 @@ def _columns_of(candidate: Candidate, truth: Truth, evidence: Evidence) -> list[
 
 
 def _collate_groups(
-    job: Job, samples: Sequence[Any], grouping: Grouping
+    truth: Truth, samples: Sequence[Any], grouping: Grouping
 ) -> tuple[list[Any], list[int]]:
     """Samples collated as a grouping says, and the place of each sample in the batches' order."""
+    collate, most = truth.job.collate, truth.options.max_tokens
+
+    def batches_of(group: Sequence[Any]) -> list[Any]:
+        return [collate(part) for each in grouping(group) for part in _cut(each, most)]
+
     try:
-        return [job.collate(group) for group in grouping(samples)], list(range(len(samples)))
+        return batches_of(samples), list(range(len(samples)))
     except Exception:  # kinds that can't be collated together never share a pack
         by_kind: dict[Any, list[int]] = {}
         for place, sample in enumerate(samples):
@@ -300,8 +308,20 @@ def _collate_groups(
         if len(by_kind) == 1:
             raise
     groups = [[samples[place] for place in places] for places in by_kind.values()]
-    batches = [job.collate(part) for group in groups for part in grouping(group)]
+    batches = [batch for group in groups for batch in batches_of(group)]
     return batches, [place for places in by_kind.values() for place in places]
+
+
+def _cut(group: list[Any], most: int | None) -> list[list[Any]]:
+    """A group in parts that are no larger than a pack: larger ones would be run in another way."""
+    parts: list[list[Any]] = []
+    for sample in group:
+        longest = max(map(tokens_of, [sample, *parts[-1]])) if parts else 0
+        if parts and (most is None or longest * (len(parts[-1]) + 1) <= most):
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+    return parts
 
 
 def _first_difference(truth: Truth, columns: Sequence[Columns], evidence: Evidence) -> str:

@@ -59,7 +59,7 @@ def differing(samples: Sequence[Any], most: int) -> list[int]:
         samples: readable samples, at least one.
         most: places at most.
     """
-    lengths = [_length_of(sample) for sample in samples]
+    lengths = [tokens_of(sample) for sample in samples]
     targets = [_count_targets(sample) for sample in samples]
     few_enough = [place for place, length in enumerate(lengths) if length <= LONGEST_CHECKED]
     few_enough = few_enough or [int(np.argmin(lengths))]
@@ -81,11 +81,11 @@ def differing(samples: Sequence[Any], most: int) -> list[int]:
 
 def is_short(sample: Any) -> bool:
     """Return whether the full logits of a sample fit into memory, so that it can be checked."""
-    return _length_of(sample) <= LONGEST_CHECKED
+    return tokens_of(sample) <= LONGEST_CHECKED
 
 
-def _length_of(sample: Any) -> int:
-    """Tokens of a sample, those beside images too; 0 where it has none."""
+def tokens_of(sample: Any) -> int:
+    """Return the tokens of a sample, those beside images too; 0 where it has none."""
     ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
     return len(ids) if ids is not None else length_of(sample) or 0
 
@@ -94,5 +94,5 @@ def _count_targets(sample: Any) -> int:
     """How many targets a sample has, as far as its own fields tell; 1 where they don't."""
     labels = sample.get("labels") if isinstance(sample, Mapping) else None
     if labels is None or np.ndim(labels) == 0:
-        return _length_of(sample) or 1
+        return tokens_of(sample) or 1
     return int((np.asarray(labels) != IGNORE_INDEX).sum()) or 1  # none: nothing to compare
