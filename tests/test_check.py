@@ -19,7 +19,7 @@ from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_sam
 
 
 def truth_of(dtype=torch.float32, *, in_nats=True, **errors):
-    job = replace(job_of(tiny_llama(), token_samples(4)), dtype=dtype)
+    job = replace(job_of(tiny_llama(), token_samples(20)), dtype=dtype)
     return Truth(job, PlanOptions(), job.model, lambda model: None, in_nats, errors=errors)
 
 

@@ -62,7 +62,9 @@ def main(argv: list[str]) -> None:
         sys.exit("no GPU is here; --tiny tries the command on a CPU")
     output = options.output or Path(tempfile.mkdtemp(prefix="flowdata-gpu-"))
     output.mkdir(parents=True, exist_ok=True)
-    kept = Kept(output / "gpu.json", " ".join(["python -m benchmarks gpu", *argv]), options.commit)
+    rows_so_far = RowFile(
+        output / "gpu.json", " ".join(["python -m benchmarks gpu", *argv]), options.commit
+    )
     start = monotonic()
     share_behind, shares = 0.0, sum(PARTS[name][1] for name in options.parts)
     for name in options.parts:
@@ -74,19 +76,19 @@ def main(argv: list[str]) -> None:
             output=output,
             assets=options.assets,
             deadline=start + 60 * options.minutes * share_behind / shares,
-            rows=tuple(kept.rows),
+            rows=tuple(rows_so_far.rows),
         )
         print(f"== {name}, at most {setting.seconds_left():.0f} s", flush=True)
         for row in run_part(measure, setting):
-            kept.add({"part": name, **row})
-    summary = goals.summarize(kept.rows)
+            rows_so_far.add({"part": name, **row})
+    summary = goals.summarize(rows_so_far.rows)
     (output / "summary.md").write_text(summary)
     print(f"\n{summary}\n{output}")
-    if any("error" in row for row in kept.rows):
+    if any("error" in row for row in rows_so_far.rows):
         sys.exit(1)
 
 
-class Kept:
+class RowFile:
     """The rows so far, in memory and in a file that is whole after every row."""
 
     def __init__(self, path: Path, command: str, commit: str | None) -> None:

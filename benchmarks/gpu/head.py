@@ -62,9 +62,9 @@ def measure_tiles(inputs: head.Inputs) -> Iterator[Row]:
             except Exception as error:  # more than this chip has
                 yield {"what": what, "error": f"{type(error).__name__}: {error}"[:300]}
                 continue
-            found = (top + total.log()).logsumexp(0)
-            expected = found if expected is None else expected
+            log_sums = (top + total.log()).logsumexp(0)
+            expected = log_sums if expected is None else expected
             row = rows.row(what, [1000 * s for s in rows.timed(run)], "ms")
             row["tflops"] = flops / row["median"] / 1e9
-            row["largest_error"] = (found - expected).abs().max().item()
+            row["largest_error"] = (log_sums - expected).abs().max().item()
             yield row

@@ -37,10 +37,10 @@ def measure(setting: Setting) -> Iterator[Row]:
             yield from trace_case(case, setting)
 
 
-def share_of(case: Case, made: tuple[Row, ...]) -> float | None:
+def share_of(case: Case, rows_so_far: tuple[Row, ...]) -> float | None:
     """The share of the products' rate that flowdata reached in a case, None if not measured."""
     name = f"{name_of(case)}: flowdata"
-    return next((row["share_of_matmul"] for row in made if row["what"] == name), None)
+    return next((row["share_of_matmul"] for row in rows_so_far if row["what"] == name), None)
 
 
 def trace_case(case: Case, setting: Setting) -> Iterator[Row]:

@@ -29,6 +29,9 @@ def plain_losses(
 ) -> list[float]:
     """The same with weights and floating inputs in another dtype."""
     low = copy.deepcopy(model).to(dtype)
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name:  # these stay in float32, as `from_pretrained` leaves them
+            low.get_buffer(name).data = buffer.clone()
 
     def cast(batch: list[Any]) -> dict[str, Any]:
         return {

@@ -198,8 +198,8 @@ def _has_own_loss(
     if not isinstance(truth.job.loss, str) or truth.job.loss == OWN:
         return True
     return all(
-        not own or any(agrees(value, true, torch.float32) for value in own)
-        for own, true in _own_and_named(truth, model, batches, columns)
+        not values or any(agrees(value, true, torch.float32) for value in values)
+        for values, true in _own_and_named(truth, model, batches, columns)
     )
 
 
@@ -223,11 +223,11 @@ def _refuse_loss(
 ) -> None:
     """Raise ValueError, with both numbers, where the difference is no rounding of the model's."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for own, named in _own_and_named(truth, model, batches, columns):
-        if own and not any(agrees(value, named, dtype) for value in own):
+    for values, named in _own_and_named(truth, model, batches, columns):
+        if values and not any(agrees(value, named, dtype) for value in values):
             raise ValueError(
                 f"loss={truth.job.loss!r} gives a sample {named:.6g}, and the model's own loss is "
-                f"{own[0]:.6g}: its labels mean something else (a shift, class weights, "
+                f"{values[0]:.6g}: its labels mean something else (a shift, class weights, "
                 "smoothing, …). Pass loss='auto' or another name, a callable (model, batch) -> "
                 "(B,) losses, or loss='own', which takes the model's own, one sample at a time"
             )

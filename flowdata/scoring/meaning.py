@@ -47,20 +47,20 @@ def decide_loss(
     except (IndexError, RuntimeError, TypeError):
         # Labels that are no classes, or a batch of another layout: the run's own checks say which.
         outputs = []
-    own = [own_losses(model, output) for output in outputs]
-    if not any(own):
+    own_values = [own_losses(model, output) for output in outputs]
+    if not any(own_values):
         by_class = loss_of_model(innermost(model))
         return by_class or _decide_by_samples(model, batches, many, device)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     by_class = loss_of_model(innermost(model))
     for name in filter(None, (by_class, *_names(model))):
         named = [_named_loss(name, *pair) for pair in zip(outputs, batches, strict=True)]
-        if _all_agree(named, own, dtype):
+        if _all_agree(named, own_values, dtype):
             return name
     logger.warning(
         "loss='auto': the model's own loss (%.4g on a sample) has no name here, so it is taken as "
         "it is, loss='own', one sample at a time: several times as slow",
-        next(values for values in own if values)[0],
+        next(values for values in own_values if values)[0],
     )
     return "own"
 
@@ -115,10 +115,10 @@ def _names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _all_agree(
-    named: Sequence[float | None], own: Sequence[list[float]], dtype: torch.dtype
+    named: Sequence[float | None], own_values: Sequence[list[float]], dtype: torch.dtype
 ) -> bool:
     """Whether a loss by name is the model's own on every sample, and a number on one at least."""
-    pairs = list(zip(named, own, strict=True))
+    pairs = list(zip(named, own_values, strict=True))
     is_known = any(value is not None and value == value for value in named)  # NaN: no target
     return is_known and all(
         value is not None and any(agrees(each, value, dtype) for each in values)

@@ -21,7 +21,7 @@ from flowdata.models.compiled import as_written
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import has_memory_for_copy
 from flowdata.models.rope import loaded_frequencies
-from flowdata.scoring.job import Job
+from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import PlanOptions
 from flowdata.store.packs import Columns
@@ -140,7 +140,9 @@ class Truth:
         if not self.is_exact and (name != "loss" or name not in self.errors):
             # Further columns are no losses: they are compared for faults, not for each rounding.
             rounding = _ROUNDING[self.job.dtype] * size.clamp_min(1.0)
-        return 2 * self.errors.get(name, 0.0) + LEEWAY * scale + rounding
+        # Of a few samples the largest error is itself uncertain, so it is taken less often.
+        times = 1.5 if len(self.job.dataset) <= FEW else 2.0
+        return times * self.errors.get(name, 0.0) + LEEWAY * scale + rounding
 
 
 def check_size(columns: Columns, samples: int) -> None:

@@ -63,17 +63,17 @@ def _field(output: Any, name: str) -> Any:
     return getattr(output, name, None)
 
 
-def agrees(own: float, named: float, dtype: torch.dtype) -> bool:
+def agrees(own_loss: float, named_loss: float, dtype: torch.dtype) -> bool:
     """Return whether two losses of the same logits are the same but for rounding.
 
     A model may add its own loss up in the dtype that it runs in.
 
     Args:
-        own: the model's.
-        named: that by a loss's name.
+        own_loss: the model's.
+        named_loss: that by a loss's name.
         dtype: that the model runs in.
     """
-    if own != own or named != named:  # NaN: a sample without a target
-        return own != own and named != named
+    if own_loss != own_loss or named_loss != named_loss:  # NaN: a sample without a target
+        return own_loss != own_loss and named_loss != named_loss
     eps = torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-5
-    return abs(own - named) <= 1e-4 + 4 * eps * abs(named)
+    return abs(own_loss - named_loss) <= 1e-4 + 4 * eps * abs(named_loss)

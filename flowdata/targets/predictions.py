@@ -117,14 +117,14 @@ def own_way(call: Callable[[nn.Module, Any], Any], device: torch.device = CPU) -
     """
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
-        own = own_losses(model, call(model, to_device(batch, device)))
-        if not own:
+        losses = own_losses(model, call(model, to_device(batch, device)))
+        if not losses:
             raise ValueError(
                 "loss='own' takes the loss that the model makes itself, and it made none of "
                 f"{describe_batch(batch)}; its forward has to take the labels and return `loss`"
             )
         # Without the terms that the output names apart.
-        values = torch.tensor(own[1:2] or own[:1])
+        values = torch.tensor(losses[1:2] or losses[:1])
         return TargetLosses(values, torch.ones(1, dtype=torch.long))
 
     return way
