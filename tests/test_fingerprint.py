@@ -182,14 +182,9 @@ def test_functions_differ_by_code_defaults_and_captured_values():
     assert len(prints) == 7
 
 
-def test_fingerprints_are_those_of_another_process():
-    code = (
-        "from tests.test_fingerprint import *\n"
-        "f = lambda x: x in {'a', 'b', 'c'}\n"
-        "print(fingerprint_callable(f), fingerprint_model(tiny_llama()), "
-        "fingerprint_dataset(Squares(10)))"
-    )
-    outputs = {
+def outputs_of_two_processes(code):
+    """What code prints in two processes, whose sets and dictionaries hash in different orders."""
+    return {
         subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONHASHSEED": seed},
@@ -198,7 +193,16 @@ def test_fingerprints_are_those_of_another_process():
         ).stdout
         for seed in ("1", "2")
     }
-    assert len(outputs) == 1
+
+
+def test_fingerprints_are_those_of_another_process():
+    code = (
+        "from tests.test_fingerprint import *\n"
+        "f = lambda x: x in {'a', 'b', 'c'}\n"
+        "print(fingerprint_callable(f), fingerprint_model(tiny_llama()), "
+        "fingerprint_dataset(Squares(10)))"
+    )
+    assert len(outputs_of_two_processes(code)) == 1
 
 
 # --- digests of stores on disk: other ones ask for another mark in identity.py ------------------

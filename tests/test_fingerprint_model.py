@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import os
-import subprocess
 import sys
 import textwrap
 import types
@@ -23,6 +22,7 @@ from flowdata.probe import compute_features
 from flowdata.store.fingerprint import fingerprint_callable, fingerprint_model
 from tests import zoo
 from tests.models import images, scale_logits, tiny_gpt2, tiny_llama, token_samples
+from tests.test_fingerprint import outputs_of_two_processes
 
 SCALE = 2.0
 TABLE = {"a": 1.0}
@@ -633,16 +633,7 @@ def test_another_process_gives_the_same():
         "print(fingerprint_model(Body(a={'x', 'y', 'z'}, b=scaled_by(2), c=Gain(1), d=helper)),"
         "fingerprint_model(net()), fingerprint_callable(lambda s: TABLE[s] in {1, 'q'}))"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
+    assert len(outputs_of_two_processes(code)) == 1
 
 
 def test_functions_differ_by_the_globals_that_they_name(monkeypatch):

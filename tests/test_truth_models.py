@@ -270,3 +270,38 @@ def test_a_mean_where_losses_should_be():
         ValueError, match=r"tensor of shape \(B,\).* got \(\); use reduction='none'"
     ):
         scored(TinyResNet(), images(), mean)
+
+
+@pytest.mark.parametrize("options", [{"token_losses": True}, {"columns": ["entropy"]}])
+@pytest.mark.parametrize("loss", ["own", "auto"])
+def test_what_a_models_own_loss_does_not_have_is_refused(loss, options):
+    from transformers import BertForQuestionAnswering
+
+    rows = [
+        {
+            "input_ids": s["input_ids"],
+            "start_positions": torch.tensor(1),
+            "end_positions": torch.tensor(2),
+        }
+        for s in token_samples(6)
+    ]
+    with pytest.raises(ValueError, match=r"loss='own'"):
+        LossScorer(BertForQuestionAnswering(bert()), loss, progress=False, **options).score(rows)
+
+
+def test_a_model_of_two_towers_has_no_loss_of_samples():
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes["num_attention_heads"] = 4
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **sizes}
+    vision = {"image_size": 32, "patch_size": 8, **sizes}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    rows = [
+        {"input_ids": torch.randint(3, 190, (9,)), "pixel_values": torch.randn(3, 32, 32)}
+        for _ in range(6)
+    ]
+    with pytest.raises(
+        ValueError, match=r"returned CLIPOutput, in which no logits .*loss=callable"
+    ):
+        scored(model, rows)

@@ -82,8 +82,21 @@ def output_layer_of(model: nn.Module) -> nn.Module | None:
 
     A Hugging Face model names the layer by `get_output_embeddings`.
     """
+    return _named_layer(model, "get_output_embeddings")
+
+
+def input_layer_of(model: nn.Module) -> nn.Module | None:
+    """Return the layer that makes vectors of a model's tokens, None where the model names none."""
+    return _named_layer(model, "get_input_embeddings")
+
+
+def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
+    """What a Hugging Face model's method returns; one of several towers, as CLIP, has none."""
     inner = innermost(model)
-    if not hasattr(inner, "get_output_embeddings"):
+    if not hasattr(inner, method):
         return None
-    layer = inner.get_output_embeddings()
+    try:
+        layer = getattr(inner, method)()
+    except NotImplementedError:
+        return None
     return layer if isinstance(layer, nn.Module) else None

@@ -10,7 +10,7 @@ from torch import nn
 from flowdata._common.unreadable import check_map_style
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import name_of
-from flowdata.targets.which_loss import LOSSES
+from flowdata.targets.which_loss import LOSSES, OWN
 
 
 def check_loss(loss: object) -> None:
@@ -53,6 +53,15 @@ def check_switches(compile: object, token_losses: object) -> None:
         raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
     if not isinstance(token_losses, bool):
         raise TypeError(f"token_losses must be True or False, got {token_losses!r}")
+
+
+def check_token_losses(token_losses: bool, loss: object) -> None:
+    """Raise ValueError if losses of single targets are asked of a loss that has none."""
+    if token_losses and loss == OWN:
+        raise ValueError(
+            "token_losses=True needs a loss by name, because loss='own' is one number for each "
+            "sample; pass token_losses=False"
+        )
 
 
 def check_placed(model: nn.Module, dtype: str | torch.dtype, device: object) -> None:

@@ -121,7 +121,8 @@ class _CollatePack:
             return False
         kind = kind_of(sample)
         is_new = kind not in self.kinds and len(self.kinds) < self.most_kinds
-        self.kinds.add(kind) if is_new else None
+        if is_new:
+            self.kinds.add(kind)
         return is_new or is_drawn(index)
 
 

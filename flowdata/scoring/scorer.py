@@ -28,6 +28,7 @@ from flowdata.scoring.arguments import (
     check_placed,
     check_reference,
     check_switches,
+    check_token_losses,
 )
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job, LossFunction
@@ -126,6 +127,7 @@ class LossScorer:
         check_counts(max_tokens=max_tokens, batch_size=batch_size)
         check_reference(reference, model)
         check_switches(compile, token_losses)
+        check_token_losses(token_losses, loss)
         check_placed(model, dtype, device)
         self.model: nn.Module = model
         self.loss = loss
@@ -230,6 +232,7 @@ class LossScorer:
         collate = choose_collate(collate_fn, first, self.model, loss)
         if collate_fn is None and loss in PREDICTION_LOSSES:
             check_stackable(first)
+        check_token_losses(self.token_losses, loss)
         one_target = loss not in LANGUAGE_LOSSES
         return Job(
             model=self.model,

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdata.targets.which_loss import OWN
+
 COLUMNS = ("entropy", "correct", "gradient_norm")
 
 
@@ -41,7 +43,7 @@ def check_columns(columns: Sequence[str], loss: object) -> tuple[str, ...]:
     for name in columns:
         if name not in COLUMNS:
             raise ValueError(f"columns must be among {', '.join(map(repr, COLUMNS))}, got {name!r}")
-    if columns and (callable(loss) or loss in ("binary_cross_entropy", "mse")):
+    if columns and (callable(loss) or loss in ("binary_cross_entropy", "mse", OWN)):
         name = "a callable" if callable(loss) else repr(loss)
         raise ValueError(
             f"columns are made from the logits of classes, which loss={name} doesn't have; "

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowdata.models.calling import innermost, output_layer_of
+from flowdata.models.calling import innermost, input_layer_of, output_layer_of
 from flowdata.models.positions import check_positions
 from flowdata.scoring.language.work import Work
 
@@ -18,7 +18,7 @@ def check_vocabulary(model: nn.Module, work: Work) -> None:
         ValueError: an input token without an embedding, or a target without a logit.
     """
     inner = innermost(model)
-    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    embedding = input_layer_of(inner)
     # A model that takes images as well may have ids beyond its vocabulary stand for them.
     ids = work.inputs.get("input_ids")
     if ids is not None and not _takes_more_than_text(inner):
