@@ -191,7 +191,7 @@ class Scores:
         if not identity.startswith(CONTENT_PREFIX):
             return  # a name of the user's own, which no content can be compared with
         skip_unreadable = bool(self.metadata.get("skipped"))
-        here = content_identity(dataset, skip_unreadable=skip_unreadable, remarks=False)
+        here = content_identity(dataset, skip_unreadable=skip_unreadable)
         if identity != here and (view or not same_rows(identity, here)):
             raise ScoreMismatchError(
                 "the scores were made from another data set of the same length: "

@@ -74,7 +74,7 @@ def score_views(
     first = scores_of_views[0]
     identity = {
         **first.metadata["identity"],
-        "dataset": name or content_identity(dataset, remarks=False),
+        "dataset": name or content_identity(dataset),
         "views": views,
         "seed": seed,
     }

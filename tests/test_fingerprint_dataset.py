@@ -18,7 +18,12 @@ from flowdata.probe import compute_features
 from flowdata.scores import Scores
 from flowdata.store.fingerprint import fingerprint_dataset
 from flowdata.store.folder import read_manifest
-from flowdata.store.identity import content_identity, dataset_difference, sampling_note
+from flowdata.store.identity import (
+    content_identity,
+    dataset_difference,
+    remark_on_random_samples,
+    sampling_note,
+)
 from flowdata.views import score_views
 
 
@@ -245,8 +250,10 @@ def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, mon
     monkeypatch.setattr("flowdata.store.identity._remarks", set())
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     with caplog.at_level(logging.WARNING, "flowdata"):
-        identity = content_identity(DRAWS[name]())
-        assert (content_identity(DRAWS[name]()) == identity) or name == "own"
+        remark_on_random_samples(DRAWS[name](), has_name=False)
+        remark_on_random_samples(DRAWS[name](), has_name=False)
+    identity = content_identity(DRAWS[name]())
+    assert (content_identity(DRAWS[name]()) == identity) or name == "own"
     assert caplog.text.count("differs from reading to reading") == 1
     assert "flowdata.views.score_views" in caplog.text
     assert ("pass dataset_id=" in caplog.text) == (name == "own")
@@ -258,7 +265,7 @@ def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, mon
 @pytest.mark.parametrize("name", STILL)
 def test_samples_that_stay_the_same_are_not_remarked_on(name, caplog):
     with caplog.at_level(logging.WARNING, "flowdata"):
-        content_identity(STILL[name]())
+        remark_on_random_samples(STILL[name](), has_name=False)
     assert caplog.text == ""
 
 
@@ -274,9 +281,20 @@ def test_views_of_random_samples_are_what_was_asked_for(caplog, monkeypatch):
         scores = score_views(scorer(), DRAWS["torch"](), views=2, collate_fn=collate_images)
         assert len(FlowWeightedDataset(DRAWS["torch"](), scores)) == 12
     assert "differs from reading" not in caplog.text
+    for name in (None, "flowers"):
+        monkeypatch.setattr("flowdata.store.identity._remarks", set())
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "flowdata"):
+            scorer().score(DRAWS["torch"](), collate_fn=collate_images, dataset_id=name)
+        assert "differs from reading" in caplog.text
+
+
+def test_a_data_set_that_has_a_name_need_not_be_recognised(caplog, monkeypatch):
+    monkeypatch.setattr("flowdata.store.identity._remarks", set())
     with caplog.at_level(logging.WARNING, "flowdata"):
-        scorer().score(DRAWS["torch"](), collate_fn=collate_images)
+        remark_on_random_samples(DRAWS["own"](), has_name=True)
     assert "differs from reading" in caplog.text
+    assert "pass dataset_id" not in caplog.text
 
 
 def test_a_sample_that_can_not_be_read_is_passed_over():
@@ -287,8 +305,10 @@ def test_a_sample_that_can_not_be_read_is_passed_over():
             return super().__getitem__(index)
 
     content_identity(Torn(), skip_unreadable=True)
+    remark_on_random_samples(Torn(), has_name=False, skip_unreadable=True)
     torn = rows().with_transform(lambda batch: 1 / 0)
     content_identity(torn, skip_unreadable=True)
+    remark_on_random_samples(torn, has_name=False, skip_unreadable=True)
 
 
 def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path):

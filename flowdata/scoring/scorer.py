@@ -43,6 +43,7 @@ from flowdata.store.identity import (
     check_identity,
     content_identity,
     is_model_identity,
+    remark_on_random_samples,
     sampling_note,
     scores_identity,
 )
@@ -201,6 +202,8 @@ class LossScorer:
             self._is_shown = self.progress and ranks.is_first
             readable = Readable(dataset, skip=skip)
             job = self._job(readable, collate_fn, lengths, num_workers, store)
+            has_name = dataset_id is not None
+            remark_on_random_samples(dataset, has_name=has_name, skip_unreadable=skip)
             if dataset_id is None:
                 dataset_id = content_identity(dataset, skip_unreadable=skip)
             self._note = sampling_note(dataset_id)

@@ -101,6 +101,7 @@ def features_identity(
         collate_fn: as the user gave it.
         dtype: the name of the dtype in which the body runs.
     """
+    remark_on_random_samples(dataset, has_name=dataset_id is not None)
     return {
         "kind": "features",
         "body": _SCHEME + fingerprint_model(body),
@@ -111,13 +112,12 @@ def features_identity(
     }
 
 
-def content_identity(dataset: Any, *, skip_unreadable: bool = False, remarks: bool = True) -> str:
+def content_identity(dataset: Any, *, skip_unreadable: bool = False) -> str:
     """Return a data set's identity as read off its samples and view (`fingerprint_parts`).
 
     Args:
         dataset: map-style.
         skip_unreadable: let a mark stand for a sample on which the data set raises.
-        remarks: say through the logger, once, that samples differ from reading to reading.
 
     Raises:
         TypeError, SampleError: as `fingerprint_dataset`.
@@ -128,8 +128,6 @@ def content_identity(dataset: Any, *, skip_unreadable: bool = False, remarks: bo
     number = sample_count(dataset)
     if number is not None:
         words.append(f"sampled:{number}/{len(dataset)}")
-    if remarks:
-        _remark_on_random_samples(dataset, skip_unreadable=skip_unreadable)
     return " ".join(words)
 
 
@@ -191,8 +189,16 @@ def _is_earlier(identity: Any) -> bool:
     return not text.startswith(_SCHEME)
 
 
-def _remark_on_random_samples(dataset: Any, *, skip_unreadable: bool) -> None:
-    """Say that a sample differs from reading to reading, so that its loss is that of one draw."""
+def remark_on_random_samples(
+    dataset: Any, *, has_name: bool, skip_unreadable: bool = False
+) -> None:
+    """Say, once, that a sample differs from reading to reading: its loss is that of one draw.
+
+    Args:
+        dataset: map-style; a few of its samples are read three times.
+        has_name: whether the user named its content, which then need not be recognised.
+        skip_unreadable: pass over samples on which the data set raises.
+    """
     sample = random_sample(dataset, skip_unreadable=skip_unreadable)
     if sample is None:
         return
@@ -202,7 +208,7 @@ def _remark_on_random_samples(dataset: Any, *, skip_unreadable: bool) -> None:
         "augmentation makes it: each loss is that of one draw. Score with the transform of "
         "evaluation, or take the mean over draws with flowdata.views.score_views"
     )
-    if not is_seeded:
+    if not is_seeded and not has_name:
         remark += (
             ". No seed fixes it, so its content can't be recognised: pass dataset_id='a name that "
             "changes when the data does'"
