@@ -59,13 +59,33 @@ def runs_of(
 
 def _tiled(output_layer: nn.Module, head: Head, columns: Sequence[str]) -> Run:
     def run(model: nn.Module, work: Work) -> TargetLosses:
-        with replaced_input(output_layer, _one_position) as originals:
-            call_with(model, work.inputs, use_cache=False)
-        hidden = work.of_targets(originals[0]).to(head.weight.dtype)
+        hidden = hidden_states(model, output_layer, work).to(head.weight.dtype)
         values, further = target_values(hidden, head, work.targets, columns)
         return TargetLosses(values, work.counts, further)
 
     return run
+
+
+def hidden_states(model: nn.Module, output_layer: nn.Module, work: Work) -> Tensor:
+    """Return what the output layer would be given at the target positions, (n, d).
+
+    Args:
+        model: the model as it is run.
+        output_layer: the layer that makes its logits; it is run on one position alone.
+        work: the call, on the model's device.
+
+    Raises:
+        ValueError: the model makes other positions than those of its labels.
+    """
+    with replaced_input(output_layer, _one_position) as originals:
+        call_with(model, work.inputs, use_cache=False)
+    hidden = originals[0]
+    if hidden.dim() != 3 or hidden.shape[:2] != work.shape:
+        raise ValueError(
+            f"the output layer is given {tuple(hidden.shape)} for labels of shape "
+            f"{tuple(work.shape)}; it should be (B, T, d) and (B, T)"
+        )
+    return work.of_targets(hidden)
 
 
 def _one_position(hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ first four only change what its output layer is given. `plain_way` is what they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,13 +55,8 @@ def ways_of(
         device: where the model takes its inputs.
     """
     *fast, (plain_name, plain) = runs_of(model, columns, compiled=compiled)
-    whole, sliced = padded(loss), padded(loss, max_tokens)
-    longest = longest_as_loaded(model)
-
-    def way(prepare: Prepare, run: Run) -> Way:
-        alone = _one_by_one(_prepared(whole, run, device))
-        return _alone_beyond(longest, alone, _prepared(prepare, run, device))
-
+    sliced = padded(loss, max_tokens)
+    way = partial(way_of, model, loss, device=device)
     ways: list[tuple[str, Way]] = []
     if packing is not None:
         ways += [(f"{name}, samples packed", way(packing, run)) for name, run in fast]
@@ -68,11 +64,32 @@ def ways_of(
     return [*ways, (plain_name, way(sliced, plain))]
 
 
+def way_of(
+    model: nn.Module, loss: str, prepare: Prepare, run: Run, *, device: torch.device = CPU
+) -> Way:
+    """Return the way that prepares a batch, and runs what it prepared.
+
+    Args:
+        model: the model as it is run.
+        loss: the language loss's name.
+        prepare: makes work of a batch.
+        run: runs it.
+        device: where the model takes its inputs.
+    """
+    alone = _one_by_one(_prepared(padded(loss), run, device))
+    return _alone_beyond(longest_as_loaded(model), alone, _prepared(prepare, run, device))
+
+
 def plain_way(
     model: nn.Module, loss: str, columns: Sequence[str] = (), device: torch.device = CPU
 ) -> Way:
     """Return the way of a sample that was collated alone: its fields as they are, full logits."""
     _, run = runs_of(model, columns)[-1]
+    return way_alone(loss, run, device)
+
+
+def way_alone(loss: str, run: Run, device: torch.device = CPU) -> Way:
+    """Return the way that runs a sample that was collated alone, its fields as they are."""
     return _prepared(as_collated(loss), run, device)
 
 

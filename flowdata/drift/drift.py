@@ -1,0 +1,50 @@
+"""Drift: how far a model has moved from what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a tuned model's predictions have moved from the frozen one's, on a probe.
+
+    Attributes:
+        kl: KL(base ‖ tuned) in nats a target, the mean over all targets; inf for a model that
+            gives no numbers. On text that the base model wrote itself it is the rise of its loss
+            there.
+        reverse_kl: KL(tuned ‖ base) in nats a target.
+        cosine: mean cosine similarity of what both output layers are given, 1 for no drift.
+        agreement: share of targets whose likeliest class is the same, 1 for no drift.
+        samples: in the probe.
+        head: ``"own"``: the tuned model's predictions are those of its own output layer;
+            ``"frozen"``: those of the frozen model's, because its own is another.
+        of: ``"tokens"`` of a language model, or ``"samples"``.
+        per_sample: the four measures of every sample, (N,) float64 each.
+
+    Example:
+        >>> Drift(0.0123, 0.0119, 0.998, 0.97, samples=64, head="own", of="tokens")
+        Drift(kl=0.0123, cosine=0.998, agreement=0.97, samples=64)
+    """
+
+    kl: float
+    reverse_kl: float
+    cosine: float
+    agreement: float
+    samples: int
+    head: Literal["own", "frozen"]
+    of: Literal["tokens", "samples"]
+    per_sample: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        values = f"kl={self.kl:.4g}, cosine={self.cosine:.4g}, agreement={self.agreement:.4g}"
+        return f"Drift({values}, samples={self.samples})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the measures by name, JSON-like, without those of single samples."""
+        names = ("kl", "reverse_kl", "cosine", "agreement", "samples", "head", "of")
+        return {name: getattr(self, name) for name in names}

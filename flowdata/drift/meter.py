@@ -1,0 +1,216 @@
+"""The drift meter: keeps what a frozen model makes of a probe, and compares later models with it.
+
+    before training    frozen model ── rows ──→ kept, with its output layer
+    any time later     tuned model  ── rows ──→ both output layers, tile by tile → Drift
+
+No second model is in memory: the frozen one's rows are the inputs of its output layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdata._common.rng import preserved_rng
+from flowdata._common.unreadable import check_map_style
+from flowdata.drift.batch_norm import BatchNormState
+from flowdata.drift.drift import Drift
+from flowdata.drift.rows import Reader, Rows
+from flowdata.head.kl import Predictions, divergences
+from flowdata.head.output_layer import Head
+from flowdata.models.calling import unwrapped
+from flowdata.models.precision import name_of
+from flowdata.scoring.collate import Collate
+from flowdata.store.format import make_manifest, read_file, write_file
+from flowdata.store.identity import check_identity, features_identity
+
+BatchNorm = Literal["reference", "own"]
+_ANOTHER_FILE = "Name another file, or delete this one if it is unwanted"
+# Of the cosine between two output layers' weights: above it one is taken for a later state of the
+# other. A layer that was made anew has a cosine of about 0, one in training of nearly 1.
+_SAME_LAYER = 0.5
+
+
+class DriftMeter:
+    """Measures how far models have drifted from a frozen one, without the data it was trained on.
+
+    Source: forgetting follows KL(base ‖ tuned): "RL's Razor", arXiv:2509.04259.
+
+    Args:
+        model: the model before training. It comes back as it was, and need not be kept.
+        probe: samples to compare models on, map-style: `drift.own_text`, `drift.smooth_images`,
+            the new task's own samples, or any others. Labels only say which tokens count.
+        collate_fn: list of samples -> batch, as a DataLoader takes it; None pads token samples and
+            stacks others.
+        store: a file, ``*.safetensors``, that keeps what the frozen model makes of the probe.
+        batch_norm: ``"reference"`` measures with the frozen model's BatchNorm parameters and
+            statistics, as the old task would be served (Sanyal et al., arXiv:2502.02797, section
+            5); ``"own"`` with the tuned model's.
+        dtype: see `LossScorer`; ``"auto"`` as there.
+        dataset_id: names the probe's content for `store`; None fingerprints its samples.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of these; a probe without targets.
+        ScoreMismatchError: `store` is of another model, probe or dtype.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model, probe = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(9, 4)
+        >>> meter = DriftMeter(model, probe)
+        >>> meter(model)
+        Drift(kl=0, cosine=1, agreement=1, samples=9)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Any,
+        collate_fn: Collate | None = None,
+        store: str | Path | None = None,
+        *,
+        batch_norm: BatchNorm = "reference",
+        dtype: str | torch.dtype = "auto",
+        dataset_id: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _check_batch_norm(batch_norm)
+        check_map_style(probe)
+        if len(probe) == 0:
+            raise ValueError("probe is empty: there is nothing to compare models on")
+        model = unwrapped(model)
+        self.batch_norm: BatchNorm = batch_norm
+        with preserved_rng():
+            self._reader = Reader(model, probe, collate_fn, dtype)
+            rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
+        if not len(rows.values):
+            raise ValueError("probe has no target: all its labels are −100")
+        self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
+        self._batch_norm_state = BatchNormState(model)
+
+    def _reference_rows(
+        self,
+        model: nn.Module,
+        probe: Any,
+        collate_fn: Collate | None,
+        store: str | Path | None,
+        dataset_id: str | None,
+    ) -> Rows:
+        """The frozen model's rows, from the file if there is one."""
+        if store is None:
+            return self._reader.read(model)
+        file = Path(store)
+        if file.suffix != ".safetensors":
+            raise ValueError(f"store must name a file *.safetensors, got {str(file)!r}")
+        identity = features_identity(
+            body=model,
+            dataset=probe,
+            dataset_id=dataset_id,
+            collate_fn=collate_fn,
+            dtype=name_of(self._reader.dtype),
+        )
+        identity["kind"] = "drift"
+        if not file.exists():
+            rows = self._reader.read(model)
+            tensors = {"row": rows.values.cpu(), "count": rows.counts}
+            write_file(file, tensors, make_manifest(identity, {}, {}))
+            return rows
+        tensors, manifest = read_file(file)
+        check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
+        return Rows(tensors["row"], tensors["count"], self._reader.layer(model))
+
+    def __call__(self, model: nn.Module, *, batch_norm: BatchNorm | None = None) -> Drift:
+        """Return the drift of a model of the same body.
+
+        Args:
+            model: in any mode, wrapped or not, with adapters or not; it comes back as it was.
+            batch_norm: None takes the meter's.
+
+        Raises:
+            ValueError: the model has another body: its output layer is given another width.
+        """
+        batch_norm = self.batch_norm if batch_norm is None else batch_norm
+        _check_batch_norm(batch_norm)
+        model = unwrapped(model)
+        with preserved_rng(), torch.no_grad():
+            state = self._batch_norm_state
+            with nullcontext() if batch_norm == "own" else state.put_into(model):
+                rows = self._reader.read(model)
+            return self._compare(rows)
+
+    def _compare(self, rows: Rows) -> Drift:
+        base, device = self._rows, rows.values.device
+        kinds = {type(each.layer) is nn.Identity for each in (base, rows)}
+        if len(kinds) > 1 or rows.values.shape != base.values.shape:
+            raise ValueError(
+                f"the model's output layer is given {tuple(rows.values.shape)} values for the "
+                f"probe, the frozen model's was given {tuple(base.values.shape)}: it has another "
+                "body; make a meter of the model that this one was tuned from"
+            )
+        frozen = Predictions(base.values.to(device), _on(base.layer, device))
+        is_own = _is_same_layer(base.layer, rows.layer)
+        tuned = Predictions(rows.values, rows.layer if is_own else frozen.layer)
+        kl, reverse_kl, agreement = divergences(frozen, tuned)
+        cosine = F.cosine_similarity(frozen.rows.double(), tuned.rows.double(), dim=1)
+        per_target = {
+            "kl": kl,
+            "reverse_kl": reverse_kl,
+            "cosine": cosine.nan_to_num(0.0, 0.0, 0.0),
+            "agreement": agreement,
+        }
+        means = {name: float(values.mean()) for name, values in per_target.items()}
+        return Drift(
+            **means,
+            samples=len(base.counts),
+            head="own" if is_own else "frozen",
+            of="tokens" if self._reader.is_of_language else "samples",
+            per_sample={
+                name: torch.segment_reduce(values.cpu(), "mean", lengths=base.counts)
+                for name, values in per_target.items()
+            },
+        )
+
+
+def _check_batch_norm(batch_norm: object) -> None:
+    if batch_norm not in ("reference", "own"):
+        raise ValueError(f"batch_norm must be 'reference' or 'own', got {batch_norm!r}")
+
+
+def _frozen(layer: Head | nn.Module) -> Head | nn.Module:
+    """A copy of an output layer, which training leaves as it is."""
+    if isinstance(layer, nn.Module):
+        return copy.deepcopy(layer).eval().requires_grad_(False)
+    bias = None if layer.bias is None else layer.bias.clone()
+    return replace(layer, weight=layer.weight.clone(), bias=bias)
+
+
+def _on(layer: Head | nn.Module, device: torch.device) -> Head | nn.Module:
+    if isinstance(layer, nn.Module):
+        return layer.to(device)
+    bias = None if layer.bias is None else layer.bias.to(device)
+    return replace(layer, weight=layer.weight.to(device), bias=bias)
+
+
+def _is_same_layer(base: Head | nn.Module, tuned: Head | nn.Module) -> bool:
+    """Whether a layer is a later state of the frozen one, and no other that was put in its place."""
+    one, other = _weight_of(base), _weight_of(tuned)
+    if one is None or other is None:
+        return one is None and other is None  # logits themselves
+    if one.shape != other.shape:
+        return False
+    cosine = F.cosine_similarity(one.flatten().float(), other.flatten().to(one.device).float(), 0)
+    # A layer that diverged is no number, and no other either.
+    return not bool(cosine <= _SAME_LAYER)
+
+
+def _weight_of(layer: Head | nn.Module) -> Tensor | None:
+    if isinstance(layer, Head):
+        return layer.weight
+    return next(iter(layer.parameters()), None)

@@ -1,0 +1,218 @@
+"""Probes that need no data: text that a model writes itself, and smooth noise for images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowdata._common.rng import preserved_rng
+from flowdata._common.resumable import check_natural
+from flowdata.models.calling import unwrapped
+from flowdata.models.copies import frozen_model
+from flowdata.models.placement import home
+from flowdata.models.precision import resolve_dtype
+from flowdata.store.fingerprint import fingerprint_model
+from flowdata.store.format import make_manifest, read_file, write_file
+from flowdata.store.identity import check_identity
+from flowdata.targets.labels import IGNORE_INDEX
+
+_AT_ONCE = 64  # texts that are written at a time
+_SCALE = 1.3  # of enlarged noise, whose standard deviation interpolation has made smaller
+_USER_WORDS = "\x00"  # stands for a user's words in a chat template, and in none of its own
+
+
+def own_text(
+    model: Any,
+    tokenizer: Any,
+    samples: int = 64,
+    length: int = 128,
+    seed: int = 0,
+    *,
+    store: str | Path | None = None,
+) -> list[dict[str, Tensor]]:
+    """Return texts that a language model writes itself, as samples for a `DriftMeter`.
+
+    A text begins where a user's words would begin in the tokenizer's chat template, or else with
+    the token that begins a text, and goes on token after token, each sampled from the model's own
+    distribution (temperature 1, no token ruled out). On such text KL(base ‖ tuned) is the rise of
+    the loss of the tuned model.
+
+    Args:
+        model: a Hugging Face model with `generate`, before training; it comes back as it was.
+        tokenizer: its tokenizer.
+        samples: how many texts.
+        length: tokens of each that count; a text that the model ends earlier is shorter.
+        seed: of the draws. The same seed gives the same texts on machines of one kind.
+        store: a file, ``*.safetensors``, that keeps the texts.
+
+    Returns:
+        `input_ids`, (T,) int64, and `labels`, −100 where the text's beginning was given.
+
+    Raises:
+        TypeError: `model` can't generate.
+        ValueError: `samples` or `length` is no positive integer.
+        ScoreMismatchError: `store` has texts of another model, or others of this one.
+    """
+    check_natural("samples", samples, least=1)
+    check_natural("length", length, least=1)
+    model = unwrapped(model)
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(
+            f"own_text needs a model with `generate`, as Hugging Face's have, got "
+            f"{type(model).__name__}; pass other samples as the probe"
+        )
+    beginning = torch.tensor(_beginning(tokenizer, model), dtype=torch.long)
+    if store is None:
+        return _cut(_write_texts(model, beginning, samples, length, seed), beginning, model)
+    file = Path(store)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"store must name a file *.safetensors, got {str(file)!r}")
+    identity = {
+        "kind": "own text",
+        "model": fingerprint_model(model),
+        "beginning": beginning.tolist(),
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+    }
+    if file.exists():
+        tensors, manifest = read_file(file)
+        check_identity(manifest["identity"], identity, f"the file {file}", "Name another file")
+        return _cut(tensors["token"], beginning, model)
+    tokens = _write_texts(model, beginning, samples, length, seed)
+    write_file(file, {"token": tokens}, make_manifest(identity, {}, {}))
+    return _cut(tokens, beginning, model)
+
+
+def _beginning(tokenizer: Any, model: Any) -> list[int]:
+    """The tokens with which all texts begin, at least one."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": _USER_WORDS}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        before, found, _ = text.partition(_USER_WORDS)
+        if found and before:
+            ids: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+            return ids
+    config = getattr(model, "generation_config", None)
+    ids_of_ends = (
+        getattr(tokenizer, "bos_token_id", None),
+        getattr(config, "bos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    first = next((each for each in ids_of_ends if isinstance(each, int)), None)
+    if first is None:
+        raise ValueError(
+            "the tokenizer has neither a chat template nor a token that begins or ends a text, so "
+            "that the model has nothing to begin with; pass other samples as the probe"
+        )
+    return [first]
+
+
+def _write_texts(model: Any, beginning: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Sample texts, (samples, beginning + length) int64."""
+    device = home(model)
+    dtype = resolve_dtype("auto", model, device)
+    parts = []
+    with preserved_rng(seed), frozen_model(model, dtype, device) as frozen:
+        for start in range(0, samples, _AT_ONCE):
+            rows = min(_AT_ONCE, samples - start)
+            ids = beginning.to(device).expand(rows, -1)
+            parts.append(_sample(frozen, ids, length))
+    return torch.cat(parts)
+
+
+def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
+    """Go on with texts by sampling, (rows, T) to (rows, T + length); padded behind an end."""
+    from transformers import GenerationConfig
+
+    ends = _ends_of(model)
+    # Everything that a model's own configuration could say otherwise is said here.
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=None,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        bad_words_ids=None,
+        forced_bos_token_id=None,
+        forced_eos_token_id=None,
+        num_beams=1,
+        max_new_tokens=length,
+        max_length=None,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    own = model.generation_config
+    try:
+        model.generation_config = config  # `generate` fills gaps of what it is given from this one
+        written: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = own
+    return F.pad(written, (0, ids.shape[1] + length - written.shape[1]), value=config.pad_token_id)
+
+
+def _ends_of(model: Any) -> list[int]:
+    """The tokens that end a text."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+
+
+def _cut(tokens: Tensor, beginning: Tensor, model: Any) -> list[dict[str, Tensor]]:
+    """Texts as samples, each cut behind the token that ends it."""
+    first, ends = len(beginning), torch.tensor(_ends_of(model), dtype=torch.long)
+    samples = []
+    for ids in tokens.cpu():
+        is_end = torch.isin(ids[first:], ends)
+        stop = first + int(is_end.long().argmax()) + 1 if is_end.any() else len(ids)
+        labels = ids[:stop].clone()
+        labels[:first] = IGNORE_INDEX
+        samples.append({"input_ids": ids[:stop].clone(), "labels": labels})
+    return samples
+
+
+def smooth_images(
+    shape: tuple[int, int, int], samples: int = 512, seed: int = 0, *, cells: int = 6
+) -> Tensor:
+    """Return smooth noise as images for a `DriftMeter`: no data, and yet something to see.
+
+    Independent Gaussian numbers on a coarse grid are enlarged by bicubic interpolation, and scaled
+    to a standard deviation of about 1, that of normalised images.
+
+    Args:
+        shape: of one image as the model takes it, (channels, height, width).
+        samples: how many images.
+        seed: of the draws.
+        cells: of the coarse grid, along each side.
+
+    Returns:
+        (samples, channels, height, width) float32.
+
+    Raises:
+        ValueError: a number is no positive integer, or `shape` has not three of them.
+
+    Example:
+        >>> smooth_images((3, 32, 32), samples=4).shape
+        torch.Size([4, 3, 32, 32])
+    """
+    check_natural("samples", samples, least=1)
+    check_natural("cells", cells, least=1)
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (channels, height, width), got {tuple(shape)}")
+    for name, size in zip(("channels", "height", "width"), shape, strict=True):
+        check_natural(name, size, least=1)
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randn(samples, channels, cells, cells, generator=generator)
+    images = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return _SCALE * images

@@ -1,0 +1,255 @@
+"""Rows: what output layers are given for the samples of a probe, of one model after another.
+
+Every model is read as it is scored: by packs of one plan, in one dtype, by a way that was compared
+with samples run alone. Rows are therefore the same to the last bit whoever reads them, on machines
+of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata._common.notices import logger
+from flowdata._common.unreadable import Readable
+from flowdata.drift.ways import (
+    RowsWay,
+    name_of_head,
+    output_layer,
+    target_logits,
+    ways_to_rows,
+)
+from flowdata.head.kl import Predictions, divergences
+from flowdata.head.output_layer import Head
+from flowdata.models.calling import innermost, output_layer_of
+from flowdata.models.placement import home, is_placed, reshard
+from flowdata.models.precision import has_memory_for_copy, resolve_dtype
+from flowdata.scoring.collate import Collate, check_stackable, choose_collate
+from flowdata.scoring.job import Job
+from flowdata.scoring.kinds import differing
+from flowdata.scoring.lend import lent_model
+from flowdata.scoring.plan.packs import Plan, PlanOptions
+from flowdata.scoring.planning import make_plan
+from flowdata.store.packs import reorder
+from flowdata.targets.labels import IGNORE_INDEX, split_batch
+from flowdata.targets.target_losses import TargetLosses, joined
+from flowdata.targets.which_loss import LANGUAGE_LOSSES, loss_of_model
+
+_MOST_CHECKED = 4  # samples that are run alone before a model is read
+# Nats by which the predictions of samples run together may differ from those of samples run alone:
+# as much is rounding in any dtype. Beyond it the dtype's own error is measured, and taken twice.
+_ROUNDING = 1e-5
+_MOST_ROUNDING = 5e-3  # where no float32 copy of the model fits into memory
+_PREDICTIONS = "cross_entropy"  # stands for all losses that are none of a language model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The inputs of a model's output layer, and the layer.
+
+    Attributes:
+        values: (n, d) floating, sample after sample, on the model's device.
+        counts: (N,) int64, rows of each sample.
+        layer: makes logits of rows, as the model has it.
+    """
+
+    values: Tensor
+    counts: Tensor
+    layer: Head | nn.Module
+
+
+class Reader:
+    """Reads rows of any model of one body.
+
+    Args:
+        model: the first model to read, which decides on dtype, collation and packs.
+        probe: map-style, not empty.
+        collate_fn: list of samples -> batch; None pads token samples and stacks others.
+        dtype: see `LossScorer`.
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Any, collate_fn: Collate | None, dtype: str | torch.dtype
+    ) -> None:
+        dataset = Readable(probe, skip=False)
+        first = dataset[0]
+        loss = _language_loss(model, first)
+        collate = choose_collate(collate_fn, first, model, loss or _PREDICTIONS)
+        if collate_fn is None and loss is None:
+            check_stackable(first)
+        self._job = Job(
+            model=model,
+            loss=loss or _PREDICTIONS,
+            dtype=resolve_dtype(dtype, model, home(model), one_target=loss is None),
+            device=home(model),
+            reference="model",
+            token_losses=False,
+            columns=(),
+            compile=False,
+            max_tokens=None,
+            batch_size=None,
+            dataset=dataset,
+            collate=_with_labels(collate) if loss == "masked_lm" else collate,
+            lengths=None,
+            num_workers=0,
+            progress=False,
+            announce=logger.info,
+        )
+        self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
+        self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which models are read."""
+        return self._job.dtype
+
+    @property
+    def is_of_language(self) -> bool:
+        """Whether rows are those of a language model's targets."""
+        return self._job.loss in LANGUAGE_LOSSES
+
+    def read(self, model: nn.Module) -> Rows:
+        """Return a model's rows; the model comes back as it was.
+
+        Raises:
+            ValueError: no way gives samples the rows that they have alone.
+        """
+        job = self._job_of(model)
+        with lent_model(job, self._plan.options) as lent:
+            head = None if self.is_of_language else name_of_head(lent, self._first(job), job.device)
+            way = self._right_way(job, lent, head)
+            packs = [self._plan.pack(index).tolist() for index in range(len(self._plan))]
+            rows = joined([_read(job, lent, way, [job.dataset[i] for i in p]) for p in packs])
+            columns = reorder(
+                {"count": rows.counts, "token_loss": rows.values}, self._plan.order.argsort()
+            )
+        layer = output_layer(model, job.loss, head)
+        reshard(model)
+        return Rows(columns["token_loss"], columns["count"], layer)
+
+    def layer(self, model: nn.Module) -> Head | nn.Module:
+        """Return the layer that makes logits of a model's rows."""
+        job = self._job_of(model)
+        with lent_model(job, self._plan.options) as lent:
+            head = None if self.is_of_language else name_of_head(lent, self._first(job), job.device)
+        return output_layer(model, job.loss, head)
+
+    def _job_of(self, model: nn.Module) -> Job:
+        dtype = resolve_dtype("auto", model, home(model)) if is_placed(model) else self.dtype
+        return replace(self._job, model=model, device=home(model), dtype=dtype)
+
+    def _first(self, job: Job) -> Any:
+        return job.collate([job.dataset[0]])
+
+    def _right_way(self, job: Job, model: nn.Module, head: str | None) -> RowsWay:
+        """The fastest way to the rows that samples have alone, looked for once in each structure."""
+        ways = {way.name: way for way in ways_to_rows(job, self._plan, model, head)}
+        structure = _structure(model)
+        if structure not in self._right_ways:
+            samples = [job.few_samples[k] for k in differing(job.few_samples, _MOST_CHECKED)]
+            self._right_ways[structure] = _find_right_way(job, model, head, samples, ways)
+        return ways[self._right_ways[structure]]
+
+
+def _find_right_way(
+    job: Job, model: nn.Module, head: str | None, samples: list[Any], ways: dict[str, RowsWay]
+) -> str:
+    """The name of the first way that gives samples the predictions that they have alone."""
+    names = list(ways)
+    true = _predictions(job, model, head, ways[names[-1]], samples)
+    if not true.rows.isfinite().all():
+        return names[0]  # the model diverged, which any way tells
+    _check_output_layer(job, model, samples[0], true)
+    allowance = _ROUNDING
+    for name in names:
+        try:
+            together = _predictions(job, model, head, ways[name], samples)
+            off = float(divergences(true, together).kl.max())
+        except Exception as error:  # whatever it is, another way may do without
+            logger.warning("not reading %s: %s", name, str(error).splitlines()[0])
+            continue
+        if off > allowance == _ROUNDING:
+            allowance += 2 * _cost_of_dtype(job, head, ways, samples, true)
+        if off <= allowance:
+            return name
+        logger.warning("not reading %s: predictions differ by %.2g nats", name, off)
+    raise ValueError(
+        "the model makes other predictions of a sample each time it is run alone; it has to be "
+        "deterministic in eval mode"
+    )
+
+
+def _read(job: Job, model: nn.Module, way: RowsWay, samples: list[Any]) -> TargetLosses:
+    """The rows of samples, in their order."""
+    return joined([way.way(model, job.collate(group)) for group in way.grouping(samples)])
+
+
+def _predictions(
+    job: Job, model: nn.Module, head: str | None, way: RowsWay, samples: list[Any]
+) -> Predictions:
+    return Predictions(_read(job, model, way, samples).values, output_layer(model, job.loss, head))
+
+
+def _cost_of_dtype(
+    job: Job, head: str | None, ways: dict[str, RowsWay], samples: list[Any], true: Predictions
+) -> float:
+    """How far the run's dtype itself takes predictions from those in float32, in nats."""
+    if job.dtype.itemsize >= 4:
+        return 0.0
+    exact_job = replace(job, dtype=torch.float32)
+    if is_placed(job.model) or not has_memory_for_copy(job.model, torch.float32, job.device):
+        return _MOST_ROUNDING / 2
+    with lent_model(exact_job, PlanOptions(threads=torch.get_num_threads())) as model:
+        alone = list(ways)[-1]
+        exact = _predictions(exact_job, model, head, ways[alone], samples)
+        return float(divergences(exact, true).kl.max())
+
+
+def _check_output_layer(job: Job, model: nn.Module, sample: Any, true: Predictions) -> None:
+    """Raise ValueError if a language model does more to its logits than its output layer tells."""
+    if job.loss not in LANGUAGE_LOSSES:
+        return
+    logits = target_logits(model, job.collate([sample]), str(job.loss), job.device)
+    own = Predictions(logits, nn.Identity())
+    made = replace(true, rows=true.rows[: len(logits)])
+    off = float(divergences(own, made).kl.max()) if len(logits) else 0.0
+    if off > _MOST_ROUNDING:
+        raise ValueError(
+            f"the model's logits are not what its output layer makes (off by {off:.2g} nats): it "
+            "changes them in a way that its configuration does not tell, so its drift can't be "
+            "measured from its hidden states"
+        )
+
+
+def _structure(model: nn.Module) -> Hashable:
+    """What decides on whether a way is right: the modules of a model, not their values."""
+    return tuple((name, type(module)) for name, module in model.named_modules())
+
+
+def _language_loss(model: nn.Module, sample: Any) -> str | None:
+    """The loss that says which positions have a target; None for a model of other predictions."""
+    inner = innermost(model)
+    if output_layer_of(model) is None or not isinstance(sample, Mapping):
+        return None
+    loss = loss_of_model(inner)
+    if loss in LANGUAGE_LOSSES:
+        return loss
+    config: Any = getattr(inner, "config", None)
+    return "seq2seq_lm" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+
+
+def _with_labels(collate: Collate) -> Collate:
+    """Return a collation in which every token is a target where samples have no labels."""
+
+    def collate_with_labels(samples: list[Any]) -> Any:
+        batch = collate(samples)
+        if split_batch(batch)[1] is None:
+            mask = batch["attention_mask"] == 0
+            batch = {**batch, "labels": batch["input_ids"].masked_fill(mask, IGNORE_INDEX)}
+        return batch
+
+    return collate_with_labels

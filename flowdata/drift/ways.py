@@ -1,0 +1,226 @@
+"""Ways to rows: how what an output layer is given is read off a model, for a batch of samples.
+
+    language model     hidden states at the positions that have a target     (targets, d)
+    other models       the inputs of the linear layer that makes the logits  (samples, d)
+    no such layer      the logits themselves                                 (samples, C)
+
+The ways of one model differ in speed alone, as those to losses do (flowdata/scoring/candidates.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.head.output_layer import Head, logit_options
+from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.models.hooks import last_call
+from flowdata.models.tensors import to_device
+from flowdata.scoring.grouping import Grouping, alike, alone, together
+from flowdata.scoring.job import Job
+from flowdata.scoring.language.inputs import padded
+from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
+from flowdata.scoring.language.packed import Packing
+from flowdata.scoring.language.runs import hidden_states
+from flowdata.scoring.language.ways import way_alone, way_of
+from flowdata.scoring.language.work import Work
+from flowdata.scoring.plan.packs import Plan
+from flowdata.targets.labels import split_batch
+from flowdata.targets.predictions import logits_of, predict
+from flowdata.targets.target_losses import TargetLosses, Way
+from flowdata.targets.which_loss import LANGUAGE_LOSSES
+
+
+@dataclass(frozen=True)
+class RowsWay:
+    """One way to rows, and which samples it is given together.
+
+    Attributes:
+        name: in words.
+        way: of a model and a batch; its `values` are rows, (n, d).
+        grouping: of the samples of a pack.
+    """
+
+    name: str
+    way: Way
+    grouping: Grouping
+
+
+def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> list[RowsWay]:
+    """Return the ways, fastest first, each sample alone last.
+
+    Args:
+        job: its loss is one of a language model, or stands for all others.
+        plan: whose packs the ways are for.
+        model: the model as it is run.
+        head: the name of the layer that makes the logits, None where there is none.
+    """
+    if job.loss in LANGUAGE_LOSSES:
+        return _language_ways(job, str(job.loss), plan, model)
+    way = _prediction_way(job, model, head)
+    return [
+        RowsWay("samples together", way, together),
+        RowsWay("samples of one shape at a time", way, alike),
+        RowsWay("one sample at a time", way, alone),
+    ]
+
+
+def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[RowsWay]:
+    layer, most = output_layer_of(model), plan.options.max_tokens
+
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        return TargetLosses(hidden_states(model, layer, work), work.counts)  # type: ignore[arg-type]
+
+    sliced = padded(loss, most)
+    way = way_of(model, loss, sliced, run, device=job.device)
+    ways = [
+        RowsWay("samples padded", way, together),
+        RowsWay("samples of one length at a time", way, alike),
+        RowsWay("one sample at a time", way_alone(loss, run, job.device), alone),
+    ]
+    if loss != "causal_lm" or why_not_packed(model, loss):
+        return ways
+    if why_batch_not_packed(model, job.collate(job.few_samples)):
+        return ways
+    packing = Packing(sliced, job.prefix[: plan.options.prefix], most, job.device)
+    packed = way_of(model, loss, packing, run, device=job.device)
+    return [RowsWay("samples packed", packed, together), *ways]
+
+
+def target_logits(model: nn.Module, batch: Any, loss: str, device: torch.device) -> Tensor:
+    """Return the logits that a language model itself makes of a batch's targets, (n, V).
+
+    Args:
+        model: the model as it is run.
+        batch: a sample that was collated alone.
+        loss: the language loss's name.
+        device: where the model takes its inputs.
+    """
+
+    def run(model: nn.Module, work: Work) -> TargetLosses:
+        logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        return TargetLosses(work.of_targets(logits), work.counts)
+
+    return way_alone(loss, run, device)(model, batch).values
+
+
+def _prediction_way(job: Job, model: nn.Module, head: str | None) -> Way:
+    layers = [] if head is None else [model.get_submodule(head)]
+
+    def way(model: nn.Module, batch: Any) -> TargetLosses:
+        inputs = to_device(split_batch(batch)[0], job.device)
+        with last_call(layers) as calls:
+            logits = predict(model, inputs)
+        rows = calls[0].input if calls else _classes_last(logits.float(), inputs)
+        return _of_samples(rows, _mask_of(inputs))
+
+    return way
+
+
+def _classes_last(logits: Tensor, inputs: Any) -> Tensor:
+    """Logits (B, …, C): those of tokens are, PyTorch's others of several places are (B, C, …)."""
+    is_of_tokens = isinstance(inputs, Mapping) and "input_ids" in inputs
+    return logits if logits.dim() == 2 or is_of_tokens else logits.movedim(1, -1)
+
+
+def _of_samples(rows: Tensor, mask: Tensor | None) -> TargetLosses:
+    """(B, d), or (B, T, d) without what is masked, as rows of samples."""
+    if rows.dim() == 2:
+        return TargetLosses(rows, torch.ones(len(rows), dtype=torch.long))
+    places = rows.flatten(1, -2)  # (B, T, d)
+    if mask is None or mask.shape != places.shape[:2]:
+        counts = torch.full((len(places),), places.shape[1])
+        return TargetLosses(places.flatten(0, 1), counts)
+    return TargetLosses(places[mask.bool()], mask.bool().sum(1).cpu())
+
+
+def _mask_of(inputs: Any) -> Tensor | None:
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def name_of_head(model: nn.Module, batch: Any, device: torch.device) -> str | None:
+    """Return the name of the linear layer whose output the logits are, None where there is none.
+
+    Args:
+        model: the model as it is run.
+        batch: of samples that are no targets of a language model.
+        device: where the model takes its inputs.
+    """
+    with _outputs_of_linear_layers(model) as outputs:
+        logits = predict(model, to_device(split_batch(batch)[0], device))
+    names = [
+        name
+        for name, output in outputs.items()
+        if output.shape == logits.shape and _same(output, logits)
+    ]
+    return names[-1] if names else None
+
+
+def _same(output: Tensor, logits: Tensor) -> bool:
+    """Whether both have the same values; a model that diverged has some that are no numbers."""
+    return torch.equal(output.float().nan_to_num(), logits.float().nan_to_num())
+
+
+@contextmanager
+def _outputs_of_linear_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What linear layers, also those with adapters, return last in a block, by name."""
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            outputs.pop(name, None)
+            if isinstance(output, Tensor):
+                outputs[name] = output
+
+        return hook
+
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+    ]
+    handles = [module.register_forward_hook(record(name)) for name, module in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Module:
+    """Return the layer that makes logits of a model's rows, as the model has it.
+
+    Args:
+        model: the caller's.
+        loss: of the job that read the rows.
+        head: the name of the layer that makes the logits, where the loss is none of language.
+    """
+    is_language = loss in LANGUAGE_LOSSES
+    if not is_language and head is None:
+        return nn.Identity()  # the rows are logits
+    layer = output_layer_of(model) if is_language else model.get_submodule(str(head))
+    scale, softcap = 1.0, None
+    if is_language:
+        config: Any = getattr(innermost(model), "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        scale, softcap = logit_options(config)
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer
+    weight, bias = (_whole(each) for each in (layer.weight, layer.bias))
+    if type(weight) is not Tensor:
+        return layer
+    return Head(weight, bias, scale, softcap)
+
+
+def _whole(parameter: Any) -> Tensor | None:
+    """A parameter's values; those of one that is sharded are brought together."""
+    if parameter is None:
+        return None
+    values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return values.detach()

@@ -1,0 +1,210 @@
+"""Divergences of two output layers' predictions, tile by tile: the logits never exist as a whole.
+
+For every row there are two distributions over the classes, p = softmax(a) and q = softmax(b). A few
+sums over the classes are all that is needed of each, and one tile after another is added to them::
+
+                  classes, in slices →
+               ┌──────────────┬───────
+       rows ↓  │ tile of a    │  …        top a, Σ exp(a − top a), Σ exp(a − top a) · (a − b)
+               │ tile of b    │  …        top b, Σ exp(b − top b), Σ exp(b − top b) · (b − a)
+               ├──────────────┼───────
+               │  …           │
+
+    KL(p ‖ q) = Σ p (log p − log q) = Σ p (a − b) − (log Σ exp a − log Σ exp b)
+
+Logits are products in float32, whatever the dtype of the hidden states, and the sums over tiles are
+float64. Equal logits give equal sums, and so a divergence of exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.head.output_layer import Head, finish_logits
+
+# Rows and classes of a tile. On a CPU the three buffers of 2 MiB stay in the last-level cache.
+_TILE = {"cpu": (512, 1024), "cuda": (4096, 4096)}
+# Logits in the tile of a layer that has to be called, which makes those of all classes at once.
+_CALLED_LOGITS = 1 << 22
+_LARGEST = 1e30  # stands for an infinite difference of logits, so that 0 times it is 0
+_INFINITE = 1e20  # divergences from here on are infinite
+
+
+class Divergences(NamedTuple):
+    """How far apart the predictions of each row are.
+
+    Attributes:
+        kl: (n,) float64, KL(p ‖ q) in nats; inf where a logit is no number.
+        reverse_kl: (n,) float64, KL(q ‖ p) in nats.
+        agreement: (n,) float64, 1 where both have the same likeliest class, else 0.
+    """
+
+    kl: Tensor
+    reverse_kl: Tensor
+    agreement: Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Rows, and the output layer that makes their logits.
+
+    Attributes:
+        rows: (n, d) floating, the layer's inputs.
+        layer: a head that is read, or a module that has to be called.
+    """
+
+    rows: Tensor
+    layer: Head | nn.Module
+
+
+def divergences(base: Predictions, tuned: Predictions) -> Divergences:
+    """Return how far apart two predictions are, row by row.
+
+    Args:
+        base: gives p.
+        tuned: gives q, with as many rows and classes.
+
+    Raises:
+        ValueError: they have not as many classes.
+
+    Example:
+        >>> rows, head = torch.ones(3, 8), Head(torch.ones(50, 8))
+        >>> divergences(Predictions(rows, head), Predictions(rows, head)).kl
+        tensor([0., 0., 0.], dtype=torch.float64)
+    """
+    count, device = len(base.rows), base.rows.device
+    p, q = _Sums.begin(count, device), _Sums.begin(count, device)
+    with torch.no_grad():
+        for tile in _tiles(base, tuned):
+            # Equal logits do not differ, not even those of −inf.
+            is_equal = tile.a == tile.b
+            difference = torch.sub(tile.a, tile.b, out=tile.difference).masked_fill_(is_equal, 0.0)
+            difference.clamp_(-_LARGEST, _LARGEST)
+            p.add(tile.rows, tile.a, difference, tile.first_class)
+            q.add(tile.rows, tile.b, difference.neg_(), tile.first_class)
+    gap = p.log_sum() - q.log_sum()
+    kl = _finite_or_infinite(p.mean_difference() - gap)
+    reverse_kl = _finite_or_infinite(q.mean_difference() + gap)
+    agrees = (p.likeliest == q.likeliest) & kl.isfinite()
+    return Divergences(kl, reverse_kl, agrees.double())
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the classes so far, for every row.
+
+    Attributes:
+        top: (n,) float64, the largest logit z.
+        total: (n,) float64, Σ exp(z − top).
+        differences: (n,) float64, Σ exp(z − top) · difference to the other's logit.
+        likeliest: (n,) int64, the first class with the largest logit.
+    """
+
+    top: Tensor
+    total: Tensor
+    differences: Tensor
+    likeliest: Tensor
+
+    @classmethod
+    def begin(cls, count: int, device: torch.device) -> _Sums:
+        total = torch.zeros(count, dtype=torch.float64, device=device)
+        classes = torch.zeros(count, dtype=torch.long, device=device)
+        return cls(torch.full_like(total, -_LARGEST), total, total.clone(), classes)
+
+    def add(self, rows: slice, logits: Tensor, difference: Tensor, first_class: int) -> None:
+        """Take a tile of logits into account; it is written over."""
+        top, place = logits.max(1)
+        is_higher = top > self.top[rows]
+        self.likeliest[rows] = torch.where(is_higher, place + first_class, self.likeliest[rows])
+        top = torch.where(is_higher, top, self.top[rows])
+        # The online log-sum-exp (Milakov and Gimelshein, 2018), as in tiled.py.
+        factor = (self.top[rows] - top).exp()
+        weights = logits.sub_(top[:, None]).exp_()
+        self.total[rows] = factor * self.total[rows] + weights.sum(1)
+        self.differences[rows] = factor * self.differences[rows] + weights.mul_(difference).sum(1)
+        self.top[rows] = top
+
+    def log_sum(self) -> Tensor:
+        return self.top + self.total.log()
+
+    def mean_difference(self) -> Tensor:
+        return self.differences / self.total
+
+
+def _finite_or_infinite(values: Tensor) -> Tensor:
+    """Divergences, which only rounding makes negative; what is no number is infinitely far away."""
+    return values.clamp_min(0.0).masked_fill(~(values < _INFINITE), torch.inf)
+
+
+class _Tile(NamedTuple):
+    """The logits of some rows for a slice of the classes, (rows, classes) float32.
+
+    Attributes:
+        rows: the tile's rows among all.
+        first_class: the number of the slice's first class.
+        a, b: logits of both predictions.
+        difference: memory for a − b.
+    """
+
+    rows: slice
+    first_class: int
+    a: Tensor
+    b: Tensor
+    difference: Tensor
+
+
+def _tiles(base: Predictions, tuned: Predictions) -> Iterator[_Tile]:
+    """Yield all tiles, slice after slice. The next one overwrites the one before.
+
+    On a CPU new memory for each would take longer to get than the tile to make.
+    """
+    pair, count, device = (base, tuned), len(base.rows), base.rows.device
+    classes = _count_classes(base, tuned)
+    height, width = _TILE.get(device.type, _TILE["cuda"])
+    if any(isinstance(each.layer, nn.Module) for each in pair):
+        height, width = max(1, _CALLED_LOGITS // classes), classes
+    height = min(height, max(1, count))
+    memory = torch.empty(3, height * min(width, classes), device=device)
+    for first_class in range(0, classes, width):
+        span = slice(first_class, min(first_class + width, classes))
+        write_a, write_b = (_writer(each, span) for each in pair)
+        for start in range(0, count, height):
+            rows = slice(start, min(start + height, count))
+            shape = rows.stop - rows.start, span.stop - span.start
+            a, b, difference = (each[: shape[0] * shape[1]].view(shape) for each in memory)
+            write_a(rows, a)
+            write_b(rows, b)
+            yield _Tile(rows, first_class, a, b, difference)
+
+
+def _count_classes(base: Predictions, tuned: Predictions) -> int:
+    """How many classes both have."""
+    one, other = (
+        len(each.layer.weight)
+        if isinstance(each.layer, Head)
+        else int(each.layer(each.rows[:1]).shape[-1])
+        for each in (base, tuned)
+    )
+    if one != other:
+        raise ValueError(f"predictions of {one} and of {other} classes can't be compared")
+    return one
+
+
+def _writer(predictions: Predictions, span: slice) -> Callable[[slice, Tensor], Any]:
+    """Return what writes the logits of some rows for a span of classes into memory."""
+    rows, layer = predictions.rows, predictions.layer
+    if isinstance(layer, nn.Module):
+        return lambda places, out: out.copy_(layer(rows[places])[:, span])
+    weight = layer.weight[span].float().t()
+    bias = None if layer.bias is None else layer.bias[span].float()
+
+    def write(places: slice, out: Tensor) -> None:
+        torch.mm(rows[places].float(), weight, out=out)
+        finish_logits(out, bias, layer.scale, layer.softcap)
+
+    return write
