@@ -270,3 +270,13 @@ def reordered_columns(columns, order):
 def mean_over_views(losses_of_views):
     """The mean of each sample's losses over views, one sample at a time."""
     return [sum(losses) / len(losses) for losses in zip(*losses_of_views, strict=True)]
+
+
+def divergences(base, tuned):
+    """KL, reverse KL and agreement of the predictions of (n, V) logits, in float64."""
+    p, q = base.double().log_softmax(1), tuned.double().log_softmax(1)
+    return {
+        "kl": (p.exp() * (p - q)).sum(1),
+        "reverse_kl": (q.exp() * (q - p)).sum(1),
+        "agreement": (p.argmax(1) == q.argmax(1)).double(),
+    }

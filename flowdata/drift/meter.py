@@ -62,8 +62,8 @@ class DriftMeter:
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> model, probe = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(9, 4)
-        >>> meter = DriftMeter(model, probe)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> meter = DriftMeter(model, torch.randn(9, 4))
         >>> meter(model)
         Drift(kl=0, cosine=1, agreement=1, samples=9)
     """
@@ -155,7 +155,7 @@ class DriftMeter:
                 "body; make a meter of the model that this one was tuned from"
             )
         frozen = Predictions(base.values.to(device), _on(base.layer, device))
-        is_own = _is_same_layer(base.layer, rows.layer)
+        is_own = self._is_own(rows.layer)
         tuned = Predictions(rows.values, rows.layer if is_own else frozen.layer)
         kl, reverse_kl, agreement = divergences(frozen, tuned)
         cosine = F.cosine_similarity(frozen.rows.double(), tuned.rows.double(), dim=1)
@@ -177,6 +177,21 @@ class DriftMeter:
             },
         )
 
+    def _is_own(self, layer: Head | nn.Module) -> bool:
+        """Whether a layer is a later state of the frozen one, and no other in its place.
+
+        The output layer of a language model is one if it has as many tokens. A classifier's may
+        have been replaced by that of a new task with as many classes.
+        """
+        one, other = _weight_of(self._rows.layer), _weight_of(layer)
+        if one is None or other is None:
+            return one is None and other is None  # the rows are logits
+        if one.shape != other.shape or self._reader.is_of_language:
+            return one.shape == other.shape
+        other = other.to(one.device)
+        cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
+        return not bool(cosine <= _SAME_LAYER)  # a layer that diverged is no number
+
 
 def _check_batch_norm(batch_norm: object) -> None:
     if batch_norm not in ("reference", "own"):
@@ -196,18 +211,6 @@ def _on(layer: Head | nn.Module, device: torch.device) -> Head | nn.Module:
         return layer.to(device)
     bias = None if layer.bias is None else layer.bias.to(device)
     return replace(layer, weight=layer.weight.to(device), bias=bias)
-
-
-def _is_same_layer(base: Head | nn.Module, tuned: Head | nn.Module) -> bool:
-    """Whether a layer is a later state of the frozen one, and no other that was put in its place."""
-    one, other = _weight_of(base), _weight_of(tuned)
-    if one is None or other is None:
-        return one is None and other is None  # logits themselves
-    if one.shape != other.shape:
-        return False
-    cosine = F.cosine_similarity(one.flatten().float(), other.flatten().to(one.device).float(), 0)
-    # A layer that diverged is no number, and no other either.
-    return not bool(cosine <= _SAME_LAYER)
 
 
 def _weight_of(layer: Head | nn.Module) -> Tensor | None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdata._common.rng import preserved_rng
 from flowdata._common.resumable import check_natural
+from flowdata._common.rng import preserved_rng
 from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
@@ -165,7 +165,9 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
 def _ends_of(model: Any) -> list[int]:
     """The tokens that end a text."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+    return (
+        [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+    )
 
 
 def _cut(tokens: Tensor, beginning: Tensor, model: Any) -> list[dict[str, Tensor]]:

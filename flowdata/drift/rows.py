@@ -41,8 +41,8 @@ from flowdata.targets.which_loss import LANGUAGE_LOSSES, loss_of_model
 
 _MOST_CHECKED = 4  # samples that are run alone before a model is read
 # Nats by which the predictions of samples run together may differ from those of samples run alone:
-# as much is rounding in any dtype. Beyond it the dtype's own error is measured, and taken twice.
-_ROUNDING = 1e-5
+# as much is rounding in any case. Beyond it a low dtype's own error is measured, and taken twice.
+_ROUNDING = 2e-6
 _MOST_ROUNDING = 5e-3  # where no float32 copy of the model fits into memory
 _PREDICTIONS = "cross_entropy"  # stands for all losses that are none of a language model
 
@@ -146,7 +146,7 @@ class Reader:
         return job.collate([job.dataset[0]])
 
     def _right_way(self, job: Job, model: nn.Module, head: str | None) -> RowsWay:
-        """The fastest way to the rows that samples have alone, looked for once in each structure."""
+        """The fastest way to the rows that samples have alone, found once for each structure."""
         ways = {way.name: way for way in ways_to_rows(job, self._plan, model, head)}
         structure = _structure(model)
         if structure not in self._right_ways:
@@ -161,8 +161,8 @@ def _find_right_way(
     """The name of the first way that gives samples the predictions that they have alone."""
     names = list(ways)
     true = _predictions(job, model, head, ways[names[-1]], samples)
-    if not true.rows.isfinite().all():
-        return names[0]  # the model diverged, which any way tells
+    if not len(true.rows) or not true.rows.isfinite().all():
+        return names[0]  # there is nothing to compare, or the model diverged, which any way tells
     _check_output_layer(job, model, samples[0], true)
     allowance = _ROUNDING
     for name in names:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, logit_options
+from flowdata.head.output_layer import Head, finish_logits, logit_options
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
@@ -204,23 +204,34 @@ def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Mod
     is_language = loss in LANGUAGE_LOSSES
     if not is_language and head is None:
         return nn.Identity()  # the rows are logits
-    layer = output_layer_of(model) if is_language else model.get_submodule(str(head))
+    layer: Any = output_layer_of(model) if is_language else model.get_submodule(str(head))
     scale, softcap = 1.0, None
     if is_language:
         config: Any = getattr(innermost(model), "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         scale, softcap = logit_options(config)
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return layer
-    weight, bias = (_whole(each) for each in (layer.weight, layer.bias))
-    if type(weight) is not Tensor:
-        return layer
-    return Head(weight, bias, scale, softcap)
+        called: nn.Module = layer
+        return called if (scale, softcap) == (1.0, None) else _Finished(called, scale, softcap)
+    return Head(_whole(layer.weight), _whole(layer.bias), scale, softcap)
 
 
-def _whole(parameter: Any) -> Tensor | None:
+def _whole(parameter: Any) -> Any:
     """A parameter's values; those of one that is sharded are brought together."""
     if parameter is None:
         return None
     values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return values.detach()
+
+
+class _Finished(nn.Module):
+    """An output layer that has to be called, and what the model does to its logits."""
+
+    def __init__(self, layer: nn.Module, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.layer, self.scale, self.softcap = layer, scale, softcap
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (n, d) to logits (n, V)."""
+        logits = self.layer(rows).float()
+        return finish_logits(logits, None, self.scale, self.softcap)

@@ -1,0 +1,221 @@
+"""Choosing among fine-tuned models by what they learned and what they forgot, without old data.
+
+What is learned is the validation score on the new task; what is forgotten is the drift. Both are
+put into one unit, so that they can be added, at a rate of exchange that is the user's to set:
+
+    losses       cost   = validation loss + exchange · KL          nats a target, both
+    accuracies   cost   = −(accuracy + exchange · agreement)       shares, both
+
+On text that the frozen model wrote itself, its KL to the tuned model is the rise of the loss there:
+with an exchange of 1 a nat lost on the old counts as much as a nat gained on the new. The agreement
+is the share of the probe's samples whose likeliest class is still the same: with an exchange of 1 a
+point of accuracy on the new task counts as much as a point of the old predictions kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flowdata._common.notices import logger
+from flowdata.drift.drift import Drift
+
+Validation = Literal["auto", "loss", "accuracy"]
+Run = tuple[str, float, Drift]  # name, validation score, drift
+_CERTAIN = 2.0  # standard errors from which on two runs can be told apart
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run among those to choose from.
+
+    Attributes:
+        name: as the user named it.
+        validation: as the user gave it: a loss in nats, or an accuracy.
+        drift: as it was measured.
+        cost: what the choice minimises, inf for a run that diverged.
+        is_on_front: whether no other run is at least as good in both and better in one.
+        is_tied: whether it can't be told apart from the best.
+    """
+
+    name: str
+    validation: float
+    drift: Drift
+    cost: float
+    is_on_front: bool
+    is_tied: bool
+
+
+def choose(
+    runs: Iterable[Run],
+    *,
+    validation: Validation = "auto",
+    exchange: float = 1.0,
+    validation_samples: int | None = None,
+) -> str:
+    """Return the name of the run that learned most for what it forgot.
+
+    Args:
+        runs: (name, validation, drift) of each; see `rank`.
+        validation: see `rank`.
+        exchange: see `rank`.
+        validation_samples: see `rank`.
+
+    Raises:
+        ValueError: see `rank`.
+
+    Example:
+        >>> kept = Drift(0.01, 0.01, 0.99, 0.98, samples=64, head="own", of="tokens")
+        >>> lost = Drift(0.90, 0.95, 0.70, 0.60, samples=64, head="own", of="tokens")
+        >>> choose([("1e-5", 0.99, kept), ("1e-3", 0.95, lost)], validation="loss")
+        '1e-5'
+    """
+    ranking = rank(
+        runs, validation=validation, exchange=exchange, validation_samples=validation_samples
+    )
+    tied = [candidate.name for candidate in ranking[1:] if candidate.is_tied]
+    if tied:
+        logger.info("%s can't be told apart from %s", ranking[0].name, ", ".join(tied))
+    return ranking[0].name
+
+
+def rank(
+    runs: Iterable[Run],
+    *,
+    validation: Validation = "auto",
+    exchange: float = 1.0,
+    validation_samples: int | None = None,
+) -> list[Candidate]:
+    """Return the runs as candidates, the best first.
+
+    Args:
+        runs: (name, validation, drift) of each, all drifts by one meter. An accuracy is a share
+            or in %; a run whose score is no number has diverged and comes last.
+        validation: whether scores are losses in nats, of which less is better, or accuracies.
+            ``"auto"`` takes those of language models for losses and others for accuracies, and
+            says so.
+        exchange: what the old counts beside the new, see above; 0 chooses by validation alone.
+        validation_samples: how many samples an accuracy rests on, so that its own error counts
+            when runs are told apart; None takes it as exact.
+
+    Raises:
+        ValueError: no runs, two of one name, drifts by several meters, or scores that can't be
+            what `validation` says.
+    """
+    runs = list(runs)
+    _check_runs(runs, exchange)
+    kind = _kind_of(validation, runs)
+    costs = [_cost(score, drift, kind, exchange, _unit(runs, kind)) for _, score, drift in runs]
+    order = sorted(range(len(runs)), key=lambda place: costs[place])
+    best = order[0]
+    if math.isinf(costs[best]):
+        raise ValueError("all runs diverged: none has a finite validation score and drift")
+    errors = [_error(runs, place, best, kind, exchange, validation_samples) for place in order]
+    return [
+        Candidate(
+            *runs[place],
+            cost=costs[place],
+            is_on_front=_is_on_front(runs, place, kind),
+            is_tied=costs[place] - costs[best] <= _CERTAIN * error,
+        )
+        for place, error in zip(order, errors, strict=True)
+    ]
+
+
+def _check_runs(runs: Sequence[Run], exchange: float) -> None:
+    if not runs:
+        raise ValueError("runs is empty: there is nothing to choose from")
+    if not (exchange >= 0 and math.isfinite(exchange)):
+        raise ValueError(f"exchange must be a finite number, 0 or more, got {exchange!r}")
+    names = [name for name, _, _ in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two runs are named {twice!r}; give each a name of its own")
+    for name, _, drift in runs:
+        if not isinstance(drift, Drift):
+            raise TypeError(
+                f"runs must be (name, validation, Drift), got {type(drift).__name__} for {name!r}"
+            )
+    if len({(drift.samples, drift.of) for _, _, drift in runs}) > 1:
+        raise ValueError("the drifts of runs were measured on several probes; take one meter")
+
+
+def _kind_of(validation: Validation, runs: Sequence[Run]) -> Literal["loss", "accuracy"]:
+    scores = [score for _, score, _ in runs if math.isfinite(score)]
+    if validation not in ("auto", "loss", "accuracy"):
+        raise ValueError(f"validation must be 'auto', 'loss' or 'accuracy', got {validation!r}")
+    kind: Literal["loss", "accuracy"]
+    if validation != "auto":
+        kind = validation
+    else:
+        kind = "loss" if runs[0][2].of == "tokens" else "accuracy"
+        direction = "less is better" if kind == "loss" else "more is better"
+        logger.info(
+            "validation scores are taken for %s (%s); pass validation=%r to say otherwise",
+            "losses in nats" if kind == "loss" else "accuracies",
+            direction,
+            "accuracy" if kind == "loss" else "loss",
+        )
+    if kind == "accuracy" and any(score < 0 or score > 100 for score in scores):
+        raise ValueError(
+            f"accuracies lie in [0, 1] or, in %, in [0, 100], got {max(scores, key=abs)}; pass "
+            "validation='loss' if scores are losses in nats"
+        )
+    return kind
+
+
+def _unit(runs: Sequence[Run], kind: str) -> float:
+    """What a score of 1 is: accuracies are in % if one of them is above 1."""
+    scores = [score for _, score, _ in runs if math.isfinite(score)]
+    return 100.0 if kind == "accuracy" and max(scores, default=0.0) > 1 else 1.0
+
+
+def _cost(score: float, drift: Drift, kind: str, exchange: float, unit: float) -> float:
+    if not (math.isfinite(score) and math.isfinite(drift.kl)):
+        return math.inf
+    if kind == "loss":
+        return score + exchange * drift.kl
+    return -(score / unit + exchange * drift.agreement)
+
+
+def _is_on_front(runs: Sequence[Run], place: int, kind: str) -> bool:
+    """Whether no other run has learned and kept at least as much, and more of one."""
+
+    def losses(run: Run) -> tuple[float, float]:
+        _, score, drift = run
+        if not (math.isfinite(score) and math.isfinite(drift.kl)):
+            return math.inf, math.inf
+        return (score, drift.kl) if kind == "loss" else (-score, -drift.agreement)
+
+    own = losses(runs[place])
+    others = (losses(run) for number, run in enumerate(runs) if number != place)
+    return math.isfinite(own[0]) and not any(
+        other[0] <= own[0] and other[1] <= own[1] and other != own for other in others
+    )
+
+
+def _error(
+    runs: Sequence[Run],
+    place: int,
+    best: int,
+    kind: str,
+    exchange: float,
+    validation_samples: int | None,
+) -> float:
+    """The standard error of the difference of two runs' costs."""
+    (_, score, drift), (_, best_score, best_drift) = runs[place], runs[best]
+    name = "kl" if kind == "loss" else "agreement"
+    variance = 0.0
+    if name in drift.per_sample and name in best_drift.per_sample:
+        # Both are measured on the same samples, so that the error is that of their differences.
+        differences = drift.per_sample[name] - best_drift.per_sample[name]
+        differences = differences[differences.isfinite()]
+        if len(differences) > 1:
+            variance += exchange**2 * float(differences.var()) / len(differences)
+    if kind == "accuracy" and validation_samples:
+        unit = _unit(runs, kind)
+        shares = [min(each / unit, 1.0) for each in (score, best_score) if math.isfinite(each)]
+        variance += sum(share * (1 - share) for share in shares) / validation_samples
+    return math.sqrt(variance)
