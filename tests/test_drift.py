@@ -297,7 +297,7 @@ def test_batch_norm_is_the_frozen_models_unless_asked_otherwise():
         assert torch.equal(module.running_mean, values)
     others = copy.deepcopy(base)
     others.stem[1] = nn.Identity()
-    with pytest.raises(ValueError, match="1 BatchNorm layers, the frozen model had 2.*'own'"):
+    with pytest.raises(ValueError, match=r"1 BatchNorm layers, the frozen model had 2.*'own'"):
         meter(others)
     with pytest.raises(ValueError, match="batch_norm must be 'reference' or 'own', got 'none'"):
         meter(tuned, batch_norm="none")
@@ -383,7 +383,7 @@ def test_what_can_not_be_measured_is_refused_in_one_line():
     silent = [s | {"labels": torch.full_like(s["labels"], -100)} for s in TOKENS]
     with pytest.raises(ValueError, match="probe has no target"):
         DriftMeter(base, silent)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         DriftMeter("gpt2", TOKENS)
 
 

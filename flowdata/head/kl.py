@@ -77,25 +77,12 @@ def divergences(base: Predictions, tuned: Predictions) -> Divergences:
         >>> divergences(Predictions(rows, head), Predictions(rows, head)).kl
         tensor([0., 0., 0.], dtype=torch.float64)
     """
-    count, device = len(base.rows), base.rows.device
-    p, q = _Sums.begin(count, device), _Sums.begin(count, device)
     with torch.no_grad():
-        for tile in _tiles(base, tuned):
-            # Equal logits do not differ, not even those of −inf.
-            is_equal = tile.a == tile.b
-            difference = torch.sub(tile.a, tile.b, out=tile.difference).masked_fill_(is_equal, 0.0)
-            difference.clamp_(-_LARGEST, _LARGEST)
-            p.add(tile.rows, tile.a, difference, tile.first_class)
-            q.add(tile.rows, tile.b, difference.neg_(), tile.first_class)
-    gap = p.log_sum() - q.log_sum()
-    kl = _finite_or_infinite(p.mean_difference() - gap)
-    reverse_kl = _finite_or_infinite(q.mean_difference() + gap)
-    agrees = (p.likeliest == q.likeliest) & kl.isfinite()
-    return Divergences(kl, reverse_kl, agrees.double())
+        return divergences_of(*Sums.of(base, tuned))
 
 
 @dataclass(frozen=True)
-class _Sums:
+class Sums:
     """Sums over the classes so far, for every row.
 
     Attributes:
@@ -111,7 +98,21 @@ class _Sums:
     likeliest: Tensor
 
     @classmethod
-    def begin(cls, count: int, device: torch.device) -> _Sums:
+    def of(cls, base: Predictions, tuned: Predictions) -> tuple[Sums, Sums]:
+        """Return the sums of both predictions."""
+        count, device = len(base.rows), base.rows.device
+        p, q = cls.begin(count, device), cls.begin(count, device)
+        for tile in tiles(base, tuned):
+            # Equal logits do not differ, not even those of −inf.
+            is_equal = tile.a == tile.b
+            difference = torch.sub(tile.a, tile.b, out=tile.difference).masked_fill_(is_equal, 0.0)
+            difference.clamp_(-_LARGEST, _LARGEST)
+            p.add(tile.rows, tile.a, difference, tile.first_class)
+            q.add(tile.rows, tile.b, difference.neg_(), tile.first_class)
+        return p, q
+
+    @classmethod
+    def begin(cls, count: int, device: torch.device) -> Sums:
         total = torch.zeros(count, dtype=torch.float64, device=device)
         classes = torch.zeros(count, dtype=torch.long, device=device)
         return cls(torch.full_like(total, -_LARGEST), total, total.clone(), classes)
@@ -136,12 +137,21 @@ class _Sums:
         return self.differences / self.total
 
 
+def divergences_of(p: Sums, q: Sums) -> Divergences:
+    """Return the divergences that the sums of two predictions give."""
+    gap = p.log_sum() - q.log_sum()
+    kl = _finite_or_infinite(p.mean_difference() - gap)
+    reverse_kl = _finite_or_infinite(q.mean_difference() + gap)
+    agrees = (p.likeliest == q.likeliest) & kl.isfinite()
+    return Divergences(kl, reverse_kl, agrees.double())
+
+
 def _finite_or_infinite(values: Tensor) -> Tensor:
     """Divergences, which only rounding makes negative; what is no number is infinitely far away."""
     return values.clamp_min(0.0).masked_fill(~(values < _INFINITE), torch.inf)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """The logits of some rows for a slice of the classes, (rows, classes) float32.
 
     Attributes:
@@ -158,7 +168,7 @@ class _Tile(NamedTuple):
     difference: Tensor
 
 
-def _tiles(base: Predictions, tuned: Predictions) -> Iterator[_Tile]:
+def tiles(base: Predictions, tuned: Predictions) -> Iterator[Tile]:
     """Yield all tiles, slice after slice. The next one overwrites the one before.
 
     On a CPU new memory for each would take longer to get than the tile to make.
@@ -179,7 +189,7 @@ def _tiles(base: Predictions, tuned: Predictions) -> Iterator[_Tile]:
             a, b, difference = (each[: shape[0] * shape[1]].view(shape) for each in memory)
             write_a(rows, a)
             write_b(rows, b)
-            yield _Tile(rows, first_class, a, b, difference)
+            yield Tile(rows, first_class, a, b, difference)
 
 
 def _count_classes(base: Predictions, tuned: Predictions) -> int:
