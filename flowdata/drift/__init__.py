@@ -1,7 +1,18 @@
 """What a fine-tuning forgets, measured without the old data: `DriftMeter`, probes and choices."""
 
+from flowdata.drift.anchor import OutputAnchor
+from flowdata.drift.choosing import Candidate, choose, rank
 from flowdata.drift.drift import Drift
 from flowdata.drift.meter import DriftMeter
 from flowdata.drift.probes import own_text, smooth_images
 
-__all__ = ["Drift", "DriftMeter", "own_text", "smooth_images"]
+__all__ = [
+    "Candidate",
+    "Drift",
+    "DriftMeter",
+    "OutputAnchor",
+    "choose",
+    "own_text",
+    "rank",
+    "smooth_images",
+]

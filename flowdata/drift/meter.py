@@ -9,7 +9,8 @@ No second model is in memory: the frozen one's rows are the inputs of its output
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata._common.offsets import offsets_of
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import check_map_style
 from flowdata.drift.batch_norm import BatchNormState
@@ -88,7 +90,7 @@ class DriftMeter:
         model = unwrapped(model)
         self.batch_norm: BatchNorm = batch_norm
         with preserved_rng():
-            self._reader = Reader(model, probe, collate_fn, dtype)
+            self.reader = Reader(model, probe, collate_fn, dtype)
             rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
         if not len(rows.values):
             raise ValueError("probe has no target: all its labels are −100")
@@ -105,7 +107,7 @@ class DriftMeter:
     ) -> Rows:
         """The frozen model's rows, from the file if there is one."""
         if store is None:
-            return self._reader.read(model)
+            return self.reader.read(model)
         file = Path(store)
         if file.suffix != ".safetensors":
             raise ValueError(f"store must name a file *.safetensors, got {str(file)!r}")
@@ -114,17 +116,17 @@ class DriftMeter:
             dataset=probe,
             dataset_id=dataset_id,
             collate_fn=collate_fn,
-            dtype=name_of(self._reader.dtype),
+            dtype=name_of(self.reader.dtype),
         )
         identity["kind"] = "drift"
         if not file.exists():
-            rows = self._reader.read(model)
+            rows = self.reader.read(model)
             tensors = {"row": rows.values.cpu(), "count": rows.counts}
             write_file(file, tensors, make_manifest(identity, {}, {}))
             return rows
         tensors, manifest = read_file(file)
         check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
-        return Rows(tensors["row"], tensors["count"], self._reader.layer(model))
+        return Rows(tensors["row"], tensors["count"], self.reader.layer(model))
 
     def __call__(self, model: nn.Module, *, batch_norm: BatchNorm | None = None) -> Drift:
         """Return the drift of a model of the same body.
@@ -136,18 +138,43 @@ class DriftMeter:
         Raises:
             ValueError: the model has another body: its output layer is given another width.
         """
-        batch_norm = self.batch_norm if batch_norm is None else batch_norm
-        _check_batch_norm(batch_norm)
+        _check_batch_norm(batch_norm or self.batch_norm)
         model = unwrapped(model)
         with preserved_rng(), torch.no_grad():
-            state = self._batch_norm_state
-            with nullcontext() if batch_norm == "own" else state.put_into(model):
-                rows = self._reader.read(model)
+            with self.batch_norm_in(model, batch_norm):
+                rows = self.reader.read(model)
             return self._compare(rows)
+
+    def __len__(self) -> int:
+        """Return the number of samples in the probe."""
+        return len(self._rows.counts)
+
+    def batch_norm_in(
+        self, model: nn.Module, batch_norm: BatchNorm | None = None
+    ) -> AbstractContextManager[None]:
+        """Return a block in which a model's BatchNorm layers are those to measure it with.
+
+        Args:
+            model: see `__call__`.
+            batch_norm: see `__call__`.
+        """
+        is_own = (self.batch_norm if batch_norm is None else batch_norm) == "own"
+        return nullcontext() if is_own else self._batch_norm_state.put_into(model)
+
+    def base_of(self, places: Sequence[int], device: torch.device) -> Predictions:
+        """Return the frozen model's predictions of some samples.
+
+        Args:
+            places: the samples' places in the probe.
+            device: where they are needed.
+        """
+        offsets = offsets_of(self._rows.counts).tolist()
+        parts = [self._rows.values[offsets[k] : offsets[k + 1]] for k in places]
+        return Predictions(torch.cat(parts).to(device), _on(self._rows.layer, device))
 
     def _compare(self, rows: Rows) -> Drift:
         base, device = self._rows, rows.values.device
-        kinds = {type(each.layer) is nn.Identity for each in (base, rows)}
+        kinds = {_weight_of(each.layer) is None for each in (base, rows)}
         if len(kinds) > 1 or rows.values.shape != base.values.shape:
             raise ValueError(
                 f"the model's output layer is given {tuple(rows.values.shape)} values for the "
@@ -155,7 +182,7 @@ class DriftMeter:
                 "body; make a meter of the model that this one was tuned from"
             )
         frozen = Predictions(base.values.to(device), _on(base.layer, device))
-        is_own = self._is_own(rows.layer)
+        is_own = self.is_own(rows.layer)
         tuned = Predictions(rows.values, rows.layer if is_own else frozen.layer)
         kl, reverse_kl, agreement = divergences(frozen, tuned)
         cosine = F.cosine_similarity(frozen.rows.double(), tuned.rows.double(), dim=1)
@@ -170,14 +197,14 @@ class DriftMeter:
             **means,
             samples=len(base.counts),
             head="own" if is_own else "frozen",
-            of="tokens" if self._reader.is_of_language else "samples",
+            of="tokens" if self.reader.is_of_language else "samples",
             per_sample={
                 name: torch.segment_reduce(values.cpu(), "mean", lengths=base.counts)
                 for name, values in per_target.items()
             },
         )
 
-    def _is_own(self, layer: Head | nn.Module) -> bool:
+    def is_own(self, layer: Head | nn.Module) -> bool:
         """Whether a layer is a later state of the frozen one, and no other in its place.
 
         The output layer of a language model is one if it has as many tokens. A classifier's may
@@ -186,7 +213,7 @@ class DriftMeter:
         one, other = _weight_of(self._rows.layer), _weight_of(layer)
         if one is None or other is None:
             return one is None and other is None  # the rows are logits
-        if one.shape != other.shape or self._reader.is_of_language:
+        if one.shape != other.shape or self.reader.is_of_language:
             return one.shape == other.shape
         other = other.to(one.device)
         cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)

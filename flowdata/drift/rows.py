@@ -7,7 +7,7 @@ of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from flowdata.drift.ways import (
     RowsWay,
     name_of_head,
     output_layer,
+    output_module,
+    padded_way,
     target_logits,
     ways_to_rows,
 )
@@ -101,6 +103,7 @@ class Reader:
         )
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
+        self._heads: dict[Hashable, str | None] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +133,29 @@ class Reader:
         layer = output_layer(model, job.loss, head)
         reshard(model)
         return Rows(columns["token_loss"], columns["count"], layer)
+
+    def read_in_training(self, model: nn.Module, places: Sequence[int]) -> Rows:
+        """Return the rows of some samples with their gradients, read off the model as it stands.
+
+        Args:
+            model: as it is trained.
+            places: the samples' places in the probe.
+        """
+        job = self._job_of(model)
+        head = self._head_in_training(job, model)
+        batch = job.collate([job.dataset[place] for place in places])
+        rows = padded_way(job, model, head)(model, batch)
+        return Rows(rows.values, rows.counts, output_module(model, job.loss, head))
+
+    def _head_in_training(self, job: Job, model: nn.Module) -> str | None:
+        """The name of the layer that makes the logits, looked for once for each structure."""
+        if self.is_of_language:
+            return None
+        structure = _structure(model)
+        if structure not in self._heads:
+            with torch.no_grad():
+                self._heads[structure] = name_of_head(model, self._first(job), job.device)
+        return self._heads[structure]
 
     def layer(self, model: nn.Module) -> Head | nn.Module:
         """Return the layer that makes logits of a model's rows."""

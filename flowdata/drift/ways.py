@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, finish_logits, logit_options
+from flowdata.head.output_layer import Head, logit_options
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
@@ -26,7 +26,7 @@ from flowdata.scoring.job import Job
 from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
 from flowdata.scoring.language.packed import Packing
-from flowdata.scoring.language.runs import hidden_states
+from flowdata.scoring.language.runs import Run, hidden_states
 from flowdata.scoring.language.ways import way_alone, way_of
 from flowdata.scoring.language.work import Work
 from flowdata.scoring.plan.packs import Plan
@@ -70,12 +70,31 @@ def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> li
     ]
 
 
-def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[RowsWay]:
-    layer, most = output_layer_of(model), plan.options.max_tokens
+def padded_way(job: Job, model: nn.Module, head: str | None) -> Way:
+    """Return the way of a batch as it was collated, which gradients can go back through.
+
+    Args:
+        job: see `ways_to_rows`.
+        model: the model as it is trained.
+        head: see `ways_to_rows`.
+    """
+    if job.loss in LANGUAGE_LOSSES:
+        run = _hidden_run(model)
+        return way_of(model, str(job.loss), padded(str(job.loss)), run, device=job.device)
+    return _prediction_way(job, model, head)
+
+
+def _hidden_run(model: nn.Module) -> Run:
+    layer: Any = output_layer_of(model)
 
     def run(model: nn.Module, work: Work) -> TargetLosses:
-        return TargetLosses(hidden_states(model, layer, work), work.counts)  # type: ignore[arg-type]
+        return TargetLosses(hidden_states(model, layer, work), work.counts)
 
+    return run
+
+
+def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[RowsWay]:
+    most, run = plan.options.max_tokens, _hidden_run(model)
     sliced = padded(loss, most)
     way = way_of(model, loss, sliced, run, device=job.device)
     ways = [
@@ -194,26 +213,33 @@ def _outputs_of_linear_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Module:
-    """Return the layer that makes logits of a model's rows, as the model has it.
+    """Return the layer that makes logits of a model's rows, read where it can be.
 
     Args:
         model: the caller's.
         loss: of the job that read the rows.
         head: the name of the layer that makes the logits, where the loss is none of language.
     """
-    is_language = loss in LANGUAGE_LOSSES
-    if not is_language and head is None:
-        return nn.Identity()  # the rows are logits
-    layer: Any = output_layer_of(model) if is_language else model.get_submodule(str(head))
-    scale, softcap = 1.0, None
-    if is_language:
-        config: Any = getattr(innermost(model), "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        scale, softcap = logit_options(config)
+    module = output_module(model, loss, head)
+    layer = module.layer
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        called: nn.Module = layer
-        return called if (scale, softcap) == (1.0, None) else _Finished(called, scale, softcap)
-    return Head(_whole(layer.weight), _whole(layer.bias), scale, softcap)
+        return module
+    return Head(_whole(layer.weight), _whole(layer.bias), module.scale, module.softcap)
+
+
+def output_module(model: nn.Module, loss: Any, head: str | None) -> OutputModule:
+    """Return the layer that makes logits of a model's rows, with what the model does to them.
+
+    Args:
+        model: see `output_layer`.
+        loss: see `output_layer`.
+        head: see `output_layer`.
+    """
+    if loss not in LANGUAGE_LOSSES:
+        return OutputModule(None if head is None else model.get_submodule(head))
+    config: Any = getattr(innermost(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return OutputModule(output_layer_of(model), *logit_options(config))
 
 
 def _whole(parameter: Any) -> Any:
@@ -224,14 +250,24 @@ def _whole(parameter: Any) -> Any:
     return values.detach()
 
 
-class _Finished(nn.Module):
-    """An output layer that has to be called, and what the model does to its logits."""
+class OutputModule(nn.Module):
+    """An output layer, and what its model does to the logits.
 
-    def __init__(self, layer: nn.Module, scale: float, softcap: float | None) -> None:
+    Args:
+        layer: makes logits of rows; None where the rows are logits.
+        scale: factor on the logits.
+        softcap: their bound, or None.
+    """
+
+    def __init__(
+        self, layer: nn.Module | None, scale: float = 1.0, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.layer, self.scale, self.softcap = layer, scale, softcap
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows (n, d) to logits (n, V)."""
-        logits = self.layer(rows).float()
-        return finish_logits(logits, None, self.scale, self.softcap)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), rows.dtype)
+        logits: Tensor = rows if self.layer is None else self.layer(rows.to(dtype))
+        logits = logits.float() * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()

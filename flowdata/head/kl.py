@@ -62,6 +62,16 @@ class Predictions:
     layer: Head | nn.Module
 
 
+def logits_of(predictions: Predictions) -> Tensor:
+    """Return the logits of a few rows, (n, V) float32."""
+    rows, layer = predictions.rows, predictions.layer
+    if isinstance(layer, nn.Module):
+        logits: Tensor = layer(rows).float()
+        return logits
+    bias = None if layer.bias is None else layer.bias.float()
+    return finish_logits(rows.float() @ layer.weight.float().t(), bias, layer.scale, layer.softcap)
+
+
 def divergences(base: Predictions, tuned: Predictions) -> Divergences:
     """Return how far apart two predictions are, row by row.
 
@@ -113,6 +123,7 @@ class Sums:
 
     @classmethod
     def begin(cls, count: int, device: torch.device) -> Sums:
+        """Return the sums over no classes."""
         total = torch.zeros(count, dtype=torch.float64, device=device)
         classes = torch.zeros(count, dtype=torch.long, device=device)
         return cls(torch.full_like(total, -_LARGEST), total, total.clone(), classes)
@@ -131,9 +142,11 @@ class Sums:
         self.top[rows] = top
 
     def log_sum(self) -> Tensor:
+        """Return log Σ exp z, (n,) float64."""
         return self.top + self.total.log()
 
     def mean_difference(self) -> Tensor:
+        """Return the mean difference under the distribution itself, (n,) float64."""
         return self.differences / self.total
 
 

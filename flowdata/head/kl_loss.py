@@ -74,10 +74,11 @@ class _KL(torch.autograd.Function):
         # A row that is infinitely far away has no direction to go back in.
         factors = (gradients[0] * scale).float().nan_to_num(0.0, 0.0, 0.0)[:, None]
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        d_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        if bias is not None and ctx.needs_input_grad[2]:
+            d_bias = torch.zeros_like(bias, dtype=torch.float32)
         tuned = Predictions(hidden, Head(weight, bias, scale, softcap))
         for tile in tiles(ctx.base, tuned):
             rows, span = tile.rows, slice(tile.first_class, tile.first_class + tile.a.shape[1])
