@@ -1,0 +1,110 @@
+"""Choosing among runs by validation and drift."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from flowdata.drift import Drift, choose, rank
+
+
+def drift(kl=0.1, agreement=0.9, *, of="tokens", samples=64, per_sample=None):
+    return Drift(
+        kl, kl, 0.9, agreement, samples=samples, head="own", of=of, per_sample=per_sample or {}
+    )
+
+
+def test_losses_and_drifts_are_added_in_nats():
+    runs = [("1e-5", 0.99, drift(0.001)), ("1e-4", 0.95, drift(0.012)), ("1e-3", 0.90, drift(1.5))]
+    assert choose(runs) == "1e-4"
+    assert choose(runs, exchange=0) == "1e-3"
+    assert choose(runs, exchange=10) == "1e-5"
+    assert [c.cost for c in rank(runs)] == pytest.approx([0.962, 0.991, 2.4])
+
+
+@pytest.mark.parametrize("unit", [1, 100])
+def test_accuracies_and_agreement_are_added_as_shares(unit):
+    runs = [
+        (name, accuracy * unit, drift(agreement=agreement, of="samples"))
+        for name, accuracy, agreement in [("a", 0.60, 0.99), ("b", 0.80, 0.90), ("c", 0.82, 0.30)]
+    ]
+    assert choose(runs) == "b"
+    assert choose(runs, exchange=0) == "c"
+    assert choose(runs, exchange=5) == "a"
+
+
+def test_auto_says_what_it_takes_scores_for(caplog):
+    with caplog.at_level(logging.INFO, "flowdata"):
+        choose([("a", 0.5, drift())])
+        choose([("a", 0.5, drift(of="samples"))])
+        choose([("a", 0.5, drift(of="samples"))], validation="loss")
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert "losses in nats (less is better)" in said[0]
+    assert "accuracies (more is better)" in said[1]
+
+
+def test_the_front_has_what_nothing_beats():
+    runs = [
+        ("kept", 1.0, drift(0.01)),
+        ("beaten", 1.0, drift(0.02)),
+        ("between", 0.9, drift(0.05)),
+        ("learned", 0.8, drift(0.5)),
+        ("diverged", math.nan, drift(math.inf)),
+    ]
+    candidates = {c.name: c for c in rank(runs)}
+    assert [name for name, c in candidates.items() if c.is_on_front] == [
+        "between",
+        "kept",
+        "learned",
+    ]
+    assert rank(runs)[-1].name == "diverged"
+    assert candidates["diverged"].cost == math.inf
+
+
+def test_runs_that_can_not_be_told_apart_are_said(caplog):
+    generator = torch.Generator().manual_seed(0)
+    one = torch.rand(64, generator=generator).double()
+    other = one + 0.1 * torch.randn(64, generator=generator).double()
+
+    def measured(values):
+        return drift(float(values.mean()), per_sample={"kl": values})
+
+    runs = [("a", 1.0, measured(one)), ("b", 1.001, measured(other)), ("c", 1.5, measured(other))]
+    tied = {candidate.name: candidate.is_tied for candidate in rank(runs)}
+    assert tied["a"]
+    assert tied["b"]
+    assert not tied["c"]
+    with caplog.at_level(logging.INFO, "flowdata"):
+        best = choose(runs)
+    assert f"{best} can't be told apart from {'b' if best == 'a' else 'a'}" in caplog.text
+
+
+def test_an_accuracy_is_as_certain_as_its_samples_are_many():
+    runs = [(name, score, drift(of="samples")) for name, score in (("a", 0.81), ("b", 0.80))]
+    for samples, is_tied in ((None, False), (100, True), (1_000_000, False)):
+        other = rank(runs, validation_samples=samples)[1]
+        assert other.is_tied == is_tied
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        ([], {}, "runs is empty"),
+        ([("a", 1.0, drift())] * 2, {}, "two runs are named 'a'"),
+        ([("a", 1.0, drift())], {"exchange": -1}, "exchange must be a finite number"),
+        ([("a", 1.0, drift())], {"validation": "f1"}, "'auto', 'loss' or 'accuracy', got 'f1'"),
+        ([("a", -1.0, drift())], {"validation": "accuracy"}, "accuracies lie in"),
+        ([("a", math.nan, drift())], {}, "all runs diverged"),
+        ([("a", 1.0, drift()), ("b", 1.0, drift(samples=9))], {}, "several probes"),
+    ],
+)
+def test_runs_that_can_not_be_compared_are_refused(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        choose(runs, **options)
+
+
+def test_a_number_in_the_place_of_a_drift_is_refused():
+    with pytest.raises(TypeError, match=r"runs must be \(name, validation, Drift\), got float"):
+        choose([("a", 1.0, 0.1)])

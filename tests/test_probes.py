@@ -1,0 +1,124 @@
+"""Probes that need no data."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flowdata.drift import DriftMeter, own_text, smooth_images
+from flowdata.errors import ScoreMismatchError
+from tests.models import TinyResNet, tiny_llama
+from tests.test_drift import moved
+
+
+class Tokenizer:
+    """What own_text asks of a tokenizer, with words that are numbers."""
+
+    def __init__(self, template=None, bos=0):
+        self.chat_template, self.bos_token_id, self.eos_token_id = template, bos, 1
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return f"11 12 {messages[0]['content']} 13"
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def same(one, other):
+    return all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True))
+
+
+def test_texts_are_drawn_from_the_models_own_distribution():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # far from uniform
+    # What the model's own configuration says of sampling must not count.
+    model.generation_config.update(do_sample=True, top_k=3, temperature=0.1, repetition_penalty=2.0)
+    texts = own_text(model, Tokenizer(), samples=3000, length=1)
+    counts = torch.bincount(torch.stack([t["input_ids"][1] for t in texts]), minlength=199)
+    with torch.no_grad():
+        expected = model.eval()(torch.zeros(1, 1, dtype=torch.long)).logits[0, 0].softmax(-1)
+    noise = (expected * (1 - expected) / 3000).sqrt().sum() / 2  # of a total variation
+    assert (counts / 3000 - expected).abs().sum() / 2 < 1.5 * noise
+    assert model.generation_config.top_k == 3
+
+
+def test_texts_begin_where_a_users_words_would_and_end_where_the_model_ends_them():
+    model = tiny_llama()
+    texts = own_text(model, Tokenizer("a template"), samples=40, length=30)
+    assert {tuple(t["input_ids"][:2].tolist()) for t in texts} == {(11, 12)}
+    for text in texts:
+        ids, labels = text["input_ids"], text["labels"]
+        assert labels[:2].tolist() == [-100, -100]
+        assert torch.equal(labels[2:], ids[2:])
+        assert len(ids) == 32 or ids[-1] == 1
+        assert not (ids[2:-1] == 1).any()
+    assert any(len(t["input_ids"]) < 32 for t in texts)
+
+
+def test_the_same_seed_gives_the_same_texts_and_touches_nothing(tmp_path):
+    model = tiny_llama().train()
+    state, file = torch.get_rng_state(), tmp_path / "texts.safetensors"
+    texts = own_text(model, Tokenizer(), samples=5, length=9, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert same(texts, own_text(model, Tokenizer(), samples=5, length=9, seed=3, store=file))
+    assert same(texts, own_text(model, Tokenizer(), samples=5, length=9, seed=3, store=file))
+    assert not same(texts, own_text(model, Tokenizer(), samples=5, length=9, seed=4))
+    for options in ({"seed": 4}, {"length": 8}):
+        with pytest.raises(ScoreMismatchError):
+            own_text(
+                model, Tokenizer(), **{"samples": 5, "length": 9, "seed": 3, **options}, store=file
+            )
+    with pytest.raises(ScoreMismatchError):
+        own_text(moved(model), Tokenizer(), samples=5, length=9, seed=3, store=file)
+
+
+def test_on_its_own_text_the_drift_is_the_rise_of_the_loss():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    texts = own_text(model, Tokenizer(), samples=1500, length=8)
+    tuned = moved(model, 0.05)
+    drift = DriftMeter(model, texts, dtype="float32")(tuned)
+
+    def loss(m):
+        with torch.no_grad():
+            total = count = 0
+            for text in texts:
+                logits = m.eval()(text["input_ids"][None]).logits[0, :-1]
+                targets = text["labels"][1:]
+                total += nn.functional.cross_entropy(logits, targets, reduction="sum")
+                count += int((targets != -100).sum())
+            return float(total / count)
+
+    assert loss(tuned) - loss(model) == pytest.approx(drift.kl, rel=0.1)
+
+
+def test_smooth_images_measure_a_network_of_images():
+    images = smooth_images((3, 8, 8), samples=20, seed=1)
+    assert images.shape == (20, 3, 8, 8)
+    assert torch.equal(images, smooth_images((3, 8, 8), samples=20, seed=1))
+    assert not torch.equal(images, smooth_images((3, 8, 8), samples=20, seed=2))
+    assert 0.9 < smooth_images((3, 32, 32)).std() < 1.3
+    model = TinyResNet()
+    meter = DriftMeter(model, images)
+    assert meter(copy.deepcopy(model)).kl == 0 < meter(moved(model, 0.1), batch_norm="own").kl
+
+
+def test_probes_that_can_not_be_made_are_refused():
+    with pytest.raises(TypeError, match="own_text needs a model with `generate`"):
+        own_text(TinyResNet(), Tokenizer())
+    with pytest.raises(ValueError, match="samples"):
+        own_text(tiny_llama(), Tokenizer(), samples=0)
+    nameless = Tokenizer(bos=None)
+    nameless.eos_token_id = None
+    model = tiny_llama()
+    model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match="neither a chat template nor a token"):
+        own_text(model, nameless)
+    with pytest.raises(ValueError, match=r"shape must be \(channels, height, width\)"):
+        smooth_images((32, 32))
