@@ -1,0 +1,109 @@
+"""Drift among the metrics of a real Trainer."""
+
+import copy
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from flowdata.drift import DriftMeter
+from flowdata.integrations.trainer_drift import DriftCallback
+from flowdata.scoring.collate import pad_collate
+from tests.models import tiny_llama, token_samples
+
+PROBE = token_samples(8, longest=20, seed=3)
+
+
+class Reporter(TrainerCallback):
+    """What a logger of experiments sees."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def run(tmp_path, callbacks, eval_dataset=None, **options):
+    model = tiny_llama()
+    callbacks = [callbacks[0](DriftMeter(model, PROBE, dtype="float32")), *callbacks[1:]]
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 6,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(**defaults | options),
+        train_dataset=token_samples(16, longest=20),
+        eval_dataset=token_samples(6, longest=20, seed=1) if eval_dataset is None else eval_dataset,
+        data_collator=pad_collate,
+        callbacks=callbacks,
+    )
+    return trainer, callbacks[0]
+
+
+def test_every_evaluation_has_the_drift_among_its_metrics(tmp_path):
+    reporter = Reporter()
+    trainer, callback = run(tmp_path, [DriftCallback, reporter])
+    base = copy.deepcopy(trainer.model)
+    trainer.train()
+    evaluations = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
+    assert [logs["step"] for logs in evaluations] == [2, 4, 6] == list(callback.drifts)
+    for logs in evaluations:
+        assert logs["eval_drift_kl"] == callback.drifts[logs["step"]].kl > 0
+        assert logs["eval_loss_and_drift"] == logs["eval_loss"] + logs["eval_drift_kl"]
+    assert sum("eval_drift_kl" in logs for logs in reporter.seen) == 3
+    last = DriftMeter(base, PROBE, dtype="float32")(trainer.model)
+    assert last.kl == evaluations[-1]["eval_drift_kl"]
+    assert trainer.evaluate()["eval_drift_kl"] == last.kl
+
+
+def test_the_best_model_and_early_stopping_go_by_loss_and_drift(tmp_path):
+    stopping = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer, callback = run(
+        tmp_path,
+        [lambda meter: DriftCallback(meter, exchange=1e6), stopping],
+        max_steps=40,
+        metric_for_best_model="eval_loss_and_drift",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4  # any drift costs more than the loss can gain
+    assert trainer.state.best_global_step == 2
+    assert callback.meter(trainer.model).kl == callback.drifts[2].kl
+
+
+def test_several_data_sets_are_measured_once(tmp_path):
+    sets = {name: token_samples(4, longest=20, seed=seed) for seed, name in enumerate("ab")}
+    trainer, callback = run(tmp_path, [DriftCallback], eval_dataset=sets, max_steps=2)
+    calls = []
+    callback.meter = lambda model, meter=callback.meter: calls.append(1) or meter(model)
+    trainer.train()
+    assert len(calls) == 1
+    merged = {name: v for logs in trainer.state.log_history for name, v in logs.items()}
+    for name in "ab":
+        expected = merged[f"eval_{name}_loss"] + merged["eval_drift_kl"]
+        assert merged[f"eval_{name}_loss_and_drift"] == expected
+
+
+def test_training_is_the_same_with_the_callback(tmp_path):
+    weights = []
+    for callbacks in ([DriftCallback], [lambda meter: TrainerCallback()]):
+        trainer, _ = run(tmp_path, callbacks)
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_what_is_no_meter_is_refused():
+    with pytest.raises(TypeError, match="meter must be a DriftMeter, got LlamaForCausalLM"):
+        DriftCallback(tiny_llama())
