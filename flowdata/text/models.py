@@ -31,6 +31,28 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
     )
 
 
+def load_tuned_model(base: Any, source: str, *, trust_remote_code: bool = False) -> Any:
+    """Return a fine-tuned model: one of its own, or adapters on its base.
+
+    Args:
+        base: the base model, which adapters are put on.
+        source: the hub id or path of a model, or the folder of PEFT adapters.
+        trust_remote_code: whether code that comes with the model is run.
+
+    Raises:
+        ImportError: `source` holds adapters, and PEFT is not installed.
+    """
+    if not (Path(source) / "adapter_config.json").exists():
+        return load_model(source, trust_remote_code=trust_remote_code)
+    try:
+        import peft
+    except ImportError:
+        raise ImportError(
+            f'{source} holds adapters, which need PEFT: pip install "flowdata-torch[peft]"'
+        ) from None
+    return peft.PeftModel.from_pretrained(base, source)
+
+
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer at a hub id, a folder, or a GGUF file or folder.
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Protocol
 
-from flowdata.cli.commands import bench, demo, report, score, verify
+from flowdata.cli.commands import bench, demo, drift, report, score, verify
 
 
 class Command(Protocol):
@@ -24,5 +24,6 @@ COMMANDS: Mapping[str, Command] = {
     "score": score,
     "report": report,
     "verify": verify,
+    "drift": drift,
     "bench": bench,
 }

@@ -1,0 +1,57 @@
+"""`flowdata drift`, on folders as users have them."""
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from flowdata.drift import DriftMeter, own_text
+from tests.models import tiny_llama
+from tests.test_cli import data, model_folder, run
+from tests.test_drift import moved
+from tests.test_text import tokenizer
+
+__all__ = ["data", "model_folder", "tokenizer"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def tuned_folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    moved(tiny_llama()).save_pretrained(folder / "whole")
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+    get_peft_model(tiny_llama(), config).save_pretrained(folder / "adapter")
+    return [str(folder / "whole"), str(folder / "adapter")]
+
+
+def test_models_and_adapters_are_compared_on_what_the_base_writes(
+    capsys, model_folder, tuned_folders, tokenizer
+):
+    command = ("drift", model_folder, *tuned_folders, "--samples", 6, "--length", 12)
+    command = (*command, "--dtype", "float32")
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert f"drift from {model_folder} on 6 texts that it wrote itself" in out
+    assert "the loss has risen" in out
+    code, out, _ = run(capsys, *command, "--json")
+    facts = json.loads(out)["drift"]
+    base = tiny_llama()
+    meter = DriftMeter(base, own_text(base, tokenizer, 6, 12), dtype="float32")
+    assert facts[tuned_folders[0]]["kl"] == pytest.approx(meter(moved(base)).kl)
+    assert facts[tuned_folders[1]]["kl"] > 0
+
+
+def test_a_file_can_be_the_probe(capsys, model_folder, tuned_folders, data):
+    code, out, _ = run(
+        capsys, "drift", model_folder, model_folder, tuned_folders[0], "--probe", data, "--json"
+    )
+    assert code == 0
+    facts = json.loads(out)["drift"]
+    assert facts[model_folder]["kl"] == 0
+    assert facts[tuned_folders[0]]["kl"] > 0
+    assert facts[tuned_folders[0]]["samples"] == 30
+
+
+def test_what_is_no_model_is_one_line(capsys, model_folder, tmp_path):
+    code, _, err = run(capsys, "drift", model_folder, tmp_path, "--samples", 2, "--length", 4)
+    assert code == 2
+    assert "holds neither a config.json nor a GGUF file" in err
