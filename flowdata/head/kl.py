@@ -110,6 +110,11 @@ class Sums:
     @classmethod
     def of(cls, base: Predictions, tuned: Predictions) -> tuple[Sums, Sums]:
         """Return the sums of both predictions."""
+        if all(isinstance(e.layer, Head) and e.layer.kernel == "triton" for e in (base, tuned)):
+            from flowdata.head.kl_triton import divergence_sums
+
+            _count_classes(base, tuned)
+            return divergence_sums(base, tuned)
         count, device = len(base.rows), base.rows.device
         p, q = cls.begin(count, device), cls.begin(count, device)
         for tile in tiles(base, tuned):

@@ -192,7 +192,7 @@ def _tally(  # type: ignore[no-untyped-def]
     for start in range(first_class, tl.minimum(first_class + span, vocabulary), CLASSES):
         classes = start + tl.arange(0, CLASSES)
         is_class = classes < vocabulary
-        z = _products(
+        z = products(
             hidden,
             weight,
             n,
@@ -235,7 +235,7 @@ def _tally(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _products(  # type: ignore[no-untyped-def]
+def products(  # type: ignore[no-untyped-def]
     hidden,
     weight,
     n,
