@@ -1,5 +1,11 @@
 """Divergences of two output layers, tile by tile, against full logits in float64."""
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -100,3 +106,20 @@ def test_other_numbers_of_classes_are_refused():
     base, _ = pair(0.3)
     with pytest.raises(ValueError, match="2500 and of 3 classes"):
         divergences(base, Predictions(base.rows, Head(torch.randn(3, 24))))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_kl_triton.py runs on the GPU")
+def test_the_triton_kernel_holds_in_its_interpreter():
+    """In a process of its own: Triton has to be told before it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_kl_triton.py"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout

@@ -93,3 +93,40 @@ def test_inputs_that_the_copy_engine_cannot_take_are_loaded():
     assert not kernel.shape_for(torch.bfloat16, 9, is_aligned=False, **options).descriptors
     assert not kernel.shape_for(torch.bfloat16, 12, is_aligned=True, **options).descriptors
     assert not kernel.shape_for(torch.float32, 9, is_aligned=True, **options).descriptors
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_kernel_of_divergences_fits_the_chip(capability, dtype, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from flowdata.head import kl_triton as kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    shape = (kernel.ROWS, kernel.CLASSES, kernel.DEPTH, kernel.WARPS, kernel.STAGES)
+    rows, classes, depth, warps, stages = kernel.FLOAT32 if dtype == "fp32" else shape
+    names = kernel._divergences.arg_names
+    inputs = [f"*{dtype}", f"*{dtype}", f"*{dtype}", "i32", "fp32", "fp32"]
+    kinds = dict(zip(names, [*inputs * 2, "*fp32", "*i64", "i32", "i32", "i32"], strict=False))
+    constants = dict.fromkeys((name for name in names if name.startswith("HAS_")), True) | {
+        "LOWEST": -1e30,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "ROWS": rows,
+        "CLASSES": classes,
+        "DEPTH": depth,
+    }
+    aligned = {name for name, kind in kinds.items() if kind.startswith("*")} | {
+        "width_a",
+        "width_b",
+    }
+    source = ASTSource(
+        kernel._divergences,
+        {name: kinds.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.shared <= SHARED[capability] * 1024
+    assert spilled_bytes(built.asm["cubin"], tmp_path) <= 32

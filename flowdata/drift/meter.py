@@ -26,7 +26,7 @@ from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows
 from flowdata.head.kl import Predictions, divergences
-from flowdata.head.output_layer import Head
+from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
@@ -237,7 +237,8 @@ def _on(layer: Head | nn.Module, device: torch.device) -> Head | nn.Module:
     if isinstance(layer, nn.Module):
         return layer.to(device)
     bias = None if layer.bias is None else layer.bias.to(device)
-    return replace(layer, weight=layer.weight.to(device), bias=bias)
+    moved = replace(layer, weight=layer.weight.to(device), bias=bias, kernel="eager")
+    return kernels(moved, compiled=False)[0][1]
 
 
 def _weight_of(layer: Head | nn.Module) -> Tensor | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, logit_options
+from flowdata.head.output_layer import Head, kernels, logit_options
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
@@ -224,7 +224,8 @@ def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Mod
     layer = module.layer
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return module
-    return Head(_whole(layer.weight), _whole(layer.bias), module.scale, module.softcap)
+    head = Head(_whole(layer.weight), _whole(layer.bias), module.scale, module.softcap)
+    return kernels(head, compiled=False)[0][1]
 
 
 def output_module(model: nn.Module, loss: Any, head: str | None) -> OutputModule:
