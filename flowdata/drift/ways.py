@@ -224,8 +224,8 @@ def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Mod
     layer = module.layer
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return module
-    head = Head(_whole(layer.weight), _whole(layer.bias), module.scale, module.softcap)
-    return kernels(head, compiled=False)[0][1]
+    plain = Head(_whole(layer.weight), _whole(layer.bias), module.scale, module.softcap)
+    return kernels(plain, compiled=False)[0][1]
 
 
 def output_module(model: nn.Module, loss: Any, head: str | None) -> OutputModule:

@@ -201,7 +201,7 @@ def _logits(  # type: ignore[no-untyped-def]
     return tl.where(is_class[None, :], z, -float("inf"))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _add(z, difference, start, top, total, summed, likeliest):  # type: ignore[no-untyped-def]
     """The sums of rows after a tile, from those before it."""
     tile_top, place = tl.max(z, 1, return_indices=True)
