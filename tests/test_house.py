@@ -21,7 +21,7 @@ LAYERS = [
     {"scoring"},
     {
         *("dataset", "sampler", "streaming", "collator", "losses", "token_weights"),
-        *("accumulation", "views", "companions", "probe", "text", "study"),
+        *("accumulation", "views", "companions", "probe", "text", "study", "drift"),
     },
     {"integrations", "cli", "__main__"},
 ]

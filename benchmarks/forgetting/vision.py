@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, load_resnet20, read_arrays
 from benchmarks.forgetting.methods import ABLATIONS
+from flowdata.drift import smooth_images
 from flowdata.study import METHODS, HeadTask, Sizes, Split, grids, run_study
 
 MAIN, EXTRA = METHODS, ABLATIONS
@@ -57,6 +58,7 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         sizes,
         methods=ALL,
         columns=("gradient_norm",),  # one of the ablations weighs by it
+        probes={"noise": smooth_images((3, 32, 32))},
     )
 
 

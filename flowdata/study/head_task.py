@@ -10,11 +10,14 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from flowdata.drift import DriftMeter
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
 from flowdata.study.methods import METHODS
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
@@ -23,6 +26,7 @@ from flowdata.study.training import Method
 from flowdata.weights import effective_sample_size, resolve_temperature
 
 _PROBE_STRENGTH = 1e-3
+_PROBE_SAMPLES = 512  # of the new task, on which the drift is measured
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class HeadTask:
         workers: number of processes that load samples; 0 suits data in memory.
         methods: methods by the names that `run` takes.
         columns: columns of the scores that methods need beside the losses, see `LossScorer`.
+        probes: samples by name, on which the drift of every run is measured beside the new task's
+            own, which are ``"new task"``; see `flowdata.drift`.
 
     Raises:
         TypeError: the old head is no `nn.Linear`.
@@ -92,6 +98,7 @@ class HeadTask:
         workers: int = 0,
         methods: Mapping[str, Method] = METHODS,
         columns: Sequence[str] = (),
+        probes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         head = old[1]
         if not isinstance(head, nn.Linear):
@@ -99,11 +106,14 @@ class HeadTask:
         self.new_head = partial(nn.Linear, head.in_features, classes, device=head.weight.device)
         self.old, self.old_test, self.old_name = old, old_test, old_name
         self.split, self.sizes, self.workers = split, sizes, workers
-        self.methods, self.columns = methods, columns
+        self.methods, self.columns, self.probes = methods, columns, probes
         self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share one beginning
 
-    def _begin(self, seed: int) -> tuple[Split, Beginning]:
+    def _begin(self, seed: int) -> tuple[Split, Beginning, dict[str, DriftMeter]]:
         split = self.split(seed)
+        few = Subset(split.scored, range(min(_PROBE_SAMPLES, len(split.scored))))
+        probes = {"new task": few, **self.probes}
+        meters = {name: DriftMeter(self.old, probe) for name, probe in probes.items()}
         beginning = begin(
             self.old[0],
             self.new_head(),
@@ -113,11 +123,11 @@ class HeadTask:
             columns=self.columns,
             workers=self.workers,
         )
-        return split, beginning
+        return split, beginning, meters
 
     def run(self, name: str, rate: float, seed: int) -> Record:
-        """Fine-tune by a method and measure accuracy, in %, on both tasks."""
-        (split, beginning), method = self.begin(seed), self.methods[name]
+        """Fine-tune by a method; measure accuracy, in %, on both tasks, and the drift."""
+        (split, beginning, meters), method = self.begin(seed), self.methods[name]
         network = copy.deepcopy(beginning.network)
         # Convolutions are fastest in this memory layout. It changes how they round, so a method
         # that doesn't train is measured in it as well.
@@ -127,11 +137,13 @@ class HeadTask:
             self._fine_tune(network, split, weights, method, rate, seed)
         measure = partial(accuracy, dtype=self.sizes.dtype, workers=self.workers)
         validation, target = measure(network, split.validation), measure(network, split.test)
+        drift = {probe: meter(network).to_dict() for probe, meter in meters.items()}
         retained = measure(as_old_network(network, self.old), self.old_test)
         return {
             "validation": validation,
             "target": {"accuracy": target},
             "retained": {f"{self.old_name} accuracy": retained},
+            "drift": drift,
             "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
             "effective_share": effective_sample_size(weights) / len(weights),
