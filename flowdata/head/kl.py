@@ -111,10 +111,11 @@ class Sums:
     def of(cls, base: Predictions, tuned: Predictions) -> tuple[Sums, Sums]:
         """Return the sums of both predictions."""
         if all(isinstance(e.layer, Head) and e.layer.kernel == "triton" for e in (base, tuned)):
-            from flowdata.head.kl_triton import divergence_sums
+            from flowdata.head.kl_triton import partial_sums
 
             _count_classes(base, tuned)
-            return divergence_sums(base, tuned)
+            sums, likeliest = partial_sums(base, tuned)
+            return cls.merge(sums[:3], likeliest[0]), cls.merge(sums[3:], likeliest[1])
         count, device = len(base.rows), base.rows.device
         p, q = cls.begin(count, device), cls.begin(count, device)
         for tile in tiles(base, tuned):
@@ -132,6 +133,20 @@ class Sums:
         total = torch.zeros(count, dtype=torch.float64, device=device)
         classes = torch.zeros(count, dtype=torch.long, device=device)
         return cls(torch.full_like(total, -_LARGEST), total, total.clone(), classes)
+
+    @classmethod
+    def merge(cls, sums: Tensor, likeliest: Tensor) -> Sums:
+        """Return the sums over all classes from those over ranges of them.
+
+        Args:
+            sums: (3, ranges, n) float32: `top`, `total` and `differences`.
+            likeliest: (ranges, n) int64.
+        """
+        tops, totals, differences = sums.double()
+        top, place = tops.max(0)
+        factors = (tops - top).exp()
+        total, difference = (factors * totals).sum(0), (factors * differences).sum(0)
+        return cls(top, total, difference, likeliest.gather(0, place[None])[0])
 
     def add(self, rows: slice, logits: Tensor, difference: Tensor, first_class: int) -> None:
         """Take a tile of logits into account; it is written over."""

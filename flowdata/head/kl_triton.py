@@ -1,8 +1,8 @@
 """The sums of kl.py on a GPU: a Triton kernel that writes no logits to memory.
 
 A program takes a block of rows and a range of the classes, as that of triton.py does, and makes the
-tiles of both predictions side by side in registers. The sums of all ranges are put together here,
-in float64. Import this file only where Triton is installed.
+tiles of both predictions side by side in registers. kl.py puts the sums of all ranges together.
+Import this file only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowdata.head.output_layer import Head
 from flowdata.head.triton import products
 
 if TYPE_CHECKING:
-    from flowdata.head.kl import Predictions, Sums
+    from flowdata.head.kl import Predictions
 
 # Rows and classes of both tiles, whose float32 logits lie in registers, and the depth of one step.
 # Chosen by what the compiler reports (tests/test_triton_builds.py), not measured yet.
@@ -28,27 +28,12 @@ _PROGRAMS = 512  # at least, so that every multiprocessor has work when rows are
 _LOWEST = -1e30
 
 
-def divergence_sums(base: Predictions, tuned: Predictions) -> tuple[Sums, Sums]:
-    """Return the sums over all classes of both predictions.
+def partial_sums(base: Predictions, tuned: Predictions) -> tuple[Tensor, Tensor]:
+    """Return the sums over every range of the classes.
 
     Args:
         base: gives a; its layer is a head.
         tuned: gives b, with as many rows and classes.
-    """
-    from flowdata.head.kl import Sums
-
-    sums, likeliest = partial_sums(base, tuned)
-    tops, totals, differences = sums.double().unflatten(0, (2, 3)).unbind(1)  # (2, ranges, n) each
-    top, place = tops.max(1)
-    factors = (tops - top[:, None]).exp()
-    classes = likeliest.gather(1, place[:, None]).squeeze(1)
-    total, difference = (factors * totals).sum(1), (factors * differences).sum(1)
-    p, q = (Sums(top[k], total[k], difference[k], classes[k]) for k in range(2))
-    return p, q
-
-
-def partial_sums(base: Predictions, tuned: Predictions) -> tuple[Tensor, Tensor]:
-    """Return the sums over every range of the classes.
 
     Returns:
         (6, ranges, n) float32, the largest logit, Σ exp(z − top) and Σ exp(z − top) · difference of
