@@ -19,7 +19,8 @@ def check_values(values: Values, name: str = "losses") -> Tensor:
 
     Args:
         values: (N,) floating, finite, non-negative; half precision becomes float32.
-        name: the word for the values in messages: ``"losses"`` or ``"weights"``.
+        name: what messages call the values: ``"losses"``, ``"weights"``, or what takes the place
+            of losses.
 
     Raises:
         TypeError: `values` are not floating.
@@ -59,8 +60,8 @@ def _first_bad_value(values: Tensor, name: str) -> str:
     what, remedy = "not finite", "find out why, or drop or zero-weight these samples"
     if not bad.any():
         bad, what, remedy = values < 0, "negative", "they must be >= 0"
-        if name == "losses":
-            remedy = "FLOW needs losses >= 0; subtract their minimum first"
+        if name != "weights":
+            remedy = f"FLOW needs {name} >= 0; subtract their minimum first"
     first = int(bad.int().argmax())
     return (
         f"{name}[{first}] is {values[first].item()}: {int(bad.sum())} of "

@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata.dataset import Layout, weight_attacher
-from flowdata.scores import Missing, Scorer
+from flowdata.scores import Scorer
 from flowdata.streaming.source import StreamSource
 from flowdata.streaming.temperature import StreamTemperature, WindowTemperature
-from flowdata.weights import flow_weights, resolve_temperature
+from flowdata.weights import Missing, resolve_temperature, weigh
 
 _VERSION = 1  # of state_dict
 
@@ -261,7 +261,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
                 self._window_temperature = self._temperatures.of_window(
                     losses[present], self._source.position
                 )
-            weights[present] = flow_weights(losses[present], temperature=self._window_temperature)
+            weights[present] = weigh(losses[present], self._window_temperature)
         return weights
 
     def _draw(self, weights: Tensor) -> list[bool]:
