@@ -49,11 +49,11 @@ def weigh_present(
             "all ignored and that the model's outputs are finite"
         )
     if absent.any() and missing == "raise":
+        indices = _listing(absent.nonzero().flatten().tolist())
         raise ValueError(
-            f"{int(absent.sum())} of {len(losses)} samples have no {column} (no target, or a "
-            f"{column} that float32 holds as no finite number): indices "
-            f"{_listing(absent.nonzero().flatten().tolist())}; drop them, or pass missing='zero' "
-            "to give them weight 0"
+            f"{int(absent.sum())} of {len(losses)} samples have no {column} (no target, or a value "
+            f"that is not finite in float32): indices {indices}; drop them, or pass "
+            "missing='zero' to give them weight 0"
         )
     # The check is of all samples, so that the index in its message is the sample's own.
     name = "losses" if column == "loss" else f"{column} values"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -14,7 +16,8 @@ from flowdata.weights.temperature import Temperature, resolve_temperature, rule_
 _SMALLEST_MEAN = 1e-3  # weights of a smaller mean leave training next to nothing to learn from
 _FEW = 10  # so few equal losses, of a toy or a single batch, say nothing about a data set
 # The rules that may do better, the one that users are best served by first.
-_REMEDIES = ("ess0.5", "median", "mean", "ess0.9", "ess0.99", "ess0.999")
+_RULES = ("ess0.5", "median", "mean", "ess0.9", "ess0.99", "ess0.999")
+_REMEDIES = MappingProxyType({rule: rule for rule in _RULES})
 
 
 def warn_of_useless_weights(
@@ -24,6 +27,7 @@ def warn_of_useless_weights(
     *,
     is_normalized: bool = False,
     unit: str = "samples",
+    remedies: Mapping[str, str] = _REMEDIES,
 ) -> None:
     """Warn where weights vanish or tell no samples apart, and name a rule whose weights do not.
 
@@ -36,6 +40,8 @@ def warn_of_useless_weights(
         is_normalized: whether the weights will be divided by their mean. A small mean is then no
             trouble, unless it is 0.
         unit: what the losses are of, for messages.
+        remedies: the rules that may be recommended, each with the rule that it comes to for these
+            losses.
     """
     present = ~losses.isnan()
     if not present.all():
@@ -57,7 +63,7 @@ def warn_of_useless_weights(
     else:
         what = "are all the same, although the losses differ, so that they change nothing"
         cure = "differ"
-    better = _better_rule(losses)
+    better = _better_rule(losses, remedies)
     remedy = f"; pass temperature={better!r}, whose weights {cure}" if better else ""
     rule = rule_name(temperature)
     warn_once(f"temperature={rule}: the weights of the {units} {what}{remedy}")
@@ -76,13 +82,13 @@ def _trouble_of(
     return "same losses" if len(losses) >= _FEW else None
 
 
-def _better_rule(losses: Tensor) -> str | None:
-    """The first rule whose weights for these losses are in no trouble, beyond the losses' own."""
-    for rule in _REMEDIES:
+def _better_rule(losses: Tensor, remedies: Mapping[str, str]) -> str | None:
+    """The first remedy whose weights for these losses are in no trouble, beyond the losses' own."""
+    for name, rule in remedies.items():
         try:
             weights = weigh(losses, resolve_temperature(losses, rule))
         except ValueError:  # ties for the smallest loss, or a median of 0
             continue
         if _trouble_of(losses, weights) in (None, "same losses"):
-            return rule
+            return name
     return None

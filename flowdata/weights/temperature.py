@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from typing import TypeAlias
@@ -190,8 +191,17 @@ def _parse_rule(name: str) -> Callable[[Tensor], float]:
     return lambda losses: solve(losses, share)
 
 
+def _in_order(losses: Tensor) -> Tensor:
+    """Losses in rising order on the CPU: their sums do not depend on the order that they came in.
+
+    The last bit of a sum would, and with it that of weights.
+    """
+    return torch.from_numpy(np.sort(losses.cpu().numpy()))
+
+
 def _mean(losses: Tensor) -> float:
     """The mean, which is positive and finite wherever one of the losses is positive."""
+    losses = _in_order(losses)
     mean = losses.mean(dtype=torch.float64).item()
     if math.isinf(mean):  # the sum overflows, not the mean
         largest = losses.max().item()
@@ -208,9 +218,10 @@ def _quantile(losses: Tensor, share: float) -> float:
     high = min(low + 1, losses.numel() - 1)
     ordered = np.partition(losses.cpu().numpy(), (low, high))  # in order at low and high only
     below, above, fraction = float(ordered[low]), float(ordered[high]), position - low
-    if below == above:  # of subnormal losses, the sum below would lose a part
+    if below == above or fraction == 0:  # the sum of two parts would lose some of a subnormal
         return below
-    return below * (1 - fraction) + above * fraction
+    # Between 0 and a subnormal loss the sum rounds to 0, which would be refused.
+    return max(below * (1 - fraction) + above * fraction, math.ulp(0.0))
 
 
 def _temperature_of_ess(losses: Tensor, share: float) -> RelativeTemperature:
@@ -221,13 +232,15 @@ def _temperature_of_ess(losses: Tensor, share: float) -> RelativeTemperature:
     """
     # Taking off the smallest loss scales all weights alike, which leaves the sample size as it
     # is; the largest weight is then 1, so that they cannot all underflow to 0.
-    smallest = losses.min().item()
-    excess = losses.double() - smallest
+    ordered = _in_order(losses)
+    smallest = ordered[0].item()
+    excess = ordered.double() - smallest
     target_size = share * len(excess)
     _check_ess_is_reachable(excess, share, target_size)
+    nearest, largest = excess[excess > 0][0].item(), excess[-1].item()
     # The unit is a power of two, by which a division is exact: in it the excess is at most 2, and
     # no temperature over- or underflows, however large or small the losses are.
-    unit = 2.0 ** (math.frexp(excess.max().item())[1] - 1)
+    unit = 2.0 ** (math.frexp(largest)[1] - 1)
     excess /= unit
 
     def log_size(log_temperature: float) -> float:
@@ -235,18 +248,18 @@ def _temperature_of_ess(losses: Tensor, share: float) -> RelativeTemperature:
 
     # Temperatures lie orders of magnitude apart, so their logarithm is halved. At the low end
     # all weights but those of the ties are 0 in float64, at the high end all are 1.
-    low = max(math.log(excess[excess > 0].min().item()) - 10, _LOWEST)
-    high = math.log(excess.max().item()) + 40
+    low = max(math.log(nearest) - math.log(unit) - 10, _LOWEST)
+    high = math.log(excess[-1].item()) + 40
     while high - low > 1e-13 * max(1.0, abs(low), abs(high)):
         middle = (low + high) / 2
         if not low < middle < high:  # no float lies between them any more
             break
         low, high = (middle, high) if log_size(middle) < math.log(target_size) else (low, middle)
     temperature = unit * math.exp((low + high) / 2)
-    if low == _LOWEST or not math.ulp(0.0) < temperature < math.inf:
+    if low == _LOWEST or not sys.float_info.min <= temperature < math.inf:
         raise ValueError(
             f"temperature='ess{share:g}' lies beyond what a float holds, for losses that differ by "
-            f"{excess.max().item() * unit:g}; rescale the losses"
+            f"up to {largest:g}; rescale the losses"
         )
     return RelativeTemperature(temperature, smallest)
 
@@ -254,7 +267,7 @@ def _temperature_of_ess(losses: Tensor, share: float) -> RelativeTemperature:
 def _check_ess_is_reachable(excess: Tensor, share: float, target_size: float) -> None:
     """Raise ValueError where ties for the smallest loss alone make a larger sample size."""
     if excess.max() == 0:
-        raise ValueError("temperature='ess…' is not defined: every loss is the same")
+        raise ValueError("temperature='ess…' is not defined: every loss is the same; pass 'median'")
     ties = int((excess == 0).sum())
     if target_size <= ties:
         raise ValueError(
