@@ -170,12 +170,10 @@ def gather_weights(
     parts = [weights_of(s, temperature=temperature, missing=missing) for s in several]
     made = [(s.losses, w) for s, w in zip(several, parts, strict=True) if isinstance(s, Scores)]
     if made:
-        losses, made_weights = (torch.cat(tensors) for tensors in zip(*made, strict=True))
+        losses, made_weights = (_join(tensors) for tensors in zip(*made, strict=True))
         is_normalized = normalize == "mean"
         warn_of_useless_weights(losses, made_weights, temperature, is_normalized=is_normalized)
-    # A single tensor stays as it is, which may be a memory map.
-    weights = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return shape_weights(weights, normalize=normalize, max_weight=max_weight)
+    return shape_weights(_join(parts), normalize=normalize, max_weight=max_weight)
 
 
 def is_several(scores_or_weights: Any) -> bool:
@@ -203,6 +201,11 @@ def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
     if layout == "dict":
         return functools.partial(_add_key, key=key)
     raise ValueError(f"layout must be 'pair', 'triple' or 'dict', got {layout!r}")
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after another; a single one, such as a memory map, stays as it is."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _to_float32(weights: Tensor) -> Tensor:

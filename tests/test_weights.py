@@ -47,7 +47,7 @@ def check_weights(losses, weights):
         assert len(weights[losses == loss].unique()) == 1
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(any_losses(), st.sampled_from(QUANTILES), st.randoms(use_true_random=False))
 def test_weights_of_any_quantile_or_mean_keep_their_promises(losses, rule, random):
     expected = reference.temperature_of(losses.tolist(), rule)
@@ -66,7 +66,7 @@ def test_weights_of_any_quantile_or_mean_keep_their_promises(losses, rule, rando
     assert torch.equal(flow_weights(losses[order], temperature=rule), weights[order])
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(any_losses(), st.floats(0.01, 0.99), st.randoms(use_true_random=False))
 def test_weights_of_any_effective_sample_size_keep_their_promises(losses, share, random):
     rule, ties = f"ess{share}", int((losses == losses.min()).sum())
@@ -90,7 +90,7 @@ def test_weights_of_any_effective_sample_size_keep_their_promises(losses, share,
     assert torch.equal(flow_weights(losses[order], temperature=rule), weights[order])
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(
     any_losses(),
     st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False, allow_subnormal=True),
@@ -200,6 +200,7 @@ def warnings_of(caplog):
         ),
         (torch.tensor([1.0, 2.0]), 1e12, "the same, although .*'median', whose weights differ"),
         (torch.full((1000,), 0.6931), "median", "of all 1,000 samples are 0.6931, .* every rule"),
+        (torch.full((8,), 7.0), 0.07, "temperature='median'"),
         (torch.zeros(12), 1.0, "of all 12 samples are 0, .*check the model and the labels"),
     ],
 )
@@ -224,6 +225,21 @@ def test_weights_of_no_use_are_warned_of_once(warnings_of, losses, rule, message
 )
 def test_useful_weights_and_a_few_equal_losses_are_not_warned_of(warnings_of, losses, options):
     assert warnings_of(flow_weights, losses, **options) == []
+
+
+def test_normalised_weights_that_float32_holds_no_digits_of_are_warned_of(warnings_of):
+    losses = torch.tensor([100.0, 101.0, 102.0])
+    (warning,) = warnings_of(flow_weights, losses, temperature=1.0, normalize="mean")
+    assert "pass temperature='ess0.5'" in warning
+
+
+def test_batch_after_batch_is_warned_of_once(warnings_of):
+    def loop():
+        for batch in hard_losses().split(100):
+            flow_weights(batch, temperature=1.0)
+
+    (warning,) = warnings_of(loop)
+    assert "of the 100 samples have a mean of 0.000" in warning
 
 
 def test_another_line_of_the_program_and_other_losses_are_warned_of_again(warnings_of):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -27,30 +26,36 @@ def say(message: str, *, shown: bool = True) -> None:
         print(f"flowdata: {message}", file=sys.stderr)
 
 
-def warn_once(message: str) -> None:
-    """Log a warning, once for each message and line of the user's program, on the first rank alone.
+def warn_once(message: str, *, about: str) -> None:
+    """Log a warning, once for each matter and line of the user's program, on the first rank alone.
 
-    A line that is run again, such as one that makes a sampler in every epoch, has nothing new to
-    say. Another line has: its reader may look at another part of the log.
+    A line that is run again, such as one that makes a sampler in every epoch or weighs batch after
+    batch, has nothing new to say. Another line has: its reader may look at another part of the log.
+
+    Args:
+        message: the sentence, without a full stop.
+        about: the matter: what stays the same in the message where figures in it change.
     """
-    if _is_first_rank():
-        _warn(message, _line_of_caller())
+    if _is_new(about):
+        logger.warning(message)
 
 
 def say_once(message: str) -> None:
     """Say a sentence, as often as `warn_once` warns."""
-    if _is_first_rank():
-        _say(message, _line_of_caller())
+    if _is_new(message):
+        say(message)
 
 
-@functools.lru_cache(maxsize=1000)
-def _warn(message: str, line: tuple[str, int]) -> None:
-    logger.warning(message)
+_said: set[tuple[str, str, int]] = set()  # matters, with the file and line that they came up at
 
 
-@functools.lru_cache(maxsize=1000)
-def _say(message: str, line: tuple[str, int]) -> None:
-    say(message)
+def _is_new(about: str) -> bool:
+    """Whether this process is to tell of a matter, and has not yet for the line it came up at."""
+    matter = (about, *_line_of_caller())
+    if matter in _said or not _is_first_rank():
+        return False
+    _said.add(matter)
+    return True
 
 
 def _is_first_rank() -> bool:

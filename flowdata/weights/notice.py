@@ -14,6 +14,7 @@ from flowdata.weights.formula import weigh
 from flowdata.weights.temperature import Temperature, resolve_temperature, rule_name
 
 _SMALLEST_MEAN = 1e-3  # weights of a smaller mean leave training next to nothing to learn from
+_TINY = torch.finfo(torch.float32).tiny
 _FEW = 10  # so few equal losses, of a toy or a single batch, say nothing about a data set
 # The rules that may do better, the one that users are best served by first.
 _RULES = ("ess0.5", "median", "mean", "ess0.9", "ess0.99", "ess0.999")
@@ -38,7 +39,7 @@ def warn_of_useless_weights(
         weights: (N,) float32 in [0, 1], made from the losses, before any normalising.
         temperature: the rule they were made by.
         is_normalized: whether the weights will be divided by their mean. A small mean is then no
-            trouble, unless it is 0.
+            trouble, as long as float32 holds such weights with all their digits.
         unit: what the losses are of, for messages.
         remedies: the rules that may be recommended, each with the rule that it comes to for these
             losses.
@@ -48,13 +49,15 @@ def warn_of_useless_weights(
         losses, weights = losses[present], weights[present]
     trouble = _trouble_of(losses, weights)
     mean = weights.mean(dtype=torch.float64).item()
-    if trouble is None or (trouble == "vanish" and is_normalized and mean > 0):
+    if trouble is None or (trouble == "vanish" and is_normalized and mean > _TINY):
         return
-    units = f"{len(losses):,} {unit}"
+    rule, units = rule_name(temperature), f"{len(losses):,} {unit}"
+    about = f"weights: {trouble}, {rule}, {units}"
     if trouble == "same losses":
         warn_once(
             f"the losses of all {units} are {losses[0].item():.6g}, so that their weights are "
-            "the same under every rule and change nothing; check the model and the labels"
+            "the same under every rule and change nothing; check the model and the labels",
+            about=about,
         )
         return
     if trouble == "vanish":
@@ -65,8 +68,7 @@ def warn_of_useless_weights(
         cure = "differ"
     better = _better_rule(losses, remedies)
     remedy = f"; pass temperature={better!r}, whose weights {cure}" if better else ""
-    rule = rule_name(temperature)
-    warn_once(f"temperature={rule}: the weights of the {units} {what}{remedy}")
+    warn_once(f"temperature={rule}: the weights of the {units} {what}{remedy}", about=about)
 
 
 def _trouble_of(

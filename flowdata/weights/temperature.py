@@ -249,7 +249,7 @@ def _temperature_of_ess(losses: Tensor, share: float) -> RelativeTemperature:
     # Temperatures lie orders of magnitude apart, so their logarithm is halved. At the low end
     # all weights but those of the ties are 0 in float64, at the high end all are 1.
     low = max(math.log(nearest) - math.log(unit) - 10, _LOWEST)
-    high = math.log(excess[-1].item()) + 40
+    high = math.log(largest / unit) + 40
     while high - low > 1e-13 * max(1.0, abs(low), abs(high)):
         middle = (low + high) / 2
         if not low < middle < high:  # no float lies between them any more
@@ -267,7 +267,10 @@ def _temperature_of_ess(losses: Tensor, share: float) -> RelativeTemperature:
 def _check_ess_is_reachable(excess: Tensor, share: float, target_size: float) -> None:
     """Raise ValueError where ties for the smallest loss alone make a larger sample size."""
     if excess.max() == 0:
-        raise ValueError("temperature='ess…' is not defined: every loss is the same; pass 'median'")
+        raise ValueError(
+            "temperature='ess…' is not defined: every loss is the same, and so is every weight; "
+            "pass any positive float as temperature"
+        )
     ties = int((excess == 0).sum())
     if target_size <= ties:
         raise ValueError(
