@@ -399,7 +399,8 @@ def test_scores_shape_their_weights_as_flow_weights_does():
 def test_half_precision_numpy_and_lists_are_taken():
     values = [0.5, 1.0, 2.0]
     expected = flow_weights(torch.tensor(values))
-    for given_as in (torch.tensor(values).bfloat16(), np.array(values), values):
+    narrow = [torch.tensor(values).to(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    for given_as in (*narrow, np.array(values), values):
         assert torch.equal(flow_weights(given_as), expected)
 
 
