@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.streaming import FlowWeightedIterable
+from flowdata.weights import resolve_temperature
 from tests import reference
 from tests.leave_ranks import leave_ranks
 
@@ -463,3 +464,33 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_temperature_of_an_ess_rule_weighs_relative_to_its_smallest_loss(tmp_path):
+    losses = [loss_of(index) for index in range(COUNT)]
+    temperature = resolve_temperature(losses, "ess0.5")
+    expected = reference.relative_flow_weights(losses, temperature)
+    stream = build(temperature=temperature)
+    items = plain(islice(stream, 11))
+    torch.save(stream.state_dict(), tmp_path / "state.pt")  # in the middle of a window
+    other = build(temperature=temperature)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    items += plain(other)
+    assert [weight for _, weight in items] == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_that_vanish_are_warned_of_once_with_a_rule_for_streams(caplog):
+    stream = build(temperature=1e-3)
+    for _ in range(2):
+        list(stream)
+    (record,) = caplog.records
+    assert "temperature=0.001: the weights of the 8 samples of the stream's" in record.message
+    assert "pass temperature='running_median', whose weights do not vanish" in record.message
+    caplog.clear()
+    list(build())
+    assert caplog.records == []
+
+
+def test_a_callable_is_no_temperature_of_a_stream():
+    with pytest.raises(ValueError, match="temperature of a stream must be"):
+        build(temperature=lambda losses: losses.mean())

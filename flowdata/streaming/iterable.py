@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata.dataset import Layout, weight_attacher
-from flowdata.scores import Missing, Scorer
+from flowdata.scores import Scorer
 from flowdata.streaming.source import StreamSource
 from flowdata.streaming.temperature import StreamTemperature, WindowTemperature
-from flowdata.weights import flow_weights, resolve_temperature
+from flowdata.weights import Missing, positive_number, warn_of_useless_weights, weigh
 
 _VERSION = 1  # of state_dict
 
@@ -104,12 +104,12 @@ class FlowWeightedIterable(IterableDataset[Any]):
         if not hasattr(scorer, "score"):
             raise TypeError(f"scorer must be a LossScorer, got {type(scorer).__name__}")
         if temperature not in ("running_median", "batch_median"):
-            if isinstance(temperature, str):
+            if isinstance(temperature, str) or callable(temperature):
                 raise ValueError(
                     "temperature of a stream must be 'running_median', 'batch_median' or a "
                     f"positive float, got {temperature!r}"
                 )
-            temperature = resolve_temperature(torch.ones(1), temperature)
+            temperature = positive_number(temperature)
         check_natural("window", window, least=1)
         check_natural("seed", seed)
         if missing not in ("raise", "zero"):
@@ -172,7 +172,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
             **self._identity(),
             "epoch": self.epoch,
             **self._source.state_dict(),
-            "in_use": self._window_temperature,
+            "in_use": _as_plain_data(self._window_temperature),
             "yielded": self._index,
             "ended": self._at_end,
             **self._temperatures.state_dict(),
@@ -202,7 +202,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         """What a state must share with the stream that loads it."""
         return {
             "version": _VERSION,
-            "temperature": self.temperature,
+            "temperature": _as_plain_data(self.temperature),
             "window": self.window,
             "resample": self.resample,
             "seed": self.seed,
@@ -257,11 +257,19 @@ class FlowWeightedIterable(IterableDataset[Any]):
         if present.any():
             # The state of a resumed window brings its temperature and a median that has counted
             # its losses: to count them again would double them.
-            if self._window_temperature is None:
+            if self._window_temperature is None or not isinstance(self.temperature, str):
                 self._window_temperature = self._temperatures.of_window(
                     losses[present], self._source.position
                 )
-            weights[present] = flow_weights(losses[present], temperature=self._window_temperature)
+            weights[present] = weigh(losses[present], self._window_temperature)
+            if self._source.position == 0:  # one window speaks for the stream
+                warn_of_useless_weights(
+                    losses,
+                    weights,
+                    self.temperature,
+                    unit="samples of the stream's first window",
+                    remedies={"running_median": "median"},
+                )
         return weights
 
     def _draw(self, weights: Tensor) -> list[bool]:
@@ -274,6 +282,11 @@ class FlowWeightedIterable(IterableDataset[Any]):
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         draws: list[bool] = (uniform < weights).tolist()
         return draws
+
+
+def _as_plain_data(temperature: str | float | None) -> str | float | None:
+    """A temperature as a state holds it: a number of a type that any reader of states knows."""
+    return float(temperature) if isinstance(temperature, float) else temperature
 
 
 def _options_of_one_rank(scorer: Scorer) -> dict[str, Any]:
