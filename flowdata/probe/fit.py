@@ -47,7 +47,8 @@ def fit_head(
             that are 0 or 1 for multi-label, and the rest for regression.
         strength: of the ℓ2 penalty, ≥ 0; ``"held_out"`` takes from 100, 10, … 1e-6 the one with
             the smallest loss on held-out folds. Where features outnumber samples it begins
-            higher, at 100 times their ratio. A warning says where the first or last was the best.
+            higher, at 100 times their ratio. A warning says where the first or last was the best;
+            between the others the loss is interpolated.
         folds: number of held-out folds, ≥ 2, with equal shares of the classes; with fewer samples
             there are as many folds as samples.
 

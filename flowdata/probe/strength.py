@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from flowdata._common.notices import logger
-from flowdata.probe.problem import HeadProblem
+from flowdata.probe.problem import LOSSES, HeadProblem
 
 _WEAKEST, _STRONGEST = -6, 2  # powers of ten
 _TOLERANCE = 1e-4  # is enough to rank the strengths
 _HELD_OUT = 1000  # samples, and of fewer samples the folds are drawn up to three times
+_SLACK = 1.0  # nats over all held-out samples
 _FALLBACK = 1.0
 
 
@@ -42,7 +43,8 @@ def best_strength(
     """Return the strength with the smallest held-out loss; a warning says if it is the last one.
 
     All are tried, as the loss may have several minima. Between them the loss is taken for a
-    parabola of the strength's logarithm.
+    parabola of the strength's logarithm. A stronger penalty is preferred where it costs less than
+    one nat in all: one surprise among new samples costs a head that is too sure of itself more.
 
     Args:
         problem: the problem on all samples, which are shuffled here with a fixed seed.
@@ -70,8 +72,11 @@ def best_strength(
             # Each strength starts from the solution of the one before: they lie close together.
             solution = training.solve(solution, strength, _TOLERANCE)
             losses[place] += testing.mean_loss(solution) * len(indices)
-    best = losses.index(min(losses))
-    if 0 < best < len(strengths) - 1:
+    slack = _SLACK if problem.loss is not LOSSES["mse"] else 0.0
+    repeats = sum(map(len, held_out)) / len(torch.cat(held_out).unique())
+    least = min(losses)
+    best = next(place for place, loss in enumerate(losses) if loss <= least + slack * repeats)
+    if 0 < best < len(strengths) - 1 and losses[best] == least:
         return strengths[best] * 10 ** -_lowest_place(*losses[best - 1 : best + 2])
     _warn_at_the_edge(best, strengths)
     return strengths[best]
