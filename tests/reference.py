@@ -71,12 +71,12 @@ def causal_lm_loss(
 
 
 def linear_probe(features, targets, strength, loss, steps=20000, rate=0.5):
-    """Plain gradient descent, features of mean 0 and mean variance 1; (C, D) weight, (C,) bias."""
+    """Plain gradient descent, features of mean 0 and variance 1; (C, D) weight, (C,) bias."""
     import numpy as np
 
     x = np.asarray(features, dtype=np.float64)
     y = np.asarray(targets, dtype=np.float64)
-    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    mean, scale = x.mean(0), x.std(0)
     z = (x - mean) / scale
     if loss == "cross_entropy":
         y = np.eye(int(y.max()) + 1)[y.astype(int)]

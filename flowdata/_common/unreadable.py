@@ -15,8 +15,13 @@ from torch.utils.data import Dataset, IterableDataset
 from flowdata.errors import SampleError
 
 
-def check_map_style(dataset: Any) -> None:
-    """Raise TypeError, with what to do, unless a data set gives its samples by index."""
+def check_map_style(dataset: Any, streams: str = "for streams use FlowWeightedIterable") -> None:
+    """Raise TypeError, with what to do, unless a data set gives its samples by index.
+
+    Args:
+        dataset: what the user gave for one.
+        streams: what to do with a stream.
+    """
     if isinstance(dataset, Mapping):
         raise TypeError(
             f"dataset must be one data set, got {type(dataset).__name__} of "
@@ -27,7 +32,7 @@ def check_map_style(dataset: Any) -> None:
     ):
         raise TypeError(
             "dataset must be map-style (with __len__ and __getitem__), got "
-            f"{type(dataset).__name__}; for streams use FlowWeightedIterable"
+            f"{type(dataset).__name__}; {streams}"
         )
 
 
