@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from flowdata._common.unreadable import check_map_style
+from flowdata._common.data_sets import check_map_style
 from flowdata.errors import ScoreMismatchError
 from flowdata.scores import Missing, Scores, weights_of
 from flowdata.weights import Normalize, Temperature, resolve_temperature, shape_weights

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -162,6 +163,13 @@ def test_a_sample_without_a_loss_is_refused_or_weighs_nothing():
     assert sum(stream.state_dict()["median"].values()) == COUNT - 1
 
 
+class Given:
+    """Scores samples that are their own losses."""
+
+    def score(self, window, *, collate_fn=None, dataset_id=None):
+        return Scores(torch.tensor(window))
+
+
 @pytest.mark.parametrize("temperature", ["running_median", "batch_median"])
 def test_a_median_of_zero_is_refused_with_a_remedy(temperature):
     zeros = LossScorer(nn.Linear(4, 3), lambda model, batch: torch.zeros(len(batch[0])))
@@ -169,7 +177,216 @@ def test_a_median_of_zero_is_refused_with_a_remedy(temperature):
         range(COUNT), zeros, temperature=temperature, window=WINDOW, collate_fn=collate
     )
     with pytest.raises(ValueError, match=f"'{temperature}' is 0 .* pass a positive float"):
-        next(iter(stream))
+        list(stream)
+
+
+def test_a_running_median_of_zero_waits_while_the_weights_do_not_depend_on_it():
+    losses = [0.0] * 8 + [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0] + [2.0] * 8
+    stream = FlowWeightedIterable(losses, Given(), window=4)
+    first = [weight.item() for _, weight in islice(stream, 8)]
+    assert first == [1.0] * 8
+    with pytest.raises(ValueError, match=r"is 0 up to sample 12 of the stream.* larger window"):
+        list(stream)
+    larger = FlowWeightedIterable(losses, Given(), window=8)
+    weights = [weight.item() for _, weight in larger]
+    assert weights[:8] == [1.0] * 8
+    assert weights[8:16] == pytest.approx(
+        reference.flow_weights(losses[8:16], reference.median(losses[:16])), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 8, 11])
+def test_a_stream_resumes_while_its_median_is_zero(stop):
+    def make():
+        return FlowWeightedIterable([0.0] * 8 + [1.0] * 20, Given(), window=8)
+
+    first_run, second_run = make(), make()
+    prefix = [weight.item() for _, weight in islice(first_run, stop)]
+    second_run.load_state_dict(json.loads(json.dumps(first_run.state_dict())))
+    whole = [weight.item() for _, weight in make()]
+    assert prefix + [weight.item() for _, weight in second_run] == whole
+
+
+def test_a_source_of_zeros_alone_is_refused_at_its_end():
+    stream = FlowWeightedIterable([0.0] * 10, Given(), window=4)
+    iterator = iter(stream)
+    assert [weight.item() for _, weight in islice(iterator, 10)] == [1.0] * 10
+    with pytest.raises(ValueError, match="'running_median' is 0 over the whole stream"):
+        next(iterator)
+    assert len(list(FlowWeightedIterable([0.0] * 10, Given(), window=4, temperature=1.0))) == 10
+
+
+def test_negative_losses_are_refused_by_their_name():
+    stream = FlowWeightedIterable([1.0, -2.0, 3.0], Given())
+    with pytest.raises(ValueError, match=r"losses\[1\] is -2.0"):
+        list(stream)
+
+
+def test_a_scorer_of_another_number_of_losses_is_refused():
+    class Short:
+        def score(self, window, *, collate_fn=None, dataset_id=None):
+            return Scores(torch.ones(2))
+
+    with pytest.raises(ValueError, match="gave 2 losses for a window of 5 samples"):
+        list(FlowWeightedIterable(range(5), Short()))
+
+
+# Sources.
+
+
+class ByIndex:
+    """Map-style and nothing else; an index too large raises no IndexError."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        return index % COUNT
+
+
+class ByIteration:
+    def __iter__(self):
+        return iter(range(COUNT))
+
+
+class Rewinding:
+    """An iterator of its own that begins again, as textbooks write it."""
+
+    def __iter__(self):
+        self.index = 0
+        return self
+
+    def __next__(self):
+        if self.index == COUNT:
+            raise StopIteration
+        self.index += 1
+        return self.index - 1
+
+
+class TellsWhenTold:
+    """Its state depends on what the loader tells it, as in MosaicML's and LitData's streams."""
+
+    def __iter__(self):
+        return iter(range(COUNT))
+
+    def state_dict(self, num_samples):
+        return {"read": num_samples}
+
+    def load_state_dict(self, state):
+        raise AssertionError
+
+
+class Live(Split):
+    """Returns the very dictionary that it writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = {"position": 0}
+
+    def __iter__(self):
+        for index in super().__iter__():
+            self.state["position"] = self.position
+            yield index
+
+    def state_dict(self):
+        return self.state
+
+
+class Empty(Live):
+    """Has nothing to say before it is read."""
+
+    def __iter__(self):
+        self.position = self.state.pop("resume", 0)
+        return super().__iter__()
+
+    def __init__(self):
+        super().__init__()
+        self.state = {}
+
+    def load_state_dict(self, state):
+        self.state = {"resume": state["position"]}
+
+
+KINDS = {
+    "index alone": ByIndex,
+    "iteration alone": ByIteration,
+    "an iterator that rewinds": Rewinding,
+    "a state that needs arguments": TellsWhenTold,
+    "a state that goes on changing": Live,
+    "a state that begins empty": Empty,
+    "torch stream": Split,
+    "hugging face rows": lambda: datasets.Dataset.from_dict({"index": range(COUNT)}),
+    "hugging face stream": hugging_face,
+    "array": lambda: np.arange(COUNT),
+    "keys": lambda: dict.fromkeys(range(COUNT)).keys(),
+    "torchdata node": node,
+    "loader without batches": lambda: DataLoader(range(COUNT), batch_size=None),
+    "loader of a torch stream": lambda: StatefulDataLoader(Split(), batch_size=None),
+    "loader of a hugging face stream": lambda: StatefulDataLoader(hugging_face(), batch_size=None),
+    "loader with a persistent worker": lambda: StatefulDataLoader(
+        Split(), batch_size=None, num_workers=1, persistent_workers=True
+    ),
+}
+
+
+def indices(items):
+    return [index for index, _ in plain(items)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_iterable_is_a_source(kind):
+    stream = build(KINDS[kind]())
+    prefix = indices(islice(stream, 11))
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert sorted(indices(stream)) == list(range(COUNT))  # from the start again
+    resumed = build(KINDS[kind]())
+    resumed.load_state_dict(state)
+    assert sorted(prefix + indices(resumed)) == list(range(COUNT))
+    assert sorted(indices(resumed)) == list(range(COUNT))
+
+
+ONE_PASS = {
+    "generator": lambda: (index for index in range(COUNT)),
+    "map": lambda: map(int, range(COUNT)),
+    "node of a generator": lambda: IterableWrapper(index for index in range(COUNT)),
+    "chain of nodes": lambda: Mapper(IterableWrapper(iter(range(COUNT))), int),
+}
+
+
+@pytest.mark.parametrize("count", [11, COUNT])
+@pytest.mark.parametrize("kind", ONE_PASS)
+def test_what_can_be_read_once_gives_one_pass(kind, count):
+    stream = build(ONE_PASS[kind]())
+    iterator = iter(stream)
+    assert indices(islice(iterator, count)) == list(range(count))
+    assert next(iterator, None) is None or count < COUNT
+    with pytest.raises(ValueError, match="dataset can be read only once, and has been"):
+        list(stream)
+
+
+def test_a_generator_resumes_in_another_process():
+    stream = build(ONE_PASS["generator"]())
+    prefix = indices(islice(stream, 11))
+    resumed = build(ONE_PASS["generator"]())
+    resumed.load_state_dict(stream.state_dict())
+    assert prefix + indices(resumed) == list(range(COUNT))
+
+
+def test_a_state_of_another_kind_of_source_is_refused():
+    stream = build(Split())
+    list(islice(stream, 11))
+    with pytest.raises(ValueError, match="this stream's source, list, has no load_state_dict"):
+        build().load_state_dict(stream.state_dict())
+
+
+@pytest.mark.parametrize("count", [1, 7, 50])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_every_sample_is_given_once_whatever_the_shares(count, replicas):
+    items = []
+    for rank in range(replicas):
+        stream = build(list(range(count)), num_replicas=replicas, rank=rank)
+        items += indices(DataLoader(stream, batch_size=None, num_workers=2))
+    assert sorted(items) == list(range(count))
 
 
 # Reading.

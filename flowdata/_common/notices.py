@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from types import TracebackType
 
 logger = logging.getLogger("flowdata")
 
@@ -21,3 +23,33 @@ def say(message: str, *, shown: bool = True) -> None:
     logger.log(logging.INFO if shown else logging.DEBUG, message)
     if shown and not logger.hasHandlers():
         print(f"flowdata: {message}", file=sys.stderr)
+
+
+class Once(logging.Filter):
+    """Lets the logger pass each sentence once, within its ``with`` blocks.
+
+    Work that is done again and again, such as scoring window after window, finds the same things
+    each time. Sentences that differ in their numbers alone are the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sentences: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the sentence is new."""
+        sentence = re.sub(r"\d+", "0", record.getMessage())
+        is_new = sentence not in self._sentences
+        self._sentences.add(sentence)
+        return is_new
+
+    def __enter__(self) -> None:
+        logger.addFilter(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        logger.removeFilter(self)
