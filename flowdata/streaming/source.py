@@ -217,7 +217,7 @@ def _reference(iterator: Any) -> Callable[[], Any]:
 
 def _reads_generator(dataset: Any) -> bool:
     """Whether at the beginning of a chain of torchdata's nodes stands a generator, or the like."""
-    node = dataset.root if isinstance(dataset, Loader) else None
+    node: Any = dataset.root if isinstance(dataset, Loader) else None
     while hasattr(node, "source"):
         node = node.source
     leaf = getattr(node, "iterable", None)
