@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from flowdata._common.unreadable import check_map_style
+from flowdata._common.data_sets import check_map_style
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.summary import drop_missing
 from flowdata.scores import Scores, weights_of

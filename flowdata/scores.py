@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata._common.data_sets import check_takes_column
 from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
 from flowdata._common.values import check_values
@@ -222,18 +223,12 @@ class Scores:
             missing: as for `weights`.
 
         Raises:
-            TypeError: not a Hugging Face data set.
+            TypeError: not a Hugging Face data set, or a stream or dictionary of them.
             ScoreMismatchError: the scores were made from another data set.
-            ValueError: it has such a column already, or weights can't be made.
+            ValueError: it has such a column already, `name` is none, or weights can't be made.
         """
-        if not hasattr(hf_dataset, "add_column"):
-            raise TypeError(
-                f"hf_dataset must be a Hugging Face Dataset, got {type(hf_dataset).__name__}; for "
-                "others use FlowWeightedDataset"
-            )
+        check_takes_column(hf_dataset, name)
         self.check_dataset(hf_dataset, view=False)
-        if name in hf_dataset.column_names:
-            raise ValueError(f"the data set has a column {name!r} already; pass another name")
         weights = self.weights(temperature, missing=missing)
         return hf_dataset.add_column(name, weights.numpy().astype(np.float32))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+from types import TracebackType
 
 import torch.distributed as dist
 
@@ -72,3 +74,33 @@ def _line_of_caller() -> tuple[str, int]:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
+
+
+class Once(logging.Filter):
+    """Lets the logger pass each sentence once, within its ``with`` blocks.
+
+    Work that is done again and again, such as scoring window after window, finds the same things
+    each time. Sentences that differ in their numbers alone are the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sentences: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the sentence is new."""
+        sentence = re.sub(r"\d+", "0", record.getMessage())
+        is_new = sentence not in self._sentences
+        self._sentences.add(sentence)
+        return is_new
+
+    def __enter__(self) -> None:
+        logger.addFilter(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        logger.removeFilter(self)

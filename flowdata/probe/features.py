@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from flowdata._common.data_sets import check_map_style
 from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
-from flowdata._common.unreadable import check_map_style
 from flowdata.models.calling import call_with
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
@@ -22,7 +22,6 @@ from flowdata.store.format import make_manifest, read_file, write_file
 from flowdata.store.identity import check_identity, features_identity
 from flowdata.targets.labels import split_batch
 
-_NO_STREAMS = "a probe needs all samples at once: list(itertools.islice(stream, n)) is map-style"
 _ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
 
 
@@ -63,7 +62,7 @@ def compute_features(
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
-    check_map_style(dataset, _NO_STREAMS)
+    check_map_style(dataset)
     device = home(model)
     # A body without parameters has no dtype of its own: its features are those of its inputs.
     has_parameters = any(True for _ in model.parameters())
