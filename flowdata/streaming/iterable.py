@@ -20,6 +20,7 @@ from flowdata.streaming.source import StreamSource
 from flowdata.streaming.temperature import (
     StreamTemperature,
     WindowTemperature,
+    as_plain_data,
     check_stream_temperature,
 )
 from flowdata.streaming.window_scorer import WindowScorer
@@ -198,7 +199,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
             **self._identity(),
             "epoch": self.epoch,
             **self._source.state_dict(),
-            "in_use": _as_plain_data(self._window_temperature),
+            "in_use": as_plain_data(self._window_temperature),
             "yielded": self._index,
             "ended": self._at_end,
             **self._temperatures.state_dict(),
@@ -231,7 +232,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         """What a state must share with the stream that loads it."""
         return {
             "version": _VERSION,
-            "temperature": _as_plain_data(self.temperature),
+            "temperature": as_plain_data(self.temperature),
             "window": self.window,
             "resample": self.resample,
             "seed": self.seed,
@@ -346,8 +347,3 @@ class FlowWeightedIterable(IterableDataset[Any]):
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         draws: list[bool] = (uniform < weights).tolist()
         return draws
-
-
-def _as_plain_data(temperature: str | float | None) -> str | float | None:
-    """A temperature as a state holds it: a number of a type that any reader of states knows."""
-    return float(temperature) if isinstance(temperature, float) else temperature

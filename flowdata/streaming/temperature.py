@@ -32,6 +32,11 @@ def check_stream_temperature(temperature: Any) -> StreamTemperature:
     return positive_number(temperature)
 
 
+def as_plain_data(temperature: StreamTemperature | None) -> StreamTemperature | None:
+    """Return a temperature as a state holds it: a number of a type that any reader knows."""
+    return float(temperature) if isinstance(temperature, float) else temperature
+
+
 class WindowTemperature:
     """The temperature of one window after another, by one rule.
 
