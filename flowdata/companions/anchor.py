@@ -43,7 +43,7 @@ class ParameterAnchor:
 
     Raises:
         TypeError: `model` is no module, or `reference` none of those.
-        ValueError: an unknown `kind`, a `strength` that isn't a finite number ≥ 0, nothing to train,
+        ValueError: an unknown `kind`, a `strength` that is no finite number ≥ 0, nothing to train,
             parameters in flat pieces (FSDP1, ZeRO-3) or on the meta device, or a `reference` that
             lacks a parameter or has it in another shape or quantised.
 

@@ -64,11 +64,16 @@ class _Distance(torch.autograd.Function):
 
 
 def _differences(parameters: Sequence[Tensor], starts: list[Tensor]) -> Iterator[list[Tensor]]:
-    """θ − θ* of every parameter in turn, about `_BUCKET` bytes at a time."""
+    """θ − θ* of every parameter in turn, about `_BUCKET` bytes at a time.
+
+    A bucket ends, too, where the mesh of ranks changes, or a sharded parameter follows a whole one:
+    one kernel takes no mixture.
+    """
     start = size = 0  # of the bucket: its first parameter, its bytes
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in parameters]
     for end, parameter in enumerate(parameters, start=1):
         size += _shard(parameter).nbytes
-        if size < _BUCKET and end < len(parameters):
+        if size < _BUCKET and end < len(parameters) and meshes[end] == meshes[end - 1]:
             continue
         current = [p.detach() for p in parameters[start:end]]
         anchors = [

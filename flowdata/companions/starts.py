@@ -65,6 +65,7 @@ class Starts:
             raise ValueError("model has no parameter that requires a gradient: nothing to anchor")
         source = None if reference is None else Reference(reference, model)
         self._starts = self._copies(trained, source)
+        self._shards.update({name: p for name, p in trained.items() if is_sharded(p)})
         # What θ* of the frozen ones will be read from: a file, or tensors and their versions.
         self._file = reference if isinstance(reference, str | PathLike) else None
         self._frozen: dict[str, tuple[Tensor, int | None]] = {}
