@@ -65,18 +65,21 @@ def average_checkpoints(pretrained: Path, finetuned: Path, alpha: float, output:
         FileNotFoundError: a checkpoint, or one of its shards, is not there.
         ValueError: the two don't match, are quantised or adapters, or `output` can't be written.
     """
+    if output.suffix in WEIGHTS[1:]:
+        raise ValueError(
+            f"output is written as safetensors: name a file .safetensors or a folder, not {output}"
+        )
     old, new = Checkpoint(pretrained, "pretrained"), Checkpoint(finetuned, "finetuned")
     for checkpoint in (old, new):
         _check_plain(checkpoint)
     matches = match_entries(old, new, (str(pretrained), str(finetuned)))
-    if output.name.endswith(".safetensors") or (finetuned.is_file() and not new.is_sharded):
-        if output.is_dir() or output.suffix in WEIGHTS[1:]:
-            raise ValueError(
-                f"output must be a file of safetensors, as model.safetensors; got {output}"
-            )
+    is_one_file = finetuned.is_file() and not new.is_sharded
+    if output.suffix != WEIGHTS[0] and not is_one_file:
+        _write_folder(output, old, new, matches, alpha)
+    elif output.is_dir():
+        raise ValueError(f"output must name a file, as model.safetensors; {output} is a folder")
+    else:
         _write(output, old, new, matches, alpha)
-        return output
-    _write_folder(output, old, new, matches, alpha)
     return output
 
 
