@@ -76,9 +76,7 @@ def adapter_of(model: Any, owner: str) -> Adapter:
             "LoRA's products; merge it first (model.merge_and_unload()), and the other one too"
         )
     ranks, scalings = {}, {}
-    for path, layer in model.named_modules():
-        if name not in getattr(layer, "scaling", {}):
-            continue
+    for path, layer in _lora_layers(model, name).items():
         if layer.merged or layer.disable_adapters:
             state = "merged into its layers" if layer.merged else "switched off"
             raise ValueError(
@@ -99,6 +97,8 @@ def joint_model(finetuned: Any, pretrained: Adapter, adapter: Adapter) -> Any:
         pretrained: the adapter of the other model.
         adapter: the model's own; the copy's has its name and scaling.
     """
+    from peft import get_peft_model  # its models are there, so it is
+
     ranks, alphas = {}, {}
     for path in [*adapter.ranks, *(path for path in pretrained.ranks if path not in adapter.ranks)]:
         ranks[path] = pretrained.ranks.get(path, 0) + adapter.ranks.get(path, 0)
@@ -112,15 +112,10 @@ def joint_model(finetuned: Any, pretrained: Adapter, adapter: Adapter) -> Any:
     if pretrained.ranks.keys() != adapter.ranks.keys():
         config.target_modules = {_inner_name(path) for path in ranks}
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    model = copy.deepcopy(finetuned)
-    model.delete_adapter(adapter.name)
-    model.add_adapter(adapter.name, config)
-    model.set_adapter(adapter.name)
-    layers = {
-        path for path, m in model.named_modules() if adapter.name in getattr(m, "scaling", {})
-    }
-    if layers != ranks.keys():
-        path = min(layers ^ ranks.keys())
+    model = get_peft_model(copy.deepcopy(finetuned).unload(), config, adapter_name=adapter.name)
+    layers = _lora_layers(model, adapter.name)
+    if layers.keys() != ranks.keys():
+        path = min(layers.keys() ^ ranks.keys())
         raise ValueError(
             f"the two adapters are on different layers ({path} is one), which no target_modules "
             "joins; merge both first (model.merge_and_unload())"
@@ -192,6 +187,15 @@ def tell_bases_differ(pretrained: Adapter, adapter: Adapter) -> None:
                 "average of both; save it whole (merge_and_unload()), not its adapter alone"
             )
             return
+
+
+def _lora_layers(model: nn.Module, name: str) -> dict[str, Any]:
+    """The layers that an adapter is added to, by their names."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A") and name in module.scaling
+    }
 
 
 def _layer_and_factor(key: str) -> tuple[str, str]:

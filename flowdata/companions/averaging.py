@@ -116,6 +116,8 @@ def sweep_wise_ft(
         >>> weights == {0.0: old.weight.item(), 1.0: new.weight.item()}
         True
     """
+    if not isinstance(alphas, Iterable) or getattr(alphas, "ndim", 1) == 0:
+        raise TypeError(f"alphas must be a sequence of numbers, got {alphas!r}")
     shares = [as_python(alpha) for alpha in alphas]
     for alpha in shares:
         _check_alpha(alpha)
