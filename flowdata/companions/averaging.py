@@ -1,4 +1,4 @@
-"""WiSE-FT: the average of the pre-trained and the fine-tuned weights."""
+"""WiSE-FT: the average of the pre-trained and the fine-tuned weights, at one α or several."""
 
 from __future__ import annotations
 
@@ -40,28 +40,44 @@ def wise_ft(
 ) -> Any:
     """Return the weights α · fine-tuned + (1 − α) · pre-trained.
 
-    Floating entries (BatchNorm statistics included) are averaged in float32 or wider and keep
-    the dtype and device they have in `finetuned`; integers and bools are taken from it.
-    α = 0 and 1 give the two ends exactly. Nothing given is modified.
+    Floating entries are averaged in float32 or wider and have the dtype and device that they have
+    in `finetuned`; integers and bools are taken from it. α = 0 and 1 give the two ends exactly,
+    in that dtype. Nothing given is modified.
+
+    - BatchNorm's statistics are averaged as all else, and are not those of the averaged network:
+      where it matters, `torch.optim.swa_utils.update_bn` takes them anew.
+    - An output layer that is tied to the embedding at one end only has weights of its own.
+    - Quantised weights have no average and are refused, unless both ends have the same integers.
+    - Two PEFT models with one LoRA adapter each give one whose adapter is the average of the two
+      products, in the rank of both together. One such model and one without is refused.
+    - Prefixes of `torch.compile`, DataParallel and DistributedDataParallel make no difference.
 
     Source: WiSE-FT, Wortsman et al., CVPR 2022, arXiv:2109.01903, equation 1.
 
     Args:
-        pretrained: a module, a state dict or the path of a safetensors file.
-        finetuned: the same, with entries of the same names and shapes. Merge LoRA adapters
-            first; leave a head that only one of them has out of both.
-        alpha: α, from 0 to 1.
-        output: the file to write when files are averaged. Tensors pass through memory one at a
-            time, into a file of another name that is renamed at the end; so `output` may be
-            one of the two files.
+        pretrained: a module, a state dict, or the path of a checkpoint: a file of safetensors or
+            of `torch.save` (read with `weights_only`), the index of a sharded one, or a folder of
+            `save_pretrained` or of the Hugging Face hub's cache.
+        finetuned: the same, with entries of the same names and shapes. Leave a head that only one
+            of them has out of both.
+        alpha: α, any real number from 0 to 1; there is no extrapolation.
+        output: where the average of checkpoints is written, as safetensors. A file if its name
+            ends in ``.safetensors`` or `finetuned` is a single file; it may be one of the two
+            files. Else a new folder, with the shards, the configuration and the tokenizer of
+            `finetuned`, for `from_pretrained`. Tensors pass through memory one at a time; the
+            name is given at the end, so that `output` is whole or not there.
 
     Returns:
-        A module (a copy of `finetuned`, without gradients), a dict or `output` as a path.
+        A module (a copy of `finetuned`, out of its wrappers, without gradients), a dict or
+        `output` as a path.
 
     Raises:
         TypeError: the two are not of one kind, `output` is missing for files, or is
             given for anything else.
-        ValueError: `alpha` is not in [0, 1], or names or shapes differ (the first is named).
+        FileNotFoundError: a checkpoint, or one of its shards, is not there.
+        ValueError: `alpha` is not in [0, 1]; names, shapes or kinds of entries differ (the first
+            is named); weights are quantised, sharded over processes or of an adapter that has no
+            average; a file is no checkpoint, or `output` a folder that is there already.
 
     Example:
         >>> import torch
@@ -103,10 +119,14 @@ def sweep_wise_ft(
     Args:
         pretrained: the model before fine-tuning; it is not modified.
         finetuned: the model after fine-tuning; it is not modified.
-        alphas: each from 0 to 1.
+        alphas: each from 0 to 1, in a list, an array or a tensor; all are checked first.
         measure: called with the averaged model, which the next α overwrites.
 
+    Returns:
+        The measurements by α, as given; numbers of arrays and tensors as Python's.
+
     Raises:
+        TypeError: `alphas` is a single number.
         ValueError: see `wise_ft`.
 
     Example:

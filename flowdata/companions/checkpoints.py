@@ -22,6 +22,10 @@ from torch import Tensor
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # suffixes of files of weights
 INDEX = ".index.json"
+_USUAL_NAMES = (  # as `save_pretrained` writes them, among other precisions and adapters
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where training loops put the weights
 
 
@@ -80,6 +84,8 @@ class Checkpoint(Mapping[str, Tensor]):
         shard_of: dict[str, str] = {}
         for shard in sorted(set(weight_map.values())):
             file = index.parent / shard
+            if Path(shard).name != shard:
+                raise ValueError(f"{self.name}: {index} names the shard {shard!r}, which is a path")
             if not file.is_file():
                 raise FileNotFoundError(
                     f"{self.name}: {index.name} names the shard {shard}, which is not in "
@@ -129,7 +135,7 @@ def _find(path: Path, name: str) -> Path:
         return _find(revisions[0], name)
     for pattern in ("*.safetensors" + INDEX, "*.safetensors", "*" + INDEX, "*"):
         files = [file for file in sorted(path.glob(pattern)) if _is_weights(file)]
-        preferred = [file for file in files if file.name.split(".")[0] == "model"] or files
+        preferred = [file for file in files if file.name in _USUAL_NAMES] or files
         if len(preferred) == 1:
             return preferred[0]
         if preferred:
