@@ -158,15 +158,46 @@ def test_gradual_unfreezing_takes_the_reference_where_there_is_one(kind, tmp_pat
     check(anchor, model, starts_of(start))
 
 
-def test_a_layer_that_was_trained_before_the_anchor_saw_it_is_refused():
-    for write in (move, assign):
-        model = network()
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_a_layer_trained_before_the_anchor_saw_it_counts_from_its_start_or_is_refused(options):
+    for size in (3, 700):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(size, size), nn.Linear(size, 2))
+        starts = starts_of(model)
         model[0].requires_grad_(False)
-        anchor = ParameterAnchor(model)
+        anchor = ParameterAnchor(model, strength=1.0)
         model[0].requires_grad_(True)
-        write(model)
-        with pytest.raises(ValueError, match=r"'0.weight' was frozen when the anchor was made"):
+        model(torch.ones(1, size)).sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+        if size == 3:
+            check(anchor, model, starts)  # small ones were copied
+            continue
+        with pytest.raises(ValueError, match=r"'0.weight' was frozen .* written to since"):
             anchor()
+
+
+def test_a_large_layer_of_equal_values_that_was_written_to_is_refused():
+    model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2))
+    nn.init.ones_(model[0].weight).requires_grad_(False)
+    anchor = ParameterAnchor(model)
+    with torch.no_grad():
+        model[0].weight[::2] += 0.5
+        model[0].weight[1::2] -= 0.5
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.weight' was frozen .* written to since"):
+        anchor()
+
+
+def test_a_large_layer_unfrozen_after_it_was_moved_to_equal_weights_is_followed():
+    model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2))
+    starts = starts_of(model)
+    model[0].requires_grad_(False)
+    anchor = ParameterAnchor(model, strength=1.0)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model[0].requires_grad_(True)
+    anchor()
+    move(model)
+    check(anchor, model, starts)
 
 
 def test_nothing_trained_is_refused_never_0():

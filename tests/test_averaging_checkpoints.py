@@ -277,3 +277,38 @@ def test_a_folder_of_several_checkpoints_or_none_is_refused(tmp_path):
         wise_ft(tmp_path / "a.safetensors", tmp_path / "none", 0.5, tmp_path / "mean.safetensors")
     with pytest.raises(FileNotFoundError, match="snapshot_download"):
         wise_ft("meta-llama/Llama-3", "meta-llama/Llama-3-sft", 0.5, tmp_path / "mean")
+
+
+@pytest.mark.parametrize("old_tied", [True, False])
+def test_a_bias_that_bert_keeps_once_where_it_is_tied_is_one(tmp_path, old_tied):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = [
+        transformers.BertForMaskedLM(
+            transformers.BertConfig(**sizes, tie_word_embeddings=tied)
+        ).eval()
+        for tied in (old_tied, not old_tied)
+    ]
+    for name, model in zip(("old", "new"), ends, strict=True):
+        model.save_pretrained(tmp_path / name)
+    for alpha, end in enumerate(ends):
+        out = wise_ft(tmp_path / "old", tmp_path / "new", alpha, tmp_path / f"mean{alpha}")
+        model = transformers.AutoModelForMaskedLM.from_pretrained(out).eval()
+        assert torch.equal(logits(model), logits(end))
+
+
+def test_networks_that_scale_a_tied_output_layer_are_refused_beside_untied_ones(tmp_path):
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1}
+    old, new = (
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, num_heads=2, tie_word_embeddings=tied)
+        )
+        for tied in (True, False)
+    )
+    old.save_pretrained(tmp_path / "old")
+    new.save_pretrained(tmp_path / "new")
+    for ends in ((old, new), (tmp_path / "old", tmp_path / "new")):
+        output = (tmp_path / "mean",) if ends[0] is not old else ()
+        with pytest.raises(ValueError, match="t5 scales what goes into its output layer"):
+            wise_ft(*ends, 0.5, *output)
+        wise_ft(ends[0], ends[0], 0.5, *output)

@@ -25,7 +25,7 @@ from torch import Tensor
 from flowdata._common.atomic import replacing
 from flowdata.companions.averages import averages, check_no_factors
 from flowdata.companions.checkpoints import INDEX, WEIGHTS, Checkpoint
-from flowdata.companions.state import Match, match_entries
+from flowdata.companions.state import Match, check_same_scaling, match_entries
 
 _DTYPES = {
     torch.float64: "F64",
@@ -72,6 +72,7 @@ def average_checkpoints(pretrained: Path, finetuned: Path, alpha: float, output:
     old, new = Checkpoint(pretrained, "pretrained"), Checkpoint(finetuned, "finetuned")
     for checkpoint in (old, new):
         _check_plain(checkpoint)
+    check_same_scaling(old.config, new.config)
     matches = match_entries(old, new, (str(pretrained), str(finetuned)))
     is_one_file = finetuned.is_file() and not new.is_sharded
     if output.suffix != WEIGHTS[0] and not is_one_file:

@@ -19,7 +19,7 @@ from flowdata.companions.adapters import (
     without_factors,
 )
 from flowdata.companions.averages import averages, check_no_factors
-from flowdata.companions.state import match_entries, plain_names
+from flowdata.companions.state import check_same_scaling, match_entries, plain_names
 from flowdata.models.calling import unwrapped
 
 _ENDS = ("pretrained", "finetuned")
@@ -66,6 +66,9 @@ class AveragedModule:
                 f"{owner} is a PEFT model and the other is not: merge its adapter first "
                 "(model.merge_and_unload())"
             )
+        configs = [getattr(model, "config", None) for model in (self._pretrained, finetuned)]
+        if all(hasattr(config, "to_dict") for config in configs):
+            check_same_scaling(*(vars(config) for config in configs))
         self.model = copy.deepcopy(finetuned)
         _untie(self.model, self._pretrained)
 

@@ -1,20 +1,22 @@
 """Where a model's parameters started: θ* of those that are trained now, whatever became of them.
 
 A parameter is known by its name without wrappers, so that one that was replaced (weights assigned,
-sharded, moved) is found again. A frozen one has no copy of θ*: it is its own, as long as nothing
-has written to it, which PyTorch's version counter of every tensor tells.
+sharded, moved) is found again. A large frozen one has no copy of θ*: it is its own, as long as
+nothing has written to it, which a mark of its bits tells.
 
     trained when the anchor is made      copied
     frozen then, trained now, untouched  copied now
-    frozen then, written to since        refused
+    frozen then, written to since        refused, unless it is small and was copied
     not there then (adapters, heads)     refused
     trained then, frozen now             left out until it is trained again
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from flowdata.companions.sharding import (
     is_under_fsdp2,
 )
 from flowdata.companions.state import check_shapes, plain_names, shapes_of
+
+_SMALL = 1 << 16  # numbers in a tensor whose copy costs nothing that matters
 
 
 class Starts:
@@ -66,15 +70,17 @@ class Starts:
         source = None if reference is None else Reference(reference, model)
         self._starts = self._copies(trained, source)
         self._shards.update({name: p for name, p in trained.items() if is_sharded(p)})
-        # What θ* of the frozen ones will be read from: a file, or tensors and their versions.
         self._file = reference if isinstance(reference, str | PathLike) else None
-        self._frozen: dict[str, tuple[Tensor, int | None]] = {}
-        if self._file is None:
-            for name, p in own.items():
-                value = p if source is None else source.find(name, p)
-                if name not in trained and value is not None:
-                    self._frozen[name] = (value, _version(value))
-        self._is_own = reference is None
+        # What is frozen: θ* where it is small or from a reference, and the mark of large tensors.
+        self._frozen: dict[str, tuple[Tensor | None, tuple[int, float] | None]] = {}
+        for name, p in {} if self._file is not None else own.items():
+            value = p if source is None else source.find(name, p)
+            if name in trained or value is None or value.is_meta or not value.is_floating_point():
+                continue
+            if value.numel() <= _SMALL:
+                self._frozen[name] = (value.detach().clone(), None)
+            else:
+                self._frozen[name] = (None if source is None else value, _mark(value))
 
     def trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters that are trained now, each once, and θ* of each in its form.
@@ -94,8 +100,6 @@ class Starts:
                 current, start = self._follow(name, parameter)
                 parameters.append(current)
                 starts.append(start)
-            elif self._is_own and name in self._frozen and self._frozen[name][0] is not parameter:
-                del self._frozen[name]  # replaced: its memory is free to go
         if not self._starts.keys() <= names:
             name = min(self._starts.keys() - names)
             raise ValueError(
@@ -179,19 +183,31 @@ class Starts:
             )
         if self._file is not None:
             return self._copies({name: parameter}, Reference(self._file, self._model))[name]
-        value, version = self._frozen.get(name, (parameter, None))
-        is_replaced = self._is_own and value is not parameter
-        if is_replaced or version is None or version != _version(value):
+        value, mark = self._frozen.get(name, (None, None))
+        value = parameter if value is None else value
+        if name not in self._frozen or (mark is not None and not _has_mark(value, mark)):
             raise ValueError(
-                f"{name!r} was frozen when the anchor was made and has been written to or replaced "
-                "since, so where it started is not known; call the anchor once between "
-                "requires_grad_ and the next step, or give a reference that has it"
+                f"{name!r} was frozen when the anchor was made and has been written to since, or "
+                "the reference lacks it, so where it started is not known; call the anchor once "
+                "between requires_grad_ and the next step, or give a reference that has it"
             )
         check_shapes(shapes_of({name: value}), shapes_of({name: parameter}), "reference", "model")
         check_holds_weights(value, name, parameter)
         return in_form(value.detach().clone(), parameter, self._device)
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where PyTorch doesn't count."""
-    return None if tensor.is_inference() else tensor._version
+def _mark(tensor: Tensor) -> tuple[int, float]:
+    """What tells a large tensor from one that was written to: its bits, xored, and its norm.
+
+    PyTorch's version counters don't tell: fused optimisers write past them. The norm is there for
+    equal values, whose bits cancel.
+    """
+    whole: Any = tensor.detach()
+    whole = whole.full_tensor() if is_sharded(tensor) else whole
+    norm = torch.linalg.vector_norm(whole, dtype=torch.float64)
+    return int(torch.hash_tensor(whole).item()), norm.item()
+
+
+def _has_mark(tensor: Tensor, mark: tuple[int, float]) -> bool:
+    bits, norm = _mark(tensor)
+    return bits == mark[0] and math.isclose(norm, mark[1], rel_tol=1e-12)

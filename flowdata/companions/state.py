@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ _HEAD = re.compile(
 )
 _EMBEDDING = re.compile(r"(^|\.)(wte|shared|\w*embed\w*|\w+_embeddings?)\.weight$")
 _OTHER_EMBEDDING = re.compile(r"position|type|pos_|patch|wpe")
+
+_SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano")
+_TIES = ("scale_decoder_outputs", "tie_word_embeddings")
 
 
 class Match(NamedTuple):
@@ -143,6 +146,9 @@ def tied_source(name: str, shape: list[int], shapes: Shapes, entries: StateDict)
         return source if source in shapes else None
     if not getattr(entries, "may_be_tied", True):
         return None
+    outer_bias = name.removesuffix(".decoder.bias") + ".bias"  # BERT's head has one under two names
+    if name.endswith(".decoder.bias") and shapes.get(outer_bias) == shape:
+        return outer_bias
     candidates = [
         other
         for other, other_shape in shapes.items()
@@ -151,6 +157,20 @@ def tied_source(name: str, shape: list[int], shapes: Shapes, entries: StateDict)
         if (_is_embedding(other) or _HEAD.search(other))
     ]
     return candidates[0] if len(candidates) == 1 else None
+
+
+def check_same_scaling(start: Mapping[str, Any], end: Mapping[str, Any]) -> None:
+    """Raise ValueError where two configurations make other networks of the same weights.
+
+    T5 and its kin scale what goes into an output layer that is tied, and only then.
+    """
+    differences = [key for key in _TIES if start.get(key, True) != end.get(key, True)]
+    if differences and end.get("model_type") in _SCALED_IF_TIED:
+        raise ValueError(
+            f"pretrained and finetuned differ in {differences[0]} of their configurations, with "
+            f"which {end['model_type']} scales what goes into its output layer: no average of "
+            "weights lies between the two networks"
+        )
 
 
 def _is_embedding(name: str) -> bool:
