@@ -66,9 +66,11 @@ class AveragedModule:
                 f"{owner} is a PEFT model and the other is not: merge its adapter first "
                 "(model.merge_and_unload())"
             )
-        configs = [getattr(model, "config", None) for model in (self._pretrained, finetuned)]
+        configs: list[Any] = [
+            getattr(model, "config", None) for model in (self._pretrained, finetuned)
+        ]
         if all(hasattr(config, "to_dict") for config in configs):
-            check_same_scaling(*(vars(config) for config in configs))
+            check_same_scaling(*(config.to_dict() for config in configs))
         self.model = copy.deepcopy(finetuned)
         _untie(self.model, self._pretrained)
 
