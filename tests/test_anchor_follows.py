@@ -200,6 +200,17 @@ def test_a_large_layer_unfrozen_after_it_was_moved_to_equal_weights_is_followed(
     check(anchor, model, starts)
 
 
+def test_a_quantised_layer_beneath_is_no_concern_of_the_anchor():
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2))
+        starts = starts_of(model)
+        eighths = model[0].weight.detach().to(dtype)
+        model[0].weight = nn.Parameter(eighths, requires_grad=False)
+        anchor = ParameterAnchor(model, strength=1.0)
+        move(model)
+        check(anchor, model, starts)
+
+
 def test_nothing_trained_is_refused_never_0():
     model = network()
     anchor = ParameterAnchor(model)

@@ -75,7 +75,7 @@ class Starts:
         self._frozen: dict[str, tuple[Tensor | None, tuple[int, float] | None]] = {}
         for name, p in {} if self._file is not None else own.items():
             value = p if source is None else source.find(name, p)
-            if name in trained or value is None or value.is_meta or not value.is_floating_point():
+            if name in trained or value is None or not _can_be_trained(value):
                 continue
             if value.numel() <= _SMALL:
                 self._frozen[name] = (value.detach().clone(), None)
@@ -194,6 +194,13 @@ class Starts:
         check_shapes(shapes_of({name: value}), shapes_of({name: parameter}), "reference", "model")
         check_holds_weights(value, name, parameter)
         return in_form(value.detach().clone(), parameter, self._device)
+
+
+def _can_be_trained(value: Tensor) -> bool:
+    """Whether a tensor has values that training may move; quantised ones have not."""
+    is_plain = type(value.data) in (Tensor, nn.Parameter) or is_sharded(value)
+    is_wide = value.is_floating_point() and value.dtype.itemsize > 1
+    return is_plain and is_wide and not value.is_meta
 
 
 def _mark(tensor: Tensor) -> tuple[int, float]:
