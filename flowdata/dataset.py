@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from flowdata._common.unreadable import check_map_style
+from flowdata._common.data_sets import check_map_style
 from flowdata.errors import ScoreMismatchError
-from flowdata.scores import Missing, Scores, weights_of
-from flowdata.weights import Normalize, Temperature, resolve_temperature, shape_weights
+from flowdata.report.summary import drop_missing
+from flowdata.scores import Scores, weights_of
+from flowdata.weights import (
+    Missing,
+    Normalize,
+    Temperature,
+    resolve_temperature,
+    shape_weights,
+    warn_of_useless_weights,
+)
 
 Layout: TypeAlias = Literal["pair", "triple", "dict"]
 
@@ -32,7 +40,7 @@ class FlowWeightedDataset(Dataset[Any]):
             `ConcatDataset`, a list of them, one for each of its parts.
         temperature: as in `resolve_temperature`; of each part by itself where there are
             several (`joint_temperature` gives one for all). Only scores use it: weights are
-            taken as they are.
+            taken as they are. Under ``"ess…"`` the largest weight, of each part, is 1.
         layout: ``"pair"`` yields (sample, weight); ``"triple"`` turns a sample (input, target)
             into (input, target, weight); ``"dict"`` adds the weight to a mapping under `key`.
         key: the weight's name under ``layout="dict"``.
@@ -90,7 +98,7 @@ class FlowWeightedDataset(Dataset[Any]):
                 "samples; pass one weight for each sample, in the data set's order"
             )
         self.dataset = dataset
-        self.weights = weights.to("cpu", torch.float32)
+        self.weights = _to_float32(weights)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -120,12 +128,16 @@ class FlowWeightedDataset(Dataset[Any]):
 def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "median") -> float:
     """Return the temperature that a rule picks over the samples of several data sets together.
 
+    That of ``"ess…"`` makes all their weights relative to the smallest loss of them all: the
+    ratios between the data sets are kept.
+
     Args:
         scores: one `Scores` for each data set; samples without a loss are left out.
         temperature: as in `resolve_temperature`.
 
     Raises:
         TypeError: `scores` is no list of `Scores`.
+        ValueError: no sample has a loss, or the temperature is unusable.
 
     Example:
         >>> import torch
@@ -136,7 +148,7 @@ def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "medi
     if not is_several(scores) or not all(isinstance(part, Scores) for part in scores):
         raise TypeError("scores must be a list of Scores, one for each data set")
     losses = torch.cat([part.losses for part in scores])
-    return resolve_temperature(losses[~losses.isnan()], temperature)
+    return resolve_temperature(drop_missing(losses), temperature)
 
 
 def gather_weights(
@@ -151,14 +163,17 @@ def gather_weights(
 
     The temperature is of each data set by itself, and for its scores alone. Normalising and
     capping concern all weights together, those that the user gives included: they are the last
-    step, and the ratios between data sets stay as they are.
+    step, and the ratios between data sets stay as they are. Whether the weights of scores are of
+    use is told of all together, too: one of several sets may rightly vanish beside the others.
     """
-    if is_several(scores_or_weights):
-        parts = [weights_of(s, temperature=temperature, missing=missing) for s in scores_or_weights]
-        weights = torch.cat(parts)
-    else:
-        weights = weights_of(scores_or_weights, temperature=temperature, missing=missing)
-    return shape_weights(weights, normalize=normalize, max_weight=max_weight)
+    several = scores_or_weights if is_several(scores_or_weights) else [scores_or_weights]
+    parts = [weights_of(s, temperature=temperature, missing=missing) for s in several]
+    made = [(s.losses, w) for s, w in zip(several, parts, strict=True) if isinstance(s, Scores)]
+    if made:
+        losses, made_weights = (_join(tensors) for tensors in zip(*made, strict=True))
+        is_normalized = normalize == "mean"
+        warn_of_useless_weights(losses, made_weights, temperature, is_normalized=is_normalized)
+    return shape_weights(_join(parts), normalize=normalize, max_weight=max_weight)
 
 
 def is_several(scores_or_weights: Any) -> bool:
@@ -186,6 +201,28 @@ def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
     if layout == "dict":
         return functools.partial(_add_key, key=key)
     raise ValueError(f"layout must be 'pair', 'triple' or 'dict', got {layout!r}")
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after another; a single one, such as a memory map, stays as it is."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def _to_float32(weights: Tensor) -> Tensor:
+    """Weights as a loop takes them, refused where float32 cannot hold them."""
+    single = weights.to("cpu", torch.float32)
+    if not single.isfinite().all():
+        first = int((~single.isfinite()).int().argmax())
+        raise ValueError(
+            f"weights[{first}] is {weights[first].item():g}, more than float32 holds, in which "
+            "weights go into a loss; scale the weights down"
+        )
+    if not single.any() and weights.any():
+        raise ValueError(
+            f"the largest weight is {weights.max().item():g}, less than float32 holds, in which "
+            "weights go into a loss; scale the weights up"
+        )
+    return single
 
 
 def _pair(sample: Any, weight: Tensor) -> tuple[Any, Tensor]:

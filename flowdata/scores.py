@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata._common.data_sets import check_takes_column
+from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
 from flowdata._common.values import check_values
 from flowdata.errors import ScoreMismatchError
@@ -24,9 +26,15 @@ from flowdata.store.identity import (
     dataset_difference,
     same_rows,
 )
-from flowdata.weights import Normalize, Temperature, flow_weights, shape_weights
-
-Missing: TypeAlias = Literal["raise", "zero"]  # what becomes of samples without a loss
+from flowdata.targets.columns import SMALL_WHERE_EASY
+from flowdata.weights import (
+    Missing,
+    Normalize,
+    Temperature,
+    shape_weights,
+    warn_of_useless_weights,
+    weigh_present,
+)
 
 
 class Scores:
@@ -35,14 +43,15 @@ class Scores:
     Made by `LossScorer.score` or `Scores.load`, or directly from losses computed elsewhere.
 
     Args:
-        losses: (N,) floating, kept as float32; nats. NaN marks a sample without a loss.
+        losses: (N,) floating, kept as float32; nats. NaN marks a sample without a loss, and
+            what is infinite in float32 becomes NaN: no weight could be made of it.
         counts: (N,) integer, targets per sample; 1 each by default.
         metadata: JSON-like: how the losses were made (`identity`, `plan`, `details`, and under
             `skipped` the reasons why samples could not be read, by index).
         token_losses: (Σ counts,) floating, the targets' losses one after another, or None;
             kept as `flat_token_losses`.
         columns: further values of every sample by name, (N,) floating each (see
-            `LossScorer`); kept as float32 in `columns`.
+            `LossScorer`); kept as the losses are, in `columns`.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape.
@@ -71,16 +80,13 @@ class Scores:
             )
         counts = torch.ones_like(losses) if counts is None else torch.as_tensor(counts).cpu()
         _check_shapes(losses, counts, token_losses, columns or {})
-        # An infinite loss is NaN, too: no weight could be made of it.
-        self.losses = torch.where(losses.isfinite(), losses, torch.nan).float()
+        self.losses = _finite_float32(losses)
         self.counts = counts.long()
         self.metadata = dict(metadata or {})
         self.flat_token_losses = (
             None if token_losses is None else token_losses.detach().cpu().float()
         )
-        self.columns = {
-            name: values.detach().cpu().float() for name, values in (columns or {}).items()
-        }
+        self.columns = {name: _finite_float32(values) for name, values in (columns or {}).items()}
         self._offsets: Tensor | None = None  # into the token losses; made when first needed
 
     def __len__(self) -> int:
@@ -123,13 +129,15 @@ class Scores:
         normalize: Normalize = "none",
         max_weight: float | None = None,
     ) -> Tensor:
-        """Return the FLOW weights exp(−loss / temperature): (N,) float32.
+        """Return the FLOW weights exp(−loss / temperature), as `flow_weights` makes them.
 
-        They lie in [0, 1] unless they are normalised.
+        They are (N,) float32, in [0, 1] unless they are normalised.
 
         Args:
             temperature: as in `resolve_temperature`; taken over the samples that have a loss.
-            column: which of `columns` takes the loss's place, such as ``"gradient_norm"``.
+            column: which of `columns` takes the loss's place: ``"entropy"``,
+                ``"gradient_norm"``, or one of your own, which must be small where a sample is
+                easy and never negative. ``"correct"`` is large where a sample is easy.
             missing: what becomes of samples without a loss: ``"raise"``, or ``"zero"``, which
                 gives them weight 0.
             normalize: ``"mean"`` divides the weights by their mean over all N samples.
@@ -137,36 +145,33 @@ class Scores:
 
         Raises:
             ValueError: samples without a loss under ``missing="raise"`` (their indices named),
-                no sample with one, no such column, or an unusable `temperature`, `normalize` or
-                `max_weight`.
+                no sample with one, no such column or ``"correct"``, a negative value, or an
+                unusable `temperature`, `normalize` or `max_weight`.
         """
-        if missing not in ("raise", "zero"):
-            raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
-        if column != "loss" and column not in self.columns:
+        values = self.losses if column == "loss" else self._column(column)
+        weights = weigh_present(values, temperature, missing=missing, column=column)
+        is_normalized = normalize == "mean"
+        warn_of_useless_weights(values, weights, temperature, is_normalized=is_normalized)
+        return shape_weights(weights, normalize=normalize, max_weight=max_weight)
+
+    def _column(self, name: str) -> Tensor:
+        """The column that takes the loss's place, if it can."""
+        if name == "correct":
             raise ValueError(
-                f"column must be 'loss' or one of {sorted(self.columns)}, got {column!r}; score "
+                "column='correct' is 1 where the model is right, and weights need values that are "
+                "small there; make them of 1 - scores.columns['correct'] with flow_weights and a "
+                "positive float as temperature, or pass column='entropy' or 'gradient_norm'"
+            )
+        if name not in self.columns:
+            raise ValueError(
+                f"column must be 'loss' or one of {sorted(self.columns)}, got {name!r}; score "
                 "with LossScorer(..., columns=...) to have more"
             )
-        values = self.losses if column == "loss" else self.columns[column]
-        absent = values.isnan()
-        if not absent.any():
-            return flow_weights(
-                values, temperature=temperature, normalize=normalize, max_weight=max_weight
+        if name not in SMALL_WHERE_EASY:
+            say_once(
+                f"column {name!r} takes the loss's place: small values are taken for easy samples"
             )
-        if absent.all():
-            raise ValueError(
-                f"none of the {len(self)} samples has a {column}: check that the labels are not "
-                "all ignored and that the model's outputs are finite"
-            )
-        if missing == "raise":
-            raise ValueError(
-                f"{int(absent.sum())} of {len(self)} samples have no loss (no target, or a "
-                f"non-finite loss): indices {_listing(absent.nonzero().flatten().tolist())}; "
-                "drop them, or pass missing='zero' to give them weight 0"
-            )
-        weights = torch.zeros_like(values)
-        weights[~absent] = flow_weights(values[~absent], temperature=temperature)
-        return shape_weights(weights, normalize=normalize, max_weight=max_weight)
+        return self.columns[name]
 
     def check_dataset(self, dataset: Any, *, view: bool = True) -> None:
         """Check that `dataset` is the one these scores were made from.
@@ -218,18 +223,12 @@ class Scores:
             missing: as for `weights`.
 
         Raises:
-            TypeError: not a Hugging Face data set.
+            TypeError: not a Hugging Face data set, or a stream or dictionary of them.
             ScoreMismatchError: the scores were made from another data set.
-            ValueError: it has such a column already, or weights can't be made.
+            ValueError: it has such a column already, `name` is none, or weights can't be made.
         """
-        if not hasattr(hf_dataset, "add_column"):
-            raise TypeError(
-                f"hf_dataset must be a Hugging Face Dataset, got {type(hf_dataset).__name__}; for "
-                "others use FlowWeightedDataset"
-            )
+        check_takes_column(hf_dataset, name)
         self.check_dataset(hf_dataset, view=False)
-        if name in hf_dataset.column_names:
-            raise ValueError(f"the data set has a column {name!r} already; pass another name")
         weights = self.weights(temperature, missing=missing)
         return hf_dataset.add_column(name, weights.numpy().astype(np.float32))
 
@@ -295,14 +294,15 @@ def weights_of(
 ) -> Tensor:
     """Return the (N,) weights of scores, or weights given directly, checked and not copied.
 
-    Weights are taken as they are: `temperature` and `missing` concern scores alone.
+    Weights are taken as they are: `temperature` and `missing` concern scores alone. Whether the
+    scores' weights are of use is left to the caller, who may have several.
 
     Raises:
         TypeError, ValueError: weights of a wrong dtype or shape, negative or non-finite (first
             index named), and every error of `Scores.weights`.
     """
     if isinstance(scores_or_weights, Scores):
-        return scores_or_weights.weights(temperature, missing=missing)
+        return weigh_present(scores_or_weights.losses, temperature, missing=missing)
     if isinstance(scores_or_weights, str | Path):
         raise TypeError(
             "scores_or_weights must be scores or weights, got a path; pass "
@@ -328,14 +328,16 @@ def _check_shapes(
             f"token_losses must have shape ({int(counts.sum())},), one value for each target that "
             f"counts tells of, got {tuple(token_losses.shape)}"
         )
+    if taken := STORE_TENSORS.intersection(columns):
+        raise ValueError(f"columns must not be named {min(taken)!r}: scores hold that themselves")
     for name, values in columns.items():
-        if values.shape != shape:
+        if np.shape(values) != shape:
             raise ValueError(
-                f"columns[{name!r}] must have shape {shape}, got {tuple(values.shape)}"
+                f"columns[{name!r}] must have shape {shape}, got {tuple(np.shape(values))}"
             )
 
 
-def _listing(indices: list[int], most: int = 10) -> str:
-    """Indices as a message shows them, the first `most` of them."""
-    more = f", … ({len(indices)} in all)" if len(indices) > most else ""
-    return ", ".join(map(str, indices[:most])) + more
+def _finite_float32(values: Tensor) -> Tensor:
+    """Values as float32, NaN where that is not finite; on the CPU, detached."""
+    single = torch.as_tensor(values).detach().cpu().float()
+    return torch.where(single.isfinite(), single, torch.nan)

@@ -14,9 +14,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from flowdata._common.values import check_values
 from flowdata.scores import Scores
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.weights import Temperature, resolve_temperature
+from flowdata.weights import (
+    Temperature,
+    positive_number,
+    resolve_temperature,
+    warn_of_useless_weights,
+    weigh,
+    weigh_present,
+)
 
 TokenRule: TypeAlias = "Literal['talr', 'dft', 'dro'] | Callable[[Tensor, Tensor], Tensor]"
 
@@ -66,6 +74,8 @@ def talr_weights(losses: Tensor, takes_part: Tensor, *, temperature: float | Non
 
 def dft_weights(losses: Tensor, takes_part: Tensor) -> Tensor:
     """Return the token's own probability, exp(−loss): dynamic fine-tuning, arXiv:2508.05629.
+
+    A model far from the data gives all tokens a weight near 0, and then learns next to nothing.
 
     Example:
         >>> import torch
@@ -189,7 +199,8 @@ def token_weight_column(
         labels: N label sequences, (T,) int64 each, unshifted, in the data set's order.
         mode: ``"token"``, or ``"both"``: each token's weight times the weight of its sample,
             whose temperature the same rule picks from the samples' losses.
-        temperature: as in `resolve_temperature`.
+        temperature: as in `resolve_temperature`; ``"ess…"`` weighs relative to the smallest loss,
+            as in `flow_weights`, whose warnings are given here as well.
         truncated: as in `align_token_weights`.
 
     Returns:
@@ -216,13 +227,16 @@ def token_weight_column(
             f"{len(sequences)} label sequences for the scores of {len(scores)} samples"
         )
     token_losses = [scores.token_losses(index) for index in range(len(scores))]
-    scale = resolve_temperature(torch.cat(token_losses), temperature)
-    factors = torch.ones(len(scores))
+    losses = check_values(torch.cat(token_losses), "token losses")
+    flat = weigh(losses, resolve_temperature(losses, temperature))
     if mode == "both":
-        factors = scores.weights(temperature, missing="zero")
+        factors = weigh_present(scores.losses, temperature, missing="zero")
+        flat *= factors.repeat_interleave(scores.counts)
+    warn_of_useless_weights(losses, flat, temperature, unit="tokens")
     column = []
-    for index, (losses, sequence) in enumerate(zip(token_losses, sequences, strict=True)):
-        weights = torch.exp(-losses / scale) * factors[index]
+    for index, (weights, sequence) in enumerate(
+        zip(flat.split(scores.counts.tolist()), sequences, strict=True)
+    ):
         try:
             aligned = align_token_weights(weights, sequence, truncated=truncated)
         except ValueError as error:
@@ -233,10 +247,11 @@ def token_weight_column(
 
 def _temperature(losses: Tensor, takes_part: Tensor, temperature: float | None) -> Tensor | float:
     """Return the temperature of a rule: the one that was passed, or the median of the losses."""
+    smallest = torch.finfo(losses.dtype).tiny  # a subnormal one could turn out as 0 in a division
     if temperature is not None:
-        return temperature
+        return max(positive_number(temperature), smallest)
     # A median of 0 means that half of the tokens are certain: they keep weight 1, the rest get 0.
-    return _median(losses, takes_part).clamp_min(torch.finfo(losses.dtype).tiny)
+    return _median(losses, takes_part).clamp_min(smallest)
 
 
 def _median(losses: Tensor, takes_part: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import operator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowdata._common.data_sets import check_map_style
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
 from flowdata.scores import Scorer, Scores
@@ -40,15 +43,21 @@ def score_views(
         views: how many draws of each sample, >= 1.
         seed: of the draws.
         store: a folder that keeps the losses of view k in ``view-k``; see `LossScorer.score`.
-        options: for `LossScorer.score`.
+            Interrupted work goes on where it stopped.
+        options: for `LossScorer.score`. With ``on_error="skip"`` a sample that one of its views
+            can't be read from has no loss, and its reason stands in the metadata, `skipped`.
 
     Returns:
         Scores of `dataset`, with the columns averaged as well. A sample without a loss in one of
-        its views has no loss at all. There are no token losses, since the targets of a sample
-        may differ from view to view.
+        its views has no loss at all. The counts are those of the first view.
 
     Raises:
-        ValueError: `views` is no integer, or below 1.
+        TypeError: `dataset` is not map-style, `scorer` scores nothing, or `score` takes no such
+            option.
+        ValueError: `views` is no integer or below 1, `seed` is none or negative, or the scorer
+            was made with ``token_losses=True``: the targets of a sample may differ from view to
+            view, so that there is nothing to average. All errors, those of the data set's content
+            included, come before anything is scored.
 
     Example:
         >>> import torch
@@ -59,8 +68,15 @@ def score_views(
         >>> score_views(scorer, data, views=3)
         Scores(4 samples, 0 without a loss)
     """
+    _check_arguments(scorer, dataset, options)
     check_natural("views", views, least=1)
+    check_natural("seed", seed)
     name = options.pop("dataset_id", None)
+    # Before anything is scored: samples without content are refused here.
+    skip = options.get("on_error") == "skip"
+    content = name
+    if name is None:
+        content = content_identity(dataset, skip_unreadable=skip)
     scores_of_views = [
         scorer.score(
             _View(dataset, seed, view),
@@ -72,21 +88,37 @@ def score_views(
         for view in range(views)
     ]
     first = scores_of_views[0]
-    identity = {
-        **first.metadata["identity"],
-        "dataset": name or content_identity(dataset),
-        "views": views,
-        "seed": seed,
+    identity = {**first.metadata["identity"], "dataset": content, "views": views, "seed": seed}
+    skipped = {
+        index: reason
+        for scores in reversed(scores_of_views)
+        for index, reason in scores.metadata.get("skipped", {}).items()
     }
     return Scores(
         _mean([scores.losses for scores in scores_of_views]),
         first.counts,
-        metadata={**first.metadata, "identity": identity},
+        metadata={**first.metadata, "identity": identity, "skipped": skipped},
         columns={
             column: _mean([scores.columns[column] for scores in scores_of_views])
             for column in first.columns
         },
     )
+
+
+def _check_arguments(scorer: Any, dataset: Any, options: dict[str, Any]) -> None:
+    """Refuse, before any work, what could not be scored or would be ignored."""
+    if not hasattr(scorer, "score"):
+        raise TypeError(f"scorer must be a LossScorer, got {type(scorer).__name__}")
+    check_map_style(dataset)
+    try:
+        inspect.signature(scorer.score).bind(dataset, store=None, **options)
+    except TypeError as error:
+        raise TypeError(f"score_views passes its options on to score, but: {error}") from None
+    if getattr(scorer, "token_losses", False):
+        raise ValueError(
+            "score_views returns no token losses, since the targets of a sample may differ from "
+            "view to view; build the scorer with token_losses=False"
+        )
 
 
 class _View:
@@ -99,6 +131,7 @@ class _View:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        index = operator.index(index)  # 3 of NumPy and torch draws what 3 draws
         # Nearby seeds of a generator may begin alike; hashes of nearby names don't. NumPy's global
         # generator takes 32 bits.
         digest = hashlib.sha256(f"{self.seed} {self.view} {index}".encode()).digest()

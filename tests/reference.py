@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
+from fractions import Fraction
 
 
 def flow_weights(losses, temperature):
     """exp(-loss / temperature), one sample at a time."""
     return [math.exp(-float(loss) / temperature) for loss in losses]
+
+
+def relative_flow_weights(losses, temperature):
+    """exp(-(loss - smallest loss) / temperature): the largest weight is 1."""
+    smallest = min(float(loss) for loss in losses)
+    return flow_weights([float(loss) - smallest for loss in losses], temperature)
+
+
+def temperature_of(losses, rule):
+    """What "median", "mean" or "q0.25" picks, in exact fractions."""
+    ordered = sorted(Fraction(float(loss)) for loss in losses)
+    if rule == "mean":
+        return sum(ordered) / len(ordered)
+    share = 0.5 if rule == "median" else float(rule.removeprefix("q"))
+    place = Fraction(share * (len(ordered) - 1))
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def median(losses):
@@ -52,12 +71,12 @@ def causal_lm_loss(
 
 
 def linear_probe(features, targets, strength, loss, steps=20000, rate=0.5):
-    """Plain gradient descent, features of mean 0 and mean variance 1; (C, D) weight, (C,) bias."""
+    """Plain gradient descent, features of mean 0 and variance 1; (C, D) weight, (C,) bias."""
     import numpy as np
 
     x = np.asarray(features, dtype=np.float64)
     y = np.asarray(targets, dtype=np.float64)
-    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    mean, scale = x.mean(0), x.std(0)
     z = (x - mean) / scale
     if loss == "cross_entropy":
         y = np.eye(int(y.max()) + 1)[y.astype(int)]

@@ -297,3 +297,59 @@ def test_interleaved_data_sets_carry_their_weights_as_columns():
     expected = reference.flow_weights([0.1, 1.0, 0.2, 2.0, 0.4, 4.0], together)
     assert list(mixture["weight"]) == pytest.approx(expected, rel=1e-6)
     assert mixture["text"][:2] == ["row 0", "ROW 0"]
+
+
+def hard_parts():
+    """Two data sets whose losses lie close together, far from 0."""
+    generator = torch.Generator().manual_seed(0)
+    losses = [level + 0.05 * torch.randn(100, generator=generator) for level in (7.0, 7.1)]
+    return ConcatDataset([range(100), range(100)]), [Scores(part) for part in losses]
+
+
+def test_a_joint_ess_temperature_keeps_the_ratios_between_data_sets():
+    both, scores = hard_parts()
+    together = joint_temperature(scores, "ess0.3")
+    expected = reference.relative_flow_weights([*scores[0].losses, *scores[1].losses], together)
+    weights = FlowWeightedDataset(both, scores, temperature=together).weights
+    assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+    assert weights.max() == 1
+    assert reference.effective_sample_size(expected) / 200 == pytest.approx(0.3, rel=1e-6)
+    column = scores[1].to_column(rows(100), temperature=together)
+    assert list(column["weight"]) == pytest.approx(expected[100:], rel=1e-6)
+
+
+def test_each_of_several_data_sets_has_an_ess_temperature_of_its_own():
+    both, scores = hard_parts()
+    weights = FlowWeightedDataset(both, scores, temperature="ess0.3").weights.split(100)
+    assert [part.max().item() for part in weights] == [1, 1]
+    for part, alone in zip(weights, scores, strict=True):
+        assert torch.equal(part, alone.weights("ess0.3"))
+
+
+def test_weights_of_no_use_are_warned_of_once_for_all_parts_together(caplog):
+    both, scores = hard_parts()
+    weighted = FlowWeightedDataset(both, scores, temperature=0.01)
+    for _ in range(3):
+        list(DataLoader(weighted, batch_size=50))
+    (record,) = caplog.records
+    assert "of the 200 samples have a mean of 0" in record.message
+    caplog.clear()
+    # A part that vanishes beside an easy one is what the weights are for.
+    easy = Scores(0.001 * torch.rand(100, generator=torch.Generator().manual_seed(1)))
+    FlowWeightedDataset(both, [easy, scores[1]], temperature=0.01)
+    assert caplog.records == []
+    FlowWeightedDataset(both, torch.zeros(200))  # weights are taken as they are
+    assert caplog.records == []
+
+
+def test_weights_that_float32_does_not_hold_are_refused():
+    huge = torch.tensor([1.0, 1e39], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"weights\[1\] is 1e\+39, more than float32 holds"):
+        FlowWeightedDataset([0, 1], huge)
+    with pytest.raises(ValueError, match="the largest weight is 1e-60, less than float32 holds"):
+        FlowWeightedDataset([0, 1], torch.tensor([1e-60, 0.0], dtype=torch.float64))
+
+
+def test_a_joint_temperature_needs_a_loss():
+    with pytest.raises(ValueError, match="none of the 2 samples has a loss"):
+        joint_temperature([Scores(torch.full((2,), torch.nan))])

@@ -250,8 +250,8 @@ def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, mon
     monkeypatch.setattr("flowdata.store.identity._remarks", set())
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     with caplog.at_level(logging.WARNING, "flowdata"):
-        remark_on_random_samples(DRAWS[name](), has_name=False)
-        remark_on_random_samples(DRAWS[name](), has_name=False)
+        remark_on_random_samples(DRAWS[name](), None)
+        remark_on_random_samples(DRAWS[name](), None)
     identity = content_identity(DRAWS[name]())
     assert (content_identity(DRAWS[name]()) == identity) or name == "own"
     assert caplog.text.count("differs from reading to reading") == 1
@@ -265,7 +265,7 @@ def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, mon
 @pytest.mark.parametrize("name", STILL)
 def test_samples_that_stay_the_same_are_not_remarked_on(name, caplog):
     with caplog.at_level(logging.WARNING, "flowdata"):
-        remark_on_random_samples(STILL[name](), has_name=False)
+        remark_on_random_samples(STILL[name](), None)
     assert caplog.text == ""
 
 
@@ -292,7 +292,7 @@ def test_views_of_random_samples_are_what_was_asked_for(caplog, monkeypatch):
 def test_a_data_set_that_has_a_name_need_not_be_recognised(caplog, monkeypatch):
     monkeypatch.setattr("flowdata.store.identity._remarks", set())
     with caplog.at_level(logging.WARNING, "flowdata"):
-        remark_on_random_samples(DRAWS["own"](), has_name=True)
+        remark_on_random_samples(DRAWS["own"](), "flowers")
     assert "differs from reading" in caplog.text
     assert "pass dataset_id" not in caplog.text
 
@@ -305,10 +305,10 @@ def test_a_sample_that_can_not_be_read_is_passed_over():
             return super().__getitem__(index)
 
     content_identity(Torn(), skip_unreadable=True)
-    remark_on_random_samples(Torn(), has_name=False, skip_unreadable=True)
+    remark_on_random_samples(Torn(), None, skip_unreadable=True)
     torn = rows().with_transform(lambda batch: 1 / 0)
     content_identity(torn, skip_unreadable=True)
-    remark_on_random_samples(torn, has_name=False, skip_unreadable=True)
+    remark_on_random_samples(torn, None, skip_unreadable=True)
 
 
 def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path):

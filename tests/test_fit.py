@@ -57,7 +57,7 @@ def test_regression_matches_plain_gradient_descent_and_least_squares():
 def test_classes_match_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = blobs(samples=300, features=20, classes=5)
-    z = (x - x.mean(0)) / x.var(0, correction=0).mean().sqrt()
+    z = (x - x.mean(0)) / x.std(0, correction=0)
     model = linear_model.LogisticRegression(C=1 / (300 * 0.01), tol=1e-9, max_iter=5000)
     model.fit(z.double().numpy(), y.numpy())
     head = fit_head(nn.Linear(20, 5).double(), x.double(), y, strength=0.01)
@@ -68,7 +68,7 @@ def test_classes_match_scikit_learn():
 def test_features_are_fitted_slice_by_slice_as_in_one_piece(monkeypatch):
     x, y = blobs()
     whole = fit_head(nn.Linear(3, 3), x, y, strength=0.01)
-    monkeypatch.setattr("flowdata.probe.problem._ROWS", 7)
+    monkeypatch.setattr("flowdata.probe.problem.ROWS", 7)
     sliced = fit_head(nn.Linear(3, 3), x, y, strength=0.01)
     torch.testing.assert_close(sliced.weight, whole.weight, atol=1e-6, rtol=1e-6)
 
@@ -149,7 +149,10 @@ BAD = [
     (nn.Linear(3, 3), X[:0], Y[:0], {}, "0 > 0; got 0"),
     (nn.Linear(3, 3), X, Y, {"strength": -1.0}, "strength must be 'held_out' or a float >= 0"),
     (nn.Linear(3, 3), X, Y, {"strength": "cv"}, "got 'cv'"),
-    (nn.Linear(3, 3), X, Y, {"folds": 13}, "between 2 and the number of samples, 12; got 13"),
+    (nn.Linear(3, 3), X, Y, {"folds": 1}, "folds must be an integer of at least 2, got 1"),
+    (nn.Linear(3, 3), X, Y, {"folds": 2.5}, "at least 2, got 2.5"),
+    (nn.Linear(3, 3), X, Y, {"strength": None}, "got None"),
+    (nn.Linear(3, 3), X, Y, {"strength": float("nan")}, "got nan"),
     (nn.Linear(3, 3), X, Y, {"loss": "hinge"}, "loss must be 'auto' or one of .* got 'hinge'"),
     (nn.Linear(3, 3), X, Y.float(), {"loss": "cross_entropy"}, "must be integer classes"),
     (nn.Linear(3, 2), X, Y.float(), {}, r"'mse' must have shape \(12, 2\).* got \(12,\)"),

@@ -1,6 +1,8 @@
+import datasets
+import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from flowdata.probe.linear_probe import linear_probe
 from tests.test_fit import blobs
@@ -40,3 +42,60 @@ def test_a_second_round_on_a_changed_body_fits_that_body():
         body.bias.neg_()
     quiet(head, TensorDataset(x, y), body, strength=0.01, dtype="float32")
     assert torch.equal(head(body(x)).argmax(1), before)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*blobs(), strict=True))
+
+
+def samples():
+    yield from zip(*blobs(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "stream", [Stream(), samples(), datasets.IterableDataset.from_generator(samples)]
+)
+def test_streams_are_refused_with_the_remedy(stream):
+    with pytest.raises(TypeError, match=r"must be map-style .* list\(itertools\.islice"):
+        quiet(nn.Linear(3, 3), stream)
+
+
+def test_a_column_of_classes_and_class_numbers_of_python_are_classes():
+    x, y = blobs()
+    plain = quiet(nn.Linear(3, 3), TensorDataset(x, y), strength=0.05)
+    column = quiet(nn.Linear(3, 3), TensorDataset(x, y[:, None]), strength=0.05)
+    numbers = quiet(nn.Linear(3, 3), list(zip(x, y.tolist(), strict=True)), strength=0.05)
+    assert torch.equal(column.weight, plain.weight)
+    assert torch.equal(numbers.weight, plain.weight)
+
+
+def test_integer_values_of_one_output_are_a_regression():
+    x, _ = blobs()
+    ages = (10 * x[:, 0]).round().long()
+    head = quiet(nn.Linear(3, 1), TensorDataset(x, ages), strength=0.0)
+    torch.testing.assert_close(head(x)[:, 0].detach(), ages.float(), atol=2, rtol=0)
+
+
+def test_fewer_samples_than_folds_are_probed():
+    x, y = blobs(samples=4, classes=2)
+    head = quiet(nn.Linear(3, 2), TensorDataset(x, y))
+    assert torch.equal(head(x).argmax(1), y)
+
+
+def test_options_are_checked_before_the_body_runs():
+    def never(batch):
+        raise AssertionError
+
+    x, y = blobs()
+    with pytest.raises(ValueError, match="strength must be"):
+        quiet(nn.Linear(3, 3), TensorDataset(x, y), collate_fn=never, strength="best")
+
+
+def test_targets_that_are_no_numbers_or_change_their_shape_are_named():
+    x, _ = blobs()
+    with pytest.raises(TypeError, match="got list with targets of type tuple, which must be"):
+        quiet(nn.Linear(3, 3), [(row, "cat") for row in x])
+    ragged = [(row, torch.zeros(1 + place // 50)) for place, row in enumerate(x)]
+    with pytest.raises(ValueError, match=r"got \(1,\) and, from sample 50 on, \(2,\) a sample"):
+        quiet(nn.Linear(3, 3), ragged, batch_size=10)

@@ -185,3 +185,21 @@ def test_the_users_matplotlib_settings_stay_as_they_are(tmp_path):
     some_scores().plot(tmp_path / "losses.png")
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == backend
+
+
+def test_figures_and_page_show_ess_weights_relative_to_the_smallest_loss(tmp_path):
+    losses = 7 + 0.05 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    scores = Scores(losses)
+    report = write_report(scores, tmp_path, temperature="ess0.5", top=1)
+    assert report.summary["weight"]["max"] == 1
+    assert report.summary["effective_share"] == pytest.approx(0.5, rel=1e-4)
+    page = report.page.read_text()
+    assert f"<tr><th>easiest</th><td>{losses.min():.3g}</td><td>1</td></tr>" in page
+    assert '--weight:1.0000"' in page
+
+
+def test_vanishing_weights_are_reported_with_one_warning(tmp_path, caplog):
+    report = write_report(Scores(torch.tensor([7.0, 8.0, 9.0])), tmp_path, temperature=1e-3)
+    (record,) = caplog.records
+    assert "have a mean of 0, so that" in record.message
+    assert report.summary["effective_sample_size"] == 0

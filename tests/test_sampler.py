@@ -605,3 +605,20 @@ def test_the_explanation_warns_when_few_samples_carry_the_epoch(caplog):
     caplog.clear()
     FlowSampler(WEIGHTS).explain()
     assert not caplog.records
+
+
+def test_ess_weights_are_relative_to_the_smallest_loss():
+    losses = 7 + 0.05 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    sampler = FlowSampler(Scores(losses), temperature="ess0.5")
+    assert sampler.weights.max() == 1
+    assert sampler.summary()["effective_sample_size"] == pytest.approx(250, rel=1e-5)
+
+
+def test_weights_that_vanish_are_warned_of_once_over_epochs(caplog):
+    scores = Scores(torch.cat([torch.tensor([0.0]), torch.full((2000,), 7.0)]))
+    for epoch in range(3):  # as where a trainer makes the loader of every epoch anew
+        sampler = FlowSampler(scores, temperature=0.1)
+        sampler.set_epoch(epoch)
+        assert set(sampler) == {0}
+    (record,) = caplog.records
+    assert "the weights of the 2,001 samples have a mean of 0.0005" in record.message

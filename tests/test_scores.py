@@ -1,3 +1,5 @@
+import logging
+
 import datasets
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import torch
 
 from flowdata import LossScorer, ScoreMismatchError, Scores, flow_weights
 from flowdata.scores import weights_of
+from tests import reference
 
 
 def test_weights_are_those_of_the_losses():
@@ -156,3 +159,71 @@ def test_columns_of_another_shape_or_name_are_refused():
     scores = Scores(torch.ones(2), columns={"entropy": torch.ones(2)})
     with pytest.raises(ValueError, match=r"column must be 'loss' or one of \['entropy'\]"):
         scores.weights(column="margin")
+
+
+def test_ess_weights_are_those_of_flow_weights_relative_to_the_smallest_loss():
+    losses = 7 + 0.05 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    weights = Scores(losses).weights("ess0.5")
+    assert weights.max() == 1
+    assert torch.equal(weights, flow_weights(losses, temperature="ess0.5"))
+    gappy = torch.cat([torch.tensor([torch.nan]), losses])
+    assert torch.equal(Scores(gappy).weights("ess0.5", missing="zero")[1:], weights)
+    column = Scores(torch.zeros(500), columns={"entropy": losses})
+    assert torch.equal(column.weights("ess0.5", column="entropy"), weights)
+
+
+def test_vanishing_weights_are_warned_of_once_over_the_samples_with_a_loss(caplog):
+    scores = Scores(torch.tensor([torch.nan, 7.0, 7.1, 7.2, 7.3]))
+    for _ in range(3):
+        scores.weights(0.01, missing="zero")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "temperature=0.01: the weights of the 4 samples have a mean of 0" in record.message
+    assert "pass temperature='ess0.5'" in record.message
+    caplog.clear()
+    scores.weights("ess0.5", missing="zero")
+    scores.weights(1.0, missing="zero", normalize="mean")
+    assert caplog.records == []
+
+
+def test_what_float32_does_not_hold_is_no_loss():
+    wide = torch.tensor([1.0, 1e39, torch.inf, -torch.inf, 2.0], dtype=torch.float64)
+    scores = Scores(wide, columns={"entropy": wide})
+    for values in (scores.losses, scores.columns["entropy"]):
+        assert values.isnan().tolist() == [False, True, True, True, False]
+    for column in ("loss", "entropy"):
+        with pytest.raises(ValueError, match=f"have no {column} .*in float32.: indices 1, 2, 3;"):
+            scores.weights(column=column)
+    expected = reference.flow_weights([1.0, 2.0], 1.5)
+    weights = scores.weights(missing="zero")
+    assert weights[[0, 4]].tolist() == pytest.approx(expected)
+    assert weights[1:4].tolist() == [0, 0, 0]
+
+
+def test_a_column_that_is_large_for_easy_samples_is_refused(caplog):
+    columns = {"correct": torch.tensor([1.0, 0.0]), "margin": torch.tensor([1.0, 2.0])}
+    scores = Scores(torch.ones(2), columns=columns)
+    remedy = r"1 - scores.columns\['correct'\] with flow_weights"
+    with pytest.raises(ValueError, match=remedy):
+        scores.weights(column="correct")
+    with pytest.raises(ValueError, match=remedy):  # whether or not there is such a column
+        Scores(torch.ones(2)).weights(column="correct")
+    turned = flow_weights(1 - scores.columns["correct"], temperature=0.5)
+    assert turned[0] > turned[1]
+    caplog.set_level("INFO")
+    scores.weights(column="margin")
+    assert "column 'margin' takes the loss's place: small values are taken for" in caplog.text
+
+
+def test_bad_values_of_a_column_are_named_by_its_name_and_their_index():
+    margins = torch.tensor([torch.nan, 1.0, -3.0])
+    scores = Scores(torch.ones(3), columns={"margin": margins})
+    with pytest.raises(ValueError, match=r"margin values\[2\] is -3.0: 1 of 3 margin values are n"):
+        scores.weights(column="margin", missing="zero")
+    with pytest.raises(ValueError, match=r"losses\[2\] is -3.0: 1 of 3 losses are negative"):
+        Scores(margins).weights(missing="zero")
+
+
+def test_columns_are_not_named_as_what_scores_hold_themselves():
+    with pytest.raises(ValueError, match="columns must not be named 'loss'"):
+        Scores(torch.ones(2), columns={"loss": torch.ones(2)})

@@ -1,22 +1,27 @@
+import copy
 import json
+import logging
 import os
+import pickle
 import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper
+from torchdata.nodes import BaseNode, Batcher, IterableWrapper, Loader, Mapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.streaming import FlowWeightedIterable
+from flowdata.weights import resolve_temperature
 from tests import reference
 from tests.leave_ranks import leave_ranks
 
@@ -162,6 +167,13 @@ def test_a_sample_without_a_loss_is_refused_or_weighs_nothing():
     assert sum(stream.state_dict()["median"].values()) == COUNT - 1
 
 
+class Given:
+    """Scores samples that are their own losses."""
+
+    def score(self, window, *, collate_fn=None, dataset_id=None):
+        return Scores(torch.tensor(window))
+
+
 @pytest.mark.parametrize("temperature", ["running_median", "batch_median"])
 def test_a_median_of_zero_is_refused_with_a_remedy(temperature):
     zeros = LossScorer(nn.Linear(4, 3), lambda model, batch: torch.zeros(len(batch[0])))
@@ -169,7 +181,216 @@ def test_a_median_of_zero_is_refused_with_a_remedy(temperature):
         range(COUNT), zeros, temperature=temperature, window=WINDOW, collate_fn=collate
     )
     with pytest.raises(ValueError, match=f"'{temperature}' is 0 .* pass a positive float"):
-        next(iter(stream))
+        list(stream)
+
+
+def test_a_running_median_of_zero_waits_while_the_weights_do_not_depend_on_it():
+    losses = [0.0] * 8 + [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0] + [2.0] * 8
+    stream = FlowWeightedIterable(losses, Given(), window=4)
+    first = [weight.item() for _, weight in islice(stream, 8)]
+    assert first == [1.0] * 8
+    with pytest.raises(ValueError, match=r"is 0 up to sample 12 of the stream.* larger window"):
+        list(stream)
+    larger = FlowWeightedIterable(losses, Given(), window=8)
+    weights = [weight.item() for _, weight in larger]
+    assert weights[:8] == [1.0] * 8
+    assert weights[8:16] == pytest.approx(
+        reference.flow_weights(losses[8:16], reference.median(losses[:16])), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 8, 11])
+def test_a_stream_resumes_while_its_median_is_zero(stop):
+    def make():
+        return FlowWeightedIterable([0.0] * 8 + [1.0] * 20, Given(), window=8)
+
+    first_run, second_run = make(), make()
+    prefix = [weight.item() for _, weight in islice(first_run, stop)]
+    second_run.load_state_dict(json.loads(json.dumps(first_run.state_dict())))
+    whole = [weight.item() for _, weight in make()]
+    assert prefix + [weight.item() for _, weight in second_run] == whole
+
+
+def test_a_source_of_zeros_alone_is_refused_at_its_end():
+    stream = FlowWeightedIterable([0.0] * 10, Given(), window=4)
+    iterator = iter(stream)
+    assert [weight.item() for _, weight in islice(iterator, 10)] == [1.0] * 10
+    with pytest.raises(ValueError, match="'running_median' is 0 over the whole stream"):
+        next(iterator)
+    assert len(list(FlowWeightedIterable([0.0] * 10, Given(), window=4, temperature=1.0))) == 10
+
+
+def test_negative_losses_are_refused_by_their_name():
+    stream = FlowWeightedIterable([1.0, -2.0, 3.0], Given())
+    with pytest.raises(ValueError, match=r"losses\[1\] is -2.0"):
+        list(stream)
+
+
+def test_a_scorer_of_another_number_of_losses_is_refused():
+    class Short:
+        def score(self, window, *, collate_fn=None, dataset_id=None):
+            return Scores(torch.ones(2))
+
+    with pytest.raises(ValueError, match="gave 2 losses for a window of 5 samples"):
+        list(FlowWeightedIterable(range(5), Short()))
+
+
+# Sources.
+
+
+class ByIndex:
+    """Map-style and nothing else; an index too large raises no IndexError."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        return index % COUNT
+
+
+class ByIteration:
+    def __iter__(self):
+        return iter(range(COUNT))
+
+
+class Rewinding:
+    """An iterator of its own that begins again, as textbooks write it."""
+
+    def __iter__(self):
+        self.index = 0
+        return self
+
+    def __next__(self):
+        if self.index == COUNT:
+            raise StopIteration
+        self.index += 1
+        return self.index - 1
+
+
+class TellsWhenTold:
+    """Its state depends on what the loader tells it, as in MosaicML's and LitData's streams."""
+
+    def __iter__(self):
+        return iter(range(COUNT))
+
+    def state_dict(self, num_samples):
+        return {"read": num_samples}
+
+    def load_state_dict(self, state):
+        raise AssertionError
+
+
+class Live(Split):
+    """Returns the very dictionary that it writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = {"position": 0}
+
+    def __iter__(self):
+        for index in super().__iter__():
+            self.state["position"] = self.position
+            yield index
+
+    def state_dict(self):
+        return self.state
+
+
+class Empty(Live):
+    """Has nothing to say before it is read."""
+
+    def __iter__(self):
+        self.position = self.state.pop("resume", 0)
+        return super().__iter__()
+
+    def __init__(self):
+        super().__init__()
+        self.state = {}
+
+    def load_state_dict(self, state):
+        self.state = {"resume": state["position"]}
+
+
+KINDS = {
+    "index alone": ByIndex,
+    "iteration alone": ByIteration,
+    "an iterator that rewinds": Rewinding,
+    "a state that needs arguments": TellsWhenTold,
+    "a state that goes on changing": Live,
+    "a state that begins empty": Empty,
+    "torch stream": Split,
+    "hugging face rows": lambda: datasets.Dataset.from_dict({"index": range(COUNT)}),
+    "hugging face stream": hugging_face,
+    "array": lambda: np.arange(COUNT),
+    "keys": lambda: dict.fromkeys(range(COUNT)).keys(),
+    "torchdata node": node,
+    "loader without batches": lambda: DataLoader(range(COUNT), batch_size=None),
+    "loader of a torch stream": lambda: StatefulDataLoader(Split(), batch_size=None),
+    "loader of a hugging face stream": lambda: StatefulDataLoader(hugging_face(), batch_size=None),
+    "loader with a persistent worker": lambda: StatefulDataLoader(
+        Split(), batch_size=None, num_workers=1, persistent_workers=True
+    ),
+}
+
+
+def indices(items):
+    return [index for index, _ in plain(items)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_iterable_is_a_source(kind):
+    stream = build(KINDS[kind]())
+    prefix = indices(islice(stream, 11))
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert sorted(indices(stream)) == list(range(COUNT))  # from the start again
+    resumed = build(KINDS[kind]())
+    resumed.load_state_dict(state)
+    assert sorted(prefix + indices(resumed)) == list(range(COUNT))
+    assert sorted(indices(resumed)) == list(range(COUNT))
+
+
+ONE_PASS = {
+    "generator": lambda: (index for index in range(COUNT)),
+    "map": lambda: map(int, range(COUNT)),
+    "node of a generator": lambda: IterableWrapper(index for index in range(COUNT)),
+    "chain of nodes": lambda: Mapper(IterableWrapper(iter(range(COUNT))), int),
+}
+
+
+@pytest.mark.parametrize("count", [11, COUNT])
+@pytest.mark.parametrize("kind", ONE_PASS)
+def test_what_can_be_read_once_gives_one_pass(kind, count):
+    stream = build(ONE_PASS[kind]())
+    iterator = iter(stream)
+    assert indices(islice(iterator, count)) == list(range(count))
+    assert next(iterator, None) is None or count < COUNT
+    with pytest.raises(ValueError, match="dataset can be read only once, and has been"):
+        list(stream)
+
+
+def test_a_generator_resumes_in_another_process():
+    stream = build(ONE_PASS["generator"]())
+    prefix = indices(islice(stream, 11))
+    resumed = build(ONE_PASS["generator"]())
+    resumed.load_state_dict(stream.state_dict())
+    assert prefix + indices(resumed) == list(range(COUNT))
+
+
+def test_a_state_of_another_kind_of_source_is_refused():
+    stream = build(Split())
+    list(islice(stream, 11))
+    with pytest.raises(ValueError, match="this stream's source, list, has no load_state_dict"):
+        build().load_state_dict(stream.state_dict())
+
+
+@pytest.mark.parametrize("count", [1, 7, 50])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_every_sample_is_given_once_whatever_the_shares(count, replicas):
+    items = []
+    for rank in range(replicas):
+        stream = build(list(range(count)), num_replicas=replicas, rank=rank)
+        items += indices(DataLoader(stream, batch_size=None, num_workers=2))
+    assert sorted(items) == list(range(count))
 
 
 # Reading.
@@ -312,6 +533,115 @@ def test_a_stream_is_a_node_like_any_other():
     assert prefix + [plain(batch) for batch in second_run] == whole
 
 
+def test_a_break_or_a_zip_leaves_the_exact_position():
+    stream = build()
+    for _, (index, _) in zip(range(11), stream, strict=False):
+        if index == 5:
+            break
+    assert stream.state_dict()["yielded"] == 6
+    for index, _ in stream:  # a new pass
+        if index == 12:
+            break
+    resumed = build()
+    resumed.load_state_dict(stream.state_dict())
+    assert indices(resumed) == list(range(13, COUNT))
+    list(zip(stream, range(3), strict=False))  # zip takes a fourth and drops it
+    resumed.load_state_dict(stream.state_dict())
+    assert indices(resumed) == list(range(4, COUNT))
+
+
+def test_states_between_passes_lead_to_the_pass_that_follows():
+    stream = build()
+    fresh = stream.state_dict()
+    list(stream)
+    ended = stream.state_dict()
+    stream.set_epoch(1)
+    between = stream.state_dict()
+    for state, count in [(fresh, COUNT), (ended, 0), (between, COUNT)]:
+        resumed = build()
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert len(list(resumed)) == count
+    assert between["epoch"] == 1
+
+
+@pytest.mark.parametrize("end", ["another pass", "the next epoch", "a state"])
+def test_an_iterator_whose_position_has_gone_elsewhere_is_over(end):
+    stream = build()
+    iterator = iter(stream)
+    next(iterator)
+    if end == "another pass":
+        assert indices(islice(stream, 3)) == [0, 1, 2]
+    elif end == "the next epoch":
+        stream.set_epoch(1)
+    else:
+        stream.load_state_dict(build().state_dict())
+    with pytest.raises(RuntimeError, match="this iterator of the stream is over"):
+        next(iterator)
+    assert len(list(stream)) == COUNT
+
+
+def test_a_stream_zipped_with_itself_is_refused():
+    stream = build()
+    with pytest.raises(RuntimeError, match="one pass at a time"):
+        list(zip(stream, stream, strict=True))
+
+
+class Unseeded:
+    def __init__(self):
+        self.generator = np.random.default_rng()
+
+    def __iter__(self):
+        return iter(self.generator.permutation(COUNT).tolist())
+
+
+class Swallowing(Split):
+    """Reads all of itself into a buffer, which its state does not hold."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__()))
+
+
+SHUFFLED = {
+    "a shuffle buffer": lambda: hugging_face().shuffle(seed=0, buffer_size=10),
+    "a buffer of the whole": Swallowing,
+    "no seed": Unseeded,
+    "a loader without a state": lambda: DataLoader(
+        range(COUNT), sampler=list(Unseeded()), batch_size=None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHUFFLED)
+def test_a_share_that_is_lost_or_repeated_is_said_at_resumption(kind, caplog):
+    stream = build(SHUFFLED[kind]())
+    list(islice(stream, 11))
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert not caplog.messages
+    resumed = build(SHUFFLED[kind]())
+    resumed.load_state_dict(state)
+    list(resumed)
+    said = [message for message in caplog.messages if "does not go on where it stood" in message]
+    assert len(said) == 1
+    assert "after 8 samples it gives others" in said[0]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "shards in another order"])
+def test_nothing_is_said_where_a_source_resumes_exactly(kind, caplog):
+    def make():
+        if kind in KINDS:
+            return build(KINDS[kind]())
+        return build(hugging_face().shuffle(seed=0, buffer_size=1))
+
+    stream = make()
+    for stop in (3, 8, 11):
+        list(islice(stream, stop))
+        resumed = make()
+        resumed.load_state_dict(stream.state_dict())
+        next(iter(resumed))
+    assert not [message for message in caplog.messages if "go on where it stood" in message]
+
+
 def test_states_of_other_streams_are_refused():
     state = build().state_dict()
     for other, named in [
@@ -366,6 +696,142 @@ def test_epochs_reach_a_shuffled_source():
     assert sorted(i for i, _ in second) == list(range(COUNT))
 
 
+@pytest.mark.parametrize(
+    ("loader", "context"),
+    [(DataLoader, "fork"), (DataLoader, "spawn"), (StatefulDataLoader, "fork")],
+)
+def test_epochs_reach_persistent_workers(loader, context):
+    options = {"resample": True, "temperature": 1.0, "source": list(range(COUNT))}
+    stream = build(**options)
+    workers = {"batch_size": None, "num_workers": 2}
+    persistent = loader(stream, persistent_workers=True, multiprocessing_context=context, **workers)
+    epochs = []
+    for epoch in (0, 1, 5, 5):
+        stream.set_epoch(epoch)
+        epochs.append(list(persistent))
+    assert epochs[0] != epochs[1] != epochs[2] == epochs[3]
+    fresh = build(**options)
+    fresh.set_epoch(5)
+    assert list(loader(fresh, **workers)) == epochs[2]
+
+
+class ByEpoch(IterableDataset):
+    """Another order in every epoch; the epoch is this process's own."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return iter([(index + self.epoch) % COUNT for index in range(COUNT)][number::count])
+
+
+class EpochNode(BaseNode):
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def reset(self, initial_state=None):
+        super().reset(initial_state)
+        self.index = 0 if initial_state is None else initial_state["index"]
+
+    def next(self):
+        if self.index == COUNT:
+            raise StopIteration
+        self.index += 1
+        return (self.index - 1 + self.epoch) % COUNT
+
+    def get_state(self):
+        return {"index": self.index}
+
+
+def test_epochs_reach_the_source_in_persistent_workers():
+    stream = build(ByEpoch())
+    workers = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
+    for epoch in (0, 3):
+        stream.set_epoch(epoch)
+        items = [index for index, _ in plain(workers)]
+        assert sorted(items) == list(range(COUNT))
+        assert items[:2] == [epoch, epoch + 1]
+
+
+@pytest.mark.parametrize(
+    "make", [ByEpoch, EpochNode, lambda: DataLoader(ByEpoch(), batch_size=None)]
+)
+def test_epochs_reach_what_a_source_reads(make):
+    stream = build(make())
+    stream.set_epoch(3)
+    assert indices(islice(stream, 2)) == [3, 4]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_resumes_in_its_epoch(num_workers):
+    def make():
+        stream = build(resample=True, temperature=1.0)
+        loader = StatefulDataLoader(stream, batch_size=None, num_workers=num_workers)
+        return stream, loader
+
+    stream, loader = make()
+    stream.set_epoch(4)
+    whole = list(loader)
+    iterator = iter(loader)
+    prefix = list(islice(iterator, 5))
+    state = loader.state_dict()
+    del iterator
+    _, resumed = make()
+    resumed.load_state_dict(state)
+    assert prefix + list(resumed) == whole
+
+
+def test_copies_of_a_stream_have_epochs_of_their_own():
+    stream = build(resample=True)
+    twin = copy.deepcopy(stream)
+    read = pickle.loads(pickle.dumps(stream))
+    stream.set_epoch(2)
+    assert list(twin) == list(read) == list(build(resample=True)) != list(stream)
+
+
+def test_a_position_that_is_the_workers_is_not_asked_of_the_stream():
+    stream = build()
+    state = stream.state_dict()
+    iterator = iter(DataLoader(stream, batch_size=None, num_workers=2))
+    list(islice(iterator, 5))
+    with pytest.raises(ValueError, match="save the state_dict of a torchdata"):
+        stream.state_dict()
+    del iterator
+    stream.load_state_dict(state)
+    with pytest.raises(ValueError, match="has loaded a state outside the loader's workers"):
+        list(DataLoader(stream, batch_size=None, num_workers=2))
+    stream.set_epoch(1)  # which takes the state away
+    assert len(list(DataLoader(stream, batch_size=None, num_workers=2))) == COUNT
+
+
+# What is said.
+
+
+def test_a_scorer_is_left_as_it_is_and_speaks_once(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    torch.manual_seed(1)
+    talking = LossScorer(nn.Linear(4, 3), dtype="float32")
+    before = dict(vars(talking))
+    stream = FlowWeightedIterable(range(COUNT), talking, window=WINDOW, collate_fn=collate)
+    weights = [weight for _, weight in plain(stream)]
+    list(stream)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert "windows of a stream: cross_entropy in float32" in captured.err
+    assert vars(talking) == before
+    assert stream.scorer is talking
+    assert weights == [weight for _, weight in plain(build())]
+    talking.score(list(range(COUNT)), collate_fn=collate)
+    assert "scoring" in capsys.readouterr().err
+
+
 # What goes in.
 
 
@@ -374,6 +840,8 @@ def test_epochs_reach_a_shuffled_source():
     [
         ({"source": 3}, TypeError, "dataset must be iterable, got int"),
         ({"temperature": "median"}, ValueError, "must be 'running_median', 'batch_median' or"),
+        ({"temperature": lambda losses: 1.0}, ValueError, "must be 'running_median', 'batch_"),
+        ({"temperature": None}, TypeError, "temperature must be a positive float"),
         ({"temperature": -1.0}, ValueError, "must be finite and > 0"),
         ({"window": 0}, ValueError, "window must be an integer >= 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
@@ -463,3 +931,33 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_temperature_of_an_ess_rule_weighs_relative_to_its_smallest_loss(tmp_path):
+    losses = [loss_of(index) for index in range(COUNT)]
+    temperature = resolve_temperature(losses, "ess0.5")
+    expected = reference.relative_flow_weights(losses, temperature)
+    stream = build(temperature=temperature)
+    items = plain(islice(stream, 11))
+    torch.save(stream.state_dict(), tmp_path / "state.pt")  # in the middle of a window
+    other = build(temperature=temperature)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    items += plain(other)
+    assert [weight for _, weight in items] == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_that_vanish_are_warned_of_once_with_a_rule_for_streams(caplog):
+    stream = build(temperature=1e-3)
+    for _ in range(2):
+        list(stream)
+    (record,) = caplog.records
+    assert "temperature=0.001: the weights of the 8 samples of the stream's" in record.message
+    assert "pass temperature='running_median', whose weights do not vanish" in record.message
+    caplog.clear()
+    list(build())
+    assert caplog.records == []
+
+
+def test_a_callable_is_no_temperature_of_a_stream():
+    with pytest.raises(ValueError, match="temperature of a stream must be"):
+        build(temperature=lambda losses: losses.mean())

@@ -1,5 +1,6 @@
 """Token weights: current-model rules, and reference weights laid along labels."""
 
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from flowdata.token_weights import (
     talr_weights,
     token_weight_column,
 )
+from flowdata.weights import resolve_temperature
 from tests import reference
 
 RULES = ("talr", "dft", "dro")
@@ -188,3 +190,34 @@ def test_what_cannot_be_right_is_refused(message, call):
 
 
 V = torch.ones(1)
+
+
+def test_a_column_of_ess_weights_is_relative_to_the_smallest_loss():
+    scores, tokens, labels = ragged_scores()
+    tokens = 7 + tokens / 100
+    scores = Scores(scores.losses, scores.counts, token_losses=tokens)
+    column = token_weight_column(scores, labels, temperature="ess0.5")
+    weights = [w for row in column for w in row if w]
+    temperature = resolve_temperature(tokens, "ess0.5")
+    assert weights == pytest.approx(reference.relative_flow_weights(tokens, temperature), rel=1e-5)
+    assert max(weights) == 1
+
+
+def test_token_weights_that_vanish_are_warned_of_once(caplog):
+    scores, _, labels = ragged_scores()
+    scores = Scores(scores.losses, scores.counts, token_losses=7 + torch.arange(7) / 100)
+    token_weight_column(scores, labels, temperature=0.01)
+    (record,) = caplog.records
+    assert "of the 7 tokens have a mean of 0, so that" in record.message
+    assert "pass temperature='ess0.5', whose weights do not vanish" in record.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_subnormal_temperature_of_a_token_rule_makes_no_nan(dtype):
+    losses, takes_part = torch.tensor([0.0, 1.0], dtype=dtype), torch.tensor([True, True])
+    for temperature in (5e-324, 1e-40):
+        assert talr_weights(losses, takes_part, temperature=temperature).tolist() == [1, 0]
+        assert dro_weights(losses, takes_part, temperature=temperature).tolist() == [0, 1]
+    for rule, wrong in itertools.product((talr_weights, dro_weights), (0.0, -1.0, math.nan)):
+        with pytest.raises(ValueError, match="temperature must be finite and > 0"):
+            rule(losses, takes_part, temperature=wrong)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError
+from flowdata.errors import SampleError
 from flowdata.views import score_views
 from tests import reference
 
@@ -103,7 +104,94 @@ def test_a_sample_without_a_loss_in_one_view_has_none():
     assert scores.losses.isnan().tolist() == [index == 3 for index in range(12)]
 
 
-@pytest.mark.parametrize("views", [0, -1, 1.5])
+class Torn(Shaken):
+    """Sample 3 can't be read, and sample 5 not in every view."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if index == 3 or (index == 5 and random.random() < 0.5):
+            raise OSError(f"sample {index} is torn")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("name", [None, "torn"])
+def test_samples_that_cannot_be_read_have_no_loss_on_request(name):
+    data = Torn()
+    scores = score_views(scorer(), data, views=8, on_error="skip", dataset_id=name)
+    assert scores.losses.isnan().nonzero().flatten().tolist() == [3, 5]
+    assert scores.metadata["skipped"] == {
+        "3": "OSError: sample 3 is torn",
+        "5": "OSError: sample 5 is torn",
+    }
+    weighted = FlowWeightedDataset(data, scores, missing="zero")
+    assert weighted.weights.eq(0).nonzero().flatten().tolist() == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (scorer, {"on_eror": "skip"}, TypeError, "unexpected keyword argument 'on_eror'"),
+        (scorer, {"seed": "0"}, ValueError, "seed must be an integer >= 0, got '0'"),
+        (scorer, {"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
+        (lambda: scorer(token_losses=True), {}, ValueError, "score_views returns no token losses"),
+        (lambda: nn.Linear(3, 2), {}, TypeError, "scorer must be a LossScorer, got Linear"),
+    ],
+)
+def test_what_would_fail_or_be_ignored_is_refused_before_any_work(make, options, error, message):
+    data = Torn()
+    with pytest.raises(error, match=message):
+        score_views(make(), data, views=2, **options)
+    assert data.reads == 0
+
+
+def test_a_sample_that_cannot_be_read_is_refused_before_any_is_scored():
+    calls = []
+
+    def loss(model, batch):
+        calls.append(batch)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    torch.manual_seed(0)
+    one = LossScorer(nn.Linear(3, 2), loss, progress=False)
+    with pytest.raises(SampleError, match=r"dataset\[3\] raised OSError"):
+        score_views(one, Torn(), views=2)
+    assert not calls
+
+
+@pytest.mark.parametrize("data", [iter([1]), (i for i in range(3)), {"x": [1], "y": [2]}])
+def test_a_stream_has_no_views(data):
+    with pytest.raises(TypeError, match="dataset must be"):
+        score_views(scorer(), data, views=2)
+
+
+def test_interrupted_views_go_on_where_they_stopped(tmp_path):
+    class Power(Exception):
+        pass
+
+    one, calls = scorer(batch_size=4), []
+    score = one.score
+
+    def fail_at_the_second(*arguments, **options):
+        calls.append(options["store"])
+        if len(calls) == 2:
+            raise Power
+        return score(*arguments, **options)
+
+    one.score = fail_at_the_second
+    with pytest.raises(Power):
+        score_views(one, Shaken(), views=3, store=tmp_path, num_workers=0)
+    kept = (tmp_path / "view-0" / "scores.safetensors").stat().st_mtime_ns
+    resumed = score_views(scorer(batch_size=4), Shaken(), views=3, store=tmp_path)
+    assert (tmp_path / "view-0" / "scores.safetensors").stat().st_mtime_ns == kept
+    whole = score_views(scorer(batch_size=4), Shaken(), views=3)
+    assert torch.equal(resumed.losses, whole.losses)
+
+
+@pytest.mark.parametrize("views", [0, -1, 1.5, True])
 def test_no_views_are_refused(views):
     data = TensorDataset(torch.ones(2, 3), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=f"views must be an integer >= 1, got {views}"):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
+from types import TracebackType
+
+import torch.distributed as dist
 
 logger = logging.getLogger("flowdata")
 
@@ -21,3 +26,81 @@ def say(message: str, *, shown: bool = True) -> None:
     logger.log(logging.INFO if shown else logging.DEBUG, message)
     if shown and not logger.hasHandlers():
         print(f"flowdata: {message}", file=sys.stderr)
+
+
+def warn_once(message: str, *, about: str) -> None:
+    """Log a warning, once for each matter and line of the user's program, on the first rank alone.
+
+    A line that is run again, such as one that makes a sampler in every epoch or weighs batch after
+    batch, has nothing new to say. Another line has: its reader may look at another part of the log.
+
+    Args:
+        message: the sentence, without a full stop.
+        about: the matter: what stays the same in the message where figures in it change.
+    """
+    if _is_new(about):
+        logger.warning(message)
+
+
+def say_once(message: str) -> None:
+    """Say a sentence, as often as `warn_once` warns."""
+    if _is_new(message):
+        say(message)
+
+
+_said: set[tuple[str, str, int]] = set()  # matters, with the file and line that they came up at
+
+
+def _is_new(about: str) -> bool:
+    """Whether this process is to tell of a matter, and has not yet for the line it came up at."""
+    matter = (about, *_line_of_caller())
+    if matter in _said or not _is_first_rank():
+        return False
+    _said.add(matter)
+    return True
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is rank 0 of a run; torchrun numbers them before they are a group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _line_of_caller() -> tuple[str, int]:
+    """The line outside this library from which it was called."""
+    package = __name__.partition(".")[0]
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+class Once(logging.Filter):
+    """Lets the logger pass each sentence once, within its ``with`` blocks.
+
+    Work that is done again and again, such as scoring window after window, finds the same things
+    each time. Sentences that differ in their numbers alone are the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sentences: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the sentence is new."""
+        sentence = re.sub(r"\d+", "0", record.getMessage())
+        is_new = sentence not in self._sentences
+        self._sentences.add(sentence)
+        return is_new
+
+    def __enter__(self) -> None:
+        logger.addFilter(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        logger.removeFilter(self)

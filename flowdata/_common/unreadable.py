@@ -6,29 +6,13 @@ scored all the same. `Readable` puts it there, and `CollateReadable` leaves it o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from flowdata.errors import SampleError
-
-
-def check_map_style(dataset: Any) -> None:
-    """Raise TypeError, with what to do, unless a data set gives its samples by index."""
-    if isinstance(dataset, Mapping):
-        raise TypeError(
-            f"dataset must be one data set, got {type(dataset).__name__} of "
-            f"{', '.join(map(repr, dataset))}; pass one of them"
-        )
-    if isinstance(dataset, IterableDataset) or not (
-        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    ):
-        raise TypeError(
-            "dataset must be map-style (with __len__ and __getitem__), got "
-            f"{type(dataset).__name__}; for streams use FlowWeightedIterable"
-        )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ def check_values(values: Values, name: str = "losses") -> Tensor:
     """Return values as a detached (N,) tensor, uncopied where possible.
 
     Args:
-        values: (N,) floating, finite, non-negative; half precision becomes float32.
-        name: the word for the values in messages: ``"losses"`` or ``"weights"``.
+        values: (N,) floating, finite, non-negative; narrower ones become float32.
+        name: what messages call the values: ``"losses"``, ``"weights"``, or what takes the place
+            of losses.
 
     Raises:
         TypeError: `values` are not floating.
@@ -30,8 +31,8 @@ def check_values(values: Values, name: str = "losses") -> Tensor:
         raise TypeError(f"{name} must be floating, got dtype {tensor.dtype}")
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"{name} must be 1-D and not empty, got shape {tuple(tensor.shape)}")
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()  # numpy knows no bfloat16; the conversion is exact
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()  # numpy knows no bfloat16, torch counts in no float8; it is exact
     low, high = torch.aminmax(tensor)  # one pass; a NaN among the values makes both NaN
     if not (low >= 0 and high < torch.inf):
         raise ValueError(_first_bad_value(tensor, name))
@@ -59,8 +60,8 @@ def _first_bad_value(values: Tensor, name: str) -> str:
     what, remedy = "not finite", "find out why, or drop or zero-weight these samples"
     if not bad.any():
         bad, what, remedy = values < 0, "negative", "they must be >= 0"
-        if name == "losses":
-            remedy = "FLOW needs losses >= 0; subtract their minimum first"
+        if name != "weights":
+            remedy = f"FLOW needs {name} >= 0; subtract their minimum first"
     first = int(bad.int().argmax())
     return (
         f"{name}[{first}] is {values[first].item()}: {int(bad.sum())} of "

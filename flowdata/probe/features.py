@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from flowdata._common.data_sets import check_map_style
 from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
 from flowdata.models.calling import call_with
@@ -55,11 +56,13 @@ def compute_features(
         both on the model's device.
 
     Raises:
-        TypeError: a batch is not made of inputs and targets, or the body returns no tensor.
+        TypeError: `dataset` is a stream, a batch is not made of inputs and targets, or the body
+            returns no tensor.
         ValueError: `dataset` is empty, or the features are not (B, D).
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
+    check_map_style(dataset)
     device = home(model)
     # A body without parameters has no dtype of its own: its features are those of its inputs.
     has_parameters = any(True for _ in model.parameters())
@@ -117,16 +120,19 @@ def _run_body(
     body: nn.Module, loader: Iterable[Any], device: torch.device, advance: Advance
 ) -> tuple[Tensor, Tensor]:
     """The features and targets of all batches."""
-    features, targets = [], []
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
     for batch in loader:
         inputs, target = split_batch(map_tensors(batch, lambda tensor: tensor.to(device)))
         if target is None:
             raise TypeError(
                 "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
-                f"got {type(batch).__name__}"
+                f"got {type(batch).__name__}{_second_part(batch)}"
             )
         feature = _call(body, inputs)
         _check_feature(feature, target)
+        _check_width(feature, features, "model must return features")
+        _check_width(target, targets, "collate_fn must give targets")
         features.append(feature if feature.dtype == torch.float64 else feature.float())
         targets.append(target)
         advance(len(target))
@@ -135,12 +141,30 @@ def _run_body(
     return torch.cat(features), torch.cat(targets)
 
 
+def _second_part(batch: Any) -> str:
+    """The words for a pair whose second part is no tensor, such as a tuple of class names."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return f" with targets of type {type(batch[1]).__name__}, which must be a tensor of numbers"
+    return ""
+
+
+def _check_width(rows: Tensor, earlier: list[Tensor], problem: str) -> None:
+    """Raise ValueError unless a batch's rows are as wide as those of the batches before it."""
+    if earlier and rows.shape[1:] != earlier[0].shape[1:]:
+        raise ValueError(
+            f"{problem} of one shape for all samples; got {tuple(earlier[0].shape[1:])} and, from "
+            f"sample {sum(map(len, earlier))} on, {tuple(rows.shape[1:])} a sample"
+        )
+
+
 def _check_feature(feature: Any, target: Tensor) -> None:
     if not isinstance(feature, Tensor):
         raise TypeError(
             f"model must return a tensor of features, got {type(feature).__name__}; "
             "wrap it in a module that picks one"
         )
+    if target.dim() == 0:
+        raise ValueError("collate_fn must give one target for each sample, got a single number")
     if feature.dim() != 2 or len(feature) != len(target):
         raise ValueError(
             f"model must return features of shape (B, D); got {tuple(feature.shape)} "

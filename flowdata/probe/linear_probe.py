@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flowdata.probe.checks import check_head
+from flowdata.probe.checks import check_head, check_strength
 from flowdata.probe.features import compute_features
 from flowdata.probe.fit import fit_head
 from flowdata.probe.problem import HeadLoss
@@ -69,9 +69,10 @@ def linear_probe(
         `head`.
 
     Raises:
-        TypeError: `head` is no `nn.Linear`, or a batch is not made of inputs and targets.
-        ValueError: `dataset` is empty, features or targets don't fit the head, or a value is not
-            finite (first sample named). The head is then left as it was.
+        TypeError: `head` is no plain `nn.Linear`, `dataset` is a stream, or a batch is not made of
+            inputs and targets.
+        ValueError: `dataset` is empty, features or targets don't fit the head, a value is not
+            finite (first sample named), or see `fit_head`. The head is then left as it was.
         ScoreMismatchError, StoreError: see `compute_features`.
 
     Example:
@@ -84,6 +85,7 @@ def linear_probe(
         [0, 0, 1, 1]
     """
     check_head(head)
+    check_strength(strength, folds)  # before the body runs, which may take long
     features, targets = compute_features(
         model,
         dataset,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -11,28 +10,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowdata._common.notices import logger
+from flowdata.probe.scaling import ROWS
 
 HeadLoss: TypeAlias = Literal["auto", "cross_entropy", "binary_cross_entropy", "mse"]
+LossAndSlope: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_ROWS = (
-    8192  # rows of features in float64 at a time; all of them would take twice the features' memory
-)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets, reduction="sum")
+_CURVATURE = 0.25  # of a loss by a standardised feature's weight, about
+_LEAST_SLOPE = 1e-5  # a start this flat is a solution: what is left of its gradient is rounding
 
 
-def _binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_probabilities = logits.log_softmax(1)
+    slope = log_probabilities.exp()
+    if targets.is_floating_point():
+        return -(targets * log_probabilities).sum(), slope.sub_(targets)
+    places = targets[:, None]
+    slope.scatter_add_(1, places, slope.new_full(places.shape, -1.0))
+    return -log_probabilities.gather(1, places).sum(), slope
 
 
-def _mse(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(logits, targets, reduction="sum") / logits.shape[1]
+def _binary_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = logits.shape[1]
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    return loss / outputs, (logits.sigmoid() - targets).div_(outputs)
 
 
-# Sums over the samples of a slice, each sample's loss being the mean over its outputs.
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def _mse(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = logits.shape[1]
+    errors = logits - targets
+    return errors.square().sum() / outputs, errors.mul_(2 / outputs)
+
+
+# Sums over the samples of a slice, each sample's loss being the mean over its outputs, and their
+# derivatives by the logits.
+LOSSES: dict[str, LossAndSlope] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy": _binary_cross_entropy,
     "mse": _mse,
@@ -56,12 +67,7 @@ class HeadProblem:
     """
 
     def __init__(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        outputs: int,
-        bias: bool,
+        self, features: Tensor, targets: Tensor, loss: LossAndSlope, outputs: int, bias: bool
     ) -> None:
         self.features, self.targets, self.loss = features, targets, loss
         self.outputs, self.bias = outputs, bias
@@ -80,21 +86,17 @@ class HeadProblem:
     def mean_loss(self, parameters: Tensor, gradient: Tensor | None = None) -> float:
         """Return the mean loss, and add its gradient to `gradient`."""
         total = 0.0
-        for features, targets in zip(
-            self.features.split(_ROWS), self.targets.split(_ROWS), strict=True
-        ):
-            rows = features.double()
-            with torch.enable_grad():
-                # Autograd goes from the loss to the logits alone. From there the gradient is a
-                # product with the rows, which goes straight into `gradient`, slice by slice.
-                logits = (rows @ parameters[:, :-1].T + parameters[:, -1]).requires_grad_()
-                loss = self.loss(logits, targets) / len(self.features)
-                if gradient is not None:
-                    (slope,) = torch.autograd.grad(loss, logits)
-                    gradient[:, :-1].addmm_(slope.T, rows)
-                    if self.bias:
-                        gradient[:, -1] += slope.sum(0)
-            total += loss.item()
+        samples = len(self.features)
+        for part, targets in zip(self.features.split(ROWS), self.targets.split(ROWS), strict=True):
+            rows = part.double()
+            loss, slope = self.loss(
+                torch.addmm(parameters[:, -1], rows, parameters[:, :-1].T), targets
+            )
+            total += loss.item() / samples
+            if gradient is not None:
+                gradient[:, :-1].addmm_(slope.T, rows, alpha=1 / samples)
+                if self.bias:
+                    gradient[:, -1].add_(slope.sum(0), alpha=1 / samples)
         return total
 
     def objective(self, parameters: Tensor, strength: float, gradient: Tensor) -> float:
@@ -111,12 +113,22 @@ class HeadProblem:
             start: where L-BFGS begins.
             strength: of the penalty.
             tolerance: the largest entry of the gradient at the solution, as a share of the one at
-                parameters of 0. A share needs no unit: targets in millions end as exactly.
+                parameters of 0.
         """
-        parameters, gradient = start.clone(), torch.zeros_like(start)
+        # W / stretch is as curved as the bias, which the penalty leaves alone: L-BFGS needs several
+        # times fewer steps under strong penalties.
+        stretch = start.new_ones(start.shape[1])
+        stretch[:-1] = (1 + strength / _CURVATURE) ** -0.5
+        parameters, gradient = start / stretch, torch.zeros_like(start)
         parameters.grad = gradient
-        self.objective(self.start(), strength, gradient)
-        flat_enough = tolerance * gradient.abs().max().item()
+
+        def objective(parameters: Tensor) -> float:
+            value = self.objective(parameters * stretch, strength, gradient)
+            gradient.mul_(stretch)
+            return value
+
+        objective(self.start())
+        flat_enough = tolerance * max(gradient.abs().max().item(), _LEAST_SLOPE)
         optimizer = torch.optim.LBFGS(
             [parameters],
             max_iter=5000,
@@ -126,9 +138,9 @@ class HeadProblem:
             tolerance_change=0,
             line_search_fn="strong_wolfe",
         )
-        optimizer.step(lambda: self.objective(parameters, strength, gradient))
+        optimizer.step(lambda: objective(parameters))
         # The line search leaves the gradient of the last point tried, not that of the best one.
-        self.objective(parameters, strength, gradient)
+        objective(parameters)
         # Rounding may end the descent a little short of the tolerance; that does no harm.
         if (steepest := gradient.abs().max().item()) > 100 * flat_enough:
             logger.warning(
@@ -138,28 +150,4 @@ class HeadProblem:
                 steepest,
                 flat_enough,
             )
-        return parameters
-
-
-def standardise(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor, float]:
-    """Return features of mean variance 1 (and mean 0), with the means and the scale taken out.
-
-    Args:
-        features: (N, D) floating.
-        centre: whether the means are taken out; a head without bias can't put them back.
-
-    Returns:
-        Features, (N, D) in float32 or wider; the means, (D,) float64, 0 without `centre`; and the
-        one scale of all features.
-    """
-    means = features.new_zeros(features.shape[1], dtype=torch.float64)
-    if centre:
-        means = features.mean(0, dtype=torch.float64)
-    squares = 0.0
-    for rows in features.split(_ROWS):
-        squares += (rows.double() - means).square_().sum().item()
-    scale = math.sqrt(squares / features.numel()) or 1.0
-    scaled = torch.empty_like(features, dtype=torch.promote_types(features.dtype, torch.float32))
-    for target, rows in zip(scaled.split(_ROWS), features.split(_ROWS), strict=True):
-        target.copy_((rows.double() - means) / scale)
-    return scaled, means, scale
+        return parameters * stretch

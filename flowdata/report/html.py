@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flowdata.report.pictures import draw_losses, draw_weights, figure, png
 from flowdata.report.summary import drop_missing, extremes
-from flowdata.weights import flow_weights
+from flowdata.weights import weigh
 
 if TYPE_CHECKING:
     from flowdata.scores import Scores
@@ -51,7 +52,7 @@ def render(
         top: how many of the easiest and of the hardest samples to list.
     """
     losses, temperature = drop_missing(scores.losses), summary["temperature"]
-    weights = flow_weights(losses, temperature=temperature)
+    weights = weigh(losses, temperature)
     body = [
         _tiles(summary),
         '<div class="pictures">',
@@ -108,11 +109,11 @@ def _picture(label: str, draw: Callable[[Any], None]) -> str:
 
 
 def _quantile_table(summary: Mapping[str, Any]) -> str:
-    temperature = summary["temperature"]
+    losses = [summary["loss"][key] for key in _QUANTILE_NAMES]
+    weights = weigh(torch.tensor(losses, dtype=torch.float64), summary["temperature"]).tolist()
     rows = (
-        f"<tr><th>{name}</th><td>{_number(summary['loss'][key])}</td>"
-        f"<td>{_number(math.exp(-summary['loss'][key] / temperature))}</td></tr>"
-        for key, name in _QUANTILE_NAMES.items()
+        f"<tr><th>{name}</th><td>{_number(loss)}</td><td>{_number(weight)}</td></tr>"
+        for name, loss, weight in zip(_QUANTILE_NAMES.values(), losses, weights, strict=True)
     )
     return f"<table><tr><th></th><td>loss</td><td>weight</td></tr>{''.join(rows)}</table>"
 
@@ -125,9 +126,9 @@ def _samples(
 ) -> str:
     """A list of samples with their losses and weights; a bar shows each weight's size."""
     items = []
-    for index in indices:
-        loss = scores.losses[index].item()
-        weight = math.exp(-loss / temperature)
+    losses = scores.losses[indices]
+    weights = weigh(losses, temperature).tolist()
+    for index, loss, weight in zip(indices, losses.tolist(), weights, strict=True):
         targets = int(scores.counts[index])
         facts = f"<span>loss <b>{_number(loss)}</b></span>"
         facts += f"<span>weight <b>{_number(weight)}</b></span>"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flowdata.report.summary import drop_missing
-from flowdata.weights import Temperature, flow_weights, resolve_temperature
+from flowdata.weights import Temperature, resolve_temperature, weigh
 
 Theme = Literal["light", "dark"]
 
@@ -95,7 +96,7 @@ def plot_losses(losses: Tensor, path: str | Path, *, temperature: Temperature = 
     temperature_value = resolve_temperature(values, temperature)
     with figure(10, 3.8, panels=2, width_ratios=[3, 2]) as (drawing, (left, right)):
         draw_losses(left, values, temperature_value)
-        draw_weights(right, flow_weights(values, temperature=temperature_value))
+        draw_weights(right, weigh(values, temperature_value))
         content = png(drawing)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +127,9 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
         )
     weight = axes.twinx()
     weight.grid(False)
-    points = np.linspace(0, top, 200)
-    weight.plot(points, np.exp(-points / temperature), color=ORANGE, linewidth=1.8)
+    points = torch.linspace(0, top, 200, dtype=torch.float64)
+    curve = weigh(points, temperature)
+    weight.plot(points.numpy(), curve.numpy(), color=ORANGE, linewidth=1.8)
     weight.set(ylim=(0, 1.14), yticks=[0, 0.5, 1])
     weight.set_ylabel("weight", color=ORANGE)
     weight.tick_params(axis="y", colors=ORANGE)

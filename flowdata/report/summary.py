@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowdata.weights import Temperature, effective_sample_size, flow_weights, resolve_temperature
+from flowdata.weights import (
+    Temperature,
+    effective_sample_size,
+    resolve_temperature,
+    warn_of_useless_weights,
+    weigh,
+)
 
 QUANTILES = {
     "min": 0.0,
@@ -48,8 +54,9 @@ def summarize(
     """
     values = drop_missing(losses)
     temperature_value = resolve_temperature(values, temperature)
-    weights = flow_weights(values, temperature=temperature_value)
-    effective = effective_sample_size(weights)
+    weights = weigh(values, temperature_value)
+    warn_of_useless_weights(values, weights, temperature)
+    effective = effective_sample_size(weights) if weights.any() else 0.0
     quantiles = np.quantile(values.double().numpy(), list(QUANTILES.values()))
     return {
         "samples": len(losses),

@@ -16,8 +16,7 @@ from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata.dataset import gather_weights
 from flowdata.sampler.epoch_orders import EpochOrders
-from flowdata.scores import Missing
-from flowdata.weights import Normalize, Temperature, effective_sample_size
+from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
 
 Method: TypeAlias = Literal["systematic", "multinomial"]
 

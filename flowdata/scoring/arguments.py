@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdata._common.unreadable import check_map_style
+from flowdata._common.data_sets import check_map_style
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import name_of
 from flowdata.targets.which_loss import LOSSES, OWN

@@ -202,10 +202,8 @@ class LossScorer:
             self._is_shown = self.progress and ranks.is_first
             readable = Readable(dataset, skip=skip)
             job = self._job(readable, collate_fn, lengths, num_workers, store)
-            has_name = dataset_id is not None
-            remark_on_random_samples(dataset, has_name=has_name, skip_unreadable=skip)
-            if dataset_id is None:
-                dataset_id = content_identity(dataset, skip_unreadable=skip)
+            remark_on_random_samples(dataset, dataset_id, skip_unreadable=skip)
+            dataset_id = dataset_id or content_identity(dataset, skip_unreadable=skip)
             self._note = sampling_note(dataset_id)
             identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
             draft = make_manifest(identity, {}, details or {})

@@ -101,7 +101,7 @@ def features_identity(
         collate_fn: as the user gave it.
         dtype: the name of the dtype in which the body runs.
     """
-    remark_on_random_samples(dataset, has_name=dataset_id is not None)
+    remark_on_random_samples(dataset, dataset_id)
     return {
         "kind": "features",
         "body": _SCHEME + fingerprint_model(body),
@@ -190,13 +190,13 @@ def _is_earlier(identity: Any) -> bool:
 
 
 def remark_on_random_samples(
-    dataset: Any, *, has_name: bool, skip_unreadable: bool = False
+    dataset: Any, dataset_id: str | None, *, skip_unreadable: bool = False
 ) -> None:
     """Say, once, that a sample differs from reading to reading: its loss is that of one draw.
 
     Args:
         dataset: map-style; a few of its samples are read three times.
-        has_name: whether the user named its content, which then need not be recognised.
+        dataset_id: the user's name for its content, which then need not be recognised.
         skip_unreadable: pass over samples on which the data set raises.
     """
     sample = random_sample(dataset, skip_unreadable=skip_unreadable)
@@ -208,7 +208,7 @@ def remark_on_random_samples(
         "augmentation makes it: each loss is that of one draw. Score with the transform of "
         "evaluation, or take the mean over draws with flowdata.views.score_views"
     )
-    if not is_seeded and not has_name:
+    if not is_seeded and dataset_id is None:
         remark += (
             ". No seed fixes it, so its content can't be recognised: pass dataset_id='a name that "
             "changes when the data does'"

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
+from flowdata._common.data_sets import check_stream
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
+from flowdata._common.values import check_values
 from flowdata.dataset import Layout, weight_attacher
-from flowdata.scores import Missing, Scorer
+from flowdata.scores import Scorer
+from flowdata.streaming.shared import SharedMarks
 from flowdata.streaming.source import StreamSource
-from flowdata.streaming.temperature import StreamTemperature, WindowTemperature
-from flowdata.weights import flow_weights, resolve_temperature
+from flowdata.streaming.temperature import (
+    StreamTemperature,
+    WindowTemperature,
+    as_plain_data,
+    check_stream_temperature,
+)
+from flowdata.streaming.window_scorer import WindowScorer
+from flowdata.weights import Missing, warn_of_useless_weights, weigh
 
 _VERSION = 1  # of state_dict
 
@@ -28,11 +35,16 @@ class FlowWeightedIterable(IterableDataset[Any]):
     At most one window is read ahead, whatever the consumer does. The scorer runs in the process
     that iterates: keep ``num_workers=0`` behind a model on a GPU, and put the workers in front,
     as ``dataset=StatefulDataLoader(stream, batch_size=None, num_workers=4)``. With
-    ``num_workers`` > 0 every worker has a model of its own.
+    ``num_workers`` > 0 every worker has a model of its own, and the position is the workers': a
+    `StatefulDataLoader` saves it, and `state_dict` of the stream itself is refused.
 
     Samples are dealt out in turn to ranks (`num_replicas` and `rank`) and workers. A source that
     is a PyTorch `IterableDataset` (Hugging Face streams are) splits itself between workers, as
     PyTorch asks of it; one that `split_dataset_by_node` has split needs no `num_replicas`.
+
+    A stream has one position, and so one pass at a time: a new pass ends the one before. A sample
+    counts as given once the iterator has handed it over; ``zip(stream, other)`` takes one more
+    than it passes on where `other` is the shorter.
 
     On several ranks a running median is of the samples that its own rank has read. Ranks whose
     shares are alike agree after some hundreds of samples, to within the noise of so many losses.
@@ -40,11 +52,14 @@ class FlowWeightedIterable(IterableDataset[Any]):
     the same steps of their loops, such as every hundredth: they then weigh by one temperature.
 
     Args:
-        dataset: the source: any iterable, a Hugging Face stream, a torchdata node. It resumes
-            by its own `state_dict` where it has one, else by skipping what was read.
-        scorer: a `LossScorer` of the frozen pre-trained model, or anything with its `score`.
+        dataset: the source: any iterable, a map-style data set, a Hugging Face stream, a
+            torchdata node. A map-style one resumes by index, another by its own `state_dict`
+            where it has one, else by skipping what was read. A generator gives one pass.
+        scorer: a `LossScorer` of the frozen pre-trained model, or anything with its `score`. It
+            is left as it is; what it chose is said once, not for every window.
         temperature: ``"running_median"`` of all losses so far, those of this window included,
             within 0.1 %; ``"batch_median"``, of the window alone; or a positive float, in nats.
+            While a running median is 0, windows pass whose losses are all 0, with weights of 1.
         window: samples scored together.
         collate_fn: makes a batch of samples, for the scorer.
         layout: as in `FlowWeightedDataset`.
@@ -58,7 +73,9 @@ class FlowWeightedIterable(IterableDataset[Any]):
 
     Raises:
         TypeError, ValueError: an argument is not as above; while iterating, a loss is missing,
-            or a median is 0.
+            a median is 0, or the source can't be read once more.
+        RuntimeError: an iterator goes on after another pass has begun, the epoch was changed or
+            a state loaded.
 
     Example:
         >>> import torch
@@ -82,6 +99,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
     _window_temperature: float | None  # the current window's; None until it is scored
     _in_pass: bool  # a pass has begun since the stream was rewound or a state loaded
     _at_end: bool  # the pass has been through the whole source
+    _pass = 0  # the number of the pass that may move the position
 
     def __init__(
         self,
@@ -99,35 +117,25 @@ class FlowWeightedIterable(IterableDataset[Any]):
         rank: int = 0,
         seed: int = 0,
     ) -> None:
-        if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
-            raise TypeError(f"dataset must be iterable, got {type(dataset).__name__}")
-        if not hasattr(scorer, "score"):
-            raise TypeError(f"scorer must be a LossScorer, got {type(scorer).__name__}")
-        if temperature not in ("running_median", "batch_median"):
-            if isinstance(temperature, str):
-                raise ValueError(
-                    "temperature of a stream must be 'running_median', 'batch_median' or a "
-                    f"positive float, got {temperature!r}"
-                )
-            temperature = resolve_temperature(torch.ones(1), temperature)
+        check_stream(dataset)
+        temperature = check_stream_temperature(temperature)
         check_natural("window", window, least=1)
         check_natural("seed", seed)
         if missing not in ("raise", "zero"):
             raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
         check_rank(rank, num_replicas)
-        self.scorer = scorer
+        self._scorer = WindowScorer(scorer, collate_fn)
         self.temperature: StreamTemperature = temperature
         self.window = window
-        self.collate_fn = collate_fn
         self.missing: Missing = missing
         self.resample = resample
         self.num_replicas = num_replicas
         self.rank = rank
         self.seed = seed
         self.epoch = 0
+        self._shared = SharedMarks()
         self._source = StreamSource(dataset, rank, num_replicas)
         self._attach = weight_attacher(layout, key)
-        self._score_options = _options_of_one_rank(scorer)
         self._temperatures = WindowTemperature(temperature)
         self._rewind()
 
@@ -136,20 +144,30 @@ class FlowWeightedIterable(IterableDataset[Any]):
         """The source; a torchdata node stands in its `Loader`."""
         return self._source.dataset
 
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer as it was given."""
+        return self._scorer.scorer
+
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the samples; the first pass after loading a state goes on there."""
+        """Iterate over the samples; the first pass after loading a state goes on there.
+
+        Raises:
+            ValueError: this is a loader's worker, and the state was loaded outside it.
+        """
+        self._meet_main_process()
         if self._in_pass:
             self._rewind()  # from wherever an earlier pass stopped
         self._in_pass = True
-        return self._iterate()
+        return self._iterate(self._pass)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which resampling depends on, and the source's where it has epochs."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._rewind()
+        """Choose the epoch, which resampling depends on, and the source's where it has epochs.
+
+        It reaches the workers of a loader, persistent ones too, at the passes that begin after it.
+        """
+        self._shared.announce_epoch(check_natural("epoch", epoch))
+        self._enter_epoch(epoch)
 
     def merge_ranks(self, group: Any = None) -> None:
         """Let the running median include what the other ranks have read until now.
@@ -166,13 +184,22 @@ class FlowWeightedIterable(IterableDataset[Any]):
         window's samples that the loop has been given, the window's temperature, and the running
         median's counts. A stream that loads the state reads and scores the window again, so that
         every sample has the weight of its own loss even if the source does not resume exactly (a
-        Hugging Face shuffle buffer is refilled with other samples).
+        Hugging Face shuffle buffer is refilled with other samples, of which a warning tells).
+
+        Raises:
+            ValueError: the workers of a loader read the stream, each at a position of its own.
         """
+        if get_worker_info() is None and self._shared.read_by_workers:
+            raise ValueError(
+                "the stream's position is that of the loader's workers: save the state_dict of a "
+                "torchdata.stateful_dataloader.StatefulDataLoader over the stream, or iterate "
+                "with num_workers=0"
+            )
         return {
             **self._identity(),
             "epoch": self.epoch,
             **self._source.state_dict(),
-            "in_use": self._window_temperature,
+            "in_use": as_plain_data(self._window_temperature),
             "yielded": self._index,
             "ended": self._at_end,
             **self._temperatures.state_dict(),
@@ -192,17 +219,20 @@ class FlowWeightedIterable(IterableDataset[Any]):
             what="stream",
             remedy="Build this one with the same options, or start anew",
         )
-        self.set_epoch(state_dict["epoch"])
+        self._source.check_state(state_dict)
+        self._enter_epoch(state_dict["epoch"])
+        self._rewind()
         self._source.load_state_dict(state_dict)
+        self._shared.loaded_outside = get_worker_info() is None
         self._window_temperature, self._index = state_dict["in_use"], state_dict["yielded"]
-        self._in_pass, self._at_end = False, state_dict["ended"]
+        self._at_end = state_dict["ended"]
         self._temperatures.load_state_dict(state_dict)
 
     def _identity(self) -> dict[str, Any]:
         """What a state must share with the stream that loads it."""
         return {
             "version": _VERSION,
-            "temperature": self.temperature,
+            "temperature": as_plain_data(self.temperature),
             "window": self.window,
             "resample": self.resample,
             "seed": self.seed,
@@ -210,22 +240,59 @@ class FlowWeightedIterable(IterableDataset[Any]):
         }
 
     def _rewind(self) -> None:
-        """Let the next pass begin at the start of the source."""
+        """Let the next pass begin at the start of the source, and no other go on."""
         self._source.rewind()
         self._window_temperature, self._index = None, 0
-        self._in_pass = self._at_end = False
+        self._in_pass = self._at_end = self._shared.loaded_outside = False
+        self._pass += 1
 
-    def _iterate(self) -> Iterator[Any]:
+    def _enter_epoch(self, epoch: int) -> None:
+        """Set this process's epoch, and the source's."""
+        self._source.set_epoch(epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._rewind()
+
+    def _meet_main_process(self) -> None:
+        """Take in what the main process did to its copy of the stream; tell it who reads."""
+        in_worker = get_worker_info() is not None
+        if in_worker and self._shared.loaded_outside:
+            raise ValueError(
+                "the stream has loaded a state outside the loader's workers, whose positions it "
+                "can't give: load the state of a StatefulDataLoader over the stream, or iterate "
+                "with num_workers=0"
+            )
+        self._shared.read_by_workers = in_worker
+        if not in_worker:
+            self._shared.loaded_outside = False
+        epoch = self._shared.new_epoch()
+        if epoch is not None:
+            self._enter_epoch(epoch)
+
+    def _iterate(self, number: int) -> Iterator[Any]:
+        """The pass with this number."""
+        self._check_current(number)
         if self._at_end:
             return
-        samples = self._source.samples()
-        while window := list(islice(samples, self.window)):
-            yield from self._rest_of(window)
+        for window in self._source.windows(self.window):
+            for item in self._rest_of(window):
+                yield item
+                self._check_current(number)
             # The source moves on only after the window's last sample: until then a state has to
             # lead back to the window's start.
             self._source.advance(len(window))
             self._window_temperature, self._index = None, 0
         self._at_end = True
+        self._temperatures.check_end()
+
+    def _check_current(self, number: int) -> None:
+        """Refuse to move the position of another pass."""
+        if number != self._pass:
+            raise RuntimeError(
+                "this iterator of the stream is over: since it began, another pass has begun, the "
+                "epoch was changed or a state loaded. A stream gives one pass at a time; build "
+                "a second stream to read it twice at once"
+            )
 
     def _rest_of(self, window: list[Any]) -> Iterator[Any]:
         """Yield the samples of a window that the loop has not been given yet."""
@@ -242,10 +309,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
 
     def _weigh(self, window: list[Any]) -> Tensor:
         """The (W,) weights of a window; a running median counts the window's losses first."""
-        scores = self.scorer.score(
-            window, collate_fn=self.collate_fn, dataset_id="window", **self._score_options
-        )
-        losses = scores.losses.detach().cpu()
+        losses = self._scorer.losses(window)
         present = losses.isfinite()
         if self.missing == "raise" and not present.all():
             first = self._source.position + int((~present).int().argmax())
@@ -257,11 +321,20 @@ class FlowWeightedIterable(IterableDataset[Any]):
         if present.any():
             # The state of a resumed window brings its temperature and a median that has counted
             # its losses: to count them again would double them.
-            if self._window_temperature is None:
+            check_values(losses[present])
+            if self._window_temperature is None or not isinstance(self.temperature, str):
                 self._window_temperature = self._temperatures.of_window(
                     losses[present], self._source.position
                 )
-            weights[present] = flow_weights(losses[present], temperature=self._window_temperature)
+            weights[present] = weigh(losses[present], self._window_temperature)
+            if self._source.position == 0:  # one window speaks for the stream
+                warn_of_useless_weights(
+                    losses,
+                    weights,
+                    self.temperature,
+                    unit="samples of the stream's first window",
+                    remedies={"running_median": "median"},
+                )
         return weights
 
     def _draw(self, weights: Tensor) -> list[bool]:
@@ -274,15 +347,3 @@ class FlowWeightedIterable(IterableDataset[Any]):
         uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53)
         draws: list[bool] = (uniform < weights).tolist()
         return draws
-
-
-def _options_of_one_rank(scorer: Scorer) -> dict[str, Any]:
-    """The options of `score` that let a scorer work on this rank without the others.
-
-    Inside a process group a `LossScorer` shares its work among the ranks, all of which have to call
-    it with the same samples. Here every rank scores different windows at its own pace, so sharing
-    is turned off. A scorer whose `score` has no argument `shared` does not share.
-    """
-    parameters = inspect.signature(scorer.score).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return {"shared": False} if "shared" in parameters or takes_any else {}

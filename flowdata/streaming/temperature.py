@@ -9,8 +9,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowdata.streaming.running_median import RunningMedian
+from flowdata.weights import positive_number
 
 StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"
+_RULES: tuple[Literal["running_median", "batch_median"], ...] = ("running_median", "batch_median")
+
+
+def check_stream_temperature(temperature: Any) -> StreamTemperature:
+    """Return the temperature of a stream, checked: a rule by name, or a number as a float.
+
+    Raises:
+        TypeError, ValueError: it is neither, or not positive.
+    """
+    if isinstance(temperature, str) or callable(temperature):
+        for rule in _RULES:
+            if rule == temperature:
+                return rule
+        raise ValueError(
+            "temperature of a stream must be 'running_median', 'batch_median' or a positive "
+            f"float, got {temperature!r}"
+        )
+    return positive_number(temperature)
+
+
+def as_plain_data(temperature: StreamTemperature | None) -> StreamTemperature | None:
+    """Return a temperature as a state holds it: a number of a type that any reader knows."""
+    return float(temperature) if isinstance(temperature, float) else temperature
 
 
 class WindowTemperature:
@@ -28,12 +52,15 @@ class WindowTemperature:
     def of_window(self, losses: Tensor, position: int) -> float:
         """Return the temperature of the next window, whose losses a running median counts first.
 
+        While a running median is 0, windows whose losses are all 0 pass: their weights are 1 at
+        any temperature, and the median has time to become positive.
+
         Args:
             losses: (K,) floating, finite, >= 0, not empty.
             position: samples before the window, for messages.
 
         Raises:
-            ValueError: the median is 0.
+            ValueError: the median is 0, and the window's weights depend on it.
         """
         if not isinstance(self.rule, str):
             return self.rule
@@ -41,13 +68,27 @@ class WindowTemperature:
             median = losses.double().quantile(0.5).item()
         else:
             self._median.update(losses)
-            median = (self._median + self._median_of_others).median()
+            median = self._median_of_all().median()
+            if median == 0 and losses.max() == 0:
+                return 1.0  # any will do
         if median == 0:
-            raise ValueError(
-                f"temperature={self.rule!r} is 0 up to sample {position + len(losses)} of the "
-                "stream: half of the losses are 0; pass a positive float as temperature"
-            )
+            raise self._zero(f"is 0 up to sample {position + len(losses)} of the stream")
         return median
+
+    def check_end(self) -> None:
+        """Raise ValueError if the source has ended and a running median is 0 to the last."""
+        median = self._median_of_all()
+        if self.rule == "running_median" and median.counts and median.median() == 0:
+            raise self._zero("is 0 over the whole stream")
+
+    def _median_of_all(self) -> RunningMedian:
+        return self._median + self._median_of_others
+
+    def _zero(self, where: str) -> ValueError:
+        return ValueError(
+            f"temperature={self.rule!r} {where}: half of the losses are 0; pass a positive float "
+            "as temperature, or a larger window if the first losses alone are 0"
+        )
 
     def merge_ranks(self, group: Any) -> None:
         """Let the running median include what the other ranks have counted until now."""

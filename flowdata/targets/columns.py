@@ -11,6 +11,9 @@ Each is the mean over a sample's targets of
   scale · (1 − (z / softcap)²). A sample's value is the mean of its targets' norms, not the norm
   of their mean gradient; for a sample of one target both are the same.
 
+The smaller `entropy` and `gradient_norm`, the easier the sample, as with the loss, whose place they
+can take in weights. `correct` runs the other way.
+
 This file takes them from full logits; flowdata/head does so tile by tile.
 """
 
@@ -25,6 +28,7 @@ from torch import Tensor
 from flowdata.targets.which_loss import OWN
 
 COLUMNS = ("entropy", "correct", "gradient_norm")
+SMALL_WHERE_EASY = ("entropy", "gradient_norm")
 
 
 def check_columns(columns: Sequence[str], loss: object) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def loss_of_batch(batch: Any) -> str:
         return "binary_cross_entropy"
     if not targets.is_floating_point():
         return "cross_entropy"
-    if targets.dim() == 2 and targets.shape[1] > 1 and _are_probabilities(targets):
+    if targets.dim() == 2 and targets.shape[1] > 1 and are_probabilities(targets):
         if ((targets == 0) | (targets == 1)).all():
             raise ValueError(
                 "loss='auto' found floating targets with a single 1 in each row: they can be one "
@@ -98,8 +98,8 @@ def loss_of_batch(batch: Any) -> str:
     return "binary_cross_entropy" if is_binary.all() else "mse"
 
 
-def _are_probabilities(targets: Tensor) -> bool:
-    """Whether the rows of (B, C) targets are distributions over classes."""
+def are_probabilities(targets: Tensor) -> bool:
+    """Return whether the rows of (B, C) targets are distributions over classes."""
     sums = targets.float().sum(1)
     return bool((targets >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
 

@@ -1,0 +1,69 @@
+"""Weights of losses of which some are missing."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flowdata._common.values import check_values
+from flowdata.weights.formula import weigh
+from flowdata.weights.temperature import Temperature, resolve_temperature
+
+Missing: TypeAlias = Literal["raise", "zero"]  # what becomes of samples without a loss
+
+
+def weigh_present(
+    losses: Tensor,
+    temperature: Temperature = "median",
+    *,
+    missing: Missing = "raise",
+    column: str = "loss",
+) -> Tensor:
+    """Return the weights of losses, the temperature taken over those that are there.
+
+    Args:
+        losses: (N,) floating, non-negative; NaN for samples without a loss.
+        temperature: as in `resolve_temperature`.
+        missing: ``"raise"`` refuses samples without a loss, ``"zero"`` gives them weight 0.
+        column: what the losses are, for messages: ``"loss"``, or the column in its place.
+
+    Returns:
+        (N,) float32 in [0, 1].
+
+    Raises:
+        ValueError: samples without a loss under ``missing="raise"`` (their indices named), no
+            sample with one, a negative loss, or an unusable `temperature`.
+
+    Example:
+        >>> weigh_present(torch.tensor([1.0, torch.nan]), missing="zero")
+        tensor([0.3679, 0.0000])
+    """
+    if missing not in ("raise", "zero"):
+        raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
+    absent = losses.isnan()
+    if absent.all():
+        raise ValueError(
+            f"none of the {len(losses)} samples has a {column}: check that the labels are not "
+            "all ignored and that the model's outputs are finite"
+        )
+    if absent.any() and missing == "raise":
+        indices = _listing(absent.nonzero().flatten().tolist())
+        raise ValueError(
+            f"{int(absent.sum())} of {len(losses)} samples have no {column} (no target, or a value "
+            f"that is not finite in float32): indices {indices}; drop them, or pass "
+            "missing='zero' to give them weight 0"
+        )
+    # The check is of all samples, so that the index in its message is the sample's own.
+    name = "losses" if column == "loss" else f"{column} values"
+    present = check_values(losses.masked_fill(absent, 0.0), name)[~absent]
+    weights = torch.zeros(losses.shape, dtype=torch.float32)
+    weights[~absent] = weigh(present, resolve_temperature(present, temperature))
+    return weights
+
+
+def _listing(indices: list[int], most: int = 10) -> str:
+    """Indices as a message shows them, the first `most` of them."""
+    more = f", … ({len(indices)} in all)" if len(indices) > most else ""
+    return ", ".join(map(str, indices[:most])) + more

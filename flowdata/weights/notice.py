@@ -1,0 +1,96 @@
+"""The warning where a rule's weights are of no use for the losses at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowdata._common.notices import warn_once
+from flowdata.weights.formula import weigh
+from flowdata.weights.temperature import Temperature, resolve_temperature, rule_name
+
+_SMALLEST_MEAN = 1e-3  # weights of a smaller mean leave training next to nothing to learn from
+_TINY = torch.finfo(torch.float32).tiny
+_FEW = 10  # so few equal losses, of a toy or a single batch, say nothing about a data set
+# The rules that may do better, the one that users are best served by first.
+_RULES = ("ess0.5", "median", "mean", "ess0.9", "ess0.99", "ess0.999")
+_REMEDIES = MappingProxyType({rule: rule for rule in _RULES})
+
+
+def warn_of_useless_weights(
+    losses: Tensor,
+    weights: Tensor,
+    temperature: Temperature,
+    *,
+    is_normalized: bool = False,
+    unit: str = "samples",
+    remedies: Mapping[str, str] = _REMEDIES,
+) -> None:
+    """Warn where weights vanish or tell no samples apart, and name a rule whose weights do not.
+
+    It is for those who make a data set's weights, once, and not for what is made in every step.
+
+    Args:
+        losses: (N,) floating, non-negative; NaN for samples without a loss, which are left out.
+        weights: (N,) float32 in [0, 1], made from the losses, before any normalising.
+        temperature: the rule they were made by.
+        is_normalized: whether the weights will be divided by their mean. A small mean is then no
+            trouble, as long as float32 holds such weights with all their digits.
+        unit: what the losses are of, for messages.
+        remedies: the rules that may be recommended, each with the rule that it comes to for these
+            losses.
+    """
+    present = ~losses.isnan()
+    if not present.all():
+        losses, weights = losses[present], weights[present]
+    trouble = _trouble_of(losses, weights)
+    mean = weights.mean(dtype=torch.float64).item()
+    if trouble is None or (trouble == "vanish" and is_normalized and mean > _TINY):
+        return
+    rule, units = rule_name(temperature), f"{len(losses):,} {unit}"
+    about = f"weights: {trouble}, {rule}, {units}"
+    if trouble == "same losses":
+        warn_once(
+            f"the losses of all {units} are {losses[0].item():.6g}, so that their weights are "
+            "the same under every rule and change nothing; check the model and the labels",
+            about=about,
+        )
+        return
+    if trouble == "vanish":
+        what = f"have a mean of {mean:.3g}, so that training on them would hardly move the model"
+        cure = "do not vanish"
+    else:
+        what = "are all the same, although the losses differ, so that they change nothing"
+        cure = "differ"
+    better = _better_rule(losses, remedies)
+    remedy = f"; pass temperature={better!r}, whose weights {cure}" if better else ""
+    warn_once(f"temperature={rule}: the weights of the {units} {what}{remedy}", about=about)
+
+
+def _trouble_of(
+    losses: Tensor, weights: Tensor
+) -> Literal["vanish", "same weights", "same losses"] | None:
+    """What is wrong with weights, if anything is."""
+    if weights.mean(dtype=torch.float64).item() < _SMALLEST_MEAN:
+        return "vanish"
+    if len(weights) == 1 or weights.min() < weights.max():
+        return None
+    if losses.min() < losses.max():
+        return "same weights"
+    return "same losses" if len(losses) >= _FEW else None
+
+
+def _better_rule(losses: Tensor, remedies: Mapping[str, str]) -> str | None:
+    """The first remedy whose weights for these losses are in no trouble, beyond the losses' own."""
+    for name, rule in remedies.items():
+        try:
+            weights = weigh(losses, resolve_temperature(losses, rule))
+        except ValueError:  # ties for the smallest loss, or a median of 0
+            continue
+        if _trouble_of(losses, weights) in (None, "same losses"):
+            return name
+    return None
