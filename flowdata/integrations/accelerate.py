@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,11 @@ class PreparedBatches(DataLoaderStateMixin):  # type: ignore[misc]
     this class. Save a state at the end of a step (``accelerator.sync_gradients``): within one, the
     loader stands at its end.
 
+    On CPUs, torchrun and ``accelerate launch`` need ``Accelerator(cpu=True)`` for several processes
+    (``launch --cpu`` starts but one), and Accelerate then trains under DDP, whatever it is told of
+    FSDP or DeepSpeed. DeepSpeed divides by the accumulation steps of its own configuration, which
+    Accelerate takes over, to the same end.
+
     Args:
         accelerator: the one that prepared the loader, with its ``gradient_accumulation_steps``.
         loader: what ``accelerator.prepare`` returned.
@@ -41,9 +47,9 @@ class PreparedBatches(DataLoaderStateMixin):  # type: ignore[misc]
 
     Raises:
         TypeError: the loader was not prepared.
-        ValueError: steps may reach beyond the epoch (``sync_with_dataloader=False``); or, in a
-            pass, `accumulate` does not stand where the batches do, or the loader's length is
-            another on another rank.
+        ValueError: steps may reach beyond the epoch (``sync_with_dataloader=False``), or each of
+            several processes has an accelerator to itself; or, in a pass, `accumulate` does not
+            stand where the batches do, or the loader's length is another on another rank.
     """
 
     def __init__(
@@ -58,6 +64,12 @@ class PreparedBatches(DataLoaderStateMixin):  # type: ignore[misc]
             raise ValueError(
                 "sync_with_dataloader=False lets a step begin in one epoch and end in the next, "
                 "whose items can't be counted ahead: leave it True, so that an epoch ends a step"
+            )
+        ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's and accelerate launch's
+        if ranks > 1 and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
+            raise ValueError(
+                f"accelerator has one process, but {ranks} were launched, each of which would "
+                "train alone on all samples: on CPUs make it with Accelerator(cpu=True)"
             )
         self.accelerator, self.loader, self.count = accelerator, loader, count
         self.gradient_state = accelerator.gradient_state

@@ -10,24 +10,25 @@ from flowdata.sampler import FlowSampler
 from flowdata.sampler.sharing import check_sharing, parts_of
 
 
-def check_loader(loader: Any, *, weighted_loss: bool = False) -> None:
+def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1) -> None:
     """Refuse a loader that draws samples by the weights where the loss is weighted, too.
 
-    One that Accelerate prepared and whose `FlowSampler` gives a rank's share already is refused as
-    well, since it would share the order out twice.
+    One whose `FlowSampler` is shared out twice, or not at all, is refused as well.
 
     Args:
         loader: a DataLoader, or a wrapper of one.
         weighted_loss: whether the loss is known to be weighted; a loader of a
             `FlowWeightedDataset` is refused in any case.
+        num_ranks: the number of ranks that train on different samples, where it is known.
 
     Raises:
-        ValueError: a `FlowSampler` draws, and the loss weighs again; or it is shared out twice.
+        ValueError: a `FlowSampler` draws, and the loss weighs again; or its order is shared out
+            twice, or not at all.
     """
     sampler = flow_sampler_of(loader)
     if sampler is None:
         return
-    check_sharing(loader, sampler.num_replicas)
+    check_sharing(loader, sampler.num_replicas, num_ranks)
     if weighted_loss or _loads_weights(loader):
         raise ValueError(
             "the weights would act twice: a FlowSampler draws samples by their weight, and the "

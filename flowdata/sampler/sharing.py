@@ -77,15 +77,16 @@ class Share:
         )
 
 
-def check_sharing(loader: Any, num_replicas: int) -> None:
-    """Refuse a loader that would share out the shares of a `FlowSampler` inside it.
+def check_sharing(loader: Any, num_replicas: int, num_ranks: int = 1) -> None:
+    """Refuse a loader that shares the order of a `FlowSampler` inside it out twice, or not at all.
 
     Args:
         loader: a loader, prepared by Accelerate or not.
         num_replicas: the number of ranks for which the sampler gives a share.
+        num_ranks: the number of ranks that train on different samples, where it is known.
 
     Raises:
-        ValueError: most of the epoch would be lost.
+        ValueError: most of the epoch would be lost, or every rank would draw all of it.
     """
     shares = _shares_of(loader)
     if num_replicas > 1 and shares > 1:
@@ -93,6 +94,11 @@ def check_sharing(loader: Any, num_replicas: int) -> None:
             f"FlowSampler takes one of num_replicas={num_replicas} shares of the order, which the "
             f"loader prepared by Accelerate would share out again among {shares} ranks, so that "
             "most of the epoch would be lost: pass num_replicas=1, rank=0"
+        )
+    if num_replicas == shares == 1 < num_ranks:
+        raise ValueError(
+            f"FlowSampler gives the whole order to each of {num_ranks} ranks, which would all "
+            "train on the same samples: make it without num_replicas and rank"
         )
 
 
