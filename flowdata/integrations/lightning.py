@@ -119,11 +119,13 @@ class FlowGuard(Callback):  # type: ignore[misc]
         """Check the training loaders.
 
         Raises:
-            ValueError: a `FlowSampler` draws from a `FlowWeightedDataset`.
+            ValueError: a `FlowSampler` draws from a `FlowWeightedDataset`, or gives its whole order
+                to each of several ranks.
         """
+        ranks = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         combined = trainer.fit_loop._combined_loader
         for loader in combined.flattened if combined is not None else ():
-            check_loader(loader)
+            check_loader(loader, num_ranks=ranks.get("num_replicas", 1))
 
 
 def _batches_per_step(trainer: Trainer) -> int:
