@@ -67,13 +67,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def innermost(model: Any) -> Any:
-    """Return the Hugging Face model inside a PEFT model, else the model itself.
+    """Return the Hugging Face model inside a PEFT model and inside wrappers, else the model itself.
 
     The inner model has the signature, the configuration and the named parts that a PEFT model
-    hides or passes on under other names. It is for reading: a call goes to the outer model.
+    hides or passes on under other names, and `torch.compile` and DataParallel hide. It is for
+    reading: a call goes to the outer model.
     """
+    model = unwrapped(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
+        return unwrapped(model.get_base_model())
     return model
 
 

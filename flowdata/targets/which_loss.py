@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import innermost
 from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
 
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
@@ -29,21 +28,6 @@ _LOSS_OF_PROBLEM = {
     "single_label_classification": "cross_entropy",
     "multi_label_classification": "binary_cross_entropy",
 }
-
-
-def loss_of(model: nn.Module, batch: Any) -> str:
-    """Return the name of the loss that a model computes, or that a batch of samples calls for.
-
-    Raises:
-        ValueError: see `loss_of_batch`.
-    """
-    inner = innermost(model)
-    loss = loss_of_model(inner)
-    if loss is None and type(inner).__name__.endswith(_CLASSIFIERS):
-        targets = split_batch(batch)[1]
-        if targets is not None:  # Hugging Face's classifiers choose by the labels' type as well
-            return "binary_cross_entropy" if targets.is_floating_point() else "cross_entropy"
-    return loss or loss_of_batch(batch)
 
 
 def loss_of_model(model: nn.Module) -> str | None:
