@@ -13,7 +13,7 @@ batch is looked at as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,15 +27,24 @@ from flowdata.integrations.trainer_loss import (
     RunLoss,
     SampleLoss,
     count_batch,
+    needs_labels,
+    takes_labels,
     weighted_loss,
-    without_needless_labels,
+    without_labels,
 )
 from flowdata.models.calling import innermost, output_layer_of, unwrapped
 from flowdata.models.compiled import as_written
 from flowdata.models.rope import loaded_frequencies
 from flowdata.targets.labels import split_batch
 from flowdata.targets.meaning import agreed_name, name_by_labels
-from flowdata.targets.own_loss import Reading, agrees, own_loss_of, readings, term_factors
+from flowdata.targets.own_loss import (
+    Reading,
+    agrees,
+    named_terms,
+    own_loss_of,
+    readings,
+    term_factors,
+)
 from flowdata.targets.predictions import is_of_tokens, logits_of
 from flowdata.targets.which_loss import OWN, loss_of_model
 
@@ -80,7 +89,9 @@ def decide(
             both numbers and the remedy.
     """
     if not isinstance(loss, str):
-        return Decision(RunLoss(loss, term_factors(model)))
+        # A user's function may read from the outputs what the model made of its labels.
+        run = RunLoss(loss, term_factors(model), passes_labels=takes_labels(model, inputs))
+        return Decision(run)
     with preserved_rng(), _same_buffers(model), as_written(model), loaded_frequencies(model):
         if loss == OWN:
             return Decision(own_run(model, inputs, size))
@@ -93,11 +104,15 @@ class _Look:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], size: int) -> None:
         self.model, self.inputs = model, inputs
-        outputs = model(**without_needless_labels(model, inputs, needs_labels=True))
+        takes = takes_labels(model, inputs)
+        outputs = model(**inputs) if takes else model(**without_labels(inputs))
         self.own, self.readings = own_loss_of(outputs), readings(model, outputs)
-        if self.own is not None and not _has_logits(outputs):
+        self.passes_labels = needs_labels(model, inputs)
+        if self.own is not None and takes and not _has_logits(outputs):
             # A fused loss, such as Liger's, makes no logits where it is given labels.
-            outputs = model(**without_needless_labels(model, inputs))
+            bare = _without_error(lambda: model(**without_labels(inputs)))
+            if _has_logits(bare):
+                outputs, self.passes_labels = bare, False
         self.outputs = outputs
         self.labels = split_batch(inputs)[1]
         self.weights = torch.ones(size)
@@ -117,8 +132,9 @@ class _Look:
         def values_of(name: str) -> list[float | None]:
             for run in self._variants(name):
                 value = self._value(run)
-                if value is not None and self._reading(value) and self._difference(run) <= 0:
-                    runs[name] = run
+                reading = None if value is None else self._reading(value)
+                if value is not None and reading and not self._difference(value, reading.factors):
+                    runs[name] = replace(run, factors=reading.factors)
                     return [value.item()]
             return [None]
 
@@ -129,15 +145,13 @@ class _Look:
             name = agreed_name(self.model, own_values, values_of, self._dtype())
         if name is None:
             return self._without_target(names) or self._refuse(names)
-        value = self._value(runs[name])
-        reading = None if value is None else self._reading(value)
-        run = replace(runs[name], factors=reading.factors if reading else {})
-        return Decision(run, is_settled=self._is_telling(run))
+        return Decision(runs[name], is_settled=self._is_telling(name))
 
     def _variants(self, name: str) -> Iterator[RunLoss]:
         """A loss by name, with classes on each axis that they can be on."""
         logits, labels = logits_of(self.outputs), self.labels
-        run = RunLoss(name, virtual_tokens=_virtual_tokens(self.model, logits, labels))
+        virtual = _virtual_tokens(self.model, logits, labels)
+        run = RunLoss(name, passes_labels=self.passes_labels, virtual_tokens=virtual)
         if name != "cross_entropy" or labels is None or labels.is_floating_point():
             yield run
             return
@@ -165,39 +179,41 @@ class _Look:
         dtype = self._dtype()
         return next((r for r in self.readings if agrees(r.value, value.item(), dtype)), None)
 
-    def _difference(self, run: RunLoss) -> float:
+    def _difference(self, value: Tensor, factors: Mapping[str, float]) -> float:
         """How far the gradients by the logits are beyond rounding, relative; 0 where they agree.
 
         Also 0 where no gradient can be had, see `_is_telling`.
         """
-        value, own = self._value(run), self._gradient(self.own)
         named = self._gradient(value)
+        own = None if self.own is None else self._gradient(self.own)
         if own is None or named is None:
             return 0.0
-        scale = float(torch.maximum(own.abs().max(), named.abs().max()))
-        error = float((own.float() - named.float()).abs().max())
+        terms = named_terms(self.outputs, factors)
+        if isinstance(terms, Tensor) and (of_terms := self._gradient(terms)) is not None:
+            own = own - of_terms
+        scale = torch.maximum(own.abs().max(), named.abs().max()).item()
+        error = (own.float() - named.float()).abs().max().item()
         leeway = 1e-4 + 4 * torch.finfo(own.dtype).eps * (own.dtype.itemsize < 4)
         return error / scale if scale and not error <= leeway * scale else 0.0
 
-    def _gradient(self, loss: Tensor | None) -> Tensor | None:
+    def _gradient(self, loss: Tensor) -> Tensor | None:
         """The gradient of a loss by the logits; None where they are none of its inputs."""
         logits = logits_of(self.outputs)
-        if loss is None or not (loss.requires_grad and logits.requires_grad):
+        if not (loss.requires_grad and logits.requires_grad):
             return None
         return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0]
 
-    def _is_telling(self, run: RunLoss) -> bool:
+    def _is_telling(self, name: str) -> bool:
         """Whether the comparison could have failed."""
-        if run.loss == "mse" or self._gradient(self.own) is not None:
-            return True
+        has_gradient = self.own is not None and self._gradient(self.own) is not None
         logits = logits_of(self.outputs)
-        return (logits.max() - logits.min()).item() > _SPREAD
+        return has_gradient or name == "mse" or (logits.max() - logits.min()).item() > _SPREAD
 
     def _dtype(self) -> torch.dtype:
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
-    def _without_target(self, names: Sequence[str]) -> Decision | None:
+    def _without_target(self, names: tuple[str, ...]) -> Decision | None:
         """A decision for now, of a batch in which nothing is a target."""
         if self.readings[0].value == self.readings[0].value:
             return None
@@ -209,24 +225,24 @@ class _Look:
                     return Decision(run, is_settled=False, is_known=False)
         return None
 
-    def _refuse(self, names: Sequence[str]) -> Decision:
+    def _refuse(self, names: tuple[str, ...]) -> Decision:
         """Raise ValueError with both numbers."""
         by_class = loss_of_model(innermost(self.model))
         by_shape = ("causal_lm", "cross_entropy", "binary_cross_entropy", "mse")
-        own, pairs = self.readings[0].value, []
-        for name in names or filter(None, (by_class, *by_shape)):
-            pairs += [(name, run, self._value(run)) for run in self._variants(name)]
-        fitting = [(name, run, value) for name, run, value in pairs if value is not None]
+        own = self.readings[0].value
+        candidates = names or tuple(filter(None, (by_class, *by_shape)))
+        pairs = [(name, self._value(run)) for name in candidates for run in self._variants(name)]
+        fitting = [(name, value) for name, value in pairs if value is not None]
         if not fitting:
             raise ValueError(
                 f"the model's own loss of the first batch is {own:.6g}, and its outputs "
-                f"({_fields(self.outputs)}) don't fit its labels by loss="
-                f"{' or '.join(map(repr, names or ('auto',)))}: {_REMEDY}"
+                f"({_fields(self.outputs)}) don't fit its labels by any of the losses "
+                f"{', '.join(map(repr, candidates))}: {_REMEDY}"
             )
-        name, run, value = min(fitting, key=lambda each: abs(each[2].item() - own))
-        if names or by_class in [each[0] for each in fitting]:
-            name, run, value = fitting[0]
-        difference = self._difference(run)
+        name, value = min(
+            fitting, key=lambda each: (each[0] != by_class, abs(each[1].item() - own))
+        )
+        difference = self._difference(value, {})
         gradients = f" (their gradients differ by {difference:.1%})" if difference else ""
         raise ValueError(
             f"the unweighted loss of the first batch is {value.item():.6g} by loss={name!r}, and "
@@ -235,7 +251,7 @@ class _Look:
             f"weights would drop; {_REMEDY}"
         )
 
-    def _by_labels(self, names: Sequence[str]) -> Decision:
+    def _by_labels(self, names: tuple[str, ...]) -> Decision:
         """The loss that labels call for, of a model that makes none."""
         logits, by_class = logits_of(self.outputs), loss_of_model(innermost(self.model))
         name = (*names, by_class)[0] or name_by_labels(
@@ -255,7 +271,7 @@ class _Look:
                 "as places, so that either axis could be the classes'; pass loss=(outputs, batch) "
                 "-> (B,) losses"
             )
-        run = runs[0] if runs else RunLoss(name)
+        run = runs[0] if runs else RunLoss(name, passes_labels=self.passes_labels)
         # What doesn't fit is told here, by the loss itself.
         weighted_loss(
             run, self.outputs, self.inputs, self.weights, normalize="count", num_items=None
@@ -308,6 +324,14 @@ def _virtual_tokens(model: nn.Module, logits: Tensor, labels: Tensor | None) -> 
     if labels is None or logits.dim() != 3 or labels.dim() != 2:
         return 0
     return number if logits.shape[1] == labels.shape[1] + number else 0
+
+
+def _without_error(call: Callable[[], Any]) -> Any:
+    """What a call returns, None where it raises: a `forward` may demand its labels."""
+    try:
+        return call()
+    except Exception:  # whatever it is, the outputs with labels are there
+        return None
 
 
 def _has_logits(outputs: Any) -> bool:

@@ -9,7 +9,7 @@ from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
 from flowdata.streaming import FlowWeightedIterable
-from flowdata.targets.which_loss import LOSSES
+from flowdata.targets.which_loss import LOSSES, first_argument
 from flowdata.token_weights import TokenRule
 
 
@@ -57,6 +57,11 @@ def check_run_loss(
         raise ValueError(
             f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
             f"(outputs, batch) -> (B,) losses; got {loss!r}"
+        )
+    if callable(loss) and first_argument(loss) == "model":
+        raise ValueError(
+            "a Trainer calls the model itself, so loss= takes (outputs, batch) -> (B,) losses, not "
+            "(model, batch); LossScorer takes both"
         )
     if resample and loss != "auto":
         raise ValueError(

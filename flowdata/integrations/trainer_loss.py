@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mean
-from flowdata.models.calling import innermost
+from flowdata.models.calling import innermost, takes_field
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import IGNORE_INDEX, split_batch
 from flowdata.targets.meaning import losses_by_name
@@ -38,6 +38,7 @@ class RunLoss:
         factors: of the terms that an output names apart, such as a mixture of experts' `aux_loss`.
             They belong to the batch as a whole and are added to the weighted loss.
         classes_last: logits of ``"cross_entropy"`` are (B, …, C), and not (B, C, …).
+        passes_labels: whether the model is called with its labels.
         virtual_tokens: positions that PEFT's prompt tuning puts before the tokens of a sample.
         unit: what a mean of the model's own losses counts, for ``"own"`` alone.
     """
@@ -45,6 +46,7 @@ class RunLoss:
     loss: str | SampleLoss
     factors: Mapping[str, float] = field(default_factory=dict)
     classes_last: bool | None = None
+    passes_labels: bool = True
     virtual_tokens: int = 0
     unit: Unit = "samples"
 
@@ -193,36 +195,43 @@ def labels_and_weights(
     return labels, weights
 
 
-def without_needless_labels(
-    model: nn.Module, inputs: Mapping[str, Any], *, needs_labels: bool = False
-) -> dict[str, Any]:
-    """Return what a model is called with: its labels only where its outputs depend on them.
+def fields_for(run: RunLoss, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model is called with in training: a batch with or without its labels."""
+    return dict(batch) if run.passes_labels else without_labels(batch)
+
+
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch without its labels."""
+    name = _label_name(batch)
+    return {key: value for key, value in batch.items() if key != name}
+
+
+def takes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a model's `forward` takes the labels of a batch."""
+    name = _label_name(batch)
+    return name is not None and takes_field(model, name)
+
+
+def needs_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a model has to be called with its labels.
 
     A model without labels spares itself a loss that nobody reads. Of Hugging Face's own classes it
     is known that labels make nothing but the loss, unless a decoder's inputs are made from them.
     Any other `forward` is given the labels if it takes them.
-
-    Args:
-        model: the model, looked at inside its wrappers.
-        inputs: a batch.
-        needs_labels: pass them if the `forward` takes them.
     """
-    name = label_name(inputs)
+    name = _label_name(batch)
+    if name is None or not takes_field(model, name):
+        return False
     inner = innermost(model)
-    parameters = inspect.signature(inner.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if name is None or not (name in parameters or takes_any):
-        return {key: value for key, value in inputs.items() if key != name}
-    is_optional = name in parameters and parameters[name].default is not inspect.Parameter.empty
+    parameter = inspect.signature(inner.forward).parameters.get(name)
+    is_optional = parameter is not None and parameter.default is not inspect.Parameter.empty
     has_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
     is_known = type(inner).__module__.startswith("transformers.models.") and not has_decoder
-    if is_known and is_optional and not needs_labels:
-        return {key: value for key, value in inputs.items() if key != name}
-    return dict(inputs)
+    return not (is_known and is_optional)
 
 
-def label_name(batch: Mapping[str, Any]) -> str | None:
-    """Return the name of a batch's labels, None where it has none."""
+def _label_name(batch: Mapping[str, Any]) -> str | None:
+    """The name of a batch's labels, None where it has none."""
     others = split_batch(batch)[0]
     return next((name for name in batch if name not in others), None)
 

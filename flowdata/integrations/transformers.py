@@ -24,11 +24,10 @@ from flowdata.integrations.trainer_checks import (
     check_train_loader,
 )
 from flowdata.integrations.trainer_loss import (
-    RunLoss,
     SampleLoss,
     count_batch,
+    fields_for,
     weighted_loss,
-    without_needless_labels,
 )
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
@@ -177,13 +176,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         """Return the batches of an optimiser step and the denominator of its loss."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._replaces_loss and batches:
-            run = self._run_loss(batches[0])
-            counts = [
-                count_batch(
-                    run, self._without_weights(b), self._weights(b), normalize=self.normalize
-                )
-                for b in batches
-            ]
+            parts = [(self._without_weights(batch), self._weights(batch)) for batch in batches]
+            if self._decision is None or not self._decision.is_settled:
+                self._decision = self._decide_together(*parts[0])
+            run = self._decision.run
+            counts = [count_batch(run, *part, normalize=self.normalize) for part in parts]
             total = torch.stack([count.to(device, torch.float32) for count in counts]).sum()
             items = mean_over_ranks(total)
         return batches, items
@@ -198,23 +195,20 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             )
         return weights
 
-    def _run_loss(self, batch: Mapping[str, Any]) -> RunLoss:
-        """Return what the run is trained on; the first batch decides."""
-        if self._decision is None or not self._decision.is_settled:
-            decision = self._decide(batch)
-            if self.accelerator.num_processes > 1 and isinstance(self.loss, str):
-                decision = merged(gather_object([decision]))
-            if self.token_rule is not None and decision.run.loss != "causal_lm":
-                raise ValueError(
-                    f"token_rule is for causal language models, not for loss {decision.run.loss!r}"
-                )
-            self._decision = decision
-        return self._decision.run
+    def _decide_together(self, inputs: dict[str, Any], weights: Tensor | None) -> Decision:
+        """Return what all ranks train on, as far as their batches tell."""
+        decision = self._decide(inputs, weights)
+        if self.accelerator.num_processes > 1 and isinstance(self.loss, str):
+            decision = merged(gather_object([decision]))
+        if self.token_rule is not None and decision.run.loss != "causal_lm":
+            raise ValueError(
+                f"token_rule is for causal language models, not for loss {decision.run.loss!r}"
+            )
+        return decision
 
-    def _decide(self, batch: Mapping[str, Any]) -> Decision:
+    def _decide(self, inputs: dict[str, Any], weights: Tensor | None) -> Decision:
         """Return what a batch tells of the loss."""
-        weights = self._weights(batch)
-        inputs = self._prepare_inputs(self._without_weights(batch))
+        inputs = self._prepare_inputs(inputs)
         size = len(weights if weights is not None else next(iter(inputs.values())))
         self.model.train()  # as every step does
         with self.compute_loss_context_manager():
@@ -243,12 +237,13 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], weights: Any, num_items: Any
     ) -> tuple[Tensor, Any]:
         """Return the weighted loss of a batch, and the model's outputs."""
-        run = self._run_loss(inputs)
+        if self._decision is None:  # called by hand, outside a run
+            self._decision = self._decide_together(inputs, weights)
+        run = self._decision.run
         options: Any = {"normalize": self.normalize, "num_items": num_items}
         if run.loss == OWN:
             return weighted_own_loss(run, model, inputs, weights, **options), None
-        needs_labels = not isinstance(run.loss, str)  # a user's function may read `outputs.loss`
-        outputs = model(**without_needless_labels(self.model, inputs, needs_labels=needs_labels))
+        outputs = model(**fields_for(run, inputs))
         value = weighted_loss(run, outputs, inputs, weights, token_rule=self.token_rule, **options)
         # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
         terms = named_terms(outputs, run.factors) / self.current_gradient_accumulation_steps

@@ -116,7 +116,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         packs = pack_dataset(samples, args.max_length, args.packing_strategy)
         return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
 
-    def _decide(self, batch: Any) -> Decision:
+    def _decide(self, inputs: dict[str, Any], weights: Any) -> Decision:
         # SFTTrainer makes the loss in a head of its own, whatever the model's is.
         if self.loss not in ("auto", "causal_lm"):
             raise ValueError(

@@ -47,6 +47,13 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     return model(**arguments, **{name: options[name] for name in switches})
 
 
+def takes_field(model: nn.Module, name: str) -> bool:
+    """Return whether a model's `forward` takes a field of this name."""
+    parameters = inspect.signature(innermost(model).forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or takes_any
+
+
 def unwrapped(model: Any) -> Any:
     """Return the model inside `torch.compile`, DataParallel and DistributedDataParallel.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ _LOSS_OF_PROBLEM = {
     "single_label_classification": "cross_entropy",
     "multi_label_classification": "binary_cross_entropy",
 }
+
+
+def first_argument(function: Callable[..., Any]) -> str:
+    """Return the name of a function's first argument, "" where its code tells none.
+
+    It says what a user's loss takes: (model, batch), or (outputs, batch).
+
+    Example:
+        >>> first_argument(lambda outputs, batch: outputs.logits.mean(1))
+        'outputs'
+    """
+    try:
+        return next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):
+        return ""
 
 
 def loss_of_model(model: nn.Module) -> str | None:
