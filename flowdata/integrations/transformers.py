@@ -246,8 +246,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         outputs = model(**fields_for(run, inputs))
         value = weighted_loss(run, outputs, inputs, weights, token_rule=self.token_rule, **options)
         # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
-        terms = named_terms(outputs, run.factors) / self.current_gradient_accumulation_steps
-        return value + terms, outputs
+        steps = 1 if num_items is None else self.current_gradient_accumulation_steps
+        return value + named_terms(outputs, run.factors) / steps, outputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's step and refuse a loss that was made without the weights."""
