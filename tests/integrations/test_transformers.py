@@ -79,10 +79,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    gradients = tiny.run_on_two_ranks("trainer", tmp_path, 16, 4, 1)["trainer"]
+    results = tiny.run_on_two_ranks("trainer,own", tmp_path, 16, 4, 1)
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in gradients:
+        for rank in (*results["trainer"], *results["own"]):
             for size in (16, 4, 1):
                 tiny.assert_same_gradient(rank[size, normalize], expected)
 
