@@ -132,8 +132,8 @@ class _Look:
         if self.labels is None or not _has_logits(self.outputs):
             raise ValueError(
                 f"the model's own loss of the first batch is {self.readings[0].value:.6g}, and no "
-                f"loss by name can be made of its outputs ({describe_batch(self.outputs)}) and the batch "
-                f"({describe_batch(self.inputs)}): {_REMEDY}"
+                f"loss by name can be made of its outputs, {describe_batch(self.outputs)}, and "
+                f"the batch, {describe_batch(self.inputs)}: {_REMEDY}"
             )
         runs: dict[str, RunLoss] = {}
 
