@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 from flowdata.sampler.sharing import check_sharing, parts_of
+from flowdata.streaming import FlowWeightedIterable
 
 
 def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1) -> None:
@@ -42,6 +43,19 @@ def flow_sampler_of(loader: Any) -> FlowSampler | None:
     return next((part for part in parts_of(loader) if isinstance(part, FlowSampler)), None)
 
 
+def stream_of(loader: Any) -> FlowWeightedIterable | None:
+    """Return the weighted stream at the bottom of loaders and data sets, if there is one."""
+    return next(
+        (part for part in _sources_of(loader) if isinstance(part, FlowWeightedIterable)), None
+    )
+
+
+def draws_by_weight(dataset: Any) -> bool:
+    """Return whether a data set is a stream that resamples, which leaves the loss alone."""
+    stream = stream_of(dataset)
+    return stream is not None and stream.resample
+
+
 def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> bool:
     """Return whether the samples of a data set carry their weight already.
 
@@ -53,6 +67,8 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
     """
     if dataset is None:
         return False
+    if (stream := stream_of(dataset)) is not None:
+        return not stream.resample
     if key in (getattr(dataset, "column_names", None) or ()) or _loads_weights(dataset):
         return True
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -63,10 +79,13 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
 
 def _loads_weights(loader: Any) -> bool:
     """Return whether a `FlowWeightedDataset` is at the bottom of loaders and data sets."""
+    return any(isinstance(part, FlowWeightedDataset) for part in _sources_of(loader))
+
+
+def _sources_of(loader: Any) -> Iterator[Any]:
+    """Yield a loader and what it loads from, down to the data set."""
     while loader is not None:
-        if isinstance(loader, FlowWeightedDataset):
-            return True
+        yield loader
         # `dataset` is what a DataLoader and a Subset call the next one, `loader` what
         # `AccumulatedBatches` does.
         loader = getattr(loader, "dataset", getattr(loader, "loader", None))
-    return False
