@@ -179,7 +179,11 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
 
 def _gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evidence:
     """The truth of samples; raises where the loss by name is not the model's own."""
-    plain = [truth.columns(batch) for batch in batches]
+    try:
+        plain = [truth.columns(batch) for batch in batches]
+    except RuntimeError as error:
+        truth.check_dtype(batches[0], error)
+        raise
     evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
     if not truth.is_exact and len(truth.job.dataset) <= FEW:
         _look_again(truth, evidence)
