@@ -195,6 +195,8 @@ class FlowGuard(Callback):  # type: ignore[misc]
         """
         combined = trainer.fit_loop._combined_loader
         for made, loader in zip(self._loaders, combined.flattened, strict=True):
+            if isinstance(loader, TrainerBatches):
+                continue
             check_loader(loader)
             if flow_sampler_of(made) is not None and flow_sampler_of(loader) is None:
                 raise ValueError(
