@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowdata._common.resumable import check_state
-from flowdata.accumulation import AccumulatedBatches
+from flowdata.accumulation import mean_over_ranks
 from flowdata.sampler import FlowSampler
 
 Count = Callable[[Any, Tensor], "float | Tensor"]
@@ -112,12 +112,13 @@ class WeightedBatches(TrainerBatches):
         while step := list(islice(batches, self._batches_of_step(place))):
             # Lightning divides each loss by this; a denominator that is as much too small undoes it
             divisor = self.trainer.accumulate_grad_batches
-            counted = AccumulatedBatches(step, len(step), lambda item: self.count(*item))
-            for (batch, weights), num_items in counted:
+            counts = [torch.as_tensor(self.count(*item)).float() for item in step]
+            num_items = mean_over_ranks(torch.stack(counts).sum()) / divisor
+            for batch, weights in step:
                 self._check_place(place, divisor)
                 yield (
                     (batch, weights.as_subclass(_Exact)),
-                    (num_items / divisor).as_subclass(_Exact),
+                    num_items.as_subclass(_Exact),
                 )
                 place += 1
             self._check_manual(first_steps)

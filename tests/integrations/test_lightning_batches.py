@@ -274,9 +274,9 @@ def test_a_compiled_module_has_the_same_gradients():
     assert_steps_by_hand(module.gradients, module.steps)
 
 
-def test_the_batch_size_can_be_tuned():
+def test_the_batch_size_can_be_tuned(tmp_path):
     batches = flow_data(batch_size=1, val_dataloaders=DataLoader(data(), 8))
-    trainer = make_trainer(max_steps=2, max_epochs=-1)
+    trainer = make_trainer(max_steps=2, max_epochs=-1, default_root_dir=tmp_path)
     Tuner(trainer).scale_batch_size(
         Classifier(), datamodule=batches, mode="power", init_val=2, max_trials=2, steps_per_trial=1
     )
