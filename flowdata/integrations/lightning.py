@@ -190,14 +190,16 @@ class FlowGuard(Callback):  # type: ignore[misc]
         """Check the training loaders.
 
         Raises:
-            ValueError: a `FlowSampler` draws from a `FlowWeightedDataset`; Lightning replaced a
-                `FlowSampler`; or `AccumulatedBatches` count a step's items.
+            ValueError: a `FlowSampler` draws from a `FlowWeightedDataset`, or gives its whole order
+                to each of several ranks; Lightning replaced a `FlowSampler`; or
+                `AccumulatedBatches` count a step's items.
         """
+        num_ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
         combined = trainer.fit_loop._combined_loader
         for made, loader in zip(self._loaders, combined.flattened, strict=True):
             if isinstance(loader, TrainerBatches):
                 continue
-            check_loader(loader)
+            check_loader(loader, num_ranks=num_ranks)
             if flow_sampler_of(made) is not None and flow_sampler_of(loader) is None:
                 raise ValueError(
                     "Lightning put its own sampler in the place of the FlowSampler, so that the "
