@@ -80,6 +80,18 @@ def test_a_change_of_accumulation_within_a_step_is_refused():
         run(Classifier(), accumulate_grad_batches=2, callbacks=[Change()])
 
 
+def test_a_second_fit_and_loaders_made_anew_step_exactly():
+    module, batches = Classifier(), flow_data(batch_size=4, drop_last=True)
+    trainer = make_trainer(
+        max_epochs=1, accumulate_grad_batches=3, reload_dataloaders_every_n_epochs=1
+    )
+    trainer.fit(module, batches)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, batches)
+    assert [len(step) for step in module.steps if step] == [3, 2] * 3
+    assert_steps_by_hand(module.gradients, module.steps)
+
+
 class Combined(FlowDataModule):
     """Beside the weighted batches comes another loader."""
 
