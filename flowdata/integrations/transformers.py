@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,9 @@ from flowdata.accumulation import mean_over_ranks
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.checks import carries_weights, check_loader, flow_sampler_of
+from flowdata.integrations.other_trainers import check_own_loss, check_own_order, has_own_loss
+from flowdata.integrations.own_scores import check_auto, score_own_batches, weights_of_targets
+from flowdata.integrations.prepared import add_weights, check_not_a_stream, take_weights
 from flowdata.integrations.trainer_checks import check_arguments, check_data, check_token_rule
 from flowdata.integrations.trainer_loss import (
     SampleLoss,
@@ -47,7 +51,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         train_dataset: the data set, or one whose samples carry their weight already: a
             `FlowWeightedDataset`, or samples with a `weight_key` (`Scores.to_column` adds it to a
             Hugging Face data set), 0-d per sample or one for each token.
-        scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them.
+        scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them. ``"auto"``
+            scores, before training, what the Trainer itself will feed: its tokens, its columns, its
+            collator, one sample at a time (kept as `trainer.scores`).
+        store: the folder in which ``scores="auto"`` keeps its losses; it goes on there, or finds
+            them. None scores anew each time.
         temperature: as in `resolve_temperature`.
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.
@@ -71,6 +79,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         *args: Any,
         train_dataset: Any = None,
         scores: Any = None,
+        store: str | Path | None = None,
         temperature: Temperature = "median",
         resample: bool = False,
         normalize: Normalize = "count",
@@ -84,24 +93,40 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             train_dataset, scores, weight_key, carried=carried, resample=resample, rule=token_rule
         )
         check_token_rule(token_rule, normalize, sample_loss)
+        check_auto(scores, store, own_loss=resample and has_own_loss(type(self), FlowTrainerMixin))
+        is_auto = isinstance(scores, str)
         self.weight_key, self.normalize, self.token_rule = weight_key, normalize, token_rule
         self.sample_loss = sample_loss
         self._batches_have_weights = not resample and (scores is not None or carried)
         self._replaces_loss = self._batches_have_weights or token_rule is not None
         self._flow_sampler: FlowSampler | None = None
-        plain, weights = train_dataset, scores
+        self.scores = None if isinstance(scores, str) else scores
+        if self._replaces_loss:
+            check_own_loss(type(self), FlowTrainerMixin, sample_loss=sample_loss, auto=is_auto)
+        plain, weights = train_dataset, self.scores
         if isinstance(train_dataset, FlowWeightedDataset):
             # It is taken apart and made again, in the layout that a Trainer's collator can read.
             plain, weights = train_dataset.dataset, train_dataset.weights
-        if weights is not None and not resample:
+        if weights is not None and resample:
+            check_not_a_stream(plain, "resample=True")
+            weights = FlowWeightedDataset(plain, weights, temperature=temperature).weights
+            train_dataset = add_weights(plain, weights, weight_key)
+        elif weights is not None:
             train_dataset = self._with_weights(plain, weights, temperature)
+        self._given_data = train_dataset
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        self._given_data = None
+        if is_auto:
+            self.scores = score_own_batches(self, store, sample_loss)
+            weights = weights_of_targets(self.scores, temperature)
+            if not resample:
+                self._weigh_prepared(weights)
+        elif resample:
+            self.train_dataset, weights = take_weights(
+                self.train_dataset, train_dataset, weights, weight_key
+            )
         if resample:
-            # The data set checks its scores and is dropped: the Trainer draws from the plain one.
-            checked = FlowWeightedDataset(train_dataset, scores, temperature=temperature)
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._flow_sampler = FlowSampler(checked.weights, num_replicas=1, rank=0, seed=seed)
-            self.add_callback(SamplerEpoch(self._flow_sampler))
+            self._draw_by(weights)
         if self._replaces_loss:
             check_arguments(self)
             # The loss is divided by the items of the whole step; without this word the Trainer
@@ -124,6 +149,17 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
         )
+
+    def _weigh_prepared(self, weights: Tensor) -> None:
+        """Give weights to the data set that the Trainer has made ready."""
+        self.train_dataset = self._with_weights(self.train_dataset, weights, "median")
+
+    def _draw_by(self, weights: Tensor) -> None:
+        """Make the sampler that draws from the data set that the Trainer has made ready."""
+        check_own_order(self, super()._get_train_sampler(self.train_dataset))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._flow_sampler = FlowSampler(weights, num_replicas=1, rank=0, seed=seed)
+        self.add_callback(SamplerEpoch(self._flow_sampler))
 
     # What the Trainer asks of its data
 

@@ -1,0 +1,77 @@
+"""What the mixin refuses of a Trainer that has a loss or an order of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers import Trainer
+
+_REPLACEABLE = (type(None), RandomSampler, SequentialSampler)
+
+
+def has_own_loss(trainer_class: type, mixin: type) -> bool:
+    """Return whether a Trainer before which the mixin was put computes a loss of its own.
+
+    Args:
+        trainer_class: a class made of the mixin and a Trainer.
+        mixin: the mixin; a class that overrides its `_weighted_loss` weighs that loss itself.
+    """
+    weighs_it = getattr(trainer_class, "_weighted_loss") is not getattr(mixin, "_weighted_loss")
+    return not weighs_it and _owner_of("compute_loss", trainer_class, mixin) is not Trainer
+
+
+def check_own_loss(trainer_class: type, mixin: type, *, sample_loss: Any, auto: bool) -> None:
+    """Refuse weights where the loss is the Trainer's own, such as a preference loss.
+
+    Args:
+        trainer_class: a class made of the mixin and a Trainer.
+        mixin: the mixin.
+        sample_loss: the user's own loss of each sample, which may take the place of the Trainer's.
+        auto: whether the weights were to be made by ``scores="auto"``.
+
+    Raises:
+        ValueError: the Trainer's loss would be replaced in silence.
+    """
+    if not has_own_loss(trainer_class, mixin):
+        return
+    owner = _owner_of("compute_loss", trainer_class, mixin)
+    name, is_of_trl = owner.__name__, owner.__module__.startswith("trl.")
+    if name == "SFTTrainer" and is_of_trl:
+        raise ValueError(
+            "SFTTrainer computes its loss in a head of its own, which FlowTrainerMixin alone can't "
+            "weigh; use flowdata.integrations.trl.FlowSFTTrainer"
+        )
+    if sample_loss is None or is_of_trl:
+        other = "" if is_of_trl else ", or pass sample_loss=, the loss of each sample"
+        score = "score with flowdata.LossScorer, and " if auto else ""
+        raise ValueError(
+            f"{name} computes a loss of its own, which weights can't reach; {score}pass "
+            f"resample=True, which draws samples by their weights and leaves {name}'s loss as it "
+            f"is{other}"
+        )
+
+
+def check_own_order(trainer: Any, sampler: Any) -> None:
+    """Refuse resampling where the Trainer's own sampler does more than shuffle.
+
+    Args:
+        trainer: the Trainer, for the message.
+        sampler: the sampler that it would use.
+
+    Raises:
+        ValueError: the sampler groups or repeats samples, which another order would undo.
+    """
+    if not isinstance(sampler, _REPLACEABLE):
+        raise ValueError(
+            f"resample=True would replace {type(trainer).__name__}'s {type(sampler).__name__}, "
+            "which groups or repeats samples for the sake of its loss or its speed; turn that off "
+            "(train_sampling_strategy='random'), or draw before training: train_dataset="
+            "dataset.select(list(flowdata.FlowSampler(scores)))"
+        )
+
+
+def _owner_of(method: str, trainer_class: type, mixin: type) -> type:
+    """The class after the mixin whose method comes into play."""
+    order = trainer_class.__mro__
+    return next(c for c in order[order.index(mixin) + 1 :] if method in vars(c))
