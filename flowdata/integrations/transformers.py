@@ -73,6 +73,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
 
     data_collator: Any
     _signature_columns: Any
+    _flow_sampler: FlowSampler | None
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self.sample_loss = sample_loss
         self._batches_have_weights = not resample and (scores is not None or carried)
         self._replaces_loss = self._batches_have_weights or token_rule is not None
-        self._flow_sampler: FlowSampler | None = None
+        self._resamples, self._flow_sampler = resample, None
         self.scores = None if isinstance(scores, str) else scores
         if self._replaces_loss:
             check_own_loss(type(self), FlowTrainerMixin, sample_loss=sample_loss, auto=is_auto)

@@ -44,22 +44,13 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             token weights in a data set that is not tokenised, or ``resample=True`` of packs.
     """
 
-    def __init__(
-        self, model: Any, args: Any = None, *rest: Any, train_dataset: Any = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
         if isinstance(train_dataset, FlowWeightedDataset):
             raise ValueError(
                 "SFTTrainer prepares Hugging Face data sets only, got a FlowWeightedDataset; pass "
                 "train_dataset=dataset, scores=scores"
             )
-        if kwargs.get("resample") and getattr(args, "packing", False):
-            raise ValueError(
-                "resample=True draws rows, and with packing=True a row holds tokens of several "
-                "samples, each with a weight of its own; use padding_free=True, max_length=None, "
-                "which joins what was drawn, or packing without resample, where each token has "
-                "its sample's weight"
-            )
-        super().__init__(model, args, *rest, train_dataset=train_dataset, **kwargs)
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
         if self._replaces_loss and self.args.loss_type == "chunked_nll":
             raise ImportError(
                 "this TRL takes its losses from a forward of its own, where weights can't reach "
@@ -89,10 +80,19 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        # Evaluation data may have any name, so the training data is known by what it is.
-        is_weighted = dataset is self._given_data and self._batches_have_weights
+        # Evaluation data may have any name, so the training data is known by what it is. It comes
+        # first; an evaluation on the same data is prepared as any other.
+        is_training_data = dataset is self._given_data
+        self._given_data = None
+        if is_training_data and packing and self._resamples:
+            raise ValueError(
+                "resample=True draws rows, and with packing=True a row holds tokens of several "
+                "samples, each with a weight of its own; use padding_free=True, max_length=None, "
+                "which joins what was drawn, or packing without resample, where each token has "
+                "its sample's weight"
+            )
+        is_weighted = is_training_data and self._batches_have_weights
         if is_weighted:
-            self._given_data = None  # an evaluation on the same data is prepared by SFTTrainer
             self._check_token_weights(dataset)
         preparation = args
         if is_weighted and packing:
