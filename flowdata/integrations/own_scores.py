@@ -51,25 +51,26 @@ def check_auto(scores: Any, store: Any, *, own_loss: bool) -> None:
         )
 
 
-def score_own_batches(trainer: Any, store: str | Path | None, sample_loss: Any) -> Scores:
+def score_batches(trainer: Any, dataset: Any, collator: Any, store: str | Path | None) -> Scores:
     """Return the scores of a Trainer's data set, as its collator hands it to its model.
 
     All ranks of the process group share the work. Columns that the Trainer removes play no part,
     neither in the losses nor in the store's identity.
 
     Args:
-        trainer: a Trainer, made but not trained, with what it prepared as `train_dataset`.
+        trainer: a Trainer, made but not trained; its `sample_loss` takes the place of the model's
+            own loss.
+        dataset: what it reads, map-style.
+        collator: list of samples -> batch.
         store: the folder that keeps the losses, or None.
-        sample_loss: the user's own (outputs, labels) -> (B,), or None for the model's loss.
 
     Raises:
-        ValueError: the training data is a stream, or the collator draws at random.
+        ValueError: the collator draws at random.
         ScoreMismatchError: the store is of another model, data set, collator or loss.
     """
-    dataset, collator = feed_of(trainer)
     collate = _CopyingCollator(collator)
     _check_repeatable(collate, dataset)
-    model = trainer.model
+    model, sample_loss = trainer.model, trainer.sample_loss
     scorer = LossScorer(
         model,
         "auto" if sample_loss is None else partial(_own_losses, sample_loss=sample_loss),
@@ -84,12 +85,12 @@ def feed_of(trainer: Any) -> tuple[Any, Any]:
     """Return the data set that a Trainer reads and the collator that it uses.
 
     Args:
-        trainer: a Trainer; its data set must have a length. One with a method `feed_to_score`
-            says it itself.
+        trainer: a Trainer, with what it prepared as `train_dataset`.
+
+    Raises:
+        ValueError: the training data is a stream.
     """
     check_not_a_stream(trainer.train_dataset, "scores='auto'")
-    if hasattr(trainer, "feed_to_score"):
-        return trainer.feed_to_score()
     dataset, collator = trainer.train_dataset, trainer.data_collator
     # As the Trainer's own loader does it: off the table where there is one, else off each sample.
     if isinstance(dataset, Dataset):

@@ -15,7 +15,12 @@ from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.checks import carries_weights, check_loader, flow_sampler_of
 from flowdata.integrations.other_trainers import check_own_loss, check_own_order, has_own_loss
-from flowdata.integrations.own_scores import check_auto, score_own_batches, weights_of_targets
+from flowdata.integrations.own_scores import (
+    check_auto,
+    feed_of,
+    score_batches,
+    weights_of_targets,
+)
 from flowdata.integrations.prepared import add_weights, check_not_a_stream, take_weights
 from flowdata.integrations.trainer_checks import check_arguments, check_data, check_token_rule
 from flowdata.integrations.trainer_loss import (
@@ -26,6 +31,7 @@ from flowdata.integrations.trainer_loss import (
 )
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
+from flowdata.scores import Scores
 from flowdata.targets.which_loss import loss_of
 from flowdata.token_weights import TokenRule
 from flowdata.weights import Temperature
@@ -118,7 +124,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self._given_data = None
         if is_auto:
-            self.scores = score_own_batches(self, store, sample_loss)
+            self.scores = self._score(store)
             weights = weights_of_targets(self.scores, temperature)
             if not resample:
                 self._weigh_prepared(weights)
@@ -150,6 +156,10 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
         )
+
+    def _score(self, store: str | Path | None) -> Scores:
+        """Return the scores of the data set that the Trainer has made ready."""
+        return score_batches(self, *feed_of(self), store)
 
     def _weigh_prepared(self, weights: Tensor) -> None:
         """Give weights to the data set that the Trainer has made ready."""

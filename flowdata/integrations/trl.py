@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +22,11 @@ from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.own_scores import feed_of, score_batches
 from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
+from flowdata.models.calling import innermost
+from flowdata.scores import Scores
 from flowdata.token_weights import rule_weights
 from flowdata.weights import Temperature
 
@@ -121,7 +128,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     def _lay_weights(self, dataset: Any, args: Any) -> Any:
         """Return the prepared data set with weights that fit its rows."""
-        first = next(iter(dataset))
+        first = next(iter(dataset), {})  # none is left where all were cut to nothing
         weight = first.get(self.weight_key)
         if weight is None or not (args.packing or isinstance(weight, list)):
             return dataset  # not scored yet; or rows are samples, so one weight for each will do
@@ -135,20 +142,18 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         if not self._skip_prepare_dataset:
             self.train_dataset = self._lay_weights(self.train_dataset, self.args)
 
-    def feed_to_score(self) -> tuple[Any, Any]:
-        """Return the samples and the collator by which they are scored, before they are packed.
-
-        The samples of a padding-free batch are joined into one row; padded, they have the same
-        tokens and the same targets, and a row for each.
-        """
-        dataset, collator = self.train_dataset, self.data_collator
+    def _score(self, store: str | Path | None) -> Scores:
+        # Before packing, where rows are samples; and without the head that SFTTrainer put into the
+        # model's forward, which a copy of the model would take along, bound to the first model.
+        dataset, collator = feed_of(self)
         is_of_packs = "seq_lengths" in dataset.column_names  # of the user's own
         if getattr(collator, "padding_free", False) and not is_of_packs:
+            # It would join the samples into one row. Padded, they have the same tokens and targets.
             collator = dataclasses.replace(collator, padding_free=False)
-        dataset = self._remove_unused_columns(dataset, description="training")
-        if self.args.packing and self.args.packing_strategy == "bfd":
+        if self.args.packing and self.args.packing_strategy == "bfd" and not is_of_packs:
             dataset = dataset.map(_cut, fn_kwargs={"length": self.args.max_length})
-        return dataset, collator
+        with _forward_of_its_class(innermost(self.model)):
+            return score_batches(self, dataset, collator, store)
 
     def _pack(self, dataset: Any, args: Any) -> Any:
         """Return the packed data set, as SFTTrainer would make it, with the weights packed too."""
@@ -206,6 +211,24 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             factors = rule_weights(self.token_rule, losses, takes_part.flatten())
             weights = weights * factors.view_as(weights)
         return torch.where(takes_part, log_probs, 0.0) * weights
+
+
+@contextmanager
+def _forward_of_its_class(model: Any) -> Iterator[None]:
+    """Take away, for a block, the forward that SFTTrainer gave a model; a user's own one stays."""
+    patched = vars(model).get("forward")
+    original = inspect.getclosurevars(patched).nonlocals.get("original_forward") if patched else None
+    if original is None:
+        yield
+        return
+    if getattr(original, "__func__", None) is type(model).forward:
+        del model.forward
+    else:
+        model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = patched
 
 
 def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, Any]:
