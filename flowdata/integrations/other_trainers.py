@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import RandomSampler, SequentialSampler
@@ -52,15 +53,20 @@ def check_own_loss(trainer_class: type, mixin: type, *, sample_loss: Any, auto: 
         )
 
 
-def check_own_order(trainer: Any, sampler: Any) -> None:
-    """Refuse resampling where the Trainer's own sampler does more than shuffle.
+def adopt_order(trainer: Any, sampler: Any) -> None:
+    """Make a Trainer ready for another order than its own sampler's, or refuse it.
+
+    KTOTrainer keeps the order in which it prepared the data, since each sample holds the reply of
+    the one before it in its batch, for an estimate of the divergence. In another order these
+    replies are taken from the batch as it is drawn.
 
     Args:
-        trainer: the Trainer, for the message.
+        trainer: the Trainer; its collator may be replaced.
         sampler: the sampler that it would use.
 
     Raises:
-        ValueError: the sampler groups or repeats samples, which another order would undo.
+        ValueError: the sampler groups or repeats samples, which another order would undo; or
+            something was computed beforehand that depends on the order.
     """
     if not isinstance(sampler, _REPLACEABLE):
         raise ValueError(
@@ -69,6 +75,26 @@ def check_own_order(trainer: Any, sampler: Any) -> None:
             "(train_sampling_strategy='random'), or draw before training: train_dataset="
             "dataset.select(list(flowdata.FlowSampler(scores)))"
         )
+    if getattr(trainer, "calculate_KL", False):
+        if getattr(trainer.args, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "resample=True with precompute_ref_log_probs=True would take divergences from the "
+                "order before it; set precompute_ref_log_probs=False"
+            )
+        trainer.data_collator = _NeighboursReplies(trainer.data_collator)
+
+
+class _NeighboursReplies:
+    """KTOTrainer's collator on samples that hold the reply of the one before them in the batch."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
+        replies = [sample["completion_ids"] for sample in samples]
+        rotated = [replies[-1], *replies[:-1]]
+        pairs = zip(samples, rotated, strict=True)
+        return self.collator([{**s, "KL_completion_ids": reply} for s, reply in pairs])
 
 
 def _owner_of(method: str, trainer_class: type, mixin: type) -> type:

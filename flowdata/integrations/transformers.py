@@ -14,7 +14,7 @@ from flowdata.accumulation import mean_over_ranks
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.checks import carries_weights, check_loader, flow_sampler_of
-from flowdata.integrations.other_trainers import check_own_loss, check_own_order, has_own_loss
+from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
 from flowdata.integrations.own_scores import (
     check_auto,
     feed_of,
@@ -167,7 +167,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
 
     def _draw_by(self, weights: Tensor) -> None:
         """Make the sampler that draws from the data set that the Trainer has made ready."""
-        check_own_order(self, super()._get_train_sampler(self.train_dataset))
+        adopt_order(self, super()._get_train_sampler(self.train_dataset))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._flow_sampler = FlowSampler(weights, num_replicas=1, rank=0, seed=seed)
         self.add_callback(SamplerEpoch(self._flow_sampler))

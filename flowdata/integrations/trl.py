@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.own_scores import feed_of, score_batches
 from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
-from flowdata.models.calling import innermost
 from flowdata.scores import Scores
 from flowdata.token_weights import rule_weights
 from flowdata.weights import Temperature
@@ -143,8 +139,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             self.train_dataset = self._lay_weights(self.train_dataset, self.args)
 
     def _score(self, store: str | Path | None) -> Scores:
-        # Before packing, where rows are samples; and without the head that SFTTrainer put into the
-        # model's forward, which a copy of the model would take along, bound to the first model.
+        # Before packing, where rows are samples.
         dataset, collator = feed_of(self)
         is_of_packs = "seq_lengths" in dataset.column_names  # of the user's own
         if getattr(collator, "padding_free", False) and not is_of_packs:
@@ -152,8 +147,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             collator = dataclasses.replace(collator, padding_free=False)
         if self.args.packing and self.args.packing_strategy == "bfd" and not is_of_packs:
             dataset = dataset.map(_cut, fn_kwargs={"length": self.args.max_length})
-        with _forward_of_its_class(innermost(self.model)):
-            return score_batches(self, dataset, collator, store)
+        return score_batches(self, dataset, collator, store)
 
     def _pack(self, dataset: Any, args: Any) -> Any:
         """Return the packed data set, as SFTTrainer would make it, with the weights packed too."""
@@ -211,24 +205,6 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             factors = rule_weights(self.token_rule, losses, takes_part.flatten())
             weights = weights * factors.view_as(weights)
         return torch.where(takes_part, log_probs, 0.0) * weights
-
-
-@contextmanager
-def _forward_of_its_class(model: Any) -> Iterator[None]:
-    """Take away, for a block, the forward that SFTTrainer gave a model; a user's own one stays."""
-    patched = vars(model).get("forward")
-    original = inspect.getclosurevars(patched).nonlocals.get("original_forward") if patched else None
-    if original is None:
-        yield
-        return
-    if getattr(original, "__func__", None) is type(model).forward:
-        del model.forward
-    else:
-        model.forward = original
-    try:
-        yield
-    finally:
-        model.forward = patched
 
 
 def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, Any]:

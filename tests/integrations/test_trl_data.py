@@ -235,7 +235,7 @@ def reward_model():
     return LlamaForSequenceClassification(LlamaConfig(**settings))
 
 
-def preference_trainer(folder, cls, **options):
+def preference_trainer(folder, cls, settings=(), **options):
     if cls is not FlowRewardTrainer:
         options["ref_model"] = tiny.make_model()
     if cls is FlowRewardTrainer:
@@ -243,7 +243,7 @@ def preference_trainer(folder, cls, **options):
         arguments = config(RewardConfig, folder, max_length=5)
     elif cls is FlowKTOTrainer:
         model, data = tiny.make_model(), labelled()
-        arguments = config(KTOConfig, folder, max_length=32)
+        arguments = config(KTOConfig, folder, max_length=32, **dict(settings))
     else:
         model, data = tiny.make_model(), preferences()
         arguments = config(DPOConfig, folder, max_length=32)
@@ -279,6 +279,29 @@ def test_a_preference_trainer_draws_the_rows_that_were_weighed(tmp_path, cls):
     if cls is FlowRewardTrainer:
         assert len(trainer.train_dataset) < 12
     assert all(torch.isfinite(torch.tensor(e["loss"])) for e in trainer.state.log_history[:-1])
+
+
+def test_kto_pairs_the_replies_of_the_batch_that_was_drawn(tmp_path):
+    flow = preference_trainer(tmp_path, FlowKTOTrainer, scores=torch.ones(12), resample=True)
+    seen = []
+    inner = flow.data_collator.collator
+
+    def watched(samples):
+        seen.append(samples)
+        return inner(samples)
+
+    flow.data_collator.collator = watched
+    flow.train()
+    assert len(seen) >= 8  # and what the loader reads ahead
+    for samples in seen:
+        replies = [sample["completion_ids"] for sample in samples]
+        expected = [replies[-1], *replies[:-1]]
+        assert [sample["KL_completion_ids"] for sample in samples] == expected
+    arguments = {"precompute_ref_log_probs": True}
+    with pytest.raises(ValueError, match="set precompute_ref_log_probs=False"):
+        preference_trainer(
+            tmp_path, FlowKTOTrainer, arguments, scores=torch.ones(12), resample=True
+        )
 
 
 def test_a_trainer_that_repeats_its_samples_is_not_resampled(tmp_path):
