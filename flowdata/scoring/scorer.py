@@ -30,7 +30,7 @@ from flowdata.scoring.arguments import (
     check_switches,
     check_token_losses,
 )
-from flowdata.scoring.collate import Collate, check_stackable, choose_collate
+from flowdata.scoring.collate import Collate, check_stackable, choose_collate, fields_given
 from flowdata.scoring.job import Job, LossFunction
 from flowdata.scoring.kinds import differing, kind_of
 from flowdata.scoring.meaning import decide_loss
@@ -202,7 +202,8 @@ class LossScorer:
             readable = Readable(dataset, skip=skip)
             job = self._job(readable, collate_fn, lengths, num_workers, store)
             if dataset_id is None:
-                dataset_id = content_identity(dataset, skip_unreadable=skip)
+                fields = fields_given(self.model, dataset, collate_fn, job.loss)
+                dataset_id = content_identity(dataset, fields=fields, skip_unreadable=skip)
             self._note = sampling_note(dataset_id)
             identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
             draft = make_manifest(identity, {}, details or {})

@@ -23,7 +23,7 @@ def hf_arguments(cls, batch_size, steps, **options):
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=steps,
-        max_steps=1,
+        max_steps=options.pop("max_steps", 1),
         optim="sgd",
         learning_rate=0.0,
         max_grad_norm=0.0,
