@@ -41,8 +41,11 @@ MODELS = {  # names on the Hub: configuration, its settings, and the chat templa
     "tiny-Qwen3MoeForCausalLM": (
         "Qwen3MoeConfig",
         {
-            **{"head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2},
-            **{"moe_intermediate_size": 16, "output_router_logits": True},
+            "head_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "output_router_logits": True,
         },
         "qwen3",
     ),
@@ -116,7 +119,7 @@ def run(sources: Path, folder: Path, expression: str, *, ours: bool) -> dict[str
     if not report.exists():
         raise RuntimeError(f"pytest gave no report: {(done.stdout + done.stderr)[-2000:]}")
     results = {}
-    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314, our own file
+    for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         state = "failed" if kinds & {"failure", "error"} else "passed"
         results[str(case.get("name"))] = "skipped" if "skipped" in kinds else state
@@ -184,9 +187,7 @@ PAIRS = [
     )
 ]
 CHATS = [{"messages": [says("user", q), says("assistant", a)]} for q, a in PAIRS]
-TURNS = [
-    {"prompt": [says("user", q)], "completion": [says("assistant", a)]} for q, a in PAIRS
-]
+TURNS = [{"prompt": [says("user", q)], "completion": [says("assistant", a)]} for q, a in PAIRS]
 TOOL = {
     "type": "function",
     "function": {

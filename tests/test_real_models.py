@@ -72,9 +72,15 @@ def test_one_line_trains_smollm2_on_what_it_scored_itself(wheel, data, tmp_path)
         for row in read_rows(str(data), limit=64)
     ]
     arguments = {
-        **{"output_dir": str(tmp_path / "out"), "max_steps": 1, "per_device_train_batch_size": 1},
-        **{"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"},
-        **{"max_length": 256, "disable_tqdm": True},
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "max_length": 256,
+        "disable_tqdm": True,
     }
     tokenizer = load_tokenizer(str(folder))
     options = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}

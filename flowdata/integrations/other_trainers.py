@@ -18,7 +18,8 @@ def has_own_loss(trainer_class: type, mixin: type) -> bool:
         trainer_class: a class made of the mixin and a Trainer.
         mixin: the mixin; a class that overrides its `_weighted_loss` weighs that loss itself.
     """
-    weighs_it = getattr(trainer_class, "_weighted_loss") is not getattr(mixin, "_weighted_loss")
+    order = trainer_class.__mro__
+    weighs_it = any("_weighted_loss" in vars(c) for c in order[: order.index(mixin)])
     return not weighs_it and _owner_of("compute_loss", trainer_class, mixin) is not Trainer
 
 

@@ -80,6 +80,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     data_collator: Any
     _signature_columns: Any
     _flow_sampler: FlowSampler | None
+    train_dataset: Any
 
     def __init__(
         self,
@@ -110,7 +111,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self.scores = None if isinstance(scores, str) else scores
         if self._replaces_loss:
             check_own_loss(type(self), FlowTrainerMixin, sample_loss=sample_loss, auto=is_auto)
-        plain, weights = train_dataset, self.scores
+        plain: Any = train_dataset
+        weights: Any = self.scores
         if isinstance(train_dataset, FlowWeightedDataset):
             # It is taken apart and made again, in the layout that a Trainer's collator can read.
             plain, weights = train_dataset.dataset, train_dataset.weights

@@ -124,7 +124,9 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     def _lay_weights(self, dataset: Any, args: Any) -> Any:
         """Return the prepared data set with weights that fit its rows."""
-        first = next(iter(dataset), {})  # none is left where all were cut to nothing
+        first: dict[str, Any] = next(
+            iter(dataset), {}
+        )  # none is left where all were cut to nothing
         weight = first.get(self.weight_key)
         if weight is None or not (args.packing or isinstance(weight, list)):
             return dataset  # not scored yet; or rows are samples, so one weight for each will do

@@ -90,8 +90,11 @@ def test_columns_that_the_trainer_removes_change_nothing(tmp_path):
     again = flow(tmp_path, wider, data_collator=pad)
     assert torch.equal(first.scores.losses, again.scores.losses)
     with pytest.raises(ScoreMismatchError, match="another dataset"):  # forward takes it
-        flow(tmp_path, hf(position_ids=[list(range(len(s["input_ids"]))) for s in hf()]),
-             data_collator=pad)
+        flow(
+            tmp_path,
+            hf(position_ids=[list(range(len(s["input_ids"]))) for s in hf()]),
+            data_collator=pad,
+        )
 
 
 def test_a_collator_that_joins_samples_is_scored_one_by_one(tmp_path):
@@ -186,7 +189,9 @@ def chats(**columns):
     rows = [
         {
             "prompt": [{"role": "user", "content": f"w{3 + i} w{4 + i}"}],
-            "completion": [{"role": "assistant", "content": " ".join(["w9", f"w{5 + i}"] * (i % 4))}],
+            "completion": [
+                {"role": "assistant", "content": " ".join(["w9", f"w{5 + i}"] * (i % 4))}
+            ],
         }
         for i in range(12)
     ]
@@ -226,12 +231,14 @@ def test_sft_scores_are_those_of_its_own_collator_by_hand(tmp_path, name):
             for row, weight in zip(plain.train_dataset, weights, strict=True)
         }
         tokens = sorted(
-            (token, round(weight, 5)) for row in trainer.train_dataset
+            (token, round(weight, 5))
+            for row in trainer.train_dataset
             for token, weight in zip(row["input_ids"], row["weight"], strict=True)
         )
-        assert tokens == sorted(
-            (token, round(w, 5)) for ids, w in of_sample.items() for token in ids
-        ) or name == "wrapped"
+        assert (
+            tokens == sorted((token, round(w, 5)) for ids, w in of_sample.items() for token in ids)
+            or name == "wrapped"
+        )
     assert all(label in row for row in trainer.train_dataset for label in ("input_ids", "labels"))
     trainer.train()
 
@@ -261,7 +268,9 @@ def test_sft_scores_are_found_by_another_process(tmp_path):
     runs = [
         subprocess.run(
             [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
-            capture_output=True, text=True, check=True,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         for _ in range(2)
     ]

@@ -224,8 +224,10 @@ def preferences(count=12):
 def labelled(count=12):
     data = preferences(count)
     label = [i % 2 == 0 for i in range(count)]
-    return data.remove_columns("rejected").rename_column("chosen", "completion").add_column(
-        "label", label
+    return (
+        data.remove_columns("rejected")
+        .rename_column("chosen", "completion")
+        .add_column("label", label)
     )
 
 

@@ -75,9 +75,7 @@ def rows_of(data, settings=(), **options):
         SFTConfig, **({"batch_size": N, "steps": 1} | dict(settings)), bf16=False
     )
     options = {"processing_class": tokenizer()} | options
-    return SFTTrainer(
-        tiny.make_model(), arguments, train_dataset=data, **options
-    ).train_dataset
+    return SFTTrainer(tiny.make_model(), arguments, train_dataset=data, **options).train_dataset
 
 
 def gradient_by_hand(rows, weights, model=None):
@@ -112,7 +110,10 @@ LAYOUTS = {
     "padding-free": {"padding_free": True, "max_length": None},
     "packed": {"packing": True, "max_length": 64, "batch_size": 8, "steps": 1},
     "wrapped": {
-        **{"packing": True, "max_length": 512, "batch_size": 8, "steps": 1},
+        "packing": True,
+        "max_length": 512,
+        "batch_size": 8,
+        "steps": 1,
         "packing_strategy": "wrapped",
     },
 }
@@ -209,10 +210,17 @@ def test_a_mixture_of_experts_keeps_its_balancing_loss(tmp_path):
         torch.manual_seed(4)
         return MixtralForCausalLM(
             MixtralConfig(
-                **{"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "intermediate_size": 16},
-                **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
-                **{"num_local_experts": 3, "num_experts_per_tok": 2, "pad_token_id": 0},
-                **{"output_router_logits": True, "router_aux_loss_coef": 0.3},
+                vocab_size=tiny.VOCABULARY,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_local_experts=3,
+                num_experts_per_tok=2,
+                pad_token_id=0,
+                output_router_logits=True,
+                router_aux_loss_coef=0.3,
             )
         )
 
