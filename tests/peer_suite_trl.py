@@ -68,8 +68,8 @@ def main(arguments: list[str]) -> int:
     sources = Path(options.sources).resolve()
     if not options.sources or not (sources / "tests" / "test_sft_trainer.py").is_file():
         print(
-            f"TRL's sources are missing: no tests/test_sft_trainer.py in {options.sources!r}. Check "
-            "out github.com/huggingface/trl near the installed version, and pass the folder"
+            f"TRL's sources are missing: no tests/test_sft_trainer.py in {options.sources!r}. "
+            "Check out github.com/huggingface/trl near the installed version, and pass the folder"
         )
         return 2
     with tempfile.TemporaryDirectory() as folder:
@@ -81,8 +81,8 @@ def main(arguments: list[str]) -> int:
     skipped = [name for name in theirs if theirs[name] == "skipped"]
     print(
         f"{len(theirs)} tests of TRL: {len(both)} pass with SFTTrainer and with FlowSFTTrainer, "
-        f"{len(lost)} with SFTTrainer alone; {len(failed)} fail with SFTTrainer as well (of another "
-        f"version, or without a stand-in), {len(skipped)} are skipped by TRL"
+        f"{len(lost)} with SFTTrainer alone; {len(failed)} fail with SFTTrainer as well (of "
+        f"another version, or without a stand-in), {len(skipped)} are skipped by TRL"
     )
     for name in lost:
         print(f"  with SFTTrainer alone: {name}")
@@ -261,7 +261,7 @@ def write_data(folder: Path, configs: dict[str, list[dict]]) -> None:
     (folder / "README.md").write_text("\n".join([*card, "---", ""]))
 
 
-# --- the plugin that pytest loads in TRL's tests ---------------------------------------------------
+# --- the plugin that pytest loads in TRL's tests --------------------------------------------------
 
 
 def no() -> bool:

@@ -324,7 +324,7 @@ def test_the_mixin_alone_does_not_weigh_sft_trainers_loss(tmp_path):
     class Mixed(FlowTrainerMixin, SFTTrainer):
         pass
 
-    with pytest.raises(ValueError, match="use flowdata.integrations.trl.FlowSFTTrainer"):
+    with pytest.raises(ValueError, match=r"use flowdata\.integrations\.trl\.FlowSFTTrainer"):
         sft(tmp_path, cls=Mixed, scores=torch.ones(tiny.N))
 
 
