@@ -7,6 +7,7 @@ from typing import Any
 
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
+from flowdata.streaming import FlowWeightedIterable
 
 _DEPTH = 6  # of loaders and samplers inside one another; the bound ends a circle of them
 
@@ -35,6 +36,13 @@ def flow_sampler_of(loader: Any) -> FlowSampler | None:
     return next((part for part in _samplers_of(loader) if isinstance(part, FlowSampler)), None)
 
 
+def stream_of(loader: Any) -> FlowWeightedIterable | None:
+    """Return the weighted stream at the bottom of loaders and data sets, if there is one."""
+    return next(
+        (part for part in _sources_of(loader) if isinstance(part, FlowWeightedIterable)), None
+    )
+
+
 def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> bool:
     """Return whether the samples of a data set carry their weight already.
 
@@ -56,13 +64,16 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
 
 def _loads_weights(loader: Any) -> bool:
     """Return whether a `FlowWeightedDataset` is at the bottom of loaders and data sets."""
+    return any(isinstance(part, FlowWeightedDataset) for part in _sources_of(loader))
+
+
+def _sources_of(loader: Any) -> Iterator[Any]:
+    """Yield a loader and what it loads from, down to the data set."""
     while loader is not None:
-        if isinstance(loader, FlowWeightedDataset):
-            return True
+        yield loader
         # `dataset` is what a DataLoader and a Subset call the next one, `loader` what
         # `AccumulatedBatches` does.
         loader = getattr(loader, "dataset", getattr(loader, "loader", None))
-    return False
 
 
 def _samplers_of(loader: Any, depth: int = _DEPTH) -> Iterator[Any]:

@@ -8,6 +8,8 @@ from typing import Any
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 
+from flowdata.integrations.trainer_checks import check_resampling
+
 _REPLACEABLE = (type(None), RandomSampler, SequentialSampler)
 
 
@@ -23,13 +25,13 @@ def has_own_loss(trainer_class: type, mixin: type) -> bool:
     return not weighs_it and _owner_of("compute_loss", trainer_class, mixin) is not Trainer
 
 
-def check_own_loss(trainer_class: type, mixin: type, *, sample_loss: Any, auto: bool) -> None:
+def check_own_loss(trainer_class: type, mixin: type, *, loss: Any, auto: bool) -> None:
     """Refuse weights where the loss is the Trainer's own, such as a preference loss.
 
     Args:
         trainer_class: a class made of the mixin and a Trainer.
         mixin: the mixin.
-        sample_loss: the user's own loss of each sample, which may take the place of the Trainer's.
+        loss: a callable is the user's own loss of each sample, which takes the Trainer's place.
         auto: whether the weights were to be made by ``scores="auto"``.
 
     Raises:
@@ -44,8 +46,10 @@ def check_own_loss(trainer_class: type, mixin: type, *, sample_loss: Any, auto: 
             "SFTTrainer computes its loss in a head of its own, which FlowTrainerMixin alone can't "
             "weigh; use flowdata.integrations.trl.FlowSFTTrainer"
         )
-    if sample_loss is None or is_of_trl:
-        other = "" if is_of_trl else ", or pass sample_loss=, the loss of each sample"
+    if not callable(loss) or is_of_trl:
+        other = (
+            "" if is_of_trl else ", or pass loss=(outputs, batch) -> (B,), the loss of each sample"
+        )
         score = "score with flowdata.LossScorer, and " if auto else ""
         raise ValueError(
             f"{name} computes a loss of its own, which weights can't reach; {score}pass "
@@ -69,14 +73,17 @@ def adopt_order(trainer: Any, sampler: Any) -> None:
         ValueError: the sampler groups or repeats samples, which another order would undo; or
             something was computed beforehand that depends on the order.
     """
+    calculates_divergence = getattr(trainer, "calculate_KL", False)
+    if not calculates_divergence:
+        check_resampling(trainer.args)
     if not isinstance(sampler, _REPLACEABLE):
         raise ValueError(
             f"resample=True would replace {type(trainer).__name__}'s {type(sampler).__name__}, "
-            "which groups or repeats samples for the sake of its loss or its speed; turn that off "
-            "(train_sampling_strategy='random'), or draw before training: train_dataset="
+            "which groups or repeats samples for the sake of its loss; draw before training: "
+            "train_dataset="
             "dataset.select(list(flowdata.FlowSampler(scores)))"
         )
-    if getattr(trainer, "calculate_KL", False):
+    if calculates_divergence:
         if getattr(trainer.args, "precompute_ref_log_probs", False):
             raise ValueError(
                 "resample=True with precompute_ref_log_probs=True would take divergences from the "

@@ -58,8 +58,7 @@ def score_batches(trainer: Any, dataset: Any, collator: Any, store: str | Path |
     neither in the losses nor in the store's identity.
 
     Args:
-        trainer: a Trainer, made but not trained; its `sample_loss` takes the place of the model's
-            own loss.
+        trainer: a Trainer on the weights, made but not trained; its `loss` is what is scored.
         dataset: what it reads, map-style.
         collator: list of samples -> batch.
         store: the folder that keeps the losses, or None.
@@ -70,10 +69,10 @@ def score_batches(trainer: Any, dataset: Any, collator: Any, store: str | Path |
     """
     collate = _CopyingCollator(collator)
     _check_repeatable(collate, dataset)
-    model, sample_loss = trainer.model, trainer.sample_loss
+    model, loss = trainer.model, trainer.loss
     scorer = LossScorer(
         model,
-        "auto" if sample_loss is None else partial(_own_losses, sample_loss=sample_loss),
+        partial(_losses_of_outputs, loss=loss) if callable(loss) else loss,
         batch_size=None if _keeps_rows(collate, dataset) else 1,
         reference="base" if _has_adapters_to_turn_off(model) else "model",
         progress=not trainer.args.disable_tqdm,
@@ -176,6 +175,6 @@ def _has_adapters_to_turn_off(model: Any) -> bool:
     return all(not isinstance(start, str) or start == "gaussian" for start in starts)
 
 
-def _own_losses(model: Any, batch: Any, *, sample_loss: Any) -> Tensor:
-    losses: Tensor = sample_loss(model(**batch), batch["labels"])
+def _losses_of_outputs(model: Any, batch: Any, *, loss: Any) -> Tensor:
+    losses: Tensor = loss(model(**batch), batch)
     return losses

@@ -19,7 +19,9 @@ from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.first_batch import Decision
 from flowdata.integrations.own_scores import feed_of, score_batches
+from flowdata.integrations.trainer_loss import RunLoss
 from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
 from flowdata.scores import Scores
@@ -158,6 +160,15 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         samples = dataset.select_columns(["input_ids", "labels", self.weight_key])
         packs = pack_dataset(samples, args.max_length, args.packing_strategy)
         return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
+
+    def _decide(self, inputs: dict[str, Any], weights: Any) -> Decision:
+        # SFTTrainer makes the loss in a head of its own, whatever the model's is.
+        if self.loss not in ("auto", "causal_lm"):
+            raise ValueError(
+                "SFTTrainer's loss is that of a causal language model, so loss= would be ignored; "
+                "use FlowTrainerMixin on a Trainer for another"
+            )
+        return Decision(RunLoss("causal_lm"))
 
     def _weighted_loss(
         self, model: Any, inputs: dict[str, Any], weights: Any, num_items: Any

@@ -47,6 +47,13 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     return model(**arguments, **{name: options[name] for name in switches})
 
 
+def takes_field(model: nn.Module, name: str) -> bool:
+    """Return whether a model's `forward` takes a field of this name."""
+    parameters = inspect.signature(innermost(model).forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or takes_any
+
+
 def unwrapped(model: Any) -> Any:
     """Return the model inside `torch.compile`, DataParallel and DistributedDataParallel.
 
@@ -67,13 +74,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def innermost(model: Any) -> Any:
-    """Return the Hugging Face model inside a PEFT model, else the model itself.
+    """Return the Hugging Face model inside a PEFT model and inside wrappers, else the model itself.
 
     The inner model has the signature, the configuration and the named parts that a PEFT model
-    hides or passes on under other names. It is for reading: a call goes to the outer model.
+    hides or passes on under other names, and `torch.compile` and DataParallel hide. It is for
+    reading: a call goes to the outer model.
     """
+    model = unwrapped(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
+        return unwrapped(model.get_base_model())
     return model
 
 

@@ -168,7 +168,7 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
     """What makes the way of one sample alone, by the model's own forward, for a model."""
     loss, columns, device = job.loss, job.columns, job.device
     if not isinstance(loss, str):
-        return lambda _: callable_way(loss, device)
+        return lambda _: callable_way(loss, output_with_labels, device)
     if loss == OWN:
         return lambda _: own_way(output_with_labels, device)
     if loss in LANGUAGE_LOSSES:

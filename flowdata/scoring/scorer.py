@@ -69,7 +69,8 @@ class LossScorer:
             device, gradients, hooks; the global random generators too.
         loss: ``"causal_lm"``, ``"seq2seq_lm"``, ``"masked_lm"``, ``"cross_entropy"``,
             ``"binary_cross_entropy"``, ``"mse"``, ``"own"`` (what the model itself returns as its
-            loss, one sample at a time), or a callable ``(model, batch) -> (B,)`` tensor of losses;
+            loss, one sample at a time), or a callable ``(model, batch) -> (B,)`` tensor of losses,
+            or ``(outputs, batch) -> (B,)`` by that name of its first argument;
             ``"auto"`` takes the name that equals the model's own loss, and says what it chose. A
             loss by another name is refused.
         dtype: ``"auto"`` is bfloat16 for language models where the device is fast at it, else

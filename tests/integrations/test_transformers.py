@@ -418,7 +418,7 @@ def test_other_models_have_the_gradient_of_the_plain_weighted_loss(tmp_path, kin
 
 
 def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
-    def sample_loss(outputs, labels):
+    def sample_loss(outputs, batch):
         return outputs.logits.float().square().mean((1, 2))
 
     weights, gradients = tiny.make_weights(), []
@@ -430,7 +430,7 @@ def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
         flow_trainer(
             tmp_path,
             scores=weights,
-            sample_loss=sample_loss,
+            loss=sample_loss,
             normalize=normalize,
             callbacks=[train_worker.record_gradients(gradients)],
             settings={
@@ -525,4 +525,4 @@ def test_a_rule_is_refused_where_its_weights_would_be_the_denominator():
 
 def test_a_rule_is_refused_beside_a_loss_that_has_no_tokens():
     with pytest.raises(ValueError, match="token_rule is for causal language models, whose token"):
-        FlowTrainer(None, token_rule="talr", sample_loss=lambda outputs, labels: labels)
+        FlowTrainer(None, token_rule="talr", loss=lambda outputs, batch: batch)

@@ -266,7 +266,7 @@ def test_a_preference_loss_refuses_weights_and_names_what_works(tmp_path, cls):
     with pytest.raises(ValueError, match=words):
         preference_trainer(tmp_path, cls, scores="auto")
     with pytest.raises(ValueError, match=words):
-        preference_trainer(tmp_path, cls, scores=torch.ones(12), sample_loss=lambda o, b: 0)
+        preference_trainer(tmp_path, cls, scores=torch.ones(12), loss=lambda outputs, batch: 0)
     with pytest.raises(ValueError, match="this Trainer computes another one"):
         preference_trainer(tmp_path, cls, scores="auto", resample=True)
 
@@ -340,7 +340,7 @@ def test_a_users_own_compute_loss_is_not_replaced_in_silence(tmp_path):
 
     arguments = config(TrainingArguments, tmp_path)
     options = {"train_dataset": tiny.make_samples(), "data_collator": tiny.collate}
-    with pytest.raises(ValueError, match=r"Halved computes a loss of its own.*sample_loss="):
+    with pytest.raises(ValueError, match=r"Halved computes a loss of its own.*loss="):
         FlowHalved(tiny.make_model(), arguments, scores=torch.ones(tiny.N), **options)
 
 
