@@ -134,6 +134,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self._given_data = None
         self.add_callback(TrainingStart(self))
+        if self._replaces_loss:
+            self._check_arguments()
         if is_auto:
             self.scores = self._score(store)
             weights = weights_of_targets(self.scores, temperature)
@@ -146,7 +148,6 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         if resample:
             self._draw_by(weights)
         if self._replaces_loss:
-            check_arguments(self)
             # The loss is divided by the items of the whole step; without this word the Trainer
             # might divide it by the number of accumulated batches once more.
             self.loss_is_scaled_for_ga = True
@@ -181,6 +182,10 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
         )
+
+    def _check_arguments(self) -> None:
+        """Refuse the Trainer's own options under which weights would be dropped or cut wrongly."""
+        check_arguments(self)
 
     def _score(self, store: str | Path | None) -> Scores:
         """Return the scores of the data set that the Trainer has made ready."""

@@ -56,12 +56,15 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "train_dataset=dataset, scores=scores"
             )
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        if self._replaces_loss and self.args.loss_type == "chunked_nll":
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.args.loss_type == "chunked_nll":
             raise ImportError(
                 "this TRL takes its losses from a forward of its own, where weights can't reach "
                 "them; install trl 1.15 or newer, which needs Python 3.11 or newer"
             )
-        if self._replaces_loss and self.args.loss_type != "nll":
+        if self.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.args.loss_type!r} would apply to losses already weighted; use "
                 f"loss_type='nll' with token_rule={self.args.loss_type!r}"
@@ -101,6 +104,8 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             self._check_token_weights(dataset)
         preparation = args
         if is_weighted and packing:
+            if args.max_length is None:
+                raise ValueError("packing needs a max_length")
             # SFTTrainer packs input_ids and labels alone and would drop the weights. So it only
             # prepares the samples, uncut, and `_pack` packs them with their weights.
             preparation = copy.copy(args)
@@ -126,9 +131,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     def _lay_weights(self, dataset: Any, args: Any) -> Any:
         """Return the prepared data set with weights that fit its rows."""
-        first: dict[str, Any] = next(
-            iter(dataset), {}
-        )  # none is left where all were cut to nothing
+        first: dict[str, Any] = next(iter(dataset), {})  # all may have been cut to nothing
         weight = first.get(self.weight_key)
         if weight is None or not (args.packing or isinstance(weight, list)):
             return dataset  # not scored yet; or rows are samples, so one weight for each will do
@@ -155,8 +158,6 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     def _pack(self, dataset: Any, args: Any) -> Any:
         """Return the packed data set, as SFTTrainer would make it, with the weights packed too."""
-        if args.max_length is None:
-            raise ValueError("packing needs a max_length")
         samples = dataset.select_columns(["input_ids", "labels", self.weight_key])
         packs = pack_dataset(samples, args.max_length, args.packing_strategy)
         return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs

@@ -89,6 +89,28 @@ def sft(batch_size, steps, normalize="count", token_weights=False, config=(), **
     return gradients[0]
 
 
+def own_scores(batch_size, steps, normalize):
+    """The losses that a trainer makes of what it feeds, on every rank, and its gradient."""
+    from trl import SFTConfig
+
+    from flowdata.integrations.trl import FlowSFTTrainer
+
+    gradients, folder = [], [tempfile.mkdtemp()]
+    torch.distributed.broadcast_object_list(folder)
+    trainer = FlowSFTTrainer(
+        tiny.make_model(),
+        hf_arguments(SFTConfig, batch_size, steps, bf16=False),
+        train_dataset=tiny.as_hf_dataset(tiny.make_samples()),
+        scores="auto",
+        store=folder[0] + "/scores",
+        normalize=normalize,
+        processing_class=tiny.make_tokenizer(),
+        callbacks=[record_gradients(gradients)],
+    )
+    trainer.train()
+    return trainer.scores.losses, gradients[0]
+
+
 def lightning(batch_size, steps, normalize="count"):
     import lightning.pytorch as pl
 
@@ -192,6 +214,7 @@ def accelerate(batch_size, steps, normalize="count"):
 ADAPTERS = {
     "trainer": trainer,
     "sft": sft,
+    "own_scores": own_scores,
     "lightning": lightning,
     "ddp": ddp,
     "fsdp2": fsdp2,
