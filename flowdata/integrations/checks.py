@@ -43,6 +43,12 @@ def stream_of(loader: Any) -> FlowWeightedIterable | None:
     )
 
 
+def draws_by_weight(dataset: Any) -> bool:
+    """Return whether a data set is a stream that resamples, which leaves the loss alone."""
+    stream = stream_of(dataset)
+    return stream is not None and stream.resample
+
+
 def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> bool:
     """Return whether the samples of a data set carry their weight already.
 
@@ -54,6 +60,8 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
     """
     if dataset is None:
         return False
+    if (stream := stream_of(dataset)) is not None:
+        return not stream.resample
     if key in (getattr(dataset, "column_names", None) or ()) or _loads_weights(dataset):
         return True
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowdata.integrations.checks import check_loader, flow_sampler_of, stream_of
+from flowdata.integrations.checks import (
+    check_loader,
+    draws_by_weight,
+    flow_sampler_of,
+    stream_of,
+)
 from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
@@ -29,6 +34,11 @@ def check_data(
     Raises:
         ValueError: nothing, or too much, says what a sample weighs.
     """
+    if draws_by_weight(dataset) and (scores is not None or resample):
+        raise ValueError(
+            "train_dataset is a stream that draws by its own weights: pass it without scores and "
+            "resample"
+        )
     if carried and (scores is not None or resample):
         raise ValueError(
             f"train_dataset carries weights ({key!r}) already: pass it without scores "
@@ -36,7 +46,8 @@ def check_data(
         )
     if resample and scores is None:
         raise ValueError("resample=True needs scores=, the scores or weights to draw by")
-    if dataset is not None and not (carried or scores is not None or rule):
+    is_weighted = carried or scores is not None or rule or draws_by_weight(dataset)
+    if dataset is not None and not is_weighted:
         raise ValueError(
             f"train_dataset has no {key!r} and scores is None, so training would be "
             "unweighted: pass scores=, or a FlowWeightedDataset, or a data set with a column "

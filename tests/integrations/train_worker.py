@@ -211,8 +211,14 @@ def accelerate(batch_size, steps, normalize="count"):
     return loop(batch_size, steps, normalize, prepare)
 
 
+def own(batch_size, steps, normalize="count"):
+    """The Trainer with the model's own loss, one sample at a time."""
+    return trainer(batch_size, steps, normalize, loss="own")
+
+
 ADAPTERS = {
     "trainer": trainer,
+    "own": own,
     "sft": sft,
     "own_scores": own_scores,
     "lightning": lightning,
