@@ -37,7 +37,8 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
     The weights follow their samples, or tokens, through chat templates, completion-only and
     assistant-only labels, truncation, packing, padding-free batches and images; TRL's own metrics
     stay as they are. In a pack each token has the weight of its sample. Token weights need a
-    tokenised data set (`input_ids`): before that there are no tokens to weigh.
+    tokenised data set (`input_ids`): before that there are no tokens to weigh. Liger's kernels
+    (`use_liger_kernel`) take the place of layers alone, since SFTTrainer refuses Liger's own loss.
 
     ``scores="auto"`` scores the samples as they come out of SFTTrainer's preparation, through its
     collator. Packs are made afterwards: samples are scored whole, or cut to `max_length` where
