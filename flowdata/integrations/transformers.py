@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from flowdata.accumulation import mean_over_ranks
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
+from flowdata.integrations.callbacks import SamplerEpoch, TrainingStart
 from flowdata.integrations.checks import carries_weights
 from flowdata.integrations.first_batch import Decision, decide, merged
+from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
+from flowdata.integrations.own_scores import (
+    check_auto,
+    feed_of,
+    score_batches,
+    weights_of_targets,
+)
+from flowdata.integrations.prepared import add_weights, check_not_a_stream, take_weights
 from flowdata.integrations.sample_by_sample import weighted_own_loss
 from flowdata.integrations.trainer_checks import (
     check_arguments,
     check_data,
-    check_resampling,
     check_run_loss,
     check_train_loader,
 )
@@ -31,6 +40,7 @@ from flowdata.integrations.trainer_loss import (
 )
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
+from flowdata.scores import Scores
 from flowdata.targets.own_loss import named_terms
 from flowdata.targets.which_loss import OWN
 from flowdata.token_weights import TokenRule
@@ -61,7 +71,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         train_dataset: the data set, or one whose samples carry their weight already: a
             `FlowWeightedDataset`, or samples with a `weight_key` (`Scores.to_column` adds it to a
             Hugging Face data set), 0-d per sample or one for each token.
-        scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them.
+        scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them. ``"auto"``
+            scores, before training, what the Trainer itself will feed: its tokens, its columns, its
+            collator, one sample at a time (kept as `trainer.scores`).
+        store: the folder in which ``scores="auto"`` keeps its losses; it goes on there, or finds
+            them. None scores anew each time.
         temperature: as in `resolve_temperature`.
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.
@@ -82,12 +96,15 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
 
     data_collator: Any
     _signature_columns: Any
+    _flow_sampler: FlowSampler | None
+    train_dataset: Any
 
     def __init__(
         self,
         *args: Any,
         train_dataset: Any = None,
         scores: Any = None,
+        store: str | Path | None = None,
         temperature: Temperature = "median",
         resample: bool = False,
         normalize: Normalize = "count",
@@ -101,29 +118,36 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             train_dataset, scores, weight_key, carried=carried, resample=resample, rule=token_rule
         )
         check_run_loss(loss, token_rule, normalize, resample=resample)
+        check_auto(scores, store, own_loss=resample and has_own_loss(type(self), FlowTrainerMixin))
+        is_auto = isinstance(scores, str)
         self.weight_key, self.normalize, self.token_rule = weight_key, normalize, token_rule
         self.loss = loss
         self._decision: Decision | None = None
         self._batches_have_weights = not resample and (scores is not None or carried)
         self._replaces_loss = self._batches_have_weights or token_rule is not None
-        self._flow_sampler: FlowSampler | None = None
-        plain, weights = train_dataset, scores
-        if isinstance(train_dataset, FlowWeightedDataset):
-            # It is taken apart and made again, in the layout that a Trainer's collator can read.
-            plain, weights = train_dataset.dataset, train_dataset.weights
-        if weights is not None and not resample:
-            train_dataset = self._with_weights(plain, weights, temperature)
-        super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        self.add_callback(_TrainingStart(self))
-        if resample:
-            check_resampling(self.args)
-            # The data set checks its scores and is dropped: the Trainer draws from the plain one.
-            checked = FlowWeightedDataset(train_dataset, scores, temperature=temperature)
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._flow_sampler = FlowSampler(checked.weights, num_replicas=1, rank=0, seed=seed)
-            self.add_callback(SamplerEpoch(self._flow_sampler))
+        self._resamples, self._flow_sampler = resample, None
+        self.scores = None if isinstance(scores, str) else scores
         if self._replaces_loss:
-            check_arguments(self)
+            check_own_loss(type(self), FlowTrainerMixin, loss=loss, auto=is_auto)
+        train_dataset, weights = self._give_weights(train_dataset, temperature)
+        self._given_data = train_dataset
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        self._given_data = None
+        self.add_callback(TrainingStart(self))
+        if self._replaces_loss:
+            self._check_arguments()
+        if is_auto:
+            self.scores = self._score(store)
+            weights = weights_of_targets(self.scores, temperature)
+            if not resample:
+                self._weigh_prepared(weights)
+        elif resample:
+            self.train_dataset, weights = take_weights(
+                self.train_dataset, train_dataset, weights, weight_key
+            )
+        if resample:
+            self._draw_by(weights)
+        if self._replaces_loss:
             # The loss is divided by the items of the whole step; without this word the Trainer
             # might divide it by the number of accumulated batches once more.
             self.loss_is_scaled_for_ga = True
@@ -138,12 +162,45 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
                 "class X(FlowTrainerMixin, MyTrainer), or it never comes into play"
             )
 
+    def _give_weights(self, dataset: Any, temperature: Temperature) -> tuple[Any, Any]:
+        """Return the data set as the Trainer gets it, and the weights where they are known yet."""
+        plain, weights = dataset, self.scores
+        if isinstance(dataset, FlowWeightedDataset):
+            # It is taken apart and made again, in the layout that a Trainer's collator can read.
+            plain, weights = dataset.dataset, dataset.weights
+        if weights is None:
+            return dataset, None
+        if not self._resamples:
+            return self._with_weights(plain, weights, temperature), weights
+        check_not_a_stream(plain, "resample=True")
+        weights = FlowWeightedDataset(plain, weights, temperature=temperature).weights
+        return add_weights(plain, weights, self.weight_key), weights
+
     def _with_weights(self, dataset: Any, scores: Any, temperature: Temperature) -> Any:
         """Return the data set with a weight in each sample."""
         layout: Layout = "dict" if isinstance(dataset[0], Mapping) else "pair"
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
         )
+
+    def _check_arguments(self) -> None:
+        """Refuse the Trainer's own options under which weights would be dropped or cut wrongly."""
+        check_arguments(self)
+
+    def _score(self, store: str | Path | None) -> Scores:
+        """Return the scores of the data set that the Trainer has made ready."""
+        return score_batches(self, *feed_of(self), store)
+
+    def _weigh_prepared(self, weights: Tensor) -> None:
+        """Give weights to the data set that the Trainer has made ready."""
+        self.train_dataset = self._with_weights(self.train_dataset, weights, "median")
+
+    def _draw_by(self, weights: Tensor) -> None:
+        """Make the sampler that draws from the data set that the Trainer has made ready."""
+        adopt_order(self, super()._get_train_sampler(self.train_dataset))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._flow_sampler = FlowSampler(weights, num_replicas=1, rank=0, seed=seed)
+        self.add_callback(SamplerEpoch(self._flow_sampler))
 
     # What the Trainer asks of its data
 
@@ -274,31 +331,6 @@ class FlowTrainer(FlowTrainerMixin, Trainer):  # type: ignore[misc]
 
     ``FlowTrainer(model, args, train_dataset=dataset, scores=scores).train()``
     """
-
-
-class _TrainingStart(TrainerCallback):  # type: ignore[misc]
-    """Looks at the loader that a run begins with, whoever made it.
-
-    `get_train_dataloader` and `_get_train_sampler` can be overridden past the mixin.
-    """
-
-    def __init__(self, trainer: FlowTrainerMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a loader that would train on other samples than the weights say."""
-        self.trainer.check_train_loader(kwargs["train_dataloader"])
-
-
-class SamplerEpoch(TrainerCallback):  # type: ignore[misc]
-    """Tells a sampler its epoch: a Trainer that resumes on several ranks doesn't."""
-
-    def __init__(self, sampler: FlowSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch that begins, or goes on after a checkpoint."""
-        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class _BatchCollator(WeightedCollator):

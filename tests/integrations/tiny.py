@@ -58,7 +58,7 @@ def collate(samples):
 
 
 def flat_gradient(model):
-    return torch.cat([p.grad.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([p.grad.detach().flatten() for p in model.parameters() if p.grad is not None])
 
 
 def full_batch_gradient(weights, normalize="count", model=None, **options):
