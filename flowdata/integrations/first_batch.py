@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdata._common.rng import preserved_rng
-from flowdata.integrations.sample_by_sample import own_run
+from flowdata.integrations.sample_by_sample import own_run, tells_unit
 from flowdata.integrations.trainer_loss import (
     RunLoss,
     SampleLoss,
@@ -35,7 +35,7 @@ from flowdata.integrations.trainer_loss import (
 from flowdata.models.calling import innermost, output_layer_of, unwrapped
 from flowdata.models.compiled import as_written
 from flowdata.models.rope import loaded_frequencies
-from flowdata.targets.labels import split_batch
+from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.meaning import agreed_name, name_by_labels
 from flowdata.targets.own_loss import (
     Reading,
@@ -73,7 +73,11 @@ class Decision:
 
 
 def decide(
-    model: nn.Module, inputs: Mapping[str, Any], loss: str | SampleLoss, size: int
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    loss: str | SampleLoss,
+    size: int,
+    before: Decision | None = None,
 ) -> Decision:
     """Return what a run is trained on.
 
@@ -83,6 +87,7 @@ def decide(
         loss: ``"auto"``, the name of a loss, ``"own"``, or a user's (outputs, batch) -> (B,), which
             is taken as it is.
         size: samples in the batch.
+        before: what an earlier batch told, if it settled nothing.
 
     Raises:
         ValueError: the loss is not the model's own, or nothing tells which it is; the message has
@@ -92,9 +97,12 @@ def decide(
         # A user's function may read from the outputs what the model made of its labels.
         run = RunLoss(loss, term_factors(model), passes_labels=takes_labels(model, inputs))
         return Decision(run)
+    tells = loss != OWN or tells_unit(inputs, size)
+    if before is not None and not tells:
+        return before
     with preserved_rng(), _same_buffers(model), as_written(model), loaded_frequencies(model):
         if loss == OWN:
-            return Decision(own_run(model, inputs, size))
+            return Decision(own_run(model, inputs, size), is_settled=tells, is_known=tells)
         with torch.set_grad_enabled(_logits_are_small(model, inputs)):
             return _Look(model, inputs, size).decide(loss)
 
@@ -124,8 +132,8 @@ class _Look:
         if self.labels is None or not _has_logits(self.outputs):
             raise ValueError(
                 f"the model's own loss of the first batch is {self.readings[0].value:.6g}, and no "
-                f"loss by name can be made of its outputs ({_fields(self.outputs)}) and the batch "
-                f"({_fields(self.inputs)}): {_REMEDY}"
+                f"loss by name can be made of its outputs, {describe_batch(self.outputs)}, and "
+                f"the batch, {describe_batch(self.inputs)}: {_REMEDY}"
             )
         runs: dict[str, RunLoss] = {}
 
@@ -236,7 +244,7 @@ class _Look:
         if not fitting:
             raise ValueError(
                 f"the model's own loss of the first batch is {own:.6g}, and its outputs "
-                f"({_fields(self.outputs)}) don't fit its labels by any of the losses "
+                f"({describe_batch(self.outputs)}) don't fit its labels by any of the losses "
                 f"{', '.join(map(repr, candidates))}: {_REMEDY}"
             )
         name, value = min(
@@ -340,9 +348,3 @@ def _has_logits(outputs: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _fields(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(map(repr, value))
-    return f"a {type(value).__name__}"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from flowdata.integrations.trainer_loss import RunLoss, Unit, counts_of_samples
 from flowdata.losses import Normalize, weighted_mean
+from flowdata.models.calling import innermost
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.own_loss import agrees, own_loss_of
-from flowdata.targets.which_loss import OWN
+from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN, loss_of_model
 
 
 def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
@@ -31,6 +32,13 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
     Raises:
         ValueError: the model makes no loss, or the batch's is no mean over samples.
     """
+    norms = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+    if size > 1 and any(isinstance(m, norms) and m.training for m in model.modules()):
+        raise ValueError(
+            "loss='own' runs samples one at a time, and the model has BatchNorm layers in training "
+            "mode, which take their statistics from the batch; pass loss=(outputs, batch) -> (B,) "
+            "losses instead"
+        )
     model.eval()  # else dropout would make each call differ
     with torch.no_grad():
         whole = own_loss_of(model(**inputs))
@@ -41,20 +49,42 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
             )
         losses = own_sample_losses(model, inputs, size).double().cpu()
     model.train()
-    units: tuple[Unit, ...] = ("samples", "labels", "next labels")
-    means = {}
-    labels = split_batch(inputs)[1]
-    for unit in units if labels is not None and labels.dim() > 1 else units[:1]:
+    for unit in _units(model, inputs):
         counts = counts_of_samples(RunLoss(OWN, unit=unit), inputs, torch.ones(size)).double().cpu()
-        means[unit] = float((torch.where(counts > 0, losses, 0.0) * counts).sum() / counts.sum())
-        if agrees(float(whole), means[unit], whole.dtype):
+        mean = float((torch.where(counts > 0, losses, 0.0) * counts).sum() / counts.sum())
+        if agrees(float(whole), mean, whole.dtype):
             return RunLoss(OWN, unit=unit)
     raise ValueError(
         f"loss='own': the model's own loss of the first batch is {float(whole):.6g}, and the mean "
-        f"of its losses of single samples {means['samples']:.6g}: the batch's loss is no mean over "
-        "samples (a sum, a mean weighted by class, statistics of the batch …), so weights have no "
-        "place in it; pass loss=(outputs, batch) -> (B,) losses"
+        f"of its losses of single samples {losses.mean().item():.6g}: the batch's loss is no mean "
+        "over samples (a sum, a mean weighted by class, …), so weights have no place in it; pass "
+        "loss=(outputs, batch) -> (B,) losses"
     )
+
+
+def tells_unit(inputs: Mapping[str, Any], size: int) -> bool:
+    """Return whether a batch tells what a mean counts: samples, or labels, of unequal numbers."""
+    labels = split_batch(inputs)[1]
+    if labels is None or labels.dim() < 2:
+        return True  # samples, whatever the batch
+    counts = counts_of_samples(RunLoss(OWN, unit="labels"), inputs, torch.ones(size))
+    return bool((counts != counts[0]).any())
+
+
+def _units(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Unit, ...]:
+    """What a mean may count, that first which the model's class is known for.
+
+    In a batch of one sample, or of samples with equally many labels, all of them agree.
+    """
+    labels = split_batch(inputs)[1]
+    if labels is None or labels.dim() < 2:
+        return ("samples",)
+    by_class = loss_of_model(innermost(model))
+    if by_class == "causal_lm":
+        return ("next labels", "labels", "samples")
+    if by_class in (*LANGUAGE_LOSSES, "cross_entropy"):
+        return ("labels", "next labels", "samples")
+    return ("samples", "labels", "next labels")
 
 
 def weighted_own_loss(

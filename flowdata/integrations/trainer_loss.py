@@ -135,15 +135,15 @@ def counts_of_samples(run: RunLoss, batch: Mapping[str, Any], weights: Tensor | 
     Raises:
         ValueError: weights of single tokens.
     """
+    if weights is not None and weights.dim() != 1:
+        raise ValueError(
+            f"this loss has one value for each sample, and weights have shape "
+            f"{tuple(weights.shape)}; give each sample one weight, and keep samples apart in the "
+            "batch"
+        )
     if run.unit == "samples":
         tensors = (value for value in batch.values() if isinstance(value, Tensor))
         place = next(tensors) if weights is None else weights
-        if place.dim() != 1 and weights is not None:
-            raise ValueError(
-                f"this loss has one value for each sample, and weights have shape "
-                f"{tuple(place.shape)}; give each sample one weight, and keep samples apart in the "
-                "batch"
-            )
         return torch.ones(len(place), device=place.device)
     labels = labels_of(batch)
     labels = labels[:, 1:] if run.unit == "next labels" else labels

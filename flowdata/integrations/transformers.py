@@ -269,7 +269,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         size = len(weights if weights is not None else next(iter(inputs.values())))
         self.model.train()  # as every step does
         with self.compute_loss_context_manager():
-            return decide(self.model, inputs, self.loss, size)
+            return decide(self.model, inputs, self.loss, size, self._decision)
 
     def compute_loss(
         self,

@@ -206,6 +206,58 @@ def test_an_own_loss_that_is_no_mean_over_samples_is_refused(tmp_path):
             trainer.train()
 
 
+def test_batches_whose_samples_count_alike_leave_the_unit_open(tmp_path):
+    """A first batch of one sample, or of equally long ones, doesn't tell tokens from samples."""
+    for size in (1, 2):
+        ids = torch.randint(1, strange.VOCABULARY, (2, 5))
+        samples = [{"input_ids": each, "labels": each} for each in ids] + strange.LANGUAGE[2:]
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": N // size}
+        settings["train_sampling_strategy"] = "sequential"
+        case = strange.llama, samples, strange.collate
+        gradient, trainer = trained(tmp_path, *case, settings, loss="own")
+        assert_same(gradient, by_hand(*case, strange.by(strange.shifted)))
+        assert not trainer._decision.is_settled
+
+
+def test_an_own_loss_is_refused_where_samples_share_statistics(tmp_path):
+    case = tmp_path, CountsCalls, strange.IMAGES, strange.stacked
+    with pytest.raises(ValueError, match="BatchNorm layers in training mode"):
+        trainer_of(*case, loss="own").train()
+
+
+class FurtherLosses(nn.Module):
+    """Losses that have no name here, each a mean over samples."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.layer, self.name = nn.Linear(4, 3), name
+
+    def forward(self, x, labels=None):
+        logits = self.layer(x)
+        if self.name == "absolute":
+            return {"loss": F.l1_loss(logits, labels), "logits": logits}
+        if self.name == "positives weighted":
+            options = {"pos_weight": torch.tensor([3.0, 1.0, 1.0])}
+            loss = F.binary_cross_entropy_with_logits(logits, labels, **options)
+            return {"loss": loss, "logits": logits}
+        losses = F.cross_entropy(logits, labels.long()[:, 0], reduction="none")
+        return {"loss": ((1 - (-losses).exp()) ** 2 * losses).mean(), "logits": logits}
+
+
+@pytest.mark.parametrize("name", ["absolute", "positives weighted", "focal"])
+def test_further_losses_are_refused_by_name_and_taken_as_own(tmp_path, name):
+    samples = [{"x": torch.randn(4), "labels": (torch.arange(3) + i) % 2 * 1.0} for i in range(N)]
+    case = (lambda: FurtherLosses(name)), samples, strange.stacked
+    with pytest.raises(ValueError, match=r"the model's own (is|loss of the first batch is)"):
+        trainer_of(tmp_path, *case).train()
+    gradient, _ = trained(tmp_path, *case, loss="own")
+
+    def alone(model, batch):
+        return model(**batch)["loss"], torch.ones(1)
+
+    assert_same(gradient, by_hand(*case, alone))
+
+
 def smoothed(outputs, batch):
     return F.cross_entropy(
         outputs["logits"], batch["labels"], label_smoothing=0.1, reduction="none"
