@@ -132,6 +132,13 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         if reason and is_compiled_way:
             give_up(model, reason)  # it may fail on account of the compiled layers
             reason = _disagreement(candidate, truth, evidence)
+        if reason and callable(job.loss) and not any(float(e["loss"]) for e in evidence.plain):
+            raise ValueError(
+                "loss=callable gives each sample a loss of 0 when it is alone, and another one "
+                f"beside others ({reason}): it compares the samples of a batch, as contrastive "
+                "losses do, so that no sample has a loss of its own; pass one that scores each "
+                "sample by itself, against fixed candidates"
+            )
         if not reason:
             return AgreedWay(
                 _of_batches(candidate.way),
