@@ -17,7 +17,8 @@ class AccumulatedBatches:
     The batches of a step are fetched together and their items summed, over ranks as well if a
     process group exists. The sum is divided by the number of ranks, because DDP and FSDP average
     gradients over them. A batch's loss over `num_items` is then its exact part of the step's loss:
-    call backward on each, with no division by the accumulation steps.
+    call backward on each, with no division by the accumulation steps. An `Accelerator` that
+    accumulates divides by them all the same; `flowdata.integrations.accelerate` is for it.
 
     Args:
         loader: batches, on every rank the same number of them; its length, `set_epoch` and
@@ -27,7 +28,8 @@ class AccumulatedBatches:
             number of samples, or the sum of their weights.
 
     Raises:
-        ValueError: `steps` is below 1.
+        ValueError: `steps` is below 1; or, here or at a pass, an `Accelerator` that accumulates
+            prepared the loader, or the loader's length is another on another rank.
 
     Example:
         >>> import torch
@@ -48,6 +50,7 @@ class AccumulatedBatches:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.loader, self.steps, self.count = loader, steps, count
+        _check_nobody_else_divides(loader)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -60,19 +63,70 @@ class AccumulatedBatches:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield each batch with its step's `num_items`, 0-d float32."""
-        batches = iter(self.loader)
-        # The first batch of a step needs the count of its last one: all of them are read ahead.
-        while step := list(islice(batches, self.steps)):
-            counts = [torch.as_tensor(self.count(batch)).float() for batch in step]
-            num_items = mean_over_ranks(torch.stack(counts).sum())
+        _check_nobody_else_divides(self.loader)
+        for step, num_items in optimizer_steps(self.loader, self.steps, self.count):
             for batch in step:
                 yield batch, num_items
 
 
+def optimizer_steps(
+    loader: Iterable[Any], steps: int, count: Callable[[Any], float | Tensor]
+) -> Iterator[tuple[list[Any], Tensor]]:
+    """Yield the batches of each optimiser step and their items: the mean over ranks, 0-d float32.
+
+    The arguments are those of `AccumulatedBatches`.
+    """
+    _check_equal_lengths(loader)
+    batches = iter(loader)
+    # The first batch of a step needs the count of its last one: all of them are read ahead.
+    while step := list(islice(batches, steps)):
+        counts = [torch.as_tensor(count(batch)).float() for batch in step]
+        yield step, mean_over_ranks(torch.stack(counts).sum())
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the ranks of the default process group, if there is one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_grouped():
         return value
     total = value.cuda() if dist.get_backend() == "nccl" else value.clone()  # NCCL knows GPUs alone
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def _is_grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _check_nobody_else_divides(loader: Any) -> None:
+    """Refuse a loader of an `Accelerator` that accumulates, and so divides losses by the steps."""
+    steps = getattr(getattr(loader, "gradient_state", None), "num_steps", 1)
+    if steps > 1:
+        raise ValueError(
+            f"loader was prepared by an Accelerator with gradient_accumulation_steps={steps}: it "
+            "divides each loss by them and asks the loader for the end of the epoch. Use "
+            "flowdata.integrations.accelerate.PreparedBatches(accelerator, loader, count)"
+        )
+
+
+def _check_equal_lengths(loader: Any) -> None:
+    """Refuse lengths that differ over ranks, where the items of a step would never come together.
+
+    A rank that has no batch left takes no part in the sum, and the others would wait for it.
+    """
+    if not _is_grouped() or not hasattr(loader, "__len__"):
+        return
+    lengths: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lengths, _length(loader))
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"loader must have the same number of batches on every rank, got {lengths}: let its "
+            "sampler drop the last samples (drop_last=True), or with Accelerate fill the last "
+            "batches (even_batches=True)"
+        )
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream's
+        return None

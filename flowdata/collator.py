@@ -15,7 +15,8 @@ class WeightedCollator:
     It takes samples of every layout of `FlowWeightedDataset`: pairs become (batch, weights),
     triples (inputs, targets, weights), and mappings a mapping with `key`. The weights are (B,)
     float32. A mapping may hold one weight for each token instead, (T,): these are padded or
-    joined just as the collator padded or joined `input_ids`.
+    joined just as the collator padded or joined `input_ids`. Where it joined all samples into one
+    row, each sample's weight goes to all of its tokens, (1, ΣT).
 
     Args:
         collate_fn: the collator of the samples without weights, such as a Hugging Face one.
@@ -63,9 +64,11 @@ class WeightedCollator:
         unweighted = [{k: v for k, v in sample.items() if k != self.key} for sample in samples]
         batch = self.collate_fn(unweighted)
         weights = [_as_weight(sample[self.key]) for sample in samples]
-        if weights[0].dim() == 0:
+        if weights[0].dim() == 0 and not _is_joined(batch, len(samples)):
             return {**batch, self.key: torch.stack(weights)}
         tokens = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+        if weights[0].dim() == 0:
+            weights = [weight.expand(len(ids)) for weight, ids in zip(weights, tokens, strict=True)]
         return {**batch, self.key: lay_along(weights, tokens, batch["input_ids"])}
 
 
@@ -112,6 +115,12 @@ def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor
                 "weights can't follow; truncate and mask in the data set, not in the collator"
             )
     return token_weights
+
+
+def _is_joined(batch: Mapping[str, Any], size: int) -> bool:
+    """Return whether a batch of several samples is one row of tokens."""
+    ids = batch.get("input_ids")
+    return size > 1 and isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) == 1
 
 
 def _is_weight(value: Any) -> bool:

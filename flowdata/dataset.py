@@ -26,6 +26,9 @@ from flowdata.weights import (
 
 Layout: TypeAlias = Literal["pair", "triple", "dict"]
 
+# What StatefulDataLoader saves and Accelerate calls where a data set is random or has epochs.
+_PASSED_ON = ("state_dict", "load_state_dict", "set_epoch")
+
 
 class FlowWeightedDataset(Dataset[Any]):
     """A map-style data set whose samples come with their FLOW weight.
@@ -123,6 +126,12 @@ class FlowWeightedDataset(Dataset[Any]):
         # views below hold the weights of this batch alone.
         weights = torch.from_numpy(self.weights.numpy()[indices]).unbind()
         return [self._attach(s, weight) for s, weight in zip(samples, weights, strict=True)]
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass on the data set's state and epoch, if it has them: loaders ask whether it does."""
+        if name in _PASSED_ON and "dataset" in self.__dict__:
+            return getattr(self.dataset, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "median") -> float:

@@ -24,6 +24,7 @@ from flowdata.store.identity import (
     CONTENT_PREFIX,
     content_identity,
     dataset_difference,
+    fields_of,
     same_rows,
 )
 from flowdata.targets.columns import SMALL_WHERE_EASY
@@ -196,13 +197,16 @@ class Scores:
         if not identity.startswith(CONTENT_PREFIX):
             return  # a name of the user's own, which no content can be compared with
         skip_unreadable = bool(self.metadata.get("skipped"))
-        here = content_identity(dataset, skip_unreadable=skip_unreadable)
+        here = content_identity(
+            dataset, fields=fields_of(identity), skip_unreadable=skip_unreadable
+        )
         if identity != here and (view or not same_rows(identity, here)):
             raise ScoreMismatchError(
                 "the scores were made from another data set of the same length: "
                 f"{dataset_difference(identity, here)}. If they are the same samples in the same "
                 "order, differently transformed, score with dataset_id='a-name' or pass "
-                "scores.weights() instead of scores"
+                "scores.weights() instead of scores. If only a column was added that the model is "
+                "not given, pass scores.weights() too"
             )
 
     def to_column(

@@ -389,7 +389,7 @@ def test_the_strength_may_be_any_real_number(strength):
 
 @pytest.mark.parametrize(
     "strength",
-    [np.float32("nan"), np.inf, -np.float64(1), Fraction(-1, 3), torch.tensor([0.5]), True, 1j,
+    [np.float32("nan"), np.inf, -np.float64(1), Fraction(-1, 3), torch.tensor([0.5, 0.5]), True, 1j,
      None, torch.tensor(1.0, requires_grad=True)],
 )  # fmt: skip
 def test_a_strength_that_is_no_number_from_0_on_is_refused(strength):

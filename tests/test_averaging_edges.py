@@ -45,8 +45,8 @@ def test_alpha_may_be_any_real_number(alpha):
 
 @pytest.mark.parametrize(
     "alpha",
-    [np.float32("nan"), np.float64(1.5), Fraction(-1, 9), torch.tensor([0.5]), "0.5", None, True,
-     0.5j, torch.tensor(0.5, requires_grad=True)],
+    [np.float32("nan"), np.float64(1.5), Fraction(-1, 9), torch.tensor([0.5, 0.5]), "0.5",
+     None, True, 0.5j, torch.tensor(0.5, requires_grad=True)],
 )  # fmt: skip
 def test_an_alpha_outside_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1, got"):

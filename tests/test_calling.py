@@ -1,5 +1,6 @@
 """What a model is given of a batch, and which model is inside which wrapper."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -70,3 +71,13 @@ def test_a_language_model_names_its_output_layer():
     assert output_layer_of(Adapted(model)) is model.lm_head
     assert output_layer_of(model.model) is None
     assert output_layer_of(nn.Linear(2, 2)) is None
+
+
+def test_what_forward_needs_and_the_batch_lacks_is_named():
+    class Embedder(nn.Module):
+        def forward(self, input, **options):
+            return input["input_ids"]
+
+    batch = {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3)}
+    with pytest.raises(TypeError, match=r"forward needs 'input', and the batch has 'input_ids'"):
+        call_with(Embedder(), batch)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
 from flowdata.scoring.check import agreed_way, samples_to_check
@@ -183,3 +184,16 @@ def test_a_model_of_chance_is_refused():
     data = torch.utils.data.TensorDataset(torch.randn(6, 2), torch.arange(6) % 3)
     with pytest.raises(ValueError, match=r"another loss each time it is run alone .*deterministic"):
         LossScorer(Chance(), "cross_entropy", progress=False).score(data)
+
+
+def test_a_loss_that_compares_the_samples_of_a_batch_is_refused():
+    def contrastive(model, batch):
+        features = nn.functional.normalize(model(batch[0]), dim=1)
+        return nn.functional.cross_entropy(
+            features @ features.t() / 0.1, torch.arange(len(features)), reduction="none"
+        )
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(20, 4), torch.zeros(20))
+    with pytest.raises(ValueError, match=r"a loss of 0 when it is alone.*contrastive losses do"):
+        LossScorer(nn.Linear(4, 8), contrastive, progress=False).score(data)

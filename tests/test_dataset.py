@@ -353,3 +353,54 @@ def test_weights_that_float32_does_not_hold_are_refused():
 def test_a_joint_temperature_needs_a_loss():
     with pytest.raises(ValueError, match="none of the 2 samples has a loss"):
         joint_temperature([Scores(torch.full((2,), torch.nan))])
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Samples with noise from a generator of its own, whose state and epoch loaders keep."""
+
+    def __init__(self):
+        self.generator, self.epoch = torch.Generator().manual_seed(0), 0
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return index + torch.rand((), generator=self.generator)
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict):
+        self.generator.set_state(state_dict["generator"])
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_state_of_a_random_data_set_resumes_with_its_loader(num_workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def build():
+        dataset = FlowWeightedDataset(Augmented(), torch.rand(20))
+        return StatefulDataLoader(dataset, batch_size=4, num_workers=num_workers)
+
+    loader = build()
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    rest = [samples.tolist() for samples, _ in iterator]
+    loader = build()
+    loader.load_state_dict(state)
+    assert [samples.tolist() for samples, _ in loader] == rest
+
+
+def test_a_data_set_has_a_state_and_epochs_if_the_one_inside_has():
+    dataset = FlowWeightedDataset(Augmented(), torch.rand(20))
+    dataset.set_epoch(3)
+    assert dataset.dataset.epoch == pickle.loads(pickle.dumps(dataset)).dataset.epoch == 3
+    plain = FlowWeightedDataset(range(3), torch.rand(3))
+    for name in ("state_dict", "load_state_dict", "set_epoch", "generator"):
+        assert not hasattr(plain, name)
+    with pytest.raises(AttributeError, match="'FlowWeightedDataset' object has no attribute 'gen"):
+        _ = dataset.generator

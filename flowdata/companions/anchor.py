@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flowdata._common.real_numbers import RealNumber, real_number
 from flowdata.companions.penalty import distance
-from flowdata.companions.real_numbers import RealNumber, real_number
 from flowdata.companions.reference import ReferenceLike
 from flowdata.companions.starts import Starts
 

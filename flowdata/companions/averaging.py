@@ -9,10 +9,10 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
+from flowdata._common.real_numbers import RealNumber, as_python, real_number
 from flowdata.companions.averaged_files import average_checkpoints
 from flowdata.companions.averaged_modules import AveragedModule, average_states
 from flowdata.companions.averages import check_no_factors
-from flowdata.companions.real_numbers import RealNumber, as_python, real_number
 from flowdata.companions.state import StateDict
 
 Module = TypeVar("Module", bound=nn.Module)

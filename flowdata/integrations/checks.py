@@ -7,22 +7,30 @@ from typing import Any
 
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
+from flowdata.sampler.sharing import check_sharing, parts_of
+from flowdata.streaming import FlowWeightedIterable
 
-_DEPTH = 6  # of loaders and samplers inside one another; the bound ends a circle of them
 
-
-def check_loader(loader: Any, *, weighted_loss: bool = False) -> None:
+def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1) -> None:
     """Refuse a loader that draws samples by the weights where the loss is weighted, too.
+
+    One whose `FlowSampler` is shared out twice, or not at all, is refused as well.
 
     Args:
         loader: a DataLoader, or a wrapper of one.
         weighted_loss: whether the loss is known to be weighted; a loader of a
             `FlowWeightedDataset` is refused in any case.
+        num_ranks: the number of ranks that train on different samples, where it is known.
 
     Raises:
-        ValueError: a `FlowSampler` draws, and the loss weighs again.
+        ValueError: a `FlowSampler` draws, and the loss weighs again; or its order is shared out
+            twice, or not at all.
     """
-    if flow_sampler_of(loader) is not None and (weighted_loss or _loads_weights(loader)):
+    sampler = flow_sampler_of(loader)
+    if sampler is None:
+        return
+    check_sharing(loader, sampler.num_replicas, num_ranks)
+    if weighted_loss or _loads_weights(loader):
         raise ValueError(
             "the weights would act twice: a FlowSampler draws samples by their weight, and the "
             "loss would weigh them again. Keep one: FlowSampler over the plain data set with the "
@@ -32,7 +40,20 @@ def check_loader(loader: Any, *, weighted_loss: bool = False) -> None:
 
 def flow_sampler_of(loader: Any) -> FlowSampler | None:
     """Return the `FlowSampler` of a loader, however deep samplers and wrappers hold it."""
-    return next((part for part in _samplers_of(loader) if isinstance(part, FlowSampler)), None)
+    return next((part for part in parts_of(loader) if isinstance(part, FlowSampler)), None)
+
+
+def stream_of(loader: Any) -> FlowWeightedIterable | None:
+    """Return the weighted stream at the bottom of loaders and data sets, if there is one."""
+    return next(
+        (part for part in _sources_of(loader) if isinstance(part, FlowWeightedIterable)), None
+    )
+
+
+def draws_by_weight(dataset: Any) -> bool:
+    """Return whether a data set is a stream that resamples, which leaves the loss alone."""
+    stream = stream_of(dataset)
+    return stream is not None and stream.resample
 
 
 def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> bool:
@@ -46,6 +67,8 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
     """
     if dataset is None:
         return False
+    if (stream := stream_of(dataset)) is not None:
+        return not stream.resample
     if key in (getattr(dataset, "column_names", None) or ()) or _loads_weights(dataset):
         return True
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -56,22 +79,13 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
 
 def _loads_weights(loader: Any) -> bool:
     """Return whether a `FlowWeightedDataset` is at the bottom of loaders and data sets."""
+    return any(isinstance(part, FlowWeightedDataset) for part in _sources_of(loader))
+
+
+def _sources_of(loader: Any) -> Iterator[Any]:
+    """Yield a loader and what it loads from, down to the data set."""
     while loader is not None:
-        if isinstance(loader, FlowWeightedDataset):
-            return True
+        yield loader
         # `dataset` is what a DataLoader and a Subset call the next one, `loader` what
         # `AccumulatedBatches` does.
         loader = getattr(loader, "dataset", getattr(loader, "loader", None))
-    return False
-
-
-def _samplers_of(loader: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """Yield a loader, its samplers, and those of the loaders and samplers inside it."""
-    yield loader
-    if depth:
-        # Accelerate's loaders hold theirs as `base_dataloader`, and `AccumulatedBatches` as
-        # `loader`; a batch sampler holds the sampler whose indices it groups.
-        for name in ("sampler", "batch_sampler", "base_dataloader", "loader"):
-            part = getattr(loader, name, None)
-            if part is not None and part is not loader:
-                yield from _samplers_of(part, depth - 1)

@@ -1,11 +1,20 @@
-"""What a Trainer on the weights refuses at construction: options that can't be right together."""
+"""What a Trainer on the weights refuses: options, and loaders, that can't be right together."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from flowdata.integrations.checks import (
+    check_loader,
+    draws_by_weight,
+    flow_sampler_of,
+    stream_of,
+)
 from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
+from flowdata.sampler import FlowSampler
+from flowdata.streaming import FlowWeightedIterable
+from flowdata.targets.which_loss import LOSSES, first_argument
 from flowdata.token_weights import TokenRule
 
 
@@ -25,6 +34,11 @@ def check_data(
     Raises:
         ValueError: nothing, or too much, says what a sample weighs.
     """
+    if draws_by_weight(dataset) and (scores is not None or resample):
+        raise ValueError(
+            "train_dataset is a stream that draws by its own weights: pass it without scores and "
+            "resample"
+        )
     if carried and (scores is not None or resample):
         raise ValueError(
             f"train_dataset carries weights ({key!r}) already: pass it without scores "
@@ -32,7 +46,8 @@ def check_data(
         )
     if resample and scores is None:
         raise ValueError("resample=True needs scores=, the scores or weights to draw by")
-    if dataset is not None and not (carried or scores is not None or rule):
+    is_weighted = carried or scores is not None or rule or draws_by_weight(dataset)
+    if dataset is not None and not is_weighted:
         raise ValueError(
             f"train_dataset has no {key!r} and scores is None, so training would be "
             "unweighted: pass scores=, or a FlowWeightedDataset, or a data set with a column "
@@ -40,23 +55,99 @@ def check_data(
         )
 
 
-def check_token_rule(
-    rule: TokenRule | None, normalize: Normalize, sample_loss: SampleLoss | None
+def check_run_loss(
+    loss: str | SampleLoss, rule: TokenRule | None, normalize: Normalize, *, resample: bool
 ) -> None:
-    """Refuse a token rule that has no denominator, or no tokens, to work with.
+    """Refuse a loss that is none, one that would be ignored, or a token rule without tokens.
 
     Raises:
-        ValueError: the rule comes with ``normalize="weights"`` or with a `sample_loss`.
+        ValueError: an unknown loss, a loss under resampling, which leaves the loss alone; or a rule
+            with ``normalize="weights"`` or with a loss that has no tokens.
     """
+    if not callable(loss) and loss not in ("auto", *LOSSES):
+        raise ValueError(
+            f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
+            f"(outputs, batch) -> (B,) losses; got {loss!r}"
+        )
+    if callable(loss) and first_argument(loss) == "model":
+        raise ValueError(
+            "a Trainer calls the model itself, so loss= takes (outputs, batch) -> (B,) losses, not "
+            "(model, batch); LossScorer takes both"
+        )
+    if resample and loss != "auto":
+        raise ValueError(
+            "resample=True leaves the loss to the Trainer, so loss= would be ignored; pass it to "
+            "the Trainer's own compute_loss_func, or weigh with resample=False"
+        )
     if rule is not None and normalize == "weights":
         raise ValueError(
             "token_rule with normalize='weights' would divide by weights that are not known "
             "before the whole step has run; use normalize='count'"
         )
-    if rule is not None and sample_loss is not None:
+    if rule is not None and loss not in ("auto", "causal_lm"):
         raise ValueError(
-            "token_rule is for causal language models, whose token losses it weighs; sample_loss "
-            "gives one loss for each sample, so pass one of the two"
+            "token_rule is for causal language models, whose token losses it weighs; "
+            "leave loss='auto', or leave the rule out"
+        )
+
+
+def check_resampling(args: Any) -> None:
+    """Refuse an order of samples that `resample` would ignore.
+
+    Raises:
+        ValueError: the Trainer's arguments ask for one.
+    """
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if getattr(args, "group_by_length", False):  # the option's name before transformers 5
+        strategy = "group_by_length"
+    if strategy != "random":
+        raise ValueError(
+            f"resample=True draws samples by their weights, so {strategy!r} would be ignored; "
+            "leave train_sampling_strategy at 'random', or weigh with resample=False"
+        )
+
+
+def check_train_loader(loader: Any, sampler: FlowSampler | None, *, weighted_loss: bool) -> None:
+    """Refuse the loader of a run that would train on other samples than the weights say.
+
+    Args:
+        loader: what the Trainer is about to iterate, as Accelerate prepared it.
+        sampler: that which was made for the run, or None.
+        weighted_loss: whether the loss is weighted.
+
+    Raises:
+        ValueError: another sampler draws, or draws from other data; weights would act twice; or a
+            sampler or a stream would be sharded twice.
+    """
+    check_loader(loader, weighted_loss=weighted_loss)
+    used = flow_sampler_of(loader)
+    _check_stream(stream_of(loader))
+    if used is not None and used.num_replicas > 1:
+        raise ValueError(
+            "the Trainer shards a sampler's order over the ranks itself, so a rank-aware "
+            "FlowSampler would be sharded twice; make it with num_replicas=1, rank=0"
+        )
+    if sampler is not None and used is not sampler:
+        raise ValueError(
+            "resample=True made a FlowSampler, and the training loader doesn't use it: "
+            "get_train_dataloader or _get_train_sampler is overridden by a class that doesn't ask "
+            "super(). Put FlowTrainerMixin first, or take the sampler from "
+            "super()._get_train_sampler()"
+        )
+
+
+def _check_stream(stream: FlowWeightedIterable | None) -> None:
+    """Refuse a stream that deals its samples out to ranks under a Trainer, which does so itself.
+
+    Raises:
+        ValueError: the stream has several ranks.
+    """
+    if stream is not None and stream.num_replicas > 1:
+        raise ValueError(
+            "the Trainer deals a stream's samples out to the ranks itself, so a "
+            f"FlowWeightedIterable of {stream.num_replicas} ranks would lose all but 1 in "
+            f"{stream.num_replicas}; make it "
+            "with num_replicas=1, rank=0"
         )
 
 
@@ -70,12 +161,12 @@ def check_arguments(trainer: Any) -> None:
     if trainer.args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor computes a loss of its own that ignores the weights; set "
-            "it to 0, or pass sample_loss= with the smoothing in it"
+            "it to 0, or pass loss=(outputs, batch) -> (B,) with the smoothing in it"
         )
     if trainer.compute_loss_func is not None:
         raise ValueError(
-            "compute_loss_func never sees the weights; pass sample_loss=(outputs, labels) -> "
-            "(B,) losses instead"
+            "compute_loss_func never sees the weights; pass loss=(outputs, batch) -> (B,) losses "
+            "instead"
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from flowdata.accumulation import mean_over_ranks
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
-from flowdata.integrations.checks import carries_weights, check_loader, flow_sampler_of
-from flowdata.integrations.trainer_checks import check_arguments, check_data, check_token_rule
+from flowdata.integrations.callbacks import SamplerEpoch, TrainingStart
+from flowdata.integrations.checks import carries_weights
+from flowdata.integrations.first_batch import Decision, decide, merged
+from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
+from flowdata.integrations.own_scores import (
+    check_auto,
+    feed_of,
+    score_batches,
+    weights_of_targets,
+)
+from flowdata.integrations.prepared import add_weights, check_not_a_stream, take_weights
+from flowdata.integrations.sample_by_sample import weighted_own_loss
+from flowdata.integrations.trainer_checks import (
+    check_arguments,
+    check_data,
+    check_run_loss,
+    check_train_loader,
+)
 from flowdata.integrations.trainer_loss import (
     SampleLoss,
     count_batch,
-    router_loss,
+    fields_for,
     weighted_loss,
 )
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
-from flowdata.targets.which_loss import loss_of
+from flowdata.scores import Scores
+from flowdata.targets.own_loss import named_terms
+from flowdata.targets.which_loss import OWN
 from flowdata.token_weights import TokenRule
 from flowdata.weights import Temperature
 
@@ -42,40 +62,54 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     optimiser step, so gradients are those of the whole step however it is cut. Evaluation is
     left as it was: unweighted, with the model's own loss.
 
+    Before the first step the model is called once more: the unweighted loss of the first batch has
+    to be the model's own (class weights, smoothing, a replaced `loss_function` and all), or the
+    run is refused.
+
     Args:
         *args: the Trainer's own.
         train_dataset: the data set, or one whose samples carry their weight already: a
             `FlowWeightedDataset`, or samples with a `weight_key` (`Scores.to_column` adds it to a
             Hugging Face data set), 0-d per sample or one for each token.
-        scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them.
+        scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them. ``"auto"``
+            scores, before training, what the Trainer itself will feed: its tokens, its columns, its
+            collator, one sample at a time (kept as `trainer.scores`).
+        store: the folder in which ``scores="auto"`` keeps its losses; it goes on there, or finds
+            them. None scores anew each time.
         temperature: as in `resolve_temperature`.
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.
         token_rule: for causal language models, as in `causal_lm_loss`; not with ``"weights"``.
-        sample_loss: (outputs, labels) -> (B,) for models whose loss is not the cross-entropy,
-            binary cross-entropy or squared error of `logits` and `labels`.
+        loss: a name, as for `LossScorer`, which has to agree with the model's own loss; ``"auto"``
+            finds it out. ``"own"`` takes the model's own loss of each sample, one forward for each;
+            a callable (outputs, batch) -> (B,) is taken as it is.
         weight_key: the weight's name in samples and batches.
         **kwargs: the Trainer's own.
 
     Raises:
         ScoreMismatchError: `scores` are of another data set.
         ValueError: the weights are missing or passed twice; an option would drop them
-            (`label_smoothing_factor`, `compute_loss_func`); or a sampler would shard twice.
+            (`label_smoothing_factor`, `compute_loss_func`, `group_by_length` beside `resample`).
+            In `train()`: the loss is not the model's own, both numbers named; the loader doesn't
+            use the sampler that was made; or a sampler or stream would be sharded twice.
     """
 
     data_collator: Any
     _signature_columns: Any
+    _flow_sampler: FlowSampler | None
+    train_dataset: Any
 
     def __init__(
         self,
         *args: Any,
         train_dataset: Any = None,
         scores: Any = None,
+        store: str | Path | None = None,
         temperature: Temperature = "median",
         resample: bool = False,
         normalize: Normalize = "count",
         token_rule: TokenRule | None = None,
-        sample_loss: SampleLoss | None = None,
+        loss: str | SampleLoss = "auto",
         weight_key: str = "weight",
         **kwargs: Any,
     ) -> None:
@@ -83,27 +117,37 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         check_data(
             train_dataset, scores, weight_key, carried=carried, resample=resample, rule=token_rule
         )
-        check_token_rule(token_rule, normalize, sample_loss)
+        check_run_loss(loss, token_rule, normalize, resample=resample)
+        check_auto(scores, store, own_loss=resample and has_own_loss(type(self), FlowTrainerMixin))
+        is_auto = isinstance(scores, str)
         self.weight_key, self.normalize, self.token_rule = weight_key, normalize, token_rule
-        self.sample_loss = sample_loss
+        self.loss = loss
+        self._decision: Decision | None = None
         self._batches_have_weights = not resample and (scores is not None or carried)
         self._replaces_loss = self._batches_have_weights or token_rule is not None
-        self._flow_sampler: FlowSampler | None = None
-        plain, weights = train_dataset, scores
-        if isinstance(train_dataset, FlowWeightedDataset):
-            # It is taken apart and made again, in the layout that a Trainer's collator can read.
-            plain, weights = train_dataset.dataset, train_dataset.weights
-        if weights is not None and not resample:
-            train_dataset = self._with_weights(plain, weights, temperature)
-        super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        if resample:
-            # The data set checks its scores and is dropped: the Trainer draws from the plain one.
-            checked = FlowWeightedDataset(train_dataset, scores, temperature=temperature)
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._flow_sampler = FlowSampler(checked.weights, num_replicas=1, rank=0, seed=seed)
-            self.add_callback(SamplerEpoch(self._flow_sampler))
+        self._resamples, self._flow_sampler = resample, None
+        self.scores = None if isinstance(scores, str) else scores
         if self._replaces_loss:
-            check_arguments(self)
+            check_own_loss(type(self), FlowTrainerMixin, loss=loss, auto=is_auto)
+        train_dataset, weights = self._give_weights(train_dataset, temperature)
+        self._given_data = train_dataset
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        self._given_data = None
+        self.add_callback(TrainingStart(self))
+        if self._replaces_loss:
+            self._check_arguments()
+        if is_auto:
+            self.scores = self._score(store)
+            weights = weights_of_targets(self.scores, temperature)
+            if not resample:
+                self._weigh_prepared(weights)
+        elif resample:
+            self.train_dataset, weights = take_weights(
+                self.train_dataset, train_dataset, weights, weight_key
+            )
+        if resample:
+            self._draw_by(weights)
+        if self._replaces_loss:
             # The loss is divided by the items of the whole step; without this word the Trainer
             # might divide it by the number of accumulated batches once more.
             self.loss_is_scaled_for_ga = True
@@ -118,12 +162,45 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
                 "class X(FlowTrainerMixin, MyTrainer), or it never comes into play"
             )
 
+    def _give_weights(self, dataset: Any, temperature: Temperature) -> tuple[Any, Any]:
+        """Return the data set as the Trainer gets it, and the weights where they are known yet."""
+        plain, weights = dataset, self.scores
+        if isinstance(dataset, FlowWeightedDataset):
+            # It is taken apart and made again, in the layout that a Trainer's collator can read.
+            plain, weights = dataset.dataset, dataset.weights
+        if weights is None:
+            return dataset, None
+        if not self._resamples:
+            return self._with_weights(plain, weights, temperature), weights
+        check_not_a_stream(plain, "resample=True")
+        weights = FlowWeightedDataset(plain, weights, temperature=temperature).weights
+        return add_weights(plain, weights, self.weight_key), weights
+
     def _with_weights(self, dataset: Any, scores: Any, temperature: Temperature) -> Any:
         """Return the data set with a weight in each sample."""
         layout: Layout = "dict" if isinstance(dataset[0], Mapping) else "pair"
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
         )
+
+    def _check_arguments(self) -> None:
+        """Refuse the Trainer's own options under which weights would be dropped or cut wrongly."""
+        check_arguments(self)
+
+    def _score(self, store: str | Path | None) -> Scores:
+        """Return the scores of the data set that the Trainer has made ready."""
+        return score_batches(self, *feed_of(self), store)
+
+    def _weigh_prepared(self, weights: Tensor) -> None:
+        """Give weights to the data set that the Trainer has made ready."""
+        self.train_dataset = self._with_weights(self.train_dataset, weights, "median")
+
+    def _draw_by(self, weights: Tensor) -> None:
+        """Make the sampler that draws from the data set that the Trainer has made ready."""
+        adopt_order(self, super()._get_train_sampler(self.train_dataset))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._flow_sampler = FlowSampler(weights, num_replicas=1, rank=0, seed=seed)
+        self.add_callback(SamplerEpoch(self._flow_sampler))
 
     # What the Trainer asks of its data
 
@@ -139,17 +216,14 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             return self._flow_sampler
         return super()._get_train_sampler(*args, **kwargs)
 
-    def get_train_dataloader(self) -> Any:
-        """Return the Trainer's loader, unless weights would act twice or be sharded twice."""
-        loader = super().get_train_dataloader()
-        check_loader(loader, weighted_loss=self._batches_have_weights)
-        sampler = flow_sampler_of(loader)
-        if sampler is not None and sampler.num_replicas > 1:
-            raise ValueError(
-                "the Trainer shards a sampler's order over the ranks itself, so a rank-aware "
-                "FlowSampler would be sharded twice; make it with num_replicas=1, rank=0"
-            )
-        return loader
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's training; what the loss is gets decided anew on its first batch."""
+        self._decision = None
+        return super().train(*args, **kwargs)
+
+    def check_train_loader(self, loader: Any) -> None:
+        """Refuse the loader of a run that would train on other samples than the weights say."""
+        check_train_loader(loader, self._flow_sampler, weighted_loss=self._batches_have_weights)
 
     # What the Trainer asks of its loss
 
@@ -159,10 +233,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         """Return the batches of an optimiser step and the denominator of its loss."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._replaces_loss and batches:
-            counts = [
-                count_batch(self._loss(b), b, self._weights(b), normalize=self.normalize)
-                for b in batches
-            ]
+            parts = [(self._without_weights(batch), self._weights(batch)) for batch in batches]
+            if self._decision is None or not self._decision.is_settled:
+                self._decision = self._decide_together(*parts[0])
+            run = self._decision.run
+            counts = [count_batch(run, *part, normalize=self.normalize) for part in parts]
             total = torch.stack([count.to(device, torch.float32) for count in counts]).sum()
             items = mean_over_ranks(total)
         return batches, items
@@ -177,16 +252,24 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             )
         return weights
 
-    def _loss(self, batch: Mapping[str, Any]) -> str | SampleLoss:
-        """Return what a batch is trained on: the user's function, or the name of a loss."""
-        if self.sample_loss is not None:
-            return self.sample_loss
-        # Asked anew for each batch: a model that does not say what its loss is leaves it to the
-        # batch, and another batch may answer differently.
-        loss = loss_of(self.model, batch)
-        if self.token_rule is not None and loss != "causal_lm":
-            raise ValueError(f"token_rule is for causal language models, not for loss {loss!r}")
-        return loss
+    def _decide_together(self, inputs: dict[str, Any], weights: Tensor | None) -> Decision:
+        """Return what all ranks train on, as far as their batches tell."""
+        decision = self._decide(inputs, weights)
+        if self.accelerator.num_processes > 1 and isinstance(self.loss, str):
+            decision = merged(gather_object([decision]))
+        if self.token_rule is not None and decision.run.loss != "causal_lm":
+            raise ValueError(
+                f"token_rule is for causal language models, not for loss {decision.run.loss!r}"
+            )
+        return decision
+
+    def _decide(self, inputs: dict[str, Any], weights: Tensor | None) -> Decision:
+        """Return what a batch tells of the loss."""
+        inputs = self._prepare_inputs(inputs)
+        size = len(weights if weights is not None else next(iter(inputs.values())))
+        self.model.train()  # as every step does
+        with self.compute_loss_context_manager():
+            return decide(self.model, inputs, self.loss, size, self._decision)
 
     def compute_loss(
         self,
@@ -211,24 +294,17 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], weights: Any, num_items: Any
     ) -> tuple[Tensor, Any]:
         """Return the weighted loss of a batch, and the model's outputs."""
-        loss = self._loss(inputs)
-        # A model without labels spares itself a loss that nobody reads. Two need them: an
-        # encoder-decoder makes its decoder's inputs from them, and a user's function may read
-        # from the outputs what the model made of them.
-        needs_labels = loss == "seq2seq_lm" or not isinstance(loss, str)
-        outputs = model(**{k: v for k, v in inputs.items() if needs_labels or k != "labels"})
-        value = weighted_loss(
-            loss,
-            outputs,
-            inputs,
-            weights,
-            model=self.model,
-            normalize=self.normalize,
-            num_items=num_items,
-            token_rule=self.token_rule,
-        )
-        steps = self.current_gradient_accumulation_steps
-        return value + router_loss(self.model, outputs, steps), outputs
+        if self._decision is None:  # called by hand, outside a run
+            self._decision = self._decide_together(inputs, weights)
+        run = self._decision.run
+        options: Any = {"normalize": self.normalize, "num_items": num_items}
+        if run.loss == OWN:
+            return weighted_own_loss(run, model, inputs, weights, **options), None
+        outputs = model(**fields_for(run, inputs))
+        value = weighted_loss(run, outputs, inputs, weights, token_rule=self.token_rule, **options)
+        # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
+        steps = 1 if num_items is None else self.current_gradient_accumulation_steps
+        return value + named_terms(outputs, run.factors) / steps, outputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's step and refuse a loss that was made without the weights."""
@@ -237,7 +313,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         if self._replaces_loss and not self._loss_was_replaced:
             raise RuntimeError(
                 f"{type(self).__name__}.compute_loss made a loss that ignores the weights (such as "
-                "outputs.loss); call super().compute_loss in it, or pass sample_loss="
+                "outputs.loss); call super().compute_loss in it, or pass loss=(outputs, batch) -> "
+                "(B,) losses"
             )
         return loss
 
@@ -254,17 +331,6 @@ class FlowTrainer(FlowTrainerMixin, Trainer):  # type: ignore[misc]
 
     ``FlowTrainer(model, args, train_dataset=dataset, scores=scores).train()``
     """
-
-
-class SamplerEpoch(TrainerCallback):  # type: ignore[misc]
-    """Tells a sampler its epoch: a Trainer that resumes on several ranks doesn't."""
-
-    def __init__(self, sampler: FlowSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch that begins, or goes on after a checkpoint."""
-        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class _BatchCollator(WeightedCollator):

@@ -8,17 +8,23 @@ log-probabilities that its head returns.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.first_batch import Decision
+from flowdata.integrations.own_scores import feed_of, score_batches
+from flowdata.integrations.trainer_loss import RunLoss
 from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
+from flowdata.scores import Scores
 from flowdata.token_weights import rule_weights
 from flowdata.weights import Temperature
 
@@ -28,14 +34,20 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     ``FlowSFTTrainer(model, args, train_dataset=dataset, scores=scores).train()``
 
-    The weights follow their samples, or tokens, through chat templates, completion-only labels,
-    truncation, packing and padding-free batches; TRL's own metrics stay as they are. Token
-    weights need a tokenised data set (`input_ids`): before that there are no tokens to weigh.
+    The weights follow their samples, or tokens, through chat templates, completion-only and
+    assistant-only labels, truncation, packing, padding-free batches and images; TRL's own metrics
+    stay as they are. In a pack each token has the weight of its sample. Token weights need a
+    tokenised data set (`input_ids`): before that there are no tokens to weigh. Liger's kernels
+    (`use_liger_kernel`) take the place of layers alone, since SFTTrainer refuses Liger's own loss.
+
+    ``scores="auto"`` scores the samples as they come out of SFTTrainer's preparation, through its
+    collator. Packs are made afterwards: samples are scored whole, or cut to `max_length` where
+    ``packing_strategy="bfd"`` cuts them.
 
     Raises:
         ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
-            a data set of images, or token weights in a data set that is not tokenised.
+            token weights in a data set that is not tokenised, or ``resample=True`` of packs.
     """
 
     def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
@@ -45,20 +57,18 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "train_dataset=dataset, scores=scores"
             )
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        if self._replaces_loss and self.args.loss_type == "chunked_nll":
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.args.loss_type == "chunked_nll":
             raise ImportError(
                 "this TRL takes its losses from a forward of its own, where weights can't reach "
                 "them; install trl 1.15 or newer, which needs Python 3.11 or newer"
             )
-        if self._replaces_loss and self.args.loss_type != "nll":
+        if self.args.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.args.loss_type!r} would apply to losses already weighted; use "
                 f"loss_type='nll' with token_rule={self.args.loss_type!r}"
-            )
-        if self._replaces_loss and self._is_vision_dataset:
-            raise ValueError(
-                "data sets of images are not weighted yet; use FlowTrainerMixin on a "
-                "Trainer with a collator of your own"
             )
 
     def _with_weights(self, dataset: Any, scores: Any, temperature: Temperature) -> Any:
@@ -79,40 +89,88 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        if not (self._batches_have_weights and dataset_name == "train"):
-            return super()._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
-            )
-        key = self.weight_key
-        first = next(iter(dataset))
-        of_tokens = isinstance(first.get(key), list)
-        if of_tokens and "input_ids" not in first:
+        # Evaluation data may have any name, so the training data is known by what it is. It comes
+        # first; an evaluation on the same data is prepared as any other.
+        is_training_data = dataset is self._given_data
+        self._given_data = None
+        if is_training_data and packing and self._resamples:
             raise ValueError(
-                f"{key!r} holds token weights, but the data set is not tokenised yet, so nobody "
-                "knows whose they are; tokenise it first (input_ids and labels)"
+                "resample=True draws rows, and with packing=True a row holds tokens of several "
+                "samples, each with a weight of its own; use padding_free=True, max_length=None, "
+                "which joins what was drawn, or packing without resample, where each token has "
+                "its sample's weight"
             )
+        is_weighted = is_training_data and self._batches_have_weights
+        if is_weighted:
+            self._check_token_weights(dataset)
         preparation = args
-        if packing:
+        if is_weighted and packing:
+            if args.max_length is None:
+                raise ValueError("packing needs a max_length")
             # SFTTrainer packs input_ids and labels alone and would drop the weights. So it only
             # prepares the samples, uncut, and `_pack` packs them with their weights.
             preparation = copy.copy(args)
             preparation.max_length = None
-        dataset = super()._prepare_dataset(
-            dataset, processing_class, preparation, False, formatting_func, dataset_name
+        prepared = super()._prepare_dataset(
+            dataset,
+            processing_class,
+            preparation,
+            packing and not is_weighted,
+            formatting_func,
+            dataset_name,
         )
-        if not (packing or self.padding_free or of_tokens):
-            return dataset  # rows are samples, so one weight for each of them is enough
-        keep_end = args.truncation_mode == "keep_end" and not packing
-        dataset = dataset.map(_spread_over_tokens, fn_kwargs={"key": key, "keep_end": keep_end})
-        return self._pack(dataset, args) if packing else dataset
+        return self._lay_weights(prepared, args) if is_weighted else prepared
+
+    def _check_token_weights(self, dataset: Any) -> None:
+        """Refuse token weights of samples whose tokens SFTTrainer is still to make."""
+        first = next(iter(dataset))
+        if isinstance(first.get(self.weight_key), list) and "input_ids" not in first:
+            raise ValueError(
+                f"{self.weight_key!r} holds token weights, but the data set is not tokenised yet, "
+                "so nobody knows whose they are; tokenise it first (input_ids and labels)"
+            )
+
+    def _lay_weights(self, dataset: Any, args: Any) -> Any:
+        """Return the prepared data set with weights that fit its rows."""
+        first: dict[str, Any] = next(iter(dataset), {})  # all may have been cut to nothing
+        weight = first.get(self.weight_key)
+        if weight is None or not (args.packing or isinstance(weight, list)):
+            return dataset  # not scored yet; or rows are samples, so one weight for each will do
+        keep_end = args.truncation_mode == "keep_end" and not args.packing
+        options = {"key": self.weight_key, "keep_end": keep_end}
+        dataset = dataset.map(_spread_over_tokens, fn_kwargs=options)
+        return self._pack(dataset, args) if args.packing else dataset
+
+    def _weigh_prepared(self, weights: Tensor) -> None:
+        super()._weigh_prepared(weights)
+        if not self._skip_prepare_dataset:
+            self.train_dataset = self._lay_weights(self.train_dataset, self.args)
+
+    def _score(self, store: str | Path | None) -> Scores:
+        # Before packing, where rows are samples.
+        dataset, collator = feed_of(self)
+        is_of_packs = "seq_lengths" in dataset.column_names  # of the user's own
+        if getattr(collator, "padding_free", False) and not is_of_packs:
+            # It would join the samples into one row. Padded, they have the same tokens and targets.
+            collator = dataclasses.replace(collator, padding_free=False)
+        if self.args.packing and self.args.packing_strategy == "bfd" and not is_of_packs:
+            dataset = dataset.map(_cut, fn_kwargs={"length": self.args.max_length})
+        return score_batches(self, dataset, collator, store)
 
     def _pack(self, dataset: Any, args: Any) -> Any:
         """Return the packed data set, as SFTTrainer would make it, with the weights packed too."""
-        if args.max_length is None:
-            raise ValueError("packing needs a max_length")
         samples = dataset.select_columns(["input_ids", "labels", self.weight_key])
         packs = pack_dataset(samples, args.max_length, args.packing_strategy)
         return packs.shuffle(seed=args.seed) if args.shuffle_dataset else packs
+
+    def _decide(self, inputs: dict[str, Any], weights: Any) -> Decision:
+        # SFTTrainer makes the loss in a head of its own, whatever the model's is.
+        if self.loss not in ("auto", "causal_lm"):
+            raise ValueError(
+                "SFTTrainer's loss is that of a causal language model, so loss= would be ignored; "
+                "use FlowTrainerMixin on a Trainer for another"
+            )
+        return Decision(RunLoss("causal_lm"))
 
     def _weighted_loss(
         self, model: Any, inputs: dict[str, Any], weights: Any, num_items: Any
@@ -124,8 +182,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         returns weight · log-probability / denominator, and the denominator by 1.
         """
         labels = inputs["labels"]
-        # log_probs are (B, T − 1): the last position predicts nothing, so it has no weight.
-        token_weights = target_weights(labels, weights)[:, :-1]
+        token_weights = target_weights(labels, weights)
         if num_items is None:
             num_items = count_items(labels, weights, normalize=self.normalize)
         # SFTTrainer takes its denominator for a sum over the ranks, and multiplies the loss by
@@ -152,6 +209,10 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
     def _weigh(self, log_probs: Tensor, weights: Tensor) -> Tensor:
         """Return weight · log-probability, 0 where the weight is 0 whatever the other is."""
+        # log_probs are (B, T − 1): the last position predicts nothing, so it has no weight. The
+        # virtual tokens of prompt tuning stand before all others, and are no targets.
+        weights = weights[:, :-1]
+        weights = nn.functional.pad(weights, (log_probs.shape[1] - weights.shape[1], 0))
         weights = weights.to(log_probs)
         takes_part = weights != 0
         if self.token_rule is not None:
@@ -168,3 +229,8 @@ def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dic
         return {key: [weight] * length}
     # SFTTrainer cut the tokens but not their weights: these are cut at the same end.
     return {key: weight[-length:] if keep_end else weight[:length]}
+
+
+def _cut(sample: dict[str, Any], length: int) -> dict[str, Any]:
+    """Return the tokens of a sample that packing keeps."""
+    return {name: sample[name][:length] for name in ("input_ids", "labels")}

@@ -25,6 +25,9 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
         fields: a batch, by the names of its fields; at least one.
         options: switches such as `use_cache=False`. A model that doesn't know one isn't given it.
 
+    Raises:
+        TypeError: `forward` needs something that the batch lacks.
+
     Example:
         >>> import torch
         >>> class Sums(nn.Module):
@@ -43,8 +46,36 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     if takes_any and set(names) <= {"labels"}:  # a wrapper that passes all else on
         names = [name for name, value in fields.items() if isinstance(value, Tensor)]
     arguments = {name: fields[name] for name in names}
+    _check_complete(parameters, arguments, options)
     switches = {name for name in options if takes_any or name in parameters}
     return model(**arguments, **{name: options[name] for name in switches})
+
+
+def _check_complete(
+    parameters: Mapping[str, inspect.Parameter],
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    lacking = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
+        if name not in arguments and name not in options
+    ]
+    if lacking:
+        raise TypeError(
+            f"the model's forward needs {', '.join(map(repr, lacking))}, and the batch has "
+            f"{', '.join(map(repr, arguments)) or 'nothing that it takes'}; pass a collate_fn that "
+            "makes what is lacking, or loss=callable(model, batch) that calls the model"
+        )
+
+
+def takes_field(model: nn.Module, name: str) -> bool:
+    """Return whether a model's `forward` takes a field of this name."""
+    parameters = inspect.signature(innermost(model).forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or takes_any
 
 
 def unwrapped(model: Any) -> Any:
@@ -67,13 +98,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def innermost(model: Any) -> Any:
-    """Return the Hugging Face model inside a PEFT model, else the model itself.
+    """Return the Hugging Face model inside a PEFT model and inside wrappers, else the model itself.
 
     The inner model has the signature, the configuration and the named parts that a PEFT model
-    hides or passes on under other names. It is for reading: a call goes to the outer model.
+    hides or passes on under other names, and `torch.compile` and DataParallel hide. It is for
+    reading: a call goes to the outer model.
     """
+    model = unwrapped(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
+        return unwrapped(model.get_base_model())
     return model
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -121,7 +123,7 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             value = value.contiguous(memory_format=torch.channels_last)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     try:
-        return copy.deepcopy(model, memo).eval()
+        copy_of_model = copy.deepcopy(model, memo).eval()
     except Exception as error:  # locks, open files, activations that a user's hook keeps
         if is_needed:
             raise ValueError(
@@ -129,6 +131,44 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
                 f"needs ({type(error).__name__}: {error}); convert it before, and score it as it is"
             ) from error
         return None
+    _bind_forwards(copy_of_model, memo)
+    return copy_of_model
+
+
+def _bind_forwards(copy_of_model: nn.Module, memo: dict[int, Any]) -> None:
+    """Let forwards that were put into modules call the copy, where they captured the original.
+
+    `deepcopy` takes functions as they are, with what they captured: TRL's trainers put a forward
+    into the model that calls the model's first one.
+    """
+    for module in copy_of_model.modules():
+        forward = vars(module).get("forward")
+        function = getattr(forward, "__func__", forward)
+        if not (isinstance(function, types.FunctionType) and function.__closure__):
+            continue
+        contents = [cell.cell_contents for cell in function.__closure__]
+        copies = [_copy_of(value, memo) for value in contents]
+        if all(map(operator.is_, contents, copies)):
+            continue
+        bound = types.FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            tuple(map(types.CellType, copies)),
+        )
+        bound.__kwdefaults__ = function.__kwdefaults__
+        bound.__dict__.update(vars(function))
+        module.forward = bound if forward is function else types.MethodType(bound, module)
+
+
+def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
+    """A module, or a module's method, of the copy; anything else as it is."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in memo:
+        return types.MethodType(value.__func__, memo[id(value.__self__)])
+    return value
 
 
 @contextmanager

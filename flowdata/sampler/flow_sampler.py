@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch.distributed as dist
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from flowdata._common.notices import logger
 from flowdata._common.random_draws import sum_of
-from flowdata._common.resumable import check_natural, check_rank, check_state
+from flowdata._common.resumable import check_natural, check_state
 from flowdata.dataset import gather_weights
 from flowdata.sampler.epoch_orders import EpochOrders
+from flowdata.sampler.sharing import Share
 from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
 
 Method: TypeAlias = Literal["systematic", "multinomial"]
@@ -36,27 +36,30 @@ class FlowSampler(DistributedSampler[int]):
     number of ranks continues what another began. Call `set_epoch` before each epoch, as with
     every `DistributedSampler`; without it each epoch has the same order.
 
-    How to build it, and what calls `set_epoch`:
+    The ranks are those of the process group when a pass begins, so that the sampler may be made
+    before the group. Where an `Accelerator` has several ranks, the loader that `prepare` returns
+    deals out the batches of the whole order; a pass that would be shared twice, or not at all, is
+    refused. How to build it, and what calls `set_epoch`:
 
     ==================== ============================================== ==================
     loop                 sampler                                        set_epoch
     ==================== ============================================== ==================
     DataLoader           ``FlowSampler(scores)``                        you
-    DDP, torchrun        ``FlowSampler(scores, drop_last=True)`` after  you
-                         ``init_process_group``
+    DDP, torchrun        ``FlowSampler(scores, drop_last=True)``        you
     StatefulDataLoader   as the two above; its own state holds the      you
                          sampler's, workers included
     torchdata.nodes      ``SamplerWrapper(FlowSampler(scores))``        SamplerWrapper
-    Accelerate           ``FlowSampler(scores, num_replicas=1,          the prepared
-                         rank=0)``; `prepare` shards the batches        loader
+    ignite               as DDP; `auto_dataloader` leaves it as it is   you
+    Accelerate           ``FlowSampler(scores)`` in the loader that     the prepared
+                         `prepare` is given                             loader
     HF Trainer           the same, returned by `_get_train_sampler`     Trainer
-    Lightning            ``FlowSampler(scores, drop_last=True)`` made   Trainer
-                         in `train_dataloader`, where ranks are known
+    Lightning            ``FlowSampler(scores, drop_last=True)``        Trainer
     ==================== ============================================== ==================
 
     Accelerate and the Trainer repeat the first indices of an epoch to fill its last batches,
     unless ``even_batches=False``, ``dataloader_drop_last=True`` or a divisible `num_samples`.
-    A Trainer that is resumed on several ranks misses the sampler: let a callback's
+    After a resumption Accelerate begins at epoch 0 again, until you call the prepared loader's
+    `set_epoch`. A Trainer that is resumed on several ranks misses the sampler: let a callback's
     `on_epoch_begin` call ``sampler.set_epoch(int(state.epoch))``.
 
     Args:
@@ -75,8 +78,8 @@ class FlowSampler(DistributedSampler[int]):
             weights alone, so this matters only together with `max_weight`.
         max_weight: caps the weights, after normalising, and with them the draws of the heaviest
             samples.
-        num_replicas: number of ranks that share the order; by default that of the process group,
-            or 1 without one.
+        num_replicas: number of ranks that share the order; by default that of the process group
+            when a pass begins, or 1 without one or under an Accelerator.
         rank: this rank's number among them; by default that in the process group, or 0.
         seed: >= 0, the same on every rank.
         drop_last: leave out the last draws where they are too few for every rank to get one.
@@ -97,6 +100,7 @@ class FlowSampler(DistributedSampler[int]):
     _pass_start: int  # where the current pass began, or the last one if none is under way
     _next: int  # the first position behind the current block
     _block: Iterator[int]  # the indices of the current block that the loop has not been given yet
+    _stride: int  # the number of ranks that share the current pass
 
     def __init__(
         self,
@@ -121,8 +125,6 @@ class FlowSampler(DistributedSampler[int]):
             )
         if method not in ("systematic", "multinomial"):
             raise ValueError(f"method must be 'systematic' or 'multinomial', got {method!r}")
-        num_replicas, rank = _ranks_of_group(num_replicas, rank)
-        check_rank(rank, num_replicas)
         weights = gather_weights(
             scores_or_weights,
             temperature=temperature,
@@ -138,7 +140,9 @@ class FlowSampler(DistributedSampler[int]):
             check_natural("seed", seed),
         )
         count = self._orders.num_samples
-        super().__init__(range(count), num_replicas, rank, True, seed, drop_last)  # type: ignore[arg-type]
+        self._share = Share(num_replicas, rank)
+        super().__init__(range(count), *self._share.ranks(), True, seed, drop_last)  # type: ignore[arg-type]
+        self.num_replicas, self.rank = num_replicas, rank  # None again: torch's has set numbers
         self.num_samples = self.total_size = count
         self.replacement = replacement
         self.method: Method = method
@@ -153,9 +157,27 @@ class FlowSampler(DistributedSampler[int]):
     def seed(self, value: int) -> None:
         self._orders.seed = check_natural("seed", value)
 
+    @property
+    def num_replicas(self) -> int:
+        """The number of ranks that share the order: as given, or as the process group has now."""
+        return self._share.ranks()[0]
+
+    @num_replicas.setter
+    def num_replicas(self, value: int | None) -> None:
+        self._share.num_replicas = value
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among them."""
+        return self._share.ranks()[1]
+
+    @rank.setter
+    def rank(self, value: int | None) -> None:
+        self._share.rank = value
+
     def __len__(self) -> int:
-        """Return the number of indices that this rank's next pass yields."""
-        return len(self._positions(self._start))
+        """Return the number of indices of this rank's epoch, also where a pass resumes within."""
+        return len(self._positions(0))
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over this rank's indices; the first pass after loading a state goes on there."""
@@ -188,13 +210,13 @@ class FlowSampler(DistributedSampler[int]):
         """
         if consumed is None:
             # Each index that is left in the block stands for one position on every rank.
-            position = self._next - self.num_replicas * operator.length_hint(self._block)
+            position = self._next - self._stride * operator.length_hint(self._block)
         else:
             pass_length = len(self._positions(self._pass_start))
             consumed = check_natural("consumed", consumed)
             if consumed > pass_length:
                 raise ValueError(f"consumed must lie between 0 and {pass_length}, got {consumed}")
-            position = self._pass_start + self.num_replicas * consumed
+            position = self._pass_start + self._stride * consumed
         position = min(position, self.num_samples)
         return {**self._orders.identity, "epoch": self.epoch, "position": position}
 
@@ -275,13 +297,15 @@ class FlowSampler(DistributedSampler[int]):
         """Let the next pass begin at a global position."""
         self._start = self._pass_start = self._next = position
         self._block = iter(())
+        self._stride = self.num_replicas
 
     def _positions(self, start: int) -> range:
         """The global positions of this rank in a pass that begins at `start`."""
+        num_replicas, rank = self._share.ranks()
         stop = self.num_samples
         if self.drop_last:
-            stop -= (stop - start) % self.num_replicas
-        return range(start + self.rank, stop, self.num_replicas)
+            stop -= (stop - start) % num_replicas
+        return range(start + rank, stop, num_replicas)
 
     def _iterate(self, start: int) -> Iterator[int]:
         """Walk through a pass, block by block.
@@ -292,7 +316,9 @@ class FlowSampler(DistributedSampler[int]):
             └── one block ──┘   └── the next one ─┘
             start               _next, while the loop takes the first block
         """
+        self._share.check_pass(self)  # at the first draw, when a process group exists if ever
         self._start, self._pass_start, self._next = 0, start, start
+        self._stride = self.num_replicas
         positions = self._positions(start)
         if positions:
             order = self._orders.of_epoch(self.epoch)
@@ -301,16 +327,6 @@ class FlowSampler(DistributedSampler[int]):
                 # `state_dict` reads the position off the length of what is left in the block, so
                 # that no index has to be counted here.
                 self._block = iter(order(np.arange(part.start, part.stop, part.step)).tolist())
-                self._next = start + self.num_replicas * (first + len(part))
+                self._next = start + self._stride * (first + len(part))
                 yield from self._block
         self._next = self.num_samples
-
-
-def _ranks_of_group(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """The number of ranks and this rank's, by default those of the process group."""
-    is_grouped = dist.is_available() and dist.is_initialized()
-    if num_replicas is None:
-        num_replicas = dist.get_world_size() if is_grouped else 1
-    if rank is None:
-        rank = dist.get_rank() if is_grouped else 0
-    return num_replicas, rank

@@ -132,6 +132,13 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         if reason and is_compiled_way:
             give_up(model, reason)  # it may fail on account of the compiled layers
             reason = _disagreement(candidate, truth, evidence)
+        if reason and callable(job.loss) and not any(float(e["loss"]) for e in evidence.plain):
+            raise ValueError(
+                "loss=callable gives each sample a loss of 0 when it is alone, and another one "
+                f"beside others ({reason}): it compares the samples of a batch, as contrastive "
+                "losses do, so that no sample has a loss of its own; pass one that scores each "
+                "sample by itself, against fixed candidates"
+            )
         if not reason:
             return AgreedWay(
                 _of_batches(candidate.way),
@@ -168,7 +175,7 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
     """What makes the way of one sample alone, by the model's own forward, for a model."""
     loss, columns, device = job.loss, job.columns, job.device
     if not isinstance(loss, str):
-        return lambda _: callable_way(loss, device)
+        return lambda _: callable_way(loss, output_with_labels, device)
     if loss == OWN:
         return lambda _: own_way(output_with_labels, device)
     if loss in LANGUAGE_LOSSES:
@@ -179,7 +186,11 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
 
 def _gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evidence:
     """The truth of samples; raises where the loss by name is not the model's own."""
-    plain = [truth.columns(batch) for batch in batches]
+    try:
+        plain = [truth.columns(batch) for batch in batches]
+    except RuntimeError as error:
+        truth.check_dtype(batches[0], error)
+        raise
     evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
     if not truth.is_exact and len(truth.job.dataset) <= FEW:
         _look_again(truth, evidence)

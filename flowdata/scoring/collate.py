@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,9 +14,10 @@ from torch.utils.data import default_collate
 
 from flowdata.models.calling import innermost
 from flowdata.scoring.language.inputs import labels_of
-from flowdata.targets.labels import IGNORE_INDEX, UNSIGNED
+from flowdata.targets.labels import IGNORE_INDEX, LABEL_FIELDS, UNSIGNED
 
 Collate = Callable[[list[Any]], Any]
+_READ_BY_COLLATION = ("input_ids", "attention_mask", "position_ids")
 
 
 def choose_collate(
@@ -37,6 +39,26 @@ def choose_collate(
     # do, where a classifier's decoder has to recognise it.
     of_aligned_labels: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
     return of_aligned_labels.get(loss) or partial(pad_collate, token=_padding_token(model))
+
+
+def fields_given(
+    model: nn.Module, dataset: Any, collate_fn: Collate | None, loss: Any
+) -> list[str] | None:
+    """Return the names that columns of tokens need to play a part in losses; None where any may.
+
+    Args:
+        model: its forward says which fields it takes.
+        dataset: map-style; columns with names are those of a Hugging Face data set.
+        collate_fn: the user's, which may read anything.
+        loss: the loss's name, or a callable, which may read anything.
+    """
+    names = getattr(dataset, "column_names", None)
+    parameters = inspect.signature(innermost(model).forward).parameters
+    is_of_tokens = isinstance(names, list) and "input_ids" in names and "input_ids" in parameters
+    has_transform = is_of_tokens and dataset.format["type"] == "custom"  # it may read any column
+    if collate_fn is not None or not isinstance(loss, str) or not is_of_tokens or has_transform:
+        return None
+    return sorted({*parameters, *_READ_BY_COLLATION, *LABEL_FIELDS})
 
 
 def _padding_token(model: nn.Module) -> int:

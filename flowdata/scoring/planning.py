@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,3 +116,12 @@ def _compiles(job: Job, lengths: Tensor | None, compiling_gains: bool) -> bool:
         return False
     tokens = int(lengths.sum()) - len(job.prefix) * len(lengths)
     return pays(job.model, tokens, job.device)
+
+
+def check_same_call(ranks: Ranks, identity: dict[str, Any], *, has_store: bool) -> None:
+    """Refuse ranks that score other things, or of which only some have a store."""
+    calls = ranks.gather("identity", [identity, has_store])
+    for rank, (other_identity, other_has_store) in enumerate(calls):
+        check_identity(other_identity, identity, f"rank {rank}'s call", SAME_CALL)
+        if other_has_store != has_store:
+            raise ValueError(f"store must be given on all ranks or none, as rank {rank}")

@@ -30,17 +30,17 @@ from flowdata.scoring.arguments import (
     check_switches,
     check_token_losses,
 )
-from flowdata.scoring.collate import Collate, check_stackable, choose_collate
+from flowdata.scoring.collate import Collate, check_stackable, choose_collate, fields_given
 from flowdata.scoring.job import Job, LossFunction
 from flowdata.scoring.kinds import differing, kind_of
 from flowdata.scoring.meaning import decide_loss
-from flowdata.scoring.ranks import SAME_CALL, Ranks, ranks_of_this_call
+from flowdata.scoring.planning import check_same_call
+from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.scoring.resume import score_in_memory, score_into_store
 from flowdata.store.fingerprint import fingerprint_model
 from flowdata.store.folder import read_manifest
 from flowdata.store.format import make_manifest
 from flowdata.store.identity import (
-    check_identity,
     content_identity,
     is_model_identity,
     remark_on_random_samples,
@@ -70,7 +70,8 @@ class LossScorer:
             device, gradients, hooks; the global random generators too.
         loss: ``"causal_lm"``, ``"seq2seq_lm"``, ``"masked_lm"``, ``"cross_entropy"``,
             ``"binary_cross_entropy"``, ``"mse"``, ``"own"`` (what the model itself returns as its
-            loss, one sample at a time), or a callable ``(model, batch) -> (B,)`` tensor of losses;
+            loss, one sample at a time), or a callable ``(model, batch) -> (B,)`` tensor of losses,
+            or ``(outputs, batch) -> (B,)`` by that name of its first argument;
             ``"auto"`` takes the name that equals the model's own loss, and says what it chose. A
             loss by another name is refused.
         dtype: ``"auto"`` is bfloat16 for language models where the device is fast at it, else
@@ -203,11 +204,13 @@ class LossScorer:
             readable = Readable(dataset, skip=skip)
             job = self._job(readable, collate_fn, lengths, num_workers, store)
             remark_on_random_samples(dataset, dataset_id, skip_unreadable=skip)
-            dataset_id = dataset_id or content_identity(dataset, skip_unreadable=skip)
+            if dataset_id is None:
+                fields = fields_given(self.model, dataset, collate_fn, job.loss)
+                dataset_id = content_identity(dataset, fields=fields, skip_unreadable=skip)
             self._note = sampling_note(dataset_id)
             identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
             draft = make_manifest(identity, {}, details or {})
-            _check_same_call(ranks, draft["identity"], has_store=store is not None)
+            check_same_call(ranks, draft["identity"], has_store=store is not None)
             try:
                 if store is None:
                     scores = score_in_memory(job, draft, ranks)
@@ -338,12 +341,3 @@ def _first_samples(dataset: Any, most: int) -> list[Any]:
     return [sample for sample in samples if not isinstance(sample, Unreadable)] or [
         first_readable(dataset)
     ]
-
-
-def _check_same_call(ranks: Ranks, identity: dict[str, Any], *, has_store: bool) -> None:
-    """Refuse ranks that score other things, or of which only some have a store."""
-    calls = ranks.gather("identity", [identity, has_store])
-    for rank, (other_identity, other_has_store) in enumerate(calls):
-        check_identity(other_identity, identity, f"rank {rank}'s call", SAME_CALL)
-        if other_has_store != has_store:
-            raise ValueError(f"store must be given on all ranks or none, as rank {rank}")

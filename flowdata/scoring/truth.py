@@ -10,7 +10,7 @@ Nothing is cut out of a batch for it. What a way makes of samples in a pack is j
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowdata.models.compiled import as_written
 from flowdata.models.placement import is_placed
-from flowdata.models.precision import has_memory_for_copy
+from flowdata.models.precision import has_memory_for_copy, name_of
 from flowdata.models.rope import loaded_frequencies
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.lend import lent_model
@@ -94,6 +94,23 @@ class Truth:
             return
         with lent_model(job, replace(self.options, compile=False)) as model:
             yield model
+
+    def check_dtype(self, batch: Any, error: RuntimeError) -> None:
+        """Raise ValueError where it is the run's dtype that a model fails in.
+
+        Args:
+            batch: a sample collated alone.
+            error: that the model raised.
+        """
+        if self.is_exact:
+            return
+        with suppress(RuntimeError), self.exact_model() as model:
+            if model is not None and self.columns(batch, model):
+                dtype, reason = name_of(self.job.dtype), str(error).partition("\n")[0]
+                raise ValueError(
+                    f"the model does not run in {dtype} ({reason}), and it does in float32; pass "
+                    "dtype='float32'"
+                ) from error
 
     def learn_errors(self, plain: Sequence[Columns], exact: Sequence[Columns]) -> None:
         """Take the plain way's errors on samples into account."""

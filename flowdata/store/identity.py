@@ -10,6 +10,10 @@ code nor a data set's transform and format: what it took for the same may have b
 
     model      2:<digest>
     dataset    content:2:<digest of the samples>[ <part>:<digest>…][ sampled:<n>/<N>]
+               [ fields:<name>,<name>…]
+
+The fields are the names that the model takes, where flowdata collates the samples itself: a column
+by another name plays no part, whether it was there or is added later.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from flowdata._common.notices import logger
 from flowdata.errors import ScoreMismatchError
 from flowdata.store.fingerprint.callables import fingerprint_callable
 from flowdata.store.fingerprint.dataset import fingerprint_parts, random_sample, sample_count
+from flowdata.store.fingerprint.hugging_face import columns_given
 from flowdata.store.fingerprint.model import fingerprint_model
 from flowdata.store.fingerprint.values import class_name
 
@@ -40,6 +45,7 @@ _PARTS = {  # of a data set's identity, as a message names them
     "transform": "the transform differs (with_transform, set_transform)",
     "decoding": "the decoding of its features differs (Image, Audio)",
     "sampled": "its number of samples differs",
+    "fields": "the fields that the model takes differ, or another collate_fn may read others",
 }
 _remarks: set[str] = set()  # that were made in this program: once is enough
 _CALLABLE_PREFIX = "callable:"  # of a loss that is the user's own function
@@ -112,28 +118,46 @@ def features_identity(
     }
 
 
-def content_identity(dataset: Any, *, skip_unreadable: bool = False) -> str:
+def content_identity(
+    dataset: Any, *, fields: Sequence[str] | None = None, skip_unreadable: bool = False
+) -> str:
     """Return a data set's identity as read off its samples and view (`fingerprint_parts`).
 
     Args:
         dataset: map-style.
+        fields: the names that the model takes, where it is given no other column; None where it
+            may be given any.
         skip_unreadable: let a mark stand for a sample on which the data set raises.
 
     Raises:
         TypeError, SampleError: as `fingerprint_dataset`.
     """
-    parts = fingerprint_parts(dataset, skip_unreadable=skip_unreadable)
+    given = dataset if fields is None else columns_given(dataset, fields)
+    parts = fingerprint_parts(given, skip_unreadable=skip_unreadable)
     words = [CONTENT_PREFIX + _SCHEME + parts.pop("samples")]
     words += [f"{name}:{digest}" for name, digest in parts.items()]
     number = sample_count(dataset)
     if number is not None:
         words.append(f"sampled:{number}/{len(dataset)}")
+    if fields is not None:
+        words.append(f"fields:{','.join(fields)}")
     return " ".join(words)
 
 
 def is_model_identity(identity: str, fingerprint: str) -> bool:
     """Return whether the identity that a store tells is that of a model with this fingerprint."""
     return identity == _SCHEME + fingerprint
+
+
+def fields_of(dataset_identity: str) -> list[str] | None:
+    """Return the fields that decide on a data set's identity, None where any may.
+
+    Example:
+        >>> fields_of("content:2:ab12 fields:input_ids,labels")
+        ['input_ids', 'labels']
+    """
+    fields = _words_of(dataset_identity).get("fields")
+    return None if fields is None else fields.split(",")
 
 
 def sampling_note(dataset_identity: str) -> str:

@@ -7,7 +7,7 @@ class weights or smoothing, of classes or of numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ from flowdata.models.calling import innermost
 # Terms that a mixture of experts adds to its loss, by their names in the output, and the names of
 # their factors in its configuration.
 _NAMED_TERMS = {"aux_loss": "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}
+
+
+class Reading(NamedTuple):
+    """One of the values that a model's own loss can be meant to have.
+
+    Attributes:
+        value: the loss without the terms.
+        factors: of the terms that were taken off, by their names in the output.
+    """
+
+    value: float
+    factors: Mapping[str, float]
 
 
 def own_losses(model: nn.Module, output: Any) -> list[float]:
@@ -33,25 +45,44 @@ def own_losses(model: nn.Module, output: Any) -> list[float]:
         >>> own_losses(nn.Identity(), {"loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.5)})
         [2.0, 1.5]
     """
-    loss = _field(output, "loss")
-    if loss is None and isinstance(output, tuple | list) and not hasattr(output, "_fields"):
-        loss = next(iter(output), None)  # Hugging Face's order without names
-    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.numel() != 1:
+    return [reading.value for reading in readings(model, output)]
+
+
+def readings(model: nn.Module, output: Any) -> list[Reading]:
+    """Return the values of `own_losses`, each with the factors of the terms taken off."""
+    loss = own_loss_of(output)
+    if loss is None:
         return []
-    values = [float(loss)]
-    terms = {name: _field(output, name) for name in _NAMED_TERMS}
-    for factors in (_factors(model), dict.fromkeys(_NAMED_TERMS, 1.0)):
-        named = [
-            factors[name] * float(term)
-            for name, term in terms.items()
-            if isinstance(term, Tensor) and term.numel() == 1
-        ]
-        if named and values[0] - sum(named) not in values:
-            values.append(values[0] - sum(named))
+    values = [Reading(loss.item(), {})]
+    for factors in (term_factors(model), dict.fromkeys(_NAMED_TERMS, 1.0)):
+        terms = named_terms(output, factors)
+        if isinstance(terms, Tensor):
+            value = values[0].value - terms.item()
+            if value not in [each.value for each in values]:
+                values.append(Reading(value, factors))
     return values
 
 
-def _factors(model: nn.Module) -> dict[str, float]:
+def own_loss_of(output: Any) -> Tensor | None:
+    """Return the loss that a model made, 0-d or of one element; None if it made none."""
+    loss = _field(output, "loss")
+    if loss is None and isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        loss = next(iter(output), None)  # Hugging Face's order without names
+    is_loss = isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1
+    return loss if is_loss else None
+
+
+def named_terms(output: Any, factors: Mapping[str, float]) -> Tensor | float:
+    """Return the sum of the terms that an output names apart, times their factors; 0 for none."""
+    terms = [(factor, _field(output, name)) for name, factor in factors.items()]
+    return sum(
+        (factor * each for factor, each in terms if isinstance(each, Tensor) and each.numel() == 1),
+        start=0.0,
+    )
+
+
+def term_factors(model: nn.Module) -> dict[str, float]:
+    """Return the factors that a model's configuration tells, by the names of the terms."""
     config: Any = getattr(innermost(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return {term: float(getattr(config, name, 1.0) or 0.0) for term, name in _NAMED_TERMS.items()}

@@ -19,6 +19,7 @@ from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.own_loss import own_losses
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
+from flowdata.targets.which_loss import first_argument
 
 
 def prediction_way(
@@ -130,11 +131,25 @@ def own_way(call: Callable[[nn.Module, Any], Any], device: torch.device = CPU) -
     return way
 
 
-def callable_way(function: Callable[[nn.Module, Any], Tensor], device: torch.device = CPU) -> Way:
-    """Return the way to a user's own losses, `function(model, batch)` of shape (B,)."""
+def callable_way(
+    function: Callable[[Any, Any], Tensor],
+    call: Callable[[nn.Module, Any], Any],
+    device: torch.device = CPU,
+) -> Way:
+    """Return the way to a user's own losses, of shape (B,).
+
+    Args:
+        function: (model, batch) -> losses; or (outputs, batch) -> losses, by that name of its first
+            argument, as a Trainer takes it.
+        call: (model, batch) -> the model's output for a batch with its labels.
+        device: where the model takes its inputs.
+    """
+
+    takes_outputs = first_argument(function) in ("outputs", "output")
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
-        values = function(model, to_device(batch, device))
+        batch = to_device(batch, device)
+        values = function(call(model, batch) if takes_outputs else model, batch)
         if not isinstance(values, Tensor) or values.dim() != 1:
             raise ValueError(
                 "loss=callable must return a tensor of shape (B,), one loss for each sample, got "

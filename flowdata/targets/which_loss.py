@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import innermost
 from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
 
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
@@ -31,19 +31,19 @@ _LOSS_OF_PROBLEM = {
 }
 
 
-def loss_of(model: nn.Module, batch: Any) -> str:
-    """Return the name of the loss that a model computes, or that a batch of samples calls for.
+def first_argument(function: Callable[..., Any]) -> str:
+    """Return the name of a function's first argument, "" where its code tells none.
 
-    Raises:
-        ValueError: see `loss_of_batch`.
+    It says what a user's loss takes: (model, batch), or (outputs, batch).
+
+    Example:
+        >>> first_argument(lambda outputs, batch: outputs.logits.mean(1))
+        'outputs'
     """
-    inner = innermost(model)
-    loss = loss_of_model(inner)
-    if loss is None and type(inner).__name__.endswith(_CLASSIFIERS):
-        targets = split_batch(batch)[1]
-        if targets is not None:  # Hugging Face's classifiers choose by the labels' type as well
-            return "binary_cross_entropy" if targets.is_floating_point() else "cross_entropy"
-    return loss or loss_of_batch(batch)
+    try:
+        return next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):
+        return ""
 
 
 def loss_of_model(model: nn.Module) -> str | None:

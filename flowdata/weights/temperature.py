@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from collections.abc import Callable
-from decimal import Decimal
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.real_numbers import as_float
 from flowdata._common.values import Values, check_values
 from flowdata.weights.sample_size import log_sample_size
 
@@ -100,7 +99,7 @@ def positive_number(temperature: object) -> float:
         >>> positive_number(np.float32(0.5))
         0.5
     """
-    number = _as_number(temperature)
+    number = as_float(temperature)
     if number is None:
         shape = getattr(temperature, "shape", ())
         of_shape = f" of shape {tuple(shape)}" if len(shape) else ""
@@ -122,7 +121,7 @@ def rule_name(temperature: object) -> str:
     """Return a temperature as messages show it: a rule in quotes, a function by its name."""
     if callable(temperature):
         return repr(getattr(temperature, "__name__", type(temperature).__name__))
-    number = None if isinstance(temperature, str) else _as_number(temperature)
+    number = None if isinstance(temperature, str) else as_float(temperature)
     return repr(temperature) if number is None else repr(float(number))
 
 
@@ -133,21 +132,6 @@ def _check_positive(value: float, rule: str) -> float:
             "pass a positive float, 'mean' or a higher quantile such as 'q0.75'"
         )
     return value
-
-
-def _as_number(value: object) -> float | None:
-    """A real number of any type as a float, and None for anything else.
-
-    A `RelativeTemperature` stays what it is. A truth value is no number here.
-    """
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        value = value.item() if math.prod(value.shape) == 1 else None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
-        return None
-    try:
-        return value if isinstance(value, float) else float(value)
-    except OverflowError:  # an integer or a fraction whose size no float holds
-        return math.inf
 
 
 def _by_name(losses: Tensor, name: str) -> float:
@@ -165,7 +149,7 @@ def _by_callable(losses: Tensor, function: Callable[[Tensor], float]) -> float:
     """The temperature that a user's function returns."""
     rule = rule_name(function)
     value = function(losses.clone())  # a copy, which the function may write to
-    number = _as_number(value)
+    number = as_float(value)
     if number is None:
         raise TypeError(f"temperature={rule} must return a float, got {type(value).__name__}")
     return _check_positive(number, rule)

@@ -4,7 +4,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowdata.dataset import FlowWeightedDataset
@@ -121,13 +120,13 @@ def test_what_cannot_be_right_is_refused():
     twice = DataLoader(weighted, sampler=FlowSampler(torch.rand(12)), batch_size=4)
     with pytest.raises(ValueError, match="the weights would act twice"):
         fit(Classifier(), loader=twice, callbacks=[FlowGuard()])
-    changing = GradientAccumulationScheduler(scheduling={0: 1, 1: 2})
-    with pytest.raises(ValueError, match="keep it constant"):
-        fit(
-            Classifier(),
-            FlowDataModule(data(), torch.rand(12), batch_size=4),
-            callbacks=[changing],
-        )
+    for option in ("sampler", "batch_sampler", "shuffle"):
+        with pytest.raises(ValueError, match=f"{option} is not for a FlowDataModule"):
+            FlowDataModule(data(), torch.rand(12), batch_size=4, **{option: True})
+    with pytest.raises(ValueError, match="batch_size"):
+        FlowDataModule(data(), torch.rand(12), batch_size=0)
+    with pytest.raises(ValueError, match="depend on the trainer"):
+        FlowDataModule(data(), torch.rand(12), batch_size=4).train_dataloader()
 
 
 def test_the_guard_lets_sound_loaders_pass():

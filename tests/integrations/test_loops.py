@@ -95,6 +95,10 @@ def test_a_loader_that_weighs_and_resamples_is_refused():
             check_loader(loader)
         with pytest.raises(ValueError, match="the weights would act twice"):
             check_loader(AccumulatedBatches(loader, 2, len))
+    with pytest.raises(ValueError, match="gives the whole order to each of 2 ranks, which would"):
+        check_loader(DataLoader(data, sampler=FlowSampler(weights)), num_ranks=2)
+    share = FlowSampler(weights, num_replicas=2, rank=0)
+    check_loader(DataLoader(data, sampler=share), num_ranks=2)
     check_loader(DataLoader(weighted, shuffle=True))
     check_loader(DataLoader(data, sampler=FlowSampler(weights)))
     assert flow_sampler_of(DataLoader(data)) is None

@@ -5,6 +5,7 @@ Run by torchrun, the file is its own script: `main` calls the loop that is named
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from itertools import islice
@@ -99,6 +100,49 @@ def run_ddp(folder):
             wrapped(**batch)["loss"].backward()
             optimizer.step()
     return model.batches_seen
+
+
+def run_early(folder):
+    """Plain PyTorch with a sampler that was made, and asked for its length, before the group."""
+    sampler = FlowSampler(WEIGHTS, COUNT)
+    lengths = [len(sampler)]
+    loader = DataLoader(Numbers(), batch_size=BATCH, sampler=sampler, num_workers=1)
+    dist.init_process_group("gloo")
+    lengths.append(len(sampler))
+    batches_seen = []
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        batches_seen += [batch["index"].tolist() for batch in loader]
+    state, copy = sampler.state_dict(), pickle.loads(pickle.dumps(sampler))
+    dist.barrier()
+    dist.destroy_process_group()
+    lengths += [len(sampler), len(copy)]
+    assert sampler.state_dict() == state
+    assert (copy.num_replicas, state["position"]) == (2, COUNT)
+    return batches_seen, lengths
+
+
+def run_nodes(folder):
+    """torchdata.nodes, its sampler made before the group."""
+    from torchdata.nodes import Batcher, Loader, SamplerWrapper
+
+    loader = Loader(Batcher(SamplerWrapper(FlowSampler(WEIGHTS, COUNT)), BATCH))
+    dist.init_process_group("gloo")
+    return [batch for _ in range(EPOCHS) for batch in loader]
+
+
+def run_ignite(folder):
+    """pytorch-ignite leaves a DistributedSampler as it is, and divides the batch size."""
+    import ignite.distributed as idist
+
+    sampler = FlowSampler(WEIGHTS, COUNT)
+    with idist.Parallel(backend="gloo"):
+        loader = idist.auto_dataloader(Numbers(), batch_size=2 * BATCH, sampler=sampler)
+        batches_seen = []
+        for epoch in range(EPOCHS):
+            sampler.set_epoch(epoch)
+            batches_seen += [batch["index"].tolist() for batch in loader]
+        return batches_seen
 
 
 def run_stateful(folder):
@@ -227,6 +271,23 @@ def test_ddp_ranks_share_the_order(tmp_path):
     whole = [order[:COUNT] for order in expected(count=COUNT + 1)]
     assert interleaved([flat(rank) for rank in ranks]) == flat(whole)
     assert flat(whole) != flat(expected())
+
+
+def test_a_sampler_made_before_the_group_takes_its_share(tmp_path):
+    ranks = launch("early", tmp_path)
+    assert interleaved([flat(batches) for batches, _ in ranks]) == flat(expected())
+    for _, lengths in ranks:
+        assert lengths == [COUNT, COUNT // 2, COUNT // 2, COUNT // 2]
+
+
+def test_nodes_share_the_order(tmp_path):
+    assert interleaved([flat(rank) for rank in launch("nodes", tmp_path)]) == flat(expected())
+
+
+def test_ignite_shares_the_order(tmp_path):
+    pytest.importorskip("ignite")
+    ranks = launch("ignite", tmp_path)
+    assert interleaved([flat(rank) for rank in ranks]) == flat(expected())
 
 
 def test_a_stateful_loader_on_two_ranks_goes_on_with_one(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowdata.integrations.trainer_loss import count_batch, router_loss, weighted_loss
+from flowdata.integrations.trainer_loss import RunLoss, count_batch, weighted_loss
 from flowdata.losses import causal_lm_loss
 from tests.integrations import tiny
 
@@ -14,7 +14,7 @@ WEIGHTS = torch.tensor([0.5, 0.0, 2.0])
 TOKENS = torch.tensor([[5, 6, 7], [-100, 8, -100], [-100, 9, 4]])
 
 
-def mean_of_outputs(outputs, labels):
+def mean_of_outputs(outputs, batch):
     return outputs.logits.mean(1)
 
 
@@ -31,7 +31,7 @@ def mean_of_outputs(outputs, labels):
     ],
 )
 def test_the_denominator_counts_the_losses_or_their_weights(loss, labels, counts):
-    batch = {"labels": labels}
+    batch, loss = {"labels": labels}, RunLoss(loss)
     for weights in (None, WEIGHTS):
         assert count_batch(loss, batch, weights, normalize="count") == sum(counts)
     assert count_batch(loss, batch, None, normalize="weights") == sum(counts)
@@ -41,31 +41,69 @@ def test_the_denominator_counts_the_losses_or_their_weights(loss, labels, counts
 
 def test_the_loss_is_the_weighted_sum_over_the_denominator():
     generator = torch.Generator().manual_seed(0)
-    options = {"model": torch.nn.Linear(1, 1), "normalize": "count", "num_items": 10}
+    options = {"normalize": "count", "num_items": 10}
     outputs = SimpleNamespace(logits=torch.randn(3, 4, generator=generator))
     labels = torch.tensor([0, 3, 1])
     losses = F.cross_entropy(outputs.logits, labels, reduction="none")
-    value = weighted_loss("cross_entropy", outputs, {"labels": labels}, WEIGHTS, **options)
+    run = RunLoss("cross_entropy")
+    value = weighted_loss(run, outputs, {"labels": labels}, WEIGHTS, **options)
     torch.testing.assert_close(value, (losses * WEIGHTS).sum() / 10)
-    value = weighted_loss(mean_of_outputs, outputs, {"labels": labels}, WEIGHTS, **options)
+    run = RunLoss(mean_of_outputs)
+    value = weighted_loss(run, outputs, {"labels": labels}, WEIGHTS, **options)
     torch.testing.assert_close(value, (outputs.logits.mean(1) * WEIGHTS).sum() / 10)
     outputs = SimpleNamespace(logits=torch.randn(3, 3, 10, generator=generator))
     for rule in (None, "dft"):
-        value = weighted_loss(
-            "causal_lm", outputs, {"labels": TOKENS}, WEIGHTS, token_rule=rule, **options
-        )
+        run = RunLoss("causal_lm")
+        value = weighted_loss(run, outputs, {"labels": TOKENS}, WEIGHTS, token_rule=rule, **options)
         expected = causal_lm_loss(outputs.logits, TOKENS, WEIGHTS, num_items=10, token_rule=rule)
         assert value == expected
 
 
-def test_a_router_loss_is_shared_by_the_batches_of_a_step():
-    config = SimpleNamespace(router_aux_loss_coef=0.5)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    assert router_loss(model, SimpleNamespace(aux_loss=torch.tensor(3.0)), steps=2) == 0.75
-    assert router_loss(model, SimpleNamespace(logits=torch.ones(1)), steps=2) == 0
+@pytest.mark.parametrize("loss", ["causal_lm", "masked_lm"])
+def test_token_weights_belong_to_their_labels(loss):
+    generator = torch.Generator().manual_seed(0)
+    outputs = SimpleNamespace(logits=torch.randn(3, 3, 10, generator=generator))
+    weights = torch.rand(3, 3, generator=generator)
+    logits, labels, each = outputs.logits, TOKENS, weights
+    if loss == "causal_lm":
+        logits, labels, each = logits[:, :-1], labels[:, 1:], each[:, 1:]
+    losses = F.cross_entropy(logits.mT, labels, reduction="none")
+    is_target = labels != -100
+    for normalize, count in (("count", is_target.sum()), ("weights", each[is_target].sum())):
+        batch, run = {"labels": TOKENS}, RunLoss(loss)
+        assert count_batch(run, batch, weights, normalize=normalize) == count
+        value = weighted_loss(run, outputs, batch, weights, normalize=normalize, num_items=None)
+        torch.testing.assert_close(value, (losses * each)[is_target].sum() / count)
+
+
+def test_virtual_tokens_come_first_and_have_no_label():
+    outputs = SimpleNamespace(logits=torch.randn(3, 5, 10))
+    batch, padded = {"labels": TOKENS}, {"labels": F.pad(TOKENS, (2, 0), value=-100)}
+    options = {"normalize": "weights", "num_items": None}
+    value = weighted_loss(
+        RunLoss("causal_lm", virtual_tokens=2), outputs, batch, WEIGHTS, **options
+    )
+    assert value == weighted_loss(RunLoss("causal_lm"), outputs, padded, WEIGHTS, **options)
+    count = count_batch(RunLoss("causal_lm", virtual_tokens=2), batch, WEIGHTS, normalize="count")
+    assert count == (TOKENS != -100).sum()
+
+
+def test_weights_of_another_shape_are_refused():
+    batch = {"labels": torch.tensor([0, 1, 2])}
+    with pytest.raises(ValueError, match=r"weights have shape \(2,\) and labels \(3,\)"):
+        count_batch(RunLoss("cross_entropy"), batch, WEIGHTS[:2], normalize="count")
+    with pytest.raises(ValueError, match=r"one loss for each sample, \(3,\), got \(3, 4\)"):
+        weighted_loss(
+            RunLoss(lambda outputs, batch: torch.ones(3, 4)),
+            None,
+            batch,
+            WEIGHTS,
+            normalize="count",
+            num_items=None,
+        )
 
 
 def test_a_batch_without_labels_is_refused():
     batch = {"input_ids": tiny.make_samples()[0]["input_ids"]}
     with pytest.raises(ValueError, match=r"a batch has no tensor 'labels' \(it has 'input_ids'\)"):
-        count_batch("mse", batch, None, normalize="count")
+        count_batch(RunLoss("mse"), batch, None, normalize="count")

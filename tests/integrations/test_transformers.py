@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,11 +25,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from flowdata import ScoreMismatchError, Scores
+from flowdata import LossScorer, ScoreMismatchError, Scores
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
+from flowdata.streaming import FlowWeightedIterable
 from tests.integrations import tiny, train_worker
 
 NORMALIZE = ("count", "weights")
@@ -72,10 +79,10 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
 
 
 def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    gradients = tiny.run_on_two_ranks("trainer", tmp_path, 16, 4, 1)["trainer"]
+    results = tiny.run_on_two_ranks("trainer,own", tmp_path, 16, 4, 1)
     for normalize in NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in gradients:
+        for rank in (*results["trainer"], *results["own"]):
             for size in (16, 4, 1):
                 tiny.assert_same_gradient(rank[size, normalize], expected)
 
@@ -187,6 +194,20 @@ def test_streams_bring_their_weights_along(tmp_path):
         settings={"per_device_train_batch_size": tiny.N, "max_steps": 1, "max_grad_norm": 0.0},
     ).train()
     tiny.assert_same_gradient(gradients[0], tiny.full_batch_gradient(tiny.make_weights()))
+
+
+def test_a_stream_that_resamples_is_trained_on_with_the_plain_loss(tmp_path):
+    options = {"window": 8, "collate_fn": tiny.collate, "resample": True}
+    scorer = LossScorer(tiny.make_model(), progress=False)
+    stream = FlowWeightedIterable(tiny.make_samples(), scorer, **options)
+    trainer = flow_trainer(tmp_path, train_dataset=stream, settings={"max_steps": 2})
+    plain = flow_trainer(
+        tmp_path,
+        Trainer,
+        train_dataset=FlowWeightedIterable(tiny.make_samples(), scorer, **options),
+        settings={"max_steps": 2},
+    )
+    assert curve(trainer) == curve(plain)
 
 
 def test_evaluation_stays_unweighted(tmp_path):
@@ -418,7 +439,7 @@ def test_other_models_have_the_gradient_of_the_plain_weighted_loss(tmp_path, kin
 
 
 def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
-    def sample_loss(outputs, labels):
+    def sample_loss(outputs, batch):
         return outputs.logits.float().square().mean((1, 2))
 
     weights, gradients = tiny.make_weights(), []
@@ -430,7 +451,7 @@ def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
         flow_trainer(
             tmp_path,
             scores=weights,
-            sample_loss=sample_loss,
+            loss=sample_loss,
             normalize=normalize,
             callbacks=[train_worker.record_gradients(gradients)],
             settings={
@@ -498,6 +519,73 @@ def test_a_sampler_that_weighs_as_well_or_is_sharded_twice_is_refused(tmp_path):
         flow_trainer(tmp_path, Sharded, scores=weights, resample=True).train()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loader_that_does_not_use_the_sampler_is_refused(tmp_path, first):
+    class OwnSampler(Trainer):
+        def _get_train_sampler(self, *args):
+            return RandomSampler(self.train_dataset)
+
+    class OwnLoader(Trainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, 4, shuffle=True, collate_fn=tiny.collate)
+
+    class OtherWeights(FlowTrainer):
+        def _get_train_sampler(self, *args):
+            return FlowSampler(torch.ones(tiny.N), num_replicas=1, rank=0)
+
+    class After(FlowTrainerMixin, OwnSampler):
+        """The mixin comes first, and its sampler is the one that is asked for."""
+
+    wrong = [type("Loader", (FlowTrainerMixin, OwnLoader), {}), OtherWeights]
+    for method, source in (
+        ("_get_train_sampler", OwnSampler),
+        ("get_train_dataloader", OwnLoader),
+    ):
+        override = {method: getattr(source, method)}
+        if first:
+            wrong.append(type("Subclass", (FlowTrainer,), override))
+        else:
+            wrong.append(type("Mixed", (type("Mixin", (), override), FlowTrainer), {}))
+    for cls in wrong:
+        trainer = flow_trainer(tmp_path, cls, scores=tiny.make_weights(), resample=True)
+        with pytest.raises(ValueError, match="the training loader doesn't use it"):
+            trainer.train()
+    flow_trainer(tmp_path, After, scores=tiny.make_weights(), resample=True).train()
+
+
+def test_a_loader_of_ones_own_may_use_the_sampler(tmp_path):
+    class OwnLoader(FlowTrainer):
+        def get_train_dataloader(self):
+            sampler = self._get_train_sampler()
+            batches = BatchSampler(sampler, 4, drop_last=True)
+            loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=tiny.collate)
+            return self.accelerator.prepare(loader)
+
+    flow_trainer(tmp_path, OwnLoader, scores=tiny.make_weights(), resample=True).train()
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance", "sequential"])
+def test_an_order_that_resampling_would_ignore_is_refused(tmp_path, strategy):
+    settings = {"train_sampling_strategy": strategy}
+    with pytest.raises(ValueError, match=f"'{strategy}' would be ignored"):
+        flow_trainer(tmp_path, scores=tiny.make_weights(), resample=True, settings=settings)
+    flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings).train()
+
+
+def test_two_ranks_are_given_the_samples_that_were_drawn(tmp_path):
+    tiny.launch_on_two_ranks("order_worker", tmp_path)
+    ranks = [torch.load(tmp_path / f"order.{rank}") for rank in range(2)]
+    for sharing in ("shards", "dispatched", "split"):
+        drawn = [sample for rank in ranks for sample in rank["resampled", sharing]]
+        assert sorted(drawn) == sorted(ranks[0]["order"])
+        # The first batch of a weighted run is looked at before it is trained on.
+        shares = [set(rank["stream", sharing]) for rank in ranks]
+        assert not shares[0] & shares[1]
+        assert sorted(shares[0] | shares[1]) == list(map(float, range(16)))
+        for rank in ranks:
+            assert "FlowWeightedIterable of 2 ranks would lose" in rank["sharded stream", sharing]
+
+
 def test_a_loss_that_ignores_the_weights_is_refused(tmp_path):
     class Ignores(FlowTrainer):
         def compute_loss(self, model, inputs, **kwargs):
@@ -525,4 +613,4 @@ def test_a_rule_is_refused_where_its_weights_would_be_the_denominator():
 
 def test_a_rule_is_refused_beside_a_loss_that_has_no_tokens():
     with pytest.raises(ValueError, match="token_rule is for causal language models, whose token"):
-        FlowTrainer(None, token_rule="talr", sample_loss=lambda outputs, labels: labels)
+        FlowTrainer(None, token_rule="talr", loss=lambda outputs, batch: batch)

@@ -58,7 +58,7 @@ def collate(samples):
 
 
 def flat_gradient(model):
-    return torch.cat([p.grad.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([p.grad.detach().flatten() for p in model.parameters() if p.grad is not None])
 
 
 def full_batch_gradient(weights, normalize="count", model=None, **options):
@@ -104,12 +104,11 @@ def as_hf_dataset(samples, **columns):
     return dataset
 
 
-def run_on_two_ranks(adapters, folder, *sizes):
-    """Run train_worker.py under torchrun and return what each adapter gave on each rank."""
+def launch_on_two_ranks(module, *arguments):
+    """Run a module beside this one under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.integrations.train_worker", adapters, str(folder)]
     run = subprocess.run(
-        [*command, *map(str, sizes)],
+        [*command, "-m", f"tests.integrations.{module}", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -117,6 +116,11 @@ def run_on_two_ranks(adapters, folder, *sizes):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+def run_on_two_ranks(adapters, folder, *sizes):
+    """Run train_worker.py under torchrun and return what each adapter gave on each rank."""
+    launch_on_two_ranks("train_worker", adapters, folder, *sizes)
     return {
         adapter: [torch.load(folder / f"{adapter}.{rank}") for rank in range(2)]
         for adapter in adapters.split(",")

@@ -23,7 +23,7 @@ def hf_arguments(cls, batch_size, steps, **options):
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=steps,
-        max_steps=1,
+        max_steps=options.pop("max_steps", 1),
         optim="sgd",
         learning_rate=0.0,
         max_grad_norm=0.0,
@@ -87,6 +87,28 @@ def sft(batch_size, steps, normalize="count", token_weights=False, config=(), **
         **options,
     ).train()
     return gradients[0]
+
+
+def own_scores(batch_size, steps, normalize):
+    """The losses that a trainer makes of what it feeds, on every rank, and its gradient."""
+    from trl import SFTConfig
+
+    from flowdata.integrations.trl import FlowSFTTrainer
+
+    gradients, folder = [], [tempfile.mkdtemp()]
+    torch.distributed.broadcast_object_list(folder)
+    trainer = FlowSFTTrainer(
+        tiny.make_model(),
+        hf_arguments(SFTConfig, batch_size, steps, bf16=False),
+        train_dataset=tiny.as_hf_dataset(tiny.make_samples()),
+        scores="auto",
+        store=folder[0] + "/scores",
+        normalize=normalize,
+        processing_class=tiny.make_tokenizer(),
+        callbacks=[record_gradients(gradients)],
+    )
+    trainer.train()
+    return trainer.scores.losses, gradients[0]
 
 
 def lightning(batch_size, steps, normalize="count"):
@@ -189,9 +211,16 @@ def accelerate(batch_size, steps, normalize="count"):
     return loop(batch_size, steps, normalize, prepare)
 
 
+def own(batch_size, steps, normalize="count"):
+    """The Trainer with the model's own loss, one sample at a time."""
+    return trainer(batch_size, steps, normalize, loss="own")
+
+
 ADAPTERS = {
     "trainer": trainer,
+    "own": own,
     "sft": sft,
+    "own_scores": own_scores,
     "lightning": lightning,
     "ddp": ddp,
     "fsdp2": fsdp2,

@@ -1,9 +1,9 @@
-"""The content of Hugging Face's tokenizers and configurations."""
+"""The content of Hugging Face's tokenizers, configurations and data sets of tokens."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowdata.store.fingerprint.values import canonical, class_name
@@ -32,3 +32,19 @@ def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if not str(key).startswith("_") and key not in _VOLATILE_CONFIG
     }
+
+
+def columns_given(dataset: Any, fields: Sequence[str]) -> Any:
+    """Return a Hugging Face data set without the columns that a model isn't given.
+
+    Of any other data set nothing is left out.
+
+    Args:
+        dataset: map-style.
+        fields: the names that the model takes.
+    """
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list) or not hasattr(dataset, "select_columns"):
+        return dataset
+    given = [name for name in names if name in fields]
+    return dataset if given == names else dataset.select_columns(given)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import math
+import numbers
+from decimal import Decimal
 from typing import Any, SupportsFloat, TypeAlias
 
 import numpy as np
@@ -15,7 +17,7 @@ def real_number(value: Any, requirement: str, lowest: float, highest: float) -> 
     """Return a real number of any type as a float.
 
     Args:
-        value: an int, a float, a `Fraction`, a numpy number, or a 0-d tensor or array of one.
+        value: an int, a float, a `Fraction`, a numpy number, or a tensor or array of one.
         requirement: the beginning of messages, as "alpha must lie between 0 and 1".
         lowest: the least that it may be.
         highest: the most.
@@ -31,15 +33,31 @@ def real_number(value: Any, requirement: str, lowest: float, highest: float) -> 
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{requirement}, got a tensor whose gradient would be lost; detach() it")
-    number = as_python(value)
-    is_number = isinstance(number, Real) and not isinstance(number, bool)
-    if not is_number or not lowest <= float(number) <= highest:
+    number = as_float(value)
+    if number is None or not lowest <= number <= highest:
         raise ValueError(f"{requirement}, got {value!r}")
-    return float(number)
+    return number
+
+
+def as_float(value: object) -> float | None:
+    """Return a real number of any type as a float, and None for anything else.
+
+    A truth value is no number here. A float stays what it is, also one of a class of its own.
+
+    Example:
+        >>> as_float(np.float32(0.5)), as_float(True), as_float("0.5")
+        (0.5, None, None)
+    """
+    value = as_python(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
+        return None
+    try:
+        return value if isinstance(value, float) else float(value)
+    except OverflowError:  # an integer or a fraction whose size no float holds
+        return math.inf
 
 
 def as_python(value: Any) -> Any:
-    """Return a numpy number, or the number in a 0-d tensor or array, as Python's; else `value`."""
-    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
-        return value.item()
-    return value
+    """Return the number of numpy, or in a tensor or array of one, as Python's; else `value`."""
+    is_array = isinstance(value, Tensor | np.ndarray | np.generic)
+    return value.item() if is_array and math.prod(value.shape) == 1 else value

@@ -1,0 +1,182 @@
+"""Lightning: the loaders of `FlowDataModule`, which follow the trainer's count of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice, repeat
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from flowdata._common.resumable import check_state
+from flowdata.accumulation import mean_over_ranks
+from flowdata.sampler import FlowSampler
+
+Count = Callable[[Any, Tensor], "float | Tensor"]
+
+
+class TrainerBatches:
+    """A loader's batches from where the trainer stands in its epoch.
+
+    The order is a pure function of epoch and position, and the trainer's own progress, which its
+    checkpoints hold, tells both. This is no DataLoader, so that Lightning leaves its sampler alone.
+    """
+
+    def __init__(self, loader: DataLoader[Any], sampler: FlowSampler, trainer: Trainer) -> None:
+        self.loader, self.sampler, self.trainer = loader, sampler, trainer
+        self.total_batch_size = loader.batch_size * sampler.num_replicas  # type: ignore[operator]
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the epoch's remaining batches."""
+        # The generator looks where the trainer stands when the first batch is asked for: Lightning
+        # makes it before a checkpoint's progress has been brought into order.
+        place = self._ready()
+        yield from self._pass(place % len(self) if self._starts_over() else place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order depends on."""
+        return {"sampler": self.sampler.state_dict(0), "total_batch_size": self.total_batch_size}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that a checkpoint's batches are those of this loader.
+
+        Raises:
+            TypeError, ValueError: no state of such a loader, or one of another size of batches,
+                other weights or another seed.
+        """
+        check_state(
+            state_dict,
+            {"total_batch_size": self.total_batch_size},
+            maker="FlowDataModule's loader",
+            what="loader",
+            remedy="Keep batch_size × ranks, or start from a checkpoint of an epoch's end",
+        )
+        self.sampler.load_state_dict(state_dict["sampler"])
+
+    def _ready(self) -> int:
+        """The number of batches that the trainer has taken in this epoch."""
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def _starts_over(self) -> bool:
+        """Whether the loader begins again within an epoch, where another has more batches."""
+        mode = self.trainer.fit_loop._combined_loader._mode
+        return bool(mode == "max_size_cycle" and len(self))
+
+    def _pass(self, place: int) -> Iterator[Any]:
+        """Yield the batches from `place` on."""
+        # Whoever overfits wants the same batches in each epoch.
+        progress = self.trainer.fit_loop.epoch_progress
+        epoch = 0 if self.trainer.overfit_batches else progress.current.processed
+        position = min(place * self.total_batch_size, self.sampler.num_samples)
+        state = self.sampler.state_dict(0)
+        self.sampler.load_state_dict({**state, "epoch": epoch, "position": position})
+        yield from self.loader
+
+
+class WeightedBatches(TrainerBatches):
+    """Batches with weights and the denominator of the trainer's optimiser step.
+
+    Lightning steps after every `accumulate_grad_batches` batches of an epoch and after its last
+    one. The trainer is asked anew at each step: a scheduler may have changed the number.
+
+    Args:
+        loader, sampler, trainer: as above.
+        count: (batch, weights) -> items of one batch.
+        manual: batches of a step under manual optimisation, if the user said so.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampler: FlowSampler,
+        trainer: Trainer,
+        count: Count,
+        manual: int | None,
+    ) -> None:
+        super().__init__(loader, sampler, trainer)
+        self.count, self.manual = count, manual
+
+    def __iter__(self) -> Iterator[tuple[tuple[Any, Tensor], Tensor]]:
+        """Yield the epoch's remaining batches as ``(batch, weights), num_items``."""
+        place, first_steps = self._ready(), self.trainer.global_step
+        starts = chain([place % len(self)], repeat(0)) if self._starts_over() else [place]
+        batches = chain.from_iterable(map(self._pass, starts))
+        while step := list(islice(batches, self._batches_of_step(place))):
+            # Lightning divides each loss by this; a denominator that is as much too small undoes it
+            divisor = self.trainer.accumulate_grad_batches
+            counts = [torch.as_tensor(self.count(*item)).float() for item in step]
+            num_items = mean_over_ranks(torch.stack(counts).sum()) / divisor
+            for batch, weights in step:
+                self._check_place(place, divisor)
+                yield (
+                    (batch, weights.as_subclass(_Exact)),
+                    num_items.as_subclass(_Exact),
+                )
+                place += 1
+            self._check_manual(first_steps)
+
+    def _batches_of_step(self, place: int) -> int:
+        """The number of batches that go into the step which begins after `place` batches."""
+        trainer, total = self.trainer, self.trainer.num_training_batches
+        size = self.manual or trainer.accumulate_grad_batches
+        loaders = trainer.fit_loop._combined_loader
+        has_end = loaders._mode != "min_size" or all(
+            sized_len(loader) is not None for loader in loaders.flattened
+        )
+        if total == float("inf") or (size > 1 and not has_end):
+            raise ValueError(
+                "a loader beside that of the FlowDataModule has no length, so that the number of "
+                "batches in an epoch's last step is unknown; say Trainer(limit_train_batches=) as "
+                "an int, and combine the loaders by 'max_size_cycle' or 'max_size'"
+            )
+        if size > 1 and trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} accumulates gradients by itself, across the "
+                "end of an epoch, so that a step's items can't be counted; use "
+                "accumulate_grad_batches=1, or another strategy"
+            )
+        return int(min(size - place % size, total - place))
+
+    def _check_place(self, place: int, divisor: int) -> None:
+        """Check that the trainer takes the batches of a step as they were counted."""
+        if self._ready() != place or self.trainer.accumulate_grad_batches != divisor:
+            raise ValueError(
+                f"batch {place} of the epoch was counted for a step of "
+                f"accumulate_grad_batches={divisor}; the trainer has taken {self._ready()} batches "
+                f"so far and accumulates {self.trainer.accumulate_grad_batches}. Change it between "
+                "epochs alone, and give every loader a length, so that none is fetched ahead"
+            )
+
+    def _check_manual(self, first_steps: int) -> None:
+        """Check that manual optimisation steps after each batch, where the user said no number."""
+        is_manual = not self.trainer.lightning_module.automatic_optimization
+        if is_manual and self.manual is None and self.trainer.global_step == first_steps:
+            raise ValueError(
+                "training_step made no optimiser step on the first batch, whose num_items counts "
+                "that batch alone; say how many batches a step of yours has: "
+                "FlowDataModule(accumulate_grad_batches=)"
+            )
+
+
+class _Exact(Tensor):
+    """A tensor that stays float32 where Lightning converts a batch.
+
+    ``precision="bf16-true"`` turns every floating tensor of a batch to bfloat16, in which a count
+    of 1,001 is 1,000.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def to(self, *args: Any, **options: Any) -> Tensor:
+        """Move to a device as a plain tensor; a dtype is not taken."""
+        if args and isinstance(args[0], torch.dtype):
+            return self
+        return super().to(*args, **options).as_subclass(Tensor)

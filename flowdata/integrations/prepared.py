@@ -1,0 +1,69 @@
+"""Weights that ride through what a Trainer does to its data set: shuffling, filtering, cutting.
+
+Trainers such as TRL's prepare the data themselves, so that the rows they train on are other rows,
+or in another order, than those that were scored. A column stays with its row; an index does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+
+def add_weights(dataset: Any, weights: Tensor, key: str) -> Any:
+    """Return a Hugging Face data set with its weights as a float32 column; any other as it is.
+
+    Args:
+        dataset: N samples.
+        weights: (N,) floating.
+        key: the column's name.
+    """
+    if not isinstance(dataset, Dataset):
+        return dataset
+    return dataset.add_column(key, weights.float().numpy())
+
+
+def take_weights(prepared: Any, given: Any, weights: Tensor, key: str) -> tuple[Any, Tensor]:
+    """Return what a Trainer made of a data set, without the column, and the weights that remain.
+
+    Args:
+        prepared: the data set that the Trainer trains on.
+        given: what `add_weights` returned, and the Trainer was given.
+        weights: (N,) floating, of the samples of `given`.
+        key: the column's name.
+
+    Raises:
+        ValueError: the Trainer made another data set, and no weights are in it.
+    """
+    names = (prepared.column_names or ()) if isinstance(prepared, Dataset) else ()
+    if key in names:
+        column = prepared.with_format("numpy", columns=[key])[:][key]
+        return prepared.remove_columns(key), torch.tensor(column, dtype=torch.float32)
+    if prepared is not given:
+        raise ValueError(
+            "the Trainer made another data set of train_dataset, and the weights did not come "
+            f"along in a column {key!r}, so nobody knows which sample has which; prepare the data "
+            "set first, score what comes out, and pass that"
+        )
+    return prepared, weights
+
+
+def check_not_a_stream(dataset: Any, what: str) -> None:
+    """Refuse a stream where a data set is needed whose samples can be counted and drawn.
+
+    Args:
+        dataset: the training data.
+        what: the argument that needs it, for the message.
+
+    Raises:
+        ValueError: it is a stream.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"{what} needs a data set with a length and an order, got {type(dataset).__name__}; "
+            "give a stream's samples their weights with flowdata.FlowWeightedIterable, or as a "
+            "column of their own"
+        )

@@ -1,0 +1,162 @@
+"""Meaning: what labels are, told by the loss that a model makes of them itself.
+
+The rule is one for scoring and for training. A loss by name is taken if it equals the model's own
+loss of the same outputs: first the loss that the model's class is named for (which_loss.py), then
+the others. Where a model makes no loss, its class's name and the labels have to tell, and where
+they leave two meanings open the user has to say which.
+
+    scoring     a few samples, each alone          scoring/meaning.py
+    training    the first batch                    integrations/first_batch.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.models.calling import innermost, output_layer_of
+from flowdata.targets.labels import IGNORE_INDEX, next_tokens, split_batch
+from flowdata.targets.own_loss import agrees
+from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
+from flowdata.targets.target_losses import TargetLosses
+from flowdata.targets.which_loss import PREDICTION_LOSSES, loss_of_batch, loss_of_model
+
+
+def agreed_name(
+    model: nn.Module,
+    own_values: Sequence[Sequence[float]],
+    values_of: Callable[[str], Sequence[float | None]],
+    dtype: torch.dtype,
+) -> str | None:
+    """Return the loss by name that is the model's own; None where none is.
+
+    Args:
+        model: the model; its class's name says which loss is tried first.
+        own_values: for each batch, the values that the model's own loss can be meant to have
+            (`own_losses`); none where it made no loss.
+        values_of: name -> the loss by that name of each batch, None where shapes don't fit it.
+        dtype: that the model runs in.
+    """
+    by_class = loss_of_model(innermost(model))
+    names = filter(None, (by_class, *_names(model)))
+    return next((n for n in names if _all_agree(values_of(n), own_values, dtype)), None)
+
+
+def _names(model: nn.Module) -> tuple[str, ...]:
+    """The losses by name, that first which a model with such an output would be said to have."""
+    config: Any = getattr(innermost(model), "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return ("seq2seq_lm", "causal_lm", *PREDICTION_LOSSES)
+    if output_layer_of(model) is not None:
+        return ("causal_lm", "masked_lm", *PREDICTION_LOSSES)
+    return ("causal_lm", *PREDICTION_LOSSES)  # labels in their own places are classes
+
+
+def _all_agree(
+    named: Sequence[float | None], own_values: Sequence[Sequence[float]], dtype: torch.dtype
+) -> bool:
+    """Whether a loss by name is the model's own on every batch, and a number on one at least."""
+    pairs = list(zip(named, own_values, strict=True))
+    is_known = any(value is not None and value == value for value in named)  # NaN: no target
+    return is_known and all(
+        value is not None and any(agrees(each, value, dtype) for each in values)
+        for value, values in pairs
+        if values
+    )
+
+
+def losses_by_name(
+    name: str, logits: Tensor, labels: Tensor, *, classes_last: bool | None = None
+) -> TargetLosses:
+    """Return the losses of a batch's targets by a loss's name, in nats or squared units.
+
+    Args:
+        name: one of `LANGUAGE_LOSSES` or `PREDICTION_LOSSES`.
+        logits: floating; (B, T, V) for language models.
+        labels: as the loss takes them; unshifted for ``"causal_lm"``.
+        classes_last: logits of ``"cross_entropy"`` are (B, …, C) where both orders fit. None takes
+            that for (B, T) classes.
+
+    Raises:
+        ValueError: shapes that don't fit the loss, or a label that is none of it.
+    """
+    if name == "binary_cross_entropy":
+        return binary_cross_entropy(logits, labels)
+    if name == "mse":
+        return squared_error(logits, labels)
+    if name == "cross_entropy":
+        if classes_last is None:
+            classes_last = labels.dim() == 2 and not labels.is_floating_point()
+        return cross_entropy(logits, labels, classes_last=classes_last)
+    if logits.dim() != 3 or labels.dim() != 2 or labels.is_floating_point():
+        raise ValueError(
+            f"loss={name!r} needs logits (B, T, V) and integer labels (B, T), got shapes "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    targets = next_tokens(labels) if name == "causal_lm" else labels
+    return cross_entropy(logits, targets, classes_last=True)
+
+
+def name_by_labels(
+    batches: Sequence[Any], many: Callable[[], Any], logits_of_first: Callable[[], Tensor]
+) -> str:
+    """Return the loss by name that labels call for, of a model that makes none.
+
+    Args:
+        batches: with their labels.
+        many: makes a batch of more samples.
+        logits_of_first: makes the model's logits of the first batch.
+
+    Raises:
+        ValueError: nothing tells, or too much does.
+    """
+    pairs = [_tokens_and_labels(batch) for batch in batches]
+    has_label_of_each_token = all(
+        ids is not None
+        and labels is not None
+        and labels.shape == ids.shape
+        and not labels.is_floating_point()
+        for ids, labels in pairs
+    )
+    if has_label_of_each_token:
+        return _name_by_tokens(batches, logits_of_first())
+    return loss_of_batch(many())
+
+
+def _tokens_and_labels(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """A batch's token ids, (B, T), None where it has none; and its labels."""
+    inputs, labels = split_batch(batch)
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+    return (ids if is_ids else None), labels
+
+
+def _name_by_tokens(batches: Sequence[Any], logits: Tensor) -> str:
+    """The loss of one label for each token.
+
+    Labels that repeat their own tokens are those of a causal model; a model could copy them
+    otherwise. Labels that are the next token have been shifted already. A model with fewer classes
+    than there are tokens can't predict tokens.
+    """
+    pairs = list(map(_tokens_and_labels, batches))
+    tokens = torch.cat([ids.flatten().cpu() for ids, _ in pairs if ids is not None])
+    labels = torch.cat([each.flatten().cpu() for _, each in pairs if each is not None])
+    classes = logits.shape[-1]
+    if logits.dim() != 3:
+        return loss_of_batch(batches[0])
+    is_target = labels != IGNORE_INDEX
+    if torch.equal(tokens[is_target], labels[is_target]):
+        return "causal_lm"
+    shifted = torch.cat([next_tokens(ids).flatten().cpu() for ids, _ in pairs if ids is not None])
+    is_inner = is_target & (shifted != IGNORE_INDEX)
+    if torch.equal(shifted[is_inner], labels[is_inner]) or classes <= int(tokens.max()):
+        return "cross_entropy"
+    raise ValueError(
+        f"loss='auto': the model returns {classes} classes for each token and makes no loss of its "
+        "own, and the labels are neither its tokens nor the next ones; say what they are: "
+        "loss='causal_lm' (unshifted, as Hugging Face gives them), 'cross_entropy' (one class for "
+        "each token, in its own place), or a callable that returns (B,) losses"
+    )
