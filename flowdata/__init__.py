@@ -10,6 +10,7 @@ from flowdata.collator import WeightedCollator
 from flowdata.companions.anchor import ParameterAnchor
 from flowdata.companions.averaging import wise_ft
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
+from flowdata.drift import DriftMeter, OutputAnchor
 from flowdata.errors import ScoreMismatchError
 from flowdata.losses import causal_lm_loss, weighted_mean
 from flowdata.probe.linear_probe import linear_probe
@@ -20,10 +21,12 @@ from flowdata.streaming import FlowWeightedIterable
 from flowdata.weights import effective_sample_size, flow_weights, resolve_temperature
 
 __all__ = [
+    "DriftMeter",
     "FlowSampler",
     "FlowWeightedDataset",
     "FlowWeightedIterable",
     "LossScorer",
+    "OutputAnchor",
     "ParameterAnchor",
     "ScoreMismatchError",
     "Scores",

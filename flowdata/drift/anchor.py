@@ -11,6 +11,7 @@ while the drift is small, and no target pulls harder the farther away it is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowdata._common.real_numbers import RealNumber, real_number
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
 from flowdata.drift.ways import OutputModule
@@ -56,13 +58,13 @@ class OutputAnchor:
     """
 
     def __init__(
-        self, meter: DriftMeter, strength: float, batch_size: int = 16, *, seed: int = 0
+        self, meter: DriftMeter, strength: RealNumber, batch_size: int = 16, *, seed: int = 0
     ) -> None:
         if not isinstance(meter, DriftMeter):
             raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
-        if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
-            raise ValueError(f"strength must be finite and >= 0, got {strength!r}")
-        self.meter, self.strength = meter, float(strength)
+        largest = sys.float_info.max
+        self.strength = real_number(strength, "strength must be finite and >= 0", 0, largest)
+        self.meter = meter
         self.batch_size = check_natural("batch_size", batch_size, least=1)
         self.seed = check_natural("seed", seed)
         self._step = 0

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata._common.data_sets import check_map_style
 from flowdata._common.offsets import offsets_of
 from flowdata._common.rng import preserved_rng
-from flowdata._common.unreadable import check_map_style
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows

@@ -22,6 +22,7 @@ from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import check_loader, flow_sampler_of
 from flowdata.integrations.lightning_batches import Count, TrainerBatches, WeightedBatches
+from flowdata.integrations.lightning_drift import DriftCallback as DriftCallback
 from flowdata.losses import Normalize, count_items
 from flowdata.sampler import FlowSampler
 from flowdata.weights import Temperature

@@ -32,6 +32,7 @@ from flowdata.integrations.trainer_checks import (
     check_run_loss,
     check_train_loader,
 )
+from flowdata.integrations.trainer_drift import DriftCallback as DriftCallback
 from flowdata.integrations.trainer_loss import (
     SampleLoss,
     count_batch,

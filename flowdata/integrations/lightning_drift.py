@@ -1,0 +1,69 @@
+"""Drift among the metrics of Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from flowdata.drift import Drift, DriftMeter
+
+
+class DriftCallback(Callback):  # type: ignore[misc]
+    """Measures the drift at every validation and logs it beside the validation loss.
+
+    The metrics are ``val_drift_kl``, ``val_drift_cosine``, ``val_drift_agreement`` and, where the
+    module logs a loss in its `validation_step`, ``val_loss_and_drift``, the sum of both in nats. So
+    ``ModelCheckpoint(monitor="val_loss_and_drift")`` keeps the model that learned most for what it
+    forgot, and ``EarlyStopping`` may wait for it.
+
+    Args:
+        meter: made from the model before training.
+        model: LightningModule -> the model in it that the meter was made from; None is its
+            attribute `model`, or the module itself where it has none.
+        loss: the name under which the module logs its validation loss, and with which that of the
+            sum begins.
+        exchange: what a nat of drift counts beside a nat of loss; see `flowdata.drift.choose`.
+
+    Attributes:
+        drifts: the drift of every validation, by the number of steps before it.
+    """
+
+    def __init__(
+        self,
+        meter: DriftMeter,
+        *,
+        model: Callable[[LightningModule], nn.Module] | None = None,
+        loss: str = "val_loss",
+        exchange: float = 1.0,
+    ) -> None:
+        if not isinstance(meter, DriftMeter):
+            raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
+        if not 0 <= exchange < float("inf"):
+            raise ValueError(f"exchange must be finite and >= 0, got {exchange!r}")
+        self.meter, self.model, self.loss, self.exchange = meter, model, loss, exchange
+        self.drifts: dict[int, Drift] = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure once the validation's losses are known, and before others read its metrics."""
+        if trainer.sanity_checking:
+            return
+        drift = self.meter(_model_of(pl_module) if self.model is None else self.model(pl_module))
+        self.drifts[trainer.global_step] = drift
+        pl_module.log_dict(
+            {
+                "val_drift_kl": drift.kl,
+                "val_drift_cosine": drift.cosine,
+                "val_drift_agreement": drift.agreement,
+            }
+        )
+        loss = trainer.callback_metrics.get(self.loss)
+        if loss is not None:
+            both = float(loss) + self.exchange * drift.kl
+            pl_module.log(f"{self.loss}_and_drift", both, prog_bar=True)
+
+
+def _model_of(module: LightningModule) -> nn.Module:
+    model = getattr(module, "model", None)
+    return model if isinstance(model, nn.Module) else module
