@@ -2,16 +2,19 @@
 
 from flowdata.drift.anchor import OutputAnchor
 from flowdata.drift.choosing import Candidate, choose, rank
+from flowdata.drift.comparing import Comparison, compare
 from flowdata.drift.drift import Drift
 from flowdata.drift.meter import DriftMeter
 from flowdata.drift.probes import own_text, smooth_images
 
 __all__ = [
     "Candidate",
+    "Comparison",
     "Drift",
     "DriftMeter",
     "OutputAnchor",
     "choose",
+    "compare",
     "own_text",
     "rank",
     "smooth_images",

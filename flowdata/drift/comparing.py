@@ -1,0 +1,102 @@
+"""Comparing the scores of a tuned model with those of the frozen one, sample by sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdata.errors import ScoreMismatchError
+from flowdata.scores import Scores
+
+_SHARED = ("dataset", "num_samples", "loss", "collate_fn")  # of both identities
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What became of each sample's loss.
+
+    Attributes:
+        differences: (N,) float32, loss after less loss before, in nats for language models: below
+            0 for what was learned, above 0 for what was forgotten; NaN where one of both lacks.
+    """
+
+    differences: Tensor
+
+    def learned(self, most: int = 10) -> list[int]:
+        """Return the samples whose losses fell most, the first the most; none that rose.
+
+        Args:
+            most: how many at most.
+        """
+        return [index for index in self._in_order(most) if self.differences[index] < 0]
+
+    def forgotten(self, most: int = 10) -> list[int]:
+        """Return the samples whose losses rose most, the first the most; none that fell.
+
+        Args:
+            most: how many at most.
+        """
+        order = self._in_order(most, descending=True)
+        return [index for index in order if self.differences[index] > 0]
+
+    def summary(self) -> dict[str, Any]:
+        """Return figures about all samples that have both losses, JSON-like."""
+        present = self.differences[~self.differences.isnan()].double()
+        return {
+            "samples": len(self.differences),
+            "compared": len(present),
+            "learned": int((present < 0).sum()),
+            "forgotten": int((present > 0).sum()),
+            "mean_difference": present.mean().item() if len(present) else None,
+            "largest_fall": present.min().item() if len(present) else None,
+            "largest_rise": present.max().item() if len(present) else None,
+        }
+
+    def _in_order(self, most: int, *, descending: bool = False) -> list[int]:
+        last = -torch.inf if descending else torch.inf
+        values = self.differences.nan_to_num(last, torch.inf, -torch.inf)
+        order: list[int] = values.argsort(descending=descending, stable=True)[:most].tolist()
+        return order
+
+
+def compare(before: Scores, after: Scores) -> Comparison:
+    """Return what became of each sample's loss.
+
+    Scored on the new task's samples, it tells which of them were learned; on others, such as text
+    that the frozen model wrote (`own_text`), which were forgotten.
+
+    Args:
+        before: of the frozen model.
+        after: of the tuned model, on the same samples.
+
+    Raises:
+        TypeError: one of both is no `Scores`.
+        ScoreMismatchError: they are of other samples, or of another loss.
+
+    Example:
+        >>> counts = torch.ones(3, dtype=torch.long)
+        >>> before = Scores(torch.tensor([2.0, 1.0, 0.5]), counts)
+        >>> after = Scores(torch.tensor([0.5, 1.0, 0.75]), counts)
+        >>> comparison = compare(before, after)
+        >>> comparison.learned(), comparison.forgotten()
+        ([0], [2])
+    """
+    for name, scores in (("before", before), ("after", after)):
+        if not isinstance(scores, Scores):
+            raise TypeError(f"{name} must be Scores, got {type(scores).__name__}")
+    if len(before) != len(after):
+        raise ScoreMismatchError(
+            f"before has {len(before)} samples and after {len(after)}; score the same data set by "
+            "both models"
+        )
+    old, new = (scores.metadata.get("identity", {}) for scores in (before, after))
+    different = [name for name in _SHARED if name in old and name in new and old[name] != new[name]]
+    if different:
+        raise ScoreMismatchError(
+            f"the scores differ in {', '.join(different)}: before has {old[different[0]]!r}, after "
+            f"{new[different[0]]!r}; score the same data set by both models, with the same loss"
+        )
+    return Comparison(after.losses - before.losses)
