@@ -5,6 +5,7 @@ from flowdata.drift.choosing import Candidate, choose, rank
 from flowdata.drift.comparing import Comparison, compare
 from flowdata.drift.drift import Drift
 from flowdata.drift.meter import DriftMeter
+from flowdata.drift.picture import draw_front
 from flowdata.drift.probes import own_text, smooth_images
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "OutputAnchor",
     "choose",
     "compare",
+    "draw_front",
     "own_text",
     "rank",
     "smooth_images",

@@ -13,12 +13,13 @@ def hide_progress() -> None:
     load_transformers().utils.logging.disable_progress_bar()
 
 
-def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
+def load_model(source: str, *, trust_remote_code: bool = False, device: str | None = None) -> Any:
     """Return the causal language model at a hub id, a folder, or a GGUF file or folder.
 
     Args:
         source: the hub id or path.
         trust_remote_code: whether code that comes with the model is run.
+        device: where the model is to be; None is where it loads.
 
     Raises:
         ImportError: transformers is not installed.
@@ -26,9 +27,10 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> Any:
     """
     transformers = load_transformers()
     folder, options = _gguf(source)
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code, **options
     )
+    return model if device is None else model.to(device)
 
 
 def load_tuned_model(base: Any, source: str, *, trust_remote_code: bool = False) -> Any:
@@ -42,8 +44,8 @@ def load_tuned_model(base: Any, source: str, *, trust_remote_code: bool = False)
     Raises:
         ImportError: `source` holds adapters, and PEFT is not installed.
     """
-    if not (Path(source) / "adapter_config.json").exists():
-        return load_model(source, trust_remote_code=trust_remote_code)
+    if not is_adapter(source):
+        return load_model(source, trust_remote_code=trust_remote_code, device=str(base.device))
     try:
         import peft
     except ImportError:
@@ -51,6 +53,11 @@ def load_tuned_model(base: Any, source: str, *, trust_remote_code: bool = False)
             f'{source} holds adapters, which need PEFT: pip install "flowdata-torch[peft]"'
         ) from None
     return peft.PeftModel.from_pretrained(base, source)
+
+
+def is_adapter(source: str) -> bool:
+    """Return whether a folder holds PEFT adapters, and not a model of its own."""
+    return (Path(source) / "adapter_config.json").exists()
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:

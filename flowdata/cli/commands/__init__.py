@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Protocol
 
-from flowdata.cli.commands import bench, demo, drift, report, score, verify
+from flowdata.cli.commands import bench, demo, drift, front, report, score, verify
 
 
 class Command(Protocol):
@@ -25,5 +25,6 @@ COMMANDS: Mapping[str, Command] = {
     "report": report,
     "verify": verify,
     "drift": drift,
+    "front": front,
     "bench": bench,
 }

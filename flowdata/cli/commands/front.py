@@ -1,0 +1,113 @@
+"""`flowdata front`: what a fine-tuned model learned against what it forgot, at each share of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flowdata.cli.exit_codes import DONE
+from flowdata.cli.front_models import check_front, models_of_front, write_model
+from flowdata.cli.output import print_result
+from flowdata.cli.probe_options import add_probe_options, describe_probe, make_probe
+from flowdata.cli.text_samples import text_samples
+from flowdata.drift import Candidate, DriftMeter, draw_front, rank
+from flowdata.scoring.scorer import LossScorer
+from flowdata.text.models import hide_progress, load_model, load_transformers
+
+_ALPHAS = tuple(step / 10 for step in range(11))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("base", help="hub id or folder of the model before fine-tuning")
+    add("tuned", help="hub id or folder of the model after it, or of LoRA adapters")
+    add("--valid", required=True, metavar="DATA", help="validation data of the new task")
+    add("--alphas", nargs="+", type=float, default=_ALPHAS, help="default: 0, 0.1, … 1")
+    add(
+        "--exchange",
+        type=float,
+        default=1.0,
+        help="what a nat of drift counts beside a nat of validation loss (default: %(default)s)",
+    )
+    add("--write", type=Path, metavar="FOLDER", help="write the chosen weights there")
+    add("--picture", type=Path, default=Path("front.png"), help="default: %(default)s")
+    add_probe_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Weigh what a fine-tuning learned against what it forgot; choose how much to keep."""
+    load_transformers()
+    if options.quiet:
+        hide_progress()
+    check_front(options.tuned)
+    if options.write is not None and options.write.exists():
+        raise ValueError(f"--write must name a new folder, and {options.write} is there already")
+    trust, device = options.trust_remote_code, options.device
+    base = load_model(options.base, trust_remote_code=trust, device=device)
+    meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
+    del base
+    samples, _ = text_samples(options, options.valid, options.base)
+    runs = []
+    models = models_of_front(
+        options.base, options.tuned, options.alphas, trust_remote_code=trust, device=device
+    )
+    for alpha, model in models:
+        runs.append((f"{alpha:g}", _loss(options, model, samples), meter(model)))
+    candidates = rank(runs, validation="loss", exchange=options.exchange)
+    best = candidates[0]
+    options.picture.write_bytes(draw_front(candidates))
+    if options.write is not None:
+        write_model(options.base, options.tuned, float(best.name), options.write)
+    facts = {
+        "base": options.base,
+        "tuned": options.tuned,
+        "chosen": float(best.name),
+        "front": [
+            {
+                "alpha": float(c.name),
+                "validation": c.validation,
+                "cost": c.cost,
+                **c.drift.to_dict(),
+            }
+            for c in sorted(candidates, key=lambda c: float(c.name))
+        ],
+    }
+    print_result(options, facts, _text(options, candidates))
+    return DONE
+
+
+def _loss(options: argparse.Namespace, model: Any, samples: Any) -> float:
+    """The loss of all target tokens of the validation data, nats a token."""
+    scorer = LossScorer(
+        model, "causal_lm", dtype=options.dtype, progress=False, device=options.device
+    )
+    scores = scorer.score(samples, lengths=samples.lengths, dataset_id="validation")
+    has_target = scores.counts > 0
+    losses, counts = scores.losses[has_target].double(), scores.counts[has_target]
+    return float((losses * counts).sum() / counts.sum())
+
+
+def _text(options: argparse.Namespace, candidates: list[Candidate]) -> str:
+    best, number = candidates[0], candidates[0].drift.samples
+    tied = [c.name for c in candidates[1:] if c.is_tied]
+    rows = [
+        f"{c.name:>5}  {c.validation:10.4f}  {c.drift.kl:9.4f}  {c.cost:9.4f}"
+        + ("  ← chosen" if c is best else "  (can't be told apart)" if c.is_tied else "")
+        for c in sorted(candidates, key=lambda c: float(c.name))
+    ]
+    probe = describe_probe(options, number)
+    lines = [
+        f"from {options.base} (0) to {options.tuned} (1); drift on {probe}",
+        f"{'α':>5}  {'validation':>10}  {'drift':>9}  {'sum':>9}",
+        *rows,
+        f"chosen: α = {best.name}, the smallest validation loss + {options.exchange:g} · drift, "
+        "in nats a token",
+        f"picture: {options.picture}",
+    ]
+    if options.write is not None:
+        lines.append(f"written: {options.write}")
+    elif not tied or best.name != "1":
+        lines.append("--write FOLDER writes the chosen weights")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""`flowdata front`, on folders as users have them."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from flowdata.drift import DriftMeter, own_text
+from tests.models import tiny_llama
+from tests.test_cli import data, model_folder, run
+from tests.test_text import tokenizer
+
+__all__ = ["data", "model_folder", "tokenizer"]  # fixtures
+SMALL = ("--samples", 6, "--length", 12, "--dtype", "float32")
+
+
+def trained(model, data, tokenizer, steps=12):
+    """A model that has learned the data's own rows a little."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    texts = [tokenizer(r["question"] + r["answer"])["input_ids"] for r in rows]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
+    for _ in range(steps):
+        for ids in texts[:8]:
+            tokens = torch.tensor([ids])
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture
+def tuned_folder(tmp_path, data, tokenizer):
+    model = trained(tiny_llama(), data, tokenizer)
+    model.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+def test_the_front_of_two_models_is_measured_drawn_and_written(
+    capsys, model_folder, tuned_folder, data, tmp_path, tokenizer
+):
+    written, picture = tmp_path / "chosen", tmp_path / "front.png"
+    command = ("front", model_folder, tuned_folder, "--valid", data, *SMALL, "--alphas", 0, 0.5, 1)
+    command = (*command, "--picture", picture)
+    code, out, _ = run(capsys, *command, "--json", "--write", written)
+    assert code == 0
+    facts = json.loads(out)
+    points = {point["alpha"]: point for point in facts["front"]}
+    assert list(points) == [0, 0.5, 1]
+    assert points[0]["kl"] == 0 < points[0.5]["kl"] < points[1]["kl"]
+    assert points[1]["validation"] < points[0]["validation"]
+    costs = {alpha: point["validation"] + point["kl"] for alpha, point in points.items()}
+    assert facts["chosen"] == min(costs, key=costs.get)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    base = tiny_llama()
+    meter = DriftMeter(base, own_text(base, tokenizer, 6, 12), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(written)
+    assert meter(model).kl == pytest.approx(points[facts["chosen"]]["kl"], rel=1e-4, abs=1e-9)
+
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert f"chosen: α = {facts['chosen']:g}" in out
+    assert "← chosen" in out
+
+
+def test_alpha_scales_what_adapters_add(capsys, model_folder, data, tmp_path, tokenizer):
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=32)
+    model = trained(get_peft_model(tiny_llama(), config), data, tokenizer)
+    model.save_pretrained(tmp_path / "adapter")
+    command = ("front", model_folder, tmp_path / "adapter", "--valid", data, *SMALL)
+    command = (*command, "--alphas", 0, 0.5, 1, "--exchange", 0, "--picture", tmp_path / "f.png")
+    code, out, _ = run(capsys, *command, "--json", "--write", tmp_path / "scaled")
+    assert code == 0
+    facts = json.loads(out)
+    points = {point["alpha"]: point for point in facts["front"]}
+    assert points[0]["kl"] == 0 < points[0.5]["kl"] < points[1]["kl"]
+    base = tiny_llama()
+    meter = DriftMeter(base, own_text(base, tokenizer, 6, 12), dtype="float32")
+    scaled = PeftModel.from_pretrained(tiny_llama(), tmp_path / "scaled")
+    assert meter(scaled).kl == pytest.approx(points[facts["chosen"]]["kl"], rel=1e-4)
+
+
+def test_adapters_that_do_not_scale_are_refused(capsys, model_folder, data, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    code, _, err = run(capsys, "front", model_folder, tmp_path / "adapter", "--valid", data)
+    assert code == 2
+    assert "modules_to_save, which do not scale; merge them" in err
+
+
+def test_a_folder_that_is_there_is_not_written_over(capsys, model_folder, data, tmp_path):
+    command = ("front", model_folder, model_folder, "--valid", data, "--write", tmp_path)
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert "--write must name a new folder" in err
