@@ -29,9 +29,11 @@ scipy, pictures matplotlib, and LoRA peft: ``pip install "flowdata-torch[study]"
 - methods.py names the methods; parts.py has what they do beside weighing samples.
 - training.py is the loop of all methods, classify.py fine-tunes a classifier with it.
 - recipe.py and head_task.py are for a task with a head of its own.
-- runs.py runs a study and chooses the learning rates; table.py and picture.py show it.
+- runs.py runs a study and chooses the learning rates; choices.py chooses among all runs, also by
+  their drift; table.py and picture.py show it.
 """
 
+from flowdata.study.choices import choices
 from flowdata.study.classify import accuracy, fine_tune, sample_weights
 from flowdata.study.head_task import HeadTask, Sizes, Split
 from flowdata.study.methods import METHODS, STANDARD, TEMPERATURES, grids
@@ -59,6 +61,7 @@ __all__ = [
     "as_old_network",
     "averaging",
     "begin",
+    "choices",
     "chosen_rates",
     "chosen_runs",
     "draw_picture",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from flowdata.study.choices import choices
 from flowdata.study.extras import load_extra
 from flowdata.study.methods import METHODS, STANDARD
 from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
@@ -74,6 +75,7 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
         "",
         *_edges(records),
         *_over_rates(records),
+        *_choices(records),
         "Differences over the seeds, paired: mean ± standard deviation (p of a t-test).",
         "",
         *_comparisons(runs),
@@ -147,6 +149,26 @@ def _over_rates(records: list[Record]) -> list[str]:
         ]
         lines.append(row([method, *cells]))
     return [title, "", *lines, ""]
+
+
+def _choices(records: list[Record]) -> list[str]:
+    """A table of what each rule chooses among all runs that have a drift."""
+    records = [record for record in records if "drift" in record]
+    if len({(record["method"], record["rate"]) for record in records}) < 2:
+        return []
+    names = list(measures(records[0]))
+    average = "average" in names
+    by_rule = choices(records, (lambda r: measures(r)["average"]) if average else None)
+    lines = [row(["chosen", *names, "runs"]), row(["---", *["---:"] * len(names), "---"])]
+    for rule, runs in by_rule.items():
+        cells = [spread([measures(run)[name] for run in runs], digits(name)) for name in names]
+        chosen = dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs)
+        lines.append(row([rule, *cells, ", ".join(chosen)]))
+    title = (
+        "Chosen among all methods and rates, on each seed: blind, by validation alone; by drift, "
+        "validation and what the probe says was kept (`flowdata.drift.choose`)"
+    )
+    return [title + ("; best, which takes the old data to know:" * average or ":"), "", *lines, ""]
 
 
 def _means_and_seeds(runs: list[Record], names: list[str], most: int) -> str:

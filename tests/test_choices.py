@@ -1,0 +1,57 @@
+"""What each rule chooses among a study's runs."""
+
+from flowdata.study import choices, report
+
+
+def record(method, rate, seed, new, old, agreement):
+    drift = {"kl": 1 - agreement, "reverse_kl": 0.0, "cosine": agreement, "agreement": agreement}
+    drift |= {"samples": 64, "head": "frozen", "of": "samples"}
+    return {
+        "method": method,
+        "rate": rate,
+        "seed": seed,
+        "options": {"study": "mine"},
+        "validation": new,
+        "target": {"accuracy": new},
+        "retained": {"old accuracy": old},
+        "drift": {"noise": drift},
+    }
+
+
+RUNS = [
+    record("standard", 0.1, 0, 90.0, 20.0, 0.2),
+    record("standard", 0.01, 0, 80.0, 75.0, 0.85),
+    record("FLOW", 0.1, 0, 84.0, 70.0, 0.8),
+    record("FLOW", 0.01, 0, 70.0, 78.0, 0.9),
+    record("standard", 0.1, 1, 91.0, 22.0, 0.2),
+    record("FLOW", 0.1, 1, 85.0, 72.0, 0.82),
+]
+
+
+def test_validation_alone_chooses_what_forgets_and_drift_what_does_not():
+    chosen = choices(RUNS, lambda r: r["target"]["accuracy"] + r["retained"]["old accuracy"])
+    keys = {rule: [(run["method"], run["rate"]) for run in runs] for rule, runs in chosen.items()}
+    assert keys["blind"] == [("standard", 0.1)] * 2
+    assert keys["by drift, noise"] == [("standard", 0.01), ("FLOW", 0.1)]
+    assert keys["best"] == [("standard", 0.01), ("FLOW", 0.1)]
+    assert choices(RUNS, exchange=0)["by drift, noise"] == choices(RUNS)["blind"]
+
+
+def test_losses_of_language_models_are_weighed_in_nats():
+    runs = [
+        record(m, r, 0, -loss, 0, 1 - kl)
+        for m, r, loss, kl in [("a", 1, 0.9, 0.5), ("b", 2, 1.0, 0.1)]
+    ]
+    for run in runs:
+        run["drift"]["noise"]["of"] = "tokens"
+    assert choices(runs)["by drift, noise"][0]["method"] == "b"
+    assert choices(runs)["blind"][0]["method"] == "a"
+
+
+def test_the_page_shows_the_choices_beside_the_blind_one():
+    page = report({"study": "mine"}, RUNS)
+    rows = [line for line in page.splitlines() if line.startswith(("| blind", "| by drift"))]
+    assert rows[0].startswith("| blind | 90.5 ± 0.7 | 21.0 ± 1.4 |")
+    assert "FLOW 0.1" in rows[1]
+    without = [{k: v for k, v in run.items() if k != "drift"} for run in RUNS]
+    assert "by drift" not in report({"study": "mine"}, without)
