@@ -225,6 +225,38 @@ def _sharded_fingerprint(rank):
     return fingerprint_model(_sharded_model())
 
 
+def drift_has_the_same_bits_on_any_number_of_ranks():
+    expected = _drift(0)
+    for size in (1, 2, 3, 4):
+        assert in_ranks(size, _drift) == [expected] * size, size
+
+
+def a_sharded_model_has_the_drift_of_a_whole_one():
+    expected = _drift_of(tiny_llama())
+    for values in in_ranks(2, _sharded_drift):
+        assert abs(values["kl"] - expected["kl"]) < 1e-6 * expected["kl"], values
+        assert values["agreement"] == expected["agreement"]
+
+
+def _drift(rank):
+    return _drift_of(tiny_llama())
+
+
+def _sharded_drift(rank):
+    return _drift_of(_sharded_model())
+
+
+def _drift_of(model):
+    from flowdata.drift import DriftMeter
+
+    meter = DriftMeter(model, SAMPLES[:20], dtype="float32")
+    assert meter(model).kl == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    return meter(model).to_dict()
+
+
 def unreadable_samples_are_skipped_in_ranks_too():
     for found in in_ranks(3, _skipping):
         assert found["skipped"] == {"7": "OSError: disk gone", "30": "OSError: disk gone"}
@@ -255,6 +287,8 @@ CHECKS = [
     a_rank_can_score_alone,
     a_sharded_model_is_scored_by_its_ranks_together,
     unreadable_samples_are_skipped_in_ranks_too,
+    drift_has_the_same_bits_on_any_number_of_ranks,
+    a_sharded_model_has_the_drift_of_a_whole_one,
 ]
 
 
