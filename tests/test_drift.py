@@ -240,6 +240,19 @@ def test_bfloat16_is_no_worse_than_its_plain_forward():
     assert abs(drift.kl - expected) <= abs(plain - expected) + 1e-4
 
 
+def test_rounding_in_bfloat16_is_judged_by_its_own_size(caplog):
+    base = tiny_llama()
+    with torch.no_grad():
+        base.lm_head.weight.mul_(40)  # predictions as sharp as those of a trained model
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        meter = DriftMeter(base, TOKENS, dtype="bfloat16")
+    assert "not reading" not in caplog.text
+    tuned = moved(base, 0.005)
+    expected = truth(base, tuned, TOKENS, of_causal)["kl"]
+    assert meter(base).kl == 0
+    assert meter(tuned).kl == pytest.approx(float(expected), rel=0.05)
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_adapters_are_measured_as_they_are_merged_or_not(targets):
     base = tiny_llama()

@@ -34,7 +34,7 @@ from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job
 from flowdata.scoring.kinds import differing
 from flowdata.scoring.lend import lent_model
-from flowdata.scoring.plan.packs import Plan, PlanOptions
+from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.planning import make_plan
 from flowdata.store.packs import reorder
 from flowdata.targets.labels import IGNORE_INDEX, split_batch
@@ -173,36 +173,36 @@ class Reader:
 
     def _right_way(self, job: Job, model: nn.Module, head: str | None) -> RowsWay:
         """The fastest way to the rows that samples have alone, found once for each structure."""
-        ways = {way.name: way for way in ways_to_rows(job, self._plan, model, head)}
         structure = _structure(model)
         if structure not in self._right_ways:
             samples = [job.few_samples[k] for k in differing(job.few_samples, _MOST_CHECKED)]
-            self._right_ways[structure] = _find_right_way(job, model, head, samples, ways)
-        return ways[self._right_ways[structure]]
+            self._right_ways[structure] = _find_right_way(job, self._plan, model, head, samples)
+        ways = ways_to_rows(job, self._plan, model, head)
+        return next(way for way in ways if way.name == self._right_ways[structure])
 
 
 def _find_right_way(
-    job: Job, model: nn.Module, head: str | None, samples: list[Any], ways: dict[str, RowsWay]
+    job: Job, plan: Plan, model: nn.Module, head: str | None, samples: list[Any]
 ) -> str:
     """The name of the first way that gives samples the predictions that they have alone."""
-    names = list(ways)
-    true = _predictions(job, model, head, ways[names[-1]], samples)
+    ways = ways_to_rows(job, plan, model, head)
+    true = _predictions(job, model, head, ways[-1], samples)
     if not len(true.rows) or not true.rows.isfinite().all():
-        return names[0]  # there is nothing to compare, or the model diverged, which any way tells
+        return ways[0].name  # there is nothing to compare, or the model diverged: any way tells
     _check_output_layer(job, model, samples[0], true)
     allowance = _ROUNDING
-    for name in names:
+    for way in ways:
         try:
-            together = _predictions(job, model, head, ways[name], samples)
+            together = _predictions(job, model, head, way, samples)
             off = float(divergences(true, together).kl.max())
         except Exception as error:  # whatever it is, another way may do without
-            logger.warning("not reading %s: %s", name, str(error).splitlines()[0])
+            logger.warning("not reading %s: %s", way.name, str(error).partition("\n")[0])
             continue
         if off > allowance == _ROUNDING:
-            allowance += 2 * _cost_of_dtype(job, head, ways, samples, true)
+            allowance += 2 * _cost_of_dtype(job, plan, head, samples, true)
         if off <= allowance:
-            return name
-        logger.warning("not reading %s: predictions differ by %.2g nats", name, off)
+            return way.name
+        logger.warning("not reading %s: predictions differ by %.2g nats", way.name, off)
     raise ValueError(
         "the model makes other predictions of a sample each time it is run alone; it has to be "
         "deterministic in eval mode"
@@ -221,7 +221,7 @@ def _predictions(
 
 
 def _cost_of_dtype(
-    job: Job, head: str | None, ways: dict[str, RowsWay], samples: list[Any], true: Predictions
+    job: Job, plan: Plan, head: str | None, samples: list[Any], true: Predictions
 ) -> float:
     """How far the run's dtype itself takes predictions from those in float32, in nats."""
     if job.dtype.itemsize >= 4:
@@ -229,9 +229,9 @@ def _cost_of_dtype(
     exact_job = replace(job, dtype=torch.float32)
     if is_placed(job.model) or not has_memory_for_copy(job.model, torch.float32, job.device):
         return _MOST_ROUNDING / 2
-    with lent_model(exact_job, PlanOptions(threads=torch.get_num_threads())) as model:
-        alone = list(ways)[-1]
-        exact = _predictions(exact_job, model, head, ways[alone], samples)
+    with lent_model(exact_job, plan.options) as model:
+        alone = ways_to_rows(exact_job, plan, model, head)[-1]
+        exact = _predictions(exact_job, model, head, alone, samples)
         return float(divergences(exact, true).kl.max())
 
 
