@@ -164,9 +164,10 @@ class Scores:
                 "positive float as temperature, or pass column='entropy' or 'gradient_norm'"
             )
         if name not in self.columns:
+            others = f" or one of {sorted(self.columns)}" if self.columns else ": there is no other"
             raise ValueError(
-                f"column must be 'loss' or one of {sorted(self.columns)}, got {name!r}; score "
-                "with LossScorer(..., columns=...) to have more"
+                f"column must be 'loss'{others}, got {name!r}; score with "
+                "LossScorer(..., columns=...) to have more"
             )
         if name not in SMALL_WHERE_EASY:
             say_once(

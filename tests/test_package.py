@@ -1,6 +1,7 @@
 """The package as a whole: what an import costs and brings, and what the README promises."""
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -105,6 +106,31 @@ def test_pages_name_only_files_and_commands_that_exist(page):
     assert [script for script in scripts if not (ROOT / "examples" / script).exists()] == []
     commands = set(re.findall(r"^flowdata (\w+)|-m flowdata (\w+)|`flowdata (\w+)`", text, re.M))
     assert {name for names in commands for name in names if name} <= set(COMMANDS)
+
+
+def test_every_dotted_name_in_pages_and_docstrings_exists():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "flowdata").rglob("*.py")]
+    pages += (ROOT / "examples").glob("*.py")
+    names = {
+        name
+        for page in pages
+        for name in re.findall(r"(?<![\w./@-])flowdata(?:\.\w+)+", page.read_text())
+        if not name.endswith((".py", ".md"))
+    }
+    assert len(names) > 50
+    missing = [name for name in sorted(names) if not is_there(name)]
+    assert missing == []
+
+
+def is_there(name):
+    """Whether a dotted name is a module, or an attribute of one."""
+    try:
+        pkgutil.resolve_name(name)
+    except AttributeError:
+        return False
+    except ImportError as error:  # of an extra's package that isn't here, or of the name itself
+        return not (error.name or "flowdata").startswith("flowdata")
+    return True
 
 
 def test_doctests_of_the_package():
