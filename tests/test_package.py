@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 import flowdata
 from flowdata.cli.commands import COMMANDS
-from tests.models import TinyResNet, images
+from tests.models import TinyResNet, images, tiny_llama, token_samples
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,8 +156,13 @@ def test_doctests_of_the_package():
     assert re.search(r"\d+ passed", done.stdout)
 
 
+def readme_blocks():
+    """The README's Python: the five lines, the one in a trainer, the companions."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    code = readme_blocks()[0]
     monkeypatch.chdir(tmp_path)
     model = TinyResNet()
     names = {
@@ -173,6 +180,36 @@ def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
     assert model.head.weight.grad is not None
     assert sum(len(labels) for _, labels in names["loader"]) == 20
     assert len(flowdata.Scores.load("scores")) == 20
+
+
+def test_the_readmes_one_line_runs(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    before = model.lm_head.weight.clone()
+    args = transformers.TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
+    samples = [{name: row[:4] for name, row in sample.items()} for sample in token_samples(8)]
+    exec(readme_blocks()[1], {"model": model, "args": args, "dataset": samples})
+    assert not model.lm_head.weight.equal(before)
+    assert len(flowdata.Scores.load("scores")) == 8
+
+
+def test_the_readmes_companions_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = [tiny_llama(), tiny_llama()]
+    nn.init.normal_(models[1].lm_head.weight)
+    for model, folder in zip(models, ("pretrained", "finetuned"), strict=True):
+        model.save_pretrained(folder)
+    network = TinyResNet()
+    head, network.head = network.head, nn.Identity()
+    before = head.weight.clone()
+    names = {"flowdata": flowdata, "body": network, "head": head, "model": head}
+    exec(readme_blocks()[2], {**names, "dataset": images()})
+    assert len(readme_blocks()) == 3
+    assert not head.weight.equal(before)
+    averaged = type(models[0]).from_pretrained("averaged").lm_head.weight
+    expected = (models[0].lm_head.weight + models[1].lm_head.weight) / 2
+    torch.testing.assert_close(averaged, expected)
 
 
 def repository_texts():
