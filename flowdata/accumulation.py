@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -28,8 +28,10 @@ class AccumulatedBatches:
             number of samples, or the sum of their weights.
 
     Raises:
-        ValueError: `steps` is below 1; or, here or at a pass, an `Accelerator` that accumulates
-            prepared the loader, or the loader's length is another on another rank.
+        TypeError: `count` is no function, or, in a pass, gives no number.
+        ValueError: `steps` is below 1; in a pass, `count` is `len` of batches of several parts;
+            or, here or at a pass, an `Accelerator` that accumulates prepared the loader, or the
+            loader's length is another on another rank.
 
     Example:
         >>> import torch
@@ -49,6 +51,10 @@ class AccumulatedBatches:
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        if not callable(count):
+            raise TypeError(
+                f"count must be a function, batch -> its items, got {type(count).__name__}"
+            )
         self.loader, self.steps, self.count = loader, steps, count
         _check_nobody_else_divides(loader)
 
@@ -80,8 +86,32 @@ def optimizer_steps(
     batches = iter(loader)
     # The first batch of a step needs the count of its last one: all of them are read ahead.
     while step := list(islice(batches, steps)):
-        counts = [torch.as_tensor(count(batch)).float() for batch in step]
-        yield step, mean_over_ranks(torch.stack(counts).sum())
+        if count is len and isinstance(step[0], tuple | list | Mapping):
+            raise ValueError(
+                f"count=len gives the parts of a batch that is a {type(step[0]).__name__}, not its "
+                "samples; of (batch, weights) pass count=lambda item: len(item[1])"
+            )
+        yield step, mean_items(count(batch) for batch in step)
+
+
+def mean_items(counts: Iterable[float | Tensor]) -> Tensor:
+    """Return the items of a step: the sum over its batches, the mean over ranks, 0-d float32.
+
+    Args:
+        counts: of each batch its items, a number or a 0-d tensor.
+
+    Raises:
+        TypeError: one is something else.
+    """
+    values = list(counts)
+    for value in values:
+        if not isinstance(value, int | float) and getattr(value, "ndim", 1) != 0:
+            shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+            raise TypeError(
+                "count must give the number of a batch's items, a number or a 0-d tensor, got "
+                f"{type(value).__name__}{shape}"
+            )
+    return mean_over_ranks(torch.stack([torch.as_tensor(value).float() for value in values]).sum())
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -256,9 +256,14 @@ def _check_losses(losses: Tensor, weights: Tensor) -> None:
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if losses.shape != weights.shape:
+        is_per_sample = weights.dim() == 1 and len(losses) == len(weights)
+        remedy = (
+            ". Make one loss of each sample first, or, of a language model, use "
+            "flowdata.causal_lm_loss(logits, labels, weights)"
+        )
         raise ValueError(
-            f"weights must have the shape of losses, {tuple(losses.shape)}, "
-            f"got {tuple(weights.shape)}; nothing is broadcast"
+            f"weights must have the shape of losses, {tuple(losses.shape)}, got "
+            f"{tuple(weights.shape)}; nothing is broadcast{remedy if is_per_sample else ''}"
         )
 
 

@@ -164,9 +164,10 @@ class Scores:
                 "positive float as temperature, or pass column='entropy' or 'gradient_norm'"
             )
         if name not in self.columns:
+            others = f" or one of {sorted(self.columns)}" if self.columns else ": there is no other"
             raise ValueError(
-                f"column must be 'loss' or one of {sorted(self.columns)}, got {name!r}; score "
-                "with LossScorer(..., columns=...) to have more"
+                f"column must be 'loss'{others}, got {name!r}; score with "
+                "LossScorer(..., columns=...) to have more"
             )
         if name not in SMALL_WHERE_EASY:
             say_once(
@@ -308,9 +309,10 @@ def weights_of(
     if isinstance(scores_or_weights, Scores):
         return weigh_present(scores_or_weights.losses, temperature, missing=missing)
     if isinstance(scores_or_weights, str | Path):
+        name = str(scores_or_weights)  # "auto" is a word that the trainers alone can follow
+        made = "LossScorer(model).score(dataset)" if name == "auto" else f"Scores.load({name!r})"
         raise TypeError(
-            "scores_or_weights must be scores or weights, got a path; pass "
-            f"flowdata.Scores.load({str(scores_or_weights)!r})"
+            f"scores_or_weights must be scores or weights, got {name!r}; pass flowdata.{made}"
         )
     if hasattr(scores_or_weights, "score"):
         raise TypeError(

@@ -165,6 +165,7 @@ def test_anchored_training_stays_nearer():
 FROZEN = nn.Linear(2, 2).requires_grad_(False)
 BAD_ANCHORS = [
     ((network(), "l3"), {}, ValueError, "kind must be 'l2' or 'l1', got 'l3'"),
+    ((network(), 0.1), {}, ValueError, "got 0.1; for a penalty of that size pass strength=0.1"),
     ((network(), "l2", -1.0), {}, ValueError, "strength must be finite and >= 0, got -1.0"),
     ((network(), "l2", float("nan")), {}, ValueError, "strength must be finite"),
     ((FROZEN,), {}, ValueError, "no parameter that requires a gradient"),

@@ -214,6 +214,11 @@ def test_per_label_weights_belong_to_the_label_and_not_to_the_position_before(ba
         (TypeError, "weights must be a tensor, got int", lambda: weighted_mean(torch.ones(2), 1)),
         (
             ValueError,
+            r"shape of losses, \(2, 3\), got \(2,\).* Make one loss of each sample first",
+            lambda: weighted_mean(torch.ones(2, 3), torch.ones(2)),
+        ),
+        (
+            ValueError,
             r"labels must lie in \[0, 4\) or be ignore_index, got 4",
             lambda: causal_lm_loss(torch.ones(1, 3, 4), torch.tensor([[0, 4, -100]])),
         ),

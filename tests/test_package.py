@@ -1,18 +1,21 @@
 """The package as a whole: what an import costs and brings, and what the README promises."""
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 import flowdata
 from flowdata.cli.commands import COMMANDS
-from tests.models import TinyResNet, images
+from tests.models import TinyResNet, images, tiny_llama, token_samples
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,6 +110,31 @@ def test_pages_name_only_files_and_commands_that_exist(page):
     assert {name for names in commands for name in names if name} <= set(COMMANDS)
 
 
+def test_every_dotted_name_in_pages_and_docstrings_exists():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "flowdata").rglob("*.py")]
+    pages += (ROOT / "examples").glob("*.py")
+    names = {
+        name
+        for page in pages
+        for name in re.findall(r"(?<![\w./@-])flowdata(?:\.\w+)+", page.read_text())
+        if not name.endswith((".py", ".md"))
+    }
+    assert len(names) > 50
+    missing = [name for name in sorted(names) if not is_there(name)]
+    assert missing == []
+
+
+def is_there(name):
+    """Whether a dotted name is a module, or an attribute of one."""
+    try:
+        pkgutil.resolve_name(name)
+    except AttributeError:
+        return False
+    except ImportError as error:  # of an extra's package that isn't here, or of the name itself
+        return not (error.name or "flowdata").startswith("flowdata")
+    return True
+
+
 def test_doctests_of_the_package():
     done = subprocess.run(
         [
@@ -128,8 +156,13 @@ def test_doctests_of_the_package():
     assert re.search(r"\d+ passed", done.stdout)
 
 
+def readme_blocks():
+    """The README's Python: the five lines, the one in a trainer, the companions."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    code = readme_blocks()[0]
     monkeypatch.chdir(tmp_path)
     model = TinyResNet()
     names = {
@@ -147,6 +180,36 @@ def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
     assert model.head.weight.grad is not None
     assert sum(len(labels) for _, labels in names["loader"]) == 20
     assert len(flowdata.Scores.load("scores")) == 20
+
+
+def test_the_readmes_one_line_runs(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    before = model.lm_head.weight.clone()
+    args = transformers.TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
+    samples = [{name: row[:4] for name, row in sample.items()} for sample in token_samples(8)]
+    exec(readme_blocks()[1], {"model": model, "args": args, "dataset": samples})
+    assert not model.lm_head.weight.equal(before)
+    assert len(flowdata.Scores.load("scores")) == 8
+
+
+def test_the_readmes_companions_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = [tiny_llama(), tiny_llama()]
+    nn.init.normal_(models[1].lm_head.weight)
+    for model, folder in zip(models, ("pretrained", "finetuned"), strict=True):
+        model.save_pretrained(folder)
+    network = TinyResNet()
+    head, network.head = network.head, nn.Identity()
+    before = head.weight.clone()
+    names = {"flowdata": flowdata, "body": network, "head": head, "model": head}
+    exec(readme_blocks()[2], {**names, "dataset": images()})
+    assert len(readme_blocks()) == 3
+    assert not head.weight.equal(before)
+    averaged = type(models[0]).from_pretrained("averaged").lm_head.weight
+    expected = (models[0].lm_head.weight + models[1].lm_head.weight) / 2
+    torch.testing.assert_close(averaged, expected)
 
 
 def repository_texts():

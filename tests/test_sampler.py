@@ -535,6 +535,7 @@ def test_weights_of_any_floating_type_and_scale_give_the_same_order(dtype):
         ({"num_samples": True}, TypeError, "num_samples must be an integer, got True"),
         ({"num_replicas": 0}, ValueError, "num_replicas must be a positive integer, got 0"),
         ({"scores_or_weights": "scores/"}, TypeError, r"pass flowdata.Scores.load\('scores/'\)"),
+        ({"scores_or_weights": "auto"}, TypeError, r"flowdata.LossScorer\(model\).score\(dataset"),
         (
             {"scores_or_weights": LossScorer(torch.nn.Linear(1, 1))},
             TypeError,

@@ -603,6 +603,8 @@ class Stream(IterableDataset):
     [
         ({"model": "gpt2"}, TypeError, r"model must be a torch.nn.Module, got str"),
         ({"loss": "nll"}, ValueError, r"loss must be 'auto', one of 'causal_lm'"),
+        ({"loss": nn.CrossEntropyLoss()}, ValueError, "CrossEntropyLoss takes predictions and"),
+        ({"loss": nn.L1Loss(reduction="none")}, ValueError, "leave loss at 'auto', or pass a func"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be a positive integer or None, got 0"),
         ({"batch_size": 2.5}, ValueError, "batch_size must be a positive integer"),
         ({"reference": "adapter"}, ValueError, "reference must be 'model' or 'base'"),
@@ -625,6 +627,20 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, message):
 
 
 @pytest.mark.parametrize(
+    "sample",
+    [
+        "a text",
+        {"text": "a text"},
+        {"prompt": "2 + 2?", "completion": "4", "label": 1},
+        {"messages": [{"role": "user", "content": "2 + 2?"}]},
+    ],
+)
+def test_text_is_to_be_tokenised_first(sample):
+    with pytest.raises(ValueError, match=r"samples hold text .* takes tokens: tokenise the data"):
+        quiet(tiny_llama()).score([sample] * 3)
+
+
+@pytest.mark.parametrize(
     ("data", "options", "error", "message"),
     [
         ([], {}, ValueError, "dataset is empty"),
@@ -635,6 +651,13 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, message):
         (images(), {"collate_fn": "stack"}, TypeError, "collate_fn must be callable or None"),
         ({"train": images()}, {}, TypeError, "got dict of 'train'; pass one of them"),
         (images(classes=9), {}, ValueError, "classes from 0 to 4, .*, got 7"),
+        ([("a", "b")] * 3, {}, ValueError, r"got a list of 2 \(tuple, tuple\)"),
+        (
+            [(torch.randn(3, 8, 8), float(index)) for index in range(5)],
+            {},
+            ValueError,
+            "if they are classes, give them as integers",
+        ),
     ],
 )
 def test_bad_data_is_refused(data, options, error, message):

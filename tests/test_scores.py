@@ -159,6 +159,8 @@ def test_columns_of_another_shape_or_name_are_refused():
     scores = Scores(torch.ones(2), columns={"entropy": torch.ones(2)})
     with pytest.raises(ValueError, match=r"column must be 'loss' or one of \['entropy'\]"):
         scores.weights(column="margin")
+    with pytest.raises(ValueError, match="column must be 'loss': there is no other, got 'margin'"):
+        Scores(torch.ones(2)).weights(column="margin")
 
 
 def test_ess_weights_are_those_of_flow_weights_relative_to_the_smallest_loss():

@@ -70,7 +70,9 @@ class ParameterAnchor:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if kind not in ("l2", "l1"):
-            raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}")
+            is_number = isinstance(kind, int | float)
+            hint = f"; for a penalty of that size pass strength={kind!r}" if is_number else ""
+            raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}{hint}")
         self.kind = kind
         self.strength = real_number(
             strength, "strength must be finite and >= 0", 0, sys.float_info.max

@@ -16,7 +16,8 @@ from flowdata.accumulation import optimizer_steps
 class PreparedBatches(DataLoaderStateMixin):  # type: ignore[misc]
     """The batches of a loader that `prepare` returned, with the `num_items` of their step.
 
-    It is `flowdata.AccumulatedBatches` for the usual loop of Accelerate, which stays as it is::
+    It is `flowdata.accumulation.AccumulatedBatches` for the usual loop of Accelerate, which stays
+    as it is::
 
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         batches = PreparedBatches(accelerator, loader, lambda item: len(item[1]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowdata._common.resumable import check_state
-from flowdata.accumulation import mean_over_ranks
+from flowdata.accumulation import mean_items
 from flowdata.sampler import FlowSampler
 
 Count = Callable[[Any, Tensor], "float | Tensor"]
@@ -112,8 +112,7 @@ class WeightedBatches(TrainerBatches):
         while step := list(islice(batches, self._batches_of_step(place))):
             # Lightning divides each loss by this; a denominator that is as much too small undoes it
             divisor = self.trainer.accumulate_grad_batches
-            counts = [torch.as_tensor(self.count(*item)).float() for item in step]
-            num_items = mean_over_ranks(torch.stack(counts).sum()) / divisor
+            num_items = mean_items(self.count(*item) for item in step) / divisor
             for batch, weights in step:
                 self._check_place(place, divisor)
                 yield (

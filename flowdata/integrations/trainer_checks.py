@@ -32,8 +32,16 @@ def check_data(
         rule: a token rule, which makes weights of its own.
 
     Raises:
-        ValueError: nothing, or too much, says what a sample weighs.
+        TypeError: `scores` is True or False.
+        ValueError: nothing, or too much, says what a sample weighs; or there are scores of no data.
     """
+    if isinstance(scores, bool):
+        raise TypeError(f"scores must be Scores, weights or 'auto', got {scores}")
+    if dataset is None and scores is not None:
+        raise ValueError(
+            "scores are those of train_dataset, which is None; pass it, or leave scores out of a "
+            "Trainer that only evaluates"
+        )
     if draws_by_weight(dataset) and (scores is not None or resample):
         raise ValueError(
             "train_dataset is a stream that draws by its own weights: pass it without scores and "
@@ -50,8 +58,8 @@ def check_data(
     if dataset is not None and not is_weighted:
         raise ValueError(
             f"train_dataset has no {key!r} and scores is None, so training would be "
-            "unweighted: pass scores=, or a FlowWeightedDataset, or a data set with a column "
-            f"{key!r} (Scores.to_column)"
+            "unweighted: pass scores='auto', or the data set's scores, or a FlowWeightedDataset, "
+            f"or a data set with a column {key!r} (Scores.to_column)"
         )
 
 

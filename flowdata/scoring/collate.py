@@ -30,9 +30,14 @@ def choose_collate(
         sample: the data set's first sample: with `input_ids` it is padded, without it is stacked.
         model: says which token is padding.
         loss: the loss's name; a callable, or ``"auto"`` as long as it isn't known.
+
+    Raises:
+        ValueError: the sample is text, which the model can't read.
     """
     if collate_fn is not None:
         return collate_fn
+    if not callable(loss):
+        _check_tokenised(sample, model)
     if not (isinstance(sample, Mapping) and "input_ids" in sample):
         return default_collate
     # These losses read no padding: it has no target, and no other position sees it. Any token will
@@ -85,6 +90,28 @@ def check_stackable(sample: Any) -> None:
                 f"samples hold {name!r} as a list, which default collation would take apart; give "
                 "tensors (a Hugging Face data set: .with_format('torch')), or pass a collate_fn"
             )
+
+
+def _check_tokenised(sample: Any, model: nn.Module) -> None:
+    """Raise ValueError if a sample is text, or chats, where a Hugging Face model takes tokens."""
+    if not hasattr(innermost(model), "config"):
+        return
+    fields = sample if isinstance(sample, Mapping) else {"text": sample}
+    inputs = {name: value for name, value in fields.items() if name not in LABEL_FIELDS}
+    if inputs and all(_is_text(value) for value in inputs.values()):
+        raise ValueError(
+            f"samples hold text ({', '.join(map(repr, inputs))}), and "
+            f"{type(innermost(model)).__name__} takes tokens: tokenise the data set first "
+            "(dataset.map(lambda row: tokenizer(row['text']))), or pass a collate_fn that does; "
+            "`flowdata score` and FlowSFTTrainer tokenise themselves"
+        )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string, or a list of them or of a chat's messages."""
+    if isinstance(value, list) and value:
+        return all(isinstance(part, str | Mapping) for part in value)
+    return isinstance(value, str)
 
 
 def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str, Any]:

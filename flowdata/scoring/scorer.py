@@ -123,7 +123,9 @@ class LossScorer:
         progress: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}; load it first"
+            )
         model = unwrapped(model)
         check_loss(loss)
         check_counts(max_tokens=max_tokens, batch_size=batch_size)

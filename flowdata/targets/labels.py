@@ -12,6 +12,7 @@ from torch import Tensor
 IGNORE_INDEX = -100  # PyTorch's and Hugging Face's mark of a position without a target
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which no layer or loss of PyTorch takes
 LABEL_FIELDS = ("labels", "label", "targets", "target")  # the first that a batch has counts
+_PARTS_NAMED = 4  # of a batch that is described
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -48,12 +49,14 @@ def describe_batch(batch: Any) -> str:
 
     Example:
         >>> describe_batch([1, 2, 3])
-        'a list of 3'
+        'a list of 3 (int, int, int)'
     """
     if isinstance(batch, Mapping):
         return f"a mapping with {', '.join(map(repr, batch))}"
     if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of {len(batch)}"
+        kinds = [type(part).__name__ for part in batch[:_PARTS_NAMED]]
+        rest = ["…"] if len(batch) > _PARTS_NAMED else []
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(kinds + rest)})"
     return f"a {type(batch).__name__}"
 
 

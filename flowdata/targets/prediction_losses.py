@@ -135,6 +135,8 @@ def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Si
     if targets.shape != expected:
         binary = loss == "cross_entropy" and targets.shape == logits.shape
         hint = "; for a yes or no of each class pass loss='binary_cross_entropy'" if binary else ""
+        if loss == "mse" and targets.shape == logits.shape[:1]:
+            hint = "; if they are classes, give them as integers"
         raise ValueError(
             f"loss={loss!r}: predictions have shape {tuple(logits.shape)}, so targets must have "
             f"shape {tuple(expected)}, got {tuple(targets.shape)}{hint}"

@@ -116,3 +116,14 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches():
     assert len(batches) == 3
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         AccumulatedBatches(loader, 0, len)
+
+
+def test_a_count_that_is_not_a_number_of_items_is_refused():
+    loader = DataLoader(TensorDataset(torch.arange(10.0), torch.ones(10)), batch_size=4)
+    with pytest.raises(TypeError, match="count must be a function, batch -> its items, got int"):
+        AccumulatedBatches(loader, 2, 4)
+    for count, named in ((lambda batch: batch[1], r"Tensor of shape \(4,\)"), (str, "str")):
+        with pytest.raises(TypeError, match=f"a number or a 0-d tensor, got {named}"):
+            next(iter(AccumulatedBatches(loader, 2, count)))
+    with pytest.raises(ValueError, match="count=len gives the parts of a batch that is a list"):
+        next(iter(AccumulatedBatches(loader, 2, len)))

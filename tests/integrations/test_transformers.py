@@ -488,6 +488,11 @@ def test_what_would_drop_or_double_the_weights_is_refused(tmp_path):
     weighted = FlowWeightedDataset(samples, weights)
     with pytest.raises(ValueError, match="training would be unweighted: pass scores="):
         flow_trainer(tmp_path)
+    with pytest.raises(TypeError, match="scores must be Scores, weights or 'auto', got True"):
+        flow_trainer(tmp_path, scores=True)
+    for scores in ("auto", weights):
+        with pytest.raises(ValueError, match="scores are those of train_dataset, which is None"):
+            flow_trainer(tmp_path, train_dataset=None, scores=scores)
     with pytest.raises(ValueError, match="carries weights"):
         flow_trainer(tmp_path, train_dataset=weighted, scores=weights)
     with pytest.raises(ValueError, match="carries weights"):
