@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 import flowdata
 from flowdata.cli.commands import COMMANDS
 from tests.models import TinyResNet, images, tiny_llama, token_samples
+from tests.test_probes import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,11 +206,19 @@ def test_the_readmes_companions_run(tmp_path, monkeypatch):
     before = head.weight.clone()
     names = {"flowdata": flowdata, "body": network, "head": head, "model": head}
     exec(readme_blocks()[2], {**names, "dataset": images()})
-    assert len(readme_blocks()) == 3
     assert not head.weight.equal(before)
     averaged = type(models[0]).from_pretrained("averaged").lm_head.weight
     expected = (models[0].lm_head.weight + models[1].lm_head.weight) / 2
     torch.testing.assert_close(averaged, expected)
+
+
+def test_the_readmes_drift_runs():
+    model = tiny_llama()
+    names = {"flowdata": flowdata, "model": model, "tokenizer": Tokenizer()}
+    exec(readme_blocks()[3], names)
+    assert len(readme_blocks()) == 4
+    assert names["drift"].kl == 0
+    assert names["hold"](model).item() < 1e-5  # the meter reads in bfloat16 where that is fast
 
 
 def repository_texts():
