@@ -20,7 +20,8 @@ from flowdata.companions.adapters import (
 )
 from flowdata.companions.averages import averages, check_no_factors
 from flowdata.companions.sharding import is_sharded
-from flowdata.companions.state import check_same_scaling, match_entries, plain_names
+from flowdata.companions.state import match_entries, plain_names
+from flowdata.companions.ties import check_same_scaling
 from flowdata.models.calling import is_peft_model, unwrapped
 
 _ENDS = ("pretrained", "finetuned")

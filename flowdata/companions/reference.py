@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from flowdata.companions.adapters import without_name
 from flowdata.companions.checkpoints import Checkpoint
-from flowdata.companions.state import StateDict, plain_names, tied_source
+from flowdata.companions.state import StateDict, plain_names
+from flowdata.companions.ties import tied_source
 from flowdata.models.calling import unwrapped
 
 ReferenceLike: TypeAlias = "StateDict | nn.Module | str | PathLike[str]"
