@@ -80,12 +80,8 @@ def optimizer_steps(
     batches = iter(loader)
     # The first batch of a step needs the count of its last one: all of them are read ahead.
     while step := list(islice(batches, steps)):
-        yield step, items_of_step(map(count, step))
-
-
-def items_of_step(counts: Iterable[float | Tensor]) -> Tensor:
-    """Return the items of an optimiser step: the mean over ranks of their sums, 0-d float32."""
-    return mean_over_ranks(torch.stack([torch.as_tensor(each).float() for each in counts]).sum())
+        counts = [torch.as_tensor(count(batch)).float() for batch in step]
+        yield step, mean_over_ranks(torch.stack(counts).sum())
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

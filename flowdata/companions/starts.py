@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from flowdata.companions.sharding import (
     is_in_form,
     is_sharded,
     is_under_fsdp2,
-    whole,
 )
 from flowdata.companions.state import check_shapes, plain_names, shapes_of
 
@@ -58,25 +58,24 @@ class Starts:
         self._plain_names: dict[str, str] = {}
         self._first_names: dict[str, str] = {}  # of a tied parameter, by all of its names
         self._shards: dict[str, Tensor] = {}  # parameters under FSDP2, which its forward swaps
-        names_by_id: dict[int, str] = {}
-        parameters: dict[str, nn.Parameter] = {}
+        first_of: dict[int, str] = {}
+        own: dict[str, nn.Parameter] = {}
         for name, parameter in self._parameters():
-            first_name = names_by_id.setdefault(id(parameter), name)
-            self._first_names[name] = first_name
-            parameters[first_name] = parameter
-        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-        if not trainable:
+            first = first_of.setdefault(id(parameter), name)
+            self._first_names[name] = first
+            own[first] = parameter
+        trained = {name: p for name, p in own.items() if p.requires_grad}
+        if not trained:
             raise ValueError("model has no parameter that requires a gradient: nothing to anchor")
         source = None if reference is None else Reference(reference, model)
-        self._starts = self._copies(trainable, source)
-        self._shards.update({name: p for name, p in trainable.items() if is_sharded(p)})
+        self._starts = self._copies(trained, source)
+        self._shards.update({name: p for name, p in trained.items() if is_sharded(p)})
         self._file = reference if isinstance(reference, str | PathLike) else None
         # What is frozen: θ* where it is small or from a reference, and the mark of large tensors.
-        # A file needs none: it is read again.
         self._frozen: dict[str, tuple[Tensor | None, tuple[int, float] | None]] = {}
-        for name, parameter in {} if self._file is not None else parameters.items():
-            value = parameter if source is None else source.find(name, parameter)
-            if name in trainable or value is None or not _can_be_trained(value):
+        for name, p in {} if self._file is not None else own.items():
+            value = p if source is None else source.find(name, p)
+            if name in trained or value is None or not _can_be_trained(value):
                 continue
             if value.numel() <= _SMALL:
                 self._frozen[name] = (value.detach().clone(), None)
@@ -210,9 +209,10 @@ def _mark(tensor: Tensor) -> tuple[int, float]:
     PyTorch's version counters don't tell: fused optimisers write past them. The norm is there for
     equal values, whose bits cancel.
     """
-    values = whole(tensor.detach())
-    norm = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return int(torch.hash_tensor(values).item()), norm.item()
+    whole: Any = tensor.detach()
+    whole = whole.full_tensor() if is_sharded(tensor) else whole
+    norm = torch.linalg.vector_norm(whole, dtype=torch.float64)
+    return int(torch.hash_tensor(whole).item()), norm.item()
 
 
 def _has_mark(tensor: Tensor, mark: tuple[int, float]) -> bool:

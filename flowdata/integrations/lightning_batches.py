@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowdata._common.resumable import check_state
-from flowdata.accumulation import items_of_step
+from flowdata.accumulation import mean_over_ranks
 from flowdata.sampler import FlowSampler
 
 Count = Callable[[Any, Tensor], "float | Tensor"]
@@ -110,12 +110,16 @@ class WeightedBatches(TrainerBatches):
         starts = chain([place % len(self)], repeat(0)) if self._starts_over() else [place]
         batches = chain.from_iterable(map(self._pass, starts))
         while step := list(islice(batches, self._batches_of_step(place))):
-            # Lightning divides each loss by this. A denominator as much too small undoes it.
+            # Lightning divides each loss by this; a denominator that is as much too small undoes it
             divisor = self.trainer.accumulate_grad_batches
-            num_items = items_of_step(self.count(*item) for item in step) / divisor
+            counts = [torch.as_tensor(self.count(*item)).float() for item in step]
+            num_items = mean_over_ranks(torch.stack(counts).sum()) / divisor
             for batch, weights in step:
                 self._check_place(place, divisor)
-                yield (batch, weights.as_subclass(_Exact)), num_items.as_subclass(_Exact)
+                yield (
+                    (batch, weights.as_subclass(_Exact)),
+                    num_items.as_subclass(_Exact),
+                )
                 place += 1
             self._check_manual(first_steps)
 
