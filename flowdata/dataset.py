@@ -177,11 +177,11 @@ def gather_weights(
     """
     several = scores_or_weights if is_several(scores_or_weights) else [scores_or_weights]
     parts = [weights_of(s, temperature=temperature, missing=missing) for s in several]
-    made = [(s.losses, w) for s, w in zip(several, parts, strict=True) if isinstance(s, Scores)]
-    if made:
-        losses, made_weights = (_join(tensors) for tensors in zip(*made, strict=True))
+    pairs = [(s.losses, w) for s, w in zip(several, parts, strict=True) if isinstance(s, Scores)]
+    if pairs:
+        losses, weights = (_join(tensors) for tensors in zip(*pairs, strict=True))
         is_normalized = normalize == "mean"
-        warn_of_useless_weights(losses, made_weights, temperature, is_normalized=is_normalized)
+        warn_of_useless_weights(losses, weights, temperature, is_normalized=is_normalized)
     return shape_weights(_join(parts), normalize=normalize, max_weight=max_weight)
 
 

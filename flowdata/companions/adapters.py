@@ -48,11 +48,6 @@ class Adapter(NamedTuple):
     name: str
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Return whether a model is one of PEFT's wrappers, with its methods."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
 def adapter_of(model: Any, owner: str) -> Adapter:
     """Return the one LoRA adapter of a PEFT model.
 
@@ -149,12 +144,12 @@ def joint_factors(
             for share, end in ((1 - alpha, pretrained), (alpha, adapter))
             if key in end.entries
         ]
-        last = ends[-1][1]
+        form = ends[-1][1]  # the adapter's own dtype and device, where it has this layer
         if factor in _A:
-            parts = [part.to(last) for _, part in ends]
-        else:
-            parts = [(share * part.to(last.device).float()).to(last) for share, part in ends]
-        factors[key] = torch.cat(parts, dim=0 if factor in _A else 1)
+            factors[key] = torch.cat([part.to(form) for _, part in ends], dim=0)
+        else:  # B takes the shares, in float32
+            parts = [(share * part.to(form.device).float()).to(form) for share, part in ends]
+            factors[key] = torch.cat(parts, dim=1)
     return factors
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from flowdata._common.atomic import replacing
 from flowdata.companions.averages import averages, check_no_factors
 from flowdata.companions.checkpoints import INDEX, WEIGHTS, Checkpoint
-from flowdata.companions.state import Match, check_same_scaling, match_entries
+from flowdata.companions.state import Match, match_entries
+from flowdata.companions.ties import check_same_scaling
 
 _DTYPES = {
     torch.float64: "F64",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.companions.adapters import (
+    Adapter,
     adapter_of,
-    is_peft_model,
     joint_factors,
     joint_model,
     tell_bases_differ,
@@ -19,8 +19,10 @@ from flowdata.companions.adapters import (
     without_factors,
 )
 from flowdata.companions.averages import averages, check_no_factors
-from flowdata.companions.state import check_same_scaling, match_entries, plain_names
-from flowdata.models.calling import unwrapped
+from flowdata.companions.sharding import is_sharded
+from flowdata.companions.state import match_entries, plain_names
+from flowdata.companions.ties import check_same_scaling
+from flowdata.models.calling import is_peft_model, unwrapped
 
 _ENDS = ("pretrained", "finetuned")
 
@@ -40,48 +42,30 @@ class AveragedModule:
     """
 
     def __init__(self, pretrained: nn.Module, finetuned: nn.Module) -> None:
-        self._pretrained, finetuned = unwrapped(pretrained), unwrapped(finetuned)
-        self._finetuned = finetuned
-        have_adapters = [is_peft_model(model) for model in (self._pretrained, finetuned)]
-        if have_adapters == [True, True]:
-            self._adapters = [
-                adapter_of(model, owner)
-                for model, owner in zip((self._pretrained, finetuned), _ENDS, strict=True)
-            ]
+        self._pretrained, self._finetuned = unwrapped(pretrained), unwrapped(finetuned)
+        ends = dict(zip(_ENDS, (self._pretrained, self._finetuned), strict=True))
+        self._adapters: list[Adapter] = []
+        if all(map(is_peft_model, ends.values())):
+            self._adapters = [adapter_of(model, owner) for owner, model in ends.items()]
             tell_bases_differ(*self._adapters)
-            self.model = joint_model(finetuned, *self._adapters)
+            self.model = joint_model(self._finetuned, *self._adapters)
             return
-        self._adapters = []
-        for model, owner in zip((self._pretrained, finetuned), _ENDS, strict=True):
-            state = model.state_dict()
-            check_no_factors(state, owner)
-            if any(hasattr(value, "full_tensor") for value in state.values()):
-                raise ValueError(
-                    f"{owner} is sharded over processes; average the state dicts of "
-                    "torch.distributed.checkpoint.state_dict.get_model_state_dict"
-                )
-        if any(have_adapters):
-            owner = _ENDS[have_adapters.index(True)]
-            raise ValueError(
-                f"{owner} is a PEFT model and the other is not: merge its adapter first "
-                "(model.merge_and_unload())"
-            )
-        configs: list[Any] = [
-            getattr(model, "config", None) for model in (self._pretrained, finetuned)
-        ]
+        for owner, model in ends.items():
+            _check_plain(model, owner)
+        configs = [getattr(model, "config", None) for model in ends.values()]
         if all(hasattr(config, "to_dict") for config in configs):
-            check_same_scaling(*(config.to_dict() for config in configs))
-        self.model = copy.deepcopy(finetuned)
+            check_same_scaling(*(config.to_dict() for config in configs))  # type: ignore[union-attr]
+        self.model = copy.deepcopy(self._finetuned)
         _untie(self.model, self._pretrained)
 
     def load(self, alpha: float) -> None:
         """Give the model the weights α · fine-tuned + (1 − α) · pre-trained."""
-        if not self._adapters:
+        if self._adapters:
+            state = self._with_adapters(alpha)
+        else:
             state = average_states(
                 self._pretrained.state_dict(), self._finetuned.state_dict(), alpha
             )
-        else:
-            state = self._with_adapters(alpha)
         own_names = plain_names(self.model.state_dict())
         plain = plain_names(state)
         entries = {own_names.get(name, name): state[key] for name, key in plain.items()}
@@ -111,19 +95,35 @@ def average_states(
     start, end = (
         {k: v for k, v in s.items() if isinstance(v, Tensor)} for s in (pretrained, finetuned)
     )
-    averaged = dict(averages(start, end, match_entries(start, end, _ENDS), alpha))
-    others = {name: value for name, value in finetuned.items() if name not in averaged}
+    average = dict(averages(start, end, match_entries(start, end, _ENDS), alpha))
+    others = {name: value for name, value in finetuned.items() if name not in average}
     for name, value in others.items():
         if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
             raise ValueError(
                 f"{name!r} is packed (quantised) weights, which have no average; average the "
                 "floating models, and quantise the result"
             )
-    names = [name for name in finetuned if name in averaged or name in others]
-    names += [name for name in averaged if name not in finetuned]
+    # The order is that of the second; entries that are tied there come last.
+    names = [*finetuned, *(name for name in average if name not in finetuned)]
     return {
-        name: averaged[name] if name in averaged else copy.deepcopy(others[name]) for name in names
+        name: average[name] if name in average else copy.deepcopy(others[name]) for name in names
     }
+
+
+def _check_plain(model: nn.Module, owner: str) -> None:
+    """Raise ValueError where a model's entries can't be averaged one by one."""
+    state = model.state_dict()
+    check_no_factors(state, owner)
+    if any(map(is_sharded, state.values())):
+        raise ValueError(
+            f"{owner} is sharded over processes; average the state dicts of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict"
+        )
+    if is_peft_model(model):
+        raise ValueError(
+            f"{owner} is a PEFT model and the other is not: merge its adapter first "
+            "(model.merge_and_unload())"
+        )
 
 
 def _untie(model: nn.Module, other: nn.Module) -> None:
@@ -131,7 +131,7 @@ def _untie(model: nn.Module, other: nn.Module) -> None:
     state = other.state_dict()
     others = {plain: state[name] for plain, name in plain_names(state).items()}
     plain_of = {name: plain for plain, name in plain_names(model.state_dict()).items()}
-    first_names: dict[int, str] = {}
+    first_names: dict[int, str] = {}  # of parameters by their ids
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         first = first_names.setdefault(id(parameter), name)
         ends = [others.get(plain_of.get(key, "")) for key in (first, name)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flowdata.companions.sharding import is_sharded
 from flowdata.companions.state import Match, StateDict
 
 _COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
@@ -86,7 +87,7 @@ def _check_kinds(name: str, start: Tensor, end: Tensor) -> None:
             f"{name!r} is {kinds[0]} ({start.dtype}) in pretrained and {kinds[1]} ({end.dtype}) in "
             "finetuned; load both in one way (dequantise the one that is quantised)"
         )
-    if hasattr(start, "full_tensor") != hasattr(end, "full_tensor"):
+    if is_sharded(start) != is_sharded(end):
         raise ValueError(
             f"{name!r} is sharded in one of the two only; gather it first "
             "(torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True)"
@@ -95,7 +96,7 @@ def _check_kinds(name: str, start: Tensor, end: Tensor) -> None:
 
 def _kind_of(tensor: Tensor) -> str:
     is_own_class = type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    if tensor.is_quantized or (is_own_class and not hasattr(tensor, "full_tensor")):
+    if tensor.is_quantized or (is_own_class and not is_sharded(tensor)):
         return f"of the class {type(tensor).__name__}"
     if tensor.dtype == torch.bool:
         return "of bools"

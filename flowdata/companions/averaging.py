@@ -93,9 +93,9 @@ def wise_ft(
     if output is not None:
         raise TypeError("output is for files; modules and state dicts are returned")
     if all(isinstance(value, nn.Module) for value in ends):
-        averaged = AveragedModule(pretrained, finetuned)
-        averaged.load(alpha)
-        return averaged.model
+        average = AveragedModule(pretrained, finetuned)
+        average.load(alpha)
+        return average.model
     if all(isinstance(value, Mapping) for value in ends):
         for state, owner in zip(ends, ("pretrained", "finetuned"), strict=True):
             check_no_factors(state, owner)
@@ -141,11 +141,11 @@ def sweep_wise_ft(
     shares = [as_python(alpha) for alpha in alphas]
     for alpha in shares:
         _check_alpha(alpha)
-    averaged = AveragedModule(pretrained, finetuned)
+    average = AveragedModule(pretrained, finetuned)
     measurements = {}
     for alpha in shares:
-        averaged.load(float(alpha))
-        measurements[alpha] = measure(averaged.model)
+        average.load(float(alpha))
+        measurements[alpha] = measure(average.model)
     return measurements
 
 

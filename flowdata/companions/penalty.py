@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowdata.companions.sharding import whole
+
 _BUCKET = 1 << 26  # bytes of differences in memory at a time
 
 
@@ -42,9 +44,10 @@ class _Distance(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=parameters[0].device)
         for differences in _differences(parameters, starts):
             # One kernel for a whole bucket: a loop over hundreds of small tensors would launch
-            # hundreds. The norm to the power of the order is the sum, and no square is stored.
+            # hundreds. The norm to the power of the order is the sum, and no square is stored. The
+            # norm of a shard becomes that of the whole tensor.
             norms = torch._foreach_norm(differences, order, dtype=dtype)
-            total += torch.stack([_whole(norm).to(total) for norm in norms]).pow(order).sum()
+            total += torch.stack([whole(norm).to(total) for norm in norms]).pow(order).sum()
         return total
 
     @staticmethod
@@ -87,8 +90,3 @@ def _differences(parameters: Sequence[Tensor], starts: list[Tensor]) -> Iterator
 def _shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, which is all of it unless it is a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from all ranks' parts; a sharded norm becomes that of the whole."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from flowdata.companions.adapters import without_name
 from flowdata.companions.checkpoints import Checkpoint
-from flowdata.companions.state import StateDict, plain_names, tied_source
+from flowdata.companions.state import StateDict, plain_names
+from flowdata.companions.ties import tied_source
 from flowdata.models.calling import unwrapped
 
 ReferenceLike: TypeAlias = "StateDict | nn.Module | str | PathLike[str]"
@@ -50,14 +51,17 @@ class Reference:
                 "reference must be a module, a state dict or the path of a checkpoint, got "
                 f"{type(source).__name__}"
             )
+        # A file holds tensors alone, and each would be read to be looked at.
         self._names = plain_names(
-            [name for name in self._entries if self.is_file or _is_tensor(self._entries[name])]
+            name
+            for name in self._entries
+            if self.is_file or isinstance(self._entries[name], Tensor)
         )
-        self._aliases: dict[str, list[str]] = {}
-        names_of: dict[int, list[str]] = {}
-        named = dict(model.named_parameters(remove_duplicate=False))
-        for plain, name in plain_names(named).items():
-            self._aliases[plain] = names_of.setdefault(id(named[name]), [])
+        self._aliases: dict[str, list[str]] = {}  # all names of a tied parameter, by each of them
+        names_by_id: dict[int, list[str]] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for plain, name in plain_names(parameters).items():
+            self._aliases[plain] = names_by_id.setdefault(id(parameters[name]), [])
             self._aliases[plain].append(plain)
         self._adapters = list(getattr(unwrapped(model), "peft_config", {}))
 
@@ -88,7 +92,3 @@ def check_holds_weights(value: Tensor, name: str, parameter: Tensor) -> None:
             f"reference has {name!r} {what}, which holds no weights by itself; load it in the "
             "model's dtype"
         )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

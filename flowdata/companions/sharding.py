@@ -1,4 +1,4 @@
-"""Tensors brought into the form of a parameter: its dtype, its device, its shards."""
+"""Sharded tensors: what they are, and how a tensor is brought into the form of a parameter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_FSDP1 = "FullyShardedDataParallel"
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, of which each rank holds a part."""
     return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor put together from all ranks' parts; one that isn't sharded, as it is."""
+    parts: Any = tensor
+    return parts.full_tensor() if is_sharded(tensor) else tensor
 
 
 def is_in_form(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> bool:
@@ -32,8 +40,7 @@ def in_form(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> T
         device: where the tensor is kept; None means the parameter's device.
     """
     if is_sharded(tensor) and (not is_sharded(parameter) or _layout(tensor) != _layout(parameter)):
-        whole: Any = tensor
-        tensor = whole.full_tensor()
+        tensor = whole(tensor)
     if is_sharded(parameter) and not is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -58,16 +65,13 @@ def check_followable(model: nn.Module) -> None:
 
     FSDP1 and DeepSpeed's ZeRO-3 leave each rank flat pieces under the parameters' names.
     """
-    flat = [type(m).__name__ for m in model.modules() if type(m).__name__ == _FSDP1]
-    if flat or any(hasattr(p, "ds_shape") for p in model.parameters()):
-        kind = "FullyShardedDataParallel" if flat else "DeepSpeed's ZeRO-3"
+    has_fsdp1 = any(type(module).__name__ == _FSDP1 for module in model.modules())
+    if has_fsdp1 or any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        kind = _FSDP1 if has_fsdp1 else "DeepSpeed's ZeRO-3"
         raise ValueError(
             f"model is sharded by {kind}, which keeps flat pieces of the parameters; shard it with "
             "torch.distributed.fsdp.fully_shard (FSDP2), whose parameters the anchor follows"
         )
-
-
-_FSDP1 = "FullyShardedDataParallel"
 
 
 def _layout(tensor: Any) -> tuple[Any, Any]:

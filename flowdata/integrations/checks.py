@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flowdata._common.data_sets import is_map_style
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 from flowdata.sampler.sharing import check_sharing, parts_of
@@ -71,7 +72,7 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
         return not stream.resample
     if key in (getattr(dataset, "column_names", None) or ()) or _loads_weights(dataset):
         return True
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if not is_map_style(dataset):
         return stream_does
     first = dataset[0] if len(dataset) else None
     return isinstance(first, Mapping) and key in first

@@ -175,13 +175,13 @@ class FlowGuard(Callback):  # type: ignore[misc]
         source = trainer.fit_loop._data_source
         request = type(source).dataloader
 
-        def recorded() -> Any:
+        def record() -> Any:
             loaders = request(source)
             combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
             self._loaders = list(combined.flattened)
             return loaders
 
-        source.dataloader = recorded
+        source.dataloader = record
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo what `setup` did."""
@@ -197,11 +197,11 @@ class FlowGuard(Callback):  # type: ignore[misc]
         """
         num_ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
         combined = trainer.fit_loop._combined_loader
-        for made, loader in zip(self._loaders, combined.flattened, strict=True):
+        for original, loader in zip(self._loaders, combined.flattened, strict=True):
             if isinstance(loader, TrainerBatches):
                 continue
             check_loader(loader, num_ranks=num_ranks)
-            if flow_sampler_of(made) is not None and flow_sampler_of(loader) is None:
+            if flow_sampler_of(original) is not None and flow_sampler_of(loader) is None:
                 raise ValueError(
                     "Lightning put its own sampler in the place of the FlowSampler, so that the "
                     "weights would not act: under overfit_batches it does so always, on several "

@@ -80,8 +80,7 @@ def adopt_order(trainer: Any, sampler: Any) -> None:
         raise ValueError(
             f"resample=True would replace {type(trainer).__name__}'s {type(sampler).__name__}, "
             "which groups or repeats samples for the sake of its loss; draw before training: "
-            "train_dataset="
-            "dataset.select(list(flowdata.FlowSampler(scores)))"
+            "train_dataset=dataset.select(list(flowdata.FlowSampler(scores)))"
         )
     if calculates_divergence:
         if getattr(trainer.args, "precompute_ref_log_probs", False):

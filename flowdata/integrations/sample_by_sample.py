@@ -32,8 +32,8 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
     Raises:
         ValueError: the model makes no loss, or the batch's is no mean over samples.
     """
-    norms = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
-    if size > 1 and any(isinstance(m, norms) and m.training for m in model.modules()):
+    norm = nn.modules.batchnorm._BatchNorm  # of all dimensions, and SyncBatchNorm
+    if size > 1 and any(isinstance(m, norm) and m.training for m in model.modules()):
         raise ValueError(
             "loss='own' runs samples one at a time, and the model has BatchNorm layers in training "
             "mode, which take their statistics from the batch; pass loss=(outputs, batch) -> (B,) "

@@ -105,9 +105,12 @@ def innermost(model: Any) -> Any:
     reading: a call goes to the outer model.
     """
     model = unwrapped(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return unwrapped(model.get_base_model())
-    return model
+    return unwrapped(model.get_base_model()) if is_peft_model(model) else model
+
+
+def is_peft_model(model: Any) -> bool:
+    """Return whether a model is one of PEFT's wrappers, with its methods."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def output_layer_of(model: nn.Module) -> nn.Module | None:

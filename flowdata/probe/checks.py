@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import operator
+import sys
 from typing import Any
 
 from torch import Tensor, nn
+
+from flowdata._common.real_numbers import real_number
+from flowdata._common.resumable import is_integer
 
 
 def check_head(head: nn.Linear) -> None:
@@ -42,19 +45,10 @@ def check_head(head: nn.Linear) -> None:
 def check_strength(strength: Any, folds: Any) -> None:
     """Raise ValueError unless the strength is usable, and the folds where they are needed."""
     if isinstance(strength, str) and strength == "held_out":
-        try:
-            enough = operator.index(folds) >= 2
-        except TypeError:
-            enough = False
-        if not enough:
+        if not is_integer(folds) or folds < 2:
             raise ValueError(f"folds must be an integer of at least 2, got {folds!r}")
-        return
-    try:
-        usable = not isinstance(strength, str | bool) and 0 <= float(strength) < float("inf")
-    except (TypeError, ValueError):
-        usable = False
-    if not usable:
-        raise ValueError(f"strength must be 'held_out' or a float >= 0, got {strength!r}")
+    else:
+        real_number(strength, "strength must be 'held_out' or a float >= 0", 0, sys.float_info.max)
 
 
 def check_features(features: Tensor, width: int) -> None:

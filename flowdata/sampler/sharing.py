@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from flowdata._common.resumable import check_rank
 
+_HOLDERS = (Sampler, DataLoader)
 _DEPTH = 6  # of loaders and samplers inside one another; the bound ends a circle of them
 
 
@@ -34,7 +35,8 @@ class Share:
         # The process group's ranks when last looked at: a copy in a spawned worker has no group,
         # and a state may be saved after the group is gone.
         self._group = 1, 0
-        check_rank(*reversed(self.ranks()))
+        num_ranks, number = self.ranks()
+        check_rank(number, num_ranks)
 
     def ranks(self) -> tuple[int, int]:
         """Return the number of ranks that share the order at this moment, and this rank's."""
@@ -70,7 +72,8 @@ class Share:
         """Whether the loader that Accelerate prepares is to share the order out."""
         state = sys.modules.get("accelerate.state")
         return (
-            self.num_replicas is self.rank is None
+            self.num_replicas is None
+            and self.rank is None
             and state is not None
             and state.is_initialized()
             and state.AcceleratorState().num_processes > 1
@@ -95,7 +98,7 @@ def check_sharing(loader: Any, num_replicas: int, num_ranks: int = 1) -> None:
             f"loader prepared by Accelerate would share out again among {shares} ranks, so that "
             "most of the epoch would be lost: pass num_replicas=1, rank=0"
         )
-    if num_replicas == shares == 1 < num_ranks:
+    if num_replicas == 1 and shares == 1 and num_ranks > 1:
         raise ValueError(
             f"FlowSampler gives the whole order to each of {num_ranks} ranks, which would all "
             "train on the same samples: make it without num_replicas and rank"
@@ -110,15 +113,11 @@ def parts_of(loader: Any, depth: int = _DEPTH) -> Iterator[Any]:
     # Accelerate's loaders hold theirs as `base_dataloader`, and `AccumulatedBatches` as `loader`; a
     # batch sampler holds the sampler whose indices it groups, one of the user's under any name.
     names = ("sampler", "batch_sampler", "base_dataloader", "loader")
-    named = [getattr(loader, name, None) for name in names]
-    others = [v for v in getattr(loader, "__dict__", {}).values() if isinstance(v, _HOLDERS)]
-    parts = {id(part): part for part in (*named, *others) if part is not None}
-    for part in parts.values():
-        if part is not loader:
+    parts = [getattr(loader, name, None) for name in names]
+    parts += [v for v in getattr(loader, "__dict__", {}).values() if isinstance(v, _HOLDERS)]
+    for part in {id(part): part for part in parts}.values():
+        if part is not None and part is not loader:
             yield from parts_of(part, depth - 1)
-
-
-_HOLDERS = (Sampler, DataLoader)
 
 
 def _prepared_loader_of(sampler: Any) -> Any:
