@@ -32,6 +32,7 @@ from flowdata.weights import (
     Missing,
     Normalize,
     Temperature,
+    plural,
     shape_weights,
     warn_of_useless_weights,
     weigh_present,
@@ -151,8 +152,13 @@ class Scores:
         """
         values = self.losses if column == "loss" else self._column(column)
         weights = weigh_present(values, temperature, missing=missing, column=column)
-        is_normalized = normalize == "mean"
-        warn_of_useless_weights(values, weights, temperature, is_normalized=is_normalized)
+        warn_of_useless_weights(
+            values,
+            weights,
+            temperature,
+            is_normalized=normalize == "mean",
+            name=plural(column),
+        )
         return shape_weights(weights, normalize=normalize, max_weight=max_weight)
 
     def _column(self, name: str) -> Tensor:

@@ -188,6 +188,33 @@ def test_a_large_layer_of_equal_values_that_was_written_to_is_refused():
         anchor()
 
 
+WRITES = {
+    "signs": lambda weight: -weight,
+    "rows": lambda weight: weight.roll(1, 0),
+    "columns": lambda weight: weight.roll(1, 1),
+    "sides": lambda weight: weight.T,
+    "one number": lambda weight: weight.index_put(
+        (torch.tensor(3), torch.tensor(5)), weight[3, 5] + 1
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_large_layer_whose_numbers_changed_places_or_signs_is_refused(write, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2)).to(dtype)
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    anchor = ParameterAnchor(model)
+    assert torch.equal(model[0].weight, before)
+    with torch.no_grad():
+        model[0].weight.copy_(WRITES[write](before))
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.weight' was frozen .* written to since"):
+        anchor()
+
+
 def test_a_large_layer_unfrozen_after_it_was_moved_to_equal_weights_is_followed():
     model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2))
     starts = starts_of(model)

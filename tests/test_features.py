@@ -37,6 +37,34 @@ def test_features_are_those_of_the_body_in_eval_mode():
     assert torch.equal(targets, y)
 
 
+class Shifted(nn.Module):
+    """Has a plain tensor of float32, which nothing converts."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.linear = torch.ones(3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x - self.shift)
+
+
+class FailsAtLast(nn.Linear):
+    def forward(self, x):
+        if len(x) < 64:
+            raise RuntimeError("a short batch")
+        return super().forward(x)
+
+
+def test_a_body_that_does_not_run_in_a_dtype_is_told_which_it_runs_in():
+    data = TensorDataset(torch.randn(70, 3), torch.zeros(70))
+    options = {"batch_size": 64, "progress": False}
+    with pytest.raises(ValueError, match=r"not run in bfloat16 .*dtype='float32'"):
+        compute_features(Shifted(), data, dtype="bfloat16", **options)
+    assert len(compute_features(Shifted(), data, dtype="float32", **options)[0]) == 70
+    with pytest.raises(RuntimeError, match="a short batch"):  # in every dtype
+        compute_features(FailsAtLast(3, 2), data, dtype="bfloat16", **options)
+
+
 def test_features_in_bfloat16_are_float32_and_close():
     torch.manual_seed(0)
     x, y = blobs()

@@ -58,6 +58,14 @@ def test_probabilities_are_fitted_as_scikit_learn_fits_weighted_classes():
     np.testing.assert_allclose(ours, model.predict_log_proba(z.double().numpy()), atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.9, 0.7, 1 / 3])
+def test_probabilities_rounded_to_half_precision_are_probabilities(dtype, share):
+    rows = torch.where(YES[:, None], torch.tensor([share, 1 - share]), torch.tensor([0.2, 0.8]))
+    expected = fitted(rows, 2, loss="cross_entropy")
+    assert torch.allclose(fitted(rows.to(dtype), 2), expected, rtol=0.05, atol=0.02)
+
+
 def test_integers_taken_for_values_are_said(capsys, caplog):
     caplog.set_level("INFO")
     fitted(3 * Y, 1)

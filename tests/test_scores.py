@@ -188,6 +188,20 @@ def test_vanishing_weights_are_warned_of_once_over_the_samples_with_a_loss(caplo
     assert caplog.records == []
 
 
+def test_columns_on_one_line_of_a_program_are_warned_of_one_by_one(caplog):
+    values = {"entropy": torch.linspace(7, 8, 50), "gradient_norm": torch.full((50,), 3.0)}
+    scores = Scores(torch.linspace(7, 8, 50), columns=values)
+    for column in ("loss", "entropy", "gradient_norm"):
+        scores.weights(0.01 if column == "loss" else 0.1, column=column)
+    assert len(caplog.messages) == 3
+    caplog.clear()
+    for column in ("loss", "entropy", "entropy", "gradient_norm"):
+        scores.weights(0.02, column=column)
+    assert len(caplog.messages) == 3
+    scores.weights(1.0, column="gradient_norm")
+    assert "the gradient_norm values of all 50 samples are 3" in caplog.messages[-1]
+
+
 def test_what_float32_does_not_hold_is_no_loss():
     wide = torch.tensor([1.0, 1e39, torch.inf, -torch.inf, 2.0], dtype=torch.float64)
     scores = Scores(wide, columns={"entropy": wide})

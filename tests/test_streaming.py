@@ -626,6 +626,56 @@ def test_a_share_that_is_lost_or_repeated_is_said_at_resumption(kind, caplog):
     assert "after 8 samples it gives others" in said[0]
 
 
+class Forgetful(Split):
+    """Gives a state that it can't take up again."""
+
+    def load_state_dict(self, state):
+        if state["position"]:
+            raise IndexError("list index out of range")
+        super().load_state_dict(state)
+
+
+class ForgetfulWhenRead(Forgetful):
+    """Finds it out when it is read, as Hugging Face's streams do."""
+
+    def load_state_dict(self, state):
+        self.state = state
+
+    def __iter__(self):
+        if self.state:
+            super().load_state_dict(self.state)
+        return super().__iter__()
+
+    state = None
+
+
+@pytest.mark.parametrize("kind", [Forgetful, ForgetfulWhenRead])
+def test_a_source_that_cannot_take_up_its_own_state_is_named(kind):
+    stream = build(kind())
+    list(islice(stream, 11))
+    state = stream.state_dict()
+    resumed = build(kind())
+    resumed.load_state_dict(state)
+    message = f"source, {kind.__name__}, can't go on .*IndexError: list index out of range"
+    with pytest.raises(ValueError, match=message):
+        next(iter(resumed))
+
+
+def test_a_shuffled_stream_that_several_workers_resume_is_refused_by_name():
+    def loader():
+        source = datasets.Dataset.from_dict({"index": list(range(COUNT))})
+        source = source.to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=4)
+        return StatefulDataLoader(build(source, window=3), batch_size=None, num_workers=2)
+
+    first = loader()
+    list(islice(first, 13))
+    state = first.state_dict()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match="A shuffled Hugging Face stream can't"):
+        list(resumed)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "shards in another order"])
 def test_nothing_is_said_where_a_source_resumes_exactly(kind, caplog):
     def make():
@@ -841,8 +891,10 @@ def test_a_scorer_is_left_as_it_is_and_speaks_once(capsys, monkeypatch):
         ({"source": 3}, TypeError, "dataset must be iterable, got int"),
         ({"temperature": "median"}, ValueError, "must be 'running_median', 'batch_median' or"),
         ({"temperature": lambda losses: 1.0}, ValueError, "must be 'running_median', 'batch_"),
-        ({"temperature": None}, TypeError, "temperature must be a positive float"),
-        ({"temperature": -1.0}, ValueError, "must be finite and > 0"),
+        ({"temperature": None}, ValueError, "'batch_median' or a positive float, got None"),
+        ({"temperature": -1.0}, ValueError, "'batch_median' or a positive float, got -1.0"),
+        ({"temperature": np.inf}, ValueError, "'batch_median' or a positive float, got inf"),
+        ({"temperature": True}, ValueError, "'batch_median' or a positive float, got True"),
         ({"window": 0}, ValueError, "window must be an integer >= 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
         ({"missing": "drop"}, ValueError, "missing must be 'raise' or 'zero'"),

@@ -383,7 +383,7 @@ def test_shaping_normalises_first_and_caps_then_and_changes_nothing_by_default()
 
 
 def test_scores_shape_their_weights_as_flow_weights_does():
-    options = {"normalize": "mean", "max_weight": 1.2}
+    options = {"normalize": "mean", "max_weight": np.float32(1.2)}
     losses = torch.tensor([0.5, 1.0, 4.0])
     assert torch.equal(Scores(losses).weights(**options), flow_weights(losses, **options))
     gappy = Scores(torch.tensor([0.5, 1.0, math.nan, 4.0]))
@@ -457,8 +457,14 @@ def test_bad_types_are_refused():
             resolve_temperature(torch.tensor([1.0]), temperature)
     with pytest.raises(ValueError, match="normalize must be"):
         flow_weights(torch.tensor([1.0]), normalize="sum")
-    with pytest.raises(ValueError, match="max_weight must be positive"):
-        flow_weights(torch.tensor([1.0]), max_weight=0)
+    for wrong in (0, "1", True, math.nan, torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match="max_weight must be positive, got"):
+            flow_weights(torch.tensor([1.0]), max_weight=wrong)
+    if np.dtype(np.longdouble) != np.float64:
+        with pytest.raises(TypeError, match="got ndarray of float128"):
+            flow_weights(np.ones(2, dtype=np.longdouble))
+    with pytest.raises(TypeError, match="got ndarray of object"):
+        flow_weights(np.array([1.0, None]))
     with pytest.raises(ValueError, match="weights are all zero"):
         effective_sample_size(torch.zeros(3))
     with pytest.raises(ValueError, match=r"weights\[0\] is -1.0"):

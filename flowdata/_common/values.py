@@ -48,9 +48,11 @@ def _as_tensor(values: Values, name: str) -> Tensor:
             return torch.as_tensor(values).detach()
         except (TypeError, ValueError, RuntimeError):
             hint = "; pass its .losses" if hasattr(values, "losses") else ""
+            dtype = getattr(values, "dtype", None)  # one that torch hasn't, as longdouble
+            of_dtype = "" if dtype is None else f" of {dtype}"
             raise TypeError(
                 f"{name} must be a tensor, an array or a list of floats, got "
-                f"{type(values).__name__}{hint}"
+                f"{type(values).__name__}{of_dtype}{hint}"
             ) from None
 
 

@@ -180,10 +180,9 @@ def _read_torch(file: Path, name: str) -> dict[str, Tensor]:
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name}: {file} can't be read with weights_only=True ({reason}); save the model's "
-            "state_dict() alone"
+            f"{name}: {file} can't be read with weights_only=True ({_reason(error)}); save the "
+            "model's state_dict() alone"
         ) from None
     while isinstance(content, Mapping):
         nested = [key for key in _STATE_KEYS if isinstance(content.get(key), Mapping)]
@@ -197,3 +196,13 @@ def _read_torch(file: Path, name: str) -> dict[str, Tensor]:
         what = f"{others[0]!r} in it is no tensor" if others else "it is empty"
         raise ValueError(f"{name}: {file} is no state dict: {what}; save the state_dict() alone")
     return dict(content)
+
+
+def _reason(error: Exception) -> str:
+    """What a reader with `weights_only` found, without its advice to trust the file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    marks = "WeightsUnpickler error: "
+    line = next((line for line in lines if line.startswith(marks)), lines[0])
+    return line.removeprefix(marks).partition(". Please")[0]

@@ -13,7 +13,6 @@ nothing has written to it, which a mark of its bits tells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -32,6 +31,7 @@ from flowdata.companions.sharding import (
 from flowdata.companions.state import check_shapes, plain_names, shapes_of
 
 _SMALL = 1 << 16  # numbers in a tensor whose copy costs nothing that matters
+_PART = 1 << 20  # numbers whose bits are summed at a time; they stay in the processor's cache
 
 
 class Starts:
@@ -72,7 +72,7 @@ class Starts:
         self._shards.update({name: p for name, p in trained.items() if is_sharded(p)})
         self._file = reference if isinstance(reference, str | PathLike) else None
         # What is frozen: θ* where it is small or from a reference, and the mark of large tensors.
-        self._frozen: dict[str, tuple[Tensor | None, tuple[int, float] | None]] = {}
+        self._frozen: dict[str, tuple[Tensor | None, int | None]] = {}
         for name, p in {} if self._file is not None else own.items():
             value = p if source is None else source.find(name, p)
             if name in trained or value is None or not _can_be_trained(value):
@@ -185,7 +185,7 @@ class Starts:
             return self._copies({name: parameter}, Reference(self._file, self._model))[name]
         value, mark = self._frozen.get(name, (None, None))
         value = parameter if value is None else value
-        if name not in self._frozen or (mark is not None and not _has_mark(value, mark)):
+        if name not in self._frozen or (mark is not None and mark != _mark(value)):
             raise ValueError(
                 f"{name!r} was frozen when the anchor was made and has been written to since, or "
                 "the reference lacks it, so where it started is not known; call the anchor once "
@@ -203,18 +203,21 @@ def _can_be_trained(value: Tensor) -> bool:
     return is_plain and is_wide and not value.is_meta
 
 
-def _mark(tensor: Tensor) -> tuple[int, float]:
-    """What tells a large tensor from one that was written to: its bits, xored, and its norm.
+def _mark(tensor: Tensor) -> int:
+    """What tells a large tensor from one that was written to: its bits, each by its place.
 
-    PyTorch's version counters don't tell: fused optimisers write past them. The norm is there for
-    equal values, whose bits cancel.
+    PyTorch's version counters don't tell: fused optimisers write past them. A sum without places
+    would miss rows that change theirs, and a norm signs. Integers wrap at 64 bits, so that the sum
+    is the same in any order, on any device.
     """
     whole: Any = tensor.detach()
     whole = whole.full_tensor() if is_sharded(tensor) else whole
-    norm = torch.linalg.vector_norm(whole, dtype=torch.float64)
-    return int(torch.hash_tensor(whole).item()), norm.item()
-
-
-def _has_mark(tensor: Tensor, mark: tuple[int, float]) -> bool:
-    bits, norm = _mark(tensor)
-    return bits == mark[0] and math.isclose(norm, mark[1], rel_tol=1e-12)
+    whole = torch.view_as_real(whole) if whole.is_complex() else whole
+    # The sign of 64 bits would be counted by whether its place is odd, and no more.
+    bits = whole.flatten().view(torch.int16 if whole.dtype.itemsize == 2 else torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _PART):
+        part = bits[start : start + _PART].to(torch.int64)
+        places = torch.arange(start + 1, start + 1 + len(part), device=bits.device)
+        total += part.mul_(places).sum()
+    return int(total.item())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def compute_features(
     Raises:
         TypeError: `dataset` is a stream, a batch is not made of inputs and targets, or the body
             returns no tensor.
-        ValueError: `dataset` is empty, or the features are not (B, D).
+        ValueError: `dataset` is empty, the features are not (B, D), or the body does not run in
+            the dtype.
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
@@ -82,7 +85,8 @@ def compute_features(
             frozen_model(model, body_dtype, device) as body,
             progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
         ):
-            return _run_body(body, loader, device, advance)
+            explain = partial(_explain, model, body_dtype, device)
+            return _run_body(body, loader, device, advance, explain)
 
     if store is None:
         return compute()
@@ -117,7 +121,11 @@ def _stored(
 
 
 def _run_body(
-    body: nn.Module, loader: Iterable[Any], device: torch.device, advance: Advance
+    body: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device,
+    advance: Advance,
+    explain: Callable[[Any, RuntimeError], None],
 ) -> tuple[Tensor, Tensor]:
     """The features and targets of all batches."""
     features: list[Tensor] = []
@@ -129,7 +137,11 @@ def _run_body(
                 "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
                 f"got {type(batch).__name__}{_second_part(batch)}"
             )
-        feature = _call(body, inputs)
+        try:
+            feature = _call(body, inputs)
+        except RuntimeError as error:
+            explain(inputs, error)
+            raise
         _check_feature(feature, target)
         _check_width(feature, features, "model must return features")
         _check_width(target, targets, "collate_fn must give targets")
@@ -139,6 +151,21 @@ def _run_body(
     if not features:
         raise ValueError("dataset is empty: a probe needs at least one sample")
     return torch.cat(features), torch.cat(targets)
+
+
+def _explain(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, inputs: Any, error: RuntimeError
+) -> None:
+    """Raise ValueError where it is the run's dtype that a body fails in."""
+    if dtype == torch.float32:
+        return
+    with suppress(RuntimeError), frozen_model(model, torch.float32, device) as body:
+        _call(body, inputs)
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model does not run in {name_of(dtype)} ({reason}), and it does in float32; pass "
+            "dtype='float32'"
+        ) from error
 
 
 def _second_part(batch: Any) -> str:

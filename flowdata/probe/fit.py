@@ -157,7 +157,7 @@ def _fill(head: nn.Linear, solution: Tensor, columns: Columns, values: Columns |
     if (error > _LOUD_ROUNDING * spread.max()).any() and spread.max() > 0:
         logger.warning(
             "the head's %s rounds its outputs by %.1e, where the features move them by %.1e: take "
-            "the mean out of features and targets, or give a float32 or float64 head",
+            "the mean out of features and targets, or give a head of a wider dtype",
             dtype,
             error.max(),
             spread.max(),

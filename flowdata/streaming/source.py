@@ -140,10 +140,29 @@ class StreamSource:
         if self._state is None:
             return islice(self._begin_anew(), share + shares * self.position, None, shares)
         self._keep_fresh_state()
-        self.dataset.load_state_dict(copy.deepcopy(self._state))
         # The state was saved right after a sample of this share. One sample of each other share
         # follows before the next one of this.
-        return islice(self.dataset, shares - 1, None, shares)
+        return islice(self._go_on(), shares - 1, None, shares)
+
+    def _go_on(self) -> Iterator[Any]:
+        """The dataset's samples from its state on.
+
+        Raises:
+            ValueError: the dataset can't take up the state.
+        """
+        try:
+            self.dataset.load_state_dict(copy.deepcopy(self._state))
+            samples = iter(self.dataset)
+            first = list(islice(samples, 1))  # many a dataset takes up its state only now
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the stream's source, {type(self.dataset).__name__}, can't go on from the state "
+                f"that it gave ({type(error).__name__}: {error}). A shuffled Hugging Face stream "
+                "can't where several workers read it: shuffle the data set before it becomes a "
+                "stream, use one worker, or resume between epochs"
+            ) from error
+        yield from first
+        yield from samples
 
     def _begin_anew(self) -> Iterator[Any]:
         """The dataset's own iterator, from its first sample on."""

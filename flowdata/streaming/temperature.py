@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
 
+from flowdata._common.real_numbers import as_float
 from flowdata.streaming.running_median import RunningMedian
-from flowdata.weights import positive_number
 
 StreamTemperature: TypeAlias = "Literal['running_median', 'batch_median'] | float"
 _RULES: tuple[Literal["running_median", "batch_median"], ...] = ("running_median", "batch_median")
@@ -19,17 +20,19 @@ def check_stream_temperature(temperature: Any) -> StreamTemperature:
     """Return the temperature of a stream, checked: a rule by name, or a number as a float.
 
     Raises:
-        TypeError, ValueError: it is neither, or not positive.
+        ValueError: it is neither, or not positive and finite.
     """
-    if isinstance(temperature, str) or callable(temperature):
+    if isinstance(temperature, str):
         for rule in _RULES:
             if rule == temperature:
                 return rule
+    number = as_float(temperature)
+    if number is None or not 0 < number < math.inf:
         raise ValueError(
             "temperature of a stream must be 'running_median', 'batch_median' or a positive "
             f"float, got {temperature!r}"
         )
-    return positive_number(temperature)
+    return number
 
 
 def as_plain_data(temperature: StreamTemperature | None) -> StreamTemperature | None:

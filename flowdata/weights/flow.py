@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from flowdata._common.real_numbers import real_number
 from flowdata._common.values import Values, check_values
 from flowdata.weights.formula import weigh
 from flowdata.weights.notice import warn_of_useless_weights
@@ -89,8 +91,8 @@ def shape_weights(
     """
     if normalize not in ("none", "mean"):
         raise ValueError(f"normalize must be 'none' or 'mean', got {normalize!r}")
-    if max_weight is not None and not max_weight > 0:
-        raise ValueError(f"max_weight must be positive, got {max_weight!r}")
+    if max_weight is not None:
+        max_weight = real_number(max_weight, "max_weight must be positive", math.ulp(0.0), math.inf)
     if normalize == "mean" and (largest := weights.max().item()) > 0:
         # The mean of small float32 weights may lie below what float32 holds, and the sum of large
         # ones above; relative to the largest weight it lies between 1 / N and 1.

@@ -56,11 +56,20 @@ def weigh_present(
             "missing='zero' to give them weight 0"
         )
     # The check is of all samples, so that the index in its message is the sample's own.
-    name = "losses" if column == "loss" else f"{column} values"
-    present = check_values(losses.masked_fill(absent, 0.0), name)[~absent]
+    present = check_values(losses.masked_fill(absent, 0.0), plural(column))[~absent]
     weights = torch.zeros(losses.shape, dtype=torch.float32)
     weights[~absent] = weigh(present, resolve_temperature(present, temperature))
     return weights
+
+
+def plural(column: str) -> str:
+    """Return what messages call the values of a column.
+
+    Example:
+        >>> plural("loss"), plural("entropy")
+        ('losses', 'entropy values')
+    """
+    return "losses" if column == "loss" else f"{column} values"
 
 
 def _listing(indices: list[int], most: int = 10) -> str:

@@ -27,6 +27,7 @@ def warn_of_useless_weights(
     temperature: Temperature,
     *,
     is_normalized: bool = False,
+    name: str = "losses",
     unit: str = "samples",
     remedies: Mapping[str, str] = _REMEDIES,
 ) -> None:
@@ -40,6 +41,7 @@ def warn_of_useless_weights(
         temperature: the rule they were made by.
         is_normalized: whether the weights will be divided by their mean. A small mean is then no
             trouble, as long as float32 holds such weights with all their digits.
+        name: what messages call the losses: ``"losses"``, or what takes their place.
         unit: what the losses are of, for messages.
         remedies: the rules that may be recommended, each with the rule that it comes to for these
             losses.
@@ -52,10 +54,10 @@ def warn_of_useless_weights(
     if trouble is None or (trouble == "vanish" and is_normalized and mean > _TINY):
         return
     rule, units = rule_name(temperature), f"{len(losses):,} {unit}"
-    about = f"weights: {trouble}, {rule}, {units}"
+    about = f"weights: {trouble}, {rule}, {name} of {units}"
     if trouble == "same losses":
         warn_once(
-            f"the losses of all {units} are {losses[0].item():.6g}, so that their weights are "
+            f"the {name} of all {units} are {losses[0].item():.6g}, so that their weights are "
             "the same under every rule and change nothing; check the model and the labels",
             about=about,
         )
@@ -64,7 +66,7 @@ def warn_of_useless_weights(
         what = f"have a mean of {mean:.3g}, so that training on them would hardly move the model"
         cure = "do not vanish"
     else:
-        what = "are all the same, although the losses differ, so that they change nothing"
+        what = f"are all the same, although the {name} differ, so that they change nothing"
         cure = "differ"
     better = _better_rule(losses, remedies)
     remedy = f"; pass temperature={better!r}, whose weights {cure}" if better else ""
