@@ -32,12 +32,12 @@ from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.kinds import differing, is_short, kind_of, tokens_of
 from flowdata.scoring.language.ways import plain_way
-from flowdata.scoring.meaning import output_with_labels
+from flowdata.scoring.meaning import losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
-from flowdata.targets.own_loss import agrees, own_losses
+from flowdata.targets.own_loss import agrees
 from flowdata.targets.predictions import (
     callable_way,
     classes_come_last,
@@ -170,7 +170,7 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
     if not isinstance(loss, str):
         return lambda _: callable_way(loss, output_with_labels, device)
     if loss == OWN:
-        return lambda _: own_way(output_with_labels, device)
+        return lambda _: own_way(losses_with_labels, device)
     if loss in LANGUAGE_LOSSES:
         return lambda model: plain_way(model, loss, columns, device)
     last = loss == "cross_entropy" and classes_come_last(model, batches, device)
@@ -216,10 +216,10 @@ def _own_and_named(
     for batch, true in pairs[:most]:
         try:
             with as_written(model):
-                output = output_with_labels(model, to_device(batch, truth.job.device))
+                values = losses_with_labels(model, to_device(batch, truth.job.device))
         except Exception:  # a model that can't take its labels along makes no loss
             return
-        yield own_losses(model, output), float(true["loss"])
+        yield values, float(true["loss"])
 
 
 def _refuse_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # PyTorch's and Hugging Face's mark of a position without a target
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which no layer or loss of PyTorch takes
-_LABEL_FIELDS = ("labels", "label", "targets", "target")  # the first that a batch has counts
+LABEL_FIELDS = ("labels", "label", "targets", "target")  # the first that a batch has counts
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -22,7 +22,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
             or `target`; of anything else all is inputs.
     """
     if isinstance(batch, Mapping):
-        name = next((field for field in _LABEL_FIELDS if field in batch), None)
+        name = next((field for field in LABEL_FIELDS if field in batch), None)
         inputs = {key: value for key, value in batch.items() if key != name}
         return inputs, None if name is None else _as_targets(name, batch[name])
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
