@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
+from flowdata.errors import DisagreementError
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.arange(12) % 3
@@ -207,3 +208,28 @@ def test_a_scorer_decides_anew_for_another_data_set():
     ]:
         scorer.score(TensorDataset(X, targets))
         assert scorer.explain().startswith(name)
+
+
+class Crowded(nn.Module):
+    """Mixes samples only where more than 16 share a batch, as experts that overflow do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x - x.mean(0) * (len(x) > 16))
+
+
+def test_samples_that_only_a_full_batch_mixes_are_noticed_and_then_scored_alone(tmp_path):
+    model = seeded(Crowded)
+    x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(4)), torch.arange(60) % 3
+    data = TensorDataset(x, y)
+    expected = F.cross_entropy(model.head(x), y, reduction="none").detach()
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    for store in (None, tmp_path / "scores"):
+        scorer = LossScorer(model, dtype="float32", progress=False)
+        with pytest.raises(DisagreementError, match="scored alone, does not have the loss"):
+            scorer.score(data, store=store)
+        torch.testing.assert_close(scorer.score(data, store=store).losses, expected)
+    assert LossScorer(model, batch_size=16, progress=False).score(data).summary()

@@ -35,6 +35,7 @@ from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
+from flowdata.scoring.suspects import disagreement_among_all
 from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
 from flowdata.targets.own_loss import agrees
@@ -132,6 +133,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         if reason and is_compiled_way:
             give_up(model, reason)  # it may fail on account of the compiled layers
             reason = _disagreement(candidate, truth, evidence)
+        reason = reason or disagreement_among_all(candidate, truth, plan)
         if not reason:
             return AgreedWay(
                 _of_batches(candidate.way),
