@@ -40,9 +40,11 @@ def decide_loss(
     Raises:
         ValueError: nothing tells, or too much does; the message says what `loss` could be.
     """
+    for batch in batches:
+        _check_positions(model, batch)
     try:
         calls = [_call_with_labels(model, to_device(batch, device)) for batch in batches]
-    except (IndexError, RuntimeError, TypeError):
+    except (IndexError, RuntimeError, TypeError, ValueError):
         # Labels that are no classes, or a batch of another layout: the run's own checks say which.
         calls = []
     outputs = [output for output, _ in calls]
@@ -113,8 +115,7 @@ def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
         if targets is None and "input_ids" in batch:
             batch = {**batch, "labels": labels_of(batch, "causal_lm")}
             targets = batch["labels"]
-        if isinstance(ids := batch.get("input_ids"), Tensor):
-            check_positions(model, ids.shape[-1])
+        _check_positions(model, batch)
         name = _label_argument(model) or next((n for n in LABEL_FIELDS if n in batch), None)
         if targets is None or name is None or not takes_field(model, name):
             return call_with(model, inputs, use_cache=False), False
@@ -125,6 +126,12 @@ def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
                 raise
             # A wrapper that takes anything, round a model that takes no labels.
             return call_with(model, inputs, use_cache=False), False
+
+
+def _check_positions(model: nn.Module, batch: Any) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor):
+        check_positions(model, ids.shape[-1])
 
 
 def _label_argument(model: nn.Module) -> str | None:
