@@ -233,3 +233,10 @@ def test_samples_that_only_a_full_batch_mixes_are_noticed_and_then_scored_alone(
             scorer.score(data, store=store)
         torch.testing.assert_close(scorer.score(data, store=store).losses, expected)
     assert LossScorer(model, batch_size=16, progress=False).score(data).summary()
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="tensors without values, on the device 'meta'"):
+        LossScorer(model)
