@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flowdata import LossScorer, ScoreMismatchError
@@ -332,7 +333,28 @@ def hooks_that_change():
         alias = output
         alias.zero_()
 
-    return in_place, part, attribute, augmented, out, handed_on, returned, hooked_alias
+    def function(module, values, output):
+        torch.relu_(output)
+
+    def switch(module, values, output):
+        F.relu(output, True)
+
+    def initialised(module, values, output):
+        nn.init.zeros_(output)
+
+    def foreach(module, values, output):
+        torch._foreach_mul_([output], 2.0)
+
+    def by_name(module, values, output):
+        getattr(output, "mul_")(2)  # noqa: B009
+
+    def nested(module, values, output):
+        (lambda value: value.mul_(2))(output)
+
+    return (
+        *(in_place, part, attribute, augmented, out, handed_on, returned, hooked_alias),
+        *(function, switch, initialised, foreach, by_name, nested),
+    )
 
 
 @pytest.mark.parametrize("hook", hooks_that_watch(), ids=lambda hook: hook.__name__)
@@ -706,3 +728,40 @@ def test_scores_of_an_edited_forward_or_a_hooked_model_are_not_reused(tmp_path):
     with pytest.raises(ScoreMismatchError, match="another model"):
         scorer(model).score(samples, store=tmp_path)
     assert fingerprint_model(Tripled()) != fingerprint_model(Body())
+
+
+@pytest.mark.parametrize("kind", ["", "_pre"])
+def test_hooks_of_all_modules_change_it_while_they_are_there(kind):
+    model = Body()
+    before = fingerprint_model(model)
+    register = getattr(nn.modules.module, f"register_module_forward{kind}_hook")
+    handle = register(lambda module, values, *outputs: (outputs or values)[0] * 2)
+    assert fingerprint_model(model) != before
+    handle.remove()
+    handle = register(lambda module, values, *outputs: None)
+    assert fingerprint_model(model) == before
+    handle.remove()
+
+
+def times_scale(module, values):
+    return values * module._scale
+
+
+class Helped(nn.Module):
+    """Reads its own private attribute in a function beside the class."""
+
+    def __init__(self):
+        super().__init__()
+        self._scale, self._unread = 1.0, 1.0
+
+    def forward(self, values):
+        return times_scale(self, values)
+
+
+def test_private_attributes_count_where_a_function_of_the_users_own_reads_them():
+    model = Helped()
+    before = fingerprint_model(model)
+    model._unread = 2.0
+    assert fingerprint_model(model) == before
+    model._scale = 2.0
+    assert fingerprint_model(model) != before

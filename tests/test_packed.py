@@ -351,7 +351,7 @@ def answers(samples, count=4):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma 2", "gpt-2"])
 def test_answers_to_one_prompt_run_it_once(name, template):
     prompts = prompted(token_samples(8, longest=80), torch.arange(20, 20 + template))
-    model, samples = zoo.decoder(name), answers(prompts)
+    model, samples = zoo.decoder(name), answers(prompts, count=8)
     scorer = LossScorer(model, dtype="float32", max_tokens=300, progress=False)
     with counted_runs(model.get_input_embeddings()) as (_, run):
         losses = scorer.score(samples).losses

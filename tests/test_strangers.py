@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
 from tests import reference
-from tests.models import VOCABULARY, tiny_llama, token_samples
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, token_samples
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -182,3 +182,49 @@ def test_a_language_model_in_float64():
     model, samples = tiny_llama().double(), token_samples(5)
     found = LossScorer(model, progress=False).score(samples).losses
     torch.testing.assert_close(found, score(tiny_llama(), samples).losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hole", [1, 2, -2])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_what_a_mask_hides_inside_a_sample_keeps_its_position(make, hole):
+    model, samples = make().eval(), []
+    for tokens in ids(5, 9, 4, 7):
+        mask = torch.ones_like(tokens)
+        mask[hole] = 0
+        samples.append({"input_ids": tokens, "attention_mask": mask, "labels": tokens})
+    expected = [
+        model(**{name: value[None] for name, value in sample.items()}, use_cache=False).loss
+        for sample in samples
+    ]
+    found = score(model, samples).losses
+    torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_can_not_be_made_a_batch_say_why():
+    tokens = ids(3, 5)
+    masks = [torch.ones(len(t), len(t)).tril() for t in tokens]
+    squares = [
+        {"input_ids": t, "labels": t, "attention_mask": m}
+        for t, m in zip(tokens, masks, strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"'attention_mask' can be padded along its first axis"):
+        score(tiny_llama(), squares)
+    with pytest.raises(ValueError, match="input_ids must be integers"):
+        score(tiny_llama(), [{"input_ids": t.float()} for t in tokens])
+    images = [(torch.ones(3, size, 4), 0) for size in (4, 5)]
+    with pytest.raises(ValueError, match=r"samples can't be stacked .* pass a collate_fn"):
+        score(nn.Flatten(), images, "cross_entropy")
+
+
+def test_soft_labels_of_a_classifier_whose_own_loss_takes_classes_alone():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)).eval()
+    model.config.problem_type = "single_label_classification"
+    soft = torch.tensor([0.2, 0.3, 0.5])
+    samples = [{"input_ids": tokens, "labels": soft} for tokens in ids(5, 3)]
+    expected = [
+        F.cross_entropy(model(sample["input_ids"][None]).logits[0], soft) for sample in samples
+    ]
+    torch.testing.assert_close(score(model, samples).losses, torch.stack(expected).detach())

@@ -342,7 +342,8 @@ def test_scores_say_how_many_samples_were_checked(tmp_path):
     scores, how = scored(model, samples, store=tmp_path / "scores")
     checked = scores.metadata["checked"]
     before = int(re.search(r"(\d+) samples checked alone, off by", how)[1])
-    assert before + 3 <= checked["samples"] <= before + 6  # two in a thousand
+    # Two in a thousand, and four of the largest pack.
+    assert before + 3 + 4 <= checked["samples"] <= before + 6 + 4
     assert checked["largest_difference"] < 1e-4
     again, _ = scored(model, samples, store=tmp_path / "scores")
     assert again.metadata["checked"] == checked

@@ -115,7 +115,7 @@ def _remedy(dataset: Any) -> str:
         return "pass datasets.Dataset.from_polars(it), of a lazy frame after .collect()"
     if hasattr(dataset, "to_pylist") and hasattr(dataset, "column_names"):
         return "pass datasets.Dataset(it), or its .to_pylist()"
-    if isinstance(dataset, list | tuple) and len(dataset) > 0:
+    if type(dataset) in (list, tuple) and len(dataset) > 0:  # one of the user's may raise
         return _remedy_of_list(dataset)
     return ""
 

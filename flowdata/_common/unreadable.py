@@ -7,6 +7,7 @@ scored all the same. `Readable` puts it there, and `CollateReadable` leaves it o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,3 +101,14 @@ class CollateReadable:
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         return self.collate([sample for sample in samples if not isinstance(sample, Unreadable)])
+
+
+def some_readable(dataset: Any, most: int) -> list[Any]:
+    """Return samples that can be read, from all over a data set: it may be sorted in some way."""
+    samples = []
+    size = min(most, len(dataset))
+    for index in (place * (len(dataset) - 1) // max(1, size - 1) for place in range(size)):
+        with suppress(SampleError):  # the run will meet it and say so
+            samples.append(dataset[index])
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    return readable or [first_readable(dataset)]

@@ -14,7 +14,6 @@ batch is looked at as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +33,7 @@ from flowdata.integrations.trainer_loss import (
 )
 from flowdata.models.calling import innermost, output_layer_of, unwrapped
 from flowdata.models.compiled import as_written
+from flowdata.models.copies import same_buffers
 from flowdata.models.rope import loaded_frequencies
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.meaning import agreed_name, name_by_labels
@@ -50,7 +50,6 @@ from flowdata.targets.which_loss import OWN, loss_of_model
 
 _MOST_LOGITS = 2**26  # of which a gradient is held twice: 256 MiB each in float32
 _SPREAD = 0.1  # nats between logits, from which losses of other meanings differ
-_MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
 _REMEDY = (
     "pass loss= another name, a callable (outputs, batch) -> (B,) losses, or loss='own', which "
     "takes the model's own loss, one sample at a time"
@@ -100,7 +99,7 @@ def decide(
     tells = loss != OWN or tells_unit(inputs, size)
     if before is not None and not tells:
         return before
-    with preserved_rng(), _same_buffers(model), as_written(model), loaded_frequencies(model):
+    with preserved_rng(), same_buffers(model), as_written(model), loaded_frequencies(model):
         if loss == OWN:
             return Decision(own_run(model, inputs, size), is_settled=tells, is_known=tells)
         with torch.set_grad_enabled(_logits_are_small(model, inputs)):
@@ -114,7 +113,8 @@ class _Look:
         self.model, self.inputs = model, inputs
         takes = takes_labels(model, inputs)
         outputs = model(**inputs) if takes else model(**without_labels(inputs))
-        self.own, self.readings = own_loss_of(outputs), readings(model, outputs)
+        self.readings = readings(model, outputs, is_labelled=takes)
+        self.own = own_loss_of(outputs, is_labelled=takes)
         self.passes_labels = needs_labels(model, inputs)
         if self.own is not None and takes and not _has_logits(outputs):
             # A fused loss, such as Liger's, makes no logits where it is given labels.
@@ -304,18 +304,6 @@ def merged(decisions: Sequence[Decision]) -> Decision:
             f"{different.loss!r}: say which it is by loss="
         )
     return replace(known[0], is_settled=all(decision.is_settled for decision in decisions))
-
-
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward in training mode writes, such as running means."""
-    before = [(b, b.clone()) for b in model.buffers() if b.numel() <= _MOST_RESTORED]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 def _logits_are_small(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

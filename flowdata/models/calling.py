@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+# What Python says of a call without an argument that the function can't do without.
+_MISSING = re.compile(r"forward\(\) missing \d+ required")
 
 
 def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> Any:
@@ -17,8 +22,10 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     - parameters with the names of fields get those fields;
     - where there is none, or `labels` alone, but `**kwargs`, every tensor among the fields is
       passed by its name;
-    - else the model takes inputs under a name of its own: `input_ids`, or the first field where
-      there is no such field, is passed by its place.
+    - where none has the name of the first one, which the model needs, the model takes inputs under
+      a name of its own: `input_ids` are passed by their place, or where there are none the only
+      field that can be meant. Beside a field that is larger, one number for each sample, such as
+      an index, is none.
 
     Args:
         model: the model; the signature is that of the model inside a PEFT model.
@@ -26,7 +33,7 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
         options: switches such as `use_cache=False`. A model that doesn't know one isn't given it.
 
     Raises:
-        TypeError: `forward` needs something that the batch lacks.
+        TypeError: no field, or more than one, can be what `forward` takes.
 
     Example:
         >>> import torch
@@ -37,43 +44,91 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
         >>> call_with(Sums(), batch, scale=2, use_cache=False)
         tensor(6.)
     """
-    parameters = inspect.signature(innermost(model).forward).parameters
+    parameters = parameters_of(model)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     names = [name for name in fields if name in parameters]
-    if not names and not takes_any:
-        first = fields["input_ids"] if "input_ids" in fields else next(iter(fields.values()))
-        return model(first)
+    by_place = None
+    if not takes_any and (not names or _lacks_first(parameters, fields)):
+        by_place = _field_by_place(fields, names, list(parameters))
     if takes_any and set(names) <= {"labels"}:  # a wrapper that passes all else on
         names = [name for name, value in fields.items() if isinstance(value, Tensor)]
     arguments = {name: fields[name] for name in names}
-    _check_complete(parameters, arguments, options)
     switches = {name for name in options if takes_any or name in parameters}
-    return model(**arguments, **{name: options[name] for name in switches})
+    first = [] if by_place is None else [fields[by_place]]
+    by = "" if by_place is None else f", and {by_place!r} was given by its place"
+    with _explained(model, f"{', '.join(map(repr, fields))}{by}", is_guess=by_place is not None):
+        return model(*first, **arguments, **{name: options[name] for name in switches})
 
 
-def _check_complete(
-    parameters: Mapping[str, inspect.Parameter],
-    arguments: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> None:
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    lacking = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
-        if name not in arguments and name not in options
-    ]
-    if lacking:
+def call_in_order(model: nn.Module, inputs: Any) -> Any:
+    """Return what a model makes of a batch's inputs: one, or several one after another."""
+    arguments = inputs if isinstance(inputs, tuple | list) else [inputs]
+    with _explained(model, f"{len(arguments)} without a name"):
+        return model(*arguments)
+
+
+@contextmanager
+def _explained(model: nn.Module, given: str, *, is_guess: bool = False) -> Iterator[None]:
+    """Say of a call that fails for lack of an argument what `forward` takes and what there was."""
+    try:
+        yield
+    except (TypeError, IndexError, KeyError) as error:
+        if not (is_guess or _MISSING.search(str(error))):
+            raise
+        raise type(error)(
+            f"{error} (the model's forward takes {', '.join(map(repr, parameters_of(model)))}; the "
+            f"batch has {given}). Name the fields as forward names its arguments, in the samples "
+            "or by collate_fn; for a forward that needs its labels pass loss='own', for one of "
+            "another kind loss=callable(model, batch)"
+        ) from error
+
+
+def _lacks_first(parameters: Mapping[str, inspect.Parameter], fields: Mapping[str, Any]) -> bool:
+    """Whether a `forward` needs a first argument that no field has the name of."""
+    first = next(iter(parameters.values()), None)
+    return (
+        first is not None
+        and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+        and first.default is first.empty
+        and first.name not in fields
+    )
+
+
+def _field_by_place(
+    fields: Mapping[str, Any], names: list[str], arguments: list[str]
+) -> str | None:
+    """The field, of those without an argument of their name, that is given by its place."""
+    rest = {name: value for name, value in fields.items() if name not in names}
+    if not rest:
+        return None
+    if "input_ids" in rest or len(rest) == 1:
+        return "input_ids" if "input_ids" in rest else next(iter(rest))
+    tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
+    large = [name for name, value in tensors.items() if value.dim() > 1]
+    candidates = large or list(tensors) or list(rest)
+    if len(candidates) > 1:
         raise TypeError(
-            f"the model's forward needs {', '.join(map(repr, lacking))}, and the batch has "
-            f"{', '.join(map(repr, arguments)) or 'nothing that it takes'}; pass a collate_fn that "
-            "makes what is lacking, or loss=callable(model, batch) that calls the model"
+            f"the model's forward takes {', '.join(map(repr, arguments))}, and the batch has "
+            f"{', '.join(map(repr, fields))}: any of {', '.join(map(repr, candidates))} can be "
+            "meant. Name the field as forward names its argument, in the samples or by collate_fn"
         )
+    return candidates[0]
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a model's `forward`, by name."""
+    forward = innermost(model).forward
+    try:
+        return inspect.signature(forward).parameters
+    except ValueError:  # compiled by torch.jit, which keeps names alone
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = [argument.name for argument in forward.schema.arguments[1:]]
+        return {name: inspect.Parameter(name, kind) for name in names}
 
 
 def takes_field(model: nn.Module, name: str) -> bool:
     """Return whether a model's `forward` takes a field of this name."""
-    parameters = inspect.signature(innermost(model).forward).parameters
+    parameters = parameters_of(model)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return name in parameters or takes_any
 

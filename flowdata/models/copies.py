@@ -16,6 +16,8 @@ from flowdata.models.placement import is_placed
 from flowdata.models.precision import runs_as_it_is
 from flowdata.models.tensors import map_floating
 
+_MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
+
 
 @contextmanager
 def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
@@ -53,10 +55,14 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 @contextmanager
 def _lent_itself(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Put the caller's own model into eval mode for a block, and every flag back after it."""
+    is_whole = not is_placed(model)  # a buffer on the meta device has nothing to keep
     training_flags = [(module, module.training) for module in model.modules()]
     gradient_flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with nullcontext() if is_placed(model) else _converting_inputs(model, dtype):
+        with (
+            same_buffers(model) if is_whole else nullcontext(),
+            _converting_inputs(model, dtype) if is_whole else nullcontext(),
+        ):
             model.eval()
             yield
     finally:
@@ -65,6 +71,26 @@ def _lent_itself(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for parameter, flag in gradient_flags:  # PEFT sets them when it turns adapters on again
             if parameter.requires_grad != flag:  # a model made in inference mode can't be told
                 parameter.requires_grad = flag
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what forwards write into small buffers, such as running means and counts."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.numel() <= _MOST_RESTORED
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
 
 
 class _Conversion(NamedTuple):
@@ -174,6 +200,9 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
 @contextmanager
 def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let a model take floating inputs of any dtype, for a block."""
+    if isinstance(model, torch.jit.ScriptModule):  # takes no hooks
+        yield
+        return
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: map_floating((args, kwargs), lambda tensor: tensor.to(dtype)),
         with_kwargs=True,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from flowdata._common.data_sets import check_map_style
 from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
-from flowdata.models.calling import call_with
+from flowdata.models.calling import call_in_order, call_with
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
@@ -203,4 +203,4 @@ def _call(body: nn.Module, inputs: Any) -> Any:
     """The body's output; a mapping's fields go in by name, those of a tuple one after another."""
     if isinstance(inputs, Mapping):
         return call_with(body, inputs)
-    return body(*inputs) if isinstance(inputs, (tuple, list)) else body(inputs)
+    return call_in_order(body, inputs)

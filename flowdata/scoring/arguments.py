@@ -71,8 +71,16 @@ def check_token_losses(token_losses: bool, loss: object) -> None:
 
 
 def check_placed(model: nn.Module, dtype: str | torch.dtype, device: object) -> None:
-    """Raise ValueError if a model that others have placed would have to move or be converted."""
+    """Raise ValueError if a model that others have placed would have to move or be converted.
+
+    A tensor without values is refused, unless whoever has placed the model fetches them.
+    """
     if not is_placed(model):
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise ValueError(
+                "model has tensors without values, on the device 'meta'; load its weights first, "
+                "as by load_state_dict(..., assign=True)"
+            )
         return
     own_names = {name_of(p.dtype) for p in model.parameters() if p.is_floating_point()}
     name = dtype if isinstance(dtype, str) else name_of(dtype)

@@ -1,12 +1,13 @@
 """Batches: a pack's samples read and collated, and a few of them collated alone as well.
 
 What is collated alone is what the check of the run looks at: a random few in a thousand, the same
-ones whoever reads them, and the first of each kind of sample that no check has seen yet.
+ones whoever reads them, a few of the largest pack, and the first of each kind of sample that no
+check has seen yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ def load_batches(
     packs: Iterator[list[int]],
     grouping: Grouping,
     kinds: Sequence[Hashable] | None,
+    also: Set[int] = frozenset(),
 ) -> Iterator[Batch]:
     """Read and collate packs' samples, given by their indices, as the packs are claimed.
 
@@ -49,11 +51,12 @@ def load_batches(
         packs: the indices of each pack's samples.
         grouping: which samples of a pack are collated together.
         kinds: of samples that were checked already; None checks none.
+        also: the indices of further samples to check.
     """
     loader: DataLoader[Any] = DataLoader(
         _Numbered(job.dataset),
         batch_sampler=packs,  # it need not have a length
-        collate_fn=_CollatePack(job.collate, grouping, kinds),
+        collate_fn=_CollatePack(job.collate, grouping, kinds, also),
         num_workers=job.num_workers,
         pin_memory=job.device.type == "cuda",  # nothing waits for copies from pinned memory
         # The default generator would be drawn from, and the caller's random numbers change.
@@ -93,8 +96,13 @@ class _CollatePack:
     """Collates the samples that could be read, and keeps the reasons of the others."""
 
     def __init__(
-        self, collate: Collate, grouping: Grouping, kinds: Sequence[Hashable] | None
+        self,
+        collate: Collate,
+        grouping: Grouping,
+        kinds: Sequence[Hashable] | None,
+        also: Set[int],
     ) -> None:
+        self.also = also
         self.collate, self.grouping = collate, grouping
         self.checks = kinds is not None
         self.kinds = set(kinds or ())
@@ -123,7 +131,7 @@ class _CollatePack:
         is_new = kind not in self.kinds and len(self.kinds) < self.most_kinds
         if is_new:
             self.kinds.add(kind)
-        return is_new or is_drawn(index)
+        return is_new or index in self.also or is_drawn(index)
 
 
 def is_drawn(index: int) -> bool:

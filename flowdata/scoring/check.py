@@ -32,12 +32,13 @@ from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.kinds import differing, is_short, kind_of, tokens_of
 from flowdata.scoring.language.ways import plain_way
-from flowdata.scoring.meaning import output_with_labels
+from flowdata.scoring.meaning import losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
+from flowdata.scoring.suspects import disagreement_among_all
 from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
-from flowdata.targets.own_loss import agrees, own_losses
+from flowdata.targets.own_loss import agrees
 from flowdata.targets.predictions import (
     callable_way,
     classes_come_last,
@@ -132,6 +133,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         if reason and is_compiled_way:
             give_up(model, reason)  # it may fail on account of the compiled layers
             reason = _disagreement(candidate, truth, evidence)
+        reason = reason or disagreement_among_all(candidate, truth, plan)
         if reason and callable(job.loss) and not any(float(e["loss"]) for e in evidence.plain):
             raise ValueError(
                 "loss=callable gives each sample a loss of 0 when it is alone, and another one "
@@ -177,7 +179,7 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
     if not isinstance(loss, str):
         return lambda _: callable_way(loss, output_with_labels, device)
     if loss == OWN:
-        return lambda _: own_way(output_with_labels, device)
+        return lambda _: own_way(losses_with_labels, device)
     if loss in LANGUAGE_LOSSES:
         return lambda model: plain_way(model, loss, columns, device)
     last = loss == "cross_entropy" and classes_come_last(model, batches, device)
@@ -223,10 +225,10 @@ def _own_and_named(
     for batch, true in pairs[:most]:
         try:
             with as_written(model):
-                output = output_with_labels(model, to_device(batch, truth.job.device))
+                values = losses_with_labels(model, to_device(batch, truth.job.device))
         except Exception:  # a model that can't take its labels along makes no loss
             return
-        yield own_losses(model, output), float(true["loss"])
+        yield values, float(true["loss"])
 
 
 def _refuse_loss(

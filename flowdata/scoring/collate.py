@@ -39,7 +39,7 @@ def choose_collate(
     if not callable(loss):
         _check_tokenised(sample, model)
     if not (isinstance(sample, Mapping) and "input_ids" in sample):
-        return default_collate
+        return stack_collate
     # These losses read no padding: it has no target, and no other position sees it. Any token will
     # do, where a classifier's decoder has to recognise it.
     of_aligned_labels: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
@@ -112,6 +112,21 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, list) and value:
         return all(isinstance(part, str | Mapping) for part in value)
     return isinstance(value, str)
+
+
+def stack_collate(samples: list[Any]) -> Any:
+    """Return `default_collate`'s batch.
+
+    Raises:
+        ValueError: samples that can't be stacked.
+    """
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"samples can't be stacked to a batch ({error}); make them tensors of one shape, as by "
+            "a transform, or pass a collate_fn that makes a batch of them"
+        ) from error
 
 
 def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str, Any]:
@@ -206,6 +221,15 @@ def _stack(name: str, values: list[Any], padding: int) -> Any:
             f"a sample's input_ids must be one-dimensional, got shape "
             f"{tuple(next(t.shape for t in tensors if t.dim() != 1))}; tokenise without "
             "return_tensors, or pass a collate_fn"
+        )
+    if name == "input_ids" and any(tensor.is_floating_point() for tensor in tensors):
+        raise ValueError("a sample's input_ids must be integers, got floating-point numbers")
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        other = next(shape for shape in shapes if shape[1:] != shapes[0][1:])
+        raise ValueError(
+            f"{name!r} can be padded along its first axis alone, got shapes {shapes[0]} and "
+            f"{other}; pass a collate_fn that makes a batch of them, or batch_size=1"
         )
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)

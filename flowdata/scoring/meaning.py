@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from flowdata._common.notices import logger
-from flowdata.models.calling import call_with, innermost
+from flowdata.models.calling import call_in_order, call_with, innermost, parameters_of, takes_field
 from flowdata.models.positions import check_positions
 from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
-from flowdata.targets.labels import split_batch
+from flowdata.targets.labels import LABEL_FIELDS, split_batch
 from flowdata.targets.meaning import agreed_name, losses_by_name, name_by_labels
 from flowdata.targets.own_loss import own_losses
 from flowdata.targets.predictions import logits_of, predict
-from flowdata.targets.which_loss import loss_of_model
+from flowdata.targets.which_loss import OWN, loss_of_model
 
 
 def decide_loss(
@@ -40,12 +40,15 @@ def decide_loss(
     Raises:
         ValueError: nothing tells, or too much does; the message says what `loss` could be.
     """
+    for batch in batches:
+        _check_positions(model, batch)
     try:
-        outputs = [output_with_labels(model, to_device(batch, device)) for batch in batches]
-    except (IndexError, RuntimeError, TypeError):
+        calls = [_call_with_labels(model, to_device(batch, device)) for batch in batches]
+    except (IndexError, RuntimeError, TypeError, ValueError):
         # Labels that are no classes, or a batch of another layout: the run's own checks say which.
-        outputs = []
-    own_values = [own_losses(model, output) for output in outputs]
+        calls = []
+    outputs = [output for output, _ in calls]
+    own_values = [own_losses(model, output, is_labelled=took) for output, took in calls]
     if not any(own_values):
         first = split_batch(batches[0])[0]
         return loss_of_model(innermost(model)) or name_by_labels(
@@ -56,14 +59,33 @@ def decide_loss(
         return [_named_loss(name, *pair) for pair in zip(outputs, batches, strict=True)]
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if (name := agreed_name(model, own_values, values_of, dtype)) is not None:
+    name = agreed_name(model, own_values, values_of, dtype)
+    if name is not None and _predicts_without_labels(model, batches[0], outputs[0], device):
         return name
+    reason = "has no name here" if name is None else "needs the labels in its forward"
     logger.warning(
-        "loss='auto': the model's own loss (%.4g on a sample) has no name here, so it is taken as "
-        "it is, loss='own', one sample at a time: several times as slow",
+        "loss='auto': the model's own loss (%.4g on a sample) %s, so it is taken as it is, "
+        "loss='own', one sample at a time: several times as slow",
         next(values for values in own_values if values)[0],
+        reason,
     )
-    return "own"
+    return OWN
+
+
+def _predicts_without_labels(
+    model: nn.Module, batch: Any, output: Any, device: torch.device
+) -> bool:
+    """Whether a model makes the same logits without labels, from which losses by name are made.
+
+    Hugging Face's models do. One of the user's own may need them, or give the last logits alone.
+    """
+    if hasattr(innermost(model), "config"):
+        return True
+    try:
+        logits = logits_of(predict(model, to_device(split_batch(batch)[0], device)))
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return logits.shape == logits_of(output).shape
 
 
 def output_with_labels(model: nn.Module, batch: Any) -> Any:
@@ -71,26 +93,51 @@ def output_with_labels(model: nn.Module, batch: Any) -> Any:
 
     Rotary frequencies are those of the model as it was loaded, and are left as they were.
     """
-    with loaded_frequencies(model):
-        return _output_with_labels(model, batch)
+    return _call_with_labels(model, batch)[0]
 
 
-def _output_with_labels(model: nn.Module, batch: Any) -> Any:
-    if not isinstance(batch, Mapping):
-        inputs, _ = split_batch(batch)
-        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-    if "input_ids" in batch and split_batch(batch)[1] is None:
-        batch = {**batch, "labels": labels_of(batch, "causal_lm")}
-    if isinstance(ids := batch.get("input_ids"), Tensor):
-        check_positions(model, ids.shape[-1])
-    with _same_problem(model):
+def losses_with_labels(model: nn.Module, batch: Any) -> list[float]:
+    """Return the values that the own loss of such an output can be meant to have (`own_losses`)."""
+    output, took_labels = _call_with_labels(model, batch)
+    return own_losses(model, output, is_labelled=took_labels)
+
+
+def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
+    """The output for a batch with its labels, and whether the model took these."""
+    with loaded_frequencies(model), _same_problem(model):
+        inputs, targets = split_batch(batch)
+        if not isinstance(batch, Mapping):
+            name = _label_argument(model)
+            if targets is None or name is None:
+                return call_in_order(model, inputs), False
+            arguments = inputs if isinstance(inputs, tuple | list) else [inputs]
+            return model(*arguments, **{name: targets}), True
+        if targets is None and "input_ids" in batch:
+            batch = {**batch, "labels": labels_of(batch, "causal_lm")}
+            targets = batch["labels"]
+        _check_positions(model, batch)
+        name = _label_argument(model) or next((n for n in LABEL_FIELDS if n in batch), None)
+        if targets is None or name is None or not takes_field(model, name):
+            return call_with(model, inputs, use_cache=False), False
         try:
-            return call_with(model, batch, use_cache=False)
+            return call_with(model, {**inputs, name: targets}, use_cache=False), True
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
             # A wrapper that takes anything, round a model that takes no labels.
-            return call_with(model, split_batch(batch)[0], use_cache=False)
+            return call_with(model, inputs, use_cache=False), False
+
+
+def _check_positions(model: nn.Module, batch: Any) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor):
+        check_positions(model, ids.shape[-1])
+
+
+def _label_argument(model: nn.Module) -> str | None:
+    """The argument of a model's `forward` that takes labels, None where none has their name."""
+    parameters = parameters_of(model)
+    return next((name for name in LABEL_FIELDS if name in parameters), None)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from flowdata.scoring.job import Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks, one_rank
+from flowdata.scoring.suspects import in_largest_pack
 from flowdata.scoring.truth import Truth
 from flowdata.store.packs import Columns
 from flowdata.targets.target_losses import Fetched
@@ -114,7 +115,9 @@ class _Share:
         """Yield each pack to run with its batch."""
         # A run of samples alone is the truth itself.
         kinds = None if self.agreed.grouping is alone else self.agreed.kinds
-        for batch in load_batches(self.job, self._claim_packs(), self.agreed.grouping, kinds):
+        also = in_largest_pack(self.plan)
+        grouping = self.agreed.grouping
+        for batch in load_batches(self.job, self._claim_packs(), grouping, kinds, also):
             index = self.queue.popleft()  # a DataLoader gives batches in the order of its sampler
             if self.claims.begins(index):
                 yield index, batch

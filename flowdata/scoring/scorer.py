@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import say
 from flowdata._common.rng import preserved_rng
-from flowdata._common.unreadable import CollateReadable, Readable, Unreadable, first_readable
-from flowdata.errors import DisagreementError, SampleError
+from flowdata._common.unreadable import CollateReadable, Readable, first_readable, some_readable
+from flowdata.errors import DisagreementError
 from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import innermost, unwrapped
 from flowdata.models.copies import frozen_model
@@ -204,7 +203,7 @@ class LossScorer:
             skip = on_error == "skip"
             self._is_shown = self.progress and ranks.is_first
             readable = Readable(dataset, skip=skip)
-            job = self._job(readable, collate_fn, lengths, num_workers, store)
+            job = self._job(readable, collate_fn, lengths, num_workers, store, dataset_id)
             remark_on_random_samples(dataset, dataset_id, skip_unreadable=skip)
             if dataset_id is None:
                 fields = fields_given(self.model, dataset, collate_fn, job.loss)
@@ -231,10 +230,11 @@ class LossScorer:
         lengths: Any,
         num_workers: int,
         store: str | Path | None = None,
+        dataset_id: str | None = None,
     ) -> Job:
         check_batch_norm(self.model)
         first = first_readable(dataset)
-        loss = self._choose_loss(dataset, first, collate_fn, store)
+        loss = self._choose_loss(dataset, first, collate_fn, store, dataset_id)
         collate = choose_collate(collate_fn, first, self.model, loss)
         if collate_fn is None and loss in PREDICTION_LOSSES:
             check_stackable(first)
@@ -261,12 +261,17 @@ class LossScorer:
         )
 
     def _choose_loss(
-        self, dataset: Any, first: Any, collate_fn: Collate | None, store: str | Path | None
+        self,
+        dataset: Any,
+        first: Any,
+        collate_fn: Collate | None,
+        store: str | Path | None,
+        dataset_id: str | None,
     ) -> str | LossFunction:
         """The loss that the user named; for "auto" that which equals the model's own.
 
-        What was decided holds for samples with the same fields, as long as the scorer lives; and
-        what a store of this very model says was decided once.
+        What was decided holds for samples with the same fields of a data set of the same name, as
+        the windows of a stream have one; and what a store of this very model says was decided once.
         """
         if self.loss != "auto":
             return self.loss
@@ -277,7 +282,9 @@ class LossScorer:
             model, loss = (str(begun["identity"].get(name)) for name in ("model", "loss"))
             if loss in LOSSES and is_model_identity(model, self._model_identity(fresh=True)):
                 return loss
-        kind = kind_of(first)
+        if dataset_id is None:
+            return self._decide_loss(dataset, first, collate_fn)
+        kind = dataset_id, kind_of(first)
         if kind not in self._losses_of_kinds:
             self._losses_of_kinds[kind] = self._decide_loss(dataset, first, collate_fn)
         return self._losses_of_kinds[kind]
@@ -285,13 +292,13 @@ class LossScorer:
     def _decide_loss(self, dataset: Any, first: Any, collate_fn: Collate | None) -> str:
         loss_of_class = loss_of_model(innermost(self.model))
         collate = choose_collate(collate_fn, first, self.model, loss_of_class)
-        samples = _first_samples(dataset, _SAMPLES_TO_CHOOSE)
+        samples = some_readable(dataset, _SAMPLES_TO_CHOOSE)
         few = [samples[index] for index in differing(samples, _SAMPLES_TO_ASK)]
         place = home(self.model)
         dtype = resolve_dtype("auto", self.model, place, one_target=True)  # the model's own
         with frozen_model(self.model, dtype, place) as model:
             batches = [collate([sample]) for sample in few]
-            many = partial(_first_samples, dataset, _SAMPLES_FOR_AUTO)
+            many = partial(some_readable, dataset, _SAMPLES_FOR_AUTO)
             return decide_loss(model, batches, lambda: collate(many()), place)
 
     def _identity(
@@ -332,14 +339,3 @@ class LossScorer:
         sentence = "; ".join(filter(None, [sentence, self._note]))
         self._explanation = sentence
         say(sentence, shown=self._is_shown)
-
-
-def _first_samples(dataset: Any, most: int) -> list[Any]:
-    """The first samples that can be read."""
-    samples = []
-    for index in range(min(most, len(dataset))):
-        with suppress(SampleError):  # the run will meet it and say so
-            samples.append(dataset[index])
-    return [sample for sample in samples if not isinstance(sample, Unreadable)] or [
-        first_readable(dataset)
-    ]

@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     factors: Mapping[str, float]
 
 
-def own_losses(model: nn.Module, output: Any) -> list[float]:
+def own_losses(model: nn.Module, output: Any, *, is_labelled: bool = True) -> list[float]:
     """Return the values that a model's own loss can be meant to have; none if it made none.
 
     The first is what it returned. Where the output names further terms, those values follow that
@@ -40,17 +40,18 @@ def own_losses(model: nn.Module, output: Any) -> list[float]:
     Args:
         model: the model, whose configuration is looked at.
         output: what it returned for a batch with labels.
+        is_labelled: whether the model took them, see `own_loss_of`.
 
     Example:
         >>> own_losses(nn.Identity(), {"loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.5)})
         [2.0, 1.5]
     """
-    return [reading.value for reading in readings(model, output)]
+    return [each.value for each in readings(model, output, is_labelled=is_labelled)]
 
 
-def readings(model: nn.Module, output: Any) -> list[Reading]:
+def readings(model: nn.Module, output: Any, *, is_labelled: bool = True) -> list[Reading]:
     """Return the values of `own_losses`, each with the factors of the terms taken off."""
-    loss = own_loss_of(output)
+    loss = own_loss_of(output, is_labelled=is_labelled)
     if loss is None:
         return []
     values = [Reading(loss.item(), {})]
@@ -63,13 +64,35 @@ def readings(model: nn.Module, output: Any) -> list[Reading]:
     return values
 
 
-def own_loss_of(output: Any) -> Tensor | None:
-    """Return the loss that a model made, 0-d or of one element; None if it made none."""
+def own_loss_of(output: Any, *, is_labelled: bool = True) -> Tensor | None:
+    """Return the loss that a model made, 0-d or of one element; None if it made none.
+
+    A model that took no labels makes a loss only where it says so by that name: what else it
+    returns are predictions, which are single numbers too where a sample has one output.
+
+    Args:
+        output: what the model returned.
+        is_labelled: whether it was given labels, and took them.
+    """
     loss = _field(output, "loss")
-    if loss is None and isinstance(output, tuple | list) and not hasattr(output, "_fields"):
-        loss = next(iter(output), None)  # Hugging Face's order without names
+    if loss is None and is_labelled:
+        loss = _unnamed_loss(output)
     is_loss = isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1
     return loss if is_loss else None
+
+
+def _unnamed_loss(output: Any) -> Any:
+    """What may be the loss in an output without names: the first 0-d tensor, or the first entry.
+
+    Hugging Face's order without names is (loss, logits); others return (logits, loss).
+    """
+    entries = [output] if isinstance(output, Tensor) and output.dim() == 0 else output
+    if not isinstance(entries, tuple | list) or hasattr(entries, "_fields"):
+        return None
+    numbers = (each for each in entries if isinstance(each, Tensor) and each.dim() == 0)
+    first = entries[0] if entries else None
+    is_row = isinstance(first, Tensor) and first.dim() == 1
+    return next(numbers, first if is_row else None)
 
 
 def named_terms(output: Any, factors: Mapping[str, float]) -> Tensor | float:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import call_with, innermost
+from flowdata.models.calling import call_in_order, call_with, innermost
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import CPU, to_device
 from flowdata.targets.labels import describe_batch, split_batch
-from flowdata.targets.own_loss import own_losses
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import first_argument
@@ -109,16 +108,16 @@ def is_of_tokens(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
     return targets.dim() == 2 and hasattr(innermost(model), "config")
 
 
-def own_way(call: Callable[[nn.Module, Any], Any], device: torch.device = CPU) -> Way:
+def own_way(losses_of: Callable[[nn.Module, Any], list[float]], device: torch.device = CPU) -> Way:
     """Return the way to the loss that a model makes itself, of one sample collated alone.
 
     Args:
-        call: (model, batch) -> the model's output for a batch with its labels.
+        losses_of: (model, batch) -> the values that the model's own loss can be meant to have.
         device: where the model takes its inputs.
     """
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
-        losses = own_losses(model, call(model, to_device(batch, device)))
+        losses = losses_of(model, to_device(batch, device))
         if not losses:
             raise ValueError(
                 "loss='own' takes the loss that the model makes itself, and it made none of "
@@ -165,10 +164,8 @@ def predict(model: nn.Module, inputs: Any) -> Tensor:
     """Return a model's predictions: its output, or its output's `logits`."""
     if isinstance(inputs, Mapping):
         output = call_with(model, inputs)
-    elif isinstance(inputs, tuple | list):
-        output = model(*inputs)
     else:
-        output = model(inputs)
+        output = call_in_order(model, inputs)
     return logits_of(output)
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowdata.models.calling import innermost
@@ -109,8 +110,8 @@ def inputs_and_targets(
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
             labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
-        if not _wants_mask(model, inputs):
-            inputs = _without_right_padding_mask(inputs, keep_mask=keep_mask)
+        if not (keep_mask or _wants_mask(model, inputs)):
+            inputs = _without_right_padding_mask(inputs)
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
         inputs |= _decoder_inputs(innermost(model), labels)
     return inputs, labels
@@ -146,20 +147,19 @@ def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return is_required or "position_ids" in inputs
 
 
-def _without_right_padding_mask(inputs: dict[str, Any], *, keep_mask: bool) -> dict[str, Any]:
+def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     """Drop a mask of padding on the right; else count positions from the first real token.
 
     No position of a causal model sees padding to its right, and without a mask attention takes
-    its fastest kernel.
+    its fastest kernel. What a mask hides further on keeps its position, as in a sample alone.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return inputs
     if bool((mask[:, 1:] <= mask[:, :-1]).all()):  # it never rises: ones, then zeros
-        if keep_mask:
-            return inputs
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
-    return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return inputs | {"position_ids": (torch.arange(mask.shape[1]) - padding).clamp_min(0)}
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:

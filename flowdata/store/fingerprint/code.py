@@ -13,7 +13,12 @@ import types
 from collections.abc import Iterator, Set
 from typing import Any
 
-from flowdata.store.fingerprint.instructions import contents_of, names_filled, names_read
+from flowdata.store.fingerprint.instructions import (
+    contents_of,
+    globals_read,
+    names_filled,
+    names_read,
+)
 
 # Packages that are known by their names alone, as Python's own are: a release of theirs, which
 # changes code everywhere, is no reason to throw losses away.
@@ -145,6 +150,24 @@ def names_read_by(kind: type, *, libraries: bool = False) -> set[str]:
         if base is not object and base.__module__ != "torch.nn.modules.module"
         for attribute, value in vars(base).items()
         if libraries or attribute != "__init__"
-        for function in functions_in(value)
+        for own in functions_in(value)
+        for function in ([own] if libraries else with_helpers(own))
         for name in names_read(function)
     }
+
+
+def with_helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """Yield a function and the user's own functions that it calls by their names in a file."""
+    queue, known = [function], set()
+    while queue:
+        part = queue.pop()
+        if id(part) in known:
+            continue
+        known.add(id(part))
+        yield part
+        named = (part.__globals__.get(name) for name in globals_read(part))
+        queue += [
+            value
+            for value in named
+            if isinstance(value, types.FunctionType) and not is_of_library(home_of(value))
+        ]

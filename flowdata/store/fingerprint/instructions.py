@@ -13,6 +13,8 @@ _MUTATORS = {
     *("update", "setdefault", "appendleft", "move_to_end", "sort", "reverse"),
 }
 _METHOD_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+_CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD", "PRECALL")
+_BY_NAME = {"getattr", "setattr", "delattr", "exec", "eval"}  # reach what no instruction names
 _NO_STEPS = ("CACHE", "NOP", "EXTENDED_ARG")
 _SWAPS, _COPIES = ("SWAP", "ROT_TWO", "ROT_THREE"), ("COPY", "DUP_TOP", "DUP_TOP_TWO")
 
@@ -92,7 +94,7 @@ def _names_filled_by(code: types.CodeType) -> set[str]:
 
 def _changes(method: str) -> bool:
     """Whether a method of this name changes its object; PyTorch ends such names with a line."""
-    return method in _MUTATORS or (method.endswith("_") and not method.startswith("_"))
+    return method in _MUTATORS or (method.endswith("_") and not method.startswith("__"))
 
 
 def _before_swap(
@@ -159,7 +161,9 @@ def only_watches(function: types.FunctionType, *, is_method: bool = False) -> bo
     keywords = [
         name for constant in code.co_consts if isinstance(constant, tuple) for name in constant
     ]
-    if "out" in keywords or "inplace" in keywords:
+    if "out" in keywords or "inplace" in keywords or not _BY_NAME.isdisjoint(code.co_names):
+        return False
+    if any(_may_change(each, own if each is code else None) for each in code_within(code)):
         return False
     steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
     for index, step in enumerate(steps):
@@ -167,12 +171,29 @@ def only_watches(function: types.FunctionType, *, is_method: bool = False) -> bo
             value = step if step.opname == "RETURN_CONST" else steps[index - 1]
             if not (value.opname in ("LOAD_CONST", "RETURN_CONST") and value.argval is None):
                 return False
+    return True
+
+
+def _may_change(code: types.CodeType, own: str | None) -> bool:
+    """Whether code changes the value of a local variable other than `own`, or may do so.
+
+    `torch.relu_(x)` and `F.relu(x, True)` do, with the value as an argument.
+    """
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    for index, step in enumerate(steps):
+        if step.opname in _METHOD_LOADS and str(step.argval).endswith("_"):
+            start = steps[_expression_start(steps, index - 1)]
+            if start.opname == "LOAD_GLOBAL" and not str(step.argval).startswith("__"):
+                return True
+        is_switch = step.opname == "LOAD_CONST" and step.argval is True
+        if is_switch and any(later.opname in _CALLS for later in steps[index + 1 : index + 3]):
+            return True
         owner = _changed_by(steps, index)
         if owner is not None:
             variable = _variable(steps, _expression_start(steps, owner))
             if variable not in (None, own):
-                return False
-    return True
+                return True
+    return False
 
 
 def _contents(function: types.FunctionType) -> list[Any]:

@@ -18,6 +18,7 @@ from flowdata.store.fingerprint.checksums import checksums_of, plain_tensors
 from flowdata.store.fingerprint.hugging_face import stable_config
 from flowdata.store.fingerprint.modules import (
     describe_module,
+    global_hooks,
     is_filled_by_calls,
     walk,
 )
@@ -71,6 +72,8 @@ def _digest_of(describer: Describer, model: nn.Module, *, skip_adapters: bool) -
     modules = list(walk(model, skip_adapters=skip_adapters))
     describer.place_modules(modules)
     digest = hashlib.sha256()
+    for hook in global_hooks():
+        digest.update(canonical(describer.describe(hook, "a hook of all modules")))
     configurations: set[int] = set()
     for path, module in modules:
         digest.update(canonical(describe_module(describer, path, module)))

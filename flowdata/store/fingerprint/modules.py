@@ -209,6 +209,13 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if hook is None or not _is_of_running(hook)]
 
 
+def global_hooks() -> list[Any]:
+    """Return the hooks of all modules of the program, as `torch.nn.modules.module` keeps them."""
+    kept = nn.modules.module
+    hooks = [*kept._global_forward_pre_hooks.values(), *kept._global_forward_hooks.values()]
+    return [hook for hook in hooks if not _is_of_running(hook)]
+
+
 def _is_of_running(hook: Any) -> bool:
     """Whether a hook belongs to how a model is run, or only watches it."""
     function = getattr(hook, "func", hook)  # inside a partial

@@ -1,0 +1,242 @@
+"""Forwards of the user's own: what they return, and how they take their labels."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flowdata import LossScorer
+from flowdata.errors import DisagreementError
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.arange(12) % 3
+NUMBERS = torch.randn(12, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 20, (12, 7), generator=torch.Generator().manual_seed(2))
+
+
+def scored(model, data, loss="auto"):
+    scorer = LossScorer(model.eval(), loss, dtype="float32", progress=False)
+    return scorer.score(data).losses, scorer.explain()
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make().eval()
+
+
+class Regressor(nn.Module):
+    """Returns its prediction first, as many numbers as samples; it takes no labels."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.body, self.head, self.give = nn.Linear(4, 8), nn.Linear(8, 1), give
+
+    def forward(self, x):
+        hidden = self.body(x).relu()
+        return self.give(self.head(hidden), hidden)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda prediction, hidden: (prediction,),
+        lambda prediction, hidden: [prediction.squeeze(1)],
+        lambda prediction, hidden: (prediction, hidden.sum()),
+    ],
+)
+@pytest.mark.parametrize("layout", ["pairs", "fields"])
+def test_a_prediction_of_one_number_is_no_loss(give, layout):
+    model = seeded(lambda: Regressor(give))
+    data = TensorDataset(X, NUMBERS)
+    if layout == "fields":
+        data = [{"x": x, "labels": y} for x, y in data]
+    losses, how = scored(model, data)
+    expected = (model(X)[0].flatten() - NUMBERS).square()
+    torch.testing.assert_close(losses, expected.detach())
+    assert how.startswith("mse")
+
+
+def test_a_prediction_beside_features_is_asked_for():
+    model = seeded(lambda: Regressor(lambda prediction, hidden: (prediction, hidden)))
+    with pytest.raises(ValueError, match="does not say which are its logits"):
+        scored(model, TensorDataset(X, NUMBERS))
+    with pytest.raises(ValueError, match="it made none of"):
+        scored(model, TensorDataset(X, NUMBERS), "own")
+
+
+class Smoothed(nn.Module):
+    """A classifier that smooths its own loss; labels under a name of their own."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        make(self)
+
+    def loss(self, logits, labels):
+        return None if labels is None else F.cross_entropy(logits, labels, label_smoothing=0.4)
+
+
+def takes_labels(self):
+    def forward(x, labels=None):
+        logits = self.head(x)
+        return {"logits": logits, "loss": self.loss(logits, labels)}
+
+    self.forward = forward
+
+
+def takes_target(self):
+    def forward(x, target=None):
+        logits = self.head(x)
+        return logits if target is None else (logits, self.loss(logits, target))
+
+    self.forward = forward
+
+
+def returns_a_loss_alone(self):
+    def forward(x, targets=None):
+        logits = self.head(x)
+        return logits if targets is None else self.loss(logits, targets)
+
+    self.forward = forward
+
+
+def needs_labels(self):
+    def forward(x, labels):
+        logits = self.head(x)
+        return self.loss(logits, labels), logits
+
+    self.forward = forward
+
+
+@pytest.mark.parametrize("make", [takes_labels, takes_target, returns_a_loss_alone, needs_labels])
+@pytest.mark.parametrize("field", ["labels", "label", "targets", None])
+def test_labels_reach_a_models_own_loss_whatever_their_name(make, field):
+    model = seeded(lambda: Smoothed(make))
+    data = TensorDataset(X, CLASSES)
+    if field is not None:
+        data = [{"x": x, field: y} for x, y in data]
+    expected = F.cross_entropy(model.head(X), CLASSES, reduction="none", label_smoothing=0.4)
+    losses, how = scored(model, data)
+    torch.testing.assert_close(losses, expected.detach())
+    assert how.startswith("own")
+    with pytest.raises((ValueError, TypeError), match="loss='own'"):
+        scored(model, data, "cross_entropy")
+
+
+class LastLogits(nn.Module):
+    """A language model that without targets gives the logits of the last position alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, idx, targets=None):
+        hidden = self.embed(idx).cumsum(1)
+        if targets is None:
+            return self.head(hidden[:, [-1]]), None
+        logits = self.head(hidden)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("names", [("idx", "targets"), ("input_ids", "labels"), None])
+def test_a_model_with_other_logits_without_targets_is_scored_with_them(names, caplog):
+    model, targets = seeded(LastLogits), TOKENS.flip(0)
+    data = TensorDataset(TOKENS, targets)
+    if names is not None:
+        data = [dict(zip(names, pair, strict=True)) for pair in data]
+    expected = [model(x[None], y[None])[1] for x, y in zip(TOKENS, targets, strict=True)]
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        losses, _ = scored(model, data)
+    torch.testing.assert_close(losses, torch.stack(expected).detach())
+    assert "needs the labels in its forward" in caplog.text
+
+
+class Counting(nn.Module):
+    """Counts its calls, and replaces a buffer at each, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.head(x)
+
+
+def test_what_forwards_write_into_buffers_is_put_back():
+    model = seeded(Counting)
+    mean = model.mean
+    scored(model, TensorDataset(X, CLASSES))
+    assert model.calls == 0
+    assert model.mean is mean
+    assert not model.mean.any()
+
+
+def test_models_compiled_by_torch_jit():
+    model = seeded(lambda: nn.Linear(4, 3))
+    expected = F.cross_entropy(model(X), CLASSES, reduction="none").detach()
+    data = TensorDataset(X, CLASSES)
+    fields = [{"input": x, "labels": y} for x, y in data]
+    for compiled in (torch.jit.script(model), torch.jit.trace(model, X[:1])):
+        torch.testing.assert_close(scored(compiled, data)[0], expected)
+    torch.testing.assert_close(scored(torch.jit.script(model), fields)[0], expected)
+
+
+def test_targets_are_looked_at_all_over_a_data_set():
+    # A table sorted by its target begins with what could be a yes or no.
+    targets = torch.cat([torch.zeros(70), torch.linspace(0, 1, 130)])
+    data = TensorDataset(torch.randn(200, 4), targets)
+    model = seeded(lambda: nn.Linear(4, 1))
+    losses, how = scored(model, data)
+    expected = (model(data.tensors[0]).flatten() - targets).square().detach()
+    torch.testing.assert_close(losses, expected)
+    assert how.startswith("mse")
+
+
+def test_a_scorer_decides_anew_for_another_data_set():
+    scorer = LossScorer(nn.Linear(4, 3), dtype="float32", progress=False)
+    for targets, name in [
+        (torch.randn(12, 3).softmax(1), "cross_entropy"),
+        (torch.randn(12, 3), "mse"),
+        (CLASSES, "cross_entropy"),
+    ]:
+        scorer.score(TensorDataset(X, targets))
+        assert scorer.explain().startswith(name)
+
+
+class Crowded(nn.Module):
+    """Mixes samples only where more than 16 share a batch, as experts that overflow do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x - x.mean(0) * (len(x) > 16))
+
+
+def test_samples_that_only_a_full_batch_mixes_are_noticed_and_then_scored_alone(tmp_path):
+    model = seeded(Crowded)
+    x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(4)), torch.arange(60) % 3
+    data = TensorDataset(x, y)
+    expected = F.cross_entropy(model.head(x), y, reduction="none").detach()
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    for store in (None, tmp_path / "scores"):
+        scorer = LossScorer(model, dtype="float32", progress=False)
+        with pytest.raises(DisagreementError, match="scored alone, does not have the loss"):
+            scorer.score(data, store=store)
+        torch.testing.assert_close(scorer.score(data, store=store).losses, expected)
+    assert LossScorer(model, batch_size=16, progress=False).score(data).summary()
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="tensors without values, on the device 'meta'"):
+        LossScorer(model)
