@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -288,13 +288,6 @@ class Scores:
         """Return the manifest of a store of these scores, made from their metadata."""
         fields = {name: self.metadata.get(name, {}) for name in (*FIELDS, "checked")}
         return make_manifest(**fields)
-
-
-class Scorer(Protocol):
-    """What scores a data set: a `LossScorer`, or anything with its `score`."""
-
-    def score(self, dataset: Any, **options: Any) -> Scores:
-        """Return the loss of every sample; NaN where there is none."""
 
 
 def weights_of(

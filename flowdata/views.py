@@ -14,7 +14,8 @@ from torch import Tensor
 from flowdata._common.data_sets import check_map_style
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
-from flowdata.scores import Scorer, Scores
+from flowdata.scores import Scores
+from flowdata.scoring.scorer import Scorer
 from flowdata.store.identity import content_identity
 
 

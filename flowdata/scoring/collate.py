@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from flowdata.models.calling import innermost
+from flowdata.models.calling import innermost, parameters_of
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import IGNORE_INDEX, LABEL_FIELDS, UNSIGNED
 
@@ -58,7 +57,7 @@ def fields_given(
         loss: the loss's name, or a callable, which may read anything.
     """
     names = getattr(dataset, "column_names", None)
-    parameters = inspect.signature(innermost(model).forward).parameters
+    parameters = parameters_of(model)
     is_of_tokens = isinstance(names, list) and "input_ids" in names and "input_ids" in parameters
     has_transform = is_of_tokens and dataset.format["type"] == "custom"  # it may read any column
     if collate_fn is not None or not isinstance(loss, str) or not is_of_tokens or has_transform:

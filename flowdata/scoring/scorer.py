@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,13 @@ from flowdata.targets.which_loss import (
 
 _SAMPLES_FOR_AUTO = 64  # from which loss="auto" tells the kind of targets
 _SAMPLES_TO_CHOOSE, _SAMPLES_TO_ASK = 8, 3  # of which the model is asked for its own loss
+
+
+class Scorer(Protocol):
+    """What scores a data set: a `LossScorer`, or anything with its `score`."""
+
+    def score(self, dataset: Any, **options: Any) -> Scores:
+        """Return the loss of every sample; NaN where there is none."""
 
 
 class LossScorer:

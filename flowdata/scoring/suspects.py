@@ -18,7 +18,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.truth import Truth
 from flowdata.targets.target_losses import joined
 
-_OF_LARGEST = 4  # samples of the largest pack that are checked, its last one among them
+_OF_LARGEST = 2  # samples of the largest pack that are checked, its last one among them
 
 
 def in_largest_pack(plan: Plan) -> frozenset[int]:

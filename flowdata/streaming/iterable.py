@@ -14,7 +14,7 @@ from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata._common.values import check_values
 from flowdata.dataset import Layout, weight_attacher
-from flowdata.scores import Scorer
+from flowdata.scoring.scorer import Scorer
 from flowdata.streaming.shared import SharedMarks
 from flowdata.streaming.source import StreamSource
 from flowdata.streaming.temperature import (

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from flowdata._common.notices import Once, say
-from flowdata.scores import Scorer
-from flowdata.scoring.scorer import LossScorer
+from flowdata.scoring.scorer import LossScorer, Scorer
 
 
 class WindowScorer:
