@@ -1,9 +1,10 @@
-"""What a Trainer on the weights does when training and its epochs begin."""
+"""What a Trainer on the weights does when training, its epochs and its optimiser steps begin."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from accelerate.state import PartialState  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
 from flowdata.sampler import FlowSampler
@@ -32,3 +33,89 @@ class SamplerEpoch(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch that begins, or goes on after a checkpoint."""
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class StepAccount(TrainerCallback):  # type: ignore[misc]
+    """Holds what a Trainer does in an optimiser step against what its denominator counts.
+
+    `get_batch_samples`, `training_step` and `compute_loss` can each be overridden past the mixin.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._left: list[Any] = []  # of a stream that ended within a step
+        self._steps = 0  # of the epoch, so far
+        self._batches = self._losses = 0  # of the step; 0 batches outside of one
+
+    def missing(self, number: int) -> int:
+        """Return how many batches have to be fetched for a step of `number`."""
+        return number - len(self._left)
+
+    def open(self, batches: list[Any], number: int) -> list[Any]:
+        """Return the batches of the step that begins: `number`, or none where a stream has ended.
+
+        A Trainer makes no step at the end of an epoch whose length it doesn't know. The batches
+        that are left go into the first step after it, and the denominator of that step counts them.
+        """
+        batches = self._left + batches
+        is_whole = len(batches) >= number
+        self._left = [] if is_whole else batches
+        self._batches, self._losses = len(batches) if is_whole else 0, 0
+        self._steps += is_whole
+        return batches if is_whole else []
+
+    def add_loss(self, num_items: Any) -> None:
+        """Count a weighted loss.
+
+        Raises:
+            ValueError: it has no denominator, and its batch is but a part of the step.
+        """
+        self._losses += 1
+        parts = self._batches * int(PartialState().num_processes)
+        if num_items is None and parts > 1:
+            raise ValueError(
+                "compute_loss was called without num_items_in_batch, the denominator of all "
+                f"{parts} batches of a step: let an overridden compute_loss or training_step pass "
+                "it on (super().compute_loss(model, inputs, return_outputs, num_items_in_batch)), "
+                "and divide the loss by nothing else"
+            )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a run before this one."""
+        self._reset()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a step that the run broke off: a loss by hand has no part in it."""
+        self._reset()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to count steps."""
+        self._steps = 0
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a stream that is too short for a step: the Trainer would end without a word."""
+        if self._left and not self._steps:
+            raise ValueError(
+                f"the training stream ended after {len(self._left)} batches, before its first step "
+                f"of gradient_accumulation_steps={args.gradient_accumulation_steps}: accumulate "
+                "fewer, or repeat the stream"
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse gradients of losses without weights, or with another denominator."""
+        batches, self._batches = self._batches, 0
+        if not batches:
+            raise RuntimeError(
+                "get_batch_samples is overridden by a class that doesn't ask super(), so that the "
+                "step's loss has another denominator than its weights; take the batches, and "
+                "num_items_in_batch, from super().get_batch_samples()"
+            )
+        if self._losses < batches:
+            raise RuntimeError(
+                f"{batches - self._losses} of the step's {batches} batches have a loss that "
+                "ignores the weights (such as outputs.loss): compute_loss or training_step is "
+                "overridden by a class that doesn't ask for it, or leaves the model in eval(); "
+                "call super().compute_loss in it, or pass loss=(outputs, batch) -> (B,) losses"
+            )

@@ -124,8 +124,8 @@ def check_train_loader(loader: Any, sampler: FlowSampler | None, *, weighted_los
         weighted_loss: whether the loss is weighted.
 
     Raises:
-        ValueError: another sampler draws, or draws from other data; weights would act twice; or a
-            sampler or a stream would be sharded twice.
+        ValueError: another sampler draws; weights would act twice; or a sampler or a stream would
+            be sharded twice.
     """
     check_loader(loader, weighted_loss=weighted_loss)
     used = flow_sampler_of(loader)
@@ -141,6 +141,26 @@ def check_train_loader(loader: Any, sampler: FlowSampler | None, *, weighted_los
             "get_train_dataloader or _get_train_sampler is overridden by a class that doesn't ask "
             "super(). Put FlowTrainerMixin first, or take the sampler from "
             "super()._get_train_sampler()"
+        )
+
+
+def check_drawn_data(weighed: Any, dataset: Any, loader: Any) -> None:
+    """Refuse to draw, by the weights of one data set, from another.
+
+    Args:
+        weighed: the training data when the sampler was made.
+        dataset: the training data now.
+        loader: what the Trainer is about to iterate.
+
+    Raises:
+        ValueError: the data was replaced, or the loader reads from data of another length.
+    """
+    loaded = getattr(loader, "dataset", weighed)
+    if dataset is not weighed or (hasattr(loaded, "__len__") and len(loaded) != len(weighed)):
+        raise ValueError(
+            f"resample=True draws by the weights of the train_dataset of {len(weighed)} samples "
+            "that the Trainer was made with, and training would draw from another; make a new "
+            "Trainer with the new data set and its scores"
         )
 
 

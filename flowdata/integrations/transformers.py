@@ -14,7 +14,7 @@ from transformers import Trainer
 from flowdata.accumulation import mean_over_ranks
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
-from flowdata.integrations.callbacks import SamplerEpoch, TrainingStart
+from flowdata.integrations.callbacks import SamplerEpoch, StepAccount, TrainingStart
 from flowdata.integrations.checks import carries_weights
 from flowdata.integrations.first_batch import Decision, decide, merged
 from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
@@ -29,6 +29,7 @@ from flowdata.integrations.sample_by_sample import weighted_own_loss
 from flowdata.integrations.trainer_checks import (
     check_arguments,
     check_data,
+    check_drawn_data,
     check_run_loss,
     check_train_loader,
 )
@@ -124,6 +125,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self.weight_key, self.normalize, self.token_rule = weight_key, normalize, token_rule
         self.loss = loss
         self._decision: Decision | None = None
+        self._step = StepAccount()
         self._batches_have_weights = not resample and (scores is not None or carried)
         self._replaces_loss = self._batches_have_weights or token_rule is not None
         self._resamples, self._flow_sampler = resample, None
@@ -149,6 +151,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         if resample:
             self._draw_by(weights)
         if self._replaces_loss:
+            self.add_callback(self._step)
             # The loss is divided by the items of the whole step; without this word the Trainer
             # might divide it by the number of accumulated batches once more.
             self.loss_is_scaled_for_ga = True
@@ -201,6 +204,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         adopt_order(self, super()._get_train_sampler(self.train_dataset))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._flow_sampler = FlowSampler(weights, num_replicas=1, rank=0, seed=seed)
+        self._drawn_data = self.train_dataset
         self.add_callback(SamplerEpoch(self._flow_sampler))
 
     # What the Trainer asks of its data
@@ -225,6 +229,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def check_train_loader(self, loader: Any) -> None:
         """Refuse the loader of a run that would train on other samples than the weights say."""
         check_train_loader(loader, self._flow_sampler, weighted_loss=self._batches_have_weights)
+        if self._flow_sampler is not None:
+            check_drawn_data(self._drawn_data, self.train_dataset, loader)
 
     # What the Trainer asks of its loss
 
@@ -232,8 +238,9 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Return the batches of an optimiser step and the denominator of its loss."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._replaces_loss and batches:
+        number = self._step.missing(num_batches)
+        batches, items = super().get_batch_samples(epoch_iterator, number, device)
+        if self._replaces_loss and (batches := self._step.open(batches, num_batches)):
             parts = [(self._without_weights(batch), self._weights(batch)) for batch in batches]
             if self._decision is None or not self._decision.is_settled:
                 self._decision = self._decide_together(*parts[0])
@@ -284,7 +291,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             return super().compute_loss(
                 model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
             )
-        self._loss_was_replaced = True
+        self._step.add_loss(num_items_in_batch)
         weights = self._weights(inputs)
         loss, outputs = self._weighted_loss(
             model, self._without_weights(inputs), weights, num_items_in_batch
@@ -306,18 +313,6 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
         steps = 1 if num_items is None else self.current_gradient_accumulation_steps
         return value + named_terms(outputs, run.factors) / steps, outputs
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's step and refuse a loss that was made without the weights."""
-        self._loss_was_replaced = False
-        loss = super().training_step(*args, **kwargs)
-        if self._replaces_loss and not self._loss_was_replaced:
-            raise RuntimeError(
-                f"{type(self).__name__}.compute_loss made a loss that ignores the weights (such as "
-                "outputs.loss); call super().compute_loss in it, or pass loss=(outputs, batch) -> "
-                "(B,) losses"
-            )
-        return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation step without weights, if the data has any."""

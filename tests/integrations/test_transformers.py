@@ -591,20 +591,6 @@ def test_two_ranks_are_given_the_samples_that_were_drawn(tmp_path):
             assert "FlowWeightedIterable of 2 ranks would lose" in rank["sharded stream", sharing]
 
 
-def test_a_loss_that_ignores_the_weights_is_refused(tmp_path):
-    class Ignores(FlowTrainer):
-        def compute_loss(self, model, inputs, **kwargs):
-            return model(**{k: v for k, v in inputs.items() if k != "weight"}).loss
-
-    with pytest.raises(RuntimeError, match="ignores the weights"):
-        flow_trainer(tmp_path, Ignores, scores=tiny.make_weights()).train()
-
-    trainer = flow_trainer(tmp_path, scores=tiny.make_weights())
-    trainer.data_collator = lambda samples: tiny.collate(samples)
-    with pytest.raises(ValueError, match="a training batch has no 'weight'"):
-        trainer.train()
-
-
 def test_the_order_of_batches_is_the_trainers_own(tmp_path):
     settings = {"train_sampling_strategy": "sequential"}
     trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings)

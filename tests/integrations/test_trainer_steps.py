@@ -1,0 +1,257 @@
+"""FlowTrainer's optimiser steps under overridden methods and streams, against a loop by hand."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin
+from tests.integrations import tiny
+from tests.integrations.test_transformers import flow_trainer
+
+SETTINGS = {"gradient_accumulation_steps": 3, "learning_rate": 0.0, "max_grad_norm": 0.0}
+PASS_ON = "compute_loss was called without num_items_in_batch"
+IGNORES = "loss that ignores the weights"
+NO_COUNT = "get_batch_samples is overridden by a class that doesn't ask super()"
+
+
+class Steps(TrainerCallback):
+    """Records the samples and the gradient of each step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.batch: list[int] = []
+        self.steps: list[tuple[list[int], Tensor]] = []
+        numbers = {tuple(s["input_ids"].tolist()): i for i, s in enumerate(tiny.make_samples())}
+
+        def note(module, args, fields):
+            if module.training and torch.is_grad_enabled() and fields.get("labels") is None:
+                rows = [tuple(row[row != 0].tolist()) for row in fields["input_ids"]]
+                self.batch += [numbers[row] for row in rows]
+
+        trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append((self.batch, tiny.flat_gradient(model)))
+        self.batch = []
+
+
+def gradients_by_hand():
+    """Each sample's gradient of the sum of its losses, alone, and its number of targets."""
+    gradients, counts = [], []
+    for sample in tiny.make_samples():
+        model = tiny.make_model()
+        batch = tiny.collate([sample])
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        (model(**batch).loss * count).backward()
+        gradients.append(tiny.flat_gradient(model))
+        counts.append(count)
+    return torch.stack(gradients), torch.tensor(counts)
+
+
+def assert_steps_by_hand(steps, weights):
+    gradients, counts = gradients_by_hand()
+    for rows, gradient in steps:
+        expected = (weights[rows][:, None] * gradients[rows]).sum(0) / counts[rows].sum()
+        tiny.assert_same_gradient(gradient, expected)
+
+
+def run(folder, cls=FlowTrainer, **options):
+    options = {"scores": tiny.make_weights(), "settings": SETTINGS} | options
+    trainer = flow_trainer(folder, cls, **options)
+    steps = Steps(trainer)
+    trainer.train()
+    return trainer, steps.steps
+
+
+class StepsItself(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Before(FlowTrainerMixin, StepsItself):
+    pass
+
+
+class After(FlowTrainer):
+    training_step = StepsItself.training_step
+
+
+class Twice(FlowTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        once = super().compute_loss(model, inputs, False, num_items_in_batch)
+        again = super().compute_loss(model, inputs, False, num_items_in_batch)
+        return (once + again) / 2
+
+
+@pytest.mark.parametrize("cls", [Before, After])
+def test_a_training_step_of_ones_own_may_pass_the_denominator_on(tmp_path, cls):
+    _, steps = run(tmp_path, cls)
+    assert len(steps) == 6
+    assert_steps_by_hand(steps, tiny.make_weights())
+
+
+def test_a_loss_may_be_computed_more_than_once_for_a_batch(tmp_path):
+    _, steps = run(tmp_path, Twice)
+    _, once = run(tmp_path)
+    for (_, gradient), (_, expected) in zip(steps, once, strict=True):
+        tiny.assert_same_gradient(gradient, expected)
+
+
+class DropsTheDenominator(FlowTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class DividesBySteps(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        return loss.detach()
+
+
+class Divides(FlowTrainerMixin, DividesBySteps):
+    pass
+
+
+class OwnLoss(FlowTrainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return model(**{k: v for k, v in inputs.items() if k != "weight"}).loss
+
+
+class OwnStep(FlowTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**{k: v for k, v in inputs.items() if k != "weight"}).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Evaluates(FlowTrainer):
+    """Leaves the model in eval(), in which the loss is the Trainer's own."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.eval()
+        inputs = {k: v for k, v in inputs.items() if k != "weight"}
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class SomeOwnLosses(FlowTrainer):
+    number = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.number += 1
+        if self.number % 2:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return OwnLoss.compute_loss(self, model, inputs)
+
+
+class OwnBatches(FlowTrainer):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+
+
+class NoCount(FlowTrainer):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+
+REFUSED = {
+    DropsTheDenominator: PASS_ON,
+    Divides: PASS_ON,
+    OwnLoss: IGNORES,
+    OwnStep: IGNORES,
+    SomeOwnLosses: IGNORES,
+    Evaluates: IGNORES,
+    OwnBatches: NO_COUNT,
+    NoCount: NO_COUNT,
+}
+
+
+@pytest.mark.parametrize("cls", REFUSED)
+def test_a_step_with_another_loss_or_denominator_is_refused(tmp_path, cls):
+    before = tiny.make_model().state_dict()
+    trainer = flow_trainer(tmp_path, cls, scores=tiny.make_weights(), settings=SETTINGS)
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(REFUSED[cls])):
+        trainer.train()
+    # Refused before the first step, not after it.
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_of_one_batch_is_its_own_denominator(tmp_path):
+    settings = {**SETTINGS, "gradient_accumulation_steps": 1}
+    _, steps = run(tmp_path, DropsTheDenominator, settings=settings)
+    assert_steps_by_hand(steps, tiny.make_weights())
+
+
+def test_a_collator_put_in_later_is_refused(tmp_path):
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights())
+    trainer.data_collator = lambda samples: tiny.collate(samples)
+    with pytest.raises(ValueError, match="a training batch has no 'weight'"):
+        trainer.train()
+
+
+def stream(weights, rows=tiny.N):
+    dataset = tiny.as_hf_dataset(tiny.make_samples(), weight=weights.tolist())
+    return dataset.select(range(rows)).to_iterable_dataset()
+
+
+def collate(rows):
+    return tiny.collate([{k: torch.tensor(v) for k, v in row.items()} for row in rows])
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_what_a_stream_leaves_of_a_step_goes_into_the_next_one(tmp_path, size):
+    """Each pass over the stream has 11, 8 or 7 batches, and a step has 3."""
+    weights = tiny.make_weights()
+    settings = {**SETTINGS, "per_device_train_batch_size": size, "max_steps": 8}
+    data = {"train_dataset": stream(weights), "scores": None, "data_collator": collate}
+    _, steps = run(tmp_path, settings=settings, **data)
+    assert len(steps) == 8
+    rows = [row for step, _ in steps for row in step]
+    assert rows == [index % tiny.N for index in range(len(rows))]
+    assert len(rows) > 2 * tiny.N
+    assert_steps_by_hand(steps, weights)
+
+
+def test_a_stream_that_is_too_short_for_a_step_is_refused(tmp_path):
+    data = {"train_dataset": stream(tiny.make_weights(), 8), "scores": None}
+    with pytest.raises(ValueError, match=r"ended after 2 batches, before its first step of .*=3"):
+        run(tmp_path, data_collator=collate, **data)
+
+
+def test_a_run_broken_off_leaves_no_step_behind(tmp_path):
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=SETTINGS)
+    trainer.add_callback(Stop())
+    trainer.train()
+    trainer.model.train()
+    batch = {**tiny.collate(tiny.make_samples()[:2]), "weight": torch.ones(2)}
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
+def test_samples_are_not_drawn_from_other_data_than_was_weighed(tmp_path):
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), resample=True)
+    trainer.train_dataset = tiny.make_samples()[::-1]
+    with pytest.raises(ValueError, match="by the weights of the train_dataset of 32 samples"):
+        trainer.train()
+
+    class Shorter(FlowTrainer):
+        def get_train_dataloader(self):
+            dataset = tiny.make_samples()[:20]
+            options = {"sampler": self._get_train_sampler(), "collate_fn": tiny.collate}
+            return torch.utils.data.DataLoader(dataset, 4, **options)
+
+    with pytest.raises(ValueError, match="and training would draw from another"):
+        flow_trainer(tmp_path, Shorter, scores=tiny.make_weights(), resample=True).train()
