@@ -4,26 +4,6 @@
 
 Source: Sanyal et al., ICML 2025, section 5. The lines marked FLOW are the difference to plain
 fine-tuning, whose own lines stand beside them.
-
-Reference training scripts need three lines, once the scores of their training set are saved
-(``scores.save("scores.safetensors")``): their loss stays, and samples are drawn by weight.
-
-torchvision's references/classification/train.py (of June 2025), on one rank::
-
-    +from flowdata import FlowSampler, Scores
-    -        train_sampler = torch.utils.data.RandomSampler(dataset)
-    +        train_sampler = FlowSampler(Scores.load("scores.safetensors"))
-    -        if args.distributed:
-    +        if True:  # every epoch has an order of its own
-                 train_sampler.set_epoch(epoch)
-
-timm's train.py (1.0.29.dev0), below ``loader_train = create_loader(...)``, on one rank or many::
-
-    +from flowdata import FlowSampler, Scores
-    +    sampler = FlowSampler(Scores.load("scores.safetensors"), drop_last=True)
-    +    loader_train.loader = torch.utils.data.DataLoader(
-    +        loader_train.dataset, args.batch_size, sampler=sampler, drop_last=True,
-    +        num_workers=args.workers, collate_fn=loader_train.loader.collate_fn)
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def best_strength(
     repeats = sum(map(len, held_out)) / len(torch.cat(held_out).unique())
     least = min(losses)
     # Where the loss nearly vanishes, a nat is many times all of it: half of it is the most then.
-    bound = least + min(slack * repeats, least / 2)
+    bound = least + min(slack * repeats, abs(least) / 2)
     best = next(place for place, loss in enumerate(losses) if loss <= bound)
     if 0 < best < len(strengths) - 1 and losses[best] == least:
         return strengths[best] * 10 ** -_lowest_place(*losses[best - 1 : best + 2])

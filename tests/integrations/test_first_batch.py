@@ -296,7 +296,8 @@ def test_what_is_no_loss_of_a_trainer_is_refused(loss, message):
     with pytest.raises(ValueError, match=message):
         FlowTrainer(None, loss=loss)
     with pytest.raises(ValueError, match="resample=True leaves the loss to the Trainer"):
-        FlowTrainer(None, loss="own", resample=True, scores=WEIGHTS)
+        data = [{"x": 0.0}] * len(WEIGHTS)
+        FlowTrainer(None, loss="own", resample=True, train_dataset=data, scores=WEIGHTS)
 
 
 def test_without_a_loss_what_can_mean_two_things_is_refused(tmp_path):
