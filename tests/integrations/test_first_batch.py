@@ -295,8 +295,8 @@ def test_a_name_has_to_agree_too(tmp_path):
 def test_what_is_no_loss_of_a_trainer_is_refused(loss, message):
     with pytest.raises(ValueError, match=message):
         FlowTrainer(None, loss=loss)
+    data = [{"x": 0.0}] * len(WEIGHTS)
     with pytest.raises(ValueError, match="resample=True leaves the loss to the Trainer"):
-        data = [{"x": 0.0}] * len(WEIGHTS)
         FlowTrainer(None, loss="own", resample=True, train_dataset=data, scores=WEIGHTS)
 
 
