@@ -228,3 +228,9 @@ def test_soft_labels_of_a_classifier_whose_own_loss_takes_classes_alone():
         F.cross_entropy(model(sample["input_ids"][None]).logits[0], soft) for sample in samples
     ]
     torch.testing.assert_close(score(model, samples).losses, torch.stack(expected).detach())
+
+
+def test_labels_that_were_shifted_already_are_refused():
+    samples = [s | {"shift_labels": s["labels"].roll(-1)} for s in token_samples(6)]
+    with pytest.raises(ValueError, match=r"a batch has 'shift_labels'.*give 'labels' alone"):
+        LossScorer(tiny_llama(), progress=False).score(samples)

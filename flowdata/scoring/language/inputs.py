@@ -95,13 +95,19 @@ def inputs_and_targets(
     `assistant_masks` as TRL makes them, every token that they mark.
 
     Raises:
-        ValueError: a batch without tokens, or without the labels that its loss needs.
+        ValueError: a batch without tokens, without the labels that its loss needs, or with labels
+            that were shifted already.
     """
     is_mapping = isinstance(batch, Mapping)
     if not is_mapping or not ("input_ids" in batch or (loss == "seq2seq_lm" and "labels" in batch)):
         raise ValueError(
             f"loss={loss!r} needs batches that are mappings with 'input_ids' and 'labels', got "
             f"{describe_batch(batch)}; pass a collate_fn that makes them, or loss=callable"
+        )
+    if "shift_labels" in batch:
+        raise ValueError(
+            "a batch has 'shift_labels', labels that were shifted already, as sequence parallelism "
+            "makes them; give 'labels' alone, unshifted, each under its own token"
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = labels_of(batch, loss)
