@@ -208,6 +208,26 @@ def test_weights_in_int8():
     assert (scores.losses - exact).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_of_bitsandbytes(bits):
+    layers = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")
+    model = tiny_llama(hidden_size=64, intermediate_size=128).eval()
+    for path, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            sizes = layer.in_features, layer.out_features
+            if bits == 8:
+                quantised = layers.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                weight = layers.Int8Params(layer.weight.data, requires_grad=False)
+            else:
+                quantised = layers.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32)
+                weight = layers.Params4bit(layer.weight.data, requires_grad=False)
+            quantised.weight = weight
+            model.model.set_submodule(path, quantised.to("cpu"))
+    exact = own_losses(model, samples := token_samples(12))
+    scores = LossScorer(model, progress=False).score(samples)
+    assert (scores.losses - exact).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_made_in_inference_mode(dtype):
     samples = token_samples(12)
