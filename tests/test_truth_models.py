@@ -225,7 +225,7 @@ def test_layers_of_bitsandbytes(bits):
             model.model.set_submodule(path, quantised.to("cpu"))
     exact = own_losses(model, samples := token_samples(12))
     scores = LossScorer(model, progress=False).score(samples)
-    assert (scores.losses - exact).abs().max() <= 1e-4
+    assert (scores.losses - exact).abs().max() <= 1e-3  # it has other kernels for gradients
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
