@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
+
+from flowdata._common.data_sets import is_map_style
 
 
 def add_weights(dataset: Any, weights: Tensor, key: str) -> Any:
@@ -61,7 +63,7 @@ def check_not_a_stream(dataset: Any, what: str) -> None:
     Raises:
         ValueError: it is a stream.
     """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+    if not is_map_style(dataset):
         raise ValueError(
             f"{what} needs a data set with a length and an order, got {type(dataset).__name__}; "
             "give a stream's samples their weights with flowdata.FlowWeightedIterable, or as a "

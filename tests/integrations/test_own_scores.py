@@ -133,9 +133,14 @@ def test_samples_are_drawn_by_their_own_scores(tmp_path):
 
 def test_what_can_not_be_scored_beforehand_is_refused(tmp_path):
     collator = DataCollatorForLanguageModeling(tiny.make_tokenizer(), mlm=False)
-    stream = hf().to_iterable_dataset()
-    with pytest.raises(ValueError, match="scores='auto' needs a data set with a length"):
-        flow(tmp_path, stream, data_collator=collator)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tiny.make_samples())
+
+    for stream in (hf().to_iterable_dataset(), Stream()):
+        with pytest.raises(ValueError, match="scores='auto' needs a data set with a length"):
+            flow(tmp_path, stream, data_collator=collator)
 
     def shaken(samples):
         batch = pad(samples)
