@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
 from flowdata.errors import DisagreementError
+from flowdata.scoring.collate import pad_collate
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.arange(12) % 3
@@ -240,3 +241,46 @@ def test_a_model_without_values_is_refused():
         model = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="tensors without values, on the device 'meta'"):
         LossScorer(model)
+
+
+# --- samples of one shape --------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """Pools over padding, and takes off what the samples of a batch have in common."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids):
+        pooled = self.embed(input_ids).mean(1)
+        return self.head(pooled - 0.5 * pooled.mean(0))
+
+
+@pytest.mark.parametrize("count", [6, 40])
+@pytest.mark.parametrize("fault", ["model", "collate_fn"])
+def test_samples_of_one_length_are_checked_beside_each_other(fault, count):
+    # Lengths in pairs: the samples that are checked before a run hardly hold both of a pair.
+    data = [
+        {"input_ids": TOKENS[i % 12, : 2 + i // 2 % 6], "labels": torch.tensor(i % 3)}
+        for i in range(count)
+    ]
+    if fault == "model":
+        model, collate = seeded(Mixing), None
+    else:
+        model, collate = seeded(lambda: nn.EmbeddingBag(20, 3)), reversed_batch
+    alone = [s["input_ids"][None] for s in data]
+    expected = [
+        F.cross_entropy(model(ids), s["labels"][None]) for s, ids in zip(data, alone, strict=True)
+    ]
+    scorer = LossScorer(model, "cross_entropy", dtype="float32", progress=False)
+    scores = scorer.score(data, collate_fn=collate)
+    torch.testing.assert_close(scores.losses, torch.stack(expected).detach())
+    assert "one sample at a time" in scorer.explain()
+
+
+def reversed_batch(samples):
+    """A collate function that gives samples back in another order."""
+    batch = pad_collate(samples[::-1])
+    return batch["input_ids"], batch["labels"]

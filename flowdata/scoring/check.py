@@ -35,7 +35,7 @@ from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.scoring.suspects import disagreement_among_all
+from flowdata.scoring.suspects import disagreement_among_alike, disagreement_among_all
 from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
 from flowdata.targets.own_loss import agrees
@@ -134,6 +134,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
             give_up(model, reason)  # it may fail on account of the compiled layers
             reason = _disagreement(candidate, truth, evidence)
         reason = reason or disagreement_among_all(candidate, truth, plan)
+        reason = reason or disagreement_among_alike(candidate, truth, plan)
         if reason and callable(job.loss) and not any(float(e["loss"]) for e in evidence.plain):
             raise ValueError(
                 "loss=callable gives each sample a loss of 0 when it is alone, and another one "
