@@ -14,7 +14,7 @@ from flowdata import LossScorer
 from flowdata.scoring.collate import pad_collate
 from tests.models import TinyResNet, images, tiny_gpt2, tiny_llama, token_samples
 from tests.test_truth import bert, own_losses, scored
-from tests.zoo import wild
+from tests.zoo import IMAGE_TOKEN, llava, wild
 
 VOCABULARY = 199
 
@@ -327,3 +327,43 @@ def test_a_model_of_two_towers_has_no_loss_of_samples():
         ValueError, match=r"returned CLIPOutput, in which no logits .*loss=callable"
     ):
         scored(model, rows)
+
+
+@pytest.mark.parametrize("loss", ["auto", "own"])
+def test_autocast_around_a_call_does_not_round_its_losses(loss):
+    model, samples = tiny_llama().eval(), token_samples(12)
+    exact = own_losses(model, samples)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = scored(model, samples, loss)
+    torch.testing.assert_close(scores.losses, exact)
+    layer, data = nn.Linear(4, 3), TensorDataset(torch.randn(9, 4), torch.arange(9) % 3)
+    exact = F.cross_entropy(layer(data.tensors[0]), data.tensors[1], reduction="none").detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = scored(layer, data)
+        assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(scores.losses, exact)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_parts_in_several_dtypes_that_do_not_run_together(dtype):
+    model = tiny_llama()
+    model.lm_head.bfloat16()
+    classifier = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 3))
+    data = TensorDataset(torch.randn(9, 4), torch.arange(9) % 3)
+    for each, samples in ((model, token_samples(8)), (classifier, data)):
+        with pytest.raises(ValueError, match=r"parts in bfloat16 and float32, .*model\.float\(\)"):
+            scored(each, samples, dtype=dtype)
+
+
+def test_images_in_a_layout_that_the_model_does_not_take():
+    model, tokens = llava(), torch.cat([torch.full((4,), IMAGE_TOKEN), torch.arange(8, 17)])
+    rows = [{"input_ids": tokens, "pixel_values": torch.randn(1, 3, 8, 8)} for _ in range(6)]
+    with pytest.raises(ValueError, match=r"given 'pixel_values' of shape \(1, 1, 3, 8, 8\)\). If"):
+        scored(model, rows)
+
+    def listed(samples):
+        batch = pad_collate([{"input_ids": sample["input_ids"]} for sample in samples])
+        return {**batch, "pixel_values": [sample["pixel_values"] for sample in samples]}
+
+    with pytest.raises(AttributeError, match=r"given 'pixel_values' as a list of 1.*collate_fn"):
+        scored(model, rows, collate_fn=listed)

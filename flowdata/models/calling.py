@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # What Python says of a call without an argument that the function can't do without.
 _MISSING = re.compile(r"forward\(\) missing \d+ required")
+_OF_A_LAYOUT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> Any:
@@ -56,7 +57,8 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     switches = {name for name in options if takes_any or name in parameters}
     first = [] if by_place is None else [fields[by_place]]
     by = "" if by_place is None else f", and {by_place!r} was given by its place"
-    with _explained(model, f"{', '.join(map(repr, fields))}{by}", is_guess=by_place is not None):
+    given = f"{', '.join(map(repr, fields))}{by}"
+    with _explained(model, given, is_guess=by_place is not None), _shown(fields):
         return model(*first, **arguments, **{name: options[name] for name in switches})
 
 
@@ -81,6 +83,36 @@ def _explained(model: nn.Module, given: str, *, is_guess: bool = False) -> Itera
             "or by collate_fn; for a forward that needs its labels pass loss='own', for one of "
             "another kind loss=callable(model, batch)"
         ) from error
+
+
+@contextmanager
+def _shown(fields: Mapping[str, Any]) -> Iterator[None]:
+    """Say of a call with images or lists that fails which layout these have.
+
+    Models take images in layouts of their own, and say little of others.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Errors of other classes, such as that of a full memory, mean something else.
+        if type(error) not in _OF_A_LAYOUT or _MISSING.search(str(error)):
+            raise
+        layouts = {name: _layout(value) for name, value in fields.items()}
+        odd = [f"{name!r} {layout}" for name, layout in layouts.items() if layout]
+        if not odd:
+            raise
+        raise type(error)(
+            f"{error} (the model's forward was given {', '.join(odd)}). If that is not the layout "
+            "that the model takes, pass as collate_fn what makes its batches in training, such as "
+            "one that calls its processor"
+        ) from error
+
+
+def _layout(value: Any) -> str:
+    """The layout of images, sounds or a list, in words; "" of tokens and of numbers."""
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}" if value.dim() > 2 else ""
+    return f"as a list of {len(value)}" if isinstance(value, list) else ""
 
 
 def _lacks_first(parameters: Mapping[str, inspect.Parameter], fields: Mapping[str, Any]) -> bool:

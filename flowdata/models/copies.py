@@ -6,7 +6,7 @@ import copy
 import operator
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     caller's are never touched, and the copy takes only the memory of what had to be converted.
     That includes the weights of convolutions, where another memory format is faster. Floating
     inputs are converted to the dtype on the way in, and a copy's outputs to float32 on the way
-    out.
+    out. An autocast around the block, such as that of a training loop, does not reach into it.
 
     Args:
         model: the model, which comes back as it was.
@@ -38,7 +38,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ValueError: the model has to be converted, and it can't be copied.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(device):
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
         if copy_of_model is None:
             with _lent_itself(model, dtype):
@@ -50,6 +50,13 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             )
         with _converting_inputs(copy_of_model, dtype):
             yield copy_of_model
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Let the dtypes of tensors alone decide on a device that knows autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

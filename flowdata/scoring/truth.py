@@ -96,21 +96,27 @@ class Truth:
             yield model
 
     def check_dtype(self, batch: Any, error: RuntimeError) -> None:
-        """Raise ValueError where it is the run's dtype that a model fails in.
+        """Raise ValueError where it is the run's dtype, or its own, that a model fails in.
 
         Args:
             batch: a sample collated alone.
             error: that the model raised.
         """
-        if self.is_exact:
-            return
+        reason = str(error).partition("\n")[0]
         with suppress(RuntimeError), self.exact_model() as model:
-            if model is not None and self.columns(batch, model):
-                dtype, reason = name_of(self.job.dtype), str(error).partition("\n")[0]
+            if not self.is_exact and model is not None and self.columns(batch, model):
+                dtype = name_of(self.job.dtype)
                 raise ValueError(
                     f"the model does not run in {dtype} ({reason}), and it does in float32; pass "
                     "dtype='float32'"
                 ) from error
+        dtypes = {name_of(p.dtype) for p in self.model.parameters() if p.is_floating_point()}
+        if len(dtypes) > 1 and "type" in reason:
+            raise ValueError(
+                f"the model has parts in {' and '.join(sorted(dtypes))}, which do not run together "
+                f"({reason}); convert the model to one of them, as by model.float(), or between "
+                "its parts in its forward"
+            ) from error
 
     def learn_errors(self, plain: Sequence[Columns], exact: Sequence[Columns]) -> None:
         """Take the plain way's errors on samples into account."""
