@@ -284,3 +284,54 @@ def reversed_batch(samples):
     """A collate function that gives samples back in another order."""
     batch = pad_collate(samples[::-1])
     return batch["input_ids"], batch["labels"]
+
+
+# --- outputs that are no logits --------------------------------------------------------------
+
+
+class Headed(nn.Module):
+    def __init__(self, classes, give):
+        super().__init__()
+        self.head, self.give = nn.Linear(4, classes), give
+
+    def forward(self, x):
+        return self.give(self.head(x))
+
+
+def test_probabilities_are_not_taken_for_logits():
+    data = TensorDataset(X, CLASSES)
+    model = seeded(lambda: Headed(3, lambda logits: logits.softmax(-1)))
+    with pytest.raises(ValueError, match=r"returns probabilities .*a softmax .*loss=callable"):
+        scored(model, data)
+    maps = seeded(lambda: Headed(3, lambda logits: logits.softmax(-1)[..., None].expand(-1, 3, 2)))
+    with pytest.raises(ValueError, match=r"returns probabilities .*a softmax .*loss=callable"):
+        scored(maps, TensorDataset(X, CLASSES[:, None].expand(-1, 2)))
+
+    def loss(model, batch):
+        return F.nll_loss(model(batch[0]).log(), batch[1], reduction="none")
+
+    expected = F.cross_entropy(model.head(X), CLASSES, reduction="none").detach()
+    torch.testing.assert_close(scored(model, data, loss)[0], expected)
+    yes = seeded(lambda: Headed(1, lambda logits: logits.sigmoid()[:, 0]))
+    with pytest.raises(ValueError, match=r"returns probabilities .*a sigmoid .*loss=callable"):
+        scored(yes, TensorDataset(X, (CLASSES % 2).float()))
+    # The logarithms of probabilities are logits; and whoever names the loss has said what it is of.
+    logs = seeded(lambda: Headed(3, lambda logits: logits.log_softmax(-1)))
+    torch.testing.assert_close(scored(logs, data)[0], expected)
+    assert scored(model, data, "cross_entropy")[1].startswith("cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("classes", "targets"),
+    [(1, NUMBERS), (1, CLASSES % 2), (1, (CLASSES % 2).float()), (3, CLASSES)],
+)
+def test_a_model_that_squeezes_the_batch_away_is_told_of_it(classes, targets):
+    model = seeded(lambda: Headed(classes, torch.squeeze))
+    with pytest.raises(ValueError, match=r"one sample alone has no batch axis.*squeeze\(-1\)"):
+        scored(model, TensorDataset(X, targets))
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss, nn.CrossEntropyLoss()])
+def test_a_loss_of_predictions_and_targets_is_refused(loss):
+    with pytest.raises(ValueError, match=r"takes predictions and targets; leave loss at 'auto'"):
+        scored(nn.Linear(4, 3), TensorDataset(X, CLASSES), loss)

@@ -15,10 +15,12 @@ from flowdata.targets.which_loss import LOSSES, OWN
 
 def check_loss(loss: object) -> None:
     """Raise ValueError unless a loss is "auto", a loss's name or a callable of model and batch."""
-    if isinstance(loss, nn.modules.loss._Loss):
+    is_of_torch = getattr(loss, "__module__", None) == "torch.nn.functional"
+    if isinstance(loss, nn.modules.loss._Loss) or is_of_torch:
+        name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
             f"loss must be a name or a callable (model, batch) -> (B,) tensor, and "
-            f"{type(loss).__name__} takes predictions and targets; leave loss at 'auto', or pass a "
+            f"{name} takes predictions and targets; leave loss at 'auto', or pass a "
             "function that runs the model and gives each sample's loss (reduction='none')"
         )
     if not callable(loss) and loss not in ("auto", *LOSSES):

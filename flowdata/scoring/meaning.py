@@ -7,7 +7,7 @@ its own is taken (flowdata/targets/meaning.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import LABEL_FIELDS, split_batch
-from flowdata.targets.meaning import agreed_name, losses_by_name, name_by_labels
+from flowdata.targets.meaning import agreed_name, check_are_logits, losses_by_name, name_by_labels
 from flowdata.targets.own_loss import own_losses
 from flowdata.targets.predictions import logits_of, predict
 from flowdata.targets.which_loss import OWN, loss_of_model
@@ -50,10 +50,16 @@ def decide_loss(
     outputs = [output for output, _ in calls]
     own_values = [own_losses(model, output, is_labelled=took) for output, took in calls]
     if not any(own_values):
-        first = split_batch(batches[0])[0]
-        return loss_of_model(innermost(model)) or name_by_labels(
-            batches, many, lambda: logits_of(predict(model, to_device(first, device)))
+        inputs = [to_device(split_batch(batch)[0], device) for batch in batches]
+        named = loss_of_model(innermost(model)) or name_by_labels(
+            batches, many, lambda: logits_of(predict(model, inputs[0]))
         )
+        with suppress(RuntimeError, TypeError):  # the run's own checks say more of these
+            if named == "binary_cross_entropy":
+                inputs = [to_device(split_batch(many())[0], device)]
+            if named in ("cross_entropy", "binary_cross_entropy"):
+                check_are_logits(named, [predict(model, each) for each in inputs])
+        return named
 
     def values_of(name: str) -> list[float | None]:
         return [_named_loss(name, *pair) for pair in zip(outputs, batches, strict=True)]

@@ -24,6 +24,8 @@ from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entro
 from flowdata.targets.target_losses import TargetLosses
 from flowdata.targets.which_loss import PREDICTION_LOSSES, loss_of_batch, loss_of_model
 
+_MANY = 8  # numbers that hardly lie between 0 and 1 by chance
+
 
 def agreed_name(
     model: nn.Module,
@@ -124,6 +126,50 @@ def name_by_labels(
     if has_label_of_each_token:
         return _name_by_tokens(batches, logits_of_first())
     return loss_of_batch(many())
+
+
+def check_are_logits(loss: str, logits: Sequence[Tensor]) -> None:
+    """Raise ValueError if outputs are probabilities, whose loss would be another one.
+
+    Args:
+        loss: the loss by name that labels call for.
+        logits: what the model returned for a few samples, (B, C, …) or (B, …, C) each; of a yes or
+            no, which add up to nothing, for more of them.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 2.0, -1.0]])
+        >>> check_are_logits("cross_entropy", [logits])
+        >>> check_are_logits("cross_entropy", [logits.softmax(1)])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: loss='auto': the model returns probabilities ...
+    """
+    if loss == "cross_entropy" and all(map(_add_up_to_one, logits)):
+        layer, remedy = "softmax", "nll_loss(model(x).log(), y, reduction='none')"
+    elif loss == "binary_cross_entropy" and _lie_between_0_and_1(logits):
+        layer, remedy = "sigmoid", "binary_cross_entropy(model(x), y, reduction='none')"
+    else:
+        return
+    raise ValueError(
+        f"loss='auto': the model returns probabilities (of {tuple(logits[0].shape)} numbers all "
+        f"are as a {layer} makes them), and loss={loss!r} takes logits. Let it return what its "
+        f"{layer} is given, or pass loss=callable(model, batch) -> (B,) losses, such as {remedy}; "
+        f"loss={loss!r} takes them for logits all the same"
+    )
+
+
+def _lie_between_0_and_1(logits: Sequence[Tensor]) -> bool:
+    """Whether many numbers are probabilities, as a few logits may be by chance."""
+    values = torch.cat([each.flatten() for each in logits])
+    return len(values) >= _MANY and bool(((values >= 0) & (values <= 1)).all())
+
+
+def _add_up_to_one(logits: Tensor) -> bool:
+    """Whether numbers are at least 0 and add up to 1 over an axis of several classes."""
+    if logits.dim() < 2 or not logits.is_floating_point() or bool((logits < 0).any()):
+        return False
+    axes = {axis for axis in (1, -1) if logits.shape[axis] > 1}
+    sums = [logits.float().sum(axis) for axis in axes]
+    return any(torch.allclose(each, torch.ones_like(each), atol=1e-2, rtol=0) for each in sums)
 
 
 def _tokens_and_labels(batch: Any) -> tuple[Tensor | None, Tensor | None]:

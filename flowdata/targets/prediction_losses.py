@@ -17,6 +17,12 @@ from flowdata.targets.columns import columns_of_logits
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.targets.target_losses import TargetLosses
 
+# A model that squeezes all axes of its output gives one sample alone another shape than a batch.
+_SQUEEZED = (
+    "; if the model squeezes its output, so that one sample alone has no batch axis, name the axis "
+    "to squeeze, as in squeeze(-1)"
+)
+
 
 def cross_entropy(
     logits: Tensor,
@@ -73,10 +79,11 @@ def _cross_entropy_of_probabilities(
 
 def _classes_second(logits: Tensor, targets: Tensor, *, classes_last: bool) -> Tensor:
     """Logits as PyTorch's cross-entropy takes them, (B, C, …), one for each of (B, …) targets."""
-    if logits.dim() == 1 or logits.shape[1] == 1:
+    if logits.dim() < 2 or logits.shape[1] == 1:
+        hint = _SQUEEZED if logits.dim() == 0 or len(targets) < len(logits) else ""
         raise ValueError(
             f"cross_entropy needs logits of at least two classes, got shape {tuple(logits.shape)}; "
-            "for one logit a sample pass loss='binary_cross_entropy'"
+            f"for one logit a sample pass loss='binary_cross_entropy'{hint}"
         )
     classes_last |= targets.shape != logits.shape[:1] + logits.shape[2:]
     if classes_last and logits.shape[:-1] == targets.shape:
@@ -137,6 +144,8 @@ def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Si
         hint = "; for a yes or no of each class pass loss='binary_cross_entropy'" if binary else ""
         if loss == "mse" and targets.shape == logits.shape[:1]:
             hint = "; if they are classes, give them as integers"
+        if logits.dim() == 0:
+            hint = _SQUEEZED
         raise ValueError(
             f"loss={loss!r}: predictions have shape {tuple(logits.shape)}, so targets must have "
             f"shape {tuple(expected)}, got {tuple(targets.shape)}{hint}"
