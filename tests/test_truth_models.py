@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
+from flowdata.errors import SampleError
 from flowdata.scoring.collate import pad_collate
 from tests.models import TinyResNet, images, tiny_gpt2, tiny_llama, token_samples
 from tests.test_truth import bert, own_losses, scored
@@ -367,3 +368,61 @@ def test_images_in_a_layout_that_the_model_does_not_take():
 
     with pytest.raises(AttributeError, match=r"given 'pixel_values' as a list of 1.*collate_fn"):
         scored(model, rows, collate_fn=listed)
+
+
+def labelled_batch(samples):
+    """Padded tokens with labels."""
+    batch = pad_collate([{"input_ids": sample["input_ids"]} for sample in samples])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return {**batch, "labels": labels}
+
+
+def of_narrow_integers(samples):
+    return {name: value.int() for name, value in labelled_batch(samples).items()}
+
+
+def with_causal_mask(samples):
+    """A mask of which tokens see which, as people make them for packed documents."""
+    batch = labelled_batch(samples)
+    places = torch.arange(batch["input_ids"].shape[1])
+    sees = (places[:, None] >= places) & (places[:, None] - places < 5)
+    sees = sees & (batch["attention_mask"][:, None, None] != 0)
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    return {**batch, "attention_mask": mask}
+
+
+def test_tokens_and_labels_of_narrow_integers():
+    samples = token_samples(8)
+    model, exact = tiny_llama(), own_losses(tiny_llama().eval(), samples)
+    for dtype in (torch.int16, torch.int32):
+        narrow = [{name: value.to(dtype) for name, value in s.items()} for s in samples]
+        torch.testing.assert_close(scored(model, narrow)[0].losses, exact)
+    exact = own_losses(tiny_llama().eval(), samples, labelled_batch)
+    scores, _ = scored(model, samples, collate_fn=of_narrow_integers)
+    torch.testing.assert_close(scores.losses, exact)
+
+
+def test_masks_of_which_tokens_see_which():
+    model, samples = tiny_llama().eval(), token_samples(12)
+    exact = own_losses(model, samples, with_causal_mask)
+    scores, _ = scored(model, samples, collate_fn=with_causal_mask)
+    torch.testing.assert_close(scores.losses, exact)
+
+    def unlabelled(samples):
+        batch = with_causal_mask(samples)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    with pytest.raises(ValueError, match=r"'attention_mask' says which tokens count.*'labels'"):
+        scored(model, samples, collate_fn=unlabelled)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_are_none(workers):
+    samples = token_samples(12)
+    exact = own_losses(tiny_llama().eval(), samples)
+    samples[0] = samples[7] = None
+    with pytest.raises(SampleError, match=r"dataset\[[07]\] .*is None; .*on_error='skip'"):
+        scored(tiny_llama(), samples, num_workers=workers)
+    scores, _ = scored(tiny_llama(), samples, num_workers=workers, on_error="skip")
+    exact[[0, 7]] = float("nan")
+    torch.testing.assert_close(scores.losses, exact, equal_nan=True)

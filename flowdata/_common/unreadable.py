@@ -28,7 +28,7 @@ class Unreadable:
 
 
 class Readable(Dataset[Any]):
-    """A map-style data set with a remedy for samples that raise.
+    """A map-style data set with a remedy for samples that raise, or are None.
 
     Args:
         dataset: the data set to read; the wrapper passes its other attributes on.
@@ -44,25 +44,28 @@ class Readable(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.dataset[index]
+            sample = self.dataset[index]
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            if self.skip:
-                return Unreadable(reason)
-            raise SampleError(
-                f"dataset[{index}] raised {reason}; mend or remove that sample, or pass "
-                "on_error='skip' to leave such samples without a loss"
-            ) from error
+            return self._unreadable(index, f"{type(error).__name__}: {error}", error)
+        return self._unreadable(index, "is None") if sample is None else sample
+
+    def _unreadable(self, index: int, reason: str, error: Exception | None = None) -> Unreadable:
+        if self.skip:
+            return Unreadable(reason)
+        raise SampleError(
+            f"dataset[{index}] {reason if error is None else f'raised {reason}'}; mend or remove that sample, or pass "
+            "on_error='skip' to leave such samples without a loss"
+        ) from error
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return several samples, read at once where the data set can."""
         if hasattr(self.dataset, "__getitems__"):
             try:
                 samples: list[Any] = self.dataset.__getitems__(list(indices))
+                if all(sample is not None for sample in samples):
+                    return samples
             except Exception:
                 pass  # read one by one, they show which of them raises
-            else:
-                return samples
         return [self[index] for index in indices]
 
     def __getattr__(self, name: str) -> Any:

@@ -212,7 +212,8 @@ def _stack(name: str, values: list[Any], padding: int) -> Any:
         return values
     try:
         tensors = [torch.as_tensor(value) for value in values]
-        tensors = [each.long() if each.dtype in UNSIGNED else each for each in tensors]
+        narrow = (*UNSIGNED, torch.int8, torch.int16, torch.int32)
+        tensors = [each.long() if each.dtype in narrow else each for each in tensors]
     except (TypeError, ValueError, RuntimeError):
         return values
     if name == "input_ids" and any(tensor.dim() != 1 for tensor in tensors):

@@ -133,13 +133,21 @@ def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
     """
     if "labels" in batch:
         labels: Tensor = batch["labels"]
-        return labels
+        return labels if labels.is_floating_point() else labels.long()  # losses take no int32
     if loss != "causal_lm":
         raise ValueError(f"loss={loss!r} needs 'labels' in every sample, −100 where nothing counts")
     ids: Tensor = batch["input_ids"]
-    for mask in filter(lambda name: name in batch, _TARGET_MASKS):
-        ids = ids.masked_fill(batch[mask] == 0, IGNORE_INDEX)
-    return ids
+    for name in filter(lambda name: name in batch, _TARGET_MASKS):
+        mask = batch[name]
+        if getattr(mask, "shape", None) != ids.shape:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"without labels, {name!r} says which tokens count, and must have the shape of "
+                f"input_ids, {tuple(ids.shape)}, got {shape}; give 'labels', {IGNORE_INDEX} where "
+                "nothing counts"
+            )
+        ids = ids.masked_fill(mask == 0, IGNORE_INDEX)
+    return ids.long()
 
 
 def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

@@ -73,7 +73,10 @@ def common_prefix(batch: Any, loss: str) -> Tensor:
     ids: Tensor = inputs["input_ids"]
     is_shared = (ids == ids[:1]).all(0) & (targets == IGNORE_INDEX).all(0)
     if "attention_mask" in batch:
-        is_shared &= (batch["attention_mask"] != 0).all(0)
+        mask = batch["attention_mask"]
+        if getattr(mask, "shape", None) != ids.shape:
+            return ids[0, :0].clone()  # it hides tokens from some of the others alone
+        is_shared &= (mask != 0).all(0)
     return ids[0, : shared_length(is_shared)].clone()
 
 
