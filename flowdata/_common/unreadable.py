@@ -52,8 +52,9 @@ class Readable(Dataset[Any]):
     def _unreadable(self, index: int, reason: str, error: Exception | None = None) -> Unreadable:
         if self.skip:
             return Unreadable(reason)
+        verb = "" if error is None else "raised "
         raise SampleError(
-            f"dataset[{index}] {reason if error is None else f'raised {reason}'}; mend or remove that sample, or pass "
+            f"dataset[{index}] {verb}{reason}; mend or remove that sample, or pass "
             "on_error='skip' to leave such samples without a loss"
         ) from error
 
