@@ -209,6 +209,17 @@ def test_weights_in_int8():
     assert (scores.losses - exact).abs().max() <= 1e-4
 
 
+def test_weights_in_int4():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    int4 = pytest.importorskip("torchao.prototype.quantization.int4", reason="not for CPUs here")
+    model = tiny_llama(hidden_size=128, intermediate_size=256).eval()
+    quantization.quantize_(model.model, int4.PrototypeInt4WeightOnlyConfig(group_size=32))
+    with torch.no_grad():
+        exact = own_losses(model, samples := token_samples(12))
+    scores = LossScorer(model, progress=False).score(samples)
+    assert (scores.losses - exact).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_layers_of_bitsandbytes(bits):
     layers = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")
