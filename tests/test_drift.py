@@ -400,6 +400,13 @@ def test_what_can_not_be_measured_is_refused_in_one_line():
         DriftMeter("gpt2", TOKENS)
 
 
+def test_a_model_of_one_output_has_no_drift():
+    with pytest.raises(ValueError, match="one output, which is no distribution"):
+        DriftMeter(nn.Linear(4, 1), torch.randn(5, 4))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        DriftMeter(nn.Linear(4, 3), torch.randn(5, 4))("tuned")
+
+
 def test_logits_that_no_configuration_tells_of_are_refused():
     class Warmed(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):

@@ -1,9 +1,5 @@
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +11,7 @@ from flowdata.head.output_layer import Head, kernels, read_head
 from flowdata.head.tiled import target_values
 from flowdata.targets.columns import COLUMNS
 from tests import reference
+from tests.interpreted import check_in_interpreter
 
 
 class Config:
@@ -84,18 +81,7 @@ def test_a_plain_linear_layer_is_read_and_others_are_not():
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_head_triton.py runs on the GPU")
 def test_the_triton_kernel_holds_in_its_interpreter():
-    """In a process of its own: Triton has to be told before it is imported."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_head_triton.py"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    check_in_interpreter("tests/test_head_triton.py")
 
 
 def test_a_gpu_tries_triton_first_where_it_is_installed(monkeypatch):

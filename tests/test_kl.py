@@ -1,10 +1,6 @@
 """Divergences of two output layers, tile by tile, against full logits in float64."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from flowdata.head import kl
 from flowdata.head.kl import Predictions, divergences
 from flowdata.head.output_layer import Head
 from tests import reference
+from tests.interpreted import check_in_interpreter
 
 
 def pair(distance, *, bias=False, scale=1.0, softcap=None, rows=70, width=24, classes=2500):
@@ -111,15 +108,4 @@ def test_other_numbers_of_classes_are_refused():
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_kl_triton.py runs on the GPU")
 def test_the_triton_kernel_holds_in_its_interpreter():
-    """In a process of its own: Triton has to be told before it is imported."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_kl_triton.py"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    check_in_interpreter("tests/test_kl_triton.py")

@@ -9,7 +9,7 @@ from torch import nn
 from flowdata.drift import DriftMeter, own_text, smooth_images
 from flowdata.errors import ScoreMismatchError
 from tests.models import TinyResNet, tiny_llama
-from tests.test_drift import moved
+from tests.test_drift import moved, t5
 
 
 class Tokenizer:
@@ -112,6 +112,8 @@ def test_smooth_images_measure_a_network_of_images():
 def test_probes_that_can_not_be_made_are_refused():
     with pytest.raises(TypeError, match="own_text needs a model with `generate`"):
         own_text(TinyResNet(), Tokenizer())
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration answers one"):
+        own_text(t5(), Tokenizer())
     with pytest.raises(ValueError, match="samples"):
         own_text(tiny_llama(), Tokenizer(), samples=0)
     nameless = Tokenizer(bos=None)

@@ -25,7 +25,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows
-from flowdata.head.kl import Predictions, divergences
+from flowdata.head.kl import Predictions, count_classes, divergences
 from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
@@ -81,8 +81,7 @@ class DriftMeter:
         dtype: str | torch.dtype = "auto",
         dataset_id: str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _check_model(model)
         _check_batch_norm(batch_norm)
         check_map_style(probe)
         if len(probe) == 0:
@@ -94,6 +93,11 @@ class DriftMeter:
             rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
         if not len(rows.values):
             raise ValueError("probe has no target: all its labels are −100")
+        if count_classes(Predictions(rows.values[:1], rows.layer)) < 2:
+            raise ValueError(
+                "the model has one output, which is no distribution over classes, so that it has "
+                "no KL; drift is for classifiers and language models"
+            )
         self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
         self._batch_norm_state = BatchNormState(model)
 
@@ -138,6 +142,7 @@ class DriftMeter:
         Raises:
             ValueError: the model has another body: its output layer is given another width.
         """
+        _check_model(model)
         _check_batch_norm(batch_norm or self.batch_norm)
         model = unwrapped(model)
         with preserved_rng(), torch.no_grad():
@@ -218,6 +223,11 @@ class DriftMeter:
         other = other.to(one.device)
         cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
         return not bool(cosine <= _SAME_LAYER)  # a layer that diverged is no number
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _check_batch_norm(batch_norm: object) -> None:

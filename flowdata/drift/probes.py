@@ -65,6 +65,11 @@ def own_text(
             f"own_text needs a model with `generate`, as Hugging Face's have, got "
             f"{type(model).__name__}; pass other samples as the probe"
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"own_text needs a model that goes on with a text, and {type(model).__name__} answers "
+            "one; pass other samples as the probe, such as the new task's"
+        )
     beginning = torch.tensor(_beginning(tokenizer, model), dtype=torch.long)
     if store is None:
         return _cut(_write_texts(model, beginning, samples, length, seed), beginning, model)

@@ -227,15 +227,17 @@ def tiles(base: Predictions, tuned: Predictions) -> Iterator[Tile]:
 
 def _count_classes(base: Predictions, tuned: Predictions) -> int:
     """How many classes both have."""
-    one, other = (
-        len(each.layer.weight)
-        if isinstance(each.layer, Head)
-        else int(each.layer(each.rows[:1]).shape[-1])
-        for each in (base, tuned)
-    )
+    one, other = count_classes(base), count_classes(tuned)
     if one != other:
         raise ValueError(f"predictions of {one} and of {other} classes can't be compared")
     return one
+
+
+def count_classes(predictions: Predictions) -> int:
+    """Return how many classes predictions are of."""
+    if isinstance(predictions.layer, Head):
+        return len(predictions.layer.weight)
+    return int(predictions.layer(predictions.rows[:1]).shape[-1])
 
 
 def _writer(predictions: Predictions, span: slice) -> Callable[[slice, Tensor], Any]:

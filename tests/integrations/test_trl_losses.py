@@ -126,7 +126,7 @@ def test_gradients_are_those_of_one_sample_at_a_time(tmp_path, case, layout):
     make, settings = CASES[case]
     settings = settings | LAYOUTS[layout]
     if "max_length" in CASES[case][1] and layout != "padded":
-        pytest.skip("rows that aren't cut before they are joined")
+        pytest.skip("this case cuts rows, and TRL cuts joined ones elsewhere")
     plain = {k: v for k, v in settings.items() if k not in ("packing", "padding_free")}
     rows, gradients = rows_of(make(), plain | {"batch_size": N, "steps": 1}), []
     assert len(rows) == N
