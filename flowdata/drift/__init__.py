@@ -4,6 +4,7 @@ from flowdata.drift.anchor import OutputAnchor
 from flowdata.drift.choosing import Candidate, choose, rank
 from flowdata.drift.comparing import Comparison, compare
 from flowdata.drift.drift import Drift
+from flowdata.drift.inversion import inverted_images
 from flowdata.drift.meter import DriftMeter
 from flowdata.drift.picture import draw_front
 from flowdata.drift.probes import own_text, smooth_images
@@ -17,6 +18,7 @@ __all__ = [
     "choose",
     "compare",
     "draw_front",
+    "inverted_images",
     "own_text",
     "rank",
     "smooth_images",
