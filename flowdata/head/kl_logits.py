@@ -31,9 +31,8 @@ def kl_of_logits(reference: Tensor, logits: Tensor) -> Tensor:
         tensor([0.0000, 0.4338])
     """
     if reference.shape != logits.shape:
-        raise ValueError(
-            f"predictions of {reference.shape[1]} and of {logits.shape[1]} classes can't be compared"
-        )
+        one, other = reference.shape[1], logits.shape[1]
+        raise ValueError(f"predictions of {one} and of {other} classes can't be compared")
     values: Tensor = _KL.apply(logits, reference.detach())  # type: ignore[no-untyped-call]
     return values
 
