@@ -53,6 +53,7 @@ from flowdata.targets.arguments import (
     check_losses,
     check_reference,
     check_targets,
+    trains,
 )
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens
 from flowdata.targets.target_weights import (
@@ -300,16 +301,16 @@ def _reference_of(reference: Any, head: nn.Module, values: Tensor) -> tuple[Any,
     """Return a reference's hidden states, and the head that they belong to."""
     if reference is None:
         return None, head
-    if isinstance(reference, tuple | list) and len(reference) == 2:
-        states, reference_head = reference
-        check_head(reference_head)
-        return check_reference(states, values, _HIDDEN), reference_head
-    if any(parameter.requires_grad for parameter in head.parameters()):
+    is_pair = isinstance(reference, tuple | list) and len(reference) == 2
+    states, reference_head = reference if is_pair else (reference, head)
+    states = check_reference(states, values, _HIDDEN)
+    check_head(reference_head)
+    if trains(head, reference_head):
         raise ValueError(
             "head is trained, so that it is not the reference model's; pass "
             "reference=(hidden_states, head) with the head as it was before training"
         )
-    return check_reference(reference, values, _HIDDEN), head
+    return states, reference_head
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:

@@ -217,6 +217,21 @@ def test_the_model_itself_is_at_no_distance():
     assert loss == causal_lm_loss(logits, labels, weights["token"])
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, CalledHead])
+def test_a_reference_may_come_from_inference_mode(kind):
+    hidden, head, labels, weights, base, base_head = make(kind=kind)
+    options = {"token_rule": "dft", "kl_to_reference": 0.3}
+    full, of_base = head(hidden), base_head(base)
+    slow = reference.anchored_loss(full, labels, weights["token"], "dft", 0.3, of_base)
+    with torch.inference_mode():
+        states, of_base = base.clone(), base_head(base)
+    ours = causal_lm_loss(full, labels, weights["token"], reference=of_base, **options)
+    assert_same(ours, slow, hidden, head)
+    pair = states, base_head
+    ours = fused_causal_lm_loss(hidden, head, labels, weights["token"], reference=pair, **options)
+    assert_same(ours, slow, hidden, head)
+
+
 def test_tied_heads_have_both_gradients():
     torch.manual_seed(0)
     embedding, head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
@@ -321,6 +336,8 @@ def test_a_reference_that_cannot_be_right_is_refused_by_the_fused_loss():
         ValueError, match=r"head is trained.*pass reference=\(hidden_states, head\)"
     ):
         fused_causal_lm_loss(hidden, head, labels, reference=base, **call)
+    with pytest.raises(ValueError, match="head is trained"):  # the copy is the layer itself
+        fused_causal_lm_loss(hidden, head, labels, reference=(base, head), **call)
     with pytest.raises(ValueError, match="of 9 and of 53 classes"):
         fused_causal_lm_loss(hidden, head, labels, reference=(base, nn.Linear(D, 9)), **call)
     with pytest.raises(ValueError, match="of the same positions"):

@@ -45,7 +45,8 @@ class _KL(torch.autograd.Function):
         exact = torch.promote_types(logits.dtype, torch.float32)
         q, p = logits.to(exact).log_softmax(1), reference.to(exact).log_softmax(1)
         # The logits are saved in the dtype they have: float32 copies would be further buffers.
-        ctx.save_for_backward(logits, reference)
+        ctx.save_for_backward(logits)
+        ctx.reference = reference  # a constant, which may come from inference mode
         probabilities = p.exp()
         terms = torch.sub(p, q, out=q).mul_(probabilities)
         # A class that p rules out adds nothing, and 0 · inf is NaN.
@@ -54,7 +55,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, reference = ctx.saved_tensors
+        (logits,), reference = ctx.saved_tensors, ctx.reference
         factors = gradients[0][:, None]
         exact = factors.dtype
         slopes = (logits.to(exact).softmax(1) - reference.to(exact).softmax(1)) * factors

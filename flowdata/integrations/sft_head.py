@@ -22,7 +22,7 @@ from flowdata.head.fused_loss import head_divergences, head_largest_logits, head
 from flowdata.head.output_layer import logit_options
 from flowdata.losses import base_model
 from flowdata.models.calling import innermost, output_layer_of
-from flowdata.targets.arguments import check_head
+from flowdata.targets.arguments import check_head, trains
 from flowdata.token_weights import LARGEST_LOGITS
 
 _OF_THE_HEAD = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
@@ -81,7 +81,16 @@ class Rows:
         Args:
             base: (B, T, d) floating, the base model's hidden states. Virtual tokens are an
                 adapter, so that the base has none of their positions.
+
+        Raises:
+            ValueError: the output layer is trained, so that it is not the base model's.
         """
+        if trains(self.head, self.head):
+            raise ValueError(
+                "the output layer is trained, so that it is not the base model's, and SFTTrainer "
+                "returns no logits of the base: freeze it (out of modules_to_save and "
+                "trainable_token_indices), or use FlowTrainer, which takes the base's logits"
+            )
         virtual = self.shape[1] + 1 - base.shape[1]
         base = nn.functional.pad(base, (0, 0, virtual, 0))
         rows = base[:, :-1].flatten(0, 1).to(self.hidden.device)[self.places]

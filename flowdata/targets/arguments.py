@@ -121,3 +121,9 @@ def check_reference(reference: Any, values: Tensor, needs: str) -> Tensor:
         )
     on_device: Tensor = to_device(reference.detach(), values.device)
     return on_device
+
+
+def trains(head: nn.Module, reference_head: nn.Module) -> bool:
+    """Return whether the head of a reference changes when a head is trained."""
+    trained = {id(parameter) for parameter in head.parameters() if parameter.requires_grad}
+    return any(id(parameter) in trained for parameter in reference_head.parameters())

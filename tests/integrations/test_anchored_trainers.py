@@ -348,3 +348,38 @@ def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
             for size in (16, 4):
                 tiny.assert_same_gradient(rank[size, "count"], expected)
                 tiny.assert_same_gradient(rank[size, "weights"], expected * by_weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny.make_model, {"modules_to_save": ["lm_head"]}),
+        (gemma, {"trainable_token_indices": [3, 4]}),  # of the tied head, too
+    ],
+)
+def test_a_head_that_is_trained_is_no_base(tmp_path, make, options):
+    def new():
+        torch.manual_seed(5)
+        targets = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+        model = peft.get_peft_model(make(), peft.LoraConfig(**targets, **options))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora" not in name:
+                    parameter.add_(0.1)
+        return model
+
+    weights = tiny.make_weights()
+    expected = by_hand(new(), weights, BOTH)
+    gradient = trainer_gradient(tmp_path, new(), weights, BOTH)
+    assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max()
+    # TRL's head itself can't read a layer of trainable tokens.
+    error = AttributeError if make is gemma else ValueError
+    with pytest.raises(error, match=r"output layer is trained.*or use FlowTrainer|'bias'"):
+        sft_gradient(tmp_path, new(), weights, BOTH)
+
+
+def test_bfloat16_is_trained_about_the_same(tmp_path):
+    weights = tiny.make_weights()
+    expected = by_hand(adapted(), weights, BOTH)
+    gradient = sft_gradient(tmp_path, adapted(), weights, BOTH, bf16=True)
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
