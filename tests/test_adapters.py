@@ -136,3 +136,18 @@ def test_hidden_states_of_the_base_serve_the_fused_loss():
         loss.backward()
         gradients.append(tiny.flat_gradient(model))
     tiny.assert_same_gradient(*gradients)
+
+
+def test_dropout_of_the_base_itself_is_off_in_the_block():
+    plain = tiny_gpt2()
+    ids = torch.arange(1, 9).view(2, 4)
+    expected = plain.eval()(input_ids=ids).logits
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(plain, config).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    with base_model(model):
+        base = model(input_ids=ids).logits
+    assert torch.equal(base, expected)
+    assert not torch.allclose(model(input_ids=ids).logits, expected)

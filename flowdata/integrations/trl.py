@@ -45,10 +45,14 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
     collator. Packs are made afterwards: samples are scored whole, or cut to `max_length` where
     ``packing_strategy="bfd"`` cuts them.
 
+    ``token_rule="eaft"`` and `kl_to_reference` are made from the hidden states that SFTTrainer's
+    head is given, tile by tile: further passes through the output layer, which must not be sharded.
+
     Raises:
         ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
-            token weights in a data set that is not tokenised, or ``resample=True`` of packs.
+            token weights in a data set that is not tokenised, ``resample=True`` of packs, or
+            ``reference="base"`` where the output layer itself is trained.
     """
 
     _head_is_checked = False

@@ -383,3 +383,24 @@ def test_bfloat16_is_trained_about_the_same(tmp_path):
     expected = by_hand(adapted(), weights, BOTH)
     gradient = sft_gradient(tmp_path, adapted(), weights, BOTH, bf16=True)
     assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def test_adapters_that_trl_makes_and_scores_that_it_makes_itself(tmp_path):
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    gradients = []
+    options = {"callbacks": [train_worker.record_gradients(gradients)], **BOTH}
+    trainer = FlowSFTTrainer(
+        tiny.make_model(),
+        arguments(SFTConfig, tmp_path, bf16=False, gradient_checkpointing=False),
+        train_dataset=tiny.as_hf_dataset(tiny.make_samples()),
+        processing_class=tiny.make_tokenizer(),
+        peft_config=config,
+        scores="auto",
+        **options,
+    )
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    model = peft.get_peft_model(tiny.make_model(), config)
+    model.load_state_dict(state)
+    tiny.assert_same_gradient(gradients[0], by_hand(model, trainer.scores.weights(), BOTH))
