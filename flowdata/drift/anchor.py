@@ -12,24 +12,18 @@ while the drift is small, and no target pulls harder the farther away it is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowdata._common.real_numbers import RealNumber, real_number
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
-from flowdata.drift.ways import OutputModule
-from flowdata.head.kl import Predictions, logits_of
-from flowdata.head.kl_loss import kl_to
-from flowdata.head.output_layer import Head
-from flowdata.models.calling import unwrapped
-
-_ROWS_AT_ONCE = 256  # of logits that a called layer makes
+from flowdata.head.kl import Predictions
+from flowdata.head.kl_loss import kl_to, kl_to_called
+from flowdata.head.output_layer import Head, OutputModule
+from flowdata.models.calling import in_evaluation, unwrapped
 
 
 class OutputAnchor:
@@ -78,7 +72,7 @@ class OutputAnchor:
         places = self._places()
         self._step += 1
         model = unwrapped(model)
-        with _as_in_evaluation(model), self.meter.batch_norm_in(model):
+        with in_evaluation(model), self.meter.batch_norm_in(model):
             rows = self.meter.reader.read_in_training(model, places)
         base = self.meter.base_of(places, rows.values.device)
         module: Any = rows.layer
@@ -99,18 +93,6 @@ class OutputAnchor:
         return torch.randperm(len(self.meter), generator=generator)
 
 
-@contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a block, and every module's flag back after it."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: bool) -> Tensor:
     """KL(base ‖ tuned) of every row, through the model's own output layer or the frozen one."""
     layer = module.layer if is_own else base.layer
@@ -119,16 +101,5 @@ def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: b
     if is_own and type(layer) is nn.Linear:
         scale, softcap = module.scale, module.softcap
         return kl_to(base, rows, layer.weight, layer.bias, scale=scale, softcap=softcap)
-    called = module if is_own else layer
-    parts = zip(base.rows.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True)
-    values = [checkpoint(_of_called, base, p, q, called, use_reentrant=False) for p, q in parts]
-    return torch.cat(values)
-
-
-def _of_called(base: Predictions, p_rows: Tensor, q_rows: Tensor, layer: nn.Module) -> Tensor:
-    """The same from the logits of some rows, where a layer has to be called."""
-    with torch.no_grad():
-        p = logits_of(Predictions(p_rows, base.layer)).log_softmax(1)
-    q = layer(q_rows).float().log_softmax(1)
-    values: Tensor = (p.exp() * (p - q)).sum(1)
-    return values
+    called: Any = module if is_own else layer
+    return kl_to_called(base, rows, called)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, kernels, logit_options
+from flowdata.head.output_layer import Head, OutputModule, kernels, logit_options
 from flowdata.models.calling import call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
@@ -249,26 +249,3 @@ def _whole(parameter: Any) -> Any:
         return None
     values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return values.detach()
-
-
-class OutputModule(nn.Module):
-    """An output layer, and what its model does to the logits.
-
-    Args:
-        layer: makes logits of rows; None where the rows are logits.
-        scale: factor on the logits.
-        softcap: their bound, or None.
-    """
-
-    def __init__(
-        self, layer: nn.Module | None, scale: float = 1.0, softcap: float | None = None
-    ) -> None:
-        super().__init__()
-        self.layer, self.scale, self.softcap = layer, scale, softcap
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows (n, d) to logits (n, V)."""
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), rows.dtype)
-        logits: Tensor = rows if self.layer is None else self.layer(rows.to(dtype))
-        logits = logits.float() * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
