@@ -14,9 +14,10 @@ class WeightedCollator:
 
     It takes samples of every layout of `FlowWeightedDataset`: pairs become (batch, weights),
     triples (inputs, targets, weights), and mappings a mapping with `key`. The weights are (B,)
-    float32; the frozen model's outputs, where samples have them, come last. A mapping may hold one weight for each token instead, (T,): these are padded or
-    joined just as the collator padded or joined `input_ids`. Where it joined all samples into one
-    row, each sample's weight goes to all of its tokens, (1, ΣT).
+    float32; the frozen model's outputs, where samples have them, come last. A mapping may hold one
+    weight for each token instead, (T,): these are padded or joined just as the collator padded or
+    joined `input_ids`. Where it joined all samples into one row, each sample's weight goes to all
+    of its tokens, (1, ΣT).
 
     Args:
         collate_fn: the collator of the samples without weights, such as a Hugging Face one.

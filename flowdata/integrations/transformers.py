@@ -26,6 +26,7 @@ from flowdata.integrations.own_scores import (
 )
 from flowdata.integrations.prepared import add_weights, check_not_a_stream, take_weights
 from flowdata.integrations.sample_by_sample import weighted_own_loss
+from flowdata.integrations.trainer_anchor import add_anchor as add_anchor
 from flowdata.integrations.trainer_checks import (
     check_arguments,
     check_data,
@@ -171,6 +172,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         plain, weights = dataset, self.scores
         if isinstance(dataset, FlowWeightedDataset):
             # It is taken apart and made again, in the layout that a Trainer's collator can read.
+            if dataset.reference is not None:
+                raise ValueError(
+                    "a Trainer's loss takes no reference outputs, so that they would be ignored; "
+                    "leave reference= out, and hold the model by add_anchor(trainer, OutputAnchor)"
+                )
             plain, weights = dataset.dataset, dataset.weights
         if weights is None:
             return dataset, None
