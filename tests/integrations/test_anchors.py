@@ -131,7 +131,7 @@ def test_evaluation_and_the_logged_loss_stay_without_the_penalty(tmp_path):
     for is_held in (False, True):
         model = make_model()
         anchor = anchors_of(model)["weights"]
-        trainer, _, batch, _ = trainer_of(Trainer, model, tmp_path, 1)
+        trainer, *_ = trainer_of(Trainer, model, tmp_path, 1)
         if is_held:
             add_anchor(trainer, anchor)
         loss = trainer.train().training_loss
