@@ -334,3 +334,11 @@ def divergences(base, tuned):
         "reverse_kl": (q.exp() * (q - p)).sum(1),
         "agreement": (p.argmax(1) == q.argmax(1)).double(),
     }
+
+
+def bounded_penalty(kl, strength, pull=0.2):
+    """The output anchor's penalty of each target: a pseudo-Huber function of √(2 KL)."""
+    if strength == 0:
+        return 0 * kl
+    bend = pull / min(strength, 10)
+    return pull * ((bend**2 + 2 * kl.double()).sqrt() - bend)

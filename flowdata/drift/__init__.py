@@ -1,6 +1,6 @@
 """What a fine-tuning forgets, measured without the old data: `DriftMeter`, probes and choices."""
 
-from flowdata.drift.anchor import OutputAnchor
+from flowdata.drift.anchor import OutputAnchor, output_penalty
 from flowdata.drift.choosing import Candidate, choose, rank
 from flowdata.drift.comparing import Comparison, compare
 from flowdata.drift.drift import Drift
@@ -19,6 +19,7 @@ __all__ = [
     "compare",
     "draw_front",
     "inverted_images",
+    "output_penalty",
     "own_text",
     "rank",
     "smooth_images",

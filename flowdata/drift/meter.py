@@ -25,7 +25,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows
-from flowdata.head.kl import Predictions, count_classes, divergences
+from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
@@ -176,6 +176,22 @@ class DriftMeter:
         offsets = offsets_of(self._rows.counts).tolist()
         parts = [self._rows.values[offsets[k] : offsets[k + 1]] for k in places]
         return Predictions(torch.cat(parts).to(device), _on(self._rows.layer, device))
+
+    def outputs(self) -> Tensor:
+        """Return what the frozen model makes of the probe: (N, C) float32 logits, on the CPU.
+
+        Raises:
+            ValueError: the model has more than one prediction for a sample, as those of language.
+        """
+        if self.reader.is_of_language or (self._rows.counts != 1).any():
+            raise ValueError(
+                "outputs() is for models with one prediction for a sample; those of every token "
+                "would be too large to keep: hold the model with OutputAnchor, which makes them "
+                "tile by tile"
+            )
+        layer = _on(self._rows.layer, torch.device("cpu"))
+        with torch.no_grad():
+            return logits_of(Predictions(self._rows.values.cpu(), layer))
 
     def _compare(self, rows: Rows) -> Drift:
         base, device = self._rows, rows.values.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import (
     check_loader,
     draws_by_weight,
@@ -58,8 +59,14 @@ def check_data(
 
     Raises:
         TypeError: `scores` is True or False.
-        ValueError: nothing, or too much, says what a sample weighs; or there are scores of no data.
+        ValueError: nothing, or too much, says what a sample weighs; there are scores of no data; or
+            samples carry reference outputs.
     """
+    if isinstance(dataset, FlowWeightedDataset) and dataset.reference is not None:
+        raise ValueError(
+            "a Trainer's loss takes no reference outputs, so that they would be ignored; leave "
+            "reference= out, and hold the model by add_anchor(trainer, OutputAnchor)"
+        )
     if isinstance(scores, bool):
         raise TypeError(f"scores must be Scores, weights or 'auto', got {scores}")
     if dataset is None and scores is not None:

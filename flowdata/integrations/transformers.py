@@ -31,6 +31,7 @@ from flowdata.integrations.prepared import (
     take_weights,
 )
 from flowdata.integrations.sample_by_sample import weighted_own_loss
+from flowdata.integrations.trainer_anchor import add_anchor as add_anchor
 from flowdata.integrations.trainer_checks import (
     changes_token_losses,
     check_anchor,
