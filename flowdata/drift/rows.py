@@ -99,6 +99,8 @@ class Reader:
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
         self._heads: dict[Hashable, str | None] = {}
+        with lent_model(self._job, self._plan.options) as lent:
+            self._frozen_head = None if self.is_of_language else self._name_of_head(lent)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,11 +116,12 @@ class Reader:
         """Return a model's rows; the model comes back as it was.
 
         Raises:
-            ValueError: no way gives samples the rows that they have alone.
+            ValueError: no way gives samples the rows that they have alone, or the model has no
+                such layer as the first one that was read.
         """
         job = self._job_of(model)
         with lent_model(job, self._plan.options) as lent:
-            head = None if self.is_of_language else name_of_head(lent, self._first(job), job.device)
+            head = self._head_of(lent)
             rows = self._read(job, lent, head)
         layer = output_layer(model, job.loss, head)
         reshard(model)
@@ -137,22 +140,46 @@ class Reader:
         rows = padded_way(job, model, head)(model, batch)
         return Rows(rows.values, rows.counts, output_module(model, job.loss, head))
 
-    def _head_in_training(self, job: Job, model: nn.Module) -> str | None:
-        """The name of the layer that makes the logits, looked for once for each structure."""
-        if self.is_of_language:
-            return None
-        structure = _structure(model)
-        if structure not in self._heads:
-            with torch.no_grad():
-                self._heads[structure] = name_of_head(model, self._first(job), job.device)
-        return self._heads[structure]
-
     def layer(self, model: nn.Module) -> Head | nn.Module:
         """Return the layer that makes logits of a model's rows."""
         job = self._job_of(model)
         with lent_model(job, self._plan.options) as lent:
-            head = None if self.is_of_language else name_of_head(lent, self._first(job), job.device)
+            head = self._head_of(lent)
         return output_layer(model, job.loss, head)
+
+    def _head_in_training(self, job: Job, model: nn.Module) -> str | None:
+        """The name of the layer whose inputs are rows, looked for once for each structure."""
+        structure = _structure(model)
+        if structure not in self._heads:
+            with torch.no_grad():
+                self._heads[structure] = self._head_of(model)
+        return self._heads[structure]
+
+    def _head_of(self, model: nn.Module) -> str | None:
+        """The name of the layer whose inputs are rows; None where these are logits."""
+        frozen = self._frozen_head
+        if self.is_of_language and output_layer_of(model) is None:
+            raise ValueError(
+                f"{type(model).__name__} names no output layer (`get_output_embeddings`), and the "
+                "frozen model did; pass the language model itself, without what is around it"
+            )
+        if self.is_of_language or frozen is None:
+            return None
+        name = self._name_of_head(model)
+        # What has taken the place of the frozen model's layer, several layers or none, is given
+        # the same rows.
+        if name is None or name.startswith(f"{frozen}."):
+            name = frozen if frozen in dict(model.named_modules()) else None
+        if name is None:
+            raise ValueError(
+                f"no linear layer makes the logits of {type(model).__name__}, and it has no layer "
+                f"{frozen!r}, which made those of the frozen model: it has another body; make a "
+                "meter of the model that this one was tuned from"
+            )
+        return name
+
+    def _name_of_head(self, model: nn.Module) -> str | None:
+        return name_of_head(model, self._first(self._job), home(model))
 
     def _job_of(self, model: nn.Module) -> Job:
         dtype = resolve_dtype("auto", model, home(model)) if is_placed(model) else self.dtype
@@ -163,14 +190,16 @@ class Reader:
 
     def _right_way(self, job: Job, model: nn.Module, head: str | None) -> Candidate:
         """The fastest way to the rows that samples have alone, looked for once a structure."""
+        if job.suspects:  # of this model alone: the frozen one is read as it was before
+            return right_way(job, self._plan, model, head)
         structure = _structure(model)
-        if job.suspects or structure not in self._right_ways:
+        if structure not in self._right_ways:
             self._right_ways[structure] = right_way(job, self._plan, model, head).name
         ways = ways_to_rows(job, self._plan, model, head)
         return next(way for way in ways if way.name == self._right_ways[structure])
 
     def _read(self, job: Job, model: nn.Module, head: str | None) -> TargetLosses:
-        """The rows of all samples; a sample that turns out wrong is judged by from then on."""
+        """The rows of all samples; of one that turns out wrong another way has to be right."""
         way = self._right_way(job, model, head)
         rows = self._by_way(job, model, way)
         suspect = find_suspect(job, self._plan, model, head, way, rows)

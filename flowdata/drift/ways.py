@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.head.output_layer import Head, kernels, logit_options
-from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.models.calling import call_in_order, call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import Candidate
@@ -161,9 +161,24 @@ def name_of_head(model: nn.Module, batch: Any, device: torch.device) -> str | No
         model: the model as it is run.
         batch: of samples that are no targets of a language model.
         device: where the model takes its inputs.
+
+    Raises:
+        ValueError: the model returns no logits, or several tensors that could be meant.
     """
+    inputs = to_device(split_batch(batch)[0], device)
     with _outputs_of_linear_layers(model) as outputs:
-        logits = predict(model, to_device(split_batch(batch)[0], device))
+        output = (
+            call_with(model, inputs)
+            if isinstance(inputs, Mapping)
+            else call_in_order(model, inputs)
+        )
+    try:
+        logits = logits_of(output)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits by which it could be compared; put it into "
+            "a module that returns them, of shape (B, …, C), under the name `logits`"
+        ) from error
     names = [
         name
         for name, output in outputs.items()
