@@ -64,11 +64,22 @@ class DriftMeter:
         ScoreMismatchError: `store` is of another model, probe or dtype.
 
     Example:
+        Three lines for any loop: one before training, two where the loop validates.
+
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> meter = DriftMeter(model, torch.randn(9, 4))
-        >>> meter(model)
-        Drift(kl=0, cosine=1, agreement=1, samples=9)
+        >>> optimizer, costs = torch.optim.SGD(model.parameters(), lr=0.5), {}
+        >>> for step in range(1, 101):
+        ...     loss = F.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,)))
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     if step % 50 == 0:
+        ...         drift = meter(model)  # as cheap as a pass over the probe
+        ...         costs[step] = float(loss) + drift.kl  # of which the least is best
+        >>> 0 < drift.kl < float("inf"), list(costs)
+        (True, [50, 100])
     """
 
     def __init__(

@@ -99,8 +99,10 @@ class Reader:
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
         self._heads: dict[Hashable, str | None] = {}
-        with lent_model(self._job, self._plan.options) as lent:
-            self._frozen_head = None if self.is_of_language else self._name_of_head(lent)
+        self._frozen_head: str | None = None
+        if not self.is_of_language:
+            with lent_model(self._job, self._plan.options) as lent:
+                self._frozen_head = self._name_of_head(lent)
 
     @property
     def dtype(self) -> torch.dtype:
