@@ -103,6 +103,7 @@ class Reader:
         if not self.is_of_language:
             with lent_model(self._job, self._plan.options) as lent:
                 self._frozen_head = self._name_of_head(lent)
+        self._job = replace(self._job, model=nn.Module())  # the first model may go
 
     @property
     def dtype(self) -> torch.dtype:
