@@ -437,3 +437,12 @@ def test_a_meter_keeps_no_model_in_memory():
         del base, tuned
         gc.collect()
         assert [model() for model in models] == [None, None]
+
+
+def test_the_benchmark_of_its_cost_runs(capsys):
+    from benchmarks import drift
+
+    drift.main(["--tiny", "--repeats", "1"])
+    out = capsys.readouterr().out
+    for task in ("language model", "resnet-20"):
+        assert f"{task}: drift at one evaluation in 100 steps" in out
