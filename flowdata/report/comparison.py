@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _TAILS = 0.995  # differences beyond this quantile of their sizes share the outer bars
 _MOST_POINTS = 5000  # of the picture of losses before and after
+_COLOURS = {"learned": GREEN, "forgotten": ORANGE, "unchanged": BLUE}
 
 
 def render_comparison(
@@ -82,7 +83,7 @@ def render_comparison(
 
 def _figures(summary: Mapping[str, Any], before: Tensor, after: Tensor) -> list[tuple[str, str]]:
     compared, missing = summary["compared"], summary["samples"] - summary["compared"]
-    without = f", {missing:,} others lack a loss" * (missing > 0)
+    without = f", {missing:,} without both losses" * (missing > 0)
     return [
         (f"{compared:,}", f"samples compared{without}"),
         (number(before.double().mean().item()), "mean loss before (nats)"),
@@ -117,13 +118,18 @@ def _draw_changes(axes: Any, differences: Tensor) -> None:
     sizes = np.abs(values)
     top = float(np.quantile(sizes, _TAILS)) or float(sizes.max()) or 1.0
     clipped = np.clip(values, -top, top)
-    # An even number of bars, so that one edge is 0 and each bar has one colour.
-    edges = np.linspace(-top, top, 2 * (len(bins(len(values), 0.0, top)) // 2) + 1)
-    for colour, part, name in (
-        (GREEN, clipped[values < 0], "learned"),
-        (ORANGE, clipped[values >= 0], "forgotten"),
-    ):
-        axes.hist(part, bins=edges, color=colour, alpha=0.85, label=f"{name}: {len(part):,}")
+    # As many bars on either side of 0, so that each has one colour.
+    edges = np.linspace(-top, top, 2 * (len(bins(len(values), 0.0, top)) - 1) + 1)
+    parts = {"learned": values < 0, "forgotten": values > 0, "unchanged": values == 0}
+    parts = {name: part for name, part in parts.items() if part.any()}
+    axes.hist(
+        [clipped[part] for part in parts.values()],
+        bins=edges,
+        stacked=True,
+        color=[_COLOURS[name] for name in parts],
+        alpha=0.85,
+        label=[f"{name}: {part.sum():,}" for name, part in parts.items()],
+    )
     mark(axes, float(values.mean()), "mean", color=BLUE)
     further = int((sizes > top).sum())
     axes.set(
@@ -134,7 +140,7 @@ def _draw_changes(axes: Any, differences: Tensor) -> None:
         xlim=(-top, top),
     )
     axes.margins(y=0.14)  # room for the mark's name
-    axes.legend(loc="center left", fontsize=9)
+    axes.legend(loc="best", fontsize=9)
 
 
 def _draw_pairs(axes: Any, before: Tensor, after: Tensor) -> None:
@@ -143,20 +149,21 @@ def _draw_pairs(axes: Any, before: Tensor, after: Tensor) -> None:
     x, y = before[places].double().numpy(), after[places].double().numpy()
     top = 1.05 * float(np.quantile(np.concatenate([x, y]), _TAILS)) or 1.0
     low = min(0.0, float(x.min()), float(y.min()))
-    axes.axline((low, low), slope=1, color=BLUE, linewidth=1.2, linestyle="--")
-    size = float(np.clip(2000 / len(x), 4, 24))
-    for colour, is_part in ((GREEN, y < x), (ORANGE, y >= x)):
+    axes.axline((low, low), slope=1, color=BLUE, zorder=1, linewidth=1.2, linestyle="--")
+    size = float(np.clip(9000 / len(x), 6, 24))
+    parts = {"learned": y < x, "forgotten": y > x, "unchanged": y == x}
+    for name, is_part in parts.items():
         axes.scatter(
             np.minimum(x[is_part], top),
             np.minimum(y[is_part], top),
             s=size,
-            color=colour,
+            color=_COLOURS[name],
             alpha=0.6,
             linewidths=0,
         )
     axes.set(
         title="Each sample",
-        xlabel="loss before (nats)",
+        xlabel="loss before (nats)" + "; larger losses at the edge" * bool((x > top).any()),
         ylabel="loss after (nats)",
         xlim=(low, top),
         ylim=(low, top),
