@@ -39,7 +39,8 @@ from flowdata.study import METHODS, Method, Record, grids, run_study, train
 from flowdata.study.training import passes
 from flowdata.text import Fields, TokenSamples, load_model, load_tokenizer, read_rows, tokenize_rows
 
-MAIN = {name: method for name, method in METHODS.items() if name != "linear probe"}
+_VISION_ALONE = ("linear probe", "output anchor", "FLOW + output anchor")
+MAIN = {name: method for name, method in METHODS.items() if name not in _VISION_ALONE}
 MAIN |= {"pre-trained": Method(trains=False)} | TOKEN_METHODS
 EXTRA = ABLATIONS
 ALL = {**MAIN, **EXTRA}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,12 +21,14 @@ from flowdata.drift import Drift, DriftMeter
 from flowdata.study.classify import fine_tune, sample_weights
 from flowdata.study.hits import hits, packed
 from flowdata.study.methods import METHODS
+from flowdata.study.parts import output_anchor
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record
 from flowdata.study.training import Method
 from flowdata.weights import effective_sample_size, resolve_temperature
 
 _PROBE_STRENGTH = 1e-3
+_OWN_PROBE = "new task"
 _PROBE_SAMPLES = 512  # of the new task, on which the drift is measured
 
 
@@ -135,7 +137,7 @@ class HeadTask:
     def _begin(self, seed: int) -> tuple[Split, Beginning, dict[str, DriftMeter]]:
         split = self.split(seed)
         few = Subset(split.scored, range(min(_PROBE_SAMPLES, len(split.scored))))
-        probes = {"new task": few, **self.probes}
+        probes = {_OWN_PROBE: few, **self.probes}
         meters = {name: DriftMeter(self.old, probe) for name, probe in probes.items()}
         beginning = begin(
             self.old[0],
@@ -157,7 +159,7 @@ class HeadTask:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = sample_weights(method, beginning.scores)
         if method.trains:
-            self._fine_tune(network, split, weights, method, rate, seed)
+            self._fine_tune(network, split, weights, _held(method, meters), rate, seed)
         measure = partial(hits, dtype=self.sizes.dtype, workers=self.workers)
         validation, target = measure(network, split.validation), measure(network, split.test)
         drifts = {probe: meter(network) for probe, meter in meters.items()}
@@ -207,6 +209,14 @@ class HeadTask:
                 dtype=sizes.dtype,
                 workers=self.workers,
             )
+
+
+def _held(method: Method, meters: Mapping[str, DriftMeter]) -> Method:
+    """A method whose hold on the outputs is a part, on the new task's own images."""
+    if not method.hold:
+        return method
+    part = output_anchor(meters[_OWN_PROBE], method.hold)
+    return replace(method, parts=(*method.parts, part), hold=0.0)
 
 
 def _percent(hits: Tensor) -> float:

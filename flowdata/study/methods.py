@@ -13,6 +13,7 @@ from flowdata.study.training import Method, Part
 from flowdata.weights import effective_sample_size, flow_weights
 
 STANDARD = "standard"  # the method that all others are compared with
+_HOLD = 0.1
 
 
 def flow(scores: Scores, temperature: str = "median", column: str = "loss") -> Tensor:
@@ -53,6 +54,8 @@ METHODS: dict[str, Method] = {
         f"FLOW + {name}": Method(flow, parts=_COMPANIONS[name])
         for name in ("l2", "LoRA", "WiSE-FT")
     },
+    "output anchor": Method(hold=_HOLD),
+    "FLOW + output anchor": Method(flow, hold=_HOLD),
 }
 TEMPERATURES: dict[str, Method] = {  # the dial between the linear probe and standard fine-tuning
     f"FLOW, {rule}": Method(partial(flow, temperature=rule))

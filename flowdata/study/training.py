@@ -64,6 +64,8 @@ class Method:
         rule: makes token weights from the losses of the model in training, see
             `flowdata.token_weights`; for language models only.
         parts: actions beside the weights; entered in order, left in reverse.
+        hold: strength of an `OutputAnchor` on the drift of a task that has a meter; for other loops
+            there is the part `output_anchor`.
         trains: False leaves the model as it is, except for a new head.
     """
 
@@ -71,6 +73,7 @@ class Method:
     resample: bool = False
     rule: TokenRule | None = None
     parts: tuple[Part, ...] = ()
+    hold: float = 0.0
     trains: bool = True
 
 
@@ -97,7 +100,15 @@ def train(
         method: only its `parts` are used here; `loss` and `batches` have to apply its weights.
         seed: makes the random draws of the parts.
         warmup: share of the steps in which the learning rate rises.
+
+    Raises:
+        ValueError: the method holds outputs, and no meter has made a part of that.
     """
+    if method.hold:
+        raise ValueError(
+            "method.hold needs a drift meter, which HeadTask has; in a loop of your own pass "
+            "parts=(output_anchor(meter, strength),) instead"
+        )
     with ExitStack() as stack:
         hooks = [stack.enter_context(part(model, steps, seed)) for part in method.parts]
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
