@@ -186,7 +186,7 @@ def check_arguments(trainer: Any) -> None:
         ImportError: this transformers can't be told that a loss is divided already.
         ValueError: an option replaces the loss, or splits batches after their weights are counted.
     """
-    if trainer.args.label_smoothing_factor:
+    if trainer.args.label_smoothing_factor or trainer.label_smoother is not None:
         raise ValueError(
             "label_smoothing_factor computes a loss of its own that ignores the weights; set "
             "it to 0, or pass loss=(outputs, batch) -> (B,) with the smoothing in it"

@@ -14,7 +14,7 @@ from transformers import Trainer
 from flowdata.accumulation import mean_over_ranks
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
-from flowdata.integrations.callbacks import SamplerEpoch, StepAccount, TrainingStart
+from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccount
 from flowdata.integrations.checks import carries_weights
 from flowdata.integrations.first_batch import Decision, decide, merged
 from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
@@ -136,7 +136,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self._given_data = train_dataset
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self._given_data = None
-        self.add_callback(TrainingStart(self))
+        self.add_callback(LoaderCheck(self))
         if self._replaces_loss:
             self._check_arguments()
         if is_auto:
@@ -152,9 +152,6 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             self._draw_by(weights)
         if self._replaces_loss:
             self.add_callback(self._step)
-            # The loss is divided by the items of the whole step; without this word the Trainer
-            # might divide it by the number of accumulated batches once more.
-            self.loss_is_scaled_for_ga = True
             self.data_collator = _BatchCollator(self.data_collator, weight_key)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -174,9 +171,9 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             plain, weights = dataset.dataset, dataset.weights
         if weights is None:
             return dataset, None
+        check_not_a_stream(plain, "resample=True" if self._resamples else "scores=")
         if not self._resamples:
             return self._with_weights(plain, weights, temperature), weights
-        check_not_a_stream(plain, "resample=True")
         weights = FlowWeightedDataset(plain, weights, temperature=temperature).weights
         return add_weights(plain, weights, self.weight_key), weights
 
@@ -224,6 +221,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's training; what the loss is gets decided anew on its first batch."""
         self._decision = None
+        if self._replaces_loss:
+            self._check_arguments()  # once more: attributes may have been set since
+            # The loss is divided by the items of the whole step; without this word the Trainer
+            # might divide it by the number of accumulated batches once more.
+            self.loss_is_scaled_for_ga = True
         return super().train(*args, **kwargs)
 
     def check_train_loader(self, loader: Any) -> None:

@@ -47,7 +47,8 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
     Raises:
         ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
-            token weights in a data set that is not tokenised, or ``resample=True`` of packs.
+            token weights in a data set that is not tokenised, or ``resample=True`` of packs; in
+            `train()`, a `compute_loss` of another class that is no sum of log-probabilities.
     """
 
     def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
@@ -56,6 +57,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "SFTTrainer prepares Hugging Face data sets only, got a FlowWeightedDataset; pass "
                 "train_dataset=dataset, scores=scores"
             )
+        self._sums_log_probs = False  # as the first batch is to show
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
 
     def _check_arguments(self) -> None:
@@ -188,16 +190,21 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         # SFTTrainer takes its denominator for a sum over the ranks, and multiplies the loss by
         # their number to undo the mean that DDP takes of the gradients. `num_items` is a mean over
         # the ranks; it becomes their sum.
+        factor = 1
         if self.args.average_tokens_across_devices:
-            num_items = num_items * self.accelerator.num_processes
+            factor = self.accelerator.num_processes // self.get_tp_size()
+            num_items = num_items * factor
         # The division is made here because SFTTrainer raises a denominator below 1 to 1, which is
         # right for a count of tokens and wrong for a sum of weights.
         divisor = torch.where(num_items == 0, 1, num_items)
         outputs: list[Any] = []
+        weighted: list[Tensor] = []
 
         def weighted_model(**fields: Any) -> Any:
             output = model(**fields)
-            output.log_probs = self._weigh(output.log_probs, token_weights) / divisor
+            if getattr(output, "log_probs", None) is not None:
+                output.log_probs = self._weigh(output.log_probs, token_weights) / divisor
+                weighted.append(output.log_probs)
             outputs.append(output)
             return output
 
@@ -205,7 +212,25 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         loss = super(FlowTrainerMixin, self).compute_loss(
             weighted_model, inputs, num_items_in_batch=torch.ones_like(divisor)
         )
+        if not self._sums_log_probs:
+            self._check_loss(loss, weighted, factor)
         return loss, outputs[0]
+
+    def _check_loss(self, loss: Tensor, weighted: list[Tensor], factor: int) -> None:
+        """Refuse a loss that is no −Σ log-probability, of a class before SFTTrainer.
+
+        The gradient by each of them is −1, whatever terms the loss has besides.
+        """
+        gradients = [g for g in _gradients(loss, weighted) if g is not None]
+        total = torch.stack(gradients).sum(0) if gradients else torch.zeros(1)
+        if loss.requires_grad and not torch.allclose(total, torch.full_like(total, -factor)):
+            raise ValueError(
+                f"the compute_loss of {type(self).__name__} is not SFTTrainer's sum of "
+                "log-probabilities over num_items_in_batch, and weights can't reach another loss: "
+                "let it call super().compute_loss(model, inputs, return_outputs, "
+                "num_items_in_batch), or pass resample=True, which leaves the loss alone"
+            )
+        self._sums_log_probs = True
 
     def _weigh(self, log_probs: Tensor, weights: Tensor) -> Tensor:
         """Return weight · log-probability, 0 where the weight is 0 whatever the other is."""
@@ -220,6 +245,14 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             factors = rule_weights(self.token_rule, losses, takes_part.flatten())
             weights = weights * factors.view_as(weights)
         return torch.where(takes_part, log_probs, 0.0) * weights
+
+
+def _gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss, None by what it does not depend on."""
+    inputs = [each for each in inputs if each.requires_grad]
+    if not (inputs and loss.requires_grad):
+        return ()
+    return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
 
 
 def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, Any]:

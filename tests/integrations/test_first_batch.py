@@ -574,6 +574,27 @@ def test_ranks_train_on_one_loss():
         merged([Decision(causal), Decision(masked)])
 
 
+@pytest.mark.parametrize("make", [strange.NoLogitsWithLabels, strange.LossOverLogits])
+def test_a_second_call_draws_the_same_dropout(make):
+    class Drops(make):
+        def features(self, input_ids):
+            return F.dropout(super().features(input_ids), 0.5, self.training)
+
+    batch = strange.without_mask(strange.LANGUAGE)
+    decision = decide(seeded(Drops).train(), batch, "auto", N)
+    assert (decision.run.loss, decision.run.passes_labels) == ("causal_lm", False)
+
+
+def test_probabilities_of_a_model_without_a_loss_are_refused():
+    class Probabilities(strange.Tokens):
+        def forward(self, input_ids):
+            return self.head(self.features(input_ids)[:, -1]).softmax(1)
+
+    batch = {"input_ids": torch.arange(8).view(4, 2), "labels": torch.arange(4) % 3}
+    with pytest.raises(ValueError, match="the model returns probabilities"):
+        decide(seeded(lambda: Probabilities(3)).train(), batch, "auto", 4)
+
+
 def test_large_logits_are_compared_by_their_losses_alone(monkeypatch):
     from flowdata.integrations import first_batch
 
