@@ -22,6 +22,7 @@ from flowdata.integrations.transformers import FlowTrainer
 from flowdata.losses import causal_lm_loss
 from tests.integrations import strange_models as strange
 from tests.integrations.strange_models import WEIGHTS, N
+from tests.interpreted import check_in_interpreter
 
 
 def arguments(folder, **options):
@@ -572,6 +573,12 @@ def test_ranks_train_on_one_loss():
     assert merged([Decision(causal), empty]) == Decision(causal, is_settled=False)
     with pytest.raises(ValueError, match="call for different losses, 'causal_lm' and 'masked_lm'"):
         merged([Decision(causal), Decision(masked)])
+
+
+def test_ligers_kernels_change_nothing():
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    pytest.importorskip("liger_kernel", reason="Liger is not installed (pip install liger-kernel)")
+    check_in_interpreter("tests/integrations/test_liger.py")
 
 
 @pytest.mark.parametrize("make", [strange.NoLogitsWithLabels, strange.LossOverLogits])

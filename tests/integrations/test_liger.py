@@ -1,4 +1,4 @@
-"""Liger's kernels under FlowTrainer, in Triton's interpreter, against loops without them:
+"""Liger's kernels under the trainers, in Triton's interpreter, against loops without them:
 
 TRITON_INTERPRET=1 python -m pytest tests/integrations/test_liger.py, as test_first_batch.py does.
 """
@@ -68,8 +68,40 @@ def test_gradients_are_those_of_a_loop_without_liger(tmp_path, loss):
     trainer = flow_trainer(tmp_path, Recorded, settings=settings, **options)
     trainer.train()
     tiny.assert_same_gradient(gradients[0], expected)
+    assert_liger_acts(trainer, loss)
+
+
+def assert_liger_acts(trainer, loss):
     is_fused = trainer.model.forward.__module__.startswith("liger_kernel")
     assert is_fused == (loss == "fused")
     assert (torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional") == (
         loss != "cross entropy"
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize("is_applied_before", [False, True])
+def test_sft_has_the_gradients_of_a_loop_without_liger(tmp_path, is_applied_before):
+    trl = pytest.importorskip("trl", minversion="1.15", reason="TRL from 1.15 on: Python 3.11")
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    from flowdata.integrations.trl import FlowSFTTrainer
+    from tests.integrations import train_worker
+
+    weights, model = tiny.make_weights()[:N], tiny.make_model()
+    expected, gradients = by_hand(weights), []
+    config = PLAIN | {"rope": False}
+    if is_applied_before:
+        apply_liger_kernel_to_llama(model=model, **config)
+    options = {} if is_applied_before else {"use_liger_kernel": True}
+    options |= {"liger_kernel_config": config | {"cross_entropy": True}} if options else {}
+    trainer = FlowSFTTrainer(
+        model,
+        train_worker.hf_arguments(trl.SFTConfig, batch_size=N, steps=1, bf16=False, **options),
+        train_dataset=tiny.as_hf_dataset(tiny.make_samples(N)),
+        processing_class=tiny.make_tokenizer(),
+        scores=weights,
+        callbacks=[train_worker.record_gradients(gradients)],
+    )
+    trainer.train()
+    tiny.assert_same_gradient(gradients[0], expected)

@@ -283,6 +283,14 @@ def test_chunked_nll_is_nll(tmp_path):
     tiny.assert_same_gradient(gradients[0], gradient_by_hand(rows, WEIGHTS))
 
 
+def test_ligers_fused_loss_is_refused_by_name(tmp_path):
+    """It takes the place of the forward that the weights go through; Liger need not be there."""
+    config = {"fused_linear_cross_entropy": True}
+    settings = {"use_liger_kernel": True, "liger_kernel_config": config}
+    with pytest.raises((ValueError, ImportError), match="fused_linear_cross_entropy"):
+        trainer_of(tmp_path, texts(), settings, scores=WEIGHTS)
+
+
 class PassesOn(SFTTrainer):
     """Adds a term of its own."""
 
