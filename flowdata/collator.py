@@ -61,10 +61,9 @@ class WeightedCollator:
         if len(samples) < 2 or not self._looks_at_order:
             return self.collate_fn(samples)
         self._looks_at_order = False
-        # Some collators take fields out of their samples.
-        copies = [dict(s) if isinstance(s, Mapping) else s for s in samples]
+        originals = _copies(samples)
         batch = self.collate_fn(samples)
-        self._check_order(_rows(batch), copies)
+        self._check_order(_rows(batch), originals)
         return batch
 
     def _check_order(self, rows: list[bytes], samples: list[Any]) -> None:
@@ -75,13 +74,12 @@ class WeightedCollator:
         if len(rows) != len(samples) or len(set(rows)) < 2:
             return
         with preserved_rng():
-            backwards = _rows(self.collate_fn(samples[::-1]))
+            backwards = _rows(self.collate_fn(_copies(samples[::-1])))
             if backwards[::-1] == rows or sorted(backwards) != sorted(rows):
                 return
             # Rows may be the places of sequences instead of samples, (T, B).
-            first = samples[0]
-            same = [dict(first) if isinstance(first, Mapping) else first for _ in samples]
-            is_of_samples = len(set(_rows(self.collate_fn(same)))) == 1
+            same = _rows(self.collate_fn(_copies(samples[:1] * len(samples))))
+            is_of_samples = len(set(same)) == 1
         if is_of_samples:
             raise ValueError(
                 "the collator puts the samples of a batch in another order, as sorting by length "
@@ -185,6 +183,11 @@ def _weights_of(values: Sequence[Any]) -> list[Tensor]:
             "be finite and >= 0 (Scores.weights(missing='zero') gives samples without a loss 0)"
         )
     return weights
+
+
+def _copies(samples: Sequence[Any]) -> list[Any]:
+    """Samples for a further call: some collators take fields out of theirs."""
+    return [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
 
 
 def _rows(batch: Any) -> list[bytes]:

@@ -98,6 +98,14 @@ def test_a_collator_that_sorts_its_samples_is_refused():
         with pytest.raises(ValueError, match="puts the samples of a batch in another order"):
             collate(PADDED[1:4] + PADDED[:1])
 
+    def takes_out(samples):
+        labels = torch.tensor([sample.pop("label") for sample in samples])
+        return {"labels": labels.sort().values}
+
+    samples = [{"label": label, "weight": 1.0} for label in (2, 1, 3)]
+    with pytest.raises(ValueError, match="puts the samples of a batch in another order"):
+        WeightedCollator(takes_out)(samples)
+
 
 def test_collators_that_keep_the_order_or_draw_at_random_pass():
     def padded(rows):
