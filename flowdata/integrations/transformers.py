@@ -171,14 +171,15 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             plain, weights = dataset.dataset, dataset.weights
         if weights is None:
             return dataset, None
-        check_not_a_stream(plain, "resample=True" if self._resamples else "scores=")
         if not self._resamples:
             return self._with_weights(plain, weights, temperature), weights
+        check_not_a_stream(plain, "resample=True")
         weights = FlowWeightedDataset(plain, weights, temperature=temperature).weights
         return add_weights(plain, weights, self.weight_key), weights
 
     def _with_weights(self, dataset: Any, scores: Any, temperature: Temperature) -> Any:
         """Return the data set with a weight in each sample."""
+        check_not_a_stream(dataset, "scores=")
         layout: Layout = "dict" if isinstance(dataset[0], Mapping) else "pair"
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
