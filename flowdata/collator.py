@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowdata._common.rng import preserved_rng
+
 
 class WeightedCollator:
     """A collator whose batches keep the weights of their samples.
@@ -24,8 +26,9 @@ class WeightedCollator:
         key: the weight's name in samples that are mappings.
 
     Raises (when called):
-        ValueError: only some samples have a weight, or token weights can't be laid along the
-            batch's `input_ids`.
+        ValueError: only some samples have a weight, or one that is none (negative, not finite);
+            token weights can't be laid along the batch's `input_ids`; or, told by the first batch,
+            the collator puts samples in another order, as sorting by length does.
 
     Example:
         >>> import torch
@@ -39,6 +42,7 @@ class WeightedCollator:
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any], key: str = "weight") -> None:
         self.collate_fn, self.key = collate_fn, key
+        self._looks_at_order = True  # of the first batch alone
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """Return the collated batch with its weights, or without any if no sample has one."""
@@ -52,11 +56,42 @@ class WeightedCollator:
             return (*batch, references)
         # A label may be a 0-d tensor, too, but an integer one: only a floating one is a weight.
         if isinstance(first, tuple | list) and len(first) in (2, 3) and _is_weight(first[-1]):
-            weights = torch.stack([_as_weight(sample[-1]) for sample in samples])
+            weights = torch.stack(_weights_of([sample[-1] for sample in samples]))
             if len(first) == 2:
-                return self.collate_fn([sample[0] for sample in samples]), weights
-            return (*self.collate_fn([tuple(sample[:2]) for sample in samples]), weights)
+                return self._collate([sample[0] for sample in samples]), weights
+            return (*self._collate([tuple(sample[:2]) for sample in samples]), weights)
         return self.collate_fn(list(samples))
+
+    def _collate(self, samples: list[Any]) -> Any:
+        """Collate samples without weights; once, look whether their rows come in their order."""
+        if len(samples) < 2 or not self._looks_at_order:
+            return self.collate_fn(samples)
+        self._looks_at_order = False
+        originals = _copies(samples)
+        batch = self.collate_fn(samples)
+        self._check_order(_rows(batch), originals)
+        return batch
+
+    def _check_order(self, rows: list[bytes], samples: list[Any]) -> None:
+        """Refuse a collator that makes the same rows of samples whatever the samples' order.
+
+        One that draws at random makes other rows, which tell nothing.
+        """
+        if len(rows) != len(samples) or len(set(rows)) < 2:
+            return
+        with preserved_rng():
+            backwards = _rows(self.collate_fn(_copies(samples[::-1])))
+            if backwards[::-1] == rows or sorted(backwards) != sorted(rows):
+                return
+            # Rows may be the places of sequences instead of samples, (T, B).
+            same = _rows(self.collate_fn(_copies(samples[:1] * len(samples))))
+            is_of_samples = len(set(same)) == 1
+        if is_of_samples:
+            raise ValueError(
+                "the collator puts the samples of a batch in another order, as sorting by length "
+                "does, so that weights would go to other samples; sort in the data set or the "
+                "sampler, or let the collator keep the order it is given"
+            )
 
     def _collate_mappings(self, samples: Sequence[Mapping[str, Any]]) -> Any:
         has_weight = [self.key in sample for sample in samples]
@@ -68,8 +103,8 @@ class WeightedCollator:
                 "weigh all of the data set's samples"
             )
         unweighted = [{k: v for k, v in sample.items() if k != self.key} for sample in samples]
-        batch = self.collate_fn(unweighted)
-        weights = [_as_weight(sample[self.key]) for sample in samples]
+        batch = self._collate(unweighted)
+        weights = _weights_of([sample[self.key] for sample in samples])
         if weights[0].dim() == 0 and not _is_joined(batch, len(samples)):
             return {**batch, self.key: torch.stack(weights)}
         tokens = [torch.as_tensor(sample["input_ids"]) for sample in samples]
@@ -140,5 +175,42 @@ def _is_reference(weight: Any, value: Any) -> bool:
     return _is_weight(weight) and is_floating and value.dim() > 0
 
 
-def _as_weight(value: Any) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32)
+def _weights_of(values: Sequence[Any]) -> list[Tensor]:
+    """The weights of a batch's samples, float32: 0-d each, or (T,) of its tokens."""
+    weights = []
+    for number, value in enumerate(values):
+        try:
+            weight = torch.as_tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"sample {number} of the batch has the weight {value!r}, which is no number"
+            ) from None
+        weights.append(weight)
+    joined = torch.cat([weight.flatten() for weight in weights])
+    if not bool(((joined >= 0) & (joined < torch.inf)).all()):
+        is_bad = [not bool(((w >= 0) & (w < torch.inf)).all()) for w in weights]
+        number = is_bad.index(True)
+        raise ValueError(
+            f"sample {number} of the batch has the weight {weights[number].tolist()}; weights must "
+            "be finite and >= 0 (Scores.weights(missing='zero') gives samples without a loss 0)"
+        )
+    return weights
+
+
+def _copies(samples: Sequence[Any]) -> list[Any]:
+    """Samples for a further call: some collators take fields out of theirs."""
+    return [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
+
+
+def _rows(batch: Any) -> list[bytes]:
+    """The content of each row of a batch, over all its tensors of as many rows; [] of none."""
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
+    parts = parts if isinstance(parts, tuple | list) else [parts]
+    tensors = [p for p in parts if isinstance(p, Tensor) and p.dim() and p.layout == torch.strided]
+    size = len(tensors[0]) if tensors else 0
+    columns = [each.detach().cpu() for each in tensors if len(each) == size]
+    return [b"".join(_bytes_of(column[row]) for column in columns) for row in range(size)]
+
+
+def _bytes_of(value: Tensor) -> bytes:
+    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()

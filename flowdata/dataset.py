@@ -62,7 +62,7 @@ class FlowWeightedDataset(Dataset[Any]):
             but no `ConcatDataset`, or a sample does not fit the layout.
         ScoreMismatchError: the scores or weights are of another length or another data set.
         ValueError: the weights, `temperature`, `layout`, `missing`, `normalize` or `max_weight`
-            are unusable, or a sample has `key` already.
+            are unusable, a sample has `key` already, or `dataset` carries weights.
 
     Example:
         >>> import torch
@@ -89,6 +89,11 @@ class FlowWeightedDataset(Dataset[Any]):
     ) -> None:
         if isinstance(dataset, Scores):
             raise TypeError("dataset comes first, then scores_or_weights; got Scores as dataset")
+        if isinstance(dataset, FlowWeightedDataset):
+            raise ValueError(
+                "dataset carries weights already; pass the plain one, dataset.dataset, with the "
+                "weights that shall act, such as the product of both"
+            )
         check_map_style(dataset)
         self._attach = weight_attacher(layout, key)
         if layout == "dict" and key in (getattr(dataset, "column_names", None) or ()):

@@ -404,3 +404,10 @@ def test_a_data_set_has_a_state_and_epochs_if_the_one_inside_has():
         assert not hasattr(plain, name)
     with pytest.raises(AttributeError, match="'FlowWeightedDataset' object has no attribute 'gen"):
         _ = dataset.generator
+
+
+@pytest.mark.parametrize("layout", ["pair", "dict"])
+def test_a_weighted_data_set_is_not_weighted_again(layout):
+    weighted = FlowWeightedDataset(rows(), torch.rand(5), layout=layout)
+    with pytest.raises(ValueError, match="dataset carries weights already"):
+        FlowWeightedDataset(weighted, torch.rand(5), layout=layout)

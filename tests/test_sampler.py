@@ -623,3 +623,23 @@ def test_weights_that_vanish_are_warned_of_once_over_epochs(caplog):
         assert set(sampler) == {0}
     (record,) = caplog.records
     assert "the weights of the 2,001 samples have a mean of 0.0005" in record.message
+
+
+def test_an_epoch_that_is_drawn_again_is_warned_of_once(caplog):
+    sampler = FlowSampler(torch.rand(9))
+    for _ in range(3):
+        list(sampler)
+    (record,) = caplog.records
+    assert "FlowSampler draws epoch 0 again" in record.message
+    caplog.clear()
+    other = FlowSampler(torch.rand(9))
+    for epoch in (0, 0, 1, 2):
+        other.set_epoch(epoch)
+        list(other)
+    state = other.state_dict(0)
+    for _ in range(2):
+        other.load_state_dict(state)
+        list(other)
+    for _ in range(2):  # left before its end
+        next(iter(FlowSampler(torch.rand(9))))
+    assert not caplog.records

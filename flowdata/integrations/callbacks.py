@@ -10,10 +10,11 @@ from transformers import TrainerCallback
 from flowdata.sampler import FlowSampler
 
 
-class TrainingStart(TrainerCallback):  # type: ignore[misc]
-    """Looks at the loader that a run begins with, whoever made it.
+class LoaderCheck(TrainerCallback):  # type: ignore[misc]
+    """Looks at the loader that a run begins and goes on with, whoever made it.
 
-    `get_train_dataloader` and `_get_train_sampler` can be overridden past the mixin.
+    `get_train_dataloader` and `_get_train_sampler` can be overridden past the mixin, and a callback
+    can put another sampler in.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -21,6 +22,10 @@ class TrainingStart(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a loader that would train on other samples than the weights say."""
+        self.trainer.check_train_loader(kwargs["train_dataloader"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what a callback made of it. An epoch's first batches are read by now."""
         self.trainer.check_train_loader(kwargs["train_dataloader"])
 
 
@@ -95,7 +100,15 @@ class StepAccount(TrainerCallback):  # type: ignore[misc]
         self._steps = 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a stream that is too short for a step: the Trainer would end without a word."""
+        """Refuse a stream that is too short for a step: the Trainer would end without a word.
+
+        An epoch stopped within a step would leave its gradients to the next step.
+        """
+        if self._batches and not control.should_training_stop:
+            raise RuntimeError(
+                "control.should_epoch_stop was set within an optimiser step, whose gradients would "
+                "be added to the next one: set it in on_step_end, not in on_substep_end"
+            )
         if self._left and not self._steps:
             raise ValueError(
                 f"the training stream ended after {len(self._left)} batches, before its first step "
@@ -115,7 +128,8 @@ class StepAccount(TrainerCallback):  # type: ignore[misc]
         if self._losses < batches:
             raise RuntimeError(
                 f"{batches - self._losses} of the step's {batches} batches have a loss that "
-                "ignores the weights (such as outputs.loss): compute_loss or training_step is "
-                "overridden by a class that doesn't ask for it, or leaves the model in eval(); "
+                "ignores the weights (such as outputs.loss), or none at all: compute_loss or "
+                "training_step is overridden by a class that doesn't ask for it, or leaves the "
+                "model in eval(), or args.gradient_accumulation_steps was changed within the run; "
                 "call super().compute_loss in it, or pass loss=(outputs, batch) -> (B,) losses"
             )

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.data import WeightedRandomSampler
+
 from flowdata._common.data_sets import is_map_style
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
@@ -15,7 +19,8 @@ from flowdata.streaming import FlowWeightedIterable
 def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1) -> None:
     """Refuse a loader that draws samples by the weights where the loss is weighted, too.
 
-    One whose `FlowSampler` is shared out twice, or not at all, is refused as well.
+    One whose `FlowSampler` is shared out twice, or not at all, is refused as well. A
+    `WeightedRandomSampler` may balance classes; by the weights of the data set it is refused.
 
     Args:
         loader: a DataLoader, or a wrapper of one.
@@ -24,16 +29,17 @@ def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1
         num_ranks: the number of ranks that train on different samples, where it is known.
 
     Raises:
-        ValueError: a `FlowSampler` draws, and the loss weighs again; or its order is shared out
-            twice, or not at all.
+        ValueError: samples are drawn by their weights, and the loss weighs again; or the order of a
+            `FlowSampler` is shared out twice, or not at all.
     """
     sampler = flow_sampler_of(loader)
-    if sampler is None:
-        return
-    check_sharing(loader, sampler.num_replicas, num_ranks)
-    if weighted_loss or _loads_weights(loader):
+    if sampler is not None:
+        check_sharing(loader, sampler.num_replicas, num_ranks)
+    weighs_again = sampler is not None and (weighted_loss or _loads_weights(loader))
+    if weighs_again or _draws_by_its_weights(loader):
+        name = "WeightedRandomSampler" if sampler is None else "FlowSampler"
         raise ValueError(
-            "the weights would act twice: a FlowSampler draws samples by their weight, and the "
+            f"the weights would act twice: a {name} draws samples by their weight, and the "
             "loss would weigh them again. Keep one: FlowSampler over the plain data set with the "
             "plain loss, or FlowWeightedDataset with an ordinary sampler and a weighted loss"
         )
@@ -76,6 +82,24 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
         return stream_does
     first = dataset[0] if len(dataset) else None
     return isinstance(first, Mapping) and key in first
+
+
+def _draws_by_its_weights(loader: Any) -> bool:
+    """Whether torch's own weighted sampler draws by the weights that the samples carry."""
+    samplers = (part for part in parts_of(loader) if isinstance(part, WeightedRandomSampler))
+    sampler, weights = next(samplers, None), _weights_in(loader)
+    if sampler is None or weights is None or len(sampler.weights) != len(weights):
+        return False
+    drawn, weights = sampler.weights.double(), weights.double()
+    is_uniform = bool((weights == weights[0]).all())
+    return not is_uniform and torch.allclose(drawn / drawn.sum(), weights / weights.sum(), 1e-4, 0)
+
+
+def _weights_in(loader: Any) -> Tensor | None:
+    """The weights of all samples of a loader, where its data set has them at hand."""
+    sources = (part for part in _sources_of(loader) if isinstance(part, FlowWeightedDataset))
+    source = next(sources, None)
+    return None if source is None else source.weights
 
 
 def _loads_weights(loader: Any) -> bool:

@@ -223,7 +223,7 @@ def check_arguments(trainer: Any) -> None:
         ImportError: this transformers can't be told that a loss is divided already.
         ValueError: an option replaces the loss, or splits batches after their weights are counted.
     """
-    if trainer.args.label_smoothing_factor:
+    if trainer.args.label_smoothing_factor or trainer.label_smoother is not None:
         raise ValueError(
             "label_smoothing_factor computes a loss of its own that ignores the weights; set "
             "it to 0, or pass loss=(outputs, batch) -> (B,) with the smoothing in it"
@@ -246,3 +246,15 @@ def check_arguments(trainer: Any) -> None:
         )
     if not hasattr(trainer, "loss_is_scaled_for_ga"):
         raise ImportError("this transformers divides accumulated losses; install 5.19 or newer")
+
+
+def lost_weight(key: str) -> ValueError:
+    """Return the error of a training batch in which the weights are missing.
+
+    Args:
+        key: the weight's name in samples and batches.
+    """
+    return ValueError(
+        f"a training batch has no {key!r}: the data set or the collator dropped it; keep the "
+        "column in the data set's format and don't replace trainer.data_collator after construction"
+    )

@@ -14,7 +14,7 @@ from transformers import Trainer
 from flowdata._common.real_numbers import RealNumber
 from flowdata.accumulation import mean_over_ranks
 from flowdata.dataset import FlowWeightedDataset, Layout
-from flowdata.integrations.callbacks import SamplerEpoch, StepAccount, TrainingStart
+from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccount
 from flowdata.integrations.checks import carries_weights
 from flowdata.integrations.first_batch import Decision, decide, merged
 from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
@@ -40,6 +40,7 @@ from flowdata.integrations.trainer_checks import (
     check_drawn_data,
     check_run_loss,
     check_train_loader,
+    lost_weight,
 )
 from flowdata.integrations.trainer_drift import DriftCallback as DriftCallback
 from flowdata.integrations.trainer_loss import (
@@ -152,7 +153,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         self._given_data = train_dataset
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self._given_data = None
-        self.add_callback(TrainingStart(self))
+        self.add_callback(LoaderCheck(self))
         if self._replaces_loss:
             self._check_arguments()
         if is_auto:
@@ -168,9 +169,6 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             self._draw_by(weights)
         if self._replaces_loss:
             self.add_callback(self._step)
-            # The loss is divided by the items of the whole step; without this word the Trainer
-            # might divide it by the number of accumulated batches once more.
-            self.loss_is_scaled_for_ga = True
             self.data_collator = BatchCollator(self.data_collator, weight_key)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -198,6 +196,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
 
     def _with_weights(self, dataset: Any, scores: Any, temperature: Temperature) -> Any:
         """Return the data set with a weight in each sample."""
+        check_not_a_stream(dataset, "scores=")
         layout: Layout = "dict" if isinstance(dataset[0], Mapping) else "pair"
         return FlowWeightedDataset(
             dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
@@ -242,6 +241,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's training; what the loss is gets decided anew on its first batch."""
         self._decision = None
+        if self._replaces_loss:
+            self._check_arguments()  # once more: attributes may have been set since
+            # The loss is divided by the items of the whole step; without this word the Trainer
+            # might divide it by the number of accumulated batches once more.
+            self.loss_is_scaled_for_ga = True
         return super().train(*args, **kwargs)
 
     def check_train_loader(self, loader: Any) -> None:
@@ -271,11 +275,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def _weights(self, batch: Mapping[str, Any]) -> Tensor | None:
         weights: Tensor | None = batch.get(self.weight_key)
         if weights is None and self._batches_have_weights:
-            raise ValueError(
-                f"a training batch has no {self.weight_key!r}: the data set or the collator "
-                "dropped it; keep the column in the data set's format and don't replace "
-                "trainer.data_collator after construction"
-            )
+            raise lost_weight(self.weight_key)
         return weights
 
     def _decide_together(self, inputs: dict[str, Any], weights: Tensor | None) -> Decision:

@@ -52,7 +52,8 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
             token weights in a data set that is not tokenised, ``resample=True`` of packs, or
-            ``reference="base"`` where the output layer itself is trained.
+            ``reference="base"`` where the output layer itself is trained; in `train()`, a
+            `compute_loss` of another class that is no sum of log-probabilities.
     """
 
     _head_is_checked = False
@@ -63,6 +64,7 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
                 "SFTTrainer prepares Hugging Face data sets only, got a FlowWeightedDataset; pass "
                 "train_dataset=dataset, scores=scores"
             )
+        self._sums_log_probs = False  # as the first batch is to show
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
 
     def _check_arguments(self) -> None:
@@ -195,19 +197,25 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         # SFTTrainer takes its denominator for a sum over the ranks, and multiplies the loss by
         # their number to undo the mean that DDP takes of the gradients. `num_items` is a mean over
         # the ranks; it becomes their sum.
+        factor = 1
         if self.args.average_tokens_across_devices:
-            num_items = num_items * self.accelerator.num_processes
+            factor = self.accelerator.num_processes // self.get_tp_size()
+            num_items = num_items * factor
         # The division is made here because SFTTrainer raises a denominator below 1 to 1, which is
         # right for a count of tokens and wrong for a sum of weights.
         divisor = torch.where(num_items == 0, 1, num_items)
         outputs: list[Any] = []
+        weighted: list[Tensor] = []
 
         def weighted_model(**fields: Any) -> Any:
             base = base_hidden(model, fields) if self.kl_to_reference else None
             with recorded_hidden(model) as states:
                 output = model(**fields)
-            rows = self._rows(output.log_probs, token_weights, states[-1], labels)
-            output.log_probs = self._weigh(output.log_probs, token_weights, rows, base) / divisor
+            if getattr(output, "log_probs", None) is not None:
+                rows = self._rows(output.log_probs, token_weights, states[-1], labels)
+                terms = self._weigh(output.log_probs, token_weights, rows, base)
+                output.log_probs = terms / divisor
+                weighted.append(output.log_probs)
             outputs.append(output)
             return output
 
@@ -215,7 +223,25 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         loss = super(FlowTrainerMixin, self).compute_loss(
             weighted_model, inputs, num_items_in_batch=torch.ones_like(divisor)
         )
+        if not self._sums_log_probs:
+            self._check_loss(loss, weighted, factor)
         return loss, outputs[0]
+
+    def _check_loss(self, loss: Tensor, weighted: list[Tensor], factor: int) -> None:
+        """Refuse a loss that is no −Σ log-probability, of a class before SFTTrainer.
+
+        The gradient by each of them is −1, whatever terms the loss has besides.
+        """
+        gradients = [g for g in _gradients(loss, weighted) if g is not None]
+        total = torch.stack(gradients).sum(0) if gradients else torch.zeros(1)
+        if loss.requires_grad and not torch.allclose(total, torch.full_like(total, -factor)):
+            raise ValueError(
+                f"the compute_loss of {type(self).__name__} is not SFTTrainer's sum of "
+                "log-probabilities over num_items_in_batch, and weights can't reach another loss: "
+                "let it call super().compute_loss(model, inputs, return_outputs, "
+                "num_items_in_batch), or pass resample=True, which leaves the loss alone"
+            )
+        self._sums_log_probs = True
 
     def _weigh(
         self, log_probs: Tensor, weights: Tensor, rows: Rows | None, base: Tensor | None
@@ -255,6 +281,14 @@ def _along(log_probs: Tensor, weights: Tensor) -> Tensor:
     """
     weights = weights[:, :-1]
     return nn.functional.pad(weights, (log_probs.shape[1] - weights.shape[1], 0)).to(log_probs)
+
+
+def _gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss, None by what it does not depend on."""
+    inputs = [each for each in inputs if each.requires_grad]
+    if not (inputs and loss.requires_grad):
+        return ()
+    return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
 
 
 def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, Any]:

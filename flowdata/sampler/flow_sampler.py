@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from flowdata._common.notices import logger
+from flowdata._common.notices import logger, warn_once
 from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_state
 from flowdata.dataset import gather_weights
@@ -34,7 +34,7 @@ class FlowSampler(DistributedSampler[int]):
     padded, doubled or lost, so ranks differ by one index where R does not divide the draws:
     under DDP pass ``drop_last=True``, or a `num_samples` that R · batch size divides. Any
     number of ranks continues what another began. Call `set_epoch` before each epoch, as with
-    every `DistributedSampler`; without it each epoch has the same order.
+    every `DistributedSampler`; without it each epoch has the same order, which is warned of.
 
     The ranks are those of the process group when a pass begins, so that the sampler may be made
     before the group. Where an `Accelerator` has several ranks, the loader that `prepare` returns
@@ -101,6 +101,7 @@ class FlowSampler(DistributedSampler[int]):
     _next: int  # the first position behind the current block
     _block: Iterator[int]  # the indices of the current block that the loop has not been given yet
     _stride: int  # the number of ranks that share the current pass
+    _is_finished: bool  # whether a pass reached the epoch's end, and no other epoch was chosen
 
     def __init__(
         self,
@@ -190,6 +191,7 @@ class FlowSampler(DistributedSampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, whose order begins anew unless it is the current one already."""
+        self._is_finished = False  # to draw an epoch again is now what the loop asks for
         if epoch != self.epoch:
             self.epoch = check_natural("epoch", epoch)
             self._rewind(0)
@@ -298,6 +300,7 @@ class FlowSampler(DistributedSampler[int]):
         self._start = self._pass_start = self._next = position
         self._block = iter(())
         self._stride = self.num_replicas
+        self._is_finished = False
 
     def _positions(self, start: int) -> range:
         """The global positions of this rank in a pass that begins at `start`."""
@@ -317,6 +320,12 @@ class FlowSampler(DistributedSampler[int]):
             start               _next, while the loop takes the first block
         """
         self._share.check_pass(self)  # at the first draw, when a process group exists if ever
+        if self._is_finished:
+            warn_once(
+                f"FlowSampler draws epoch {self.epoch} again, the same samples in the same order: "
+                "call sampler.set_epoch(epoch) before each epoch",
+                about="FlowSampler without set_epoch",
+            )
         self._start, self._pass_start, self._next = 0, start, start
         self._stride = self.num_replicas
         positions = self._positions(start)
@@ -329,4 +338,4 @@ class FlowSampler(DistributedSampler[int]):
                 self._block = iter(order(np.arange(part.start, part.stop, part.step)).tolist())
                 self._next = start + self._stride * (first + len(part))
                 yield from self._block
-        self._next = self.num_samples
+        self._next, self._is_finished = self.num_samples, True

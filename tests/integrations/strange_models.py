@@ -255,6 +255,29 @@ class NoLogitsWithLabels(Tokens):
         return {"loss": self.loss(logits, labels), "logits": None}
 
 
+class OverLogits(torch.autograd.Function):
+    """Cross entropy that leaves its gradient where the logits were, as Liger's does."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        with torch.enable_grad():
+            copy = logits.detach().clone().requires_grad_()
+            loss = F.cross_entropy(copy[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        (gradient,) = torch.autograd.grad(loss, copy)
+        ctx.save_for_backward(gradient)
+        logits.data.copy_(gradient)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, factor):
+        return factor * ctx.saved_tensors[0], None
+
+
+class LossOverLogits(Tokens):
+    def loss(self, logits, labels):
+        return OverLogits.apply(logits, labels)
+
+
 @dataclass
 class Output:
     loss: torch.Tensor | None
@@ -411,6 +434,12 @@ SAME = {
     "last token without labels": (LastTokenWithoutLabels, LANGUAGE, without_mask, by(shifted)),
     "no logits with labels": (
         NoLogitsWithLabels,
+        LANGUAGE,
+        without_mask,
+        lambda m, b: shifted(m(b["input_ids"])["logits"], b["labels"]),
+    ),
+    "a loss over its logits": (
+        LossOverLogits,
         LANGUAGE,
         without_mask,
         lambda m, b: shifted(m(b["input_ids"])["logits"], b["labels"]),

@@ -22,6 +22,7 @@ from flowdata.integrations.transformers import FlowTrainer
 from flowdata.losses import causal_lm_loss
 from tests.integrations import strange_models as strange
 from tests.integrations.strange_models import WEIGHTS, N
+from tests.interpreted import check_in_interpreter
 
 
 def arguments(folder, **options):
@@ -572,6 +573,33 @@ def test_ranks_train_on_one_loss():
     assert merged([Decision(causal), empty]) == Decision(causal, is_settled=False)
     with pytest.raises(ValueError, match="call for different losses, 'causal_lm' and 'masked_lm'"):
         merged([Decision(causal), Decision(masked)])
+
+
+def test_ligers_kernels_change_nothing():
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    pytest.importorskip("liger_kernel", reason="Liger is not installed (pip install liger-kernel)")
+    check_in_interpreter("tests/integrations/test_liger.py")
+
+
+@pytest.mark.parametrize("make", [strange.NoLogitsWithLabels, strange.LossOverLogits])
+def test_a_second_call_draws_the_same_dropout(make):
+    class Drops(make):
+        def features(self, input_ids):
+            return F.dropout(super().features(input_ids), 0.5, self.training)
+
+    batch = strange.without_mask(strange.LANGUAGE)
+    decision = decide(seeded(Drops).train(), batch, "auto", N)
+    assert (decision.run.loss, decision.run.passes_labels) == ("causal_lm", False)
+
+
+def test_probabilities_of_a_model_without_a_loss_are_refused():
+    class Probabilities(strange.Tokens):
+        def forward(self, input_ids):
+            return self.head(self.features(input_ids)[:, -1]).softmax(1)
+
+    batch = {"input_ids": torch.arange(8).view(4, 2), "labels": torch.arange(4) % 3}
+    with pytest.raises(ValueError, match="the model returns probabilities"):
+        decide(seeded(lambda: Probabilities(3)).train(), batch, "auto", 4)
 
 
 def test_large_logits_are_compared_by_their_losses_alone(monkeypatch):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import flowdata
 from flowdata.accumulation import AccumulatedBatches
@@ -84,6 +85,74 @@ def test_samples_without_weights_pass_and_mixtures_are_refused():
     inputs, targets = WeightedCollator(torch.utils.data.default_collate)(pairs)
     assert inputs.shape == (2, 2)
     assert targets.tolist() == [1, 0]
+
+
+PADDED = [(torch.arange(1.0, 2 + n), torch.tensor(0.1 * n)) for n in range(5)]
+
+
+def test_a_collator_that_sorts_its_samples_is_refused():
+    for order in (lambda x: -len(x), lambda x: x.sum()):
+        collate = WeightedCollator(
+            lambda rows, order=order: pad_sequence(sorted(rows, key=order), batch_first=True)
+        )
+        with pytest.raises(ValueError, match="puts the samples of a batch in another order"):
+            collate(PADDED[1:4] + PADDED[:1])
+
+    def takes_out(samples):
+        labels = torch.tensor([sample.pop("label") for sample in samples])
+        return {"labels": labels.sort().values}
+
+    samples = [{"label": label, "weight": 1.0} for label in (2, 1, 3)]
+    with pytest.raises(ValueError, match="puts the samples of a batch in another order"):
+        WeightedCollator(takes_out)(samples)
+
+
+def test_collators_that_keep_the_order_or_draw_at_random_pass():
+    def padded(rows):
+        return pad_sequence(rows, batch_first=True)
+
+    def noisy(rows):
+        return padded(rows) + torch.rand(len(rows), 1)
+
+    def mean(rows):
+        return padded(rows).mean(0, keepdim=True)
+
+    for collate in (padded, noisy, mean, len, lambda rows: None, pad_sequence):
+        _, weights = WeightedCollator(collate)(PADDED)
+        assert weights.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    alike = [(torch.arange(3.0), torch.tensor(1.0))] * 3  # whose rows are places, (T, B)
+    assert WeightedCollator(pad_sequence)(alike)[0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
+    sizes = []
+
+    def counted(rows):
+        sizes.append(len(rows))
+        return padded(rows)
+
+    collate = WeightedCollator(counted)
+    for _ in range(3):
+        collate(PADDED)
+    assert sizes == [5, 5, 5, 5]  # the first batch is made once more, the others once
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -0.1])
+def test_weights_that_are_none_are_refused(bad):
+    pairs = [(torch.ones(2), torch.tensor(0.5)), (torch.ones(2), torch.tensor(bad))]
+    with pytest.raises(ValueError, match="sample 1 of the batch has the weight"):
+        WeightedCollator(torch.stack)(pairs)
+    samples = [sample | {"weight": 1.0} for sample in tiny.make_samples(3)]
+    samples[2]["weight"] = [1.0] * (len(samples[2]["input_ids"]) - 1) + [bad]
+    with pytest.raises(ValueError, match="sample 2 of the batch has the weight"):
+        WeightedCollator(tiny.collate)(samples)
+
+
+def test_torchs_weighted_sampler_by_the_same_weights_is_refused():
+    weights = torch.tensor([0.5, 1.0, 0.25])
+    data = FlowWeightedDataset(TensorDataset(torch.arange(3.0)), weights)
+    for draws in (weights, 7 * weights.double()):
+        with pytest.raises(ValueError, match="act twice: a WeightedRandomSampler draws"):
+            check_loader(DataLoader(data, sampler=WeightedRandomSampler(draws, 3)))
+    check_loader(DataLoader(data, sampler=WeightedRandomSampler([1.0, 1.0, 2.0], 3)))
+    check_loader(DataLoader(data.dataset, sampler=WeightedRandomSampler(weights, 3)))
 
 
 def test_a_loader_that_weighs_and_resamples_is_refused():

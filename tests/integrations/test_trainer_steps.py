@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, SequentialSampler, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 
 from flowdata.integrations.transformers import FlowTrainer, FlowTrainerMixin
 from tests.integrations import tiny
@@ -255,3 +257,136 @@ def test_samples_are_not_drawn_from_other_data_than_was_weighed(tmp_path):
 
     with pytest.raises(ValueError, match="and training would draw from another"):
         flow_trainer(tmp_path, Shorter, scores=tiny.make_weights(), resample=True).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("compute_loss_func", lambda outputs, *_, **__: outputs.loss),
+        ("label_smoother", LabelSmoother()),
+    ],
+)
+def test_a_loss_that_is_set_after_construction_is_refused(tmp_path, name, value):
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=SETTINGS)
+    setattr(trainer, name, value)
+    with pytest.raises(ValueError, match=r"ignores the weights|never sees the weights"):
+        trainer.train()
+
+
+def test_a_trainer_told_to_divide_once_more_does_not(tmp_path):
+    trainer = flow_trainer(tmp_path, scores=tiny.make_weights(), settings=SETTINGS)
+    trainer.loss_is_scaled_for_ga = False
+    steps = Steps(trainer)
+    trainer.train()
+    assert_steps_by_hand(steps.steps, tiny.make_weights())
+
+
+class AnotherSampler(TrainerCallback):
+    """Puts a sampler in at the first step; the loader begins to use it in the next epoch."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.batch_sampler.sampler = self.sampler
+
+
+def test_a_sampler_that_a_callback_takes_away_is_missed(tmp_path):
+    callbacks = [AnotherSampler(SequentialSampler(range(tiny.N)))]
+    with pytest.raises(ValueError, match="the training loader doesn't use it"):
+        run(tmp_path, resample=True, callbacks=callbacks)
+
+
+def test_weights_that_a_callback_lets_act_twice_are_refused(tmp_path):
+    weights = tiny.make_weights()
+    callbacks = [AnotherSampler(WeightedRandomSampler(3 * weights.double(), tiny.N))]
+    with pytest.raises(ValueError, match="act twice: a WeightedRandomSampler draws"):
+        run(tmp_path, callbacks=callbacks)
+
+
+class Drawn(FlowTrainer):
+    draws = None
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return WeightedRandomSampler(self.draws, tiny.N)
+
+
+def test_classes_may_be_balanced_beside_the_weights(tmp_path):
+    weights = tiny.make_weights()
+
+    class Balanced(Drawn):
+        draws = 1.0 + torch.arange(tiny.N) % 2
+
+    _, steps = run(tmp_path, Balanced)
+    assert_steps_by_hand(steps, weights)
+
+    class Twice(Drawn):
+        draws = weights
+
+    with pytest.raises(ValueError, match="act twice: a WeightedRandomSampler draws"):
+        run(tmp_path, Twice)
+
+
+class StopsWithin(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = True
+
+
+class AccumulatesFewer(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        args.gradient_accumulation_steps = 2
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (StopsWithin, "set within an optimiser step"),
+        (AccumulatesFewer, "args.gradient_accumulation_steps was changed within the run"),
+    ],
+)
+def test_a_step_that_is_cut_short_is_refused(tmp_path, callback, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(tmp_path, callbacks=[callback()])
+
+
+class RunsOutOfMemory(FlowTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+def test_a_smaller_batch_size_is_found_and_trained_on_exactly(tmp_path):
+    settings = {**SETTINGS, "auto_find_batch_size": True, "num_train_epochs": 1, "max_steps": -1}
+    _, steps = run(tmp_path, RunsOutOfMemory, settings=settings)
+    assert len(steps) == 6  # 16 batches of 2
+    assert_steps_by_hand(steps[1:], tiny.make_weights())  # the first has rows of the try before
+
+
+def test_a_collator_that_sorts_is_refused(tmp_path):
+    def by_length(samples):
+        return tiny.collate(sorted(samples, key=lambda sample: -len(sample["input_ids"])))
+
+    with pytest.raises(ValueError, match="puts the samples of a batch in another order"):
+        run(tmp_path, data_collator=by_length)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -0.5, None])
+def test_a_column_of_weights_that_are_none_is_refused(tmp_path, bad):
+    weights = [bad, *tiny.make_weights().tolist()[1:]]
+    dataset = tiny.as_hf_dataset(tiny.make_samples(), weight=weights)
+    with pytest.raises(ValueError, match="of the batch has the weight"):
+        run(tmp_path, train_dataset=dataset, scores=None, data_collator=collate)
+
+
+def test_a_stream_with_a_length_has_no_scores(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(tiny.make_samples())
+
+        def __len__(self):
+            return tiny.N
+
+    with pytest.raises(ValueError, match="scores= needs a data set with a length and an order"):
+        run(tmp_path, train_dataset=Stream())

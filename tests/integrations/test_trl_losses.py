@@ -281,3 +281,85 @@ def test_chunked_nll_is_nll(tmp_path):
         )
     trainer.train()
     tiny.assert_same_gradient(gradients[0], gradient_by_hand(rows, WEIGHTS))
+
+
+def test_ligers_fused_loss_is_refused_by_name(tmp_path):
+    """It takes the place of the forward that the weights go through; Liger need not be there."""
+    config = {"fused_linear_cross_entropy": True}
+    settings = {"use_liger_kernel": True, "liger_kernel_config": config}
+    with pytest.raises((ValueError, ImportError), match="fused_linear_cross_entropy"):
+        trainer_of(tmp_path, texts(), settings, scores=WEIGHTS)
+
+
+class PassesOn(SFTTrainer):
+    """Adds a term of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss + 0.0 * next(self.model.parameters()).sum()
+
+
+class Forgets(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class Focal(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        log_probs = model(**inputs, fused_lm_head=True).log_probs
+        return -(log_probs * (1 - log_probs.exp()) ** 2).sum() / num_items_in_batch
+
+
+class FromLogits(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+class OwnOutputs(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+def subclass_trainer(folder, cls, gradients):
+    arguments = train_worker.hf_arguments(SFTConfig, batch_size=2, steps=4, bf16=False)
+    return type(cls.__name__, (FlowSFTTrainer, cls), {})(
+        tiny.make_model(),
+        arguments,
+        train_dataset=texts(),
+        processing_class=tokenizer(),
+        scores=WEIGHTS,
+        callbacks=[train_worker.record_gradients(gradients)],
+    )
+
+
+def test_a_loss_of_a_class_between_may_add_terms(tmp_path):
+    gradients = []
+    subclass_trainer(tmp_path, PassesOn, gradients).train()
+    tiny.assert_same_gradient(gradients[0], gradient_by_hand(rows_of(texts()), WEIGHTS))
+
+
+@pytest.mark.parametrize("cls", [Forgets, Focal, FromLogits, OwnOutputs])
+def test_another_loss_of_a_class_between_is_refused(tmp_path, cls):
+    with pytest.raises(ValueError, match=f"compute_loss of {cls.__name__} is not SFTTrainer's sum"):
+        subclass_trainer(tmp_path, cls, []).train()
+
+
+def test_a_distillation_loss_is_refused(tmp_path):
+    gkd = pytest.importorskip("trl.experimental.gkd", reason="this TRL has no GKDTrainer")
+
+    class Distils(FlowSFTTrainer, gkd.GKDTrainer):
+        pass
+
+    arguments = train_worker.hf_arguments(gkd.GKDConfig, batch_size=N, steps=1, bf16=False)
+    trainer = Distils(
+        tiny.make_model(),
+        args=arguments,
+        teacher_model=tiny.make_model(1),
+        train_dataset=chats(),
+        processing_class=tokenizer(),
+        scores=WEIGHTS,
+    )
+    with pytest.raises(ValueError, match="is not SFTTrainer's sum of log-probabilities"):
+        trainer.train()
