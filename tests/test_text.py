@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.lengths import sample_lengths
-from flowdata.text.chats import Fields, find_fields
+from flowdata.text.formats import Fields, find_fields
 from flowdata.text.tokens import tokenize_rows
 
 TEMPLATE = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowdata._common.notices import logger
 from flowdata.store.fingerprint import fingerprint_tokenizer
-from flowdata.text.chats import Fields, find_fields
+from flowdata.text.formats import Fields, find_fields
 from flowdata.text.models import load_tokenizer
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
@@ -44,7 +44,11 @@ def text_samples(
     rows = read_rows(source, split=options.split, limit=options.limit)
     fields = find_fields(
         rows[0],
-        Fields(options.messages_column, options.prompt_column, options.completion_column),
+        Fields(
+            messages=options.messages_column,
+            prompt=options.prompt_column,
+            completion=options.completion_column,
+        ),
     )
     tokenizer = load_tokenizer(
         options.tokenizer or model, trust_remote_code=options.trust_remote_code

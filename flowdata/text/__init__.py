@@ -1,6 +1,6 @@
 """Text files and chats as token samples, and the models that read them."""
 
-from flowdata.text.chats import Fields, find_fields
+from flowdata.text.formats import Fields, find_fields
 from flowdata.text.models import load_model, load_tokenizer
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowdata.text.chats import Row
+from flowdata.text.conversation import Row
 
 
 def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> Sequence[Row]:

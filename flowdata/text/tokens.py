@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 
 from flowdata._common.offsets import offsets_of
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.text.chats import Fields, Row, row_segments
+from flowdata.text.chats import Segment, conversation_segments
+from flowdata.text.conversation import Row
+from flowdata.text.formats import Fields, read_conversation
 
 _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on all cores
 
@@ -114,7 +116,7 @@ def _tokens(
     in_template = template or fields.messages is not None
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         numbers = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
-        segments_of_rows = [row_segments(rows[n], n, tokenizer, fields, template) for n in numbers]
+        segments_of_rows = [_segments(rows[n], n, tokenizer, fields, template) for n in numbers]
         # All segments of all rows go to the tokenizer as one list, and come back in this order.
         texts = [text for segments in segments_of_rows for text, _ in segments]
         ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -124,6 +126,16 @@ def _tokens(
                 pieces = [(start, False), *pieces, (end, True)]
             tokens = [token for piece, _ in pieces for token in piece]
             yield tokens, [is_target for piece, is_target in pieces for _ in piece]
+
+
+def _segments(
+    row: Row, number: int, tokenizer: Any, fields: Fields, template: bool
+) -> list[Segment]:
+    """The pieces of one row's text; errors name the row."""
+    try:
+        return conversation_segments(read_conversation(row, fields), tokenizer, template)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"row {number}: {error}") from None
 
 
 def _special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:

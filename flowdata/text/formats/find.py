@@ -1,0 +1,200 @@
+"""Which format a row has: the columns that hold its text, found by their usual names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from flowdata.text.conversation import Row
+from flowdata.text.formats.fields import Fields
+
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+CHAT_TEMPLATE_OPTIONS = "chat_template_kwargs"
+
+# The names that prompts go under, and those of the replies that go with each, the likelier first.
+# The order is that of preference: `input` is the prompt only where no `instruction` is.
+_PAIRS = {
+    "prompt": ("completion", "response", "output", "answer", "reply", "target"),
+    "instruction": ("output", "response", "completion", "answer"),
+    "question": ("answer", "response", "output", "solution"),
+    "query": ("response", "answer", "output"),
+    "problem": ("solution", "generated_solution", "answer"),
+    "user": ("assistant",),
+    "human": ("assistant",),
+    "source": ("target",),
+    "inputs": ("targets", "outputs"),
+    "input": ("output", "target", "response", "completion", "answer"),
+    "context": ("response", "completion"),
+}
+_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+_TEXTS = ("text", "content")
+_INPUTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+_LABELS = ("label", "kto_tag")
+_CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
+_REJECTED = ("rejected_response", "rejected_messages", "rejected")
+_KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
+
+
+def find_fields(row: Row, fields: Fields | None = None) -> Fields:
+    """Return the columns to read: those that are named, the others by the usual names in the row.
+
+    Args:
+        row: any row of the data set.
+        fields: the names that the user gave, if any. An empty name reads no such column.
+
+    Raises:
+        ValueError: a column that is named is missing, or the row has none of the usual names.
+
+    Example:
+        >>> found = find_fields({"instruction": "Add.", "input": "2, 2", "output": "4"})
+        >>> found.prompt, found.input, found.completion, found.name
+        ('instruction', 'input', 'output', 'Alpaca')
+    """
+    fields = fields or Fields()
+    named = [name for name in (fields.messages, fields.prompt, fields.completion) if name]
+    absent = [name for name in (*named, fields.input, fields.rejected) if name and name not in row]
+    if absent:
+        raise ValueError(f"column {absent[0]!r} is missing; there are {_names_of(row)}")
+    if fields.prompt and not fields.completion:
+        raise ValueError("a prompt column needs a completion column beside it")
+    names = {str(name).lower(): str(name) for name in row}
+    if not named:
+        usual = _preference(names, row) or _chat(names, row) or _pair(names) or _text(names)
+        if usual is None:
+            raise ValueError(_unknown(row))
+        fields = replace(
+            usual,
+            input=fields.input,
+            system=fields.system,
+            history=fields.history,
+            tools=fields.tools,
+        )
+    return _with_companions(fields, names, row)
+
+
+def _preference(names: Mapping[str, str], row: Row) -> Fields | None:
+    """A preference set: two replies to a prompt, of which the chosen one is scored."""
+    for preferred, other in _CHOSEN.items():
+        if preferred not in names or other not in names:
+            continue
+        replies = {"completion": names[preferred], "rejected": names[other]}
+        if preferred == "preferred_output" and "input" in names:
+            return Fields(messages=names["input"], name="OpenAI preference", **replies)
+        prompt = _first([name for name in _PAIRS if name != "context"], names)
+        if prompt:
+            return Fields(prompt=prompt, name="preference", **replies)
+        if chat := _first(_CHATS, names):
+            return Fields(messages=chat, name="preference (chat)", **replies)
+        return Fields(name="preference (prompt within the replies)", **replies)
+    if "chosen_messages" in names:
+        rejected_name = names.get("rejected_messages")
+        return Fields(
+            names["chosen_messages"], rejected=rejected_name, name="LLaMA-Factory v1 pairs"
+        )
+    return None
+
+
+def _chat(names: Mapping[str, str], row: Row) -> Fields | None:
+    chats = [names[name] for name in _CHATS if name in names]
+    chat = next((name for name in chats if _is_chat(row[name])), None)
+    return None if chat is None else Fields(messages=chat, name=_chat_name(row[chat]))
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a column holds a chat, which CSV files hold as JSON text."""
+    text_like = isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+    return not text_like
+
+
+def _chat_name(value: Any) -> str:
+    first = value[0] if isinstance(value, Sequence) and len(value) else None
+    if isinstance(first, str):
+        return "chat of texts in turn" if not isinstance(value, str) else "chat as JSON text"
+    if not isinstance(first, Mapping):
+        return "chat"
+    if "from" in first:
+        return "ShareGPT"
+    return "OpenAI or TRL chat" if "role" in first else "chat of pairs"
+
+
+def _pair(names: Mapping[str, str]) -> Fields | None:
+    for prompt, replies in _PAIRS.items():
+        reply = _first(replies, names)
+        if prompt in names and reply:
+            return Fields(prompt=names[prompt], completion=reply, name=f"{prompt} and {reply}")
+    return None
+
+
+def _text(names: Mapping[str, str]) -> Fields | None:
+    text = _first(_TEXTS, names)
+    return Fields(completion=text, name="plain text") if text else None
+
+
+def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fields:
+    """The fields, with the columns that go with them: input, system, tools, label, rejected."""
+    defaults = Fields()
+    taken = {fields.messages, fields.prompt, fields.completion}
+    found: dict[str, Any] = {}
+    if fields.input is None and fields.prompt:
+        found["input"] = _first(_INPUTS, {k: v for k, v in names.items() if v not in taken})
+    if fields.system == defaults.system:
+        found["system"] = _first(_SYSTEMS, names) or defaults.system
+    if fields.history == defaults.history:
+        found["history"] = _first(("history",), names) or defaults.history
+    if fields.tools == defaults.tools:
+        found["tools"] = _first(_TOOLS, names) or defaults.tools
+    if fields.rejected is None and (fields.messages or fields.prompt):
+        found["rejected"] = _first(_REJECTED, names)
+    label = _first(_LABELS, names)
+    if label and isinstance(row[label], bool):
+        found["label"] = label
+    fields = replace(fields, **found)
+    return replace(fields, name=_name(fields))
+
+
+def _name(fields: Fields) -> str:
+    """What a format is called, once its companions are known."""
+    if fields.label:
+        return f"KTO ({fields.name})"
+    if fields.rejected and "preference" not in fields.name:
+        return f"preference ({fields.name})"
+    if fields.name == "instruction and output":
+        return "Alpaca"
+    if fields.name == "instruction and response" and fields.input:
+        return "Dolly"
+    return fields.name
+
+
+def _first(candidates: Sequence[str], names: Mapping[str, str]) -> str | None:
+    return next((names[name] for name in candidates if name in names), None)
+
+
+def _unknown(row: Row) -> str:
+    """What to say of a row of an unknown shape: its columns, the flags, the closest format."""
+    close = [
+        (name, known)
+        for name in map(str, row)
+        for known in difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.5)
+    ]
+    texts = [name for name in row if isinstance(row[name], str)]
+    chats = [str(name) for name in row if isinstance(row[name], list)]
+    if close:
+        closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close)
+    elif chats:
+        closest = f"; closest: a chat in {chats[0]!r}"
+    elif len(texts) > 1:
+        closest = f"; closest: a pair, {texts[0]!r} and {texts[1]!r}"
+    else:
+        closest = ""
+    return (
+        f"no known text columns among {_names_of(row)}{closest}; name them (prompt and completion, "
+        "messages, or completion alone: --prompt-column, --completion-column, --messages-column)"
+    )
+
+
+def _names_of(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "none"
