@@ -1,71 +1,145 @@
-"""Conversations as text: the pieces that a tokenizer gets, and which of them are targets."""
+"""Chats to renderings: what the template writes, where the replies are, and that all is there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from flowdata.text.completeness import LeftOutError, check_complete, content_text
 from flowdata.text.conversation import Conversation, Message
+from flowdata.text.renderings import Rendering
+from flowdata.text.replies import Write, find_marks, find_replies, find_start
+from flowdata.text.templates import ChatTemplate
 
-Segment = tuple[str, bool]  # a piece of text, and whether its tokens are targets
+# Ways to write the same messages. Templates of vision models read content in parts alone, others
+# read strings alone, and some want the arguments of a tool call as JSON text.
+_Rewrite = Callable[[Message], Message]
 
 
-def conversation_segments(
-    conversation: Conversation, tokenizer: Any, template: bool
-) -> list[Segment]:
-    """Return the pieces of a conversation's text in order, each with whether it is a target.
+def render_conversation(conversation: Conversation, template: ChatTemplate) -> list[Rendering]:
+    """Return a conversation's text with its replies as targets, or a text for each reply.
+
+    The messages are given to the template as they are; where it can't read them, with content in
+    parts or in one string, and with arguments of tool calls as JSON text.
+
+    A row that has its prompt and its completion apart has all of the completion as its target, as
+    TRL's SFTTrainer takes it, and the tokenizer's own template writes it.
 
     Args:
         conversation: the conversation.
-        tokenizer: renders chats.
-        template: whether what can do without the chat template goes through it all the same.
+        template: the chat template.
 
     Raises:
-        ValueError: the chat can't be cut.
+        ValueError: the template refuses the chat or leaves out part of it, or its replies can't be
+            told apart.
     """
-    if conversation.plain is not None and not template:
-        prompt, completion = conversation.plain
-        return [(prompt, False), (completion, True)]
-    return _chat_segments(conversation, tokenizer)
+    errors: list[ValueError] = []
+    for rewrite in _WAYS:
+        try:
+            messages = [rewrite(message) for message in conversation.messages]
+            if rewrite is _WAYS[0] or messages != list(conversation.messages):
+                return _render(replace(conversation, messages=tuple(messages)), template)
+        # Templates raise jinja2's errors and, at content of another kind, any of Python's own.
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                error = ValueError(f"the chat template refuses the chat: {error}")
+            errors.append(error)
+    # Of several ways that fail, one whose content was read says more of what is wrong.
+    read = [e for e in errors if isinstance(e, LeftOutError) and not e.is_content]
+    raise (read or errors)[0]
 
 
-def _chat_segments(conversation: Conversation, tokenizer: Any) -> list[Segment]:
-    """Cut a rendered chat at the beginning and the end of every reply of the assistant."""
-    # Templates don't say where a reply lies in the text, so the chat's beginning is rendered twice
-    # for each reply: up to the reply, and with it. The reply is what the second adds to the first.
-    #
-    #   whole    <user>a</s>\n<assistant>b</s>\n<user>c</s>\n<assistant>d</s>\n
-    #   before   <user>a</s>\n<assistant>
-    #   after    <user>a</s>\n<assistant>b</s>\n
-    #   target                           b</s>
-    messages = list(conversation.messages)
+def _render(conversation: Conversation, template: ChatTemplate) -> list[Rendering]:
+    """The first cut of a conversation whose texts and targets hold all that it says."""
+    replies = [i for i, is_target in enumerate(conversation.is_target) if is_target]
+    first_error: LeftOutError | None = None
+    for renderings in _cuts(conversation, replies, template):
+        is_split = len(renderings) == len(replies)
+        try:
+            for number, rendering in enumerate(renderings):
+                check_complete(
+                    rendering,
+                    conversation.messages[: rendering.num_messages],
+                    [replies[number]] if is_split else replies,
+                )
+        except LeftOutError as error:
+            first_error = first_error or error
+        else:
+            return renderings
+    raise first_error or ValueError("the chat has no reply")
 
-    def render(messages: Sequence[Message], **options: Any) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            tools=conversation.tools,
-            tokenize=False,
-            **conversation.template_options,
-            **options,
+
+def _cuts(
+    conversation: Conversation, replies: Sequence[int], template: ChatTemplate
+) -> Iterator[list[Rendering]]:
+    """The ways to cut a conversation into prompts and targets, the most like training first."""
+    messages = conversation.messages
+    extras: Any = {"tools": conversation.tools, "options": conversation.template_options}
+    write: Write = partial(template.write, **extras)
+    if conversation.tools and write(messages) == write(messages, tools=None):
+        raise LeftOutError("the chat template leaves out the tools that come with the chat")
+    if _is_completion(conversation):
+        whole, number = write(messages), conversation.num_prompt
+        find_start(write, messages, number, whole)
+        yield [Rendering(whole, len(messages), prompt=write(messages[:number], prompt=True))]
+    if template.form == "own":
+        yield find_replies(write, messages, replies, template.special_tokens)
+        return
+    mark = partial(template.write_marked, **extras)
+    yield [find_marks(mark, messages, replies)]
+    # Many templates keep a reply's reasoning until the next question alone.
+    yield [find_marks(mark, messages[: index + 1], [index]) for index in replies]
+
+
+def _is_completion(conversation: Conversation) -> bool:
+    """Whether all after a prompt is the target: no reply of the completion is taken out of it."""
+    completion = slice(conversation.num_prompt, None)
+    return conversation.num_prompt > 0 and all(
+        is_target or message["role"] != "assistant"
+        for message, is_target in zip(
+            conversation.messages[completion], conversation.is_target[completion], strict=True
         )
-        return text
+    )
 
-    whole = render(messages)
-    segments: list[Segment] = []
-    position = 0
-    for index, is_target in enumerate(conversation.is_target):
-        if not is_target:
-            continue
-        before = ""
-        if index:
-            before = render(messages[:index], add_generation_prompt=True)
-        after = render(messages[: index + 1])
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                "the chat template writes earlier turns differently once later ones follow, so "
-                "its replies can't be told apart; give each reply a row of its own"
-            )
-        reply_end = len(after.rstrip())  # a line break after the end of turn is nobody's reply
-        segments += [(whole[position : len(before)], False), (whole[len(before) : reply_end], True)]
-        position = reply_end
-    return [*segments, (whole[position:], False)]
+
+def _as_given(message: Message) -> Message:
+    return message
+
+
+def _with_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": content_text(message)}]}
+
+
+def _with_text(message: Message) -> Message:
+    return {**message, "content": content_text(message)}
+
+
+def _with_json(message: Message) -> Message:
+    return _with_arguments(message, lambda value: json.dumps(value, ensure_ascii=False))
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    changed = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), Mapping):
+            function = {**function, "arguments": change(function["arguments"])}
+            call = {**call, "function": function}
+        changed.append(call)
+    return {**message, "tool_calls": changed}
+
+
+_WAYS: tuple[_Rewrite, ...] = (
+    _as_given,
+    _with_parts,
+    _with_text,
+    _with_json,
+    lambda message: _with_json(_with_parts(message)),
+    lambda message: _with_json(_with_text(message)),
+)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,11 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowdata._common.notices import say
 from flowdata._common.offsets import offsets_of
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.text.chats import Segment, conversation_segments
+from flowdata.text.chats import render_conversation
 from flowdata.text.conversation import Row
+from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, read_conversation
+from flowdata.text.renderings import Rendering
+from flowdata.text.templates import ChatTemplate
+
+Truncation = Literal["keep_start", "keep_end"]  # TRL's words
 
 _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on all cores
 
@@ -24,11 +31,22 @@ _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on a
 class TokenSamples(Dataset[dict[str, Tensor]]):
     """Tokenised samples in flat arrays; item i is `{"input_ids": (T,), "labels": (T,)}`, int64.
 
+    A row is one sample, unless its template makes a sample of each of its replies (`rows`).
+
+    Args:
+        samples_of_rows: for each row its samples: tokens, and which of them are targets.
+        max_length: longer samples are cut to so many tokens; None cuts none.
+        truncation: which tokens of a sample are kept: ``"keep_start"``, or ``"keep_end"``, which
+            cuts the prompt rather than the completion.
+
     Attributes:
         input_ids: (Σ T,) int32, the tokens of all samples one after another.
         is_target: (Σ T,) bool; labels are −100 where it is false.
         offsets: (N + 1,) int64, where each sample begins and the last one ends.
+        rows: (N,) int64, the row that each sample is of, ascending.
         num_cut: samples shortened to the maximum length.
+        num_cut_targets: those of them that lost targets, some or all.
+        num_lost_targets: those of them that lost all targets, and have no loss.
     """
 
     # The arrays are flat because a million small tensors would take more memory for themselves
@@ -39,18 +57,34 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     #   offsets     0         4     6       9
 
     def __init__(
-        self, samples: Iterable[tuple[list[int], list[bool]]], max_length: int | None
+        self,
+        samples_of_rows: Iterable[Sequence[Encoded]],
+        max_length: int | None,
+        truncation: Truncation = "keep_start",
     ) -> None:
         ids: list[NDArray[np.int32]] = []
         targets: list[NDArray[np.bool_]] = []
-        self.num_cut = 0
-        for tokens, is_target in samples:
-            self.num_cut += max_length is not None and len(tokens) > max_length
-            ids.append(np.asarray(tokens[:max_length], dtype=np.int32))
-            targets.append(np.asarray(is_target[:max_length], dtype=np.bool_))
+        rows: list[int] = []
+        self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
+        for row, samples in enumerate(samples_of_rows):
+            for tokens, is_target in samples:
+                part = _part(len(tokens), max_length, truncation)
+                self._count(len(tokens), is_target, part)
+                ids.append(np.asarray(tokens[part], dtype=np.int32))
+                targets.append(is_target[part])
+                rows.append(row)
         self.input_ids = np.concatenate(ids)
         self.is_target = np.concatenate(targets)
         self.offsets = offsets_of(torch.tensor([len(sample) for sample in ids])).numpy()
+        self.rows = np.asarray(rows, dtype=np.int64)
+
+    def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
+        kept = is_target[part]
+        self.num_cut += len(kept) < length
+        # A sample's first token has nothing before it that could predict it: it is no target.
+        before, after = is_target[1:].sum(), kept[1:].sum()
+        self.num_cut_targets += bool(after < before)
+        self.num_lost_targets += bool(after == 0 < before)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -82,64 +116,98 @@ def tokenize_rows(
     fields: Fields,
     *,
     template: bool,
+    template_options: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    truncation: Truncation = "keep_start",
 ) -> TokenSamples:
-    """Return rows as token samples whose targets are the completions.
+    """Return rows as token samples whose targets are the completions and replies.
 
-    Prompt and completion are tokenised apart, as they meet when a model answers; in a chat
-    every reply of the assistant is a target, its end of turn included.
+    The tokens and targets are those that TRL's SFTTrainer makes of the same rows: of pairs of text,
+    which end with the end-of-sequence token; of chats under `assistant_only_loss`, if the chat
+    template marks replies or TRL has a training form of it that does; and of a prompt and
+    a completion of messages, whose completion is the target. In a chat without marks every reply is
+    a target, from where the template begins it to its end of turn. A template that writes earlier
+    turns differently once later ones follow makes one sample of each reply.
 
     Args:
         rows: mappings with the text; indexable.
         tokenizer: a Hugging Face tokenizer.
         fields: the fields that hold the text, as `find_fields` returns them.
         template: whether pairs go through the tokenizer's chat template; chats always do.
-        max_length: longer samples are cut at their end to so many tokens; None cuts none.
+        template_options: values for the template's own variables, such as `enable_thinking`.
+        max_length: longer samples are cut to so many tokens; None cuts none.
+        truncation: which tokens of a sample are kept: ``"keep_start"``, or ``"keep_end"``, which
+            cuts the prompt rather than the completion.
 
     Raises:
         ValueError: a row lacks a field or has something else than text in it, a chat has no
-            reply, or its template can't be cut into replies; the row is named. Or there is no
-            template, or `max_length` is below 1.
+            reply, or its template refuses it or leaves out part of it; the row is named. Or there
+            is no template, or `max_length` is below 1, or `truncation` is another word.
     """
-    if template and tokenizer.chat_template is None:
+    if template and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; pass template=False")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    return TokenSamples(_tokens(rows, tokenizer, fields, template), max_length)
+    if truncation not in get_args(Truncation):
+        raise ValueError(f"truncation must be 'keep_start' or 'keep_end', got {truncation!r}")
+    renderer = _Renderer(tokenizer, template, template_options)
+    samples = TokenSamples(_encoded(rows, fields, renderer), max_length, truncation)
+    renderer.tell(len(samples), len(rows))
+    return samples
 
 
-def _tokens(
-    rows: Sequence[Row], tokenizer: Any, fields: Fields, template: bool
-) -> Iterable[tuple[list[int], list[bool]]]:
-    """The tokens of each row, and which of them are targets."""
-    start, end = _special_ends(tokenizer)
-    in_template = template or fields.messages is not None
+class _Renderer:
+    """Renders rows; the chat template is looked at when the first row needs it."""
+
+    def __init__(
+        self, tokenizer: Any, through_template: bool, options: Mapping[str, Any] | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._through_template = through_template
+        self._options = options
+        self._template: ChatTemplate | None = None
+
+    def render(self, row: Row, fields: Fields) -> list[Rendering]:
+        conversation = read_conversation(row, fields)
+        if conversation.plain is not None and not self._through_template:
+            prompt, completion = conversation.plain
+            end = self.tokenizer.eos_token or ""
+            text = prompt + completion + end * (not completion.endswith(end))
+            return [Rendering(text, prompt=prompt)]
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer, self._options)
+        return render_conversation(conversation, self._template)
+
+    def tell(self, num_samples: int, num_rows: int) -> None:
+        """Say how replies were told from the rest of a chat."""
+        if self._template is None:
+            return
+        say(self._template.choice)
+        if num_samples > num_rows:
+            say(
+                "the chat template writes earlier turns differently once later ones follow: "
+                f"{num_rows:,} rows are scored reply by reply, as {num_samples:,} samples, each "
+                "reply after the text that it would be generated after"
+            )
+
+
+def _encoded(rows: Sequence[Row], fields: Fields, renderer: _Renderer) -> Iterator[list[Encoded]]:
+    """The samples of each row: tokens, and which of them are targets."""
     for first in range(0, len(rows), _ROWS_AT_ONCE):
-        numbers = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
-        segments_of_rows = [_segments(rows[n], n, tokenizer, fields, template) for n in numbers]
-        # All segments of all rows go to the tokenizer as one list, and come back in this order.
-        texts = [text for segments in segments_of_rows for text, _ in segments]
-        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-        for segments in segments_of_rows:
-            pieces = [(next(ids), is_target) for _, is_target in segments]
-            if not in_template:  # a template writes the special tokens itself
-                pieces = [(start, False), *pieces, (end, True)]
-            tokens = [token for piece, _ in pieces for token in piece]
-            yield tokens, [is_target for piece, is_target in pieces for _ in piece]
+        renderings_of_rows = []
+        for number in range(first, min(first + _ROWS_AT_ONCE, len(rows))):
+            try:
+                renderings_of_rows.append(renderer.render(rows[number], fields))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"row {number}: {error}") from None
+        renderings = [rendering for of_row in renderings_of_rows for rendering in of_row]
+        encoded = iter(encode(renderings, renderer.tokenizer))
+        for of_row in renderings_of_rows:
+            yield list(islice(encoded, len(of_row)))
 
 
-def _segments(
-    row: Row, number: int, tokenizer: Any, fields: Fields, template: bool
-) -> list[Segment]:
-    """The pieces of one row's text; errors name the row."""
-    try:
-        return conversation_segments(read_conversation(row, fields), tokenizer, template)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"row {number}: {error}") from None
-
-
-def _special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens before and after a plain text: those that the tokenizer's own rules add."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return ([bos] if adds_bos else []), ([] if eos is None else [eos])
+def _part(length: int, max_length: int | None, truncation: Truncation) -> slice:
+    """The tokens of a sample that are kept."""
+    if max_length is None or length <= max_length:
+        return slice(None)
+    return slice(max_length) if truncation == "keep_start" else slice(length - max_length, None)

@@ -56,12 +56,15 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
             "the chat has no message with role 'assistant' that is to be learned, so it has no "
             "target"
         )
+    is_apart = not fields.messages and fields.prompt and not isinstance(row[fields.prompt], str)
+    num_completion = len(_reply(row[fields.completion or ""])) if is_apart else len(turns)
     options = _optional(row, CHAT_TEMPLATE_OPTIONS)
     return Conversation(
         messages=tuple(message for message, _ in turns),
         is_target=tuple(is_target for _, is_target in turns),
         tools=tools,
         template_options=(parse(options) if isinstance(options, str) else options) or {},
+        num_prompt=len(turns) - num_completion,
         plain=plain if len(turns) <= 2 and not system and not tools else None,
     )
 

@@ -1,0 +1,132 @@
+"""Chat templates: which one is used, and how it writes a chat and marks its replies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from flowdata.text.conversation import Message
+
+Span = tuple[int, int]  # of characters, the second one excluded
+
+# `{% generation %}` in a template stands before what the model writes, `{% endgeneration %}` after.
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_CHOICES = {
+    "own": "replies are what each adds to the chat before it: the chat template marks none",
+    "marked": "replies are what the chat template marks as generated",
+    "training": "replies are what TRL's training form of this chat template marks as generated",
+}
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, in the form that chats are scored in.
+
+    Attributes:
+        form: ``"own"``, the tokenizer's template, which has no marks; ``"marked"``, the same where
+            it has; ``"training"``, the form that TRL trains this template in.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        options: values for the template's own variables, such as `enable_thinking`.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template; name one with --chat-template, or put pairs "
+                "through none with --no-template"
+            )
+        self.form: Literal["own", "marked", "training"] = "own"
+        self._tokenizer = tokenizer
+        self._options = dict(options or {})
+        self._training_form: str | None = None
+        if _MARK.search(self._source(None)):
+            self.form = "marked"
+        else:
+            self._training_form = training_form(tokenizer)
+            if self._training_form is not None:
+                self.form = "training"
+
+    def write(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        prompt: bool = False,
+    ) -> str:
+        """Return a chat as the tokenizer's own template writes it.
+
+        Args:
+            messages: at least one.
+            tools: what the model may call, as transformers takes them.
+            options: further values for the template's variables.
+            prompt: whether the beginning of the next reply stands at the end.
+        """
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **{**self._options, **(options or {})},
+        )
+        return text
+
+    def write_marked(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[Span]]:
+        """Return a chat as the marked or training form writes it, and where it marks replies."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # The tokenizer's `apply_chat_template` makes the same call, and keeps the marks to itself
+        # where it returns text. Tokens are made of many chats at once, so text is what is needed.
+        present = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        texts, spans = render_jinja_template(
+            conversations=[present],
+            tools=list(tools) if tools else None,
+            chat_template=self._training_form or self._source(tools),
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **self._options, **(options or {})},
+        )
+        return texts[0], [(start, end) for start, end in spans[0] if start < end]
+
+    @property
+    def choice(self) -> str:
+        """What replies are told from the rest of a chat by, as a sentence."""
+        return _CHOICES[self.form]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokenizer's special tokens, as text."""
+        return list(self._tokenizer.all_special_tokens)
+
+    def _source(self, tools: Any) -> str:
+        """The template's text; of several named ones that which transformers would take."""
+        source: str = self._tokenizer.get_chat_template(None, tools=list(tools) if tools else None)
+        return source
+
+
+def training_form(tokenizer: Any) -> str | None:
+    """Return the template that TRL trains a tokenizer with in place of its own.
+
+    None is where TRL has no other for it, or is not installed.
+    """
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        return None
+    try:
+        form: str | None = get_training_chat_template(tokenizer)
+    # TRL raises ValueError for a template it does not know. Before that it tries the template on
+    # chats of its own, where a template may raise anything: it is not one that TRL knows then.
+    except Exception:
+        return None
+    return form
