@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -114,14 +115,18 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         """Tokens in each sample, (N,) int64."""
         return torch.from_numpy(np.diff(self.offsets))
 
-    def digest(self, count: int | None = None) -> str:
-        """Return the hex SHA-256 of the tokens, targets and offsets of the first samples, or all.
+    def part(self, start: int, stop: int) -> TokenSamples:
+        """Return the samples from `start` up to `stop`, whose arrays are views of these."""
+        part = copy(self)
+        tokens = slice(self.offsets[start], self.offsets[stop])
+        part.input_ids, part.is_target = self.input_ids[tokens], self.is_target[tokens]
+        part.offsets = self.offsets[start : stop + 1] - self.offsets[start]
+        part.rows = self.rows[start:stop]
+        return part
 
-        Args:
-            count: how many samples count, from the first; None takes all.
-        """
-        offsets = self.offsets[: None if count is None else count + 1]
-        content = (self.input_ids[: offsets[-1]], self.is_target[: offsets[-1]], offsets)
+    def digest(self) -> str:
+        """Return the hex SHA-256 of all tokens, targets and offsets."""
+        content = (self.input_ids, self.is_target, self.offsets)
         return hashlib.sha256(b"".join(array.tobytes() for array in content)).hexdigest()
 
 
