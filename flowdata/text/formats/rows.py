@@ -8,7 +8,7 @@ from typing import Any
 
 from flowdata.text.conversation import Conversation, Message, Row
 from flowdata.text.formats.fields import Fields
-from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, MEDIA
+from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, COMPANIONS, MEDIA
 from flowdata.text.formats.messages import Turn, parse, read_tools, read_turns
 
 
@@ -33,6 +33,7 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
     media = next((name for name in MEDIA if name in row and _holds(row[name])), None)
     if media and media not in fields.columns():
         raise ValueError(f"column {media!r} holds something, and text is scored alone")
+    _refuse_other_companions(row, fields)
     tools = read_tools(_optional(row, fields.tools))
     plain: tuple[str, str] | None = None
     if fields.messages:
@@ -67,6 +68,22 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         num_prompt=len(turns) - num_completion,
         plain=plain if len(turns) <= 2 and not system and not tools else None,
     )
+
+
+def _refuse_other_companions(row: Row, fields: Fields) -> None:
+    """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
+    known = {*fields.columns(), fields.label}
+    for companion, usual in COMPANIONS.items():
+        column = getattr(fields, companion)
+        if column == "" or (companion == "input" and not fields.prompt):
+            continue
+        for name in usual:
+            if name in row and name not in known and _holds(row[name]):
+                raise ValueError(
+                    f"column {name!r} holds something, and is not read: name it with "
+                    f"{companion}={name!r} of Fields (--{companion}-column {name}), or name an "
+                    "empty one"
+                )
 
 
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
@@ -109,7 +126,7 @@ def _messages(prompt: str, completion: str, *, always: bool = False) -> list[Tur
 
 def _with_input(row: Row, prompt: str, fields: Fields) -> str:
     """The prompt with its input below, as LLaMA-Factory and ms-swift write it."""
-    value = _optional(row, fields.input)
+    value = _optional(row, fields.input if fields.input != fields.prompt else None)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"column {fields.input!r} should hold text, it holds {_kind(value)}")
     return "\n".join(text for text in (prompt, value) if text)
