@@ -30,7 +30,7 @@ _PAIRS = {
 }
 _PREFERENCE_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs")
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-_TEXTS = ("text", "content")
+_TEXTS = ("text", "content", "completion", "response")
 # Columns that go with a prompt or a chat, by the attribute of Fields: the usual names of each.
 COMPANIONS = {
     "input": ("input", "context"),
@@ -126,7 +126,12 @@ def _chat_name(value: Any) -> str:
         return "chat"
     if "from" in first:
         return "ShareGPT"
-    return "OpenAI or TRL chat" if "role" in first else "chat of pairs"
+    if "role" not in first:
+        return "chat of pairs"
+    content = first.get("content")
+    part = content[0] if isinstance(content, list) and content else None
+    is_v1 = isinstance(part, Mapping) and "value" in part
+    return "LLaMA-Factory v1" if is_v1 else "OpenAI or TRL chat"
 
 
 def _pair(names: Mapping[str, str]) -> Fields | None:

@@ -46,6 +46,8 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
             turns = [*_context(turns), *_reply(_required(row, fields.completion))]
         elif fields.rejected:
             turns = _after_common_beginning(turns, row.get(fields.rejected))
+        elif fields.label:
+            turns = _last_reply(turns)
     else:
         turns, plain = _pair(row, fields)
     turns = _history(row, fields) + turns
@@ -147,13 +149,20 @@ def _after_common_beginning(turns: list[Turn], rejected: Any) -> list[Turn]:
     if rejected is None:
         return turns
     if isinstance(rejected, str):
-        users = [n for n, (message, _) in enumerate(turns) if message["role"] in ("user", "tool")]
-        shared = users[-1] + 1 if users else 0
-    else:
-        pairs = zip(turns, read_turns(rejected), strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
-        shared = shared if shared < len(turns) else 0
-    return [(message, is_target and n >= shared) for n, (message, is_target) in enumerate(turns)]
+        return _last_reply(turns)
+    pairs = zip(turns, read_turns(rejected), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    return _targets_from(turns, shared) if shared < len(turns) else _last_reply(turns)
+
+
+def _last_reply(turns: list[Turn]) -> list[Turn]:
+    """A chat of which the reply is judged: only what follows the last question is a target."""
+    users = [n for n, (message, _) in enumerate(turns) if message["role"] in ("user", "tool")]
+    return _targets_from(turns, users[-1] + 1 if users else 0)
+
+
+def _targets_from(turns: list[Turn], start: int) -> list[Turn]:
+    return [(message, is_target and n >= start) for n, (message, is_target) in enumerate(turns)]
 
 
 def _history(row: Row, fields: Fields) -> list[Turn]:
@@ -168,7 +177,7 @@ def _history(row: Row, fields: Fields) -> list[Turn]:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"column {fields.history!r} should hold pairs of prompt and reply")
         turns += read_turns(list(pair))
-    return _context(turns) if fields.rejected else turns
+    return _context(turns) if fields.rejected or fields.label else turns
 
 
 def _with_system(turns: list[Turn], system: str, column: str) -> list[Turn]:
