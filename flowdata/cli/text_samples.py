@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from flowdata._common.notices import logger
+from flowdata.cli.template_options import add_template_options, load_tokenizer_with_template
 from flowdata.store.fingerprint import fingerprint_tokenizer
 from flowdata.text.formats import Fields, find_fields
-from flowdata.text.models import load_tokenizer
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 
@@ -21,14 +21,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt-column", help="default: prompt, question, query or instruction")
     add("--completion-column", help="default: the completion that goes with it")
     add("--messages-column", help="column of chats (default: messages or conversations)")
-    add(
-        "--template",
-        action=argparse.BooleanOptionalAction,
-        help="put pairs through the chat template (default: if the tokenizer has one)",
-    )
-    add("--max-length", type=int, help="cut samples to so many tokens")
-    add("--tokenizer", help="hub id or folder (default: the model's)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_template_options(parser)
 
 
 def text_samples(
@@ -50,27 +43,54 @@ def text_samples(
             completion=options.completion_column,
         ),
     )
-    tokenizer = load_tokenizer(
-        options.tokenizer or model, trust_remote_code=options.trust_remote_code
-    )
+    tokenizer = load_tokenizer_with_template(options, model)
     template = options.template
     if template is None:
         template = tokenizer.chat_template is not None and fields.prompt is not None
     samples = tokenize_rows(
-        rows, tokenizer, fields, template=template, max_length=options.max_length
+        rows,
+        tokenizer,
+        fields,
+        template=template,
+        template_options=dict(options.template_option),
+        max_length=options.max_length,
+        truncation=options.truncation,
     )
+    if options.chat_template is not None and samples.replies is None:
+        raise ValueError("--chat-template has no effect: no row goes through a chat template")
     if samples.num_cut:
-        logger.warning(
-            "%d of %d samples were longer than %d tokens and were cut",
-            samples.num_cut,
-            len(samples),
-            options.max_length,
-        )
+        logger.warning("%s", _cut(samples, options.max_length))
     return samples, {
         "model": model,
         "data": {"source": source, "split": options.split, **vars(fields)},
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "chat_template": template or fields.messages is not None,
+        "chat_template": samples.replies is not None,
+        "replies": samples.replies,
+        "template_options": dict(options.template_option),
         "max_length": options.max_length,
-        "num_cut": samples.num_cut,
+        "truncation": options.truncation,
+        **cuts_of(samples),
     }
+
+
+def cuts_of(samples: TokenSamples) -> dict[str, int]:
+    """Return how many samples were cut, lost targets, and lost all of them, by name."""
+    return {
+        name: getattr(samples, name) for name in ("num_cut", "num_cut_targets", "num_lost_targets")
+    }
+
+
+def _cut(samples: TokenSamples, max_length: int) -> str:
+    """How many samples were cut, and what they lost, as a sentence."""
+    told = (
+        f"{samples.num_cut:,} of {len(samples):,} samples were longer than {max_length:,} tokens "
+        "and were cut"
+    )
+    if samples.num_cut_targets:
+        told += (
+            f"; {samples.num_cut_targets:,} of them lost part or all of their target"
+            f" ({samples.num_lost_targets:,} all of it, and have no loss)"
+        )
+        if samples.truncation == "keep_start":
+            told += ". --truncation keep_end cuts the prompt instead"
+    return told

@@ -42,10 +42,7 @@ def render_conversation(conversation: Conversation, template: ChatTemplate) -> l
             messages = [rewrite(message) for message in conversation.messages]
             if rewrite is _WAYS[0] or messages != list(conversation.messages):
                 return _render(replace(conversation, messages=tuple(messages)), template)
-        # Templates raise jinja2's errors and, at content of another kind, any of Python's own.
-        except Exception as error:
-            if not isinstance(error, ValueError):
-                error = ValueError(f"the chat template refuses the chat: {error}")
+        except ValueError as error:
             errors.append(error)
     # Of several ways that fail, one whose content was read says more of what is wrong.
     read = [e for e in errors if isinstance(e, LeftOutError) and not e.is_content]

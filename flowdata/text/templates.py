@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from flowdata.text.conversation import Message
 
+Form = Literal["own", "marked", "training"]
 Span = tuple[int, int]  # of characters, the second one excluded
 
 # `{% generation %}` in a template stands before what the model writes, `{% endgeneration %}` after.
@@ -32,7 +34,7 @@ class ChatTemplate:
         options: values for the template's own variables, such as `enable_thinking`.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or it has no such variable.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
@@ -41,11 +43,15 @@ class ChatTemplate:
                 "the tokenizer has no chat template; name one with --chat-template, or put pairs "
                 "through none with --no-template"
             )
-        self.form: Literal["own", "marked", "training"] = "own"
         self._tokenizer = tokenizer
         self._options = dict(options or {})
+        source = self._source(None)
+        for name in options or {}:
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                raise ValueError(f"the chat template has no variable {name!r}")
+        self.form: Form = "own"
         self._training_form: str | None = None
-        if _MARK.search(self._source(None)):
+        if _MARK.search(source):
             self.form = "marked"
         else:
             self._training_form = training_form(tokenizer)
@@ -68,13 +74,14 @@ class ChatTemplate:
             options: further values for the template's variables.
             prompt: whether the beginning of the next reply stands at the end.
         """
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **{**self._options, **(options or {})},
-        )
+        with _refusals():
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **{**self._options, **(options or {})},
+            )
         return text
 
     def write_marked(
@@ -89,13 +96,14 @@ class ChatTemplate:
         # The tokenizer's `apply_chat_template` makes the same call, and keeps the marks to itself
         # where it returns text. Tokens are made of many chats at once, so text is what is needed.
         present = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        texts, spans = render_jinja_template(
-            conversations=[present],
-            tools=list(tools) if tools else None,
-            chat_template=self._training_form or self._source(tools),
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **self._options, **(options or {})},
-        )
+        with _refusals():
+            texts, spans = render_jinja_template(
+                conversations=[present],
+                tools=list(tools) if tools else None,
+                chat_template=self._training_form or self._source(tools),
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **self._options, **(options or {})},
+            )
         return texts[0], [(start, end) for start, end in spans[0] if start < end]
 
     @property
@@ -112,6 +120,16 @@ class ChatTemplate:
         """The template's text; of several named ones that which transformers would take."""
         source: str = self._tokenizer.get_chat_template(None, tools=list(tools) if tools else None)
         return source
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn errors of a template into ValueErrors, which say whose they are."""
+    try:
+        yield
+    # Templates raise jinja2's errors, and at content of another kind any of Python's own.
+    except Exception as error:
+        raise ValueError(f"the chat template refuses the chat: {error}") from error
 
 
 def training_form(tokenizer: Any) -> str | None:

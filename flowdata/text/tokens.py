@@ -21,7 +21,7 @@ from flowdata.text.conversation import Row
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, read_conversation
 from flowdata.text.renderings import Rendering
-from flowdata.text.templates import ChatTemplate
+from flowdata.text.templates import ChatTemplate, Form
 
 Truncation = Literal["keep_start", "keep_end"]  # TRL's words
 
@@ -44,6 +44,10 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         is_target: (Σ T,) bool; labels are −100 where it is false.
         offsets: (N + 1,) int64, where each sample begins and the last one ends.
         rows: (N,) int64, the row that each sample is of, ascending.
+        truncation: as given.
+        replies: what told the replies of chats from the rest: ``"marked"`` and ``"training"`` are
+            marks of the chat template and of TRL's training form of it, ``"own"`` is what each
+            reply adds to the chat; None where no row went through a chat template.
         num_cut: samples shortened to the maximum length.
         num_cut_targets: those of them that lost targets, some or all.
         num_lost_targets: those of them that lost all targets, and have no loss.
@@ -65,6 +69,8 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         ids: list[NDArray[np.int32]] = []
         targets: list[NDArray[np.bool_]] = []
         rows: list[int] = []
+        self.truncation = truncation
+        self.replies: Form | None = None
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
         for row, samples in enumerate(samples_of_rows):
             for tokens, is_target in samples:
@@ -98,6 +104,11 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
             "input_ids": ids,
             "labels": ids.masked_fill(torch.from_numpy(~self.is_target[tokens]), IGNORE_INDEX),
         }
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some row is several samples, one for each of its replies."""
+        return len(self) > len(np.unique(self.rows))
 
     @property
     def lengths(self) -> Tensor:
@@ -152,7 +163,7 @@ def tokenize_rows(
         raise ValueError(f"truncation must be 'keep_start' or 'keep_end', got {truncation!r}")
     renderer = _Renderer(tokenizer, template, template_options)
     samples = TokenSamples(_encoded(rows, fields, renderer), max_length, truncation)
-    renderer.tell(len(samples), len(rows))
+    samples.replies = renderer.finish(len(samples), len(rows))
     return samples
 
 
@@ -178,10 +189,14 @@ class _Renderer:
             self._template = ChatTemplate(self.tokenizer, self._options)
         return render_conversation(conversation, self._template)
 
-    def tell(self, num_samples: int, num_rows: int) -> None:
-        """Say how replies were told from the rest of a chat."""
+    def finish(self, num_samples: int, num_rows: int) -> Form | None:
+        """Say how replies were told from the rest of a chat, and return it."""
         if self._template is None:
-            return
+            if self._options:
+                raise ValueError(
+                    "template_options have no effect: no row goes through a chat template"
+                )
+            return None
         say(self._template.choice)
         if num_samples > num_rows:
             say(
@@ -189,6 +204,7 @@ class _Renderer:
                 f"{num_rows:,} rows are scored reply by reply, as {num_samples:,} samples, each "
                 "reply after the text that it would be generated after"
             )
+        return self._template.form
 
 
 def _encoded(rows: Sequence[Row], fields: Fields, renderer: _Renderer) -> Iterator[list[Encoded]]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.options import add_dtype, add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
-from flowdata.cli.text_samples import add_text_options, text_samples
+from flowdata.cli.text_samples import add_text_options, cuts_of, text_samples
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
+from flowdata.text.joining import check_can_join, join_replies, store_of_samples
 from flowdata.text.models import hide_progress, load_model, load_transformers
 from flowdata.weights import check_temperature
 
@@ -48,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     with process_group() as device:
         check_temperature(options.temperature)  # now, not after hours of scoring
         samples, details = text_samples(options, options.data, options.model)
+        check_can_join(samples, options.columns, Path(options.store))
         scorer = LossScorer(
             load_model(options.model, trust_remote_code=options.trust_remote_code),
             "causal_lm",
@@ -60,20 +63,23 @@ def run(options: argparse.Namespace) -> int:
         )
         scores = scorer.score(
             samples,
-            store=options.store,
+            store=store_of_samples(samples, Path(options.store)),
             dataset_id=f"tokens:{samples.digest()}",
             lengths=samples.lengths,
             details=details,
         )
         if os.environ.get("RANK", "0") == "0":  # all ranks have all scores; one tells of them
-            _print_scores(options, scores, scorer.explain(), samples.num_cut)
+            if samples.is_split:
+                scores = join_replies(scores, samples.rows)
+                scores.save(options.store)
+            _print_scores(options, scores, scorer.explain(), cuts_of(samples))
     return DONE
 
 
 def _print_scores(
-    options: argparse.Namespace, scores: Scores, explanation: str, num_cut: int
+    options: argparse.Namespace, scores: Scores, explanation: str, cuts: dict[str, int]
 ) -> None:
-    figures = {"num_cut": num_cut, **scores.summary(temperature=options.temperature)}
+    figures = {**cuts, **scores.summary(temperature=options.temperature)}
     lines = [
         f"{len(scores):,} samples scored into {options.store} ({explanation})",
         list_figures(figures),
