@@ -44,9 +44,14 @@ def render_conversation(conversation: Conversation, template: ChatTemplate) -> l
                 return _render(replace(conversation, messages=tuple(messages)), template)
         except ValueError as error:
             errors.append(error)
-    # Of several ways that fail, one whose content was read says more of what is wrong.
-    read = [e for e in errors if isinstance(e, LeftOutError) and not e.is_content]
-    raise (read or errors)[0]
+    raise next(filter(_is_telling, errors), errors[0])
+
+
+def _is_telling(error: ValueError) -> bool:
+    """Whether an error tells what is wrong, and not only that content has another form."""
+    if isinstance(error, LeftOutError):
+        return not error.is_content
+    return type(error.__cause__).__name__ == "TemplateError"  # the template's own words
 
 
 def _render(conversation: Conversation, template: ChatTemplate) -> list[Rendering]:

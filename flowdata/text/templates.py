@@ -15,6 +15,7 @@ Span = tuple[int, int]  # of characters, the second one excluded
 # `{% generation %}` in a template stands before what the model writes, `{% endgeneration %}` after.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_DATE = re.compile(r"\bstrftime_now\s*\(")
 _CHOICES = {
     "own": "replies are what each adds to the chat before it: the chat template marks none",
     "marked": "replies are what the chat template marks as generated",
@@ -106,10 +107,24 @@ class ChatTemplate:
             )
         return texts[0], [(start, end) for start, end in spans[0] if start < end]
 
-    @property
-    def choice(self) -> str:
-        """What replies are told from the rest of a chat by, as a sentence."""
-        return _CHOICES[self.form]
+    def remarks(self, target: str) -> list[str]:
+        """Return what a user should know of the template, in sentences.
+
+        Args:
+            target: the text of a chat's targets.
+        """
+        sentences = [_CHOICES[self.form]]
+        if not target.rstrip().endswith((*self.special_tokens, *self._tokenizer.get_added_vocab())):
+            sentences.append(
+                "the chat template writes no token that ends a reply, so none is scored: "
+                f"the first chat's targets end in {target[-20:]!r}"
+            )
+        if _DATE.search(self._source(None)) and "date_string" not in self._options:
+            sentences.append(
+                "the chat template writes the date, so another day's tokens and losses differ; if "
+                "it has a variable for it, --template-option date_string=… holds one"
+            )
+        return sentences
 
     @property
     def special_tokens(self) -> list[str]:

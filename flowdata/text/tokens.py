@@ -177,6 +177,7 @@ class _Renderer:
         self._through_template = through_template
         self._options = options
         self._template: ChatTemplate | None = None
+        self._remarks: list[str] = []
 
     def render(self, row: Row, fields: Fields) -> list[Rendering]:
         conversation = read_conversation(row, fields)
@@ -187,7 +188,9 @@ class _Renderer:
             return [Rendering(text, prompt=prompt)]
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer, self._options)
-        return render_conversation(conversation, self._template)
+        renderings = render_conversation(conversation, self._template)
+        self._remarks = self._remarks or self._template.remarks(renderings[-1].target_text())
+        return renderings
 
     def finish(self, num_samples: int, num_rows: int) -> Form | None:
         """Say how replies were told from the rest of a chat, and return it."""
@@ -197,7 +200,8 @@ class _Renderer:
                     "template_options have no effect: no row goes through a chat template"
                 )
             return None
-        say(self._template.choice)
+        for remark in self._remarks:
+            say(remark)
         if num_samples > num_rows:
             say(
                 "the chat template writes earlier turns differently once later ones follow: "
