@@ -11,18 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata.errors import ScoreMismatchError
 from flowdata.scores import Scores
+from flowdata.store.folder import read_manifest
 from flowdata.text.tokens import TokenSamples
 
-_REPLIES = "replies"  # the folder within a store that has the samples' own store
+REPLIES = "replies"  # the folder within a store that has the samples' own store
 
 
 def check_can_join(samples: TokenSamples, columns: Sequence[str], store: Path) -> None:
     """Check, before hours of scoring, that rows can have one score each in the end.
 
     Raises:
-        ValueError: rows are several samples, and one of `columns` can't be joined, or `store` is
-            that of other scores.
+        ValueError: rows are several samples, and one of `columns` can't be joined.
+        ScoreMismatchError: they are, and `store` has scores of other rows.
     """
     if not samples.is_split:
         return
@@ -31,16 +33,11 @@ def check_can_join(samples: TokenSamples, columns: Sequence[str], store: Path) -
             "columns must not have 'gradient_norm' where rows are scored reply by reply: the norm "
             "of a row's gradient can't be made of those of its replies"
         )
-    if store.exists() and any(store.iterdir()) and not (store / _REPLIES).exists():
-        raise ValueError(
-            f"{store} holds other files than scores of rows that were scored reply by reply; name "
-            "another folder with --store"
+    if read_manifest(store) is not None and not (store / REPLIES).exists():
+        raise ScoreMismatchError(
+            f"{store} holds scores of rows that were not scored reply by reply; name another "
+            "folder with --store, or let --overwrite remove them"
         )
-
-
-def store_of_samples(samples: TokenSamples, store: Path) -> Path:
-    """Return the folder that keeps the samples' scores, which are the rows' where none is split."""
-    return store / _REPLIES if samples.is_split else store
 
 
 def join_replies(scores: Scores, rows: NDArray[np.int64]) -> Scores:
@@ -69,8 +66,13 @@ def join_replies(scores: Scores, rows: NDArray[np.int64]) -> Scores:
         totals = torch.where(has_targets, values.double() * scores.counts, 0.0)
         return _sum(totals, row_of, num_rows) / counts
 
-    metadata: dict[str, Any] = {**scores.metadata, "plan": {}, "skipped": {}}
-    metadata["identity"] = {**scores.metadata.get("identity", {}), "num_samples": num_rows}
+    skipped = scores.metadata.get("skipped", {})  # of rows that can't be read, one sample each
+    metadata: dict[str, Any] = {
+        **scores.metadata,
+        "identity": {**scores.metadata.get("identity", {}), "num_samples": num_rows},
+        "plan": {},
+        "skipped": {str(row_of[int(index)].item()): why for index, why in skipped.items()},
+    }
     return Scores(
         mean(scores.losses),
         counts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -15,16 +16,18 @@ from torch.utils.data import Dataset
 
 from flowdata._common.notices import say
 from flowdata._common.offsets import offsets_of
+from flowdata._common.unreadable import Unreadable
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
 from flowdata.text.conversation import Row
 from flowdata.text.encoding import Encoded, encode
-from flowdata.text.formats import Fields, read_conversation
+from flowdata.text.formats import Fields, find_fields, read_conversation
 from flowdata.text.renderings import Rendering
 from flowdata.text.templates import ChatTemplate, Form
 
 Truncation = Literal["keep_start", "keep_end"]  # TRL's words
 
+_NO_TOKENS: Encoded = ([], np.zeros(0, dtype=np.bool_))  # the sample of a row that can't be read
 _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on all cores
 
 
@@ -38,6 +41,8 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         max_length: longer samples are cut to so many tokens; None cuts none.
         truncation: which tokens of a sample are kept: ``"keep_start"``, or ``"keep_end"``, which
             cuts the prompt rather than the completion.
+        unreadable: why rows can't be read, by their number; it is looked at once all samples are
+            there. Such a row has one sample, without tokens, which raises when it is read.
 
     Attributes:
         input_ids: (Σ T,) int32, the tokens of all samples one after another.
@@ -51,6 +56,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         num_cut: samples shortened to the maximum length.
         num_cut_targets: those of them that lost targets, some or all.
         num_lost_targets: those of them that lost all targets, and have no loss.
+        unreadable: why rows can't be read, by their number.
     """
 
     # The arrays are flat because a million small tensors would take more memory for themselves
@@ -65,7 +71,9 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         samples_of_rows: Iterable[Sequence[Encoded]],
         max_length: int | None,
         truncation: Truncation = "keep_start",
+        unreadable: Mapping[int, str] | None = None,
     ) -> None:
+        self.unreadable = {} if unreadable is None else unreadable
         ids: list[NDArray[np.int32]] = []
         targets: list[NDArray[np.bool_]] = []
         rows: list[int] = []
@@ -98,6 +106,9 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        row = int(self.rows[index])
+        if row in self.unreadable:
+            raise ValueError(self.unreadable[row])
         tokens = slice(self.offsets[index % len(self)], self.offsets[index % len(self) + 1])
         ids = torch.from_numpy(self.input_ids[tokens].astype(np.int64))
         return {
@@ -115,6 +126,15 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         """Tokens in each sample, (N,) int64."""
         return torch.from_numpy(np.diff(self.offsets))
 
+    def part(self, start: int, stop: int) -> TokenSamples:
+        """Return the samples from `start` up to `stop`, whose arrays are views of these."""
+        part = copy(self)
+        tokens = slice(self.offsets[start], self.offsets[stop])
+        part.input_ids, part.is_target = self.input_ids[tokens], self.is_target[tokens]
+        part.offsets = self.offsets[start : stop + 1] - self.offsets[start]
+        part.rows = self.rows[start:stop]
+        return part
+
     def digest(self) -> str:
         """Return the hex SHA-256 of all tokens, targets and offsets."""
         content = (self.input_ids, self.is_target, self.offsets)
@@ -122,14 +142,15 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
 
 
 def tokenize_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row | Unreadable],
     tokenizer: Any,
-    fields: Fields,
+    fields: Fields | None = None,
     *,
     template: bool,
     template_options: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     truncation: Truncation = "keep_start",
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> TokenSamples:
     """Return rows as token samples whose targets are the completions and replies.
 
@@ -141,14 +162,17 @@ def tokenize_rows(
     turns differently once later ones follow makes one sample of each reply.
 
     Args:
-        rows: mappings with the text; indexable.
+        rows: mappings with the text, which are passed over once.
         tokenizer: a Hugging Face tokenizer.
-        fields: the fields that hold the text, as `find_fields` returns them.
+        fields: the columns that hold the text; those that are not named are found by their usual
+            names in the first row.
         template: whether pairs go through the tokenizer's chat template; chats always do.
         template_options: values for the template's own variables, such as `enable_thinking`.
         max_length: longer samples are cut to so many tokens; None cuts none.
         truncation: which tokens of a sample are kept: ``"keep_start"``, or ``"keep_end"``, which
             cuts the prompt rather than the completion.
+        on_error: ``"skip"`` gives a row that can't be read a sample that raises when it is read:
+            the scorer's option of this name leaves it without a loss.
 
     Raises:
         ValueError: a row lacks a field or has something else than text in it, a chat has no
@@ -162,8 +186,10 @@ def tokenize_rows(
     if truncation not in get_args(Truncation):
         raise ValueError(f"truncation must be 'keep_start' or 'keep_end', got {truncation!r}")
     renderer = _Renderer(tokenizer, template, template_options)
-    samples = TokenSamples(_encoded(rows, fields, renderer), max_length, truncation)
-    samples.replies = renderer.finish(len(samples), len(rows))
+    unreadable: dict[int, str] = {}
+    encoded = _encoded(_rendered(rows, fields, renderer), tokenizer, unreadable, on_error == "skip")
+    samples = TokenSamples(encoded, max_length, truncation, unreadable)
+    samples.replies = renderer.finish(samples.rows)
     return samples
 
 
@@ -192,7 +218,7 @@ class _Renderer:
         self._remarks = self._remarks or self._template.remarks(renderings[-1].target_text())
         return renderings
 
-    def finish(self, num_samples: int, num_rows: int) -> Form | None:
+    def finish(self, rows: NDArray[np.int64]) -> Form | None:
         """Say how replies were told from the rest of a chat, and return it."""
         if self._template is None:
             if self._options:
@@ -202,28 +228,52 @@ class _Renderer:
             return None
         for remark in self._remarks:
             say(remark)
-        if num_samples > num_rows:
+        samples_of_rows = np.bincount(rows)
+        if num_split := int((samples_of_rows > 1).sum()):
             say(
-                "the chat template writes earlier turns differently once later ones follow: "
-                f"{num_rows:,} rows are scored reply by reply, as {num_samples:,} samples, each "
+                "the chat template writes earlier turns differently once later ones follow, so "
+                f"{num_split:,} of {len(samples_of_rows):,} rows are scored reply by reply, each "
                 "reply after the text that it would be generated after"
             )
         return self._template.form
 
 
-def _encoded(rows: Sequence[Row], fields: Fields, renderer: _Renderer) -> Iterator[list[Encoded]]:
+def _rendered(
+    rows: Iterable[Row | Unreadable], fields: Fields | None, renderer: _Renderer
+) -> Iterator[list[Rendering] | Unreadable]:
+    """What each row's samples are as text, or why it has none."""
+    is_found = False
+    for number, row in enumerate(rows):
+        if isinstance(row, Unreadable):
+            yield row
+            continue
+        if not is_found:
+            fields, is_found = find_fields(row, fields), True
+        try:
+            yield renderer.render(row, fields or Fields())
+        except (KeyError, TypeError, ValueError) as error:
+            yield Unreadable(f"row {number}: {error}")
+
+
+def _encoded(
+    rows: Iterator[list[Rendering] | Unreadable],
+    tokenizer: Any,
+    unreadable: dict[int, str],
+    skip: bool,
+) -> Iterator[list[Encoded]]:
     """The samples of each row: tokens, and which of them are targets."""
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        renderings_of_rows = []
-        for number in range(first, min(first + _ROWS_AT_ONCE, len(rows))):
-            try:
-                renderings_of_rows.append(renderer.render(rows[number], fields))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"row {number}: {error}") from None
-        renderings = [rendering for of_row in renderings_of_rows for rendering in of_row]
-        encoded = iter(encode(renderings, renderer.tokenizer))
-        for of_row in renderings_of_rows:
-            yield list(islice(encoded, len(of_row)))
+    first = 0
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        for number, row in enumerate(batch, first):
+            if isinstance(row, Unreadable):
+                if not skip:
+                    raise ValueError(row.reason)
+                unreadable[number] = row.reason
+        first += len(batch)
+        renderings = [rendering for row in batch if isinstance(row, list) for rendering in row]
+        encoded = iter(encode(renderings, tokenizer))
+        for row in batch:
+            yield list(islice(encoded, len(row))) if isinstance(row, list) else [_NO_TOKENS]
 
 
 def _part(length: int, max_length: int | None, truncation: Truncation) -> slice:

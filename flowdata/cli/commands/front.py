@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     base = load_model(options.base, trust_remote_code=trust, device=device)
     meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
     del base
-    samples, _ = text_samples(options, options.valid, options.base)
+    samples, _, _ = text_samples(options, options.valid, options.base)
     runs = []
     models = models_of_front(
         options.base, options.tuned, options.alphas, trust_remote_code=trust, device=device

@@ -158,7 +158,7 @@ def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fiel
 
 def _name(fields: Fields) -> str:
     """What a format is called, once its companions are known."""
-    if fields.label:
+    if fields.label and not fields.name.startswith("KTO"):
         return f"KTO ({fields.name})"
     if fields.rejected and "preference" not in fields.name:
         return f"preference ({fields.name})"
