@@ -262,6 +262,14 @@ def test_a_template_that_swallows_replies_is_noticed():
         tokenize(tokenizer, row)
 
 
+def test_a_template_that_asks_for_a_system_message_is_given_strings_all_the_same():
+    asking = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('Say who you are') }}{% endif %}"
+    tokenizer = tokenizer_with(asking + SEPARATED)
+    assert_right(tokenize(tokenizer, ROWS["system"]), tokenizer, "system")
+    with pytest.raises(ValueError, match="refuses the chat: Say who you are"):
+        tokenize(tokenizer, ROWS["multi"])
+
+
 def test_content_in_parts_is_text_to_a_template_that_prints_it():
     row = {"messages": [says("user", [{"type": "text", "text": "Hi"}]), says("assistant", "Yo")]}
     tokenizer = tokenizer_with(END_AT_LAST.replace("m['content'] +", "m['content'] | string +"))

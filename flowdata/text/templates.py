@@ -16,6 +16,7 @@ Span = tuple[int, int]  # of characters, the second one excluded
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _DATE = re.compile(r"\bstrftime_now\s*\(")
+_PROBE = "Is it written?"
 _CHOICES = {
     "own": "replies are what each adds to the chat before it: the chat template marks none",
     "marked": "replies are what the chat template marks as generated",
@@ -29,6 +30,8 @@ class ChatTemplate:
     Attributes:
         form: ``"own"``, the tokenizer's template, which has no marks; ``"marked"``, the same where
             it has; ``"training"``, the form that TRL trains this template in.
+        reads_strings: whether it writes content that is a string; templates of vision models may
+            read a list of parts alone.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -58,6 +61,7 @@ class ChatTemplate:
             self._training_form = training_form(tokenizer)
             if self._training_form is not None:
                 self.form = "training"
+        self.reads_strings = self._reads_strings()
 
     def write(
         self,
@@ -130,6 +134,13 @@ class ChatTemplate:
     def special_tokens(self) -> list[str]:
         """The tokenizer's special tokens, as text."""
         return list(self._tokenizer.all_special_tokens)
+
+    def _reads_strings(self) -> bool:
+        chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+        try:
+            return self.write(chat).count(_PROBE) == len(chat)
+        except ValueError:  # it may refuse the chat for another reason
+            return True
 
     def _source(self, tools: Any) -> str:
         """The template's text; of several named ones that which transformers would take."""
