@@ -21,6 +21,7 @@ class Recognised:
     Attributes:
         format: its name.
         columns: those that are read.
+        further: those that are read where a row has them, and this one hasn't.
         unread: those that play no part.
         scored: which part of a row is scored, in words.
         first_sample: its pieces in order, each with whether its tokens are targets.
@@ -30,16 +31,20 @@ class Recognised:
 
     format: str
     columns: list[str]
+    further: list[str]
     unread: list[str]
     scored: str
     first_sample: list[tuple[str, bool]]
     tokens: int
     targets: int
 
+    def _further(self) -> str:
+        return f", and in {_list(self.further)} where a row has them" if self.further else ""
+
     def text(self, *, whole: bool) -> str:
         """Return it for a reader; of a long sample the ends of its pieces, unless it is `whole`."""
         lines = [
-            f"format: {self.format}, in {_list(self.columns)}",
+            f"format: {self.format}, in {_list(self.columns)}{self._further()}",
             f"scored: {self.scored}",
             *([f"not read: {_list(self.unread)}"] if self.unread else []),
             f"first sample: {self.targets} of its {self.tokens} tokens are targets",
@@ -47,7 +52,7 @@ class Recognised:
         for piece, is_target in self.first_sample:
             margin = "  target > " if is_target else "  prompt | "
             shown = piece if whole else _shortened(piece)
-            lines += [margin + line for line in shown.removesuffix("\n").split("\n")]
+            lines += [margin + line for line in shown.strip("\n").split("\n") if shown.strip()]
         return "\n".join(lines)
 
 
@@ -72,6 +77,7 @@ def recognise(row: Row, fields: Fields, samples: TokenSamples, tokenizer: Any) -
     return Recognised(
         format=fields.name,
         columns=read_columns(row, fields),
+        further=[name for name in fields.columns() if name not in row],
         unread=unread_columns(row, fields),
         scored=scored_part(row, fields),
         first_sample=pieces,

@@ -24,6 +24,7 @@ _COLUMNS = {
     "system": "column of system messages (default: system or system_prompt)",
     "history": "column of earlier turns (default: history)",
     "tools": "column of tools (default: tools or functions)",
+    "rejected": "column of replies that were not preferred (default: rejected)",
 }
 
 

@@ -32,10 +32,11 @@ def scored_part(row: Row, fields: Fields) -> str:
         preferred = fields.completion or fields.messages
         return f"the preferred reply ({preferred!r}), and not the one in {fields.rejected!r}"
     if fields.messages:
-        part = f"the assistant's replies in {fields.messages!r}"
+        replies = "last reply" if fields.label else "replies"
+        part = f"the assistant's {replies} in {fields.messages!r}"
     elif fields.prompt or not isinstance(row.get(fields.completion or ""), str):
         part = f"the reply in {fields.completion!r}"
-        if fields.history and row.get(fields.history):
+        if fields.history and row.get(fields.history) and not fields.label:
             part += f", and those in {fields.history!r}"
     else:
         part = f"all of the text in {fields.completion!r}"

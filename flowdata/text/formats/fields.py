@@ -29,7 +29,7 @@ class Fields:
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    input: str | None = None
+    input: str | None = "input"
     system: str | None = "system"
     history: str | None = "history"
     tools: str | None = "tools"

@@ -28,14 +28,19 @@ _PAIRS = {
     "input": ("output", "target", "response", "completion", "answer"),
     "context": ("response", "completion"),
 }
+_PREFERENCE_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs")
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-_TEXTS = ("text", "content")
-_INPUTS = ("input", "context")
-_SYSTEMS = ("system", "system_prompt", "system_message")
-_TOOLS = ("tools", "functions")
+_TEXTS = ("text", "content", "completion", "response")
+# Columns that go with a prompt or a chat, by the attribute of Fields: the usual names of each.
+COMPANIONS = {
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+    "rejected": ("rejected_response", "rejected_messages", "rejected"),
+}
 _LABELS = ("label", "kto_tag")
 _CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
-_REJECTED = ("rejected_response", "rejected_messages", "rejected")
 _KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
 
 
@@ -56,7 +61,9 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
     """
     fields = fields or Fields()
     named = [name for name in (fields.messages, fields.prompt, fields.completion) if name]
-    absent = [name for name in (*named, fields.input, fields.rejected) if name and name not in row]
+    defaults = vars(Fields())
+    given = [vars(fields)[name] for name in COMPANIONS if vars(fields)[name] != defaults[name]]
+    absent = [name for name in (*named, *given) if name and name not in row]
     if absent:
         raise ValueError(f"column {absent[0]!r} is missing; there are {_names_of(row)}")
     if fields.prompt and not fields.completion:
@@ -72,6 +79,7 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
             system=fields.system,
             history=fields.history,
             tools=fields.tools,
+            rejected=fields.rejected or usual.rejected,
         )
     return _with_companions(fields, names, row)
 
@@ -84,7 +92,7 @@ def _preference(names: Mapping[str, str], row: Row) -> Fields | None:
         replies = {"completion": names[preferred], "rejected": names[other]}
         if preferred == "preferred_output" and "input" in names:
             return Fields(messages=names["input"], name="OpenAI preference", **replies)
-        prompt = _first([name for name in _PAIRS if name != "context"], names)
+        prompt = _first(_PREFERENCE_PROMPTS, names)
         if prompt:
             return Fields(prompt=prompt, name="preference", **replies)
         if chat := _first(_CHATS, names):
@@ -118,7 +126,12 @@ def _chat_name(value: Any) -> str:
         return "chat"
     if "from" in first:
         return "ShareGPT"
-    return "OpenAI or TRL chat" if "role" in first else "chat of pairs"
+    if "role" not in first:
+        return "chat of pairs"
+    content = first.get("content")
+    part = content[0] if isinstance(content, list) and content else None
+    is_v1 = isinstance(part, Mapping) and "value" in part
+    return "LLaMA-Factory v1" if is_v1 else "OpenAI or TRL chat"
 
 
 def _pair(names: Mapping[str, str]) -> Fields | None:
@@ -135,28 +148,29 @@ def _text(names: Mapping[str, str]) -> Fields | None:
 
 
 def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fields:
-    """The fields, with the columns that go with them: input, system, tools, label, rejected."""
-    defaults = Fields()
+    """The fields with the columns that go with them, unless the user named them.
+
+    A column that the row lacks may come later: its likeliest name is kept.
+    """
     taken = {fields.messages, fields.prompt, fields.completion}
+    others = {name: column for name, column in names.items() if column not in taken}
     found: dict[str, Any] = {}
-    if fields.input is None and fields.prompt:
-        found["input"] = _first(_INPUTS, {k: v for k, v in names.items() if v not in taken})
-    if fields.system == defaults.system:
-        found["system"] = _first(_SYSTEMS, names) or defaults.system
-    if fields.history == defaults.history:
-        found["history"] = _first(("history",), names) or defaults.history
-    if fields.tools == defaults.tools:
-        found["tools"] = _first(_TOOLS, names) or defaults.tools
-    if fields.rejected is None and (fields.messages or fields.prompt):
-        found["rejected"] = _first(_REJECTED, names)
+    for companion, usual in COMPANIONS.items():
+        goes_with = fields.prompt if companion == "input" else fields.prompt or fields.messages
+        is_default = getattr(fields, companion) == getattr(Fields(), companion)
+        if is_default and (goes_with or companion in ("system", "history", "tools")):
+            column = _first(usual, others)
+            if column is None and companion != "rejected" and usual[0] not in taken:
+                column = usual[0]
+            found[companion] = column
     label = _first(_LABELS, names)
     if label and isinstance(row[label], bool):
         found["label"] = label
     fields = replace(fields, **found)
-    return replace(fields, name=_name(fields))
+    return replace(fields, name=_name(fields, row))
 
 
-def _name(fields: Fields) -> str:
+def _name(fields: Fields, row: Row) -> str:
     """What a format is called, once its companions are known."""
     if fields.label and not fields.name.startswith("KTO"):
         return f"KTO ({fields.name})"
@@ -164,7 +178,7 @@ def _name(fields: Fields) -> str:
         return f"preference ({fields.name})"
     if fields.name == "instruction and output":
         return "Alpaca"
-    if fields.name == "instruction and response" and fields.input:
+    if fields.name == "instruction and response" and "context" in row:
         return "Dolly"
     return fields.name
 

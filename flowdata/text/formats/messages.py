@@ -113,6 +113,10 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, con
     kind = _ROLE_OF.get(str(item[role_name]).lower().replace("-", "_"))
     if kind is None:
         raise ValueError(f"role {item[role_name]!r} is not known; there are {', '.join(_ROLE_OF)}")
+    if isinstance(item.get(content), list) and kind == "user":
+        item = {**item, content: _without_results(turns, item[content])}
+        if not item[content]:
+            return
     left_out = {role_name, content, "tool_calls", "function_call", *_WEIGHTS, *_REASONING}
     message: Message = {"role": "assistant" if kind == "call" else kind}
     if kind == "call":
@@ -126,20 +130,55 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, con
         message["reasoning_content"] = _text(reasoning)
     others = {name: value for name, value in item.items() if name not in left_out}
     message = {**{name: value for name, value in others.items() if value is not None}, **message}
-    is_target = _is_target(item, message["role"])
+    if item.get("train_detail"):
+        raise ValueError("train_detail trains parts of a text; whole replies are scored alone")
+    flags = _flags_of_parts(item.get(content)) | _flags(item)
+    is_target = _is_target(flags, message["role"])
     last = turns[-1] if turns else None
     if kind == "call" and last and last[0]["role"] == "assistant":
         # A call beside a text or another call is one reply, as models write it.
-        if last[1] != is_target:
+        if last[1] != is_target and flags:
             raise ValueError("is one reply with the message before, and only one is to be learned")
         last[0]["tool_calls"] = last[0].get("tool_calls", []) + message["tool_calls"]
         return
     turns.append((message, is_target))
 
 
-def _is_target(item: Mapping[str, Any], role: str) -> bool:
+def _without_results(turns: list[Turn], parts: list[Any]) -> list[Any]:
+    """Append what tools gave back, which Anthropic's messages of the user hold as parts."""
+    others = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "tool_result":
+            others.append(part)
+            continue
+        result: Message = {"role": "tool"}
+        if part.get("tool_use_id"):
+            result["tool_call_id"] = part["tool_use_id"]
+        _put_content(result, part.get("content"))
+        turns.append((result, False))
+    return others
+
+
+def _flags(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights and flags that a message, or a part of one, has."""
+    return {name: item[name] for name in _WEIGHTS if item.get(name) is not None}
+
+
+def _flags_of_parts(content: Any) -> dict[str, Any]:
+    """The weight or flag that all parts of a message share."""
+    parts = [part for part in content if isinstance(part, Mapping)] if _is_list(content) else []
+    flags = [_flags(part) for part in parts]
+    if any(other != flags[0] for other in flags):
+        raise ValueError("its parts have different weights; whole replies are scored alone")
+    return flags[0] if flags else {}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_target(weights: Mapping[str, Any], role: str) -> bool:
     """Whether a message is to be learned: replies are, unless a weight or flag says no."""
-    weights = {name: item[name] for name in _WEIGHTS if item.get(name) is not None}
     for name, weight in weights.items():
         if not isinstance(weight, bool | int | float) or not 0 <= weight < float("inf"):
             raise ValueError(f"{name} should be a number of at least 0 or a flag, it is {weight!r}")
@@ -180,7 +219,7 @@ def _put_content(message: Message, content: Any) -> None:
         elif kind == "tool_call":
             message["tool_calls"] = message.get("tool_calls", []) + _calls(value)
         elif kind == "tool_use":
-            call = {"name": part.get("name"), "arguments": part.get("input") or {}}
+            call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
             message["tool_calls"] = message.get("tool_calls", []) + _calls(call)
         else:
             raise ValueError(f"a part of type {kind!r} can't be read: text is scored alone")

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowdata.text.conversation import Conversation, Message, Row
 from flowdata.text.formats.fields import Fields
-from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, MEDIA
+from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, COMPANIONS, MEDIA
 from flowdata.text.formats.messages import Turn, parse, read_tools, read_turns
 
 
@@ -33,6 +33,7 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
     media = next((name for name in MEDIA if name in row and _holds(row[name])), None)
     if media and media not in fields.columns():
         raise ValueError(f"column {media!r} holds something, and text is scored alone")
+    _refuse_other_companions(row, fields)
     tools = read_tools(_optional(row, fields.tools))
     plain: tuple[str, str] | None = None
     if fields.messages:
@@ -45,6 +46,8 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
             turns = [*_context(turns), *_reply(_required(row, fields.completion))]
         elif fields.rejected:
             turns = _after_common_beginning(turns, row.get(fields.rejected))
+        elif fields.label:
+            turns = _last_reply(turns)
     else:
         turns, plain = _pair(row, fields)
     turns = _history(row, fields) + turns
@@ -67,6 +70,22 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         num_prompt=len(turns) - num_completion,
         plain=plain if len(turns) <= 2 and not system and not tools else None,
     )
+
+
+def _refuse_other_companions(row: Row, fields: Fields) -> None:
+    """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
+    known = {*fields.columns(), fields.label}
+    for companion, usual in COMPANIONS.items():
+        column = getattr(fields, companion)
+        if column == "" or (companion == "input" and not fields.prompt):
+            continue
+        for name in usual:
+            if name in row and name not in known and _holds(row[name]):
+                raise ValueError(
+                    f"column {name!r} holds something, and is not read: name it with "
+                    f"{companion}={name!r} of Fields (--{companion}-column {name}), or name an "
+                    "empty one"
+                )
 
 
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
@@ -109,7 +128,7 @@ def _messages(prompt: str, completion: str, *, always: bool = False) -> list[Tur
 
 def _with_input(row: Row, prompt: str, fields: Fields) -> str:
     """The prompt with its input below, as LLaMA-Factory and ms-swift write it."""
-    value = _optional(row, fields.input)
+    value = _optional(row, fields.input if fields.input != fields.prompt else None)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"column {fields.input!r} should hold text, it holds {_kind(value)}")
     return "\n".join(text for text in (prompt, value) if text)
@@ -130,13 +149,20 @@ def _after_common_beginning(turns: list[Turn], rejected: Any) -> list[Turn]:
     if rejected is None:
         return turns
     if isinstance(rejected, str):
-        users = [n for n, (message, _) in enumerate(turns) if message["role"] in ("user", "tool")]
-        shared = users[-1] + 1 if users else 0
-    else:
-        pairs = zip(turns, read_turns(rejected), strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
-        shared = shared if shared < len(turns) else 0
-    return [(message, is_target and n >= shared) for n, (message, is_target) in enumerate(turns)]
+        return _last_reply(turns)
+    pairs = zip(turns, read_turns(rejected), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    return _targets_from(turns, shared) if shared < len(turns) else _last_reply(turns)
+
+
+def _last_reply(turns: list[Turn]) -> list[Turn]:
+    """A chat of which the reply is judged: only what follows the last question is a target."""
+    users = [n for n, (message, _) in enumerate(turns) if message["role"] in ("user", "tool")]
+    return _targets_from(turns, users[-1] + 1 if users else 0)
+
+
+def _targets_from(turns: list[Turn], start: int) -> list[Turn]:
+    return [(message, is_target and n >= start) for n, (message, is_target) in enumerate(turns)]
 
 
 def _history(row: Row, fields: Fields) -> list[Turn]:
@@ -151,7 +177,7 @@ def _history(row: Row, fields: Fields) -> list[Turn]:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"column {fields.history!r} should hold pairs of prompt and reply")
         turns += read_turns(list(pair))
-    return _context(turns) if fields.rejected else turns
+    return _context(turns) if fields.rejected or fields.label else turns
 
 
 def _with_system(turns: list[Turn], system: str, column: str) -> list[Turn]:
