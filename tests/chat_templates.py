@@ -3,7 +3,15 @@
 import functools
 import re
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 # What families write as one token: <|im_end|>, <end_of_turn>, [INST], </s>, <｜User｜> and so on.
@@ -38,6 +46,64 @@ def tokenizer_with(template, **options):
     special = ("<bos>", "<eos>", *sorted(set(_SPECIAL.findall(template))))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"} | options
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_rules(special)), **names)
+    fast.chat_template = template
+    return fast
+
+
+def _special(template):
+    return [
+        AddedToken(token, normalized=False) for token in sorted(set(_SPECIAL.findall(template)))
+    ]
+
+
+def sentencepiece_tokenizer(template, *, strips=False):
+    """A tokenizer as Llama 2 and Gemma have: a mark for each space, and one before the text.
+
+    Args:
+        template: its chat template.
+        strips: whether special tokens take in the white space behind them, as Phi-3's do.
+    """
+    special = [AddedToken("<unk>"), *_special(template + "<s></s>", rstrip=strips)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    letters = [chr(code) for code in range(33, 127)]
+    bytes_of_others = [f"<0x{code:02X}>" for code in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=460,
+        special_tokens=[*special, *bytes_of_others],
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    return _fast(tokenizer, template)
+
+
+def unigram_tokenizer(template):
+    """A tokenizer that drops white space at the ends and beside special tokens, as T5's does."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150,
+        special_tokens=[AddedToken("<unk>"), *_special(template + "<s></s>")],
+        unk_token="<unk>",
+        initial_alphabet=[chr(code) for code in range(33, 127)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    return _fast(tokenizer, template)
+
+
+def _fast(tokenizer, template):
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+    )
     fast.chat_template = template
     return fast
 

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from flowdata.text import find_fields, tokenize_rows
-from tests.chat_templates import MULTI, ROWS, SINGLE, THOUGHTFUL, call, says, tokenizer_with
+from tests.chat_templates import (
+    MULTI,
+    ROWS,
+    SINGLE,
+    THOUGHTFUL,
+    WEATHER,
+    call,
+    says,
+    tokenizer_with,
+    unigram_tokenizer,
+)
 
 trl = pytest.importorskip("trl", minversion="1.15", reason="TRL from 1.15 on needs Python 3.11")
 
@@ -263,10 +273,10 @@ def test_a_template_that_swallows_replies_is_noticed():
 
 
 def test_a_template_that_asks_for_a_system_message_is_given_strings_all_the_same():
-    asking = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('Say who you are') }}{% endif %}"
+    asking = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('Say who') }}{% endif %}"
     tokenizer = tokenizer_with(asking + SEPARATED)
     assert_right(tokenize(tokenizer, ROWS["system"]), tokenizer, "system")
-    with pytest.raises(ValueError, match="refuses the chat: Say who you are"):
+    with pytest.raises(ValueError, match="refuses the chat: Say who"):
         tokenize(tokenizer, ROWS["multi"])
 
 
@@ -367,3 +377,100 @@ def test_reasoning_that_a_template_never_writes_is_refused_in_the_last_turn_too(
     tokenizer = tokenizer_with(SEPARATED)
     with pytest.raises(ValueError, match=r"leaves reasoning .*\('Thought one.'\); name a template"):
         tokenize(tokenizer, {"messages": THOUGHTFUL[:2]})
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "lfm2_2_5", "llama3_1", "phi3"])
+def test_white_space_that_is_in_no_token_does_not_widen_the_targets(name):
+    # Marks that end in a line break, which this tokenizer drops: transformers' own mask of the
+    # assistant's tokens goes on to the end of the chat then.
+    tokenizer = unigram_tokenizer(source_of(name))
+    samples = tokenize(tokenizer, ROWS["multi"])
+    [(_, target)] = texts_of(samples, tokenizer)
+    target = target.replace(" ", "").replace("▁", "")
+    assert "Ask" not in target
+    assert target.count("Reply") == 2
+    assert target.endswith(">")
+
+
+def test_a_tokenizer_may_have_another_template_for_chats_with_tools():
+    plain, with_tools = SEPARATED, "{{ tools | tojson }}" + source_of("qwen2_5")
+    marked = source_of("lfm2_2_5")
+    for templates, form in (
+        ({"default": plain, "tool_use": with_tools}, "own"),
+        ({"default": marked, "tool_use": with_tools}, "own"),
+        ({"default": marked, "tool_use": marked + "{# tools #}"}, "marked"),
+    ):
+        tokenizer = tokenizer_with(templates["default"] + templates["tool_use"])
+        tokenizer.chat_template = templates
+        for chat in ("multi", "tools"):
+            samples = tokenize(tokenizer, ROWS[chat])
+            assert samples.replies == form
+            assert_right(samples, tokenizer, chat)
+
+
+@pytest.mark.parametrize("city", ["L'Aquila", 'The "Eternal" City', "Zürich\nHB", "a\\b", "上海"])
+def test_quoted_arguments_are_not_taken_for_missing_ones(city):
+    chat = [
+        says("user", "How is it there?"),
+        says("assistant", "", tool_calls=[call("weather", city=city, days=3, parts=["am", "pm"])]),
+        says("tool", f'{{"of": "{city}"}}', name="weather"),
+        says("assistant", "It shines."),
+    ]
+    row = {"messages": chat, "tools": [WEATHER]}
+    for name in ("qwen3", "qwen3_6", "lfm2_2_5", "llama3_1", "gptoss", "glm4moe", "gemma4"):
+        tokenizer = tokenizer_with(source_of(name))
+        targets = "".join(target for _, target in texts_of(tokenize(tokenizer, row), tokenizer))
+        assert "weather" in targets
+        assert targets.count("It shines.") == 1
+
+
+FURTHER = {
+    "Granite": (
+        "{% for m in messages %}<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}"
+        "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant"
+        "<|end_of_role|>{% endif %}"
+    ),
+    "OLMo": (
+        "{{ eos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ eos_token }}{% else %}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "Zephyr": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] + eos_token }}\n"
+        "{% if loop.last and add_generation_prompt %}<|assistant|>{% endif %}{% endfor %}"
+    ),
+    "DeepSeek V3.1": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}<｜Assistant｜></think>{{ m['content'].split("
+        "'</think>')[-1] }}<｜end▁of▁sentence｜>{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}"
+        "{% endif %}"
+    ),
+    "Kimi": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_system|>system"
+        "<|im_middle|>You are helpful<|im_end|>{% endif %}<|im_{{ m['role'] }}|>{{ m['role'] }}"
+        "<|im_middle|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}"
+        "<|im_assistant|>assistant<|im_middle|>{% endif %}"
+    ),
+    "Mistral Small": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}[SYSTEM_PROMPT]"
+        "{{ m['content'] }}[/SYSTEM_PROMPT]{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}"
+        "[/INST]{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("chat", ["single", "multi", "system"])
+def test_six_more_families(name, chat):
+    tokenizer = tokenizer_with(FURTHER[name])
+    samples = tokenize(tokenizer, ROWS[chat])
+    assert_right(samples, tokenizer, chat)
+    for _, target in texts_of(samples, tokenizer):
+        assert target.startswith(("Reply", "\nReply"))
+        assert target.endswith(">")
+    assert samples.is_split == (name == "OLMo" and chat != "single")
+    with pytest.raises(ValueError, match="leaves reasoning"):
+        tokenize(tokenizer, ROWS["reasoning"])
+    with pytest.raises(ValueError, match="leaves out the tools"):
+        tokenize(tokenizer, ROWS["tools"])

@@ -113,8 +113,11 @@ class _Text:
         self._text = _without_space(text)
 
     def __contains__(self, piece: str) -> bool:
-        quoted = json.dumps(piece, ensure_ascii=False)[1:-1]  # tool calls and results may be JSON
-        return _without_space(piece) in self._text or _without_space(quoted) in self._text
+        if _without_space(piece) in self._text:
+            return True
+        # Tool calls and results may stand in quotes, as JSON or Python writes them.
+        quoted = (json.dumps(piece, ensure_ascii=False), json.dumps(piece), repr(piece))
+        return any(_without_space(text[1:-1]) in self._text for text in quoted)
 
 
 def _without_space(text: str) -> str:

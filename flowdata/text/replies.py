@@ -100,9 +100,10 @@ def _end(text: str) -> int:
 
 
 def _without(text: str, ends: Sequence[str]) -> list[str]:
-    """A text, and the same without a special token at its end, where it has one."""
+    """A text, and the same without the end of the text, where that stands after an end of turn."""
     stem = text.rstrip()
-    return [text, stem, *(stem.removesuffix(end) for end in ends if end and stem.endswith(end))]
+    shorter = [stem.removesuffix(end).rstrip() for end in ends if stem.endswith(end)]
+    return [text, stem, *(other for other in shorter if other.endswith(tuple(ends)))]
 
 
 def find_marks(

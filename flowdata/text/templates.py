@@ -49,15 +49,15 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._options = dict(options or {})
-        source = self._source(None)
+        sources = {self._source(None), self._source([{}])}  # there may be one for chats with tools
         for name in options or {}:
-            if not re.search(rf"\b{re.escape(name)}\b", source):
+            if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
                 raise ValueError(f"the chat template has no variable {name!r}")
         self.form: Form = "own"
         self._training_form: str | None = None
-        if _MARK.search(source):
+        if all(map(_MARK.search, sources)):
             self.form = "marked"
-        else:
+        elif len(sources) == 1:
             self._training_form = training_form(tokenizer)
             if self._training_form is not None:
                 self.form = "training"
@@ -118,7 +118,7 @@ class ChatTemplate:
             target: the text of a chat's targets.
         """
         sentences = [_CHOICES[self.form]]
-        if not target.rstrip().endswith((*self.special_tokens, *self._tokenizer.get_added_vocab())):
+        if not target.rstrip().endswith(tuple(self.special_tokens)):
             sentences.append(
                 "the chat template writes no token that ends a reply, so none is scored: "
                 f"the first chat's targets end in {target[-20:]!r}"
@@ -132,8 +132,9 @@ class ChatTemplate:
 
     @property
     def special_tokens(self) -> list[str]:
-        """The tokenizer's special tokens, as text."""
-        return list(self._tokenizer.all_special_tokens)
+        """The tokenizer's special and added tokens, as text."""
+        tokens = (*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab())
+        return [token for token in dict.fromkeys(tokens) if token.strip()]
 
     def _reads_strings(self) -> bool:
         chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]

@@ -12,7 +12,16 @@ import trl
 from trl import SFTConfig, SFTTrainer
 
 from flowdata.text import find_fields, tokenize_rows
-from tests.chat_templates import MULTI, ROWS, SINGLE, WEATHER, call, says, tokenizer_with
+from tests.chat_templates import (
+    MULTI,
+    ROWS,
+    SINGLE,
+    WEATHER,
+    call,
+    says,
+    sentencepiece_tokenizer,
+    tokenizer_with,
+)
 from tests.models import tiny_llama
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -166,3 +175,16 @@ def test_a_call_beside_a_text(tmp_path):
     tokenizer = tokenizer_with(family("qwen3"))
     expected = prepared(tokenizer, rows, tmp_path, assistant_only_loss=True)
     assert tokenized(tokenizer, rows) == expected
+
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("name", ["phi3", "gemma3", "lfm2_2_5"])
+def test_another_kind_of_tokenizer(tmp_path, name, strips):
+    tokenizer = sentencepiece_tokenizer(family(name), strips=strips)
+    rows = [ROWS["single"], ROWS["multi"]]
+    expected = prepared(tokenizer, rows, tmp_path / "chats", assistant_only_loss=True)
+    assert tokenized(tokenizer, rows) == expected
+    for number, pairs in enumerate((TURNS, PAIRS)):
+        pairs = [row for row in pairs if name != "gemma3" or "system" not in str(row)]
+        expected = prepared(tokenizer, pairs, tmp_path / str(number))
+        assert tokenized(tokenizer, pairs) == expected
