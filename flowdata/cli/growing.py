@@ -20,7 +20,7 @@ from flowdata._common.notices import say
 from flowdata.scores import Scores
 from flowdata.scoring.ranks import Ranks, ranks_of_this_call
 from flowdata.scoring.scorer import LossScorer
-from flowdata.store.folder import SCORES, locked, read_manifest
+from flowdata.store.folder import LOCK, SCORES, locked, read_manifest
 from flowdata.store.format import (
     MANIFEST,
     layout_of,
@@ -32,6 +32,7 @@ from flowdata.store.format import (
 from flowdata.store.parts import PARTS
 from flowdata.text.tokens import TokenSamples
 
+REPORT = "report"  # the folder in a store that `flowdata report` writes
 _NEW = "new"
 
 
@@ -71,21 +72,33 @@ def score_growing(scorer: LossScorer, samples: TokenSamples, store: Path, **opti
 
 
 def remove_store(store: Path) -> None:
-    """Remove the losses that a store keeps; on the first rank, before the others go on.
+    """Remove the losses that a store keeps, and the report on them.
 
     Raises:
         StoreError: there is something else at `store`.
+        ValueError: the folder holds other files beside the store's; nothing is removed.
     """
     ranks = ranks_of_this_call(shared=True)
     with ranks.failing_together():
         if ranks.is_first and read_manifest(store) is not None:
             with locked(store):
-                for folder in (store / PARTS, store / _NEW):
-                    shutil.rmtree(folder, ignore_errors=True)
-                for file in (store / SCORES, store / MANIFEST):
-                    file.unlink(missing_ok=True)
+                _remove_files(store)
         ranks.from_first("removed", True)
         ranks.leave()
+
+
+def _remove_files(store: Path) -> None:
+    folders, files = (PARTS, _NEW, REPORT), (SCORES, MANIFEST)
+    others = {path.name for path in store.iterdir()} - {*folders, *files, LOCK}
+    if others:
+        raise ValueError(
+            f"--overwrite removes a store's own files, and {store} holds {min(others)} too; move "
+            "that, or score into another folder"
+        )
+    for folder in folders:
+        shutil.rmtree(store / folder, ignore_errors=True)
+    for file in files:
+        (store / file).unlink(missing_ok=True)
 
 
 def _count_kept(store: Path, samples: TokenSamples, ranks: Ranks) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from flowdata._common.notices import logger
 from flowdata._common.unreadable import Unreadable
 from flowdata.cli.exit_codes import DONE, USER_ERRORS
+from flowdata.cli.growing import REPORT
 from flowdata.cli.options import add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.report.report import write_report
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     scores = Scores.load(options.store)
     report = write_report(
         scores,
-        Path(options.output or Path(options.store) / "report"),
+        Path(options.output or Path(options.store) / REPORT),
         temperature=options.temperature,
         samples=_sample_texts(scores),
         top=options.top,
