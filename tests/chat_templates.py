@@ -50,10 +50,9 @@ def tokenizer_with(template, **options):
     return fast
 
 
-def _special(template):
-    return [
-        AddedToken(token, normalized=False) for token in sorted(set(_SPECIAL.findall(template)))
-    ]
+def _special(template, **options):
+    names = sorted(set(_SPECIAL.findall(template)))
+    return [AddedToken(name, normalized=False, **options) for name in names]
 
 
 def sentencepiece_tokenizer(template, *, strips=False):
