@@ -9,10 +9,10 @@ from typing import Any
 from flowdata._common.notices import logger, say
 from flowdata._common.unreadable import Unreadable
 from flowdata.cli.recognised import Recognised, recognise
+from flowdata.cli.template_options import add_template_options, load_tokenizer_with_template
 from flowdata.store.fingerprint import fingerprint_tokenizer
 from flowdata.text.conversation import Row
 from flowdata.text.formats import Fields, find_fields
-from flowdata.text.models import load_tokenizer
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 
@@ -45,14 +45,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in _COLUMNS.items():
         add(f"--{name}-column", help=text)
-    add(
-        "--template",
-        action=argparse.BooleanOptionalAction,
-        help="put pairs through the chat template (default: if the tokenizer has one)",
-    )
-    add("--max-length", type=int, help="cut samples to so many tokens")
-    add("--tokenizer", help="hub id or folder (default: the model's)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_template_options(parser)
 
 
 def text_samples(
@@ -77,9 +70,7 @@ def text_samples(
     row = _first_row(rows, source)
     named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
     fields = find_fields(row, Fields(**{k: v for k, v in named.items() if v is not None}))
-    tokenizer = load_tokenizer(
-        options.tokenizer or model, trust_remote_code=options.trust_remote_code
-    )
+    tokenizer = load_tokenizer_with_template(options, model)
     template = options.template
     if template is None:
         template = tokenizer.chat_template is not None and fields.prompt is not None
@@ -88,9 +79,13 @@ def text_samples(
         tokenizer,
         fields,
         template=template,
+        template_options=dict(options.template_option),
         max_length=options.max_length,
+        truncation=options.truncation,
         on_error=options.on_error,
     )
+    if options.chat_template is not None and samples.replies is None:
+        raise ValueError("--chat-template has no effect: no row goes through a chat template")
     _warn(options, samples)
     recognised = recognise(row, fields, samples, tokenizer)
     if os.environ.get("RANK", "0") == "0" and not options.quiet:
@@ -101,12 +96,22 @@ def text_samples(
             "model": model,
             "data": {"source": source, **where, **vars(fields), "rows": int(samples.rows[-1]) + 1},
             "tokenizer": fingerprint_tokenizer(tokenizer),
-            "chat_template": template or fields.messages is not None,
+            "chat_template": samples.replies is not None,
+            "replies": samples.replies,
+            "template_options": dict(options.template_option),
             "max_length": options.max_length,
-            "num_cut": samples.num_cut,
+            "truncation": options.truncation,
+            **cuts_of(samples),
         },
         recognised,
     )
+
+
+def cuts_of(samples: TokenSamples) -> dict[str, int]:
+    """Return how many samples were cut, lost targets, and lost all of them, by name."""
+    return {
+        name: getattr(samples, name) for name in ("num_cut", "num_cut_targets", "num_lost_targets")
+    }
 
 
 def _first_row(rows: Any, source: str) -> Row:
@@ -121,15 +126,26 @@ def _first_row(rows: Any, source: str) -> Row:
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
     """Say how many samples are not whole."""
     if samples.num_cut:
-        logger.warning(
-            "%d of %d samples were longer than %d tokens and were cut",
-            samples.num_cut,
-            len(samples),
-            options.max_length,
-        )
+        logger.warning("%s", _cut(samples, options.max_length))
     if samples.unreadable:
         logger.warning(
             "%d rows can't be read and have no loss; the first: %s",
             len(samples.unreadable),
             next(iter(samples.unreadable.values())),
         )
+
+
+def _cut(samples: TokenSamples, max_length: int) -> str:
+    """How many samples were cut, and what they lost, as a sentence."""
+    told = (
+        f"{samples.num_cut:,} of {len(samples):,} samples were longer than {max_length:,} tokens "
+        "and were cut"
+    )
+    if samples.num_cut_targets:
+        told += (
+            f"; {samples.num_cut_targets:,} of them lost part or all of their target"
+            f" ({samples.num_lost_targets:,} all of it, and have no loss)"
+        )
+        if samples.truncation == "keep_start":
+            told += ". --truncation keep_end cuts the prompt instead"
+    return told

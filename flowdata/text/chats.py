@@ -37,19 +37,22 @@ def render_conversation(conversation: Conversation, template: ChatTemplate) -> l
             told apart.
     """
     errors: list[ValueError] = []
-    for rewrite in _WAYS:
+    first = _as_given if template.reads_strings else _strings_as_parts
+    for rewrite in (first, *_FURTHER_WAYS):
         try:
             messages = [rewrite(message) for message in conversation.messages]
-            if rewrite is _WAYS[0] or messages != list(conversation.messages):
+            if rewrite is first or messages != list(conversation.messages):
                 return _render(replace(conversation, messages=tuple(messages)), template)
-        # Templates raise jinja2's errors and, at content of another kind, any of Python's own.
-        except Exception as error:
-            if not isinstance(error, ValueError):
-                error = ValueError(f"the chat template refuses the chat: {error}")
+        except ValueError as error:
             errors.append(error)
-    # Of several ways that fail, one whose content was read says more of what is wrong.
-    read = [e for e in errors if isinstance(e, LeftOutError) and not e.is_content]
-    raise (read or errors)[0]
+    raise next(filter(_is_telling, errors), errors[0])
+
+
+def _is_telling(error: ValueError) -> bool:
+    """Whether an error tells what is wrong, and not only that content has another form."""
+    if isinstance(error, LeftOutError):
+        return not error.is_content
+    return type(error.__cause__).__name__ == "TemplateError"  # the template's own words
 
 
 def _render(conversation: Conversation, template: ChatTemplate) -> list[Rendering]:
@@ -109,6 +112,10 @@ def _as_given(message: Message) -> Message:
     return message
 
 
+def _strings_as_parts(message: Message) -> Message:
+    return _with_parts(message) if isinstance(message.get("content"), str) else message
+
+
 def _with_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content_text(message)}]}
 
@@ -118,25 +125,17 @@ def _with_text(message: Message) -> Message:
 
 
 def _with_json(message: Message) -> Message:
-    return _with_arguments(message, lambda value: json.dumps(value, ensure_ascii=False))
-
-
-def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    changed = []
-    for call in calls:
+    calls = []
+    for call in message.get("tool_calls") or ():
         function = call.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), Mapping):
-            function = {**function, "arguments": change(function["arguments"])}
-            call = {**call, "function": function}
-        changed.append(call)
-    return {**message, "tool_calls": changed}
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": arguments}}
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message
 
 
-_WAYS: tuple[_Rewrite, ...] = (
-    _as_given,
+_FURTHER_WAYS: tuple[_Rewrite, ...] = (
     _with_parts,
     _with_text,
     _with_json,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from flowdata._common.notices import say_once
+from flowdata.text.completeness import content_text
 from flowdata.text.conversation import Message
 from flowdata.text.renderings import Rendering, common_length
 
 _TAG = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
-
 
 Write = Callable[..., str]  # (messages, *, prompt=False) -> text, as `ChatTemplate.write`
 
@@ -67,8 +68,10 @@ def find_start(write: Write, messages: Sequence[Message], index: int, after: str
         ValueError: the template writes the chat before the reply differently in `after`.
     """
     if index == 0:  # nothing can be rendered before it; what begins a reply is seen behind it
-        opening = write(messages[:1], prompt=True).removeprefix(after)
-        return after.find(opening) + len(opening) if opening in after else 0
+        opening = write(messages[:1], prompt=True).removeprefix(write(messages[:1]))
+        if opening and opening in after:
+            return after.find(opening) + len(opening)
+        return max(0, after.find(content_text(messages[0]).strip()))
     before = write(messages[:index], prompt=True)
     start = common_length(before, after)
     if start == len(before):
@@ -83,7 +86,12 @@ def find_start(write: Write, messages: Sequence[Message], index: int, after: str
         )
     # Both may go on with tags of one first letter, "<think>" here and "<b>" there.
     cut_tags = (tag.start() for tag in _TAG.finditer(before) if tag.start() < start < tag.end())
-    return next(cut_tags, start)
+    start = next(cut_tags, start)
+    say_once(
+        f"the chat template writes {before[start:]!r} before a reply that is generated, and not "
+        "before one that is there: replies are scored without it"
+    )
+    return start
 
 
 def _end(text: str) -> int:
@@ -92,9 +100,10 @@ def _end(text: str) -> int:
 
 
 def _without(text: str, ends: Sequence[str]) -> list[str]:
-    """A text, and the same without a special token at its end, where it has one."""
+    """A text, and the same without the end of the text, where that stands after an end of turn."""
     stem = text.rstrip()
-    return [text, stem, *(stem.removesuffix(end) for end in ends if end and stem.endswith(end))]
+    shorter = [stem.removesuffix(end).rstrip() for end in ends if stem.endswith(end)]
+    return [text, stem, *(other for other in shorter if other.endswith(tuple(ends)))]
 
 
 def find_marks(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from flowdata.text.conversation import Message
 
+Form = Literal["own", "marked", "training"]
 Span = tuple[int, int]  # of characters, the second one excluded
 
 # `{% generation %}` in a template stands before what the model writes, `{% endgeneration %}` after.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_DATE = re.compile(r"\bstrftime_now\s*\(")
+_PROBE = "Is it written?"
 _CHOICES = {
     "own": "replies are what each adds to the chat before it: the chat template marks none",
     "marked": "replies are what the chat template marks as generated",
@@ -26,13 +30,15 @@ class ChatTemplate:
     Attributes:
         form: ``"own"``, the tokenizer's template, which has no marks; ``"marked"``, the same where
             it has; ``"training"``, the form that TRL trains this template in.
+        reads_strings: whether it writes content that is a string; templates of vision models may
+            read a list of parts alone.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         options: values for the template's own variables, such as `enable_thinking`.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or it has no such variable.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
@@ -41,16 +47,21 @@ class ChatTemplate:
                 "the tokenizer has no chat template; name one with --chat-template, or put pairs "
                 "through none with --no-template"
             )
-        self.form: Literal["own", "marked", "training"] = "own"
         self._tokenizer = tokenizer
         self._options = dict(options or {})
+        sources = {self._source(None), self._source([{}])}  # there may be one for chats with tools
+        for name in options or {}:
+            if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+                raise ValueError(f"the chat template has no variable {name!r}")
+        self.form: Form = "own"
         self._training_form: str | None = None
-        if _MARK.search(self._source(None)):
+        if all(map(_MARK.search, sources)):
             self.form = "marked"
-        else:
+        elif len(sources) == 1:
             self._training_form = training_form(tokenizer)
             if self._training_form is not None:
                 self.form = "training"
+        self.reads_strings = self._reads_strings()
 
     def write(
         self,
@@ -68,13 +79,14 @@ class ChatTemplate:
             options: further values for the template's variables.
             prompt: whether the beginning of the next reply stands at the end.
         """
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **{**self._options, **(options or {})},
-        )
+        with _refusals():
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **{**self._options, **(options or {})},
+            )
         return text
 
     def write_marked(
@@ -89,29 +101,62 @@ class ChatTemplate:
         # The tokenizer's `apply_chat_template` makes the same call, and keeps the marks to itself
         # where it returns text. Tokens are made of many chats at once, so text is what is needed.
         present = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        texts, spans = render_jinja_template(
-            conversations=[present],
-            tools=list(tools) if tools else None,
-            chat_template=self._training_form or self._source(tools),
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **self._options, **(options or {})},
-        )
+        with _refusals():
+            texts, spans = render_jinja_template(
+                conversations=[present],
+                tools=list(tools) if tools else None,
+                chat_template=self._training_form or self._source(tools),
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **self._options, **(options or {})},
+            )
         return texts[0], [(start, end) for start, end in spans[0] if start < end]
 
-    @property
-    def choice(self) -> str:
-        """What replies are told from the rest of a chat by, as a sentence."""
-        return _CHOICES[self.form]
+    def remarks(self, target: str) -> list[str]:
+        """Return what a user should know of the template, in sentences.
+
+        Args:
+            target: the text of a chat's targets.
+        """
+        sentences = [_CHOICES[self.form]]
+        if not target.rstrip().endswith(tuple(self.special_tokens)):
+            sentences.append(
+                "the chat template writes no token that ends a reply, so none is scored: "
+                f"the first chat's targets end in {target[-20:]!r}"
+            )
+        if _DATE.search(self._source(None)) and "date_string" not in self._options:
+            sentences.append(
+                "the chat template writes the date, so another day's tokens and losses differ; if "
+                "it has a variable for it, --template-option date_string=… holds one"
+            )
+        return sentences
 
     @property
     def special_tokens(self) -> list[str]:
-        """The tokenizer's special tokens, as text."""
-        return list(self._tokenizer.all_special_tokens)
+        """The tokenizer's special and added tokens, as text."""
+        tokens = (*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab())
+        return [token for token in dict.fromkeys(tokens) if token.strip()]
+
+    def _reads_strings(self) -> bool:
+        chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+        try:
+            return self.write(chat).count(_PROBE) == len(chat)
+        except ValueError:  # it may refuse the chat for another reason
+            return True
 
     def _source(self, tools: Any) -> str:
         """The template's text; of several named ones that which transformers would take."""
         source: str = self._tokenizer.get_chat_template(None, tools=list(tools) if tools else None)
         return source
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn errors of a template into ValueErrors, which say whose they are."""
+    try:
+        yield
+    # Templates raise jinja2's errors, and at content of another kind any of Python's own.
+    except Exception as error:
+        raise ValueError(f"the chat template refuses the chat: {error}") from error
 
 
 def training_form(tokenizer: Any) -> str | None:

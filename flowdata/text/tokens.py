@@ -23,7 +23,7 @@ from flowdata.text.conversation import Row
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
 from flowdata.text.renderings import Rendering
-from flowdata.text.templates import ChatTemplate
+from flowdata.text.templates import ChatTemplate, Form
 
 Truncation = Literal["keep_start", "keep_end"]  # TRL's words
 
@@ -49,6 +49,10 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         is_target: (Σ T,) bool; labels are −100 where it is false.
         offsets: (N + 1,) int64, where each sample begins and the last one ends.
         rows: (N,) int64, the row that each sample is of, ascending.
+        truncation: as given.
+        replies: what told the replies of chats from the rest: ``"marked"`` and ``"training"`` are
+            marks of the chat template and of TRL's training form of it, ``"own"`` is what each
+            reply adds to the chat; None where no row went through a chat template.
         num_cut: samples shortened to the maximum length.
         num_cut_targets: those of them that lost targets, some or all.
         num_lost_targets: those of them that lost all targets, and have no loss.
@@ -73,6 +77,8 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         ids: list[NDArray[np.int32]] = []
         targets: list[NDArray[np.bool_]] = []
         rows: list[int] = []
+        self.truncation = truncation
+        self.replies: Form | None = None
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
         for row, samples in enumerate(samples_of_rows):
             for tokens, is_target in samples:
@@ -109,6 +115,11 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
             "input_ids": ids,
             "labels": ids.masked_fill(torch.from_numpy(~self.is_target[tokens]), IGNORE_INDEX),
         }
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some row is several samples, one for each of its replies."""
+        return len(self) > len(np.unique(self.rows))
 
     @property
     def lengths(self) -> Tensor:
@@ -178,7 +189,7 @@ def tokenize_rows(
     unreadable: dict[int, str] = {}
     encoded = _encoded(_rendered(rows, fields, renderer), tokenizer, unreadable, on_error == "skip")
     samples = TokenSamples(encoded, max_length, truncation, unreadable)
-    renderer.tell(len(samples), int(samples.rows[-1]) + 1)
+    samples.replies = renderer.finish(samples.rows)
     return samples
 
 
@@ -192,6 +203,7 @@ class _Renderer:
         self._through_template = through_template
         self._options = options
         self._template: ChatTemplate | None = None
+        self._remarks: list[str] = []
 
     def render(self, row: Row, fields: Fields) -> list[Rendering]:
         conversation = read_conversation(row, fields)
@@ -202,19 +214,28 @@ class _Renderer:
             return [Rendering(text, prompt=prompt)]
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer, self._options)
-        return render_conversation(conversation, self._template)
+        renderings = render_conversation(conversation, self._template)
+        self._remarks = self._remarks or self._template.remarks(renderings[-1].target_text())
+        return renderings
 
-    def tell(self, num_samples: int, num_rows: int) -> None:
-        """Say how replies were told from the rest of a chat."""
+    def finish(self, rows: NDArray[np.int64]) -> Form | None:
+        """Say how replies were told from the rest of a chat, and return it."""
         if self._template is None:
-            return
-        say(self._template.choice)
-        if num_samples > num_rows:
+            if self._options:
+                raise ValueError(
+                    "template_options have no effect: no row goes through a chat template"
+                )
+            return None
+        for remark in self._remarks:
+            say(remark)
+        samples_of_rows = np.bincount(rows)
+        if num_split := int((samples_of_rows > 1).sum()):
             say(
-                "the chat template writes earlier turns differently once later ones follow: "
-                f"{num_rows:,} rows are scored reply by reply, as {num_samples:,} samples, each "
+                "the chat template writes earlier turns differently once later ones follow, so "
+                f"{num_split:,} of {len(samples_of_rows):,} rows are scored reply by reply, each "
                 "reply after the text that it would be generated after"
             )
+        return self._template.form
 
 
 def _rendered(

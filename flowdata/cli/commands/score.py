@@ -15,9 +15,12 @@ from flowdata.cli.growing import remove_store, score_growing
 from flowdata.cli.options import add_dtype, add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
-from flowdata.cli.text_samples import add_text_options, text_samples
+from flowdata.cli.text_samples import add_text_options, cuts_of, text_samples
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
+from flowdata.store.folder import SCORES
+from flowdata.store.format import write_file
+from flowdata.text.joining import REPLIES, check_can_join, join_replies
 from flowdata.text.models import hide_progress, load_model, load_transformers
 from flowdata.weights import check_temperature
 
@@ -71,9 +74,20 @@ def run(options: argparse.Namespace) -> int:
         store = Path(options.store)
         if options.overwrite:
             remove_store(store)
-        scores = score_growing(scorer, samples, store, on_error=options.on_error, details=details)
+            remove_store(store / REPLIES)
+        check_can_join(samples, options.columns, store)
+        scores = score_growing(
+            scorer,
+            samples,
+            store / REPLIES if samples.is_split else store,
+            on_error=options.on_error,
+            details=details,
+        )
         if os.environ.get("RANK", "0") == "0":  # all ranks have all scores; one tells of them
-            _print_scores(options, scores, scorer.explain(), samples.num_cut)
+            if samples.is_split:
+                scores = join_replies(scores, samples.rows)
+                write_file(store / SCORES, scores.to_tensors(), scores.manifest())
+            _print_scores(options, scores, scorer.explain(), cuts_of(samples))
     return DONE
 
 
@@ -86,9 +100,9 @@ def _print_preview(options: argparse.Namespace) -> None:
 
 
 def _print_scores(
-    options: argparse.Namespace, scores: Scores, explanation: str, num_cut: int
+    options: argparse.Namespace, scores: Scores, explanation: str, cuts: dict[str, int]
 ) -> None:
-    figures = {"num_cut": num_cut, **scores.summary(temperature=options.temperature)}
+    figures = {**cuts, **scores.summary(temperature=options.temperature)}
     lines = [
         f"{len(scores):,} samples scored into {options.store} ({explanation})",
         list_figures(figures),
