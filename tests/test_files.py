@@ -70,6 +70,24 @@ def test_text_files_are_read_as_they_are_written(name, mark, streaming, tmp_path
         assert list(read_rows(str(file), limit=2, streaming=streaming)) == ROWS[:2]
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_put_one_after_another_are_read_to_the_end(suffix, tmp_path):
+    parts = [PACKERS[suffix](as_lines(rows).encode()) for rows in (ROWS[:2], ROWS[2:])]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts))
+    assert read_rows(str(tmp_path / f"a.jsonl{suffix}")) == ROWS
+
+
+def test_tables_from_spreadsheets_are_read(tmp_path):
+    cells = 'Question\tAnswer\r\nWhere?\t"There,\r\nover there"\r\n'
+    (tmp_path / "a.tsv").write_bytes(cells.encode("utf-16"))
+    rows = [{"Question": "Where?", "Answer": "There,\r\nover there"}]
+    assert read_rows(str(tmp_path / "a.tsv"), encoding="utf-16") == rows
+    (tmp_path / "a.csv").write_bytes(b"prompt;completion\r\n\r\ncaf\xe9?;\r\n")
+    assert read_rows(str(tmp_path / "a.csv"), encoding="cp1252") == [
+        {"prompt": "café?", "completion": ""}
+    ]
+
+
 def test_one_object_over_many_lines_is_one_row(tmp_path):
     file = tmp_path / "one.json"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}, indent=2))
