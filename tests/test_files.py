@@ -148,6 +148,17 @@ def test_splits_are_told_by_the_names_of_files(tmp_path):
         read_rows(str(tmp_path), split="dev")
 
 
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(as_lines(ROWS))
+    with pytest.raises(ValueError, match="split='test' goes with folders and hub data sets"):
+        read_rows(str(file), split="test")
+    with pytest.raises(ValueError, match="configuration goes with data sets on the hub"):
+        read_rows(str(file), configuration="main")
+    with pytest.raises(ValueError, match="revision goes with data sets on the hub"):
+        read_rows(str(tmp_path), revision="v1")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -166,6 +166,26 @@ ROW_AND_RENDERING = {
         f"{TOOLS}<system>s</s>\n<user>a</s>\n<assistant>«{CALL}</s>»\n<tool>no</s>\n"
         "<assistant>«b</s>»\n",
     ),
+    "chat as JSON text": (
+        {"messages": json.dumps(chat(("user", "a"), ("assistant", "b")))},
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "object of lists": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["a", "b"]}},
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "UltraChat": (
+        {"prompt": "a", "prompt_id": "1", "messages": chat(("user", "a"), ("assistant", "b"))},
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "Capybara": (
+        {"source": "x", "conversation": [{"input": "a", "output": "b"}]},
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "orca_dpo_pairs": (
+        {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
+        "<system>s</s>\n<user>a</s>\n<assistant>«b</s>»\n",
+    ),
     "OpenAI, arguments as text": (
         {
             "messages": [
@@ -548,6 +568,10 @@ def messages_row(*messages):
         ),
         (messages_row({"role": "tool_call", "content": "{}"}), "a tool call has no name"),
         ({"messages": 3}, "column 'messages' should hold text"),
+        (
+            {"prompt": "a", "completion": "b", "system": ["s"]},
+            "'system' should hold text, it holds",
+        ),
         ({"messages": ["a", 4]}, "message 1: should be an object, it is a int"),
         (
             {"system": "s", "messages": chat(("system", "t"), ("user", "a"), ("assistant", "b"))},

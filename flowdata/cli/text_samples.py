@@ -31,7 +31,7 @@ _COLUMNS = {
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which text is read, and how it becomes tokens."""
     add = parser.add_argument
-    add("--split", default="train", help="of a data set with splits (default: %(default)s)")
+    add("--split", help="of a folder or hub data set that has splits (default: train)")
     add("--configuration", help="of a hub data set that has several")
     add("--revision", help="of a hub data set: a branch, tag or commit")
     add("--encoding", default="utf-8", help="of JSON, CSV and text files (default: %(default)s)")

@@ -13,7 +13,7 @@ from flowdata.text.files.tables import Table, read_hub, read_saved, read_table_f
 def read_rows(
     source: str,
     *,
-    split: str = "train",
+    split: str | None = None,
     limit: int | None = None,
     configuration: str | None = None,
     revision: str | None = None,
@@ -30,7 +30,7 @@ def read_rows(
     Args:
         source: a file, a folder of files, a pattern such as `data/*.jsonl.gz`, the folder of a
             saved data set, or a hub id, `owner/name` or `hf://datasets/owner/name`.
-        split: of a hub data set, or of a folder that has splits.
+        split: of a hub data set, or of a folder that has splits; None is ``"train"``.
         limit: how many rows are read, from the first; None reads all.
         configuration: of a hub data set; some have several.
         revision: of a hub data set: a branch, tag or commit.
@@ -42,7 +42,8 @@ def read_rows(
     Raises:
         FileNotFoundError: `source` names something on this machine that is not there.
         ValueError: there are no rows, a file is of a kind that is not read, or holds something
-            else (the file and the line are named), or `limit` is below 1.
+            else (the file and the line are named), an option goes with other sources, or `limit` is
+            below 1.
 
     Example:
         >>> import tempfile
@@ -56,10 +57,17 @@ def read_rows(
     name = hub_id(source)
     if name is not None:
         rows: Any = read_hub(
-            name, split=split, configuration=configuration, revision=revision, streaming=streaming
+            name,
+            split=split or "train",
+            configuration=configuration,
+            revision=revision,
+            streaming=streaming,
         )
+    elif configuration or revision:
+        option = "configuration" if configuration else "revision"
+        raise ValueError(f"{option} goes with data sets on the hub; {source} is on this machine")
     elif is_saved(Path(source)):
-        rows = read_saved(Path(source), split)
+        rows = read_saved(Path(source), split or "train")
     else:
         files = files_of(source, split)
         kind = kind_of(files[0])

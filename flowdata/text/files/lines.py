@@ -24,7 +24,7 @@ from flowdata._common.unreadable import Unreadable
 from flowdata.text.conversation import Row
 from flowdata.text.files.places import kind_of
 
-_ROWS_BELOW = ("data", "rows", "examples", "instances", "train")  # names of an object's rows
+_ROWS_BELOW = ("data", "rows", "examples", "instances")  # names of an object's rows
 _DELIMITERS = (",", ";", "\t", "|")
 
 

@@ -21,7 +21,8 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # a data set's own notes
+# What `datasets` writes beside the data; the last two are in the folders of saved data sets.
+_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -40,7 +41,7 @@ def kind_of(path: Path) -> str | None:
 
 def is_saved(folder: Path) -> bool:
     """Return whether a folder is a data set as `save_to_disk` writes it."""
-    return any((folder / name).is_file() for name in _SAVED[1:])
+    return any((folder / name).is_file() for name in _NOTES[2:])
 
 
 def hub_id(source: str) -> str | None:
@@ -60,22 +61,25 @@ def hub_id(source: str) -> str | None:
     return None if is_local or not _HUB_ID.fullmatch(source) else source
 
 
-def files_of(source: str, split: str) -> list[Path]:
+def files_of(source: str, split: str | None) -> list[Path]:
     """Return the files that a source on this machine names, in the order of their names.
 
     Args:
         source: a file, a folder, or a pattern such as `data/*.jsonl.gz`.
-        split: of a folder whose files are named for splits.
+        split: of a folder whose files are named for splits; None is ``"train"`` there.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: files of a kind that is not read, or of several kinds.
+        ValueError: files of a kind that is not read, or of several kinds, or files that are named
+            themselves, which have no splits.
     """
     path = Path(source).expanduser()
+    if split is not None and not path.is_dir():
+        raise ValueError(f"split={split!r} goes with folders and hub data sets, not with {source}")
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = _files_below(path, split)
+        files = _files_below(path, split or "train")
     else:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
         files = [file for file in files if file.is_file()]
@@ -96,7 +100,7 @@ def files_of(source: str, split: str) -> list[Path]:
 def _files_below(folder: Path, split: str) -> list[Path]:
     """The data files in a folder; those of one split where their names tell splits."""
     names = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    files = [path for path in names if kind_of(path) and path.name not in _SAVED]
+    files = [path for path in names if kind_of(path) and path.name not in _NOTES]
     if not files:
         raise ValueError(f"{folder} holds no file of a kind that is read: {', '.join(KINDS)}")
     from datasets.data_files import DataFilesDict, get_data_patterns

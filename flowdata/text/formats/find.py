@@ -164,7 +164,7 @@ def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fiel
                 column = usual[0]
             found[companion] = column
     label = _first(_LABELS, names)
-    if label and isinstance(row[label], bool):
+    if label and isinstance(row[label], bool) and (fields.prompt or fields.messages):
         found["label"] = label
     fields = replace(fields, **found)
     return replace(fields, name=_name(fields, row))

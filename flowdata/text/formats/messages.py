@@ -43,7 +43,10 @@ def read_turns(value: Any) -> list[Turn]:
     """
     value = parse(value) if isinstance(value, str) else value
     if isinstance(value, Mapping):
-        value = [value]
+        # Earlier versions of `datasets` kept a list of objects as an object of lists.
+        is_turned = bool(value) and all(_is_list(column) for column in value.values())
+        columns = zip(*value.values(), strict=True) if is_turned else ()
+        value = [dict(zip(value, row, strict=True)) for row in columns] if is_turned else [value]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"a chat should be a list of messages, it is a {type(value).__name__}")
     turns: list[Turn] = []

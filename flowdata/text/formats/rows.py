@@ -52,8 +52,8 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         turns, plain = _pair(row, fields)
     turns = _history(row, fields) + turns
     system = _optional(row, fields.system)
-    if system:
-        turns = _with_system(turns, str(system), fields.system or "")
+    if _holds(system):
+        turns = _with_system(turns, system, fields.system or "")
     if not any(is_target for _, is_target in turns):
         raise ValueError(
             "the chat has no message with role 'assistant' that is to be learned, so it has no "
@@ -68,7 +68,7 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         tools=tools,
         template_options=(parse(options) if isinstance(options, str) else options) or {},
         num_prompt=len(turns) - num_completion,
-        plain=plain if len(turns) <= 2 and not system and not tools else None,
+        plain=plain if len(turns) <= 2 and not _holds(system) and not tools else None,
     )
 
 
@@ -180,7 +180,9 @@ def _history(row: Row, fields: Fields) -> list[Turn]:
     return _context(turns) if fields.rejected or fields.label else turns
 
 
-def _with_system(turns: list[Turn], system: str, column: str) -> list[Turn]:
+def _with_system(turns: list[Turn], system: Any, column: str) -> list[Turn]:
+    if not isinstance(system, str):
+        raise ValueError(f"column {column!r} should hold text, it holds {_kind(system)}")
     message: Message = {"role": "system", "content": system}
     if not turns or turns[0][0]["role"] != "system":
         return [(message, False), *turns]
