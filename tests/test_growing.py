@@ -163,6 +163,23 @@ def test_overwriting_begins_anew(capsys, model_folder, data, tmp_path, scored):
     assert data.exists()
 
 
+def test_a_grown_store_that_is_damaged_is_scored_anew_on_request(
+    capsys, model_folder, data, tmp_path
+):
+    store = tmp_path / "store"
+    score(capsys, model_folder, data, store, "--limit", 4)
+    score(capsys, model_folder, data, store)
+    file = store / "scores.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--dtype", "float32")
+    assert code == 2
+    assert "no part of it can be repaired; --overwrite scores all samples again" in err
+    facts, _ = score(capsys, model_folder, data, store, "--overwrite")
+    assert facts["samples"] == COUNT
+
+
 def test_a_stale_draft_of_a_growth_is_no_hindrance(capsys, model_folder, data, tmp_path):
     store = tmp_path / "store"
     score(capsys, model_folder, data, store, "--limit", 4)
@@ -183,7 +200,7 @@ def test_rows_that_can_not_be_read_keep_their_place(capsys, model_folder, data, 
     assert "data.jsonl, line 3: not JSON" in err
     store = tmp_path / "store"
     facts, err = score(capsys, model_folder, data, store, "--on-error", "skip", "--limit", 9)
-    assert "2 rows can't be read and have no loss; the first: " in err
+    assert "2 of 9 rows can't be read and have no loss; the first: " in err
     assert facts["samples"] == 9
     facts, _ = score(capsys, model_folder, data, store, "--on-error", "skip")
     scores = Scores.load(store)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.notices import say
+from flowdata.errors import StoreError
 from flowdata.scores import Scores
 from flowdata.scoring.ranks import Ranks, ranks_of_this_call
 from flowdata.scoring.scorer import LossScorer
@@ -106,6 +107,8 @@ def _count_kept(store: Path, samples: TokenSamples, ranks: Ranks) -> int:
     if not ranks.is_first:
         return 0
     manifest = read_manifest(store)
+    if manifest is not None and not manifest["plan"]:
+        _check_whole(store)
     identity = {} if manifest is None else manifest["identity"]
     count = identity.get("num_samples", 0)
     is_beginning = 0 < count <= len(samples) and (
@@ -114,6 +117,17 @@ def _count_kept(store: Path, samples: TokenSamples, ranks: Ranks) -> int:
     if store.name == _NEW and manifest is not None and not is_beginning:
         shutil.rmtree(store)  # the draft of another extension that was stopped
     return count if is_beginning and count < len(samples) else 0
+
+
+def _check_whole(store: Path) -> None:
+    """Raise StoreError for a store that grew and is damaged: its packs are not known any more."""
+    try:
+        Scores.load(store)
+    except StoreError as error:
+        raise StoreError(
+            f"{error}. The store grew with its data, and no part of it can be repaired; "
+            "--overwrite scores all samples again"
+        ) from None
 
 
 def _score(

@@ -129,8 +129,9 @@ def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
         logger.warning("%s", _cut(samples, options.max_length))
     if samples.unreadable:
         logger.warning(
-            "%d rows can't be read and have no loss; the first: %s",
+            "%d of %d rows can't be read and have no loss; the first: %s",
             len(samples.unreadable),
+            int(samples.rows[-1]) + 1,
             next(iter(samples.unreadable.values())),
         )
 

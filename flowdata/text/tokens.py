@@ -136,6 +136,15 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         part.rows = self.rows[start:stop]
         return part
 
+    def readable(self) -> TokenSamples:
+        """Return the samples without those of rows that can't be read."""
+        readable = copy(self)
+        is_readable = ~np.isin(self.rows, list(self.unreadable))
+        # The others have no tokens: where they begin and end is left out, and nothing else moves.
+        readable.offsets = np.append(self.offsets[:-1][is_readable], self.offsets[-1])
+        readable.rows, readable.unreadable = self.rows[is_readable], {}
+        return readable
+
     def digest(self) -> str:
         """Return the hex SHA-256 of all tokens, targets and offsets."""
         content = (self.input_ids, self.is_target, self.offsets)

@@ -6,7 +6,13 @@ import argparse
 
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.output import print_result
-from flowdata.cli.probe_options import add_probe_options, describe_probe, is_own, make_probe
+from flowdata.cli.probe_options import (
+    add_probe_options,
+    describe_probe,
+    is_own,
+    make_probe,
+    read_probe,
+)
 from flowdata.drift import Drift, DriftMeter
 from flowdata.text.models import hide_progress, load_model, load_transformers, load_tuned_model
 
@@ -26,8 +32,9 @@ def run(options: argparse.Namespace) -> int:
     if options.quiet:
         hide_progress()
     trust = options.trust_remote_code
+    samples = read_probe(options)
     base = load_model(options.base, trust_remote_code=trust, device=options.device)
-    meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
+    meter = DriftMeter(base, make_probe(options, base, samples), dtype=options.dtype)
     drifts = {}
     for source in options.tuned:
         tuned = load_tuned_model(base, source, trust_remote_code=trust)

@@ -40,7 +40,8 @@ class Fields:
     def columns(self) -> list[str]:
         """Return the names of all columns that are read or known."""
         names = (
-            *(self.messages, self.prompt, self.input, self.completion, self.system),
+            *(self.messages, self.prompt, self.input if self.prompt else None),
+            *(self.completion, self.system),
             *(self.history, self.tools, self.rejected, self.label),
         )
         return [name for name in names if name]
