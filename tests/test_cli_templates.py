@@ -211,3 +211,16 @@ def test_lost_targets_are_counted_and_the_prompt_can_be_cut_instead(score, tmp_p
     scores = Scores.load(tmp_path / "s")
     assert scores.counts.min() > 0
     assert scores.metadata["details"]["truncation"] == "keep_end"
+
+
+def test_a_template_that_is_wrong_for_all_rows_is_no_reason_to_skip_them(score, tmp_path):
+    data = write(tmp_path / "chats.jsonl", [{"messages": SINGLE}])
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for m in messages %}{{ m['content'] }}")
+    for options, message in (
+        (("--chat-template", broken), "the chat template is no valid one: Unexpected end"),
+        (("--template-option", "enable=1"), "has no variable 'enable'"),
+    ):
+        code, _, err = score(data, *options, "--on-error", "skip")
+        assert code == 2
+        assert message in err

@@ -474,3 +474,30 @@ def test_six_more_families(name, chat):
         tokenize(tokenizer, ROWS["reasoning"])
     with pytest.raises(ValueError, match="leaves out the tools"):
         tokenize(tokenizer, ROWS["tools"])
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("qwen3", 1), ("glm4moe", 2), ("gptoss", 2), ("lfm2_2_5", 2), ("gemma4_v5", 2)],
+)
+def test_a_thought_that_two_replies_share_is_a_target_twice(name, number):
+    chat = [message | {} for message in THOUGHTFUL]
+    for reply in (chat[1], chat[3]):
+        reply["reasoning_content"] = "I answer the question."
+    tokenizer = tokenizer_with(source_of(name))
+    samples = tokenize(tokenizer, {"messages": chat})
+    assert len(samples) == number
+    targets = "".join(target for _, target in texts_of(samples, tokenizer))
+    assert targets.count("I answer the question.") == 2
+
+
+def test_marks_may_leave_reasoning_out_of_the_targets():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "<think>{{ m['reasoning_content'] }}</think>{% generation %}{{ m['content'] }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template)
+    [(text, target)] = texts_of(tokenize(tokenizer, ROWS["reasoning"]), tokenizer)
+    assert target == "Reply one.<|im_end|>Reply two.<|im_end|>"
+    assert "<think>Thought one.</think>Reply one." in text

@@ -83,7 +83,10 @@ def _cuts(
     extras: Any = {"tools": conversation.tools, "options": conversation.template_options}
     write: Write = partial(template.write, **extras)
     if conversation.tools and write(messages) == write(messages, tools=None):
-        raise LeftOutError("the chat template leaves out the tools that come with the chat")
+        raise LeftOutError(
+            "the chat template leaves out the tools that come with the chat; name a template that "
+            "writes them, or read no column of tools (an empty name for it)"
+        )
     if _is_completion(conversation):
         whole, number = write(messages), conversation.num_prompt
         find_start(write, messages, number, whole)

@@ -41,14 +41,22 @@ def check_complete(
     Raises:
         LeftOutError: something is missing; it is named.
     """
-    text, target = _Text(rendering.text), _Text(rendering.target_text())
+    # Replies are looked for one after another, since two of them may say the same.
+    text, target = _Search(rendering.text), _Search(rendering.target_text())
     for index, message in enumerate(messages):
         is_target = index in replies
         for thing, piece in _said(message, is_target=is_target):
-            # Marks may leave reasoning out of the targets on purpose. It is written all the same.
-            is_context = not is_target or thing == "reasoning"
-            if piece not in (text if is_context else target):
+            if not is_target:
+                is_there = text.has(piece)
+            else:
+                is_written, is_there = text.passes(piece), target.passes(piece)
+                # Marks may leave reasoning out of the targets on purpose, if it is written.
+                is_there |= is_written and thing == "reasoning"
+            if not is_there:
                 raise _left_out(thing, piece, message, is_target=is_target)
+        if is_target:
+            text.go_on()
+            target.go_on()
         for part in _parts(message):  # printed as Python or JSON would print it
             if str(part) in rendering.text or json.dumps(part) in rendering.text:
                 raise LeftOutError("the chat template can't read content in parts", is_content=True)
@@ -106,18 +114,33 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(item)
 
 
-class _Text:
-    """A text that is searched without its line breaks and spaces."""
+class _Search:
+    """A text that is searched without its line breaks and spaces, reply after reply."""
 
     def __init__(self, text: str) -> None:
         self._text = _without_space(text)
+        self._start = self._end = 0  # where a reply is looked for, and what was found of it ends
 
-    def __contains__(self, piece: str) -> bool:
-        if _without_space(piece) in self._text:
-            return True
-        # Tool calls and results may stand in quotes, as JSON or Python writes them.
-        quoted = (json.dumps(piece, ensure_ascii=False), json.dumps(piece), repr(piece))
-        return any(_without_space(text[1:-1]) in self._text for text in quoted)
+    def has(self, piece: str) -> bool:
+        """Whether a piece is anywhere in the text."""
+        return any(form in self._text for form in _forms(piece))
+
+    def passes(self, piece: str) -> bool:
+        """Whether a piece of the present reply is in the text."""
+        places = [(self._text.find(form, self._start), form) for form in _forms(piece)]
+        ends = [place + len(form) for place, form in places if place >= 0]
+        self._end = max(self._end, min(ends, default=0))
+        return bool(ends)
+
+    def go_on(self) -> None:
+        """Look for the next reply, behind the present one."""
+        self._start = self._end
+
+
+def _forms(piece: str) -> set[str]:
+    """A piece as it is, and in quotes, as JSON or Python writes tool calls and their results."""
+    quoted = (json.dumps(piece, ensure_ascii=False), json.dumps(piece), repr(piece))
+    return {_without_space(piece), *(_without_space(text[1:-1]) for text in quoted)}
 
 
 def _without_space(text: str) -> str:

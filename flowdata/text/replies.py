@@ -123,21 +123,22 @@ def find_marks(
     """
     text, spans = mark(messages)
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    chosen: list[tuple[int, int]] = []
     if list(replies) == assistants:
-        chosen = spans
-    elif len(spans) == len(assistants):
-        chosen = [span for span, index in zip(spans, assistants, strict=True) if index in replies]
-    else:
-        # A reply may have several marks or none. Those of a message are what the chat up to it has
-        # more of than the chat before.
-        for index in replies:
-            upto = mark(messages[: index + 1])[1]
-            before = mark(messages[:index])[1] if index else []
-            if spans[: len(upto)] != upto or upto[: len(before)] != before:
-                raise ValueError(
-                    "some replies are no targets, and the chat template's marks don't tell which "
-                    "reply they belong to"
-                )
-            chosen += upto[len(before) :]
-    return Rendering(text, len(messages), tuple(chosen))
+        return Rendering(text, len(messages), tuple(spans))
+    if len(spans) == len(assistants):
+        chosen = [(i, span) for i, span in zip(assistants, spans, strict=True) if i in replies]
+        if all(content_text(messages[i]).strip() in text[slice(*span)] for i, span in chosen):
+            return Rendering(text, len(messages), tuple(span for _, span in chosen))
+    # A reply may have several marks or none. Those of a message are what the chat up to it has more
+    # of than the chat before.
+    targets: list[tuple[int, int]] = []
+    for index in replies:
+        upto = mark(messages[: index + 1])[1]
+        before = mark(messages[:index])[1] if index else []
+        if spans[: len(upto)] != upto or upto[: len(before)] != before:
+            raise ValueError(
+                "some replies are no targets, and the chat template's marks don't tell which reply "
+                "they belong to"
+            )
+        targets += upto[len(before) :]
+    return Rendering(text, len(messages), tuple(targets))

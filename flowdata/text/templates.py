@@ -38,7 +38,7 @@ class ChatTemplate:
         options: values for the template's own variables, such as `enable_thinking`.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or it has no such variable.
+        ValueError: the tokenizer has no chat template, or no valid one, or it has no such variable.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
@@ -140,8 +140,10 @@ class ChatTemplate:
         chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
         try:
             return self.write(chat).count(_PROBE) == len(chat)
-        except ValueError:  # it may refuse the chat for another reason
-            return True
+        except ValueError as error:
+            if type(error.__cause__).__name__ == "TemplateSyntaxError":
+                raise ValueError(f"the chat template is no valid one: {error.__cause__}") from None
+            return True  # it may refuse the chat for another reason
 
     def _source(self, tools: Any) -> str:
         """The template's text; of several named ones that which transformers would take."""

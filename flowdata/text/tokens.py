@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -19,7 +20,7 @@ from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
-from flowdata.text.conversation import Row
+from flowdata.text.conversation import Conversation, Row
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
 from flowdata.text.renderings import Rendering
@@ -214,17 +215,22 @@ class _Renderer:
         self._template: ChatTemplate | None = None
         self._remarks: list[str] = []
 
-    def render(self, row: Row, fields: Fields) -> list[Rendering]:
-        conversation = read_conversation(row, fields)
+    def template_for(self, conversation: Conversation) -> ChatTemplate | None:
+        """The template that a conversation goes through; None is where it can do without."""
         if conversation.plain is not None and not self._through_template:
-            prompt, completion = conversation.plain
+            return None
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer, self._options)
+        return self._template
+
+    def render(self, conversation: Conversation, template: ChatTemplate | None) -> list[Rendering]:
+        if template is None:
+            prompt, completion = conversation.plain or ("", "")
             end = self.tokenizer.eos_token or ""
             text = prompt + completion + end * (not completion.endswith(end))
             return [Rendering(text, prompt=prompt)]
-        if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self._options)
-        renderings = render_conversation(conversation, self._template)
-        self._remarks = self._remarks or self._template.remarks(renderings[-1].target_text())
+        renderings = render_conversation(conversation, template)
+        self._remarks = self._remarks or template.remarks(renderings[-1].target_text())
         return renderings
 
     def finish(self, rows: NDArray[np.int64]) -> Form | None:
@@ -235,15 +241,15 @@ class _Renderer:
                     "template_options have no effect: no row goes through a chat template"
                 )
             return None
-        for remark in self._remarks:
-            say(remark)
         samples_of_rows = np.bincount(rows)
         if num_split := int((samples_of_rows > 1).sum()):
-            say(
+            self._remarks.append(
                 "the chat template writes earlier turns differently once later ones follow, so "
                 f"{num_split:,} of {len(samples_of_rows):,} rows are scored reply by reply, each "
                 "reply after the text that it would be generated after"
             )
+        for remark in self._remarks:
+            say(remark, shown=os.environ.get("RANK", "0") == "0")
         return self._template.form
 
 
@@ -259,8 +265,14 @@ def _rendered(
         if not is_found:
             fields, is_found = find_fields(row, fields), True
         try:
-            yield renderer.render(row, fields or Fields())
+            conversation = read_conversation(row, fields or Fields())
         except (KeyError, TypeError, ValueError) as error:
+            yield Unreadable(f"row {number}: {error}")
+            continue
+        template = renderer.template_for(conversation)  # what is wrong with it, is so for all rows
+        try:
+            yield renderer.render(conversation, template)
+        except ValueError as error:
             yield Unreadable(f"row {number}: {error}")
 
 
