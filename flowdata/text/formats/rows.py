@@ -112,7 +112,13 @@ def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]
         if isinstance(completion, str):
             return _messages(prompt, completion, always=True), (prompt, completion)
         turns = read_turns(completion)
-        if any(message["role"] == "user" for message, _ in turns):  # the prompt is in the reply
+        questions = [message["content"] for message, _ in turns if message["role"] == "user"]
+        if questions:  # the reply is a whole chat, with the prompt in it
+            if prompt not in questions:
+                raise ValueError(
+                    f"column {fields.completion!r} holds a chat without the text of "
+                    f"{fields.prompt!r}; name one of them (--messages-column {fields.completion})"
+                )
             return _after_common_beginning(turns, rejected), None
         return [({"role": "user", "content": prompt}, False), *turns], None
     if _holds(_optional(row, fields.input)):
