@@ -175,6 +175,22 @@ ROW_AND_RENDERING = {
         },
         "<user>a</s>\n<assistant>b</s>\n<user>c</s>\n<assistant>«d</s>»\n",
     ),
+    "content by another name": (
+        {"chat": [{"role": "User", "text": "a"}, {"role": "Assistant", "text": "b"}]},
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "reasoning before a call": (
+        {
+            "messages": [
+                *chat(("user", "a")),
+                {"role": "assistant", "content": "see", "reasoning": "t"},
+                {"role": "tool_call", "content": CALL_TEXT, "reasoning": "u"},
+                *chat(("tool", "no"), ("assistant", "b")),
+            ]
+        },
+        f"<user>a</s>\n<assistant>«<think>tu</think>see{CALL}</s>»\n<tool>no</s>\n"
+        "<assistant>«b</s>»\n",
+    ),
     "chat as JSON text": (
         {"messages": json.dumps(chat(("user", "a"), ("assistant", "b")))},
         "<user>a</s>\n<assistant>«b</s>»\n",
@@ -540,6 +556,11 @@ def messages_row(*messages):
             messages_row({"role": "assistant", "content": 3}),
             "1: the content should be text",
         ),
+        (messages_row({"role": "assistant", "content": None}), "message 1: has no content"),
+        (
+            messages_row({"role": "assistant", "words": "b"}),
+            "has no content; there are 'role'",
+        ),
         (messages_row({"content": "b"}), "message 1: has no role; there are 'content'"),
         (
             messages_row({"role": "assistant", "content": "b", "weight": -1}),
@@ -619,6 +640,11 @@ def test_fractional_weights_are_targets_and_said(tokenizer, caplog):
     [
         ({"promt": "a", "answr": "b"}, "closest: 'promt' to 'prompt', 'answr' to 'answer'"),
         ({"x": "a", "y": "b"}, "closest: a pair, 'x' and 'y'"),
+        (
+            {"prompt": "a", "completions": ["b"]},
+            "closest: a pair, with 'prompt' as its prompt and no 'completion' or 'response' or",
+        ),
+        ({"input_ids": [1], "labels": [1]}, "its rows are tokens already"),
         ({"turnlist": [{"role": "user"}]}, "closest: a chat in 'turnlist'"),
     ],
 )

@@ -136,7 +136,9 @@ def _pair(names: Mapping[str, str]) -> Fields | None:
     for prompt, replies in _PAIRS.items():
         reply = _first(replies, names)
         if prompt in names and reply:
-            return Fields(prompt=names[prompt], completion=reply, name=f"{prompt} and {reply}")
+            return Fields(
+                prompt=names[prompt], completion=reply, name=f"{prompt} and {reply.lower()}"
+            )
     return None
 
 
@@ -187,14 +189,21 @@ def _first(candidates: Sequence[str], names: Mapping[str, str]) -> str | None:
 
 def _unknown(row: Row) -> str:
     """What to say of a row of an unknown shape: its columns, the flags, the closest format."""
+    prompts = [str(name) for name in row if str(name).lower() in _PAIRS]
     close = [
         (name, known)
         for name in map(str, row)
         for known in difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.5)
+        if name.lower() != known
     ]
     texts = [name for name in row if isinstance(row[name], str)]
     chats = [str(name) for name in row if isinstance(row[name], list)]
-    if close:
+    if "input_ids" in row:
+        closest = "; its rows are tokens already: LossScorer scores them in Python"
+    elif prompts:
+        replies = " or ".join(map(repr, _PAIRS[prompts[0].lower()][:3]))
+        closest = f"; closest: a pair, with {prompts[0]!r} as its prompt and no {replies}"
+    elif close:
         closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close)
     elif chats:
         closest = f"; closest: a chat in {chats[0]!r}"

@@ -24,6 +24,7 @@ _ROLES = {
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 _WEIGHTS = ("weight", "loss_weight", "loss_scale", "train", "training", "loss")
+_CONTENTS = ("content", "value", "text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _PAIR_NAMES = (
     *(("human", "assistant"), ("user", "assistant"), ("input", "output")),
@@ -98,8 +99,9 @@ def _add(turns: list[Turn], item: Any, number: int) -> None:
         return
     if not isinstance(item, Mapping):
         raise ValueError(f"should be an object, it is a {type(item).__name__}")
-    role_name, content_name = ("from", "value") if "from" in item else ("role", "content")
+    role_name, usual = ("from", "value") if "from" in item else ("role", "content")
     if role_name in item:
+        content_name = next((name for name in (usual, *_CONTENTS) if name in item), usual)
         _add_message(turns, item, role_name, content_name)
         return
     for prompt, reply in _PAIR_NAMES:
@@ -117,7 +119,7 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, con
     kind = _ROLE_OF.get(str(item[role_name]).lower().replace("-", "_"))
     if kind is None:
         raise ValueError(f"role {item[role_name]!r} is not known; there are {', '.join(_ROLE_OF)}")
-    if isinstance(item.get(content), list) and kind == "user":
+    if kind == "user" and _is_list(item.get(content)) and item[content]:
         item = {**item, content: _without_results(turns, item[content])}
         if not item[content]:
             return
@@ -132,6 +134,8 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, con
     reasoning = next((item[name] for name in _REASONING if item.get(name)), None)
     if reasoning is not None:
         message["reasoning_content"] = _text(reasoning)
+    if item.get(content) is None and len(message) == 2:  # no more than a role and empty content
+        raise ValueError(f"has no content; there are {', '.join(map(repr, item))}")
     others = {name: value for name, value in item.items() if name not in left_out}
     message = {**{name: value for name, value in others.items() if value is not None}, **message}
     if item.get("train_detail"):
@@ -143,7 +147,9 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, con
         # A call beside a text or another call is one reply, as models write it.
         if last[1] != is_target and flags:
             raise ValueError("is one reply with the message before, and only one is to be learned")
-        last[0]["tool_calls"] = last[0].get("tool_calls", []) + message["tool_calls"]
+        for name in ("tool_calls", "reasoning_content"):
+            if name in message:
+                last[0][name] = last[0].get(name, type(message[name])()) + message[name]
         return
     turns.append((message, is_target))
 
