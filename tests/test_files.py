@@ -70,6 +70,24 @@ def test_text_files_are_read_as_they_are_written(name, mark, streaming, tmp_path
         assert list(read_rows(str(file), limit=2, streaming=streaming)) == ROWS[:2]
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_put_one_after_another_are_read_to_the_end(suffix, tmp_path):
+    parts = [PACKERS[suffix](as_lines(rows).encode()) for rows in (ROWS[:2], ROWS[2:])]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts))
+    assert read_rows(str(tmp_path / f"a.jsonl{suffix}")) == ROWS
+
+
+def test_tables_from_spreadsheets_are_read(tmp_path):
+    cells = 'Question\tAnswer\r\nWhere?\t"There,\r\nover there"\r\n'
+    (tmp_path / "a.tsv").write_bytes(cells.encode("utf-16"))
+    rows = [{"Question": "Where?", "Answer": "There,\r\nover there"}]
+    assert read_rows(str(tmp_path / "a.tsv"), encoding="utf-16") == rows
+    (tmp_path / "a.csv").write_bytes(b"prompt;completion\r\n\r\ncaf\xe9?;\r\n")
+    assert read_rows(str(tmp_path / "a.csv"), encoding="cp1252") == [
+        {"prompt": "café?", "completion": ""}
+    ]
+
+
 def test_one_object_over_many_lines_is_one_row(tmp_path):
     file = tmp_path / "one.json"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}, indent=2))
@@ -155,6 +173,8 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
         read_rows(str(file), split="test")
     with pytest.raises(ValueError, match="configuration goes with data sets on the hub"):
         read_rows(str(file), configuration="main")
+    with pytest.raises(ValueError, match="encoding must be one that Python knows, got 'utf-9'"):
+        read_rows(str(file), encoding="utf-9")
     with pytest.raises(ValueError, match="revision goes with data sets on the hub"):
         read_rows(str(tmp_path), revision="v1")
 
@@ -176,6 +196,11 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
         ("a.csv", b'a,b\n"1\n1",2\n3\n', "a.csv, line 4: has 1 cells, where the header has 2"),
         ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "a.csv, line 3: not CSV"),
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv, line 1: the header has 'a' more than once"),
+        (
+            "a.jsonl",
+            b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}',
+            "line 2: holds one half",
+        ),
         ("a.txt", b"fine\ncaf\xe9\n", "a.txt, line 2: not utf-8"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz can't be read to its end"),
         ("a.jsonl.gz", gzip.compress(as_lines(ROWS).encode())[:-20], "can't be read to its end"),
@@ -209,6 +234,14 @@ def test_lines_that_are_no_rows_keep_their_places(tmp_path):
     rows = read_rows(str(file), on_error="skip")
     assert [type(row) for row in rows] == [dict, Unreadable, dict]
     assert "a.jsonl, line 2: not JSON" in rows[1].reason
+    for name, content in (
+        ("b.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n{}\n'),
+        ("b.csv", b"a\n1\n\xe9\n3\n"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        rows = read_rows(str(tmp_path / name), on_error="skip")
+        assert [type(row) for row in rows] == [dict, Unreadable, dict]
+        assert f"{name}, row 1: holds bytes that are no text" in rows[1].reason
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,15 @@ ROW_AND_RENDERING = {
         f"{TOOLS}<system>s</s>\n<user>a</s>\n<assistant>«{CALL}</s>»\n<tool>no</s>\n"
         "<assistant>«b</s>»\n",
     ),
+    "pairs with weights": (
+        {
+            "conversation": [
+                {"human": "a", "assistant": "b", "weight": 0},
+                {"human": "c", "assistant": "d", "weight": 1},
+            ]
+        },
+        "<user>a</s>\n<assistant>b</s>\n<user>c</s>\n<assistant>«d</s>»\n",
+    ),
     "chat as JSON text": (
         {"messages": json.dumps(chat(("user", "a"), ("assistant", "b")))},
         "<user>a</s>\n<assistant>«b</s>»\n",
@@ -567,6 +576,10 @@ def messages_row(*messages):
             "should hold JSON",
         ),
         (messages_row({"role": "tool_call", "content": "{}"}), "a tool call has no name"),
+        (
+            {"prompt": "x", "completion": chat(("user", "a"), ("assistant", "b"))},
+            "column 'completion' holds a chat without the text of 'prompt'",
+        ),
         ({"messages": 3}, "column 'messages' should hold text"),
         (
             {"prompt": "a", "completion": "b", "system": ["s"]},

@@ -8,6 +8,7 @@ the file is an error. So these three kinds are read by Python's own modules, one
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -48,7 +49,11 @@ class LineFiles:
         skip: bool = False,
     ) -> None:
         self.files, self.limit, self.skip = files, limit, skip
-        self.encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+        try:
+            name = codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError(f"encoding must be one that Python knows, got {encoding!r}") from None
+        self.encoding = "utf-8-sig" if name == "utf-8" else name
 
     def __iter__(self) -> Iterator[Row | Unreadable]:
         return islice(chain.from_iterable(map(self._rows_of, self.files)), self.limit)
@@ -56,11 +61,16 @@ class LineFiles:
     def _rows_of(self, file: Path) -> Iterator[Row | Unreadable]:
         rows = {"json": _json_rows, "csv": _csv_rows, "text": _text_rows}[str(kind_of(file))]
         with _open(file) as stream:
-            text = io.TextIOWrapper(stream, encoding=self.encoding, newline="")
+            # Bytes that are no text are kept apart where the rows that hold them are to be skipped.
+            errors = "surrogateescape" if self.skip else "strict"
+            text = io.TextIOWrapper(stream, encoding=self.encoding, errors=errors, newline="")
             try:
-                for row in rows(text, file):
-                    if isinstance(row, Unreadable) and not self.skip:
-                        raise ValueError(row.reason)
+                for number, row in enumerate(rows(text, file)):
+                    if isinstance(row, Unreadable):
+                        if not self.skip:
+                            raise ValueError(row.reason)
+                    elif self.skip and _is_no_text(row):
+                        row = Unreadable(f"{file}, row {number}: holds bytes that are no text")
                     yield row
             except UnicodeDecodeError as error:
                 raise ValueError(self._wrong_encoding(file, error)) from None
@@ -85,6 +95,15 @@ class LineFiles:
             f"{error.start + 1} of the line); save the file as UTF-8, or name its encoding "
             f"(--encoding {likely})"
         )
+
+
+def _is_no_text(row: Row) -> bool:
+    """Whether a row holds characters that stand for no text: undecoded bytes, half a pair."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -157,10 +176,9 @@ def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
         return
     if isinstance(whole, dict):
         whole = _rows_below(whole) or [whole]
+    may_hold_halves = _may_hold_halves(content)
     for index, row in enumerate(whole):
-        is_object = isinstance(row, dict)
-        reason = f"{file}, item {index}: should be a JSON object, is {type(row).__name__}"
-        yield row if is_object else Unreadable(reason)
+        yield _checked(row, f"{file}, item {index}", may_hold_halves=may_hold_halves)
 
 
 def _json_lines(lines: Iterable[str], file: Path, start: int) -> Iterator[Row | Unreadable]:
@@ -172,9 +190,21 @@ def _json_lines(lines: Iterable[str], file: Path, start: int) -> Iterator[Row | 
         except ValueError as error:
             yield Unreadable(f"{file}, line {number}: not JSON ({error})")
             continue
-        is_object = isinstance(row, dict)
-        reason = f"{file}, line {number}: should be a JSON object, is {type(row).__name__}"
-        yield row if is_object else Unreadable(reason)
+        yield _checked(row, f"{file}, line {number}", may_hold_halves=_may_hold_halves(line))
+
+
+def _checked(row: Any, place: str, *, may_hold_halves: bool) -> Row | Unreadable:
+    """A value as a row, if it is one."""
+    if not isinstance(row, dict):
+        return Unreadable(f"{place}: should be a JSON object, is {type(row).__name__}")
+    if may_hold_halves and _is_no_text(row):
+        return Unreadable(f"{place}: holds one half of a surrogate pair, which is no text")
+    return row
+
+
+def _may_hold_halves(content: str) -> bool:
+    """Whether JSON escapes a surrogate; a tokenizer can't read one without its other half."""
+    return "\\ud" in content or "\\uD" in content
 
 
 def _rows_below(value: Mapping[str, Any]) -> list[Any] | None:

@@ -70,7 +70,7 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
         raise ValueError("a prompt column needs a completion column beside it")
     names = {str(name).lower(): str(name) for name in row}
     if not named:
-        usual = _preference(names, row) or _chat(names, row) or _pair(names) or _text(names)
+        usual = _preference(names) or _chat(names, row) or _pair(names) or _text(names)
         if usual is None:
             raise ValueError(_unknown(row))
         fields = replace(
@@ -84,7 +84,7 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
     return _with_companions(fields, names, row)
 
 
-def _preference(names: Mapping[str, str], row: Row) -> Fields | None:
+def _preference(names: Mapping[str, str]) -> Fields | None:
     """A preference set: two replies to a prompt, of which the chosen one is scored."""
     for preferred, other in _CHOSEN.items():
         if preferred not in names or other not in names:
@@ -99,10 +99,8 @@ def _preference(names: Mapping[str, str], row: Row) -> Fields | None:
             return Fields(messages=chat, name="preference (chat)", **replies)
         return Fields(name="preference (prompt within the replies)", **replies)
     if "chosen_messages" in names:
-        rejected_name = names.get("rejected_messages")
-        return Fields(
-            names["chosen_messages"], rejected=rejected_name, name="LLaMA-Factory v1 pairs"
-        )
+        chosen, rejected = names["chosen_messages"], names.get("rejected_messages")
+        return Fields(messages=chosen, rejected=rejected, name="LLaMA-Factory v1 pairs")
     return None
 
 

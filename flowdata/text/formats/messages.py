@@ -105,9 +105,10 @@ def _add(turns: list[Turn], item: Any, number: int) -> None:
     for prompt, reply in _PAIR_NAMES:
         if prompt in item and reply in item:
             if item.get("system"):
-                turns.append(({"role": "system", "content": item["system"]}, False))
+                turns.append(({"role": "system", "content": _text(item["system"])}, False))
             turns.append(({"role": "user", "content": _text(item[prompt])}, False))
-            turns.append(({"role": "assistant", "content": _text(item[reply])}, True))
+            is_target = _is_target(_flags(item), "assistant")
+            turns.append(({"role": "assistant", "content": _text(item[reply])}, is_target))
             return
     raise ValueError(f"has no role; there are {', '.join(map(repr, item)) or 'no names'}")
 

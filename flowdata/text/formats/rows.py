@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -30,10 +31,7 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         >>> conversation.messages[0], conversation.plain
         ({'role': 'user', 'content': 'Add.\\n2, 2'}, ('Add.\\n2, 2', '4'))
     """
-    media = next((name for name in MEDIA if name in row and _holds(row[name])), None)
-    if media and media not in fields.columns():
-        raise ValueError(f"column {media!r} holds something, and text is scored alone")
-    _refuse_other_companions(row, fields)
+    _refuse_unread(row, fields)
     tools = read_tools(_optional(row, fields.tools))
     plain: tuple[str, str] | None = None
     if fields.messages:
@@ -72,20 +70,31 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
     )
 
 
-def _refuse_other_companions(row: Row, fields: Fields) -> None:
+def _refuse_unread(row: Row, fields: Fields) -> None:
     """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
-    known = {*fields.columns(), fields.label}
-    for companion, usual in COMPANIONS.items():
-        column = getattr(fields, companion)
-        if column == "" or (companion == "input" and not fields.prompt):
+    for name, companion in _unread_companions(fields).items():
+        if name not in row or not _holds(row[name]):
             continue
-        for name in usual:
-            if name in row and name not in known and _holds(row[name]):
-                raise ValueError(
-                    f"column {name!r} holds something, and is not read: name it with "
-                    f"{companion}={name!r} of Fields (--{companion}-column {name}), or name an "
-                    "empty one"
-                )
+        if companion is None:
+            raise ValueError(f"column {name!r} holds something, and text is scored alone")
+        raise ValueError(
+            f"column {name!r} holds something, and is not read: name it with {companion}={name!r} "
+            f"of Fields (--{companion}-column {name}), or name an empty one"
+        )
+
+
+@functools.cache  # every row of a data set asks for the same
+def _unread_companions(fields: Fields) -> dict[str, str | None]:
+    """Columns that must hold nothing, as they aren't read: each with what it would be, or None."""
+    known = {*fields.columns(), fields.label}
+    names: dict[str, str | None] = {
+        name: companion
+        for companion, usual in COMPANIONS.items()
+        if getattr(fields, companion) != "" and (fields.prompt or companion != "input")
+        for name in usual
+    }
+    names |= dict.fromkeys(MEDIA)
+    return {name: companion for name, companion in names.items() if name not in known}
 
 
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
@@ -103,7 +112,13 @@ def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]
         if isinstance(completion, str):
             return _messages(prompt, completion, always=True), (prompt, completion)
         turns = read_turns(completion)
-        if any(message["role"] == "user" for message, _ in turns):  # the prompt is in the reply
+        questions = [message["content"] for message, _ in turns if message["role"] == "user"]
+        if questions:  # the reply is a whole chat, with the prompt in it
+            if prompt not in questions:
+                raise ValueError(
+                    f"column {fields.completion!r} holds a chat without the text of "
+                    f"{fields.prompt!r}; name one of them (--messages-column {fields.completion})"
+                )
             return _after_common_beginning(turns, rejected), None
         return [({"role": "user", "content": prompt}, False), *turns], None
     if _holds(_optional(row, fields.input)):
