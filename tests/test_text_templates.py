@@ -1,5 +1,6 @@
 """Chat templates of many families: each chat has the right targets, or is refused by name."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -325,7 +326,8 @@ def test_the_choice_is_said(caplog):
     assert "1 of 1 rows are scored reply by reply" in said(LAST_QUESTION, ROWS["system"])
     assert "no token that ends a reply" in said(NO_END)
     assert "no token that ends a reply" not in said(INSTRUCT)
-    assert "writes the date" in said(source_of("gptoss"))
+    assert "--chat-template FILE holds it" in said(source_of("gptoss"))
+    assert "--template-option date_string=… holds it" in said(source_of("llama3_2"))
     begun = FORGETFUL.replace("<think>\n", "<muse>\n")
     assert "writes '<muse>\\n' before a reply that is generated" in said(begun)
 
@@ -501,3 +503,11 @@ def test_marks_may_leave_reasoning_out_of_the_targets():
     [(text, target)] = texts_of(tokenize(tokenizer, ROWS["reasoning"]), tokenizer)
     assert target == "Reply one.<|im_end|>Reply two.<|im_end|>"
     assert "<think>Thought one.</think>Reply one." in text
+
+
+def test_without_trl_the_tokenizers_own_template_is_cut(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)  # as if not installed
+    tokenizer = tokenizer_with(source_of("qwen3"))
+    samples = tokenize(tokenizer, ROWS["multi"])
+    assert (samples.replies, len(samples)) == ("own", 2)
+    assert_right(samples, tokenizer, "multi")

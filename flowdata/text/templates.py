@@ -123,10 +123,13 @@ class ChatTemplate:
                 "the chat template writes no token that ends a reply, so none is scored: "
                 f"the first chat's targets end in {target[-20:]!r}"
             )
-        if _DATE.search(self._source(None)) and "date_string" not in self._options:
+        source = self._source(None)
+        if _DATE.search(source) and "date_string" not in self._options:
+            has_variable = "date_string" in source
             sentences.append(
-                "the chat template writes the date, so another day's tokens and losses differ; if "
-                "it has a variable for it, --template-option date_string=… holds one"
+                "the chat template writes the date, so another day's tokens and losses differ; "
+                + ("--template-option date_string=…" if has_variable else "--chat-template FILE")
+                + " holds it"
             )
         return sentences
 
