@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.lengths import sample_lengths
-from flowdata.text.chats import Fields, find_fields
+from flowdata.text.formats import Fields, find_fields
 from flowdata.text.tokens import tokenize_rows
 
 TEMPLATE = (
@@ -154,6 +154,23 @@ def test_the_room_offers_what_examples_use():
 
     for name in flowdata.text.__all__:
         assert getattr(flowdata.text, name).__doc__
+
+
+def test_rows_that_can_not_be_read_have_empty_samples_that_raise(tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"prompt": "d", "completion": ""}]
+    rows = [*rows, {"prompt": 1}, {"prompt": "e", "completion": "f"}]
+    samples = tokenize_rows(rows, tokenizer, PAIR, template=False, on_error="skip")
+    assert samples.lengths.tolist() == [3, 0, 2, 0, 3]
+    with pytest.raises(ValueError, match="row 3: column 'completion' should hold text"):
+        samples[-2]
+    readable = samples.readable()
+    assert [texts(readable[n], tokenizer)[0] for n in range(3)] == ["ab</s>", "d</s>", "ef</s>"]
+    part = samples.part(2, 5)
+    assert part.lengths.tolist() == [2, 0, 3]
+    assert torch.equal(part[2]["input_ids"], samples[4]["input_ids"])
+    with pytest.raises(ValueError, match="row 3: "):
+        part[1]
+    assert samples.part(0, 5).digest() == samples.digest()
 
 
 def test_tokens_of_samples_lie_one_after_another(tokenizer):

@@ -9,6 +9,7 @@ from flowdata.cli.options import add_dtype
 from flowdata.cli.text_samples import add_text_options, text_samples
 from flowdata.drift import own_text
 from flowdata.text.models import load_tokenizer
+from flowdata.text.tokens import TokenSamples
 
 _OWN = "own"
 
@@ -31,15 +32,27 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
     add_text_options(parser)
 
 
-def make_probe(options: argparse.Namespace, base: Any) -> Any:
+def read_probe(options: argparse.Namespace) -> TokenSamples | None:
+    """Return the probe's samples, before a model is loaded; None where the base model writes them.
+
+    Args:
+        options: those of `add_probe_options`, and `base`, the base model's name.
+    """
+    if is_own(options):
+        return None
+    return text_samples(options, options.probe, options.base)[0].readable()
+
+
+def make_probe(options: argparse.Namespace, base: Any, samples: TokenSamples | None) -> Any:
     """Return the probe that options describe.
 
     Args:
         options: those of `add_probe_options`, and `base`, the base model's name.
         base: the base model.
+        samples: as `read_probe` returns them.
     """
-    if options.probe != _OWN:
-        return text_samples(options, options.probe, options.base)[0]
+    if samples is not None:
+        return samples
     tokenizer = load_tokenizer(
         options.tokenizer or options.base, trust_remote_code=options.trust_remote_code
     )

@@ -3,70 +3,150 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
-from flowdata._common.notices import logger
+from flowdata._common.notices import logger, say
+from flowdata._common.unreadable import Unreadable
+from flowdata.cli.recognised import Recognised, recognise
+from flowdata.cli.template_options import add_template_options, load_tokenizer_with_template
 from flowdata.store.fingerprint import fingerprint_tokenizer
-from flowdata.text.chats import Fields, find_fields
-from flowdata.text.models import load_tokenizer
+from flowdata.text.conversation import Row
+from flowdata.text.formats import Fields, find_fields
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
+
+_COLUMNS = {
+    "messages": "column of chats (default: messages or conversations)",
+    "prompt": "default: prompt, question, query, instruction and other usual names",
+    "completion": "default: the completion that goes with it",
+    "input": "column of text below the prompt (default: input or context)",
+    "system": "column of system messages (default: system or system_prompt)",
+    "history": "column of earlier turns (default: history)",
+    "tools": "column of tools (default: tools or functions)",
+    "rejected": "column of replies that were not preferred (default: rejected)",
+}
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which text is read, and how it becomes tokens."""
     add = parser.add_argument
-    add("--split", default="train", help="of a hub data set (default: %(default)s)")
+    add("--split", help="of a folder or hub data set that has splits (default: train)")
+    add("--configuration", help="of a hub data set that has several")
+    add("--revision", help="of a hub data set: a branch, tag or commit")
+    add("--encoding", default="utf-8", help="of JSON, CSV and text files (default: %(default)s)")
+    add("--streaming", action="store_true", help="read rows while they are used, and keep none")
     add("--limit", type=int, help="take the first rows only")
-    add("--prompt-column", help="default: prompt, question, query or instruction")
-    add("--completion-column", help="default: the completion that goes with it")
-    add("--messages-column", help="column of chats (default: messages or conversations)")
     add(
-        "--template",
-        action=argparse.BooleanOptionalAction,
-        help="put pairs through the chat template (default: if the tokenizer has one)",
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="skip leaves rows that can't be read without a loss (default: %(default)s)",
     )
-    add("--max-length", type=int, help="cut samples to so many tokens")
-    add("--tokenizer", help="hub id or folder (default: the model's)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    for name, text in _COLUMNS.items():
+        add(f"--{name}-column", help=text)
+    add_template_options(parser)
 
 
 def text_samples(
     options: argparse.Namespace, source: str, model: str
-) -> tuple[TokenSamples, dict[str, Any]]:
-    """Return a source's samples, and how they were made: details that a store keeps.
+) -> tuple[TokenSamples, dict[str, Any], Recognised]:
+    """Return a source's samples, how they were made, and what was recognised, which is also said.
 
     Args:
         options: those of `add_text_options`.
-        source: a file, a saved data set, or a hub id.
+        source: files, a saved data set, or a hub id.
         model: whose tokenizer it is, if none was named.
+
+    Returns:
+        The samples; details that a store keeps; what was recognised.
     """
-    rows = read_rows(source, split=options.split, limit=options.limit)
-    fields = find_fields(
-        rows[0],
-        Fields(options.messages_column, options.prompt_column, options.completion_column),
+    where = {
+        name: getattr(options, name) for name in ("split", "configuration", "revision", "encoding")
+    }
+    rows = read_rows(
+        source, limit=options.limit, streaming=options.streaming, on_error=options.on_error, **where
     )
-    tokenizer = load_tokenizer(
-        options.tokenizer or model, trust_remote_code=options.trust_remote_code
-    )
+    row = _first_row(rows, source)
+    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
+    fields = find_fields(row, Fields(**{k: v for k, v in named.items() if v is not None}))
+    tokenizer = load_tokenizer_with_template(options, model)
     template = options.template
     if template is None:
         template = tokenizer.chat_template is not None and fields.prompt is not None
     samples = tokenize_rows(
-        rows, tokenizer, fields, template=template, max_length=options.max_length
+        rows,
+        tokenizer,
+        fields,
+        template=template,
+        template_options=dict(options.template_option),
+        max_length=options.max_length,
+        truncation=options.truncation,
+        on_error=options.on_error,
     )
-    if samples.num_cut:
-        logger.warning(
-            "%d of %d samples were longer than %d tokens and were cut",
-            samples.num_cut,
-            len(samples),
-            options.max_length,
-        )
-    return samples, {
-        "model": model,
-        "data": {"source": source, "split": options.split, **vars(fields)},
-        "tokenizer": fingerprint_tokenizer(tokenizer),
-        "chat_template": template or fields.messages is not None,
-        "max_length": options.max_length,
-        "num_cut": samples.num_cut,
+    if options.chat_template is not None and samples.replies is None:
+        raise ValueError("--chat-template has no effect: no row goes through a chat template")
+    _warn(options, samples)
+    recognised = recognise(row, fields, samples, tokenizer)
+    if os.environ.get("RANK", "0") == "0" and not options.quiet:
+        say(recognised.text(whole=False))
+    return (
+        samples,
+        {
+            "model": model,
+            "data": {"source": source, **where, **vars(fields), "rows": int(samples.rows[-1]) + 1},
+            "tokenizer": fingerprint_tokenizer(tokenizer),
+            "chat_template": samples.replies is not None,
+            "replies": samples.replies,
+            "template_options": dict(options.template_option),
+            "max_length": options.max_length,
+            "truncation": options.truncation,
+            **cuts_of(samples),
+        },
+        recognised,
+    )
+
+
+def cuts_of(samples: TokenSamples) -> dict[str, int]:
+    """Return how many samples were cut, lost targets, and lost all of them, by name."""
+    return {
+        name: getattr(samples, name) for name in ("num_cut", "num_cut_targets", "num_lost_targets")
     }
+
+
+def _first_row(rows: Any, source: str) -> Row:
+    """The first row that can be read."""
+    first = next((row for row in rows if not isinstance(row, Unreadable)), None)
+    if first is None:
+        raise ValueError(f"no row of {source} can be read: {next(iter(rows)).reason}")
+    row: Row = first
+    return row
+
+
+def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
+    """Say how many samples are not whole."""
+    if samples.num_cut:
+        logger.warning("%s", _cut(samples, options.max_length))
+    if samples.unreadable:
+        logger.warning(
+            "%d of %d rows can't be read and have no loss; the first: %s",
+            len(samples.unreadable),
+            int(samples.rows[-1]) + 1,
+            next(iter(samples.unreadable.values())),
+        )
+
+
+def _cut(samples: TokenSamples, max_length: int) -> str:
+    """How many samples were cut, and what they lost, as a sentence."""
+    told = (
+        f"{samples.num_cut:,} of {len(samples):,} samples were longer than {max_length:,} tokens "
+        "and were cut"
+    )
+    if samples.num_cut_targets:
+        told += (
+            f"; {samples.num_cut_targets:,} of them lost part or all of their target"
+            f" ({samples.num_lost_targets:,} all of it, and have no loss)"
+        )
+        if samples.truncation == "keep_start":
+            told += ". --truncation keep_end cuts the prompt instead"
+    return told

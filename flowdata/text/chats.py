@@ -1,146 +1,147 @@
-"""Formats of rows: which fields hold the text, and which parts of the text are targets."""
+"""Chats to renderings: what the template writes, where the replies are, and that all is there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-PAIRS = (
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-)
-CHATS = ("messages", "conversations", "conversation")
-Row = Mapping[str, Any]
-Segment = tuple[str, bool]  # a piece of text, and whether its tokens are targets
+from flowdata.text.completeness import LeftOutError, check_complete, content_text
+from flowdata.text.conversation import Conversation, Message
+from flowdata.text.renderings import Rendering
+from flowdata.text.replies import Write, find_marks, find_replies, find_start
+from flowdata.text.templates import ChatTemplate
+
+# Ways to write the same messages. Templates of vision models read content in parts alone, others
+# read strings alone, and some want the arguments of a tool call as JSON text.
+_Rewrite = Callable[[Message], Message]
 
 
-@dataclass(frozen=True)
-class Fields:
-    """The names of the fields that hold a row's text.
+def render_conversation(conversation: Conversation, template: ChatTemplate) -> list[Rendering]:
+    """Return a conversation's text with its replies as targets, or a text for each reply.
 
-    Data sets, the command line and this module's messages call them columns.
+    The messages are given to the template as they are; where it can't read them, with content in
+    parts or in one string, and with arguments of tool calls as JSON text.
 
-    Attributes:
-        messages: holds a chat, a list of messages with `role` and `content`.
-        prompt: holds the text before the completion; None where there is none.
-        completion: holds the text whose tokens are the targets.
-    """
-
-    messages: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-
-
-def find_fields(row: Row, fields: Fields) -> Fields:
-    """Return the fields to read: those that are named, else the first usual names in the row.
+    A row that has its prompt and its completion apart has all of the completion as its target, as
+    TRL's SFTTrainer takes it, and the tokenizer's own template writes it.
 
     Args:
-        row: any row of the data set; only its names are looked at.
-        fields: the names that the user gave, if any.
+        conversation: the conversation.
+        template: the chat template.
 
     Raises:
-        ValueError: a field that is named is missing, or the row has none of the usual names.
-
-    Example:
-        >>> find_fields({"question": "2+2=", "answer": "4"}, Fields())
-        Fields(messages=None, prompt='question', completion='answer')
+        ValueError: the template refuses the chat or leaves out part of it, or its replies can't be
+            told apart.
     """
-    names = [name for name in (fields.messages, fields.prompt, fields.completion) if name]
-    absent_names = [name for name in names if name not in row]
-    if absent_names:
-        raise ValueError(f"column {absent_names[0]!r} is missing; there are {_names_of(row)}")
-    if names:
-        if fields.prompt and not fields.completion:
-            raise ValueError("a prompt column needs a completion column beside it")
-        return fields
-    for messages in CHATS:
-        if messages in row:
-            return Fields(messages=messages)
-    for prompt, completion in PAIRS:
-        if prompt in row and completion in row:
-            return Fields(prompt=prompt, completion=completion)
-    if "text" in row:
-        return Fields(completion="text")
-    raise ValueError(
-        f"no known text columns among {_names_of(row)}; name them (prompt and completion, "
-        "messages, or completion alone)"
+    errors: list[ValueError] = []
+    first = _as_given if template.reads_strings else _strings_as_parts
+    for rewrite in (first, *_FURTHER_WAYS):
+        try:
+            messages = [rewrite(message) for message in conversation.messages]
+            if rewrite is first or messages != list(conversation.messages):
+                return _render(replace(conversation, messages=tuple(messages)), template)
+        except ValueError as error:
+            errors.append(error)
+    raise next(filter(_is_telling, errors), errors[0])
+
+
+def _is_telling(error: ValueError) -> bool:
+    """Whether an error tells what is wrong, and not only that content has another form."""
+    if isinstance(error, LeftOutError):
+        return not error.is_content
+    return type(error.__cause__).__name__ == "TemplateError"  # the template's own words
+
+
+def _render(conversation: Conversation, template: ChatTemplate) -> list[Rendering]:
+    """The first cut of a conversation whose texts and targets hold all that it says."""
+    replies = [i for i, is_target in enumerate(conversation.is_target) if is_target]
+    first_error: LeftOutError | None = None
+    for renderings in _cuts(conversation, replies, template):
+        is_split = len(renderings) == len(replies)
+        try:
+            for number, rendering in enumerate(renderings):
+                check_complete(
+                    rendering,
+                    conversation.messages[: rendering.num_messages],
+                    [replies[number]] if is_split else replies,
+                )
+        except LeftOutError as error:
+            first_error = first_error or error
+        else:
+            return renderings
+    raise first_error or ValueError("the chat has no reply")
+
+
+def _cuts(
+    conversation: Conversation, replies: Sequence[int], template: ChatTemplate
+) -> Iterator[list[Rendering]]:
+    """The ways to cut a conversation into prompts and targets, the most like training first."""
+    messages = conversation.messages
+    extras: Any = {"tools": conversation.tools, "options": conversation.template_options}
+    write: Write = partial(template.write, **extras)
+    if conversation.tools and write(messages) == write(messages, tools=None):
+        raise LeftOutError(
+            "the chat template leaves out the tools that come with the chat; name a template that "
+            "writes them, or read no column of tools (an empty name for it)"
+        )
+    if _is_completion(conversation):
+        whole, number = write(messages), conversation.num_prompt
+        find_start(write, messages, number, whole)
+        yield [Rendering(whole, len(messages), prompt=write(messages[:number], prompt=True))]
+    if template.form == "own":
+        yield find_replies(write, messages, replies, template.special_tokens)
+        return
+    mark = partial(template.write_marked, **extras)
+    yield [find_marks(mark, messages, replies)]
+    # Many templates keep a reply's reasoning until the next question alone.
+    yield [find_marks(mark, messages[: index + 1], [index]) for index in replies]
+
+
+def _is_completion(conversation: Conversation) -> bool:
+    """Whether all after a prompt is the target: no reply of the completion is taken out of it."""
+    completion = slice(conversation.num_prompt, None)
+    return conversation.num_prompt > 0 and all(
+        is_target or message["role"] != "assistant"
+        for message, is_target in zip(
+            conversation.messages[completion], conversation.is_target[completion], strict=True
+        )
     )
 
 
-def row_segments(
-    row: Row, number: int, tokenizer: Any, fields: Fields, template: bool
-) -> list[Segment]:
-    """Return the pieces of a row's text in order, each with whether it is a target.
-
-    Args:
-        row: the row.
-        number: its place in the data set, for messages.
-        tokenizer: renders chats.
-        fields: the fields that hold the text.
-        template: whether a prompt and its completion are rendered as a chat.
-
-    Raises:
-        ValueError: the row has no such text, or its chat can't be cut; the row is named.
-    """
-    try:
-        if fields.messages is not None:
-            return _chat_segments(row[fields.messages], tokenizer)
-        completion = _text(row, fields.completion or "")
-        prompt = _text(row, fields.prompt) if fields.prompt else ""
-        if template:
-            chat = [{"role": "user", "content": prompt}] if fields.prompt else []
-            return _chat_segments([*chat, {"role": "assistant", "content": completion}], tokenizer)
-        return [(prompt, False), (completion, True)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"row {number}: {error}") from None
+def _as_given(message: Message) -> Message:
+    return message
 
 
-def _chat_segments(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Segment]:
-    """Cut a rendered chat at the beginning and the end of every reply of the assistant."""
-    # Templates don't say where a reply lies in the text, so the chat's beginning is rendered twice
-    # for each reply: up to the reply, and with it. The reply is what the second adds to the first.
-    #
-    #   whole    <user>a</s>\n<assistant>b</s>\n<user>c</s>\n<assistant>d</s>\n
-    #   before   <user>a</s>\n<assistant>
-    #   after    <user>a</s>\n<assistant>b</s>\n
-    #   target                           b</s>
-    messages = list(messages)
-    whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    segments: list[Segment] = []
-    position = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = ""
-        if index:
-            before = tokenizer.apply_chat_template(
-                messages[:index], tokenize=False, add_generation_prompt=True
-            )
-        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                "the chat template writes earlier turns differently once later ones follow, so "
-                "its replies can't be told apart; give each reply a row of its own"
-            )
-        reply_end = len(after.rstrip())  # a line break after the end of turn is nobody's reply
-        segments += [(whole[position : len(before)], False), (whole[len(before) : reply_end], True)]
-        position = reply_end
-    if not segments:
-        raise ValueError("the chat has no message with role 'assistant', so it has no target")
-    return [*segments, (whole[position:], False)]
+def _strings_as_parts(message: Message) -> Message:
+    return _with_parts(message) if isinstance(message.get("content"), str) else message
 
 
-def _text(row: Row, field: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        content = f"a {type(value).__name__}" if field in row else "nothing"
-        raise ValueError(f"column {field!r} should hold text, it holds {content}")
-    return value
+def _with_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": content_text(message)}]}
 
 
-def _names_of(row: Row) -> str:
-    return ", ".join(map(repr, row)) or "none"
+def _with_text(message: Message) -> Message:
+    return {**message, "content": content_text(message)}
+
+
+def _with_json(message: Message) -> Message:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), Mapping):
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": arguments}}
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message
+
+
+_FURTHER_WAYS: tuple[_Rewrite, ...] = (
+    _with_parts,
+    _with_text,
+    _with_json,
+    lambda message: _with_json(_with_parts(message)),
+    lambda message: _with_json(_with_text(message)),
+)

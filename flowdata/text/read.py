@@ -1,85 +1,86 @@
-"""Rows of text: from a JSONL or Parquet file, a saved data set, or the hub."""
+"""Rows of text: from files, a saved data set, or the hub."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from flowdata.text.chats import Row
+from flowdata.text.files.lines import LineFiles
+from flowdata.text.files.places import files_of, hub_id, is_saved, kind_of
+from flowdata.text.files.tables import Table, read_hub, read_saved, read_table_files
 
 
-def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> Sequence[Row]:
-    """Return the rows of a JSONL or Parquet file, a saved data set's folder, or a hub data set.
+def read_rows(
+    source: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    configuration: str | None = None,
+    revision: str | None = None,
+    encoding: str = "utf-8",
+    streaming: bool = False,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Any:
+    """Return the rows of files, of a saved data set, or of a data set on the hub.
+
+    Files are JSON lines or arrays, CSV, TSV and text, each also as `.gz`, `.bz2`, `.xz` or `.zst`,
+    Parquet and Arrow. Text gives a row `{"text": str}` for each line that holds something; cells of
+    CSV are text as they are written.
 
     Args:
-        source: the path or hub id.
-        split: of a hub data set, or of a saved folder that has splits.
+        source: a file, a folder of files, a pattern such as `data/*.jsonl.gz`, the folder of a
+            saved data set, or a hub id, `owner/name` or `hf://datasets/owner/name`.
+        split: of a hub data set, or of a folder that has splits; None is ``"train"``.
         limit: how many rows are read, from the first; None reads all.
+        configuration: of a hub data set; some have several.
+        revision: of a hub data set: a branch, tag or commit.
+        encoding: of JSON, CSV and text files.
+        streaming: read rows while they are used, and keep none: what is returned can be passed
+            over, again and again, but has no length. False returns a sequence.
+        on_error: ``"skip"`` puts an `Unreadable` with the reason where a line is no row.
 
     Raises:
-        FileNotFoundError: `source` names a file that is not there.
-        ValueError: there are no rows, a line is not a JSON object (its number is named), or
-            `limit` is below 1.
+        FileNotFoundError: `source` names something on this machine that is not there.
+        ValueError: there are no rows, a file is of a kind that is not read, or holds something
+            else (the file and the line are named), an option goes with other sources, or `limit` is
+            below 1.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp(), "data.csv")
+        >>> _ = file.write_text("prompt,completion\\n2 + 2 =,4\\n")
+        >>> read_rows(str(file))
+        [{'prompt': '2 + 2 =', 'completion': '4'}]
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".parquet") and not path.exists():
-        raise FileNotFoundError(f"there is no file {source}")
-    rows: Sequence[Row]
-    if path.suffix in (".jsonl", ".json"):
-        rows = _read_jsonl(path, limit)
+    name = hub_id(source)
+    if name is not None:
+        rows: Any = read_hub(
+            name,
+            split=split or "train",
+            configuration=configuration,
+            revision=revision,
+            streaming=streaming,
+        )
+    elif configuration or revision:
+        option = "configuration" if configuration else "revision"
+        raise ValueError(f"{option} goes with data sets on the hub; {source} is on this machine")
+    elif is_saved(Path(source)):
+        rows = read_saved(Path(source), split or "train")
     else:
-        rows = _read_dataset(path, source, split)
-        if limit is not None and limit < len(rows):
-            rows = rows.select(range(limit))  # type: ignore[attr-defined]
-    if len(rows) == 0:
+        files = files_of(source, split)
+        kind = kind_of(files[0])
+        if kind in ("parquet", "arrow"):
+            rows = read_table_files(kind, files, streaming=streaming)
+        else:
+            lines = LineFiles(files, encoding=encoding, limit=limit, skip=on_error == "skip")
+            rows = lines if streaming else list(lines)
+    if limit is not None and isinstance(rows, Table):
+        rows = rows.first(limit)
+    if next(iter(rows), None) is None:
         raise ValueError(f"{source} holds no rows")
     return rows
-
-
-def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
-    """The rows of a JSONL file; no line after the limit is parsed."""
-    rows: list[Row] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(rows) == limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}, line {number}: should be a JSON object, is {type(row).__name__}"
-                )
-            rows.append(row)
-    return rows
-
-
-def _read_dataset(path: Path, source: str, split: str) -> Any:
-    import datasets  # here, as it is slow to import and JSONL files are read without it
-
-    if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(path))
-    dataset = datasets.load_from_disk(source) if path.is_dir() else _from_hub(source, split)
-    return dataset[split] if isinstance(dataset, dict) else dataset  # a folder may hold all splits
-
-
-def _from_hub(source: str, split: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(source, split=split)
-    except Exception as error:  # of many classes: no network, no such name, no such split
-        raise ValueError(
-            f"{source!r} is no .jsonl or .parquet file or folder here, and the hub gave no data "
-            f"set for it ({first_line(error)})"
-        ) from None
 
 
 def first_line(error: Exception) -> str:

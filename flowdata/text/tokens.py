@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from itertools import islice
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,21 +15,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowdata._common.notices import say
 from flowdata._common.offsets import offsets_of
+from flowdata._common.unreadable import Unreadable
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.text.chats import Fields, Row, row_segments
+from flowdata.text.chats import render_conversation
+from flowdata.text.conversation import Conversation, Row
+from flowdata.text.encoding import Encoded, encode
+from flowdata.text.formats import Fields, find_fields, read_conversation
+from flowdata.text.renderings import Rendering
+from flowdata.text.templates import ChatTemplate, Form
 
+Truncation = Literal["keep_start", "keep_end"]  # TRL's words
+
+_NO_TOKENS: Encoded = ([], np.zeros(0, dtype=np.bool_))  # the sample of a row that can't be read
 _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on all cores
 
 
 class TokenSamples(Dataset[dict[str, Tensor]]):
     """Tokenised samples in flat arrays; item i is `{"input_ids": (T,), "labels": (T,)}`, int64.
 
+    A row is one sample, unless its template makes a sample of each of its replies (`rows`).
+
+    Args:
+        samples_of_rows: for each row its samples: tokens, and which of them are targets.
+        max_length: longer samples are cut to so many tokens; None cuts none.
+        truncation: which tokens of a sample are kept: ``"keep_start"``, or ``"keep_end"``, which
+            cuts the prompt rather than the completion.
+        unreadable: why rows can't be read, by their number; it is looked at once all samples are
+            there. Such a row has one sample, without tokens, which raises when it is read.
+
     Attributes:
         input_ids: (Σ T,) int32, the tokens of all samples one after another.
         is_target: (Σ T,) bool; labels are −100 where it is false.
         offsets: (N + 1,) int64, where each sample begins and the last one ends.
+        rows: (N,) int64, the row that each sample is of, ascending.
+        truncation: as given.
+        replies: what told the replies of chats from the rest: ``"marked"`` and ``"training"`` are
+            marks of the chat template and of TRL's training form of it, ``"own"`` is what each
+            reply adds to the chat; None where no row went through a chat template.
         num_cut: samples shortened to the maximum length.
+        num_cut_targets: those of them that lost targets, some or all.
+        num_lost_targets: those of them that lost all targets, and have no loss.
+        unreadable: why rows can't be read, by their number.
     """
 
     # The arrays are flat because a million small tensors would take more memory for themselves
@@ -37,18 +68,38 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     #   offsets     0         4     6       9
 
     def __init__(
-        self, samples: Iterable[tuple[list[int], list[bool]]], max_length: int | None
+        self,
+        samples_of_rows: Iterable[Sequence[Encoded]],
+        max_length: int | None,
+        truncation: Truncation = "keep_start",
+        unreadable: Mapping[int, str] | None = None,
     ) -> None:
+        self.unreadable = {} if unreadable is None else unreadable
         ids: list[NDArray[np.int32]] = []
         targets: list[NDArray[np.bool_]] = []
-        self.num_cut = 0
-        for tokens, is_target in samples:
-            self.num_cut += max_length is not None and len(tokens) > max_length
-            ids.append(np.asarray(tokens[:max_length], dtype=np.int32))
-            targets.append(np.asarray(is_target[:max_length], dtype=np.bool_))
+        rows: list[int] = []
+        self.truncation = truncation
+        self.replies: Form | None = None
+        self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
+        for row, samples in enumerate(samples_of_rows):
+            for tokens, is_target in samples:
+                part = _part(len(tokens), max_length, truncation)
+                self._count(len(tokens), is_target, part)
+                ids.append(np.asarray(tokens[part], dtype=np.int32))
+                targets.append(is_target[part])
+                rows.append(row)
         self.input_ids = np.concatenate(ids)
         self.is_target = np.concatenate(targets)
         self.offsets = offsets_of(torch.tensor([len(sample) for sample in ids])).numpy()
+        self.rows = np.asarray(rows, dtype=np.int64)
+
+    def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
+        kept = is_target[part]
+        self.num_cut += len(kept) < length
+        # A sample's first token has nothing before it that could predict it: it is no target.
+        before, after = is_target[1:].sum(), kept[1:].sum()
+        self.num_cut_targets += bool(after < before)
+        self.num_lost_targets += bool(after == 0 < before)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -56,6 +107,9 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        row = int(self.rows[index])
+        if row in self.unreadable:
+            raise ValueError(self.unreadable[row])
         tokens = slice(self.offsets[index % len(self)], self.offsets[index % len(self) + 1])
         ids = torch.from_numpy(self.input_ids[tokens].astype(np.int64))
         return {
@@ -64,9 +118,32 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         }
 
     @property
+    def is_split(self) -> bool:
+        """Whether some row is several samples, one for each of its replies."""
+        return len(self) > len(np.unique(self.rows))
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens in each sample, (N,) int64."""
         return torch.from_numpy(np.diff(self.offsets))
+
+    def part(self, start: int, stop: int) -> TokenSamples:
+        """Return the samples from `start` up to `stop`, whose arrays are views of these."""
+        part = copy(self)
+        tokens = slice(self.offsets[start], self.offsets[stop])
+        part.input_ids, part.is_target = self.input_ids[tokens], self.is_target[tokens]
+        part.offsets = self.offsets[start : stop + 1] - self.offsets[start]
+        part.rows = self.rows[start:stop]
+        return part
+
+    def readable(self) -> TokenSamples:
+        """Return the samples without those of rows that can't be read."""
+        readable = copy(self)
+        is_readable = ~np.isin(self.rows, list(self.unreadable))
+        # The others have no tokens: where they begin and end is left out, and nothing else moves.
+        readable.offsets = np.append(self.offsets[:-1][is_readable], self.offsets[-1])
+        readable.rows, readable.unreadable = self.rows[is_readable], {}
+        return readable
 
     def digest(self) -> str:
         """Return the hex SHA-256 of all tokens, targets and offsets."""
@@ -75,59 +152,153 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
 
 
 def tokenize_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row | Unreadable],
     tokenizer: Any,
-    fields: Fields,
+    fields: Fields | None = None,
     *,
     template: bool,
+    template_options: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    truncation: Truncation = "keep_start",
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> TokenSamples:
-    """Return rows as token samples whose targets are the completions.
+    """Return rows as token samples whose targets are the completions and replies.
 
-    Prompt and completion are tokenised apart, as they meet when a model answers; in a chat
-    every reply of the assistant is a target, its end of turn included.
+    The tokens and targets are those that TRL's SFTTrainer makes of the same rows: of pairs of text,
+    which end with the end-of-sequence token; of chats under `assistant_only_loss`, if the chat
+    template marks replies or TRL has a training form of it that does; and of a prompt and
+    a completion of messages, whose completion is the target. In a chat without marks every reply is
+    a target, from where the template begins it to its end of turn. A template that writes earlier
+    turns differently once later ones follow makes one sample of each reply.
 
     Args:
-        rows: mappings with the text; indexable.
+        rows: mappings with the text, which are passed over once.
         tokenizer: a Hugging Face tokenizer.
-        fields: the fields that hold the text, as `find_fields` returns them.
+        fields: the columns that hold the text; those that are not named are found by their usual
+            names in the first row.
         template: whether pairs go through the tokenizer's chat template; chats always do.
-        max_length: longer samples are cut at their end to so many tokens; None cuts none.
+        template_options: values for the template's own variables, such as `enable_thinking`.
+        max_length: longer samples are cut to so many tokens; None cuts none.
+        truncation: which tokens of a sample are kept: ``"keep_start"``, or ``"keep_end"``, which
+            cuts the prompt rather than the completion.
+        on_error: ``"skip"`` gives a row that can't be read a sample that raises when it is read:
+            the scorer's option of this name leaves it without a loss.
 
     Raises:
         ValueError: a row lacks a field or has something else than text in it, a chat has no
-            reply, or its template can't be cut into replies; the row is named. Or there is no
-            template, or `max_length` is below 1.
+            reply, or its template refuses it or leaves out part of it; the row is named. Or there
+            is no template, or `max_length` is below 1, or `truncation` is another word.
     """
-    if template and tokenizer.chat_template is None:
+    if template and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; pass template=False")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    return TokenSamples(_tokens(rows, tokenizer, fields, template), max_length)
+    if truncation not in get_args(Truncation):
+        raise ValueError(f"truncation must be 'keep_start' or 'keep_end', got {truncation!r}")
+    renderer = _Renderer(tokenizer, template, template_options)
+    unreadable: dict[int, str] = {}
+    encoded = _encoded(_rendered(rows, fields, renderer), tokenizer, unreadable, on_error == "skip")
+    samples = TokenSamples(encoded, max_length, truncation, unreadable)
+    samples.replies = renderer.finish(samples.rows)
+    return samples
 
 
-def _tokens(
-    rows: Sequence[Row], tokenizer: Any, fields: Fields, template: bool
-) -> Iterable[tuple[list[int], list[bool]]]:
-    """The tokens of each row, and which of them are targets."""
-    start, end = _special_ends(tokenizer)
-    in_template = template or fields.messages is not None
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        numbers = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
-        segments_of_rows = [row_segments(rows[n], n, tokenizer, fields, template) for n in numbers]
-        # All segments of all rows go to the tokenizer as one list, and come back in this order.
-        texts = [text for segments in segments_of_rows for text, _ in segments]
-        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-        for segments in segments_of_rows:
-            pieces = [(next(ids), is_target) for _, is_target in segments]
-            if not in_template:  # a template writes the special tokens itself
-                pieces = [(start, False), *pieces, (end, True)]
-            tokens = [token for piece, _ in pieces for token in piece]
-            yield tokens, [is_target for piece, is_target in pieces for _ in piece]
+class _Renderer:
+    """Renders rows; the chat template is looked at when the first row needs it."""
+
+    def __init__(
+        self, tokenizer: Any, through_template: bool, options: Mapping[str, Any] | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._through_template = through_template
+        self._options = options
+        self._template: ChatTemplate | None = None
+        self._remarks: list[str] = []
+
+    def template_for(self, conversation: Conversation) -> ChatTemplate | None:
+        """The template that a conversation goes through; None is where it can do without."""
+        if conversation.plain is not None and not self._through_template:
+            return None
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer, self._options)
+        return self._template
+
+    def render(self, conversation: Conversation, template: ChatTemplate | None) -> list[Rendering]:
+        if template is None:
+            prompt, completion = conversation.plain or ("", "")
+            end = self.tokenizer.eos_token or ""
+            text = prompt + completion + end * (not completion.endswith(end))
+            return [Rendering(text, prompt=prompt)]
+        renderings = render_conversation(conversation, template)
+        self._remarks = self._remarks or template.remarks(renderings[-1].target_text())
+        return renderings
+
+    def finish(self, rows: NDArray[np.int64]) -> Form | None:
+        """Say how replies were told from the rest of a chat, and return it."""
+        if self._template is None:
+            if self._options:
+                raise ValueError(
+                    "template_options have no effect: no row goes through a chat template"
+                )
+            return None
+        samples_of_rows = np.bincount(rows)
+        if num_split := int((samples_of_rows > 1).sum()):
+            self._remarks.append(
+                "the chat template writes earlier turns differently once later ones follow, so "
+                f"{num_split:,} of {len(samples_of_rows):,} rows are scored reply by reply, each "
+                "reply after the text that it would be generated after"
+            )
+        for remark in self._remarks:
+            say(remark, shown=os.environ.get("RANK", "0") == "0")
+        return self._template.form
 
 
-def _special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens before and after a plain text: those that the tokenizer's own rules add."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return ([bos] if adds_bos else []), ([] if eos is None else [eos])
+def _rendered(
+    rows: Iterable[Row | Unreadable], fields: Fields | None, renderer: _Renderer
+) -> Iterator[list[Rendering] | Unreadable]:
+    """What each row's samples are as text, or why it has none."""
+    is_found = False
+    for number, row in enumerate(rows):
+        if isinstance(row, Unreadable):
+            yield row
+            continue
+        if not is_found:
+            fields, is_found = find_fields(row, fields), True
+        try:
+            conversation = read_conversation(row, fields or Fields())
+        except (KeyError, TypeError, ValueError) as error:
+            yield Unreadable(f"row {number}: {error}")
+            continue
+        template = renderer.template_for(conversation)  # what is wrong with it, is so for all rows
+        try:
+            yield renderer.render(conversation, template)
+        except ValueError as error:
+            yield Unreadable(f"row {number}: {error}")
+
+
+def _encoded(
+    rows: Iterator[list[Rendering] | Unreadable],
+    tokenizer: Any,
+    unreadable: dict[int, str],
+    skip: bool,
+) -> Iterator[list[Encoded]]:
+    """The samples of each row: tokens, and which of them are targets."""
+    first = 0
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        for number, row in enumerate(batch, first):
+            if isinstance(row, Unreadable):
+                if not skip:
+                    raise ValueError(row.reason)
+                unreadable[number] = row.reason
+        first += len(batch)
+        renderings = [rendering for row in batch if isinstance(row, list) for rendering in row]
+        encoded = iter(encode(renderings, tokenizer))
+        for row in batch:
+            yield list(islice(encoded, len(row))) if isinstance(row, list) else [_NO_TOKENS]
+
+
+def _part(length: int, max_length: int | None, truncation: Truncation) -> slice:
+    """The tokens of a sample that are kept."""
+    if max_length is None or length <= max_length:
+        return slice(None)
+    return slice(max_length) if truncation == "keep_start" else slice(length - max_length, None)

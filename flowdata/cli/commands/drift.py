@@ -7,7 +7,13 @@ import gc
 
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.output import print_result
-from flowdata.cli.probe_options import add_probe_options, describe_probe, is_own, make_probe
+from flowdata.cli.probe_options import (
+    add_probe_options,
+    describe_probe,
+    is_own,
+    make_probe,
+    read_probe,
+)
 from flowdata.drift import Drift, DriftMeter
 from flowdata.text.models import hide_progress, load_model, load_transformers, load_tuned_model
 
@@ -27,8 +33,9 @@ def run(options: argparse.Namespace) -> int:
     if options.quiet:
         hide_progress()
     where = {"trust_remote_code": options.trust_remote_code, "device": options.device}
+    samples = read_probe(options)
     base = load_model(options.base, **where)
-    meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
+    meter = DriftMeter(base, make_probe(options, base, samples), dtype=options.dtype)
     del base
     drifts = {}
     for source in options.tuned:

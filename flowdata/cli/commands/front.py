@@ -10,7 +10,7 @@ from typing import Any
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.front_models import check_front, models_of_front, write_model
 from flowdata.cli.output import print_result
-from flowdata.cli.probe_options import add_probe_options, describe_probe, make_probe
+from flowdata.cli.probe_options import add_probe_options, describe_probe, make_probe, read_probe
 from flowdata.cli.text_samples import text_samples
 from flowdata.drift import Candidate, DriftMeter, draw_front, rank
 from flowdata.scoring.scorer import LossScorer
@@ -46,11 +46,12 @@ def run(options: argparse.Namespace) -> int:
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
     trust, device = options.trust_remote_code, options.device
+    samples = text_samples(options, options.valid, options.base)[0].readable()
+    probe = read_probe(options)
     base = load_model(options.base, trust_remote_code=trust, device=device)
-    meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
+    meter = DriftMeter(base, make_probe(options, base, probe), dtype=options.dtype)
     del base
     gc.collect()
-    samples, _ = text_samples(options, options.valid, options.base)
     runs = []
     models = models_of_front(
         options.base, options.tuned, options.alphas, trust_remote_code=trust, device=device

@@ -6,9 +6,12 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flowdata._common.notices import logger
+from flowdata._common.unreadable import Unreadable
 from flowdata.cli.exit_codes import DONE, USER_ERRORS
+from flowdata.cli.growing import REPORT
 from flowdata.cli.options import add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.drift.comparing import compare
@@ -33,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write a store's report: summary, histogram, easiest and hardest samples."""
     scores = Scores.load(options.store)
-    folder = Path(options.output or Path(options.store) / "report")
+    folder = Path(options.output or Path(options.store) / REPORT)
     if options.after is not None:
         return _compare(options, scores, folder)
     report = write_report(
@@ -74,16 +77,30 @@ def _sample_texts(scores: Scores) -> Callable[[int], str] | None:
     if not isinstance(data, dict):  # not scored by `flowdata score`
         return None
     try:
-        rows = read_rows(data["source"], split=data["split"], limit=len(scores))
+        where: Any = {name: data.get(name) for name in ("split", "configuration", "revision")}
+        rows = read_rows(
+            data["source"],
+            limit=data.get("rows", len(scores)),
+            encoding=data.get("encoding", "utf-8"),
+            on_error="skip",
+            **where,
+        )
     except USER_ERRORS as error:
         logger.warning("samples are shown without their text: %s", error)
         return None
-    fields = [data[name] for name in ("messages", "prompt", "completion") if data.get(name)]
+    if data.get("rows", len(scores)) != len(scores):
+        logger.warning("samples are shown without their text: rows have several samples each")
+        return None
+    names = ("system", "history", "messages", "prompt", "input", "completion")
+    fields = [data[name] for name in names if data.get(name)]
 
     def text(index: int) -> str:
+        row = rows[index]
+        if isinstance(row, Unreadable):
+            return row.reason
         return "\n".join(
             value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for value in (rows[index][field] for field in fields)
+            for value in (row[field] for field in fields if row.get(field))
         )
 
     return text

@@ -7,24 +7,34 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
+from pathlib import Path
 
 from flowdata.cli.exit_codes import DONE
+from flowdata.cli.growing import remove_store, score_growing
 from flowdata.cli.options import add_dtype, add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
-from flowdata.cli.text_samples import add_text_options, text_samples
+from flowdata.cli.text_samples import add_text_options, cuts_of, text_samples
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
+from flowdata.store.folder import SCORES
+from flowdata.store.format import write_file
+from flowdata.text.joining import REPLIES, check_can_join, join_replies
 from flowdata.text.models import hide_progress, load_model, load_transformers
 from flowdata.weights import check_temperature
+
+_PREVIEW_ROWS = 16  # read for a preview: the first may be one that can't be read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     add = parser.add_argument
     add("model", help="hub id, folder, or GGUF file or folder")
-    add("data", help="JSONL or Parquet file, saved data set, or hub id")
+    add("data", help="file, folder or pattern of files, saved data set, or hub id")
     add("--store", default="scores", help="folder for the losses (default: %(default)s)")
+    add("--overwrite", action="store_true", help="remove the losses that the folder keeps, first")
+    add("--preview", action="store_true", help="print what is recognised in the data, and stop")
     add_text_options(parser)
     add_dtype(parser)
     add("--device", help="default: where the model loads")
@@ -47,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
         hide_progress()
     with process_group() as device:
         check_temperature(options.temperature)  # now, not after hours of scoring
-        samples, details = text_samples(options, options.data, options.model)
+        if options.preview:
+            _print_preview(options)
+            return DONE
+        samples, details, _ = text_samples(options, options.data, options.model)
         scorer = LossScorer(
             load_model(options.model, trust_remote_code=options.trust_remote_code),
             "causal_lm",
@@ -58,22 +71,38 @@ def run(options: argparse.Namespace) -> int:
             columns=options.columns,
             progress=not options.quiet,
         )
-        scores = scorer.score(
+        store = Path(options.store)
+        if options.overwrite:
+            remove_store(store)
+            remove_store(store / REPLIES)
+        check_can_join(samples, options.columns, store)
+        scores = score_growing(
+            scorer,
             samples,
-            store=options.store,
-            dataset_id=f"tokens:{samples.digest()}",
-            lengths=samples.lengths,
+            store / REPLIES if samples.is_split else store,
+            on_error=options.on_error,
             details=details,
         )
         if os.environ.get("RANK", "0") == "0":  # all ranks have all scores; one tells of them
-            _print_scores(options, scores, scorer.explain(), samples.num_cut)
+            if samples.is_split:
+                scores = join_replies(scores, samples.rows)
+                write_file(store / SCORES, scores.to_tensors(), scores.manifest())
+            _print_scores(options, scores, scorer.explain(), cuts_of(samples))
     return DONE
 
 
+def _print_preview(options: argparse.Namespace) -> None:
+    """Print what the first rows hold; the others are not read."""
+    options.limit = min(options.limit or _PREVIEW_ROWS, _PREVIEW_ROWS)
+    options.streaming, options.quiet = True, True  # what would be said is printed here, whole
+    _, _, recognised = text_samples(options, options.data, options.model)
+    print_result(options, asdict(recognised), recognised.text(whole=True))
+
+
 def _print_scores(
-    options: argparse.Namespace, scores: Scores, explanation: str, num_cut: int
+    options: argparse.Namespace, scores: Scores, explanation: str, cuts: dict[str, int]
 ) -> None:
-    figures = {"num_cut": num_cut, **scores.summary(temperature=options.temperature)}
+    figures = {**cuts, **scores.summary(temperature=options.temperature)}
     lines = [
         f"{len(scores):,} samples scored into {options.store} ({explanation})",
         list_figures(figures),

@@ -1,0 +1,1 @@
+"""Files of rows: where they are, and what their lines say."""

@@ -1,0 +1,226 @@
+"""Files of lines: JSON, CSV and text, compressed or not, as rows exactly as they are written.
+
+Arrow and pandas, through which `datasets` reads such files, guess types: a reply "2020-01-01"
+becomes a time, "NA" and "None" are missing, "007" is 7, and a column that first appears late in
+the file is an error. So these three kinds are read by Python's own modules, one row at a time.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, TextIO, cast
+
+from flowdata._common.unreadable import Unreadable
+from flowdata.text.conversation import Row
+from flowdata.text.files.places import kind_of
+
+_ROWS_BELOW = ("data", "rows", "examples", "instances")  # names of an object's rows
+_DELIMITERS = (",", ";", "\t", "|")
+
+
+class LineFiles:
+    """The rows of files, read anew by each pass over them: none is kept.
+
+    Args:
+        files: JSON, CSV or text files.
+        encoding: theirs; a byte order mark is left out.
+        limit: how many rows are given, from the first; None gives all.
+        skip: True gives an `Unreadable` for a line that is no row; False raises a ValueError that
+            names the file and the line.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        *,
+        encoding: str = "utf-8",
+        limit: int | None = None,
+        skip: bool = False,
+    ) -> None:
+        self.files, self.limit, self.skip = files, limit, skip
+        try:
+            name = codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError(f"encoding must be one that Python knows, got {encoding!r}") from None
+        self.encoding = "utf-8-sig" if name == "utf-8" else name
+
+    def __iter__(self) -> Iterator[Row | Unreadable]:
+        return islice(chain.from_iterable(map(self._rows_of, self.files)), self.limit)
+
+    def _rows_of(self, file: Path) -> Iterator[Row | Unreadable]:
+        rows = {"json": _json_rows, "csv": _csv_rows, "text": _text_rows}[str(kind_of(file))]
+        with _open(file) as stream:
+            # Bytes that are no text are kept apart where the rows that hold them are to be skipped.
+            errors = "surrogateescape" if self.skip else "strict"
+            text = io.TextIOWrapper(stream, encoding=self.encoding, errors=errors, newline="")
+            try:
+                for number, row in enumerate(rows(text, file)):
+                    if isinstance(row, Unreadable):
+                        if not self.skip:
+                            raise ValueError(row.reason)
+                    elif self.skip and _is_no_text(row):
+                        row = Unreadable(f"{file}, row {number}: holds bytes that are no text")
+                    yield row
+            except UnicodeDecodeError as error:
+                raise ValueError(self._wrong_encoding(file, error)) from None
+            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                raise ValueError(f"{file} can't be read to its end: {error}") from None
+
+    def _wrong_encoding(self, file: Path, error: UnicodeDecodeError) -> str:
+        """What to say of bytes that are no text in the encoding: where they are."""
+        number = 1
+        with _open(file) as stream:
+            for line in stream:
+                try:
+                    line.decode(self.encoding)
+                except UnicodeDecodeError as of_line:
+                    error = of_line
+                    break
+                number += 1
+        byte = error.object[error.start]
+        likely = "utf-16" if number == 1 and error.start == 0 and byte in (0xFE, 0xFF) else "cp1252"
+        return (
+            f"{file}, line {number}: not {error.encoding} (byte 0x{byte:02x}, number "
+            f"{error.start + 1} of the line); save the file as UTF-8, or name its encoding "
+            f"(--encoding {likely})"
+        )
+
+
+def _is_no_text(row: Row) -> bool:
+    """Whether a row holds characters that stand for no text: undecoded bytes, half a pair."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _open(file: Path) -> IO[bytes]:
+    """A file's bytes, decompressed."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(file))
+    if suffix == ".bz2":
+        return cast(IO[bytes], bz2.open(file))
+    if suffix == ".xz":
+        return cast(IO[bytes], lzma.open(file))
+    if suffix == ".zst":
+        import pyarrow
+
+        return cast(IO[bytes], io.BufferedReader(pyarrow.CompressedInputStream(str(file), "zstd")))
+    return file.open("rb")
+
+
+def _text_rows(text: TextIO, file: Path) -> Iterator[Row]:
+    """A row for each line that holds something."""
+    for line in text:
+        if line.strip():
+            yield {"text": line.rstrip("\r\n")}
+
+
+def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
+    """The rows below a header; every cell is text, as it is written."""
+    csv.field_size_limit(sys.maxsize)
+    number, header = _first_line(text)
+    is_tsv = ".tsv" in file.name.lower()
+    delimiter = "\t" if is_tsv else max(_DELIMITERS, key=header.count)
+    reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
+    line = number
+    try:
+        names = next(reader, [])
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:
+            raise ValueError(f"{file}, line {number}: the header has {double!r} more than once")
+        line = number + reader.line_num
+        for cells in reader:
+            if len(cells) == len(names):
+                yield dict(zip(names, cells, strict=True))
+            elif cells:
+                yield Unreadable(
+                    f"{file}, line {line}: has {len(cells)} cells, where the header has "
+                    f"{len(names)}; a cell with {delimiter!r} in it needs quotes"
+                )
+            line = number + reader.line_num
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {line}: not CSV ({error})") from None
+
+
+def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
+    """The rows of JSON lines, of an array, or of an object that holds an array of rows."""
+    number, line = _first_line(text)
+    value = _parse(line)
+    is_list_alone = isinstance(value, list) and value and not isinstance(value[0], dict)
+    is_row = isinstance(value, dict) and _rows_below(value) is None
+    if is_row or is_list_alone or not line.lstrip().startswith(("[", "{")):
+        yield from _json_lines(chain([line], text), file, number)
+        return
+    content = line + text.read()
+    try:
+        whole = json.loads(content)
+    except ValueError as error:
+        if line.lstrip().startswith("["):
+            place = number - 1 + getattr(error, "lineno", 1)
+            raise ValueError(f"{file}, line {place}: not JSON ({error})") from None
+        yield from _json_lines(io.StringIO(content), file, number)
+        return
+    if isinstance(whole, dict):
+        whole = _rows_below(whole) or [whole]
+    may_hold_halves = _may_hold_halves(content)
+    for index, row in enumerate(whole):
+        yield _checked(row, f"{file}, item {index}", may_hold_halves=may_hold_halves)
+
+
+def _json_lines(lines: Iterable[str], file: Path, start: int) -> Iterator[Row | Unreadable]:
+    for number, line in enumerate(lines, start):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield Unreadable(f"{file}, line {number}: not JSON ({error})")
+            continue
+        yield _checked(row, f"{file}, line {number}", may_hold_halves=_may_hold_halves(line))
+
+
+def _checked(row: Any, place: str, *, may_hold_halves: bool) -> Row | Unreadable:
+    """A value as a row, if it is one."""
+    if not isinstance(row, dict):
+        return Unreadable(f"{place}: should be a JSON object, is {type(row).__name__}")
+    if may_hold_halves and _is_no_text(row):
+        return Unreadable(f"{place}: holds one half of a surrogate pair, which is no text")
+    return row
+
+
+def _may_hold_halves(content: str) -> bool:
+    """Whether JSON escapes a surrogate; a tokenizer can't read one without its other half."""
+    return "\\ud" in content or "\\uD" in content
+
+
+def _rows_below(value: Mapping[str, Any]) -> list[Any] | None:
+    """The rows that an object holds under a name of its own, as `{"data": [...]}`."""
+    lists = (value[name] for name in _ROWS_BELOW if isinstance(value.get(name), list))
+    return next((rows for rows in lists if rows and isinstance(rows[0], dict)), None)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _first_line(text: TextIO) -> tuple[int, str]:
+    """The number of the first line that holds something, and that line; "" where none does."""
+    lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
+    return next(lines, (1, ""))

@@ -1,0 +1,114 @@
+"""Tables: Parquet and Arrow files, saved data sets and those of the hub, through `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flowdata.text.conversation import Row
+
+
+class Table:
+    """Rows of a `datasets` data set without the nulls that Arrow adds to the objects in them.
+
+    Arrow gives every object of a column the names of all the others, and null for a value: a
+    tool's parameters would come to a chat template with those of every other tool.
+
+    Args:
+        dataset: map-style, or a stream.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        return _clean_row(self.dataset[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(_clean_row, self.dataset)
+
+    def first(self, count: int) -> Table:
+        """Return the first rows alone."""
+        if not hasattr(self.dataset, "__len__"):
+            return Table(self.dataset.take(count))
+        return Table(self.dataset.select(range(min(count, len(self)))))
+
+
+def read_table_files(kind: str, files: list[Path], *, streaming: bool) -> Table:
+    """Return the rows of Parquet or Arrow files, as one table.
+
+    Args:
+        kind: ``"parquet"`` or ``"arrow"``.
+        files: of one schema.
+        streaming: whether rows are read while they are used, and none is kept.
+
+    Raises:
+        ValueError: a file is damaged or of another kind than its name says.
+    """
+    import datasets
+
+    names = [str(file) for file in files]
+    try:
+        dataset = datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming)
+        if streaming:
+            next(iter(dataset), None)
+    except Exception as error:  # of many classes, each with the reader's own as its cause
+        raise ValueError(f"{names[0]} can't be read: {_in_one_line(error)}") from None
+    return Table(dataset)
+
+
+def read_saved(folder: Path, split: str) -> Table:
+    """Return the rows of a data set that `save_to_disk` wrote.
+
+    Raises:
+        ValueError: it has splits, and none by that name.
+    """
+    import datasets
+
+    dataset = datasets.load_from_disk(str(folder))
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise ValueError(f"{folder} has no split {split!r}; there are {', '.join(dataset)}")
+        dataset = dataset[split]
+    return Table(dataset)
+
+
+def read_hub(
+    name: str, *, split: str, configuration: str | None, revision: str | None, streaming: bool
+) -> Table:
+    """Return the rows of a data set on the hub.
+
+    Raises:
+        ValueError: the hub gave none, with its reason.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(
+            name, configuration, split=split, revision=revision, streaming=streaming
+        )
+    except Exception as error:  # of many classes: no network, no such name, no such split
+        raise ValueError(
+            f"there is no file or folder {name!r} here, and the hub gave no data set for it "
+            f"({_in_one_line(error)})"
+        ) from None
+    return Table(dataset)
+
+
+def _in_one_line(error: Exception) -> str:
+    reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())}"[:400]
+
+
+def _clean_row(row: Row) -> Row:
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,221 @@
+"""Which format a row has: the columns that hold its text, found by their usual names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from flowdata.text.conversation import Row
+from flowdata.text.formats.fields import Fields
+
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+CHAT_TEMPLATE_OPTIONS = "chat_template_kwargs"
+
+# The names that prompts go under, and those of the replies that go with each, the likelier first.
+# The order is that of preference: `input` is the prompt only where no `instruction` is.
+_PAIRS = {
+    "prompt": ("completion", "response", "output", "answer", "reply", "target"),
+    "instruction": ("output", "response", "completion", "answer"),
+    "question": ("answer", "response", "output", "solution"),
+    "query": ("response", "answer", "output"),
+    "problem": ("solution", "generated_solution", "answer"),
+    "user": ("assistant",),
+    "human": ("assistant",),
+    "source": ("target",),
+    "inputs": ("targets", "outputs"),
+    "input": ("output", "target", "response", "completion", "answer"),
+    "context": ("response", "completion"),
+}
+_PREFERENCE_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs")
+_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+_TEXTS = ("text", "content", "completion", "response")
+# Columns that go with a prompt or a chat, by the attribute of Fields: the usual names of each.
+COMPANIONS = {
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+    "rejected": ("rejected_response", "rejected_messages", "rejected"),
+}
+_LABELS = ("label", "kto_tag")
+_CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
+_KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
+
+
+def find_fields(row: Row, fields: Fields | None = None) -> Fields:
+    """Return the columns to read: those that are named, the others by the usual names in the row.
+
+    Args:
+        row: any row of the data set.
+        fields: the names that the user gave, if any. An empty name reads no such column.
+
+    Raises:
+        ValueError: a column that is named is missing, or the row has none of the usual names.
+
+    Example:
+        >>> found = find_fields({"instruction": "Add.", "input": "2, 2", "output": "4"})
+        >>> found.prompt, found.input, found.completion, found.name
+        ('instruction', 'input', 'output', 'Alpaca')
+    """
+    fields = fields or Fields()
+    named = [name for name in (fields.messages, fields.prompt, fields.completion) if name]
+    defaults = vars(Fields())
+    given = [vars(fields)[name] for name in COMPANIONS if vars(fields)[name] != defaults[name]]
+    absent = [name for name in (*named, *given) if name and name not in row]
+    if absent:
+        raise ValueError(f"column {absent[0]!r} is missing; there are {_names_of(row)}")
+    if fields.prompt and not fields.completion:
+        raise ValueError("a prompt column needs a completion column beside it")
+    names = {str(name).lower(): str(name) for name in row}
+    if not named:
+        usual = _preference(names) or _chat(names, row) or _pair(names) or _text(names)
+        if usual is None:
+            raise ValueError(_unknown(row))
+        fields = replace(
+            usual,
+            input=fields.input,
+            system=fields.system,
+            history=fields.history,
+            tools=fields.tools,
+            rejected=fields.rejected or usual.rejected,
+        )
+    return _with_companions(fields, names, row)
+
+
+def _preference(names: Mapping[str, str]) -> Fields | None:
+    """A preference set: two replies to a prompt, of which the chosen one is scored."""
+    for preferred, other in _CHOSEN.items():
+        if preferred not in names or other not in names:
+            continue
+        replies = {"completion": names[preferred], "rejected": names[other]}
+        if preferred == "preferred_output" and "input" in names:
+            return Fields(messages=names["input"], name="OpenAI preference", **replies)
+        prompt = _first(_PREFERENCE_PROMPTS, names)
+        if prompt:
+            return Fields(prompt=prompt, name="preference", **replies)
+        if chat := _first(_CHATS, names):
+            return Fields(messages=chat, name="preference (chat)", **replies)
+        return Fields(name="preference (prompt within the replies)", **replies)
+    if "chosen_messages" in names:
+        chosen, rejected = names["chosen_messages"], names.get("rejected_messages")
+        return Fields(messages=chosen, rejected=rejected, name="LLaMA-Factory v1 pairs")
+    return None
+
+
+def _chat(names: Mapping[str, str], row: Row) -> Fields | None:
+    chats = [names[name] for name in _CHATS if name in names]
+    chat = next((name for name in chats if _is_chat(row[name])), None)
+    return None if chat is None else Fields(messages=chat, name=_chat_name(row[chat]))
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a column holds a chat, which CSV files hold as JSON text."""
+    text_like = isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+    return not text_like
+
+
+def _chat_name(value: Any) -> str:
+    first = value[0] if isinstance(value, Sequence) and len(value) else None
+    if isinstance(first, str):
+        return "chat of texts in turn" if not isinstance(value, str) else "chat as JSON text"
+    if not isinstance(first, Mapping):
+        return "chat"
+    if "from" in first:
+        return "ShareGPT"
+    if "role" not in first:
+        return "chat of pairs"
+    content = first.get("content")
+    part = content[0] if isinstance(content, list) and content else None
+    is_v1 = isinstance(part, Mapping) and "value" in part
+    return "LLaMA-Factory v1" if is_v1 else "OpenAI or TRL chat"
+
+
+def _pair(names: Mapping[str, str]) -> Fields | None:
+    for prompt, replies in _PAIRS.items():
+        reply = _first(replies, names)
+        if prompt in names and reply:
+            return Fields(
+                prompt=names[prompt], completion=reply, name=f"{prompt} and {reply.lower()}"
+            )
+    return None
+
+
+def _text(names: Mapping[str, str]) -> Fields | None:
+    text = _first(_TEXTS, names)
+    return Fields(completion=text, name="plain text") if text else None
+
+
+def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fields:
+    """The fields with the columns that go with them, unless the user named them.
+
+    A column that the row lacks may come later: its likeliest name is kept.
+    """
+    taken = {fields.messages, fields.prompt, fields.completion}
+    others = {name: column for name, column in names.items() if column not in taken}
+    found: dict[str, Any] = {}
+    for companion, usual in COMPANIONS.items():
+        goes_with = fields.prompt if companion == "input" else fields.prompt or fields.messages
+        is_default = getattr(fields, companion) == getattr(Fields(), companion)
+        if is_default and (goes_with or companion in ("system", "history", "tools")):
+            column = _first(usual, others)
+            if column is None and companion != "rejected" and usual[0] not in taken:
+                column = usual[0]
+            found[companion] = column
+    label = _first(_LABELS, names)
+    if label and isinstance(row[label], bool) and (fields.prompt or fields.messages):
+        found["label"] = label
+    fields = replace(fields, **found)
+    return replace(fields, name=_name(fields, row))
+
+
+def _name(fields: Fields, row: Row) -> str:
+    """What a format is called, once its companions are known."""
+    if fields.label and not fields.name.startswith("KTO"):
+        return f"KTO ({fields.name})"
+    if fields.rejected and "preference" not in fields.name:
+        return f"preference ({fields.name})"
+    if fields.name == "instruction and output":
+        return "Alpaca"
+    if fields.name == "instruction and response" and "context" in row:
+        return "Dolly"
+    return fields.name
+
+
+def _first(candidates: Sequence[str], names: Mapping[str, str]) -> str | None:
+    return next((names[name] for name in candidates if name in names), None)
+
+
+def _unknown(row: Row) -> str:
+    """What to say of a row of an unknown shape: its columns, the flags, the closest format."""
+    prompts = [str(name) for name in row if str(name).lower() in _PAIRS]
+    close = [
+        (name, known)
+        for name in map(str, row)
+        for known in difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.5)
+        if name.lower() != known
+    ]
+    texts = [name for name in row if isinstance(row[name], str)]
+    chats = [str(name) for name in row if isinstance(row[name], list)]
+    if "input_ids" in row:
+        closest = "; its rows are tokens already: LossScorer scores them in Python"
+    elif prompts:
+        replies = " or ".join(map(repr, _PAIRS[prompts[0].lower()][:3]))
+        closest = f"; closest: a pair, with {prompts[0]!r} as its prompt and no {replies}"
+    elif close:
+        closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close)
+    elif chats:
+        closest = f"; closest: a chat in {chats[0]!r}"
+    elif len(texts) > 1:
+        closest = f"; closest: a pair, {texts[0]!r} and {texts[1]!r}"
+    else:
+        closest = ""
+    return (
+        f"no known text columns among {_names_of(row)}{closest}; name them (prompt and completion, "
+        "messages, or completion alone: --prompt-column, --completion-column, --messages-column)"
+    )
+
+
+def _names_of(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "none"

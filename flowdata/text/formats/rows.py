@@ -1,0 +1,226 @@
+"""Rows to conversations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from flowdata.text.conversation import Conversation, Message, Row
+from flowdata.text.formats.fields import Fields
+from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, COMPANIONS, MEDIA
+from flowdata.text.formats.messages import Turn, parse, read_tools, read_turns
+
+
+def read_conversation(row: Row, fields: Fields) -> Conversation:
+    """Return what a row says.
+
+    Args:
+        row: the row.
+        fields: the columns to read, as `find_fields` returns them.
+
+    Raises:
+        ValueError: the row lacks a column or holds something else than text or a chat there, has
+            nothing to score, or holds images, sound or video.
+
+    Example:
+        >>> fields = Fields(prompt="instruction", input="input", completion="output")
+        >>> row = {"instruction": "Add.", "input": "2, 2", "output": "4"}
+        >>> conversation = read_conversation(row, fields)
+        >>> conversation.messages[0], conversation.plain
+        ({'role': 'user', 'content': 'Add.\\n2, 2'}, ('Add.\\n2, 2', '4'))
+    """
+    _refuse_unread(row, fields)
+    tools = read_tools(_optional(row, fields.tools))
+    plain: tuple[str, str] | None = None
+    if fields.messages:
+        chat = _required(row, fields.messages)
+        if isinstance(chat, Mapping) and "messages" in chat:  # OpenAI's preference sets
+            tools = tools or read_tools(chat.get("tools"))
+            chat = chat["messages"]
+        turns = read_turns(chat)
+        if fields.completion:
+            turns = [*_context(turns), *_reply(_required(row, fields.completion))]
+        elif fields.rejected:
+            turns = _after_common_beginning(turns, row.get(fields.rejected))
+        elif fields.label:
+            turns = _last_reply(turns)
+    else:
+        turns, plain = _pair(row, fields)
+    turns = _history(row, fields) + turns
+    system = _optional(row, fields.system)
+    if _holds(system):
+        turns = _with_system(turns, system, fields.system or "")
+    if not any(is_target for _, is_target in turns):
+        raise ValueError(
+            "the chat has no message with role 'assistant' that is to be learned, so it has no "
+            "target"
+        )
+    is_apart = not fields.messages and fields.prompt and not isinstance(row[fields.prompt], str)
+    num_completion = len(_reply(row[fields.completion or ""])) if is_apart else len(turns)
+    options = _optional(row, CHAT_TEMPLATE_OPTIONS)
+    return Conversation(
+        messages=tuple(message for message, _ in turns),
+        is_target=tuple(is_target for _, is_target in turns),
+        tools=tools,
+        template_options=(parse(options) if isinstance(options, str) else options) or {},
+        num_prompt=len(turns) - num_completion,
+        plain=plain if len(turns) <= 2 and not _holds(system) and not tools else None,
+    )
+
+
+def _refuse_unread(row: Row, fields: Fields) -> None:
+    """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
+    for name, companion in _unread_companions(fields).items():
+        if name not in row or not _holds(row[name]):
+            continue
+        if companion is None:
+            raise ValueError(f"column {name!r} holds something, and text is scored alone")
+        raise ValueError(
+            f"column {name!r} holds something, and is not read: name it with {companion}={name!r} "
+            f"of Fields (--{companion}-column {name}), or name an empty one"
+        )
+
+
+@functools.cache  # every row of a data set asks for the same
+def _unread_companions(fields: Fields) -> dict[str, str | None]:
+    """Columns that must hold nothing, as they aren't read: each with what it would be, or None."""
+    known = {*fields.columns(), fields.label}
+    names: dict[str, str | None] = {
+        name: companion
+        for companion, usual in COMPANIONS.items()
+        if getattr(fields, companion) != "" and (fields.prompt or companion != "input")
+        for name in usual
+    }
+    names |= dict.fromkeys(MEDIA)
+    return {name: companion for name, companion in names.items() if name not in known}
+
+
+def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
+    """A prompt and its completion, as messages and, where both are text, as text."""
+    completion = _required(row, fields.completion or "")
+    rejected = row.get(fields.rejected) if fields.rejected else None
+    if not fields.prompt:
+        if not isinstance(completion, str):
+            return _after_common_beginning(read_turns(completion), rejected), None
+        plain = _split(completion, rejected) if isinstance(rejected, str) else ("", completion)
+        return _messages(*plain), plain
+    prompt = _required(row, fields.prompt)
+    if isinstance(prompt, str):
+        prompt = _with_input(row, prompt, fields)
+        if isinstance(completion, str):
+            return _messages(prompt, completion, always=True), (prompt, completion)
+        turns = read_turns(completion)
+        questions = [message["content"] for message, _ in turns if message["role"] == "user"]
+        if questions:  # the reply is a whole chat, with the prompt in it
+            if prompt not in questions:
+                raise ValueError(
+                    f"column {fields.completion!r} holds a chat without the text of "
+                    f"{fields.prompt!r}; name one of them (--messages-column {fields.completion})"
+                )
+            return _after_common_beginning(turns, rejected), None
+        return [({"role": "user", "content": prompt}, False), *turns], None
+    if _holds(_optional(row, fields.input)):
+        raise ValueError(f"column {fields.input!r} holds something, and the prompt is a chat")
+    return [*_context(read_turns(prompt)), *_reply(completion)], None
+
+
+def _split(chosen: str, rejected: str) -> tuple[str, str]:
+    """The prompt that two texts begin with, and the chosen reply."""
+    pairs = zip(chosen, rejected, strict=False)
+    begin = chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+    # Replies may begin alike. HH-RLHF's say where they begin; elsewhere it is after a line or word.
+    mark = begin.rfind("Assistant:") + len("Assistant:")
+    end = mark if mark >= len("Assistant:") else max(begin.rfind("\n"), begin.rfind(" ")) + 1
+    return chosen[:end], chosen[end:]
+
+
+def _messages(prompt: str, completion: str, *, always: bool = False) -> list[Turn]:
+    reply: Turn = ({"role": "assistant", "content": completion}, True)
+    return [({"role": "user", "content": prompt}, False), reply] if prompt or always else [reply]
+
+
+def _with_input(row: Row, prompt: str, fields: Fields) -> str:
+    """The prompt with its input below, as LLaMA-Factory and ms-swift write it."""
+    value = _optional(row, fields.input if fields.input != fields.prompt else None)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"column {fields.input!r} should hold text, it holds {_kind(value)}")
+    return "\n".join(text for text in (prompt, value) if text)
+
+
+def _context(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns of a prompt, which are no targets."""
+    return [(message, False) for message, _ in turns]
+
+
+def _reply(value: Any) -> list[Turn]:
+    is_text = isinstance(value, str)
+    return [({"role": "assistant", "content": value}, True)] if is_text else read_turns(value)
+
+
+def _after_common_beginning(turns: list[Turn], rejected: Any) -> list[Turn]:
+    """A chosen chat whose targets are those after what it shares with the rejected one."""
+    if rejected is None:
+        return turns
+    if isinstance(rejected, str):
+        return _last_reply(turns)
+    pairs = zip(turns, read_turns(rejected), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    return _targets_from(turns, shared) if shared < len(turns) else _last_reply(turns)
+
+
+def _last_reply(turns: list[Turn]) -> list[Turn]:
+    """A chat of which the reply is judged: only what follows the last question is a target."""
+    users = [n for n, (message, _) in enumerate(turns) if message["role"] in ("user", "tool")]
+    return _targets_from(turns, users[-1] + 1 if users else 0)
+
+
+def _targets_from(turns: list[Turn], start: int) -> list[Turn]:
+    return [(message, is_target and n >= start) for n, (message, is_target) in enumerate(turns)]
+
+
+def _history(row: Row, fields: Fields) -> list[Turn]:
+    """Earlier turns; their replies are targets, too, unless the row is a preference."""
+    history = _optional(row, fields.history)
+    history = parse(history) if isinstance(history, str) and history.strip() else history
+    turns: list[Turn] = []
+    for pair in history or []:
+        if isinstance(pair, Mapping):
+            turns += read_turns([pair])
+            continue
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"column {fields.history!r} should hold pairs of prompt and reply")
+        turns += read_turns(list(pair))
+    return _context(turns) if fields.rejected or fields.label else turns
+
+
+def _with_system(turns: list[Turn], system: Any, column: str) -> list[Turn]:
+    if not isinstance(system, str):
+        raise ValueError(f"column {column!r} should hold text, it holds {_kind(system)}")
+    message: Message = {"role": "system", "content": system}
+    if not turns or turns[0][0]["role"] != "system":
+        return [(message, False), *turns]
+    if turns[0][0]["content"] != system:
+        raise ValueError(f"column {column!r} and the chat's own system message differ")
+    return turns
+
+
+def _required(row: Row, column: str) -> Any:
+    value = row.get(column)
+    if not isinstance(value, str | list | tuple | Mapping):
+        content = _kind(value) if column in row else "nothing"
+        raise ValueError(f"column {column!r} should hold text, it holds {content}")
+    return value
+
+
+def _optional(row: Row, column: str | None) -> Any:
+    return row.get(column) if column else None
+
+
+def _holds(value: Any) -> bool:
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"

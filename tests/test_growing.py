@@ -1,0 +1,273 @@
+"""`flowdata score` on data that grows, rows that can't be read, previews and columns by name."""
+
+import json
+import shutil
+from copy import deepcopy
+
+import pytest
+import torch
+from tokenizers.decoders import Fuse
+
+import flowdata.scoring.run as scoring_run
+from flowdata import Scores
+from flowdata.text import load_tokenizer, read_rows, tokenize_rows
+from tests.models import tiny_llama
+from tests.test_cli import run
+from tests.test_text import tokenizer
+
+__all__ = ["tokenizer"]  # the fixture
+COUNT = 12
+
+
+def rows_of(count, start=0):
+    return [{"question": f"{n}+1=", "answer": "x" * (n % 5 + 1)} for n in range(start, count)]
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tokenizer):
+    """A model whose tokens make text again as they are, without spaces between them."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    exact = deepcopy(tokenizer)
+    exact.backend_tokenizer.decoder = Fuse()
+    exact.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "data.jsonl", rows_of(COUNT))
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """How many samples each call ran through the model."""
+    counts = []
+    run_packs = scoring_run.run_packs
+
+    def counting(job, plan, todo, *arguments):
+        counts.append(int(plan.sizes[list(todo)].sum()))
+        return run_packs(job, plan, todo, *arguments)
+
+    monkeypatch.setattr("flowdata.scoring.resume.run_packs", counting)
+    return counts
+
+
+def score(capsys, model_folder, data, store, *options):
+    command = ("score", model_folder, data, "--store", store, "--dtype", "float32", "--json")
+    code, out, err = run(capsys, *command, *options)
+    assert code == 0, err
+    return json.loads(out), err
+
+
+def test_a_store_grows_with_its_data(capsys, model_folder, data, tmp_path, scored):
+    store, options = tmp_path / "store", ("--token-losses", "--columns", "entropy")
+    score(capsys, model_folder, data, store, *options, "--limit", 5)
+    facts, err = score(capsys, model_folder, data, store, *options, "--limit", 9)
+    assert "has the first 5 of 9 samples; 4 new ones are scored" in err
+    assert facts["samples"] == 9
+    score(capsys, model_folder, data, store, *options)
+    write(data, rows_of(COUNT + 3))
+    score(capsys, model_folder, data, store, *options)
+    assert scored == [5, 4, 3, 3]
+    _, err = score(capsys, model_folder, data, store, *options)
+    assert "losses of 15 samples found" in err
+    assert len(scored) == 4
+    assert not (store / "new").exists()
+
+    grown = Scores.load(store)
+    score(capsys, model_folder, data, tmp_path / "at once", *options)
+    at_once = Scores.load(tmp_path / "at once")
+    assert torch.allclose(grown.losses, at_once.losses, atol=1e-5)
+    assert grown.counts.tolist() == at_once.counts.tolist()
+    assert torch.allclose(grown.columns["entropy"], at_once.columns["entropy"], atol=1e-5)
+    assert torch.allclose(grown.token_losses(13), at_once.token_losses(13), atol=1e-5)
+    assert grown.metadata["identity"] == at_once.metadata["identity"]
+    assert run(capsys, "verify", store)[0] == 0
+    assert run(capsys, "report", store)[0] == 0
+
+
+def test_an_unfinished_store_and_an_unfinished_growth_go_on(
+    capsys, model_folder, data, tmp_path, scored
+):
+    store = tmp_path / "store"
+    small_packs = ("--max-tokens", 24)
+    run_packs = scoring_run.run_packs
+    packs_left = [2]
+
+    def stopping(*arguments):
+        for pack in run_packs(*arguments):
+            if not packs_left[0]:
+                raise KeyboardInterrupt
+            packs_left[0] -= 1
+            yield pack
+
+    def stop_after(packs, *options):
+        packs_left[0] = packs
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flowdata.scoring.resume.run_packs", stopping)
+            command = ("score", model_folder, data, "--store", store, "--dtype", "float32")
+            assert run(capsys, *command, *small_packs, *options)[0] == 130
+
+    stop_after(2, "--limit", 8)
+    assert (store / "parts").exists()
+    stop_after(7)  # the last 6 of the first 8, and one of the new ones
+    assert len(Scores.load(store)) == 8
+    assert (store / "new" / "parts").exists()
+    write(data, rows_of(COUNT + 2))
+    score(capsys, model_folder, data, store, *small_packs)
+    assert len(Scores.load(store)) == COUNT + 2
+    assert scored == [3, 2]  # of the new ones those that were lacking; what was scored is kept
+    assert not (store / "new").exists()
+
+
+def test_another_change_is_still_refused(capsys, model_folder, data, tmp_path):
+    store = tmp_path / "store"
+    score(capsys, model_folder, data, store)
+    changed = [rows_of(COUNT + 1)[1:], [*rows_of(3), *rows_of(COUNT + 1, 2)], rows_of(COUNT - 1)]
+    for rows in changed:
+        write(data, rows)
+        command = ("score", model_folder, data, "--store", store, "--dtype", "float32")
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert "was made with another dataset" in err
+    write(data, rows_of(COUNT + 1))
+    code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--token-losses")
+    assert code == 2
+    assert "was made with another token_losses" in err
+    assert len(Scores.load(store)) == COUNT
+
+
+def test_overwriting_begins_anew(capsys, model_folder, data, tmp_path, scored):
+    store = tmp_path / "store"
+    score(capsys, model_folder, data, store)
+    run(capsys, "report", store)
+    (store / "notes").touch()
+    write(data, rows_of(4))
+    code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--overwrite")
+    assert code == 2
+    assert "holds notes too" in err
+    assert len(Scores.load(store)) == COUNT
+    (store / "notes").unlink()
+    facts, _ = score(capsys, model_folder, data, store, "--overwrite")
+    assert facts["samples"] == 4
+    assert scored == [COUNT, 4]
+    code, _, err = run(capsys, "score", model_folder, data, "--store", tmp_path, "--overwrite")
+    assert code == 2
+    assert "is not a flowdata store" in err
+    assert data.exists()
+
+
+def test_a_grown_store_that_is_damaged_is_scored_anew_on_request(
+    capsys, model_folder, data, tmp_path
+):
+    store = tmp_path / "store"
+    score(capsys, model_folder, data, store, "--limit", 4)
+    score(capsys, model_folder, data, store)
+    file = store / "scores.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--dtype", "float32")
+    assert code == 2
+    assert "no part of it can be repaired; --overwrite scores all samples again" in err
+    facts, _ = score(capsys, model_folder, data, store, "--overwrite")
+    assert facts["samples"] == COUNT
+
+
+def test_a_stale_draft_of_a_growth_is_no_hindrance(capsys, model_folder, data, tmp_path):
+    store = tmp_path / "store"
+    score(capsys, model_folder, data, store, "--limit", 4)
+    other = write(tmp_path / "other.jsonl", rows_of(30, 20))
+    score(capsys, model_folder, other, tmp_path / "draft")
+    shutil.move(tmp_path / "draft", store / "new")
+    facts, _ = score(capsys, model_folder, data, store)
+    assert facts["samples"] == COUNT
+
+
+def test_rows_that_can_not_be_read_keep_their_place(capsys, model_folder, data, tmp_path):
+    lines = data.read_text().splitlines()
+    lines[2], lines[7] = "no JSON", json.dumps({"question": "a"})
+    data.write_text("\n".join(lines))
+    command = ("score", model_folder, data, "--store", tmp_path / "no")
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert "data.jsonl, line 3: not JSON" in err
+    store = tmp_path / "store"
+    facts, err = score(capsys, model_folder, data, store, "--on-error", "skip", "--limit", 9)
+    assert "2 of 9 rows can't be read and have no loss; the first: " in err
+    assert facts["samples"] == 9
+    facts, _ = score(capsys, model_folder, data, store, "--on-error", "skip")
+    scores = Scores.load(store)
+    assert scores.losses.isnan().nonzero().flatten().tolist() == [2, 7]
+    assert sorted(scores.metadata["skipped"]) == ["2", "7"]
+    assert "row 7: column 'answer' should hold text" in scores.metadata["skipped"]["7"]
+    whole = tokenize_rows(rows_of(COUNT), load_tokenizer(model_folder), template=True)
+    assert scores.counts[[0, 1, 3, 11]].tolist() == [
+        int((whole[n]["labels"] != -100).sum()) for n in (0, 1, 3, 11)
+    ]
+    assert run(capsys, "report", store)[0] == 0
+
+
+def test_a_preview_prints_what_is_recognised_and_loads_no_model(
+    capsys, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "flowdata.cli.commands.score.load_model", lambda *a, **k: pytest.fail("loaded")
+    )
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4", "id": "7"}
+    data = write(tmp_path / "data.jsonl", [row] * 40)
+    data.write_text(data.read_text() + "broken\n")  # it is never read
+    command = ("score", model_folder, data, "--store", tmp_path / "store", "--preview")
+    code, out, err = run(capsys, *command)
+    assert (code, err.count("format")) == (0, 0)
+    assert out.splitlines() == [
+        "format: Alpaca, in 'instruction', 'input', 'output', and in 'system', 'history', 'tools' "
+        "where a row has them",
+        "scored: the reply in 'output'",
+        "not read: 'id'",
+        "first sample: 2 of its 31 tokens are targets",
+        "  prompt | <user>Add.",
+        "  prompt | 2, 2</s>",
+        "  prompt | <assistant>",
+        "  target > 4</s>",
+    ]
+    code, out, _ = run(capsys, *command, "--json")
+    assert json.loads(out)["first_sample"][1] == ["4</s>", True]
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_run_says_what_it_recognised(capsys, model_folder, tmp_path):
+    row = {"prompt": "a", "chosen": "b" * 2000, "rejected": "c"}
+    data = write(tmp_path / "data.jsonl", [row] * 2)
+    _, err = score(capsys, model_folder, data, tmp_path / "store")
+    assert "format: preference" in err
+    assert "scored: the preferred reply ('chosen'), and not the one in 'rejected'" in err
+    assert "b … b" in err
+    _, err = score(capsys, model_folder, data, tmp_path / "store", "--quiet")
+    assert "format:" not in err
+
+
+def test_columns_go_by_the_names_that_the_user_gives(capsys, model_folder, tmp_path):
+    row = {"q": "a", "a": "b", "about": "c", "who": "d"}
+    data = write(tmp_path / "data.jsonl", [row])
+    names = ("--prompt-column", "q", "--completion-column", "a", "--system-column", "who")
+    command = ("score", model_folder, data, "--preview", "--json", *names)
+    _, out, _ = run(capsys, *command, "--input-column", "about")
+    assert json.loads(out)["first_sample"][0][0] == "<system>d</s>\n<user>a\nc</s>\n<assistant>"
+    code, _, err = run(capsys, *command, "--input-column", "abuot")
+    assert code == 2
+    assert "column 'abuot' is missing; there are 'q', 'a', 'about', 'who'" in err
+
+
+def test_a_stream_is_scored_as_the_rows_are(capsys, model_folder, data, tmp_path):
+    score(capsys, model_folder, data, tmp_path / "rows")
+    score(capsys, model_folder, data, tmp_path / "stream", "--streaming")
+    rows, stream = Scores.load(tmp_path / "rows"), Scores.load(tmp_path / "stream")
+    assert rows.metadata["identity"] == stream.metadata["identity"]
+    assert not isinstance(read_rows(str(data), streaming=True), list)
