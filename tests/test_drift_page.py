@@ -80,6 +80,12 @@ def test_the_page_shows_every_part(records):
     assert drift_page.can_tell(records)
 
 
+def test_the_picture_marks_the_two_choices(records):
+    from benchmarks.forgetting.drift_picture import draw_drift
+
+    assert draw_drift(records, "new task", drift_page.OLD)[:4] == b"\x89PNG"
+
+
 def test_right_answers_survive_their_text_and_count():
     bits = torch.rand(1001, generator=torch.Generator().manual_seed(0)) > 0.3
     assert torch.equal(unpacked(packed(bits), 1001), bits)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.forgetting.drift_page import can_tell, drift_page
+from benchmarks.forgetting.drift_page import OLD, PROBE, can_tell, drift_page
+from benchmarks.forgetting.drift_picture import draw_drift
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
 from benchmarks.forgetting.readme import Study, readme_table, with_table
 from flowdata.study import draw_picture, read_records, report, studies
+
+SHOWN = "fashion_mnist"  # in the picture of drift
 
 
 def read_studies(folder: Path) -> list[Study]:
@@ -35,9 +38,11 @@ def publish(folder: Path, readme: Path | None) -> list[Path]:
         files += [page, drawing]
     of_vision = {study.name(): study.records for study in all_studies if can_tell(study.records)}
     if of_vision:
-        file = folder / "forgetting_drift.md"
-        file.write_text(drift_page(of_vision))
-        files.append(file)
+        page, drawing = (folder / f"forgetting_drift.{kind}" for kind in ("md", "png"))
+        page.write_text(drift_page(of_vision))
+        shown = of_vision.get(SHOWN, next(iter(of_vision.values())))
+        drawing.write_bytes(draw_drift(shown, PROBE, OLD))
+        files += [page, drawing]
     if readme is not None:
         readme.write_text(with_table(readme.read_text(), readme_table(all_studies)))
         files.append(readme)
