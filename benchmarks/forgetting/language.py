@@ -78,7 +78,7 @@ class Sizes:
     """
 
     data: str = "gsm8k"
-    rows: int = 64
+    rows: int = 48
     epochs: int = 1
     batch: int = 4
     max_length: int = 384
