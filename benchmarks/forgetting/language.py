@@ -153,6 +153,7 @@ class Language:
         scorer = flowdata.LossScorer(
             self.model,
             "causal_lm",
+            dtype="float32",  # once for all methods of a seed, so that it may take its time
             token_losses=True,
             columns=("gradient_norm",),
             progress=False,
