@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from flowdata._common.processor import cpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -103,7 +105,7 @@ def machine() -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "processor": _processor(),
+        "processor": cpu(),
         "cores": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -133,14 +135,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in fields.items()}
-    extras = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts.get("flags", "")]
-    return " ".join([facts.get("model name", platform.processor()), *extras])

@@ -13,15 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, load_resnet20, read_arrays
+from benchmarks.forgetting.made_images import letters, textures
 from benchmarks.forgetting.methods import ABLATIONS
+from benchmarks.forgetting.readouts import readouts
 from flowdata.drift import smooth_images
 from flowdata.study import METHODS, HeadTask, Sizes, Split, grids, run_study
 
 MAIN, EXTRA = METHODS, ABLATIONS
 ALL = {**MAIN, **EXTRA}
-RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits")
+RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits", "letters", "textures")
+MADE = {"letters": letters, "textures": textures}
+OLD_TRAIN = 1000  # old samples that other readouts of the old task may take
 NOISY = "noisy_"
 QUICK_METHODS = MAIN
+SIZES = Sizes(images=1500)
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
 
 
@@ -30,14 +35,14 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
 
     Args:
         assets: the folder that holds ``vision/``.
-        target: ``fashion_mnist``, ``digits``, or ``NAME=FILE.npz`` with `images` and `labels`;
-            ``noisy_`` before it shuffles a third of the training labels.
+        target: ``fashion_mnist``, ``digits``, ``letters``, ``textures``, or ``NAME=FILE.npz`` with
+            `images` and `labels`; ``noisy_`` before it shuffles a third of the training labels.
         sizes: see `Sizes`.
     """
     old, folder = load_resnet20(assets), assets / "vision"
-    old_test = as_dataset(
-        *(part[: sizes.test] for part in read_arrays(folder / "cifar10_test_dev.npz"))
-    )
+    old_images = read_arrays(folder / "cifar10_test_dev.npz")
+    old_test = as_dataset(*(part[: sizes.test] for part in old_images))
+    old_train = as_dataset(*(part[-OLD_TRAIN:] for part in old_images))
     pool, test = _arrays(folder, target.removeprefix(NOISY))
 
     def split(seed: int) -> Split:
@@ -59,6 +64,7 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         methods=ALL,
         columns=("gradient_norm",),  # one of the ablations weighs by it
         probes={"noise": smooth_images((3, 32, 32))},
+        more=readouts(old, old_test, old_train, sizes.dtype),
     )
 
 
@@ -87,9 +93,11 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
 
         digits = load_digits()
         return ((digits.images * (255 / 16)).astype(np.uint8), digits.target), None
+    if target in MADE:
+        return MADE[target](), None
     path = Path(target.partition("=")[2])
     if not path.is_file():
-        raise SystemExit(f"target {target!r}: give fashion_mnist, digits or NAME=FILE.npz")
+        raise SystemExit(f"target {target!r}: give {', '.join(TARGETS)} or NAME=FILE.npz")
     return read_arrays(path), None
 
 
@@ -106,15 +114,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets",
         nargs="+",
-        help="fashion_mnist, digits (both by default), or NAME=FILE.npz with images and labels; "
+        help=f"{', '.join(TARGETS)} (all by default), or NAME=FILE.npz with images and labels; "
         "noisy_ before the name shuffles a third of the training labels",
     )
-    parser.add_argument("--epochs", type=int, help=f"default: {Sizes.epochs}")
+    parser.add_argument("--epochs", type=int, help=f"default: {SIZES.epochs}")
 
 
 def study(options: argparse.Namespace) -> None:
     """Run what the results files lack of the study of every target."""
-    sizes = QUICK if options.quick else Sizes()
+    sizes = QUICK if options.quick else SIZES
     sizes = replace(sizes, epochs=options.epochs or sizes.epochs)
     rates = options.rates or (RATES[1:2] if options.quick else RATES)
     for target in options.targets or (TARGETS[:1] if options.quick else TARGETS):

@@ -27,17 +27,27 @@ works beside those of `METHODS`. examples/measure_forgetting.py is a complete sc
 scipy, pictures matplotlib, and LoRA peft: ``pip install "flowdata-torch[study]"``.
 
 - methods.py names the methods; parts.py has what they do beside weighing samples.
-- training.py is the loop of all methods, classify.py fine-tunes a classifier with it.
+- training.py is the loop of all methods, classify.py fine-tunes a classifier with it, and hits.py
+  counts its right answers.
 - recipe.py and head_task.py are for a task with a head of its own.
 - runs.py runs a study and chooses the learning rates; choices.py chooses among all runs, also by
   their drift; table.py and picture.py show it.
 """
 
 from flowdata.study.choices import choices
-from flowdata.study.classify import accuracy, fine_tune, sample_weights
-from flowdata.study.head_task import HeadTask, Sizes, Split
+from flowdata.study.classify import fine_tune, sample_weights
+from flowdata.study.head_task import HeadTask, Outcome, Sizes, Split
+from flowdata.study.hits import accuracy, hits, packed, unpacked
 from flowdata.study.methods import METHODS, STANDARD, TEMPERATURES, grids
-from flowdata.study.parts import anchor, averaging, hft, lora, mofo, weight_averaging
+from flowdata.study.parts import (
+    anchor,
+    averaging,
+    hft,
+    lora,
+    mofo,
+    output_anchor,
+    weight_averaging,
+)
 from flowdata.study.picture import draw_picture
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record, chosen_rates, chosen_runs, read_records, run_study
@@ -52,6 +62,7 @@ __all__ = [
     "HeadTask",
     "Hooks",
     "Method",
+    "Outcome",
     "Part",
     "Record",
     "Sizes",
@@ -69,13 +80,17 @@ __all__ = [
     "fit_new_head",
     "grids",
     "hft",
+    "hits",
     "lora",
     "mofo",
+    "output_anchor",
+    "packed",
     "read_records",
     "report",
     "run_study",
     "sample_weights",
     "studies",
     "train",
+    "unpacked",
     "weight_averaging",
 ]

@@ -1,4 +1,4 @@
-"""Fine-tuning a classifier by a method, and its accuracy."""
+"""Fine-tuning a classifier by a method."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
+from flowdata.study.hits import autocast
 from flowdata.study.training import Method, passes, train
 
 
@@ -73,28 +74,5 @@ def fine_tune(
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return weighted_mean(losses, *weight) if weight else losses.mean()
 
-    sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4)
+    sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4, foreach=True)
     train(model, passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Any, dtype: str = "float32", workers: int = 0) -> float:
-    """Return the share of right answers, in %.
-
-    Args:
-        model: inputs (B, …) → logits (B, C); left in eval mode.
-        data: map-style, samples (input, class).
-        dtype: as for `fine_tune`.
-        workers: as for `fine_tune`.
-    """
-    device = next(model.parameters()).device
-    loader = DataLoader(data, batch_size=256, num_workers=workers)
-    model.eval()
-    with autocast(device, dtype):
-        hits = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in loader)
-    return 100 * hits / len(data)
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Return a context that computes in bfloat16, or does nothing for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

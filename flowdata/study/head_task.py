@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from flowdata.drift import DriftMeter
-from flowdata.study.classify import accuracy, fine_tune, sample_weights
+from flowdata.drift import Drift, DriftMeter
+from flowdata.study.classify import fine_tune, sample_weights
+from flowdata.study.hits import hits, packed
 from flowdata.study.methods import METHODS
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
 from flowdata.study.runs import Record
@@ -66,6 +67,26 @@ class Split(NamedTuple):
     test: Any
 
 
+class Outcome(NamedTuple):
+    """What a run came to, for measures of one's own.
+
+    Attributes:
+        network: body and new head, fine-tuned, in eval mode.
+        beginning: the network as it was before, and its scores.
+        split: the new task's data.
+        meters: the drift meters by the names of their probes.
+        drifts: what the meters measured.
+        hits: (N,) bool, the right answers on the new task's test samples.
+    """
+
+    network: nn.Sequential
+    beginning: Beginning
+    split: Split
+    meters: dict[str, DriftMeter]
+    drifts: dict[str, Drift]
+    hits: Tensor
+
+
 class HeadTask:
     """Runs a method on one task; `run` is what `run_study` takes.
 
@@ -81,6 +102,7 @@ class HeadTask:
         columns: columns of the scores that methods need beside the losses, see `LossScorer`.
         probes: samples by name, on which the drift of every run is measured beside the new task's
             own, which are ``"new task"``; see `flowdata.drift`.
+        more: outcome → further entries of the run's record; it must leave the network as it is.
 
     Raises:
         TypeError: the old head is no `nn.Linear`.
@@ -99,6 +121,7 @@ class HeadTask:
         methods: Mapping[str, Method] = METHODS,
         columns: Sequence[str] = (),
         probes: Mapping[str, Any] = MappingProxyType({}),
+        more: Callable[[Outcome], Record] | None = None,
     ) -> None:
         head = old[1]
         if not isinstance(head, nn.Linear):
@@ -106,7 +129,7 @@ class HeadTask:
         self.new_head = partial(nn.Linear, head.in_features, classes, device=head.weight.device)
         self.old, self.old_test, self.old_name = old, old_test, old_name
         self.split, self.sizes, self.workers = split, sizes, workers
-        self.methods, self.columns, self.probes = methods, columns, probes
+        self.methods, self.columns, self.probes, self.more = methods, columns, probes, more
         self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share one beginning
 
     def _begin(self, seed: int) -> tuple[Split, Beginning, dict[str, DriftMeter]]:
@@ -135,15 +158,19 @@ class HeadTask:
         weights = sample_weights(method, beginning.scores)
         if method.trains:
             self._fine_tune(network, split, weights, method, rate, seed)
-        measure = partial(accuracy, dtype=self.sizes.dtype, workers=self.workers)
+        measure = partial(hits, dtype=self.sizes.dtype, workers=self.workers)
         validation, target = measure(network, split.validation), measure(network, split.test)
-        drift = {probe: meter(network).to_dict() for probe, meter in meters.items()}
+        drifts = {probe: meter(network) for probe, meter in meters.items()}
+        outcome = Outcome(network, beginning, split, meters, drifts, target)
+        more = {} if self.more is None else self.more(outcome)
         retained = measure(as_old_network(network, self.old), self.old_test)
         return {
-            "validation": validation,
-            "target": {"accuracy": target},
-            "retained": {f"{self.old_name} accuracy": retained},
-            "drift": drift,
+            "validation": _percent(validation),
+            "target": {"accuracy": _percent(target)},
+            "retained": {f"{self.old_name} accuracy": _percent(retained)},
+            "drift": {probe: drift.to_dict() for probe, drift in drifts.items()},
+            "hits": {"target": packed(target), "retained": packed(retained)},
+            **more,
             "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
             "effective_share": effective_sample_size(weights) / len(weights),
@@ -180,6 +207,10 @@ class HeadTask:
                 dtype=sizes.dtype,
                 workers=self.workers,
             )
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.double().mean().item()
 
 
 def _is_finite(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from flowdata.companions.anchor import ParameterAnchor
 from flowdata.companions.averaging import wise_ft
+from flowdata.drift import DriftMeter, OutputAnchor
 from flowdata.study.extras import load_extra
 from flowdata.study.training import Hooks, Part
 
@@ -23,6 +24,17 @@ def anchor(kind: Literal["l2", "l1"], strength: float) -> Part:
     @contextmanager
     def part(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
         yield Hooks(penalty=ParameterAnchor(model, kind, strength))
+
+    return part
+
+
+def output_anchor(meter: DriftMeter, strength: float, batch_size: int = 32) -> Part:
+    """Return the penalty `OutputAnchor` on the drift from the model that the meter was made of."""
+
+    @contextmanager
+    def part(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
+        penalty = OutputAnchor(meter, strength, batch_size, seed=seed)
+        yield Hooks(penalty=lambda: penalty(model))
 
     return part
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 
 from flowdata._common.notices import logger, say
+from flowdata._common.processor import processor
 from flowdata.study.methods import STANDARD
 
 Record: TypeAlias = dict[str, Any]
@@ -65,7 +66,8 @@ def run_study(
             continue
         start = perf_counter()
         record = key | run(key["method"], key["rate"], key["seed"])
-        record |= {"seconds": round(perf_counter() - start, 2), "torch": torch.__version__}
+        seconds = round(perf_counter() - start, 2)
+        record |= {"seconds": seconds, "torch": torch.__version__, "processor": processor()}
         append_record(path, record)
         say(line_of(record))
     return [record for record in read_records(path) if record["options"] == options]

@@ -1,0 +1,87 @@
+"""What might tell forgetting, run by run: drift on each probe, and its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from statistics import mean
+from typing import Any
+
+from flowdata.study import Record
+from flowdata.study.extras import load_extra
+
+OF_DRIFT = ("kl", "cosine", "agreement")
+RIVALS = ("weight distance", "validation loss", "gradient norm")
+
+
+def signs(record: Record, drift: str = "drift") -> dict[str, float]:
+    """Return what says that a run has forgotten, by name; more of each says that more is lost.
+
+    Args:
+        record: of a study whose records have a drift.
+        drift: the record's entry that has the drifts by the names of their probes.
+    """
+    values = {
+        f"{name}, {probe}": (1 if name == "kl" else -1) * measures[name]
+        for probe, measures in record[drift].items()
+        for name in OF_DRIFT
+    }
+    return values | record.get("rivals", {})
+
+
+def agreement_with(
+    records: list[Record], lost: Callable[[Record], float], drift: str = "drift"
+) -> dict[str, tuple[float, float]]:
+    """Return Spearman's coefficient of each sign with what was truly lost.
+
+    Args:
+        records: runs of one study.
+        lost: record → what was truly lost, more for a run that forgot more.
+        drift: see `signs`.
+
+    Returns:
+        By sign, over all runs, and the mean of those within one rate (with five runs or more).
+    """
+    by_rate = runs_by(records, "rate")
+    groups = [group for rate, group in by_rate.items() if rate > 0 and len(group) >= 5]
+    table = {}
+    for name in signs(records[0], drift):
+        within = [_spearman(group, name, lost, drift) for group in groups]
+        table[name] = _spearman(records, name, lost, drift), mean(within or [float("nan")])
+    return table
+
+
+def runs_by(records: Iterable[Record], field: str) -> dict[Any, list[Record]]:
+    """Return the records by the value of a field, in the order of the values."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record[field], []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def _spearman(
+    records: list[Record], name: str, lost: Callable[[Record], float], drift: str
+) -> float:
+    stats = load_extra("scipy.stats", "coefficients of drift")
+    told = [signs(record, drift)[name] for record in records]
+    return float(stats.spearmanr(told, [lost(record) for record in records]).statistic)
+
+
+def few_samples(
+    records: list[Record], lost: Callable[[Record], float]
+) -> Mapping[str, Mapping[str, dict[str, float]]]:
+    """Return Spearman's coefficients over all runs by the number of the probe's samples.
+
+    Returns:
+        By probe, by number of samples, by measure of the drift.
+    """
+    stats = load_extra("scipy.stats", "coefficients of drift")
+    truth = [lost(record) for record in records]
+
+    def coefficient(probe: str, few: str, name: str) -> float:
+        told = [record["drift on few"][probe][few][name] for record in records]
+        return abs(float(stats.spearmanr(told, truth).statistic))
+
+    return {
+        probe: {few: {name: coefficient(probe, few, name) for name in OF_DRIFT} for few in counts}
+        for probe, counts in records[0]["drift on few"].items()
+    }
