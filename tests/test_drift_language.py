@@ -1,4 +1,4 @@
-"""What the records of a study of language say of drift, on made-up records whose answer is known."""
+"""The page on drift in language, on made-up records whose answer is known."""
 
 import pytest
 
@@ -40,39 +40,30 @@ def study(seeds=(0, 1)):
 
 def test_forgetting_is_the_rise_over_the_pre_trained_model():
     records = study()
-    rises = page.rises(records[2], records)
-    assert rises == pytest.approx({"WikiText-2": 1.2, "code": 2.4})
-    with pytest.raises(ValueError, match="no 'pre-trained' model to compare with"):
-        page.rises(records[2], records[1:3])
+    assert page.rise(records, "WikiText-2")(records[2]) == pytest.approx(1.2)
+    assert page.rise(records, "code")(records[2]) == pytest.approx(2.4)
+    assert page.can_tell(records)
+    assert not page.can_tell(records[1:5])
 
 
-def test_a_measure_in_the_order_of_forgetting_has_a_correlation_of_1():
-    values = page.telling(study())
-    assert values["KL, own text"]["WikiText-2"] == pytest.approx(1)
-    assert values["KL, own text, first 4"]["code"] == pytest.approx(1)
-    assert values["1 − cosine, own text"]["code, one rate"] == pytest.approx(1)
-    distance = values["weight distance"]
-    assert distance["WikiText-2"] == pytest.approx(0.6)
-    assert distance["WikiText-2, one rate"] == pytest.approx(-1)
-    assert values["validation loss"]["WikiText-2"] == pytest.approx(-0.8)
+def test_each_rule_chooses_its_run_and_the_page_says_what_it_forgot():
+    lines = page.drift_page({"mine": study()}).split("\n")
+    of_all = lines[lines.index("mine, all methods:") :]
+    assert of_all[4:11] == [
+        "| best possible | standard 0.0001 | 1.000 | +0.010 (+0.010) | +0.020 (+0.020) |",
+        "| by drift | standard 0.0001 | 1.000 | +0.010 (+0.010) | +0.020 (+0.020) |",
+        "| blind | standard 0.001 | 0.900 | +1.200 (+1.200) | +2.400 (+2.400) |",
+        "| smallest rate | standard 0.001 | 0.900 | +1.200 (+1.200) | +2.400 (+2.400) |",
+        "| least weight distance | standard 0.001 | 0.900 | +1.200 (+1.200) | +2.400 (+2.400) |",
+        "| least drift | FLOW 0.001 | 0.940 | +0.200 (+0.200) | +0.400 (+0.400) |",
+        "| pre-trained | pre-trained 0 | 1.500 | +0.000 (+0.000) | +0.000 (+0.000) |",
+    ]
 
 
-def test_each_rule_chooses_its_run():
-    chosen = {
-        name: [(r["method"], r["rate"]) for r in runs] for name, runs in page.rules(study()).items()
-    }
-    assert chosen == {
-        "blind": [("standard", 1e-3)] * 2,
-        "by drift, own text": [("standard", 1e-4)] * 2,
-        "smallest rate within 0.05 nats": [("standard", 1e-3)] * 2,
-        "least weight distance within 0.05 nats": [("standard", 1e-3)] * 2,
-        "best possible": [("standard", 1e-4)] * 2,
-    }  # fmt: skip
-
-
-def test_the_page_says_both_and_what_was_forgotten():
-    lines = page.page(study())
-    assert "| KL, own text | 1.00 | 1.00 | 1.00 | 1.00 |" in lines
-    assert "| blind | standard 0.001 | 0.900 | +1.200 | +2.400 |" in lines
-    assert "| by drift, own text | standard 0.0001 | 1.000 | +0.010 | +0.020 |" in lines
-    assert lines.count("Standard fine-tuning, chosen by:") == 1
+def test_a_sign_in_the_order_of_what_was_lost_has_coefficient_one():
+    lines = page.drift_page({"mine": study()}).split("\n")
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
+    assert cells["kl, own text"] == ["1.00 / nan", "1.00 / nan"]  # no rate has five runs
+    assert cells["weight distance"] == ["0.60 / nan", "0.60 / nan"]
+    assert cells["validation loss"] == ["-0.80 / nan", "-0.80 / nan"]
+    assert cells["own text"] == ["4", "1.000"]

@@ -1,158 +1,129 @@
-"""Does drift tell what a language model forgets, and does it choose well? From a study's records.
+"""The page on drift in language: does it tell what was forgotten, and does it choose well?
 
-The truth is the rise of the loss of other text (WikiText-2, code) over the pre-trained model's, in
-nats a token, which no measure and no rule below has seen.
+The truth is the rise of other text's loss (WikiText-2, code) over the pre-trained model's, in nats
+a token, which no measure and no rule has seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from statistics import mean
-from typing import TypeAlias
 
-from flowdata.study import STANDARD, Record, choices
-from flowdata.study.extras import load_extra
+from benchmarks.forgetting.choosing_rules import chosen, rules
+from benchmarks.forgetting.drift_measures import agreement_with, few_samples
+from benchmarks.forgetting.language_readouts import OWN_TEXT
+from flowdata.study import STANDARD, Record
 from flowdata.study.runs import validation_of
 from flowdata.study.table import row
 
 PRE_TRAINED = "pre-trained"
 TEXTS = ("WikiText-2", "code")
-MOST_FORGOTTEN = 0.02  # nats of WikiText-2: what the chosen run may lose
-NEARLY = 0.05  # nats of the validation loss: as good as the best
-Rises: TypeAlias = dict[str, float]
-Rule: TypeAlias = Callable[[list[Record]], Record]
+NEARLY = 0.05  # nats of validation loss that the rivals may give away
+Studies = Mapping[str, list[Record]]  # the runs of each data set
 
 
-def rises(record: Record, records: Iterable[Record]) -> Rises:
-    """Return the rise of each other text's loss over the pre-trained model's.
-
-    Args:
-        record: a run.
-        records: the study's, the pre-trained model's among them.
-
-    Raises:
-        ValueError: the pre-trained model is not among the records.
-    """
-    before = [record for record in records if record["method"] == PRE_TRAINED]
-    if not before:
-        raise ValueError(f"records have no {PRE_TRAINED!r} model to compare with: run it too")
-    old, new = before[0]["retained"], record["retained"]
-    return {text: new[f"{text} nll"] - old[f"{text} nll"] for text in TEXTS}
+def can_tell(records: list[Record]) -> bool:
+    """Return whether a study has all that the page shows: runs beside the pre-trained model."""
+    methods = {record["method"] for record in records}
+    return f"{TEXTS[0]} nll" in records[0]["retained"] and {PRE_TRAINED, STANDARD} <= methods
 
 
-def measures(record: Record) -> dict[str, float]:
-    """Return what could tell forgetting by name: the KL by each probe, on few texts, the rivals."""
-    few = {
-        f"KL, {probe}, first {number}": drift["kl"]
-        for probe, by_number in record["drift on few"].items()
-        for number, drift in by_number.items()
-    }
-    probes = record["drift"].items()
-    return {
-        **{f"KL, {probe}": drift["kl"] for probe, drift in probes},
-        **{f"1 − cosine, {probe}": 1 - drift["cosine"] for probe, drift in probes},
-        **{f"1 − agreement, {probe}": 1 - drift["agreement"] for probe, drift in probes},
-        **few,
-        **record["rivals"],
-    }
-
-
-def telling(records: list[Record]) -> dict[str, dict[str, float]]:
-    """Return each measure's Spearman correlation with the rise of each text's loss.
+def rise(records: list[Record], text: str) -> Callable[[Record], float]:
+    """Return what tells a run's rise of a text's loss over the pre-trained model's, in nats.
 
     Args:
-        records: a study's, of all seeds; those of the pre-trained model are the runs' origin and
-            don't count themselves.
-
-    Returns:
-        By measure: ``"WikiText-2"`` and ``"code"``, over all runs, and the same with
-        ``", one rate"``: the mean over the rates, within each of which all methods count.
+        records: a study's; the pre-trained model's losses of this text are the same on all seeds.
+        text: one of `TEXTS`.
     """
-    runs = [record for record in records if record["method"] != PRE_TRAINED]
-    rise_of = {id(run): rises(run, records) for run in runs}
-    rates = _groups(runs, "rate")
-    return {
-        name: {
-            f"{text}{suffix}": mean(
-                _spearman([measures(r)[name] for r in group], [rise_of[id(r)][text] for r in group])
-                for group in groups
-            )
-            for suffix, groups in (("", [runs]), (", one rate", rates))
-            for text in TEXTS
-        }
-        for name in measures(runs[0])
-    }
+    before = next(record for record in records if record["method"] == PRE_TRAINED)
+    name = f"{text} nll"
+    return lambda record: float(record["retained"][name] - before["retained"][name])
 
 
-def rules(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the run that each rule chooses among all methods and rates, one for each seed.
-
-    The best possible run has the least sum of validation loss and rise of WikiText-2's loss.
-    """
-
-    def cost(run: Record) -> float:
-        return -validation_of(run) + rises(run, records)["WikiText-2"]
-
-    chosen = choices(records, lambda run: -cost(run))
-    best = chosen.pop("best")
-    for name, rule in _RIVALS.items():
-        chosen[name] = [rule(runs) for runs in _groups(records, "seed")]
-    return chosen | {"best possible": best}
-
-
-def _smallest_rate(runs: list[Record]) -> Record:
-    return min(_nearly_best(runs), key=lambda run: (run["rate"], -validation_of(run)))
-
-
-def _least_distance(runs: list[Record]) -> Record:
-    return min(_nearly_best(runs), key=lambda run: float(run["rivals"]["weight distance"]))
-
-
-_RIVALS: Mapping[str, Rule] = {
-    f"smallest rate within {NEARLY:g} nats": _smallest_rate,
-    f"least weight distance within {NEARLY:g} nats": _least_distance,
-}
-
-
-def _nearly_best(runs: list[Record]) -> list[Record]:
-    best = max(map(validation_of, runs))
-    return [run for run in runs if validation_of(run) >= best - NEARLY]
-
-
-def page(records: list[Record]) -> list[str]:
-    """Return the lines of Markdown that say what tells forgetting, and what each rule chooses."""
-    columns = [f"{text}{suffix}" for suffix in ("", ", one rate") for text in TEXTS]
-    lines = [row(["Spearman with the rise of", *columns]), row(["---", *["---:"] * len(columns)])]
-    for name, values in telling(records).items():
-        lines.append(row([name, *(f"{values[column]:.2f}" for column in columns)]))
-    for title, some in (("All methods", records), ("Standard fine-tuning", _of_standard(records))):
-        lines += ["", f"{title}, chosen by:", "", *_choice_lines(some, records)]
-    return lines
-
-
-def _of_standard(records: list[Record]) -> list[Record]:
-    return [record for record in records if record["method"] in (PRE_TRAINED, STANDARD)]
-
-
-def _choice_lines(some: list[Record], records: list[Record]) -> list[str]:
+def drift_page(studies: Studies) -> str:
+    """Return a Markdown page on the drift in the studies of language."""
+    counts = ", ".join(
+        f"{name} ({len(records)} runs, {len({r['seed'] for r in records})} seeds)"
+        for name, records in studies.items()
+    )
     lines = [
-        row(["rule", "chosen", "target nll", "rise of WikiText-2", "rise of code"]),
-        row(["---", "---", "---:", "---:", "---:"]),
+        "# Drift in language: does it tell what was forgotten, and does it choose well?",
+        "",
+        f"SmolLM2-135M-Instruct learns: {counts}. Drift never sees WikiText-2 or code.",
+        "",
+        "## Does it tell?",
+        "",
+        "Spearman's coefficient with the rise of the loss: over all runs, and, after the stroke, "
+        "the mean within one rate.",
+        "",
+        *_coefficients(studies),
+        "",
+        "KL on a probe's first texts, over all runs, with the rise of WikiText-2:",
+        "",
+        *_few(studies),
+        "",
+        "## Does it choose well?",
+        "",
+        f"Rules with a least or a smallest take it among the runs within {NEARLY:g} nats of the "
+        "best validation loss. The best possible run has the least sum of validation loss and rise "
+        "of WikiText-2's loss. Losses in nats a token, means over the seeds, the largest rise in "
+        "brackets.",
     ]
-    for name, runs in rules(some).items():
-        chosen = ", ".join(dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs))
-        target = mean(run["target"]["nll"] for run in runs)
-        old = [mean(rises(run, records)[text] for run in runs) for text in TEXTS]
-        lines.append(row([name, chosen, f"{target:.3f}", *(f"{value:+.3f}" for value in old)]))
+    for name, records in studies.items():
+        of_standard = [r for r in records if r["method"] in (PRE_TRAINED, STANDARD)]
+        for runs, kind in ((records, "all methods"), (of_standard, "standard fine-tuning alone")):
+            lines += ["", f"{name}, {kind}:", "", *_choices(runs)]
+    return "\n".join([*lines, ""])
+
+
+def _coefficients(studies: Studies) -> list[str]:
+    tables = {
+        f"{name}, {text}": agreement_with(_trained(records), rise(records, text))
+        for name, records in studies.items()
+        for text in TEXTS
+    }
+    lines = [row(["sign", *tables]), row(["---", *["---:"] * len(tables)])]
+    for sign in next(iter(tables.values())):
+        cells = [f"{table[sign][0]:.2f} / {table[sign][1]:.2f}" for table in tables.values()]
+        lines.append(row([sign, *cells]))
     return lines
 
 
-def _groups(runs: list[Record], key: str) -> list[list[Record]]:
-    """The runs of each seed, or rate, in their order."""
-    values = sorted({run[key] for run in runs})
-    return [[run for run in runs if run[key] == value] for value in values]
+def _few(studies: Studies) -> list[str]:
+    tables = {
+        name: few_samples(_trained(records), rise(records, TEXTS[0]))
+        for name, records in studies.items()
+    }
+    lines = [row(["probe", "texts", *tables]), row(["---", "---:", *["---:"] * len(tables)])]
+    for probe, counts in next(iter(tables.values())).items():
+        for few in counts:
+            cells = [f"{table[probe][few]['kl']:.3f}" for table in tables.values()]
+            lines.append(row([probe, few, *cells]))
+    return lines
 
 
-def _spearman(values: list[float], truth: list[float]) -> float:
-    stats = load_extra("scipy.stats", "rank correlations")
-    return float(stats.spearmanr(values, truth).statistic)
+def _choices(records: list[Record]) -> list[str]:
+    rises = {text: rise(records, text) for text in TEXTS}
+    worth = rises[TEXTS[0]]
+    all_rules = rules(
+        OWN_TEXT,
+        worth=lambda run: validation_of(run) - worth(run),
+        slack=NEARLY,
+        untrained=PRE_TRAINED,
+    )
+    lines = [
+        row(["rule", "chosen", "target", *(f"rise of {text}" for text in TEXTS)]),
+        row(["---", "---", *["---:"] * (1 + len(TEXTS))]),
+    ]
+    for name, rule in all_rules.items():
+        runs = chosen(records, rule)
+        names = ", ".join(dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs))
+        target = mean(run["target"]["nll"] for run in runs)
+        values = [[of_text(run) for run in runs] for of_text in rises.values()]
+        cells = [f"{mean(each):+.3f} ({max(each):+.3f})" for each in values]
+        lines.append(row([name, names, f"{target:.3f}", *cells]))
+    return lines
+
+
+def _trained(records: list[Record]) -> list[Record]:
+    return [record for record in records if record["method"] != PRE_TRAINED]

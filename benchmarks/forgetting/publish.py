@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.forgetting.drift_page import can_tell, drift_page
+from benchmarks.forgetting import drift_language, drift_page
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
 from benchmarks.forgetting.readme import Study, readme_table, with_table
 from flowdata.study import draw_picture, read_records, report, studies
+
+_PAGES_ON_DRIFT = {
+    "forgetting_drift": drift_page,
+    "forgetting_drift_language": drift_language,
+}
 
 
 def read_studies(folder: Path) -> list[Study]:
@@ -33,11 +38,16 @@ def publish(folder: Path, readme: Path | None) -> list[Path]:
         page.write_text(report(study.options, study.records))
         drawing.write_bytes(draw_picture(study.records, variants=ABLATIONS))
         files += [page, drawing]
-    of_vision = {study.name(): study.records for study in all_studies if can_tell(study.records)}
-    if of_vision:
-        file = folder / "forgetting_drift.md"
-        file.write_text(drift_page(of_vision))
-        files.append(file)
+    for stem, page_on_drift in _PAGES_ON_DRIFT.items():
+        of_kind = {
+            study.name(): study.records
+            for study in all_studies
+            if page_on_drift.can_tell(study.records)
+        }
+        if of_kind:
+            file = folder / f"{stem}.md"
+            file.write_text(page_on_drift.drift_page(of_kind))
+            files.append(file)
     if readme is not None:
         readme.write_text(with_table(readme.read_text(), readme_table(all_studies)))
         files.append(readme)
