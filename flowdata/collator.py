@@ -14,9 +14,10 @@ class WeightedCollator:
 
     It takes samples of every layout of `FlowWeightedDataset`: pairs become (batch, weights),
     triples (inputs, targets, weights), and mappings a mapping with `key`. The weights are (B,)
-    float32. A mapping may hold one weight for each token instead, (T,): these are padded or
-    joined just as the collator padded or joined `input_ids`. Where it joined all samples into one
-    row, each sample's weight goes to all of its tokens, (1, ΣT).
+    float32; the frozen model's outputs, where samples have them, come last. A mapping may hold one
+    weight for each token instead, (T,): these are padded or joined just as the collator padded or
+    joined `input_ids`. Where it joined all samples into one row, each sample's weight goes to all
+    of its tokens, (1, ΣT).
 
     Args:
         collate_fn: the collator of the samples without weights, such as a Hugging Face one.
@@ -44,6 +45,11 @@ class WeightedCollator:
         first = samples[0]
         if isinstance(first, Mapping):
             return self._collate_mappings(samples)
+        # What the frozen model makes of a sample stands behind its weight.
+        if isinstance(first, tuple) and len(first) in (3, 4) and _is_reference(*first[-2:]):
+            references = torch.stack([sample[-1] for sample in samples])
+            batch = self([sample[:-1] for sample in samples])
+            return (*batch, references)
         # A label may be a 0-d tensor, too, but an integer one: only a floating one is a weight.
         if isinstance(first, tuple | list) and len(first) in (2, 3) and _is_weight(first[-1]):
             weights = torch.stack([_as_weight(sample[-1]) for sample in samples])
@@ -126,6 +132,12 @@ def _is_joined(batch: Mapping[str, Any], size: int) -> bool:
 def _is_weight(value: Any) -> bool:
     """Return whether a value is the weight of a sample: a 0-d floating tensor."""
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _is_reference(weight: Any, value: Any) -> bool:
+    """Return whether a value behind another is a frozen model's output behind a weight."""
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    return _is_weight(weight) and is_floating and value.dim() > 0
 
 
 def _as_weight(value: Any) -> Tensor:

@@ -26,6 +26,8 @@ from flowdata.weights import (
 
 Layout: TypeAlias = Literal["pair", "triple", "dict"]
 
+_REFERENCE = "reference"  # the key of the frozen model's output
+
 # What StatefulDataLoader saves and Accelerate calls where a data set is random or has epochs.
 _PASSED_ON = ("state_dict", "load_state_dict", "set_epoch")
 
@@ -51,6 +53,9 @@ class FlowWeightedDataset(Dataset[Any]):
         normalize: ``"mean"`` divides the weights, given ones included, by the mean of them all,
             so that a learning rate tuned for the unweighted loss keeps its scale.
         max_weight: caps the weights, given ones included, after normalising.
+        reference: (N, …) floating, what the frozen model makes of each sample
+            (`DriftMeter.outputs`), for `drift.output_penalty`. It comes last in each sample, or
+            under ``layout="dict"`` as ``"reference"``.
 
     Raises:
         TypeError: `dataset` is a stream (use `FlowWeightedIterable`), there are several scores
@@ -80,6 +85,7 @@ class FlowWeightedDataset(Dataset[Any]):
         missing: Missing = "raise",
         normalize: Normalize = "none",
         max_weight: float | None = None,
+        reference: Tensor | None = None,
     ) -> None:
         if isinstance(dataset, Scores):
             raise TypeError("dataset comes first, then scores_or_weights; got Scores as dataset")
@@ -102,6 +108,7 @@ class FlowWeightedDataset(Dataset[Any]):
             )
         self.dataset = dataset
         self.weights = _to_float32(weights)
+        self.reference = None if reference is None else _check_reference(reference, len(dataset))
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -114,7 +121,8 @@ class FlowWeightedDataset(Dataset[Any]):
             raise IndexError(f"index {position} of a data set of {len(self)} samples")
         position %= len(self)
         # A clone, since a view that is sent to another process takes all N weights along.
-        return self._attach(self.dataset[position], self.weights[position].clone())
+        sample = self._attach(self.dataset[position], self.weights[position].clone())
+        return sample if self.reference is None else _add_last(sample, self.reference[position])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return a batch of samples with their weights; loaders prefer this to single ones."""
@@ -125,7 +133,10 @@ class FlowWeightedDataset(Dataset[Any]):
         # NumPy gathers by a list faster than torch does. Its result is a copy, so that the
         # views below hold the weights of this batch alone.
         weights = torch.from_numpy(self.weights.numpy()[indices]).unbind()
-        return [self._attach(s, weight) for s, weight in zip(samples, weights, strict=True)]
+        weighted = [self._attach(s, weight) for s, weight in zip(samples, weights, strict=True)]
+        if self.reference is None:
+            return weighted
+        return [_add_last(s, self.reference[i]) for s, i in zip(weighted, indices, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
         """Pass on the data set's state and epoch, if it has them: loaders ask whether it does."""
@@ -257,6 +268,26 @@ def _add_key(sample: Any, weight: Tensor, key: str) -> dict[Any, Any]:
     if key in sample:
         raise ValueError(_collision(key))
     return {**sample, key: weight}
+
+
+def _add_last(sample: Any, reference: Tensor) -> Any:
+    """A weighted sample with the frozen model's output; a clone, as of a weight."""
+    if isinstance(sample, Mapping):
+        if _REFERENCE in sample:
+            raise ValueError(f"the samples have a {_REFERENCE!r} already; rename it")
+        return {**sample, _REFERENCE: reference.clone()}
+    return (*sample, reference.clone())
+
+
+def _check_reference(reference: Any, size: int) -> Tensor:
+    if not isinstance(reference, Tensor) or not reference.is_floating_point():
+        raise TypeError("reference must be a floating tensor, as DriftMeter.outputs() returns it")
+    if reference.dim() < 2 or len(reference) != size:
+        raise ScoreMismatchError(
+            f"reference must have one row for each of the {size} samples, (N, C), in the data "
+            f"set's order, got {tuple(reference.shape)}"
+        )
+    return reference.detach().cpu()
 
 
 def _collision(key: str) -> str:

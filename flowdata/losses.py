@@ -9,16 +9,52 @@ ranks. It is the denominator of the *whole* step (`count_items` of every batch, 
 the number of ranks if gradients are averaged over them, as DDP and FSDP do. The losses of the
 parts are then summed, not averaged: call backward() on each, with no division by the number of
 accumulated batches. `flowdata.accumulation.AccumulatedBatches` does that bookkeeping for any loop.
+
+`kl_to_reference` adds a divergence to the predictions of a reference model, which is a constant.
+With ``token_rule="dft"`` that is anchored fine-tuning (ASFT, arXiv:2509.23753)::
+
+    Σ weight · (rule · loss + kl_to_reference · KL(reference ‖ current)) / denominator
+
+The direction is that of the authors' code and of LLaMA-Factory (`use_asft_loss`), where the paper
+writes KL(current ‖ reference); it is the one that tells forgetting (`DriftMeter`). Both take the
+mean over target tokens, as here without weights, and a strength of 0.1. A LoRA model's base is a
+reference that costs one more forward and no second model, in any loop::
+
+    with base_model(model):  # no adapters, no dropout, no gradients
+        reference = model(**batch).logits
+    loss = causal_lm_loss(
+        model(**batch).logits, labels, weights,
+        token_rule="dft", kl_to_reference=0.1, reference=reference,
+    )
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from flowdata._common.real_numbers import RealNumber
 from flowdata.head.cross_entropy import cross_entropies
-from flowdata.head.fused_loss import head_losses, weighted_head_loss
+from flowdata.head.fused_loss import (
+    head_divergences,
+    head_largest_logits,
+    head_losses,
+    weighted_head_loss,
+)
+from flowdata.head.kl_logits import kl_of_logits
+from flowdata.models.adapters import base_model
 from flowdata.models.tensors import to_device
+from flowdata.targets.arguments import (
+    check_head,
+    check_kl,
+    check_labels,
+    check_losses,
+    check_reference,
+    check_targets,
+    trains,
+)
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens
 from flowdata.targets.target_weights import (
     Normalize,
@@ -26,16 +62,23 @@ from flowdata.targets.target_weights import (
     count_items,
     target_weights,
 )
-from flowdata.token_weights import TokenRule, rule_weights
+from flowdata.token_weights import LARGEST_LOGITS, TokenRule, looks_at_logits, rule_weights
 
 __all__ = [
     "Normalize",
+    "base_model",
     "causal_lm_loss",
     "count_items",
     "fused_causal_lm_loss",
     "target_weights",
     "weighted_mean",
 ]
+
+_LOGITS = "the reference model's logits (B, T, V), as those under flowdata.losses.base_model(model)"
+_HIDDEN = (
+    "the reference model's hidden states (B, T, d), or a pair (hidden_states, head) of them and "
+    "its output layer"
+)
 
 
 def weighted_mean(
@@ -72,7 +115,7 @@ def weighted_mean(
         tensor(0.8333)
     """
     check_normalize(normalize)
-    _check_losses(losses, weights)
+    check_losses(losses, weights)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     weights = to_device(weights, losses.device).to(losses.dtype)
     if num_items is None:
@@ -88,6 +131,8 @@ def causal_lm_loss(
     normalize: Normalize = "count",
     num_items: float | Tensor | None = None,
     token_rule: TokenRule | None = None,
+    kl_to_reference: RealNumber | None = None,
+    reference: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Return the weighted next-token cross-entropy, Σ wℓ over the target tokens / denominator.
@@ -106,8 +151,12 @@ def causal_lm_loss(
         num_items: the denominator of the whole optimiser step (see the module's docstring). HF's
             `num_items_in_batch` is that of ``"count"``, summed over accumulated batches and, with
             `average_tokens_across_devices`, over ranks: divide it by the number of ranks.
-        token_rule: weights from the current model's own token losses on top of `weights`:
-            ``"talr"``, ``"dft"``, ``"dro"`` or a callable (see `flowdata.token_weights`).
+        token_rule: weights from the current model's own predictions on top of `weights`:
+            ``"talr"``, ``"dft"``, ``"dro"``, ``"eaft"`` or a callable (see
+            `flowdata.token_weights`).
+        kl_to_reference: ≥ 0, strength of a divergence to `reference`, in nats a target; see the
+            module's docstring. `token_rule` does not weigh it.
+        reference: (B, T, V) floating, the reference model's logits of the same batch, a constant.
         ignore_index: the label that marks positions without a target.
 
     Returns:
@@ -115,7 +164,8 @@ def causal_lm_loss(
 
     Raises:
         TypeError: `logits` is not floating, or `labels` is not int64.
-        ValueError: the shapes don't fit, or, on the CPU, a label lies outside the vocabulary.
+        ValueError: the shapes don't fit, only one of `kl_to_reference` and `reference` is given,
+            or, on the CPU, a label lies outside the vocabulary.
 
     Example:
         >>> import torch
@@ -125,25 +175,36 @@ def causal_lm_loss(
         tensor(1.1552)
     """
     check_normalize(normalize)
-    _check_labels(logits, labels, "logits (B, T, V)")
+    check_labels(logits, labels, "logits (B, T, V)")
+    strength = check_kl(kl_to_reference, reference, _LOGITS)
+    if reference is not None:
+        reference = check_reference(reference, logits, _LOGITS)
     labels = to_device(labels, logits.device)
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     targets = next_tokens(labels, ignore_index).flatten()
     # Only the host can look at the labels without waiting for a device, and a compiled graph
     # would break at the look.
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_targets(targets[targets != ignore_index], logits.shape[-1])
+        check_targets(targets[targets != ignore_index], logits.shape[-1])
     # Positions without a target are scored on class 0 and left out by their weight of 0: picking
     # the others would give a shape that the host has to wait for.
-    losses = cross_entropies(
-        logits.reshape(-1, logits.shape[-1]), torch.where(targets == ignore_index, 0, targets)
-    )
-    token_weights = token_weights.to(losses)
+    rows = logits.reshape(-1, logits.shape[-1])
+    losses = cross_entropies(rows, torch.where(targets == ignore_index, 0, targets))
+    plain_weights = token_weights = token_weights.to(losses)
     if token_rule is not None:
-        token_weights = token_weights * rule_weights(token_rule, losses, token_weights != 0)
+        values = losses
+        if looks_at_logits(token_rule):
+            values = rows.detach().topk(min(LARGEST_LOGITS, rows.shape[1]), sorted=False).values
+        token_weights = token_weights * rule_weights(token_rule, values, token_weights != 0)
+    batch = labels, normalize, ignore_index
+    items = _count_batch(token_weights, *batch) if num_items is None else num_items
+    loss = _divide(_weighted_sum(losses, token_weights), items)
+    if strength == 0 or reference is None:
+        return loss
     if num_items is None:
-        num_items = _count_batch(labels, token_weights, normalize, ignore_index)
-    return _divide(_weighted_sum(losses, token_weights), num_items)
+        items = _count_batch(plain_weights, *batch)
+    divergences = kl_of_logits(reference.flatten(0, 1), rows)
+    return loss + strength * _divide(_weighted_sum(divergences, plain_weights), items)
 
 
 def fused_causal_lm_loss(
@@ -155,6 +216,8 @@ def fused_causal_lm_loss(
     normalize: Normalize = "count",
     num_items: float | Tensor | None = None,
     token_rule: TokenRule | None = None,
+    kl_to_reference: RealNumber | None = None,
+    reference: Tensor | tuple[Tensor, nn.Module] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
@@ -164,15 +227,19 @@ def fused_causal_lm_loss(
     Positions without a target or of weight 0 never reach the head; to find the others is the only
     time that an accelerator is waited for. The gradients are made along with the loss, so the work
     is that of the full logits, in tiles of 128 MiB; a `token_rule` takes one more pass through the
-    head. CUDA devices run the same tiles: Liger's fused loss is not used, because its gradients
-    under ``reduction="none"`` assume weights of 1.
+    head, and a divergence two through each head, in float32. CUDA devices run the same tiles:
+    Liger's fused loss is not used, because its gradients under ``reduction="none"`` assume weights
+    of 1.
 
     Args:
         hidden_states: (B, T, d) floating: what the model hands to its head.
         head: d → V. A plain `nn.Linear`, with or without bias, is fused; any other module (an
             adapter, a quantised layer) is called tile by tile, and again in the backward pass.
-        labels: as for `causal_lm_loss`, and so are weights, normalize, num_items, token_rule and
-            ignore_index.
+        labels: as for `causal_lm_loss`, and so are weights, normalize, num_items, token_rule,
+            kl_to_reference and ignore_index.
+        reference: (B, T, d) floating, the reference model's hidden states (under `base_model`, or
+            kept ones), a constant, where `head` is frozen; where it is trained, a pair of them and
+            the reference model's own head.
         softcap: logits become softcap · tanh(logits / softcap), after `logit_scale` (Gemma 2).
         logit_scale: factor on the logits (Cohere; the inverse of Granite's `logits_scaling`).
 
@@ -196,26 +263,54 @@ def fused_causal_lm_loss(
         1.1552
     """
     check_normalize(normalize)
-    _check_labels(hidden_states, labels, "hidden_states (B, T, d)")
-    _check_head(head)
+    check_labels(hidden_states, labels, "hidden_states (B, T, d)")
+    check_head(head)
+    strength = check_kl(kl_to_reference, reference, _HIDDEN)
+    reference_states, reference_head = _reference_of(reference, head, hidden_states)
     labels = to_device(labels, hidden_states.device)
     targets = next_tokens(labels, ignore_index).flatten()
     token_weights = target_weights(labels, weights, ignore_index=ignore_index).flatten()
     positions = ((targets != ignore_index) & (token_weights != 0)).nonzero().flatten()
     hidden, targets = hidden_states.flatten(0, 1)[positions], targets[positions]
-    _check_targets(targets, getattr(head, "out_features", None))
+    check_targets(targets, getattr(head, "out_features", None))
     token_weights = token_weights[positions]
+    logit_options: Any = {"softcap": softcap, "logit_scale": logit_scale}
+    plain_weights = token_weights
     if token_rule is not None:
-        losses = head_losses(hidden, head, targets, softcap=softcap, logit_scale=logit_scale)
-        token_weights = token_weights * rule_weights(token_rule, losses, token_weights != 0)
-    if num_items is None:
-        num_items = _count_batch(labels, token_weights, normalize, ignore_index)
+        if looks_at_logits(token_rule):
+            values = head_largest_logits(hidden, head, LARGEST_LOGITS, **logit_options)
+        else:
+            values = head_losses(hidden, head, targets, **logit_options)
+        token_weights = token_weights * rule_weights(token_rule, values, token_weights != 0)
     # The gradients are made in the forward pass, so the denominator has to be known before it:
     # each loss gets its final coefficient, weight / num_items.
-    coefficients = _divide(token_weights, num_items)
-    return weighted_head_loss(
-        hidden, head, targets, coefficients, softcap=softcap, logit_scale=logit_scale
-    )
+    batch = labels, normalize, ignore_index
+    items = _count_batch(token_weights, *batch) if num_items is None else num_items
+    coefficients = _divide(token_weights, items)
+    loss = weighted_head_loss(hidden, head, targets, coefficients, **logit_options)
+    if strength == 0 or reference_states is None:
+        return loss
+    if num_items is None:
+        items = _count_batch(plain_weights, *batch)
+    base = reference_states.flatten(0, 1)[positions], reference_head
+    divergences = head_divergences(*base, hidden, head, **logit_options)
+    return loss + strength * (divergences * _divide(plain_weights, items)).sum()
+
+
+def _reference_of(reference: Any, head: nn.Module, values: Tensor) -> tuple[Any, nn.Module]:
+    """Return a reference's hidden states, and the head that they belong to."""
+    if reference is None:
+        return None, head
+    is_pair = isinstance(reference, tuple | list) and len(reference) == 2
+    states, reference_head = reference if is_pair else (reference, head)
+    states = check_reference(states, values, _HIDDEN)
+    check_head(reference_head)
+    if trains(head, reference_head):
+        raise ValueError(
+            "head is trained, so that it is not the reference model's; pass "
+            "reference=(hidden_states, head) with the head as it was before training"
+        )
+    return states, reference_head
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
@@ -225,7 +320,7 @@ def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 def _count_batch(
-    labels: Tensor, token_weights: Tensor, normalize: str, ignore_index: int
+    token_weights: Tensor, labels: Tensor, normalize: str, ignore_index: int
 ) -> Tensor:
     """Return the denominator of this batch alone, for a step that has no other."""
     if normalize == "weights":
@@ -240,62 +335,3 @@ def _divide(total: Tensor, num_items: float | Tensor) -> Tensor:
     else:
         items = total.new_full((), num_items)  # a kernel fills it: no copy that the host waits for
     return total / torch.where(items == 0, 1.0, items)
-
-
-def _check_losses(losses: Tensor, weights: Tensor) -> None:
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
-    if not losses.is_floating_point():
-        raise TypeError(f"losses must be floating, got dtype {losses.dtype}")
-    if losses.dim() == 0:
-        raise ValueError(
-            "losses must hold one loss per weight, got a 0-d tensor: a model's own `.loss` is "
-            "already averaged and can't be weighted; pass the per-sample losses "
-            "(reduction='none'), or use flowdata.causal_lm_loss(outputs.logits, labels, weights)"
-        )
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
-    if losses.shape != weights.shape:
-        is_per_sample = weights.dim() == 1 and len(losses) == len(weights)
-        remedy = (
-            ". Make one loss of each sample first, or, of a language model, use "
-            "flowdata.causal_lm_loss(logits, labels, weights)"
-        )
-        raise ValueError(
-            f"weights must have the shape of losses, {tuple(losses.shape)}, got "
-            f"{tuple(weights.shape)}; nothing is broadcast{remedy if is_per_sample else ''}"
-        )
-
-
-def _check_labels(values: Tensor, labels: Tensor, name: str) -> None:
-    if not values.is_floating_point():
-        raise TypeError(f"{name} must be floating, got dtype {values.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64 token ids, got dtype {labels.dtype}")
-    if values.dim() != 3 or labels.shape != values.shape[:2]:
-        raise ValueError(
-            f"labels must be (B, T) for {name}, unshifted; got {tuple(labels.shape)} "
-            f"for {tuple(values.shape)}"
-        )
-
-
-def _check_head(head: nn.Module) -> None:
-    if not isinstance(head, nn.Module):
-        raise TypeError(
-            "head must be a module, such as a model's `get_output_embeddings()`, got "
-            f"{type(head).__name__}"
-        )
-    if hasattr(getattr(head, "weight", None), "full_tensor"):
-        raise TypeError(
-            "head's weight is sharded (a DTensor): compute the loss inside the model's forward, "
-            "where FSDP has gathered it, or use causal_lm_loss on the logits"
-        )
-
-
-def _check_targets(targets: Tensor, size: int | None) -> None:
-    outside = targets < 0 if size is None else (targets < 0) | (targets >= size)
-    if outside.any():
-        raise ValueError(
-            f"labels must lie in [0, {size}) or be ignore_index, got "
-            f"{int(targets[outside][0])}; is the model that of this tokenizer?"
-        )

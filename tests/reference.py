@@ -123,6 +123,41 @@ def token_rule_weights(rule, losses, temperature=None):
     return [math.exp((loss - max(losses)) / scale) for loss in losses]
 
 
+def top_entropy(logits, count=20):
+    """The entropy of the likeliest classes, their probabilities made to sum to 1, over log k."""
+    top = sorted((float(logit) for logit in logits), reverse=True)[:count]
+    powers = [math.exp(logit - top[0]) for logit in top]
+    shares = [power / math.fsum(powers) for power in powers]
+    entropy = -math.fsum(share * math.log(share) for share in shares if share)
+    return entropy / math.log(len(top)) if len(top) > 1 else 0.0
+
+
+def anchored_loss(logits, labels, weights, rule, strength, reference):
+    """Σ weight · (rule · loss + strength · KL(reference ‖ current)) / targets, token by token.
+
+    The logits keep their gradients; everything else is a constant.
+    """
+    import torch
+
+    total, count = 0.0, 0
+    for b, row in enumerate(labels.tolist()):
+        for t in range(1, len(row)):
+            if row[t] == -100:
+                continue
+            count += 1
+            log_q, log_p = (z[b, t - 1].double().log_softmax(0) for z in (logits, reference))
+            loss = -log_q[row[t]]
+            factor = 1.0
+            if rule == "eaft":
+                factor = top_entropy(logits[b, t - 1].detach())
+            elif rule is not None:
+                (factor,) = token_rule_weights(rule, [loss.detach()])
+            divergence = (log_p.detach().exp() * (log_p.detach() - log_q)).sum()
+            weight = 1.0 if weights is None else weights[b] if weights.dim() == 1 else weights[b, t]
+            total = total + weight * (factor * loss + strength * divergence)
+    return torch.as_tensor(total) / max(count, 1)
+
+
 def head_logits(hidden, head, softcap=None, logit_scale=1.0):
     """All logits, as a model with a scale and a softcap makes them."""
     logits = head(hidden) * logit_scale
@@ -299,3 +334,11 @@ def divergences(base, tuned):
         "reverse_kl": (q.exp() * (q - p)).sum(1),
         "agreement": (p.argmax(1) == q.argmax(1)).double(),
     }
+
+
+def bounded_penalty(kl, strength, pull=0.2):
+    """The output anchor's penalty of each target: a pseudo-Huber function of √(2 KL)."""
+    if strength == 0:
+        return 0 * kl
+    bend = pull / min(strength, 10)
+    return pull * ((bend**2 + 2 * kl.double()).sqrt() - bend)

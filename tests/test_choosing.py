@@ -9,9 +9,9 @@ import torch
 from flowdata.drift import Drift, choose, rank
 
 
-def drift(kl=0.1, agreement=0.9, *, of="tokens", samples=64, per_sample=None):
+def drift(kl=0.1, agreement=0.9, cosine=0.9, *, of="tokens", samples=64, per_sample=None):
     return Drift(
-        kl, kl, 0.9, agreement, samples=samples, head="own", of=of, per_sample=per_sample or {}
+        kl, kl, cosine, agreement, samples=samples, head="own", of=of, per_sample=per_sample or {}
     )
 
 
@@ -24,14 +24,24 @@ def test_losses_and_drifts_are_added_in_nats():
 
 
 @pytest.mark.parametrize("unit", [1, 100])
-def test_accuracies_and_agreement_are_added_as_shares(unit):
+@pytest.mark.parametrize("of", ["samples", "tokens"])
+def test_accuracies_and_what_was_kept_are_added_as_shares(unit, of):
     runs = [
-        (name, accuracy * unit, drift(agreement=agreement, of="samples"))
-        for name, accuracy, agreement in [("a", 0.60, 0.99), ("b", 0.80, 0.90), ("c", 0.82, 0.30)]
+        (name, accuracy * unit, drift(agreement=kept, cosine=0.5 + kept / 2, of=of))
+        for name, accuracy, kept in [("a", 0.60, 0.99), ("b", 0.80, 0.90), ("c", 0.82, 0.30)]
     ]
-    assert choose(runs) == "b"
-    assert choose(runs, exchange=0) == "c"
-    assert choose(runs, exchange=5) == "a"
+    assert choose(runs, validation="accuracy") == "b"
+    assert choose(runs, validation="accuracy", exchange=0) == "c"
+    assert choose(runs, validation="accuracy", exchange=5) == "a"
+    costs = [candidate.cost for candidate in rank(runs, validation="accuracy")]
+    assert costs == pytest.approx([-1.7, -1.59, -1.12])
+
+
+def test_what_is_lost_can_not_be_lost_twice():
+    gone, further = drift(cosine=0.5, of="samples"), drift(cosine=0.2, of="samples")
+    assert gone.kept == further.kept == 0
+    assert drift(cosine=1.0, of="samples").kept == 1
+    assert drift(agreement=0.7).kept == 0.7
 
 
 def test_auto_says_what_it_takes_scores_for(caplog):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from flowdata import Scores
 from flowdata.cli.commands import COMMANDS
@@ -75,6 +76,36 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     code, out, _ = run(capsys, "verify", store, "--json")
     assert code == 1
     assert json.loads(out)["whole"] is False
+
+
+def test_what_a_tuned_model_learned_and_forgot_is_reported(capsys, model_folder, data, tmp_path):
+    tuned = tiny_llama()
+    with torch.no_grad():
+        tuned.lm_head.weight[::2] += 0.05  # some losses fall, others rise
+    tuned.save_pretrained(tmp_path / "tuned")
+    stores = tmp_path / "before", tmp_path / "after"
+    # The tuned model's folder has no tokenizer of its own.
+    for model, store in zip((model_folder, tmp_path / "tuned"), stores, strict=True):
+        score = ("score", model, data, "--store", store, "--dtype", "float32")
+        assert run(capsys, *score, "--tokenizer", model_folder)[0] == 0
+    before, after = map(Scores.load, stores)
+    report = ("report", stores[0], "--after", stores[1], "--top", 3)
+    code, out, _ = run(capsys, *report, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    differences = after.losses - before.losses
+    assert facts["learned"] == int((differences < 0).sum())
+    assert facts["most_learned"] == differences.argsort()[:3].tolist()
+    assert facts["most_forgotten"] == differences.argsort(descending=True)[:3].tolist()
+    page = (stores[0] / "report" / "comparison.html").read_text()
+    assert facts["page"] == str(stores[0] / "report" / "comparison.html")
+    assert page.count("<pre>") == 6
+    assert "+1=" in page  # the samples' own text
+    code, out, _ = run(capsys, *report, "--output", tmp_path / "page")
+    assert f"{tmp_path / 'page' / 'comparison.html'}" in out
+    code, _, err = run(capsys, *report, "--temperature", "mean")
+    assert code == 2
+    assert "--temperature says how losses are weighed; it has no use with --after" in err
 
 
 def test_further_columns_and_token_losses_are_kept(capsys, model_folder, data, tmp_path):

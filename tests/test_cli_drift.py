@@ -1,8 +1,12 @@
 """`flowdata drift`, on folders as users have them."""
 
+import gc
 import json
+import weakref
 
 import pytest
+import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
 from flowdata.drift import DriftMeter, own_text
@@ -21,6 +25,40 @@ def tuned_folders(tmp_path_factory):
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
     get_peft_model(tiny_llama(), config).save_pretrained(folder / "adapter")
     return [str(folder / "whole"), str(folder / "adapter")]
+
+
+@pytest.fixture
+def one_model_at_a_time(monkeypatch):
+    """Every model that is loaded is gone when the next one is; gives how many were loaded."""
+    load, models, loads = transformers.AutoModelForCausalLM.from_pretrained, weakref.WeakSet(), []
+
+    def load_alone(*args, **kwargs):
+        gc.collect()
+        assert len(models) == 0, "another model is still in memory"
+        loads.append(args)
+        models.add(model := load(*args, **kwargs))
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_alone)
+    return loads
+
+
+def test_one_model_is_in_memory_at_a_time(
+    capsys, model_folder, tuned_folders, tmp_path, one_model_at_a_time
+):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    saved = get_peft_model(tiny_llama(), config)
+    with torch.no_grad():
+        saved.get_submodule("base_model.model.lm_head.modules_to_save.default").weight.mul_(2)
+    saved.save_pretrained(tmp_path / "saved")
+    sources = (*tuned_folders, str(tmp_path / "saved"), *tuned_folders[1:], model_folder)
+    command = ("drift", model_folder, "--samples", 4, "--length", 8, "--dtype", "float32", "--json")
+    code, out, _ = run(capsys, *command, *sources)
+    assert code == 0
+    assert len(one_model_at_a_time) == 1 + len(sources)
+    facts = json.loads(out)["drift"]
+    assert facts[model_folder]["kl"] == 0  # adapters before it left nothing in the base
+    assert facts[sources[2]]["kl"] > 0
 
 
 def test_models_and_adapters_are_compared_on_what_the_base_writes(

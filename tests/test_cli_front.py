@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from flowdata.drift import DriftMeter, own_text
 from tests.models import tiny_llama
 from tests.test_cli import data, model_folder, run
+from tests.test_cli_drift import one_model_at_a_time
 from tests.test_text import tokenizer
 
-__all__ = ["data", "model_folder", "tokenizer"]  # fixtures
+__all__ = ["data", "model_folder", "one_model_at_a_time", "tokenizer"]  # fixtures
 SMALL = ("--samples", 6, "--length", 12, "--dtype", "float32")
 
 
@@ -63,6 +64,15 @@ def test_the_front_of_two_models_is_measured_drawn_and_written(
     assert code == 0
     assert f"chosen: α = {facts['chosen']:g}" in out
     assert "← chosen" in out
+
+
+def test_one_model_is_in_memory_at_a_time(
+    capsys, model_folder, tuned_folder, data, tmp_path, one_model_at_a_time
+):
+    command = ("front", model_folder, tuned_folder, "--valid", data, *SMALL, "--json")
+    code, _, _ = run(capsys, *command, "--alphas", 0, 0.5, 1, "--picture", tmp_path / "front.png")
+    assert code == 0
+    assert len(one_model_at_a_time) == 4  # the base, and three averages
 
 
 def test_alpha_scales_what_adapters_add(capsys, model_folder, data, tmp_path, tokenizer):

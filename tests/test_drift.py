@@ -1,7 +1,9 @@
 """The drift meter against full logits in float64, on models of every kind."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -423,3 +425,24 @@ def test_padding_that_leaks_is_not_read_together(caplog):
         torch.manual_seed(0)
         DriftMeter(leaking(), classified(12))
     assert "not reading samples together" in caplog.text
+
+
+def test_a_meter_keeps_no_model_in_memory():
+    for make, samples in ((tiny_llama, TOKENS), (TinyResNet, images(12))):
+        base = make()
+        tuned = moved(base)
+        meter = DriftMeter(base, samples)
+        meter(tuned)
+        models = [weakref.ref(base), weakref.ref(tuned)]
+        del base, tuned
+        gc.collect()
+        assert [model() for model in models] == [None, None]
+
+
+def test_the_benchmark_of_its_cost_runs(capsys):
+    from benchmarks import drift
+
+    drift.main(["--tiny", "--repeats", "1"])
+    out = capsys.readouterr().out
+    for task in ("language model", "resnet-20"):
+        assert f"{task}: drift at one evaluation in 100 steps" in out

@@ -189,18 +189,24 @@ def test_accumulated_batches_have_the_gradients_of_the_full_one():
     torch.testing.assert_close(gradients(sum(losses), hidden, head), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_logits_of_all_tokens_are_never_held():
+@pytest.mark.parametrize("held", [False, True], ids=["plain", "eaft and a reference"])
+def test_the_logits_of_all_tokens_are_never_held(held):
     """Peak memory in a process of its own, against the size of the full logits alone."""
-    code = """
+    code = f"""
 import resource, torch
 from flowdata.losses import fused_causal_lm_loss
 torch.set_num_threads(1)
 head = torch.nn.Linear(16, 65536, bias=False)
 hidden = torch.randn(1, 2048, 16, requires_grad=True)
 labels = torch.randint(65536, (1, 2048))
-fused_causal_lm_loss(hidden[:, :4], head, labels[:, :4]).backward()
+base = torch.randn(1, 2048, 16), torch.nn.Linear(16, 65536, bias=False)
+def loss(n):
+    reference = base[0][:, :n], base[1]
+    options = dict(token_rule="eaft", kl_to_reference=1, reference=reference) if {held} else dict()
+    return fused_causal_lm_loss(hidden[:, :n], head, labels[:, :n], **options)
+loss(4).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fused_causal_lm_loss(hidden, head, labels).backward()
+loss(2048).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

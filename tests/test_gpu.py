@@ -258,8 +258,13 @@ def test_a_loss_never_waits_for_weights_of_the_host():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])
-def test_the_fused_loss_and_its_gradients(dtype, softcap, scale):
+@pytest.mark.parametrize("rule", [None, "eaft", "asft"])
+def test_the_fused_loss_and_its_gradients(dtype, softcap, scale, rule):
     torch.manual_seed(0)
+    base = nn.Linear(64, 3000, bias=True, device=GPU, dtype=dtype)
+    base_states = torch.randn(4, 33, 64, device=GPU, dtype=dtype)
+    options = {"token_rule": "dft", "kl_to_reference": 0.5} if rule == "asft" else {}
+    options = {"token_rule": "eaft"} if rule == "eaft" else options
     head = nn.Linear(64, 3000, bias=True, device=GPU, dtype=dtype)
     hidden = torch.randn(4, 33, 64, device=GPU, dtype=dtype)
     labels = torch.randint(3000, (4, 33), device=GPU)
@@ -268,17 +273,21 @@ def test_the_fused_loss_and_its_gradients(dtype, softcap, scale):
 
     def gradients(kind):
         module, states = copy.deepcopy(head).to(kind), hidden.to(kind, copy=True).requires_grad_()
-        logits = module(states) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        loss = causal_lm_loss(logits, labels, weights)
+        logits = reference.head_logits(states, module, softcap, scale)
+        held = {}
+        if rule == "asft":
+            layer = copy.deepcopy(base).to(kind)
+            held["reference"] = reference.head_logits(base_states.to(kind), layer, softcap, scale)
+        loss = causal_lm_loss(logits, labels, weights, **options, **held)
         loss.backward()
         return [loss, states.grad, module.weight.grad, module.bias.grad]
 
     exact, plain = gradients(torch.float64), gradients(dtype)
     states = hidden.clone().requires_grad_()
     module = copy.deepcopy(head)
-    loss = fused_causal_lm_loss(states, module, labels, weights, softcap=softcap, logit_scale=scale)
+    held = {"reference": (base_states, base)} if rule == "asft" else {}
+    options |= {"softcap": softcap, "logit_scale": scale}
+    loss = fused_causal_lm_loss(states, module, labels, weights, **options, **held)
     loss.backward()
     fused = [loss, states.grad, module.weight.grad, module.bias.grad]
     for true, usual, ours in zip(exact, plain, fused, strict=True):

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from flowdata.drift import DriftMeter, own_text, smooth_images
+from flowdata.drift import DriftMeter, inverted_images, own_text, smooth_images
 from flowdata.errors import ScoreMismatchError
 from tests.models import TinyResNet, tiny_llama
 from tests.test_drift import moved, t5
@@ -124,3 +125,75 @@ def test_probes_that_can_not_be_made_are_refused():
         own_text(model, nameless)
     with pytest.raises(ValueError, match=r"shape must be \(channels, height, width\)"):
         smooth_images((32, 32))
+
+
+# --- images that a network remembers ---------------------------------------------------------
+
+
+def convolutional(seed=0):
+    torch.manual_seed(seed)
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    model = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    for _ in range(50):  # the statistics of images that are anything but noise around 0
+        model(2 + torch.rand(32, 3, 16, 16).cumsum(-1))
+    return model
+
+
+def distance(model, images):
+    """How far the statistics of images are from the kept ones, summed over the layers."""
+    total, handles = [], []
+
+    def compare(layer, inputs):
+        values = inputs[0].transpose(0, 1).flatten(1)
+        total.append((values.mean(1) - layer.running_mean).norm().item())
+        total.append((values.var(1, correction=0) - layer.running_var).norm().item())
+
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            handles.append(layer.register_forward_pre_hook(compare))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return sum(total)
+
+
+def test_inverted_images_have_the_statistics_that_the_network_keeps(tmp_path):
+    model = convolutional().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    file = tmp_path / "images.safetensors"
+    images = inverted_images(model, (3, 16, 16), 40, steps=200, store=file)
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    start = smooth_images((3, 16, 16), 40)
+    assert distance(model.eval(), images) < 0.2 * distance(model, start)
+    sure = F.cross_entropy(model(images), torch.arange(40) % 5)
+    assert sure < F.cross_entropy(model(start), torch.arange(40) % 5)
+    assert torch.equal(images, inverted_images(model, (3, 16, 16), 40, steps=200, store=file))
+    with pytest.raises(ScoreMismatchError, match="seed"):
+        inverted_images(model, (3, 16, 16), 40, seed=1, steps=200, store=file)
+
+
+def test_inverted_images_want_statistics_and_logits():
+    with pytest.raises(ValueError, match=r"no BatchNorm layer.*smooth_images"):
+        inverted_images(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), (3, 4, 4))
+    maps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(TypeError, match=r"logits \(B, C\)"):
+        inverted_images(maps, (3, 8, 8), steps=1)
+    with pytest.raises(ValueError, match="samples must be an integer >= 32"):
+        inverted_images(convolutional(), (3, 8, 8), samples=8)
+
+
+def test_a_changed_statistic_is_seen_on_inverted_images():
+    model = convolutional().eval()
+    meter = DriftMeter(model, inverted_images(model, (3, 16, 16), 64), batch_norm="own")
+    assert meter(model).cosine == pytest.approx(1)
+    model[0][1].running_mean += 3
+    assert meter(model).cosine < 0.95
+    assert meter(model, batch_norm="reference").cosine == pytest.approx(1)

@@ -61,8 +61,10 @@ def test_a_batch_that_is_half_certain_keeps_its_certain_tokens():
 
 def test_nothing_waits_for_the_device_in_a_rule():
     losses = torch.rand(5, device="meta")
+    takes_part = torch.ones(5, dtype=torch.bool, device="meta")
     for rule in RULES:
-        assert rule_weights(rule, losses, torch.ones(5, dtype=torch.bool, device="meta")).is_meta
+        assert rule_weights(rule, losses, takes_part).is_meta
+    assert rule_weights("eaft", torch.rand(5, 20, device="meta"), takes_part).is_meta
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -77,6 +77,7 @@ ABLATIONS: dict[str, Method] = {
 TOKEN_METHODS: dict[str, Method] = {
     "TALR": Method(rule="talr"),
     "DFT": Method(rule="dft"),
+    "EAFT": Method(rule="eaft"),
     "FLOW, tokens": Method(flow_tokens),
     "FLOW, both": Method(flow_both),
     "token masking": Method(easy_tokens),

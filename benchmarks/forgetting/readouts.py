@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowdata import LossScorer
-from flowdata.drift import Drift, DriftMeter, smooth_images
+from flowdata.drift import Drift, DriftMeter, inverted_images, smooth_images
 from flowdata.study import Outcome, Record, accuracy, as_old_network, fit_new_head
 from flowdata.study.hits import autocast
 
@@ -41,6 +41,7 @@ def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> _
         dtype: see `Sizes`.
     """
     probes = {
+        "inverted": inverted_images(old, (3, 32, 32)),
         "white noise": _white_noise(),
         "fine noise": smooth_images((3, 32, 32), 128, cells=12),
     }
@@ -52,18 +53,31 @@ def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> _
             "readouts": _old_accuracies(network, old, old_test, old_train, dtype),
             "target of the hardest tenth": _percent(outcome.hits[_hard(outcome)]),
             "target of the worst class": _worst_class(outcome),
-            "drift by own BatchNorm": {
-                name: meter(network, batch_norm="own").to_dict()
-                for name, meter in outcome.meters.items()
-            },
-            "drift on other probes": {
-                name: meter(network).to_dict() for name, meter in meters.items()
-            },
+            **drifts_on_more(network, outcome.meters, meters),
             "drift on few": {name: of_few(drift) for name, drift in drifts.items()},
             "rivals": rivals(outcome, dtype),
         }
 
     return more
+
+
+def drifts_on_more(
+    network: nn.Module, own: dict[str, DriftMeter], other: dict[str, DriftMeter]
+) -> Record:
+    """Return the drifts that `HeadTask` doesn't measure: by the tuned BatchNorm, on other probes.
+
+    Args:
+        network: the fine-tuned network.
+        own: the task's meters by the names of their probes.
+        other: those on other probes.
+    """
+    by_own = {**own, "inverted": other["inverted"]}
+    return {
+        "drift by own BatchNorm": {
+            name: meter(network, batch_norm="own").to_dict() for name, meter in by_own.items()
+        },
+        "drift on other probes": {name: meter(network).to_dict() for name, meter in other.items()},
+    }
 
 
 def _old_accuracies(

@@ -64,7 +64,8 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         methods=ALL,
         columns=("gradient_norm",),  # one of the ablations weighs by it
         probes={"noise": smooth_images((3, 32, 32))},
-        more=readouts(old, old_test, old_train, sizes.dtype),
+        # A quick look does without what takes longer than its runs.
+        more=None if sizes == QUICK else readouts(old, old_test, old_train, sizes.dtype),
     )
 
 

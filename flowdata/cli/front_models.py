@@ -23,7 +23,7 @@ from flowdata.text.models import is_adapter, load_model, load_tuned_model
 def models_of_front(
     base: str, tuned: str, alphas: Sequence[float], *, trust_remote_code: bool, device: str | None
 ) -> Iterator[tuple[float, Any]]:
-    """Yield each α with its model, which the next one takes the place of.
+    """Yield each α with its model, which the next one takes the place of, unless it is still held.
 
     Args:
         base: the hub id or folder of the model before fine-tuning.
@@ -34,7 +34,7 @@ def models_of_front(
     """
     options: Any = {"trust_remote_code": trust_remote_code, "device": device}
     if is_adapter(tuned):
-        model = load_tuned_model(load_model(base, **options), tuned)
+        model = load_tuned_model(base, tuned, **options)
         for alpha in alphas:
             with _scaled(model, alpha):
                 yield alpha, model
@@ -45,7 +45,7 @@ def models_of_front(
             average = Path(folder) / str(number)
             wise_ft(*ends, alpha, average)
             yield alpha, load_model(str(average), **options)
-            gc.collect()
+            gc.collect()  # a model's parts refer to each other, so that it outlives its last name
             shutil.rmtree(average)
 
 
@@ -61,7 +61,7 @@ def write_model(base: str, tuned: str, alpha: float, output: Path) -> None:
     if not is_adapter(tuned):
         wise_ft(_folder_of(base), _folder_of(tuned), alpha, output)
         return
-    model = load_tuned_model(load_model(base), tuned)
+    model = load_tuned_model(base, tuned)
     with torch.no_grad():
         for layer in _lora_layers(model):
             for factors in (layer.lora_B, layer.lora_embedding_B):

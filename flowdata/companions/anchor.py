@@ -26,6 +26,10 @@ class ParameterAnchor:
     unfrozen. What it can't follow it refuses: resized embeddings, and parameters that came after
     it, as adapters do.
 
+    It is added to the loss in a loop and in Lightning's `training_step`; under gradient
+    accumulation by `AccumulatedBatches`, where nobody divides the loss, as ``anchor() / steps``. To
+    a Trainer of any kind it goes by `flowdata.integrations.transformers.add_anchor`.
+
     Source: ℓ2 as in Sanyal et al., ICML 2025, arXiv:2502.02797, section 5, where its strength
     for language models is 1e-3.
 

@@ -1,48 +1,77 @@
 """The output anchor: a penalty on the drift itself, while a model is trained.
 
     a batch of the probe ── model in training ── rows, with gradients ──┐
-    the frozen model's rows of the same samples, kept by the meter ─────┴→ log(1 + KL)
+    the frozen model's rows of the same samples, kept by the meter ─────┴→ KL → penalty
 
-KL(base ‖ tuned) has no bound: where the tuned model rules out what the frozen one found likely, one
-target can outweigh a whole batch, and its gradient pushes a large step further away. The logarithm
-divides the gradient of a target by 1 + KL, so that a target in nats is pulled back at full strength
-while the drift is small, and no target pulls harder the farther away it is.
+or, on the training batch itself, `output_penalty` of outputs that are there anyway and the frozen
+model's, which came with the batch.
+
+In the logits KL(base ‖ tuned) is a cross-entropy to soft labels: its gradient q − p is never longer
+than that of a cross-entropy, and neither is its curvature greater. So strength · KL diverges for
+no other reason than that it multiplies the learning rate, of which training stood no more. The
+penalty of a target is therefore strength · KL only while it pulls little (a pseudo-Huber function
+of the distance √(2 KL), which is at least ‖q − p‖ by Pinsker's inequality)::
+
+    penalty │                  ╱   slope c in √(2 KL)       P = 2 λ KL / (1 + √(1 + 2 KL λ² / c²))
+            │              ╱
+            │         ╱                                     ‖∂P/∂logits‖ ≤ λ ‖q − p‖ for small λ
+            │ _ ─ ╱   strength · KL                         ‖∂P/∂logits‖ ≤ c for every λ
+            └───────────────────── √(2 KL)
+
+c is a fifth of what a wrong label pulls with at most. Larger strengths make the bend sharper, not
+the pull stronger. A frozen output layer beside a new one with smaller weights would still pull the
+body harder than the loss does, by the ratio of their weights: c is smaller by as much.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowdata._common.real_numbers import RealNumber, real_number
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
-from flowdata.drift.ways import OutputModule
-from flowdata.head.kl import Predictions, logits_of
-from flowdata.head.kl_loss import kl_to
-from flowdata.head.output_layer import Head
-from flowdata.models.calling import unwrapped
+from flowdata.head.kl import Predictions
+from flowdata.head.kl_logits import kl_of_logits
+from flowdata.head.kl_loss import kl_to, kl_to_called
+from flowdata.head.output_layer import Head, OutputModule
+from flowdata.models.calling import in_evaluation, unwrapped
 
-_ROWS_AT_ONCE = 256  # of logits that a called layer makes
+# The longest gradient of a target's penalty, in the logits; that of a cross-entropy is √2. At 0.3
+# and more, strengths of 1,000 kept less than no anchor at all in the ResNet of the benchmarks.
+_PULL = 0.2
+# The strength from which the bend is as sharp as it gets: the pull is then the full one from 2e-4
+# nats on. Below that a drift is the rounding of bfloat16, which must not be pulled at.
+_SHARPEST = 10.0
+_SMALLEST_RATIO = 1e-3  # of weights, for a new layer that starts at zero
 
 
 class OutputAnchor:
     """A penalty on KL(frozen ‖ current) over a batch of a meter's probe, another in each step.
 
+    It is strength · KL, in nats a target, while that pulls little, and bounded in its pull: no
+    strength makes training diverge that goes well without it (see the file's docstring). It starts
+    at 0, or, where the frozen model was read in bfloat16, at the rounding of that.
+
     Neither a second model nor logits are in memory: the meter has the frozen model's rows, and both
     output layers are run tile by tile, forward and backward.
+
+    It goes into any loop as `ParameterAnchor` does, which is called without the model::
+
+        loss + anchor(model)                                # a loop; Lightning's training_step
+        accelerator.backward(loss + anchor(model))          # Accelerate divides by the steps
+        (loss + anchor(model) / steps).backward()           # under AccumulatedBatches, nobody does
+        integrations.transformers.add_anchor(trainer, anchor)       # Trainer, SFTTrainer, Flow…
 
     Source: a KL to the base model beside the loss: ASFT, arXiv:2509.23753; see also `DriftMeter`.
 
     Args:
         meter: made from the model before training.
-        strength: ≥ 0; factor of the mean over targets of log(1 + KL).
+        strength: ≥ 0; nats of loss that a nat of KL counts while the drift is small. More than 10
+            does what 10 does.
         batch_size: samples of the probe in each step.
         seed: of the order in which they come; every sample comes once before any comes twice.
 
@@ -62,8 +91,7 @@ class OutputAnchor:
     ) -> None:
         if not isinstance(meter, DriftMeter):
             raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
-        largest = sys.float_info.max
-        self.strength = real_number(strength, "strength must be finite and >= 0", 0, largest)
+        self.strength = _strength(strength)
         self.meter = meter
         self.batch_size = check_natural("batch_size", batch_size, least=1)
         self.seed = check_natural("seed", seed)
@@ -78,12 +106,14 @@ class OutputAnchor:
         places = self._places()
         self._step += 1
         model = unwrapped(model)
-        with _as_in_evaluation(model), self.meter.batch_norm_in(model):
+        with in_evaluation(model), self.meter.batch_norm_in(model):
             rows = self.meter.reader.read_in_training(model, places)
         base = self.meter.base_of(places, rows.values.device)
         module: Any = rows.layer
-        divergence = _divergence(base, rows.values, module, self.meter.is_own(module))
-        return self.strength * torch.log1p(divergence).mean()
+        is_own = self.meter.is_own(module)
+        divergence = _divergence(base, rows.values, module, is_own)
+        ratio = 1.0 if is_own else _ratio(module, base.layer)
+        return _bounded(divergence, self.strength, ratio).mean()
 
     def _places(self) -> list[int]:
         """The samples of this step: a window of an endless sequence of random orders."""
@@ -99,16 +129,103 @@ class OutputAnchor:
         return torch.randperm(len(self.meter), generator=generator)
 
 
-@contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a block, and every module's flag back after it."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+def output_penalty(
+    outputs: Tensor,
+    reference: Tensor,
+    strength: RealNumber,
+    *,
+    head: nn.Linear | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Return the penalty of `OutputAnchor` on the training batch itself, without another forward.
+
+    The frozen model's outputs of all training samples are those of a `DriftMeter` over them. For a
+    new task's new head they are the old network's, on the new task's images; its labels play no
+    part. `FlowWeightedDataset` hands them out with the samples and weights.
+
+    Of a language model with adapters give what its output layer is given, at target positions, with
+    the adapters on and with them off (PEFT's ``disable_adapter()``), and the layer as `head`: no
+    logits are then held, forward or backward.
+
+    Args:
+        outputs: (n, C) floating logits of the model in training; with `head` (n, d), its inputs.
+            BatchNorm in evaluation mode makes them those that the frozen model began with.
+        reference: the frozen model's, in the same shape; gets no gradient.
+        strength: as for `OutputAnchor`.
+        head: the output layer of both, d → C, which is not trained.
+        softcap: bound of the head's logits, or None, as for `fused_causal_lm_loss`.
+        logit_scale: factor on the head's logits.
+
+    Returns:
+        0-d float32, the mean over the n targets.
+
+    Raises:
+        TypeError, ValueError: `strength` is no finite number ≥ 0, the shapes differ or are not
+            those of rows, or the head is trained or no plain linear layer.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from flowdata import DriftMeter, FlowWeightedDataset, weighted_mean
+        >>> _ = torch.manual_seed(0)
+        >>> body, old_head, new_head = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        >>> data = TensorDataset(torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0]))
+        >>> meter = DriftMeter(nn.Sequential(body, old_head), data)  # before training
+        >>> train = FlowWeightedDataset(data, torch.ones(6), reference=meter.outputs())
+        >>> for (inputs, targets), weights, reference in DataLoader(train, batch_size=6):
+        ...     features = body(inputs)
+        ...     losses = nn.functional.cross_entropy(new_head(features), targets, reduction="none")
+        ...     held = output_penalty(old_head(features), reference, strength=0.1)
+        ...     loss = weighted_mean(losses, weights) + held
+        >>> abs(round(held.item(), 6))
+        0.0
+    """
+    strength = _strength(strength)
+    if outputs.dim() != 2 or outputs.shape != reference.shape:
+        raise ValueError(
+            f"outputs and reference must both be (n, C), or with head (n, d), got "
+            f"{tuple(outputs.shape)} and {tuple(reference.shape)}; of sequences take the rows of "
+            "positions that have a target"
+        )
+    reference = reference.detach().to(outputs.device)
+    if head is None:
+        return _bounded(kl_of_logits(reference, outputs), strength).mean()
+    if type(head) is not nn.Linear or head.weight.requires_grad:
+        raise ValueError(
+            f"head must be a plain nn.Linear that is not trained, got {type(head).__name__}: the "
+            "frozen model's outputs are made by it, too. Where the output layer itself is trained "
+            "or has adapters, use OutputAnchor, whose meter keeps the frozen one"
+        )
+    bias = None if head.bias is None else head.bias.detach()
+    layer = Head(head.weight.detach(), bias, logit_scale, softcap)
+    options: Any = {"scale": logit_scale, "softcap": softcap}
+    divergence = kl_to(Predictions(reference, layer), outputs, layer.weight, bias, **options)
+    return _bounded(divergence, strength).mean()
+
+
+def _strength(strength: RealNumber) -> float:
+    return real_number(strength, "strength must be finite and >= 0", 0, sys.float_info.max)
+
+
+def _bounded(divergence: Tensor, strength: float, ratio: Tensor | float = 1.0) -> Tensor:
+    """The penalty of each target from its KL, (n,); see the file's docstring."""
+    strength, pull = min(strength, _SHARPEST), _PULL * ratio
+    return 2 * strength * divergence / (1 + (1 + 2 * divergence * (strength / pull) ** 2).sqrt())
+
+
+@torch.no_grad()
+def _ratio(module: nn.Module, frozen: Head | nn.Module) -> Tensor | float:
+    """How much smaller the weights of a class are in the model's own layer, at most 1."""
+    own, old = (next(iter(_weights(layer)), None) for layer in (module, frozen))
+    if own is None or old is None:
+        return 1.0
+    sizes = [weight.float().square().mean().sqrt() for weight in (own, old)]
+    ratio: Tensor = (sizes[0] / sizes[1]).clamp(_SMALLEST_RATIO, 1.0)
+    return ratio
+
+
+def _weights(layer: Head | nn.Module) -> list[Tensor]:
+    return [layer.weight] if isinstance(layer, Head) else list(layer.parameters())
 
 
 def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: bool) -> Tensor:
@@ -119,16 +236,5 @@ def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: b
     if is_own and type(layer) is nn.Linear:
         scale, softcap = module.scale, module.softcap
         return kl_to(base, rows, layer.weight, layer.bias, scale=scale, softcap=softcap)
-    called = module if is_own else layer
-    parts = zip(base.rows.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True)
-    values = [checkpoint(_of_called, base, p, q, called, use_reentrant=False) for p, q in parts]
-    return torch.cat(values)
-
-
-def _of_called(base: Predictions, p_rows: Tensor, q_rows: Tensor, layer: nn.Module) -> Tensor:
-    """The same from the logits of some rows, where a layer has to be called."""
-    with torch.no_grad():
-        p = logits_of(Predictions(p_rows, base.layer)).log_softmax(1)
-    q = layer(q_rows).float().log_softmax(1)
-    values: Tensor = (p.exp() * (p - q)).sum(1)
-    return values
+    called: Any = module if is_own else layer
+    return kl_to_called(base, rows, called)

@@ -4,12 +4,12 @@ What is learned is the validation score on the new task; what is forgotten is th
 put into one unit, so that they can be added, at a rate of exchange that is the user's to set:
 
     losses       cost   = validation loss + exchange · KL          nats a target, both
-    accuracies   cost   = −(accuracy + exchange · agreement)       shares, both
+    accuracies   cost   = −(accuracy + exchange · kept)            shares, both
 
 On text that the frozen model wrote itself, its KL to the tuned model is the rise of the loss there:
-with an exchange of 1 a nat lost on the old counts as much as a nat gained on the new. The agreement
-is the share of the probe's samples whose likeliest class is still the same: with an exchange of 1 a
-point of accuracy on the new task counts as much as a point of the old predictions kept.
+with an exchange of 1 a nat lost on the old counts as much as a nat gained on the new. `Drift.kept`
+says about what share of the old task's accuracy is left: with an exchange of 1 a point of accuracy
+on the new task counts as much as a hundredth of the old accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowdata._common.notices import logger
-from flowdata.drift.drift import Drift
+from flowdata.drift.drift import Drift, part_of_kept
 
 Validation = Literal["auto", "loss", "accuracy"]
 Run = tuple[str, float, Drift]  # name, validation score, drift
@@ -177,7 +177,7 @@ def _cost(score: float, drift: Drift, kind: str, exchange: float, unit: float) -
         return math.inf
     if kind == "loss":
         return score + exchange * drift.kl
-    return -(score / unit + exchange * drift.agreement)
+    return -(score / unit + exchange * drift.kept)
 
 
 def _is_on_front(runs: Sequence[Run], place: int, kind: str) -> bool:
@@ -187,7 +187,7 @@ def _is_on_front(runs: Sequence[Run], place: int, kind: str) -> bool:
         _, score, drift = run
         if not (math.isfinite(score) and math.isfinite(drift.kl)):
             return math.inf, math.inf
-        return (score, drift.kl) if kind == "loss" else (-score, -drift.agreement)
+        return (score, drift.kl) if kind == "loss" else (-score, -drift.kept)
 
     own = losses(runs[place])
     others = (losses(run) for number, run in enumerate(runs) if number != place)
@@ -206,11 +206,11 @@ def _error(
 ) -> float:
     """The standard error of the difference of two runs' costs."""
     (_, score, drift), (_, best_score, best_drift) = runs[place], runs[best]
-    name = "kl" if kind == "loss" else "agreement"
+    name, factor = ("kl", 1.0) if kind == "loss" else part_of_kept(drift)
     variance = 0.0
     if name in drift.per_sample and name in best_drift.per_sample:
         # Both are measured on the same samples, so that the error is that of their differences.
-        differences = drift.per_sample[name] - best_drift.per_sample[name]
+        differences = factor * (drift.per_sample[name] - best_drift.per_sample[name])
         differences = differences[differences.isfinite()]
         if len(differences) > 1:
             variance += exchange**2 * float(differences.var()) / len(differences)

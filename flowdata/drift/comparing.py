@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowdata.errors import ScoreMismatchError
+from flowdata.report.comparison import render_comparison
 from flowdata.scores import Scores
 
 _SHARED = ("dataset", "num_samples", "loss", "collate_fn")  # of both identities
@@ -19,11 +23,20 @@ class Comparison:
     """What became of each sample's loss.
 
     Attributes:
-        differences: (N,) float32, loss after less loss before, in nats for language models: below
-            0 for what was learned, above 0 for what was forgotten; NaN where one of both lacks.
+        before: of the frozen model, N samples.
+        after: of the tuned model.
     """
 
-    differences: Tensor
+    before: Scores
+    after: Scores
+
+    @functools.cached_property
+    def differences(self) -> Tensor:
+        """Loss after less loss before, (N,) float32, in nats for language models.
+
+        Below 0 is what was learned, above 0 what was forgotten; NaN is where one of both lacks.
+        """
+        return self.after.losses - self.before.losses
 
     def learned(self, most: int = 10) -> list[int]:
         """Return the samples whose losses fell most, the first the most; none that rose.
@@ -54,6 +67,42 @@ class Comparison:
             "largest_fall": present.min().item() if len(present) else None,
             "largest_rise": present.max().item() if len(present) else None,
         }
+
+    def write(
+        self,
+        folder: str | Path,
+        *,
+        samples: Callable[[int], str] | None = None,
+        top: int = 10,
+    ) -> Path:
+        """Write `comparison.html` into a folder, a page that stands alone; return its path.
+
+        It shows the figures, how the changes are distributed, and the samples that moved most.
+
+        Args:
+            folder: made if missing.
+            samples: gives the text of sample i, of which the page shows the beginning; None shows
+                numbers alone.
+            top: how many of the samples learned most and of those forgotten most it lists.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: no sample has both losses, or `top` is negative.
+        """
+        if top < 0:
+            raise ValueError(f"top must be >= 0, got {top}")
+        summary = self.summary()
+        if not summary["compared"]:
+            raise ValueError(
+                f"none of the {summary['samples']} samples has a loss both before and after: there "
+                "is nothing to compare"
+            )
+        learned, forgotten = self.learned(top), self.forgotten(top)
+        html = render_comparison(self.before, self.after, summary, learned, forgotten, samples)
+        path = Path(folder) / "comparison.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+        return path
 
     def _in_order(self, most: int, *, descending: bool = False) -> list[int]:
         last = -torch.inf if descending else torch.inf
@@ -99,4 +148,4 @@ def compare(before: Scores, after: Scores) -> Comparison:
             f"the scores differ in {', '.join(different)}: before has {old[different[0]]!r}, after "
             f"{new[different[0]]!r}; score the same data set by both models, with the same loss"
         )
-    return Comparison(after.losses - before.losses)
+    return Comparison(before, after)

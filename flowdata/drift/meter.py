@@ -25,7 +25,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows
-from flowdata.head.kl import Predictions, count_classes, divergences
+from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
@@ -59,15 +59,27 @@ class DriftMeter:
         dataset_id: names the probe's content for `store`; None fingerprints its samples.
 
     Raises:
-        TypeError, ValueError: an argument that is none of these; a probe without targets.
+        TypeError, ValueError: an argument that is none of these; a probe without targets; a model
+            that gives no numbers, no logits, or other ones each time it is run.
         ScoreMismatchError: `store` is of another model, probe or dtype.
 
     Example:
+        Three lines for any loop: one before training, two where the loop validates.
+
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> meter = DriftMeter(model, torch.randn(9, 4))
-        >>> meter(model)
-        Drift(kl=0, cosine=1, agreement=1, samples=9)
+        >>> optimizer, costs = torch.optim.SGD(model.parameters(), lr=0.5), {}
+        >>> for step in range(1, 101):
+        ...     loss = F.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,)))
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     if step % 50 == 0:
+        ...         drift = meter(model)  # as cheap as a pass over the probe
+        ...         costs[step] = float(loss) + drift.kl  # of which the least is best
+        >>> 0 < drift.kl < float("inf"), list(costs)
+        (True, [50, 100])
     """
 
     def __init__(
@@ -93,6 +105,7 @@ class DriftMeter:
             rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
         if not len(rows.values):
             raise ValueError("probe has no target: all its labels are −100")
+        _check_numbers(rows)
         if count_classes(Predictions(rows.values[:1], rows.layer)) < 2:
             raise ValueError(
                 "the model has one output, which is no distribution over classes, so that it has "
@@ -140,7 +153,8 @@ class DriftMeter:
             batch_norm: None takes the meter's.
 
         Raises:
-            ValueError: the model has another body: its output layer is given another width.
+            ValueError: the model has another body: its output layer is given another width, or it
+                has none.
         """
         _check_model(model)
         _check_batch_norm(batch_norm or self.batch_norm)
@@ -177,10 +191,25 @@ class DriftMeter:
         parts = [self._rows.values[offsets[k] : offsets[k + 1]] for k in places]
         return Predictions(torch.cat(parts).to(device), _on(self._rows.layer, device))
 
+    def outputs(self) -> Tensor:
+        """Return what the frozen model makes of the probe: (N, C) float32 logits, on the CPU.
+
+        Raises:
+            ValueError: the model has more than one prediction for a sample, as those of language.
+        """
+        if self.reader.is_of_language or (self._rows.counts != 1).any():
+            raise ValueError(
+                "outputs() is for models with one prediction for a sample; those of every token "
+                "would be too large to keep: hold the model with OutputAnchor, which makes them "
+                "tile by tile"
+            )
+        layer = _on(self._rows.layer, torch.device("cpu"))
+        with torch.no_grad():
+            return logits_of(Predictions(self._rows.values.cpu(), layer))
+
     def _compare(self, rows: Rows) -> Drift:
         base, device = self._rows, rows.values.device
-        kinds = {_weight_of(each.layer) is None for each in (base, rows)}
-        if len(kinds) > 1 or rows.values.shape != base.values.shape:
+        if rows.values.shape != base.values.shape:
             raise ValueError(
                 f"the model's output layer is given {tuple(rows.values.shape)} values for the "
                 f"probe, the frozen model's was given {tuple(base.values.shape)}: it has another "
@@ -228,6 +257,24 @@ class DriftMeter:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_numbers(rows: Rows) -> None:
+    """Raise ValueError unless a model makes numbers of every sample."""
+    are_numbers = rows.values.isfinite().all(1).cpu()
+    if not are_numbers.all():
+        row = int((~are_numbers).nonzero()[0])
+        sample = int(torch.searchsorted(rows.counts.cumsum(0), row, right=True))
+        raise ValueError(
+            f"the model before training gives no numbers for sample {sample} of the probe (its "
+            "output layer is given inf or NaN), so that no other can be compared with it"
+        )
+    weight = _weight_of(rows.layer)
+    if weight is not None and not weight.isfinite().all():
+        raise ValueError(
+            "the output layer of the model before training holds inf or NaN, so that no other can "
+            "be compared with it"
+        )
 
 
 def _check_batch_norm(batch_norm: object) -> None:

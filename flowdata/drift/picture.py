@@ -16,15 +16,18 @@ def draw_front(candidates: Sequence[Candidate], *, measure: str = "kl") -> bytes
 
     Args:
         candidates: as `rank` returns them, the best first.
-        measure: of the drift, along the horizontal axis: ``"kl"``, or ``"agreement"``.
+        measure: of the drift, along the horizontal axis: ``"kl"``, or ``"kept"``.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: an unknown measure, or no run with finite figures.
     """
-    labels = {"kl": "drift: KL(base ‖ tuned), nats", "agreement": "old predictions kept"}
+    labels = {
+        "kl": "drift: KL(base ‖ tuned), nats",
+        "kept": "share of the old accuracy kept, by the drift",
+    }
     if measure not in labels:
-        raise ValueError(f"measure must be 'kl' or 'agreement', got {measure!r}")
+        raise ValueError(f"measure must be 'kl' or 'kept', got {measure!r}")
     finite = [c for c in candidates if math.isfinite(c.cost)]
     if not finite:
         raise ValueError("no candidate has finite figures: there is nothing to draw")

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
+from flowdata.drift.kept import keep
 from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
 from flowdata.models.precision import resolve_dtype
 from flowdata.store.fingerprint import fingerprint_model
-from flowdata.store.format import make_manifest, read_file, write_file
-from flowdata.store.identity import check_identity
 from flowdata.targets.labels import IGNORE_INDEX
 
 _AT_ONCE = 64  # texts that are written at a time
@@ -71,11 +70,12 @@ def own_text(
             "one; pass other samples as the probe, such as the new task's"
         )
     beginning = torch.tensor(_beginning(tokenizer, model), dtype=torch.long)
+
+    def write() -> Tensor:
+        return _write_texts(model, beginning, samples, length, seed)
+
     if store is None:
-        return _cut(_write_texts(model, beginning, samples, length, seed), beginning, model)
-    file = Path(store)
-    if file.suffix != ".safetensors":
-        raise ValueError(f"store must name a file *.safetensors, got {str(file)!r}")
+        return _cut(write(), beginning, model)
     identity = {
         "kind": "own text",
         "model": fingerprint_model(model),
@@ -84,13 +84,7 @@ def own_text(
         "length": length,
         "seed": seed,
     }
-    if file.exists():
-        tensors, manifest = read_file(file)
-        check_identity(manifest["identity"], identity, f"the file {file}", "Name another file")
-        return _cut(tensors["token"], beginning, model)
-    tokens = _write_texts(model, beginning, samples, length, seed)
-    write_file(file, {"token": tokens}, make_manifest(identity, {}, {}))
-    return _cut(tokens, beginning, model)
+    return _cut(keep(Path(store), "token", identity, write), beginning, model)
 
 
 def _beginning(tokenizer: Any, model: Any) -> list[int]:

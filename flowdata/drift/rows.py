@@ -16,23 +16,22 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import logger
 from flowdata._common.unreadable import Readable
+from flowdata.drift.check import find_suspect, right_way
 from flowdata.drift.ways import (
-    RowsWay,
     name_of_head,
     output_layer,
     output_module,
     padded_way,
-    target_logits,
     ways_to_rows,
 )
-from flowdata.head.kl import Predictions, divergences
 from flowdata.head.output_layer import Head
+from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import innermost, output_layer_of
 from flowdata.models.placement import home, is_placed, reshard
-from flowdata.models.precision import has_memory_for_copy, resolve_dtype
+from flowdata.models.precision import resolve_dtype
+from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job
-from flowdata.scoring.kinds import differing
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.planning import make_plan
@@ -41,11 +40,6 @@ from flowdata.targets.labels import IGNORE_INDEX, split_batch
 from flowdata.targets.target_losses import TargetLosses, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, loss_of_model
 
-_MOST_CHECKED = 4  # samples that are run alone before a model is read
-# Nats by which the predictions of samples run together may differ from those of samples run alone:
-# as much is rounding in any case. Beyond it a low dtype's own error is measured, and taken twice.
-_ROUNDING = 2e-6
-_MOST_ROUNDING = 5e-3  # where no float32 copy of the model fits into memory
 _PREDICTIONS = "cross_entropy"  # stands for all losses that are none of a language model
 
 
@@ -77,6 +71,7 @@ class Reader:
     def __init__(
         self, model: nn.Module, probe: Any, collate_fn: Collate | None, dtype: str | torch.dtype
     ) -> None:
+        check_batch_norm(model)
         dataset = Readable(probe, skip=False)
         first = dataset[0]
         loss = _language_loss(model, first)
@@ -104,6 +99,11 @@ class Reader:
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
         self._heads: dict[Hashable, str | None] = {}
+        self._frozen_head: str | None = None
+        if not self.is_of_language:
+            with lent_model(self._job, self._plan.options) as lent:
+                self._frozen_head = self._name_of_head(lent)
+        self._job = replace(self._job, model=nn.Module())  # the first model may go
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,20 +119,16 @@ class Reader:
         """Return a model's rows; the model comes back as it was.
 
         Raises:
-            ValueError: no way gives samples the rows that they have alone.
+            ValueError: no way gives samples the rows that they have alone, or the model has no
+                such layer as the first one that was read.
         """
         job = self._job_of(model)
         with lent_model(job, self._plan.options) as lent:
-            head = None if self.is_of_language else name_of_head(lent, self._first(job), job.device)
-            way = self._right_way(job, lent, head)
-            packs = [self._plan.pack(index).tolist() for index in range(len(self._plan))]
-            rows = joined([_read(job, lent, way, [job.dataset[i] for i in p]) for p in packs])
-            columns = reorder(
-                {"count": rows.counts, "token_loss": rows.values}, self._plan.order.argsort()
-            )
+            head = self._head_of(lent)
+            rows = self._read(job, lent, head)
         layer = output_layer(model, job.loss, head)
         reshard(model)
-        return Rows(columns["token_loss"], columns["count"], layer)
+        return Rows(rows.values, rows.counts, layer)
 
     def read_in_training(self, model: nn.Module, places: Sequence[int]) -> Rows:
         """Return the rows of some samples with their gradients, read off the model as it stands.
@@ -147,22 +143,46 @@ class Reader:
         rows = padded_way(job, model, head)(model, batch)
         return Rows(rows.values, rows.counts, output_module(model, job.loss, head))
 
-    def _head_in_training(self, job: Job, model: nn.Module) -> str | None:
-        """The name of the layer that makes the logits, looked for once for each structure."""
-        if self.is_of_language:
-            return None
-        structure = _structure(model)
-        if structure not in self._heads:
-            with torch.no_grad():
-                self._heads[structure] = name_of_head(model, self._first(job), job.device)
-        return self._heads[structure]
-
     def layer(self, model: nn.Module) -> Head | nn.Module:
         """Return the layer that makes logits of a model's rows."""
         job = self._job_of(model)
         with lent_model(job, self._plan.options) as lent:
-            head = None if self.is_of_language else name_of_head(lent, self._first(job), job.device)
+            head = self._head_of(lent)
         return output_layer(model, job.loss, head)
+
+    def _head_in_training(self, job: Job, model: nn.Module) -> str | None:
+        """The name of the layer whose inputs are rows, looked for once for each structure."""
+        structure = _structure(model)
+        if structure not in self._heads:
+            with torch.no_grad():
+                self._heads[structure] = self._head_of(model)
+        return self._heads[structure]
+
+    def _head_of(self, model: nn.Module) -> str | None:
+        """The name of the layer whose inputs are rows; None where these are logits."""
+        frozen = self._frozen_head
+        if self.is_of_language and output_layer_of(model) is None:
+            raise ValueError(
+                f"{type(model).__name__} names no output layer (`get_output_embeddings`), and the "
+                "frozen model did; pass the language model itself, without what is around it"
+            )
+        if self.is_of_language or frozen is None:
+            return None
+        name = self._name_of_head(model)
+        # What has taken the place of the frozen model's layer, several layers or none, is given
+        # the same rows.
+        if name is None or name.startswith(f"{frozen}."):
+            name = frozen if frozen in dict(model.named_modules()) else None
+        if name is None:
+            raise ValueError(
+                f"no linear layer makes the logits of {type(model).__name__}, and it has no layer "
+                f"{frozen!r}, which made those of the frozen model: it has another body; make a "
+                "meter of the model that this one was tuned from"
+            )
+        return name
+
+    def _name_of_head(self, model: nn.Module) -> str | None:
+        return name_of_head(model, self._first(self._job), home(model))
 
     def _job_of(self, model: nn.Module) -> Job:
         dtype = resolve_dtype("auto", model, home(model)) if is_placed(model) else self.dtype
@@ -171,84 +191,37 @@ class Reader:
     def _first(self, job: Job) -> Any:
         return job.collate([job.dataset[0]])
 
-    def _right_way(self, job: Job, model: nn.Module, head: str | None) -> RowsWay:
-        """The fastest way to the rows that samples have alone, found once for each structure."""
+    def _right_way(self, job: Job, model: nn.Module, head: str | None) -> Candidate:
+        """The fastest way to the rows that samples have alone, looked for once a structure."""
+        if job.suspects:  # of this model alone: the frozen one is read as it was before
+            return right_way(job, self._plan, model, head)
         structure = _structure(model)
         if structure not in self._right_ways:
-            samples = [job.few_samples[k] for k in differing(job.few_samples, _MOST_CHECKED)]
-            self._right_ways[structure] = _find_right_way(job, self._plan, model, head, samples)
+            self._right_ways[structure] = right_way(job, self._plan, model, head).name
         ways = ways_to_rows(job, self._plan, model, head)
         return next(way for way in ways if way.name == self._right_ways[structure])
 
+    def _read(self, job: Job, model: nn.Module, head: str | None) -> TargetLosses:
+        """The rows of all samples; of one that turns out wrong another way has to be right."""
+        way = self._right_way(job, model, head)
+        rows = self._by_way(job, model, way)
+        suspect = find_suspect(job, self._plan, model, head, way, rows)
+        if suspect is None:
+            return rows
+        if suspect in job.suspects:
+            raise ValueError(
+                f"the model makes other predictions of sample {suspect} each time it is run; it "
+                "has to be deterministic in eval mode"
+            )
+        return self._read(replace(job, suspects=(*job.suspects, suspect)), model, head)
 
-def _find_right_way(
-    job: Job, plan: Plan, model: nn.Module, head: str | None, samples: list[Any]
-) -> str:
-    """The name of the first way that gives samples the predictions that they have alone."""
-    ways = ways_to_rows(job, plan, model, head)
-    true = _predictions(job, model, head, ways[-1], samples)
-    if not len(true.rows) or not true.rows.isfinite().all():
-        return ways[0].name  # there is nothing to compare, or the model diverged: any way tells
-    _check_output_layer(job, model, samples[0], true)
-    allowance = _ROUNDING
-    for way in ways:
-        try:
-            together = _predictions(job, model, head, way, samples)
-            off = float(divergences(true, together).kl.max())
-        except Exception as error:  # whatever it is, another way may do without
-            logger.warning("not reading %s: %s", way.name, str(error).partition("\n")[0])
-            continue
-        if off > allowance == _ROUNDING:
-            allowance += 2 * _cost_of_dtype(job, plan, head, samples, true)
-        if off <= allowance:
-            return way.name
-        logger.warning("not reading %s: predictions differ by %.2g nats", way.name, off)
-    raise ValueError(
-        "the model makes other predictions of a sample each time it is run alone; it has to be "
-        "deterministic in eval mode"
-    )
-
-
-def _read(job: Job, model: nn.Module, way: RowsWay, samples: list[Any]) -> TargetLosses:
-    """The rows of samples, in their order."""
-    return joined([way.way(model, job.collate(group)) for group in way.grouping(samples)])
-
-
-def _predictions(
-    job: Job, model: nn.Module, head: str | None, way: RowsWay, samples: list[Any]
-) -> Predictions:
-    return Predictions(_read(job, model, way, samples).values, output_layer(model, job.loss, head))
-
-
-def _cost_of_dtype(
-    job: Job, plan: Plan, head: str | None, samples: list[Any], true: Predictions
-) -> float:
-    """How far the run's dtype itself takes predictions from those in float32, in nats."""
-    if job.dtype.itemsize >= 4:
-        return 0.0
-    exact_job = replace(job, dtype=torch.float32)
-    if is_placed(job.model) or not has_memory_for_copy(job.model, torch.float32, job.device):
-        return _MOST_ROUNDING / 2
-    with lent_model(exact_job, plan.options) as model:
-        alone = ways_to_rows(exact_job, plan, model, head)[-1]
-        exact = _predictions(exact_job, model, head, alone, samples)
-        return float(divergences(exact, true).kl.max())
-
-
-def _check_output_layer(job: Job, model: nn.Module, sample: Any, true: Predictions) -> None:
-    """Raise ValueError if a language model does more to its logits than its output layer tells."""
-    if job.loss not in LANGUAGE_LOSSES:
-        return
-    logits = target_logits(model, job.collate([sample]), str(job.loss), job.device)
-    own = Predictions(logits, nn.Identity())
-    made = replace(true, rows=true.rows[: len(logits)])
-    off = float(divergences(own, made).kl.max()) if len(logits) else 0.0
-    if off > _MOST_ROUNDING:
-        raise ValueError(
-            f"the model's logits are not what its output layer makes (off by {off:.2g} nats): it "
-            "changes them in a way that its configuration does not tell, so its drift can't be "
-            "measured from its hidden states"
-        )
+    def _by_way(self, job: Job, model: nn.Module, way: Candidate) -> TargetLosses:
+        packs = (self._plan.pack(number).tolist() for number in range(len(self._plan)))
+        groups = (way.grouping([job.dataset[index] for index in pack]) for pack in packs)
+        rows = joined([way.way(model, job.collate(group)) for pack in groups for group in pack])
+        columns = {"count": rows.counts, "token_loss": rows.values}
+        columns = reorder(columns, self._plan.order.argsort())
+        return TargetLosses(columns["token_loss"], columns["count"])
 
 
 def _structure(model: nn.Module) -> Hashable:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, kernels, logit_options
-from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.head.output_layer import Head, OutputModule, kernels, logit_options
+from flowdata.models.calling import call_in_order, call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
-from flowdata.scoring.grouping import Grouping, alike, alone, together
+from flowdata.scoring.candidates import Candidate
+from flowdata.scoring.grouping import alike, alone, together
 from flowdata.scoring.job import Job
 from flowdata.scoring.language.inputs import padded
 from flowdata.scoring.language.packable import why_batch_not_packed, why_not_packed
@@ -36,23 +36,8 @@ from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import LANGUAGE_LOSSES
 
 
-@dataclass(frozen=True)
-class RowsWay:
-    """One way to rows, and which samples it is given together.
-
-    Attributes:
-        name: in words.
-        way: of a model and a batch; its `values` are rows, (n, d).
-        grouping: of the samples of a pack.
-    """
-
-    name: str
-    way: Way
-    grouping: Grouping
-
-
-def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> list[RowsWay]:
-    """Return the ways, fastest first, each sample alone last.
+def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> list[Candidate]:
+    """Return the ways, fastest first, each sample alone last; their `values` are rows, (n, d).
 
     Args:
         job: its loss is one of a language model, or stands for all others.
@@ -64,9 +49,9 @@ def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> li
         return _language_ways(job, str(job.loss), plan, model)
     way = _prediction_way(job, model, head)
     return [
-        RowsWay("samples together", way, together),
-        RowsWay("samples of one shape at a time", way, alike),
-        RowsWay("one sample at a time", way, alone),
+        Candidate("samples together", way, together),
+        Candidate("samples of one shape at a time", way, alike),
+        Candidate("one sample at a time", way, alone),
     ]
 
 
@@ -93,14 +78,14 @@ def _hidden_run(model: nn.Module) -> Run:
     return run
 
 
-def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[RowsWay]:
+def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[Candidate]:
     most, run = plan.options.max_tokens, _hidden_run(model)
     sliced = padded(loss, most)
     way = way_of(model, loss, sliced, run, device=job.device)
     ways = [
-        RowsWay("samples padded", way, together),
-        RowsWay("samples of one length at a time", way, alike),
-        RowsWay("one sample at a time", way_alone(loss, run, job.device), alone),
+        Candidate("samples padded", way, together),
+        Candidate("samples of one length at a time", way, alike),
+        Candidate("one sample at a time", way_alone(loss, run, job.device), alone),
     ]
     if loss != "causal_lm" or why_not_packed(model, loss):
         return ways
@@ -108,34 +93,40 @@ def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[Ro
         return ways
     packing = Packing(sliced, job.prefix[: plan.options.prefix], most, job.device)
     packed = way_of(model, loss, packing, run, device=job.device)
-    return [RowsWay("samples packed", packed, together), *ways]
+    return [Candidate("samples packed", packed, together), *ways]
 
 
-def target_logits(model: nn.Module, batch: Any, loss: str, device: torch.device) -> Tensor:
-    """Return the logits that a language model itself makes of a batch's targets, (n, V).
+def way_to_logits(job: Job, model: nn.Module, head: str | None) -> Way:
+    """Return the way of a sample alone to the logits that the model itself makes, (n, C) float32.
 
     Args:
-        model: the model as it is run.
-        batch: a sample that was collated alone.
-        loss: the language loss's name.
-        device: where the model takes its inputs.
+        job: see `ways_to_rows`.
+        model: see `ways_to_rows`.
+        head: see `ways_to_rows`.
     """
+    if job.loss not in LANGUAGE_LOSSES:
+        return _prediction_way(job, model, head, to_logits=True)
 
     def run(model: nn.Module, work: Work) -> TargetLosses:
         logits = logits_of(call_with(model, work.inputs, use_cache=False))
-        return TargetLosses(work.of_targets(logits), work.counts)
+        return TargetLosses(work.of_targets(logits).float(), work.counts)
 
-    return way_alone(loss, run, device)(model, batch).values
+    return way_alone(str(job.loss), run, job.device)
 
 
-def _prediction_way(job: Job, model: nn.Module, head: str | None) -> Way:
+def _prediction_way(
+    job: Job, model: nn.Module, head: str | None, *, to_logits: bool = False
+) -> Way:
     layers = [] if head is None else [model.get_submodule(head)]
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
         inputs = to_device(split_batch(batch)[0], job.device)
         with last_call(layers) as calls:
-            logits = predict(model, inputs)
-        rows = calls[0].input if calls else _classes_last(logits.float(), inputs)
+            rows = predict(model, inputs).float()
+        if head is None:
+            rows = _classes_last(rows, inputs)
+        elif not to_logits:
+            rows = calls[0].input
         return _of_samples(rows, _mask_of(inputs))
 
     return way
@@ -170,9 +161,24 @@ def name_of_head(model: nn.Module, batch: Any, device: torch.device) -> str | No
         model: the model as it is run.
         batch: of samples that are no targets of a language model.
         device: where the model takes its inputs.
+
+    Raises:
+        ValueError: the model returns no logits, or several tensors that could be meant.
     """
+    inputs = to_device(split_batch(batch)[0], device)
     with _outputs_of_linear_layers(model) as outputs:
-        logits = predict(model, to_device(split_batch(batch)[0], device))
+        output = (
+            call_with(model, inputs)
+            if isinstance(inputs, Mapping)
+            else call_in_order(model, inputs)
+        )
+    try:
+        logits = logits_of(output)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits by which it could be compared; put it into "
+            "a module that returns them, of shape (B, …, C), under the name `logits`"
+        ) from error
     names = [
         name
         for name, output in outputs.items()
@@ -249,26 +255,3 @@ def _whole(parameter: Any) -> Any:
         return None
     values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return values.detach()
-
-
-class OutputModule(nn.Module):
-    """An output layer, and what its model does to the logits.
-
-    Args:
-        layer: makes logits of rows; None where the rows are logits.
-        scale: factor on the logits.
-        softcap: their bound, or None.
-    """
-
-    def __init__(
-        self, layer: nn.Module | None, scale: float = 1.0, softcap: float | None = None
-    ) -> None:
-        super().__init__()
-        self.layer, self.scale, self.softcap = layer, scale, softcap
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows (n, d) to logits (n, V)."""
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), rows.dtype)
-        logits: Tensor = rows if self.layer is None else self.layer(rows.to(dtype))
-        logits = logits.float() * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()

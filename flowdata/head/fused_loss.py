@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdata.head.gradients import losses_and_gradients, rows_of_a_tile
-from flowdata.head.output_layer import Head
+from flowdata.head.kl import Predictions
+from flowdata.head.kl_loss import kl_to, kl_to_called
+from flowdata.head.largest import largest_logits
+from flowdata.head.output_layer import Head, OutputModule
 from flowdata.head.tiled import target_values
 
 
@@ -89,12 +92,70 @@ def head_losses(
     """
     with torch.no_grad():
         if _is_plain(head):
-            bias = None if head.bias is None else head.bias.detach()
-            layer = Head(head.weight.detach().to(hidden.dtype), bias, logit_scale, softcap)
+            layer = _read(head, hidden.dtype, softcap, logit_scale)
             return target_values(hidden.detach(), layer, targets)[0]
         tiles = _tiles(head, hidden, targets)
         parts = [_called_losses(h, head, t, softcap, logit_scale).float() for h, t in tiles]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def head_largest_logits(
+    hidden: Tensor,
+    head: nn.Module,
+    count: int,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Return the largest logits of rows, (n, min(count, V)) float32, in no order, no gradients.
+
+    Args:
+        hidden: (n, d) floating.
+        head: as for `head_losses`, and so are softcap and logit_scale.
+        count: how many logits of a row.
+    """
+    with torch.no_grad():
+        if _is_plain(head):
+            layer = _read(head, hidden.dtype, softcap, logit_scale)
+            return largest_logits(hidden.detach(), layer, count)
+        parts = []
+        for (tile,) in _tiles(head, hidden):
+            logits = _called_logits(tile, head, softcap, logit_scale)
+            parts.append(logits.topk(min(count, logits.shape[1]), sorted=False).values.float())
+        return torch.cat(parts)
+
+
+def head_divergences(
+    reference: Tensor,
+    reference_head: nn.Module,
+    hidden: Tensor,
+    head: nn.Module,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Return KL(reference ‖ current) of rows, (n,) float32 in nats, without the logits.
+
+    The products are float32, and the tiles eager ones on every device.
+
+    Args:
+        reference: (n, d) floating, hidden states of the reference model, a constant.
+        reference_head: the head that they belong to, a constant; softcap and logit_scale are both
+            heads'.
+        hidden: (n, d) floating, those of the model in training.
+        head: as for `weighted_head_loss`, and so are softcap and logit_scale.
+
+    Raises:
+        ValueError: the two heads have not as many classes.
+    """
+    options = logit_scale, softcap
+    layer: Head | nn.Module = OutputModule(reference_head, *options)
+    if _is_plain(reference_head):
+        layer = _read(reference_head, reference_head.weight.dtype, softcap, logit_scale)
+    base = Predictions(reference.detach(), layer)
+    if not _is_plain(head):
+        return kl_to_called(base, hidden, OutputModule(head, *options))
+    return kl_to(base, hidden, head.weight, head.bias, scale=logit_scale, softcap=softcap)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -177,12 +238,24 @@ def _tiles(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _called_losses(
     hidden: Tensor, head: nn.Module, targets: Tensor, softcap: float | None, logit_scale: float
 ) -> Tensor:
-    """The losses of a tile's rows; nothing is changed in place, so that autograd can follow."""
-    logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    """The losses of a tile's rows."""
+    logits = _called_logits(hidden, head, softcap, logit_scale)
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _called_logits(
+    hidden: Tensor, head: nn.Module, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """The logits of a tile's rows; nothing is changed in place, so that autograd can follow."""
+    logits: Tensor = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _read(head: nn.Linear, dtype: torch.dtype, softcap: float | None, logit_scale: float) -> Head:
+    """A plain head as a constant, its weight in a dtype."""
+    bias = None if head.bias is None else head.bias.detach()
+    return Head(head.weight.detach().to(dtype), bias, logit_scale, softcap)
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:

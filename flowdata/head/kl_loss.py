@@ -14,10 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from flowdata.head.kl import Predictions, Sums, divergences_of, tiles
+from flowdata.head.kl import Predictions, Sums, divergences_of, logits_of, tiles
+from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.output_layer import Head, softcap_slopes
+
+_ROWS_AT_ONCE = 256  # of logits that a called layer makes
 
 
 def kl_to(
@@ -47,6 +51,28 @@ def kl_to(
     """
     values: Tensor = _KL.apply(hidden, weight, bias, base, scale, softcap)  # type: ignore[no-untyped-call]
     return values
+
+
+def kl_to_called(base: Predictions, hidden: Tensor, layer: nn.Module) -> Tensor:
+    """Return KL(p ‖ q) of every row, where q's layer has to be called; (n,) float32.
+
+    A few rows have logits at a time, which the backward pass makes again.
+
+    Args:
+        base: gives p, which has no gradient.
+        hidden: (n, d) floating, the rows that give q.
+        layer: makes their logits, scaled and capped; its parameters have gradients, too.
+    """
+    parts = zip(base.rows.split(_ROWS_AT_ONCE), hidden.split(_ROWS_AT_ONCE), strict=True)
+    values = [checkpoint(_of_called, base, p, q, layer, use_reentrant=False) for p, q in parts]
+    return torch.cat(values)
+
+
+def _of_called(base: Predictions, p_rows: Tensor, q_rows: Tensor, layer: nn.Module) -> Tensor:
+    """The same from the logits of some rows."""
+    with torch.no_grad():
+        reference = logits_of(Predictions(p_rows, base.layer))
+    return kl_of_logits(reference, layer(q_rows)).float()
 
 
 class _KL(torch.autograd.Function):

@@ -32,6 +32,29 @@ class Head:
     kernel: Literal["eager", "compiled", "triton"] = "eager"
 
 
+class OutputModule(nn.Module):
+    """An output layer, and what its model does to the logits.
+
+    Args:
+        layer: makes logits of rows; None where the rows are logits.
+        scale: factor on the logits.
+        softcap: their bound, or None.
+    """
+
+    def __init__(
+        self, layer: nn.Module | None, scale: float = 1.0, softcap: float | None = None
+    ) -> None:
+        super().__init__()
+        self.layer, self.scale, self.softcap = layer, scale, softcap
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (n, d) to logits (n, V)."""
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), rows.dtype)
+        logits: Tensor = rows if self.layer is None else self.layer(rows.to(dtype))
+        logits = logits.float() * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
 def read_head(module: nn.Module | None, config: Any) -> Head | None:
     """Return the head that a module and a Hugging Face configuration describe, or None.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
+from flowdata._common.notices import logger
 from flowdata.drift import Drift, DriftMeter
 
 
@@ -14,9 +15,11 @@ class DriftCallback(Callback):  # type: ignore[misc]
     """Measures the drift at every validation and logs it beside the validation loss.
 
     The metrics are ``val_drift_kl``, ``val_drift_cosine``, ``val_drift_agreement`` and, where the
-    module logs a loss in its `validation_step`, ``val_loss_and_drift``, the sum of both in nats. So
+    module logs a loss in its `validation_step`, ``val_loss_and_drift``, the sum of both in nats; of
+    several data sets ``val_loss_and_drift/0`` and so on. So
     ``ModelCheckpoint(monitor="val_loss_and_drift")`` keeps the model that learned most for what it
-    forgot, and ``EarlyStopping`` may wait for it.
+    forgot, and ``EarlyStopping`` may wait for it. The progress bar shows ``val_drift_kl`` and the
+    sums.
 
     Args:
         meter: made from the model before training.
@@ -44,6 +47,11 @@ class DriftCallback(Callback):  # type: ignore[misc]
             raise ValueError(f"exchange must be finite and >= 0, got {exchange!r}")
         self.meter, self.model, self.loss, self.exchange = meter, model, loss, exchange
         self.drifts: dict[int, Drift] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the losses of the validation before, which stay among the metrics."""
+        self._before = self._losses(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure once the validation's losses are known, and before others read its metrics."""
@@ -51,17 +59,34 @@ class DriftCallback(Callback):  # type: ignore[misc]
             return
         drift = self.meter(_model_of(pl_module) if self.model is None else self.model(pl_module))
         self.drifts[trainer.global_step] = drift
+        pl_module.log("val_drift_kl", drift.kl, prog_bar=True)
         pl_module.log_dict(
-            {
-                "val_drift_kl": drift.kl,
-                "val_drift_cosine": drift.cosine,
-                "val_drift_agreement": drift.agreement,
-            }
+            {"val_drift_cosine": drift.cosine, "val_drift_agreement": drift.agreement}
         )
-        loss = trainer.callback_metrics.get(self.loss)
-        if loss is not None:
-            both = float(loss) + self.exchange * drift.kl
-            pl_module.log(f"{self.loss}_and_drift", both, prog_bar=True)
+        losses = self._losses(trainer)
+        for name, value in losses.items():
+            if value is self._before.get(name):
+                self._say_late(name)
+                continue
+            # Lightning adds the words "dataloader_idx" itself, and takes no name that has them.
+            both = f"{self.loss}_and_drift" + name[len(self.loss) :].replace("dataloader_idx_", "")
+            pl_module.log(both, float(value) + self.exchange * drift.kl, prog_bar=True)
+
+    def _losses(self, trainer: Trainer) -> dict[str, Tensor]:
+        """The validation losses among a Trainer's metrics: one for each data set."""
+        beginning = f"{self.loss}/dataloader_idx_"
+        return {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name == self.loss or name.startswith(beginning)
+        }
+
+    def _say_late(self, name: str) -> None:
+        logger.warning(
+            "the module logged no %s before its validation ended, so that there is no sum of it "
+            "and the drift; log it in validation_step",
+            name,
+        )
 
 
 def _model_of(module: LightningModule) -> nn.Module:

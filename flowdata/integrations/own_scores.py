@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowdata._common.rng import preserved_rng
 from flowdata.integrations.prepared import check_not_a_stream
+from flowdata.models.adapters import starts_as_base
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.weights import Temperature
@@ -74,7 +75,7 @@ def score_batches(trainer: Any, dataset: Any, collator: Any, store: str | Path |
         model,
         partial(_losses_of_outputs, loss=loss) if callable(loss) else loss,
         batch_size=None if _keeps_rows(collate, dataset) else 1,
-        reference="base" if _has_adapters_to_turn_off(model) else "model",
+        reference="base" if starts_as_base(model) else "model",
         progress=not trainer.args.disable_tqdm,
     )
     return scorer.score(dataset, collate_fn=collate, store=store)
@@ -160,19 +161,6 @@ def _keeps_rows(collate: Callable[[list[Any]], Any], dataset: Any) -> bool:
     batch = collate([dataset[0], dataset[1]])
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return not isinstance(ids, Tensor) or len(ids) == 2
-
-
-def _has_adapters_to_turn_off(model: Any) -> bool:
-    """Whether the pre-trained model is a PEFT model with its adapters off.
-
-    Some initialisations move a part of the base model's weights into the adapters, so that only
-    both together are the pre-trained model.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping) or not hasattr(model, "disable_adapter"):
-        return False
-    starts = [getattr(config, "init_lora_weights", True) for config in configs.values()]
-    return all(not isinstance(start, str) or start == "gaussian" for start in starts)
 
 
 def _losses_of_outputs(model: Any, batch: Any, *, loss: Any) -> Tensor:

@@ -6,6 +6,7 @@ or in another order, than those that were scored. A column stays with its row; a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from flowdata._common.data_sets import is_map_style
+from flowdata.collator import WeightedCollator
 
 
 def add_weights(dataset: Any, weights: Tensor, key: str) -> Any:
@@ -69,3 +71,14 @@ def check_not_a_stream(dataset: Any, what: str) -> None:
             "give a stream's samples their weights with flowdata.FlowWeightedIterable, or as a "
             "column of their own"
         )
+
+
+class BatchCollator(WeightedCollator):
+    """A collator for the Trainer, whose batches are always mappings."""
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Return the batch, with its weights as a field."""
+        batch = super().__call__(samples)
+        if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Mapping):
+            return {**batch[0], self.key: batch[1]}
+        return batch

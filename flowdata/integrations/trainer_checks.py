@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import (
     check_loader,
     draws_by_weight,
@@ -14,12 +15,37 @@ from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
 from flowdata.streaming import FlowWeightedIterable
+from flowdata.targets.arguments import check_kl
 from flowdata.targets.which_loss import LOSSES, first_argument
 from flowdata.token_weights import TokenRule
 
 
+def check_anchor(kl_to_reference: Any, reference: Any) -> float:
+    """Return the strength of a divergence to the base model, 0 where there is none.
+
+    Raises:
+        ValueError: one of the two comes without the other, the strength is no number ≥ 0, or the
+            reference is none that a Trainer has.
+    """
+    needs = "which is 'base' here: a PEFT model with its adapters off"
+    strength = check_kl(kl_to_reference, reference, needs)
+    if reference not in (None, "base"):
+        raise ValueError(
+            f"reference must be 'base', a PEFT model with its adapters off, got {reference!r}; a "
+            "loop of your own can pass another model's logits to flowdata.causal_lm_loss"
+        )
+    return strength
+
+
+def changes_token_losses(rule: TokenRule | None, strength: float) -> str | None:
+    """Return the option that gives tokens another loss than their weighted one, None without."""
+    if rule is not None:
+        return "token_rule"
+    return "kl_to_reference" if strength else None
+
+
 def check_data(
-    dataset: Any, scores: Any, key: str, *, carried: bool, resample: bool, rule: TokenRule | None
+    dataset: Any, scores: Any, key: str, *, carried: bool, resample: bool, changes: str | None
 ) -> None:
     """Refuse training data with two weights for a sample, or with none.
 
@@ -29,12 +55,18 @@ def check_data(
         key: the weight's name in its samples.
         carried: whether its samples carry their weight.
         resample: whether samples are drawn by the weights.
-        rule: a token rule, which makes weights of its own.
+        changes: the option that changes the losses of tokens, which needs no weights beside it.
 
     Raises:
         TypeError: `scores` is True or False.
-        ValueError: nothing, or too much, says what a sample weighs; or there are scores of no data.
+        ValueError: nothing, or too much, says what a sample weighs; there are scores of no data; or
+            samples carry reference outputs.
     """
+    if isinstance(dataset, FlowWeightedDataset) and dataset.reference is not None:
+        raise ValueError(
+            "a Trainer's loss takes no reference outputs, so that they would be ignored; leave "
+            "reference= out, and hold the model by add_anchor(trainer, OutputAnchor)"
+        )
     if isinstance(scores, bool):
         raise TypeError(f"scores must be Scores, weights or 'auto', got {scores}")
     if dataset is None and scores is not None:
@@ -54,7 +86,7 @@ def check_data(
         )
     if resample and scores is None:
         raise ValueError("resample=True needs scores=, the scores or weights to draw by")
-    is_weighted = carried or scores is not None or rule or draws_by_weight(dataset)
+    is_weighted = carried or scores is not None or changes or draws_by_weight(dataset)
     if dataset is not None and not is_weighted:
         raise ValueError(
             f"train_dataset has no {key!r} and scores is None, so training would be "
@@ -64,13 +96,18 @@ def check_data(
 
 
 def check_run_loss(
-    loss: str | SampleLoss, rule: TokenRule | None, normalize: Normalize, *, resample: bool
+    loss: str | SampleLoss,
+    rule: TokenRule | None,
+    normalize: Normalize,
+    *,
+    resample: bool,
+    changes: str | None,
 ) -> None:
     """Refuse a loss that is none, one that would be ignored, or a token rule without tokens.
 
     Raises:
-        ValueError: an unknown loss, a loss under resampling, which leaves the loss alone; or a rule
-            with ``normalize="weights"`` or with a loss that has no tokens.
+        ValueError: an unknown loss, a loss under resampling, which leaves the loss alone; a rule
+            with ``normalize="weights"``; or an option of token losses with a loss that has none.
     """
     if not callable(loss) and loss not in ("auto", *LOSSES):
         raise ValueError(
@@ -92,10 +129,10 @@ def check_run_loss(
             "token_rule with normalize='weights' would divide by weights that are not known "
             "before the whole step has run; use normalize='count'"
         )
-    if rule is not None and loss not in ("auto", "causal_lm"):
+    if changes is not None and loss not in ("auto", "causal_lm"):
         raise ValueError(
-            "token_rule is for causal language models, whose token losses it weighs; "
-            "leave loss='auto', or leave the rule out"
+            f"{changes} is for causal language models, whose token losses it changes; "
+            f"leave loss='auto', or leave {changes} out"
         )
 
 

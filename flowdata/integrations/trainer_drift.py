@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flowdata._common.notices import logger
 from flowdata.drift import Drift, DriftMeter
 
 _PREFIX, _LOSS = "eval", "_loss"
+_LESS_IS_BETTER = ("_and_drift", "drift_kl")
 
 
 class DriftCallback(TrainerCallback):  # type: ignore[misc]
@@ -17,7 +19,9 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
     The metrics are ``eval_drift_kl``, ``eval_drift_cosine``, ``eval_drift_agreement``, and
     ``eval_loss_and_drift``, the sum of loss and KL in nats, for every loss of the evaluation. So
     ``metric_for_best_model="eval_loss_and_drift"`` keeps, and early stopping waits for, the model
-    that learned most for what it forgot.
+    that learned most for what it forgot. The Trainer's history, its progress bar and callbacks
+    behind this one have them too. Those that it makes itself for ``report_to`` are called before
+    callbacks of yours; `put_first` lets them wait.
 
     Args:
         meter: made from the model before training.
@@ -28,9 +32,9 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
 
     Example:
         >>> from flowdata.drift import DriftMeter
-        >>> trainer = Trainer(
-        ...     model, args, callbacks=[DriftCallback(DriftMeter(model, probe))]
-        ... )  # doctest: +SKIP
+        >>> drift = DriftCallback(DriftMeter(model, probe))  # doctest: +SKIP
+        >>> trainer = Trainer(model, args, callbacks=[drift])  # doctest: +SKIP
+        >>> drift.put_first(trainer)  # where report_to names any  # doctest: +SKIP
     """
 
     def __init__(self, meter: DriftMeter, *, exchange: float = 1.0) -> None:
@@ -40,6 +44,29 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"exchange must be finite and >= 0, got {exchange!r}")
         self.meter, self.exchange = meter, exchange
         self.drifts: dict[int, Drift] = {}
+        self._state: object = None  # of the model that was measured last
+
+    def put_first(self, trainer: Trainer) -> None:
+        """Let a Trainer call this callback before all others, those that report metrics included.
+
+        Args:
+            trainer: that has this callback, or is to have it.
+        """
+        handler = trainer.callback_handler
+        others = [callback for callback in handler.callbacks if callback is not self]
+        handler.callbacks = [self, *others]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let less of what is measured here be better, where the best model is chosen by it.
+
+        The Trainer takes more of any metric for better whose name does not end with "loss".
+        """
+        name = args.metric_for_best_model or ""
+        if name.endswith(_LESS_IS_BETTER) and args.greater_is_better:
+            args.greater_is_better = False
+            logger.info("the best model is that of the least %s: greater_is_better=False", name)
 
     def on_log(
         self,
@@ -54,10 +81,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         losses = [name for name in logs or {} if name.startswith(_PREFIX) and name.endswith(_LOSS)]
         if not losses or logs is None:
             return
-        # Several data sets are evaluated one after another at the same step.
-        if state.global_step not in self.drifts:
-            self.drifts[state.global_step] = self.meter(model)
-        drift = self.drifts[state.global_step]
+        drift = self._drift_of(model, state.global_step)
         measures = {
             f"{_PREFIX}_drift_kl": drift.kl,
             f"{_PREFIX}_drift_cosine": drift.cosine,
@@ -69,3 +93,14 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         logs.update(measures)
         if state.log_history:
             state.log_history[-1].update(measures)
+
+    def _drift_of(self, model: Any, step: int) -> Drift:
+        """The drift of a model, measured once where several data sets are evaluated.
+
+        PyTorch counts the writes to each tensor: the best model may be loaded after the last step.
+        """
+        writes = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
+        if (step, writes) != self._state:
+            self.drifts[step] = self.meter(model)
+            self._state = step, writes
+        return self.drifts[step]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mean
+from flowdata.models.adapters import base_model
 from flowdata.models.calling import innermost, takes_field
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import IGNORE_INDEX, split_batch
@@ -91,6 +92,7 @@ def weighted_loss(
     normalize: Normalize,
     num_items: Any,
     token_rule: TokenRule | None = None,
+    **reference_of_loss: Any,
 ) -> Tensor:
     """Return Σ weight · loss of a batch over a denominator.
 
@@ -103,6 +105,7 @@ def weighted_loss(
         normalize: ``"count"`` or ``"weights"``.
         num_items: the denominator of the optimiser step, or None for this batch's own.
         token_rule: for causal language models, as in `causal_lm_loss`.
+        reference_of_loss: what `reference_options` returned.
 
     Returns:
         0-d.
@@ -113,7 +116,8 @@ def weighted_loss(
     labels, weights = labels_and_weights(run, batch, weights)
     logits = logits_of(outputs)
     if run.loss == "causal_lm":
-        return causal_lm_loss(logits, labels, weights, token_rule=token_rule, **options)
+        options |= {"token_rule": token_rule, **reference_of_loss}
+        return causal_lm_loss(logits, labels, weights, **options)
     losses = losses_by_name(run.loss, logits.float(), labels, classes_last=run.classes_last)
     if weights.dim() == 1:
         # The losses stand in one row, sample after sample: each sample's weight goes to all of its
@@ -122,6 +126,25 @@ def weighted_loss(
     else:
         weights = to_device(weights, labels.device)[_targets(run.loss, labels).bool()]
     return weighted_mean(losses.values, weights, **options)
+
+
+def reference_options(
+    run: RunLoss, model: nn.Module, fields: Mapping[str, Any], strength: float
+) -> dict[str, Any]:
+    """Return what `causal_lm_loss` needs for a divergence to a PEFT model's base.
+
+    Args:
+        run: what the batch is trained on.
+        model: as the Trainer calls it.
+        fields: what it is called with.
+        strength: of the divergence, > 0.
+    """
+    with base_model(model):
+        logits = logits_of(model(**fields))
+    # Virtual tokens are an adapter, so that the base model has no positions for them. They have no
+    # target either.
+    logits = F.pad(logits, (0, 0, run.virtual_tokens, 0))
+    return {"kl_to_reference": strength, "reference": logits}
 
 
 def counts_of_samples(run: RunLoss, batch: Mapping[str, Any], weights: Tensor | None) -> Tensor:

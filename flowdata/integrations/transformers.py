@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor
 from transformers import Trainer
 
+from flowdata._common.real_numbers import RealNumber
 from flowdata.accumulation import mean_over_ranks
-from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.callbacks import SamplerEpoch, StepAccount, TrainingStart
 from flowdata.integrations.checks import carries_weights
@@ -24,9 +24,17 @@ from flowdata.integrations.own_scores import (
     score_batches,
     weights_of_targets,
 )
-from flowdata.integrations.prepared import add_weights, check_not_a_stream, take_weights
+from flowdata.integrations.prepared import (
+    BatchCollator,
+    add_weights,
+    check_not_a_stream,
+    take_weights,
+)
 from flowdata.integrations.sample_by_sample import weighted_own_loss
+from flowdata.integrations.trainer_anchor import add_anchor as add_anchor
 from flowdata.integrations.trainer_checks import (
+    changes_token_losses,
+    check_anchor,
     check_arguments,
     check_data,
     check_drawn_data,
@@ -38,9 +46,11 @@ from flowdata.integrations.trainer_loss import (
     SampleLoss,
     count_batch,
     fields_for,
+    reference_options,
     weighted_loss,
 )
 from flowdata.losses import Normalize
+from flowdata.models.adapters import check_base
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from flowdata.targets.own_loss import named_terms
@@ -82,6 +92,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.
         token_rule: for causal language models, as in `causal_lm_loss`; not with ``"weights"``.
+        kl_to_reference: for causal language models, as in `causal_lm_loss`; with `reference`.
+        reference: ``"base"``, a PEFT model with its adapters off: one more forward a batch.
         loss: a name, as for `LossScorer`, which has to agree with the model's own loss; ``"auto"``
             finds it out. ``"own"`` takes the model's own loss of each sample, one forward for each;
             a callable (outputs, batch) -> (B,) is taken as it is.
@@ -111,23 +123,27 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         resample: bool = False,
         normalize: Normalize = "count",
         token_rule: TokenRule | None = None,
+        kl_to_reference: RealNumber | None = None,
+        reference: Literal["base"] | None = None,
         loss: str | SampleLoss = "auto",
         weight_key: str = "weight",
         **kwargs: Any,
     ) -> None:
         carried = carries_weights(train_dataset, weight_key, stream_does=scores is None)
+        strength = check_anchor(kl_to_reference, reference)
+        changes = changes_token_losses(token_rule, strength)
         check_data(
-            train_dataset, scores, weight_key, carried=carried, resample=resample, rule=token_rule
+            train_dataset, scores, weight_key, carried=carried, resample=resample, changes=changes
         )
-        check_run_loss(loss, token_rule, normalize, resample=resample)
+        check_run_loss(loss, token_rule, normalize, resample=resample, changes=changes)
         check_auto(scores, store, own_loss=resample and has_own_loss(type(self), FlowTrainerMixin))
         is_auto = isinstance(scores, str)
-        self.weight_key, self.normalize, self.token_rule = weight_key, normalize, token_rule
-        self.loss = loss
+        self.weight_key, self.normalize, self.loss = weight_key, normalize, loss
+        self.token_rule, self.kl_to_reference, self._changes = token_rule, strength, changes
         self._decision: Decision | None = None
         self._step = StepAccount()
         self._batches_have_weights = not resample and (scores is not None or carried)
-        self._replaces_loss = self._batches_have_weights or token_rule is not None
+        self._replaces_loss = self._batches_have_weights or changes is not None
         self._resamples, self._flow_sampler = resample, None
         self.scores = None if isinstance(scores, str) else scores
         if self._replaces_loss:
@@ -155,7 +171,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             # The loss is divided by the items of the whole step; without this word the Trainer
             # might divide it by the number of accumulated batches once more.
             self.loss_is_scaled_for_ga = True
-            self.data_collator = _BatchCollator(self.data_collator, weight_key)
+            self.data_collator = BatchCollator(self.data_collator, weight_key)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -190,6 +206,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def _check_arguments(self) -> None:
         """Refuse the Trainer's own options under which weights would be dropped or cut wrongly."""
         check_arguments(self)
+        if self.kl_to_reference:
+            check_base(self.model)
 
     def _score(self, store: str | Path | None) -> Scores:
         """Return the scores of the data set that the Trainer has made ready."""
@@ -265,9 +283,9 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         decision = self._decide(inputs, weights)
         if self.accelerator.num_processes > 1 and isinstance(self.loss, str):
             decision = merged(gather_object([decision]))
-        if self.token_rule is not None and decision.run.loss != "causal_lm":
+        if self._changes is not None and decision.run.loss != "causal_lm":
             raise ValueError(
-                f"token_rule is for causal language models, not for loss {decision.run.loss!r}"
+                f"{self._changes} is for causal language models, not for loss {decision.run.loss!r}"
             )
         return decision
 
@@ -308,8 +326,11 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         options: Any = {"normalize": self.normalize, "num_items": num_items}
         if run.loss == OWN:
             return weighted_own_loss(run, model, inputs, weights, **options), None
-        outputs = model(**fields_for(run, inputs))
-        value = weighted_loss(run, outputs, inputs, weights, token_rule=self.token_rule, **options)
+        fields, rule = fields_for(run, inputs), self.token_rule
+        if self.kl_to_reference:
+            options |= reference_options(run, model, fields, self.kl_to_reference)
+        outputs = model(**fields)
+        value = weighted_loss(run, outputs, inputs, weights, token_rule=rule, **options)
         # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
         steps = 1 if num_items is None else self.current_gradient_accumulation_steps
         return value + named_terms(outputs, run.factors) / steps, outputs
@@ -327,13 +348,3 @@ class FlowTrainer(FlowTrainerMixin, Trainer):  # type: ignore[misc]
 
     ``FlowTrainer(model, args, train_dataset=dataset, scores=scores).train()``
     """
-
-
-class _BatchCollator(WeightedCollator):
-    """A collator for the Trainer, whose batches are always mappings."""
-
-    def __call__(self, samples: Sequence[Any]) -> Any:
-        batch = super().__call__(samples)
-        if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Mapping):
-            return {**batch[0], self.key: batch[1]}
-        return batch

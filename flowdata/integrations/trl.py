@@ -21,11 +21,12 @@ from trl.data_utils import pack_dataset
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.first_batch import Decision
 from flowdata.integrations.own_scores import feed_of, score_batches
+from flowdata.integrations.sft_head import Rows, base_hidden, recorded_hidden
 from flowdata.integrations.trainer_loss import RunLoss
 from flowdata.integrations.transformers import FlowTrainerMixin
 from flowdata.losses import count_items, target_weights
 from flowdata.scores import Scores
-from flowdata.token_weights import rule_weights
+from flowdata.token_weights import looks_at_logits, rule_weights
 from flowdata.weights import Temperature
 
 
@@ -44,11 +45,17 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
     collator. Packs are made afterwards: samples are scored whole, or cut to `max_length` where
     ``packing_strategy="bfd"`` cuts them.
 
+    ``token_rule="eaft"`` and `kl_to_reference` are made from the hidden states that SFTTrainer's
+    head is given, tile by tile: further passes through the output layer, which must not be sharded.
+
     Raises:
         ImportError: as `FlowTrainerMixin`; also an older TRL, whose default loss has no weights.
         ValueError: as `FlowTrainerMixin`; also ``loss_type="dft"`` (use ``token_rule="dft"``),
-            token weights in a data set that is not tokenised, or ``resample=True`` of packs.
+            token weights in a data set that is not tokenised, ``resample=True`` of packs, or
+            ``reference="base"`` where the output layer itself is trained.
     """
+
+    _head_is_checked = False
 
     def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
         if isinstance(train_dataset, FlowWeightedDataset):
@@ -196,8 +203,11 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         outputs: list[Any] = []
 
         def weighted_model(**fields: Any) -> Any:
-            output = model(**fields)
-            output.log_probs = self._weigh(output.log_probs, token_weights) / divisor
+            base = base_hidden(model, fields) if self.kl_to_reference else None
+            with recorded_hidden(model) as states:
+                output = model(**fields)
+            rows = self._rows(output.log_probs, token_weights, states[-1], labels)
+            output.log_probs = self._weigh(output.log_probs, token_weights, rows, base) / divisor
             outputs.append(output)
             return output
 
@@ -207,19 +217,44 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         )
         return loss, outputs[0]
 
-    def _weigh(self, log_probs: Tensor, weights: Tensor) -> Tensor:
-        """Return weight · log-probability, 0 where the weight is 0 whatever the other is."""
-        # log_probs are (B, T − 1): the last position predicts nothing, so it has no weight. The
-        # virtual tokens of prompt tuning stand before all others, and are no targets.
-        weights = weights[:, :-1]
-        weights = nn.functional.pad(weights, (log_probs.shape[1] - weights.shape[1], 0))
-        weights = weights.to(log_probs)
-        takes_part = weights != 0
+    def _weigh(
+        self, log_probs: Tensor, weights: Tensor, rows: Rows | None, base: Tensor | None
+    ) -> Tensor:
+        """Return −weight · loss of each token, 0 where the weight is 0 whatever the loss is."""
+        weights = _along(log_probs, weights)
+        takes_part, factors = weights != 0, weights
         if self.token_rule is not None:
-            losses = -log_probs.flatten()
-            factors = rule_weights(self.token_rule, losses, takes_part.flatten())
-            weights = weights * factors.view_as(weights)
-        return torch.where(takes_part, log_probs, 0.0) * weights
+            values = -log_probs.flatten()
+            if rows is not None and looks_at_logits(self.token_rule):
+                values = rows.largest_logits()
+            of_rule = rule_weights(self.token_rule, values, takes_part.flatten())
+            factors = weights * of_rule.view_as(weights)
+        weighted = torch.where(takes_part, log_probs, 0.0) * factors
+        if base is None or rows is None:
+            return weighted
+        return weighted - self.kl_to_reference * weights * rows.divergences(base)
+
+    def _rows(
+        self, log_probs: Tensor, weights: Tensor, hidden: Tensor, labels: Tensor
+    ) -> Rows | None:
+        """What the output layer is given, where a loss takes more than log-probabilities."""
+        if not self.kl_to_reference and not looks_at_logits(self.token_rule):
+            return None
+        rows = Rows.of(self.model, hidden, _along(log_probs, weights) != 0)
+        if not self._head_is_checked:
+            rows.check(log_probs, labels)
+            self._head_is_checked = True
+        return rows
+
+
+def _along(log_probs: Tensor, weights: Tensor) -> Tensor:
+    """Weights of labels, (B, T), laid along log-probabilities, (B, T − 1).
+
+    The last position predicts nothing, so it has no weight. The virtual tokens of prompt tuning
+    stand before all others, and are no targets.
+    """
+    weights = weights[:, :-1]
+    return nn.functional.pad(weights, (log_probs.shape[1] - weights.shape[1], 0)).to(log_probs)
 
 
 def _spread_over_tokens(sample: dict[str, Any], key: str, keep_end: bool) -> dict[str, Any]:

@@ -223,3 +223,15 @@ def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
     except NotImplementedError:
         return None
     return layer if isinstance(layer, nn.Module) else None
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a block, and every module's flag back after it."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -123,9 +123,20 @@ def _conversions(model: nn.Module, dtype: torch.dtype) -> list[_Conversion]:
         is_exact = is_batch_norm or not strict_names.isdisjoint(path.split("."))
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:
-            keeps_dtype = is_exact or not tensor.is_floating_point() or "inv_freq" in name
-            conversions.append(_Conversion(tensor, tensor.dtype if keeps_dtype else dtype))
+            keeps_dtype = not tensor.is_floating_point() or "inv_freq" in name
+            exact = _exact_dtype(tensor.dtype, dtype) if is_exact else dtype
+            conversions.append(_Conversion(tensor, tensor.dtype if keeps_dtype else exact))
     return conversions
+
+
+def _exact_dtype(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what keeps its mantissa in a copy: its own, where that runs beside the copy's.
+
+    Layers of PyTorch take tensors in float32 beside inputs in a low dtype, and no wider ones.
+    """
+    if dtype.itemsize >= 4:
+        return dtype
+    return own if own.itemsize <= 4 else torch.float32
 
 
 def _convolution_kernels(model: nn.Module) -> set[int]:

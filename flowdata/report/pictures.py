@@ -116,8 +116,8 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
     values = losses.double().cpu().numpy()
     top = max(np.quantile(values, _TAIL), 1.5 * temperature)
     clipped = np.minimum(values, top)
-    axes.hist(clipped, bins=_bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
-    _mark(axes, temperature, "temperature")
+    axes.hist(clipped, bins=bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
+    mark(axes, temperature, "temperature")
     axes.set(title="Losses under the pre-trained model", xlabel="loss (nats)", ylabel="samples")
     axes.set_xlim(0, top)
     axes.margins(y=0.14)  # room for the mark's name
@@ -138,16 +138,23 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
 def draw_weights(axes: Any, weights: Tensor) -> None:
     """Draw how the weights (N,) are distributed, with their mean."""
     values = weights.double().cpu().numpy()
-    axes.hist(values, bins=_bins(len(values), 0.0, max(1.0, values.max())), color=GREEN, alpha=0.85)
-    _mark(axes, values.mean(), "mean")
+    axes.hist(values, bins=bins(len(values), 0.0, max(1.0, values.max())), color=GREEN, alpha=0.85)
+    mark(axes, values.mean(), "mean")
     axes.set(title="Weights", xlabel="weight", ylabel="samples")
     axes.set_xlim(0, max(1.0, values.max()))
     axes.margins(y=0.14)  # room for the mark's name
 
 
-def _mark(axes: Any, value: float, name: str) -> None:
-    """Draw a vertical line at a value, with its name and size beside it at the top."""
-    axes.axvline(value, color=ORANGE, linewidth=1.8, linestyle="--")
+def mark(axes: Any, value: float, name: str, *, color: str = ORANGE) -> None:
+    """Draw a vertical line at a value, with its name and size beside it at the top.
+
+    Args:
+        axes: to draw into.
+        value: where.
+        name: of the value.
+        color: of the line and the name.
+    """
+    axes.axvline(value, color=color, linewidth=1.8, linestyle="--")
     axes.annotate(
         f"{name} {value:.3g}",
         (value, 1),
@@ -155,10 +162,16 @@ def _mark(axes: Any, value: float, name: str) -> None:
         xytext=(5, -4),
         textcoords="offset points",
         va="top",
-        color=ORANGE,
+        color=color,
     )
 
 
-def _bins(samples: int, low: float, high: float) -> Any:
-    """Edges of 10 to 50 bars: as many as Rice's rule, twice the cube root of the samples."""
+def bins(samples: int, low: float, high: float) -> Any:
+    """Return edges of 10 to 50 bars: by Rice's rule, twice the cube root of the samples.
+
+    Args:
+        samples: how many are drawn.
+        low: the first edge.
+        high: the last edge.
+    """
     return np.linspace(low, high, int(np.clip(2 * samples ** (1 / 3), 10, 50)) + 1)

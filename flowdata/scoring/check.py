@@ -24,19 +24,24 @@ from torch import nn
 from flowdata._common.notices import logger
 from flowdata._common.unreadable import Unreadable
 from flowdata.errors import SampleError
-from flowdata.models.compiled import as_written, give_up, is_compiled
+from flowdata.models.compiled import as_written
 from flowdata.models.placement import reshard
 from flowdata.models.tensors import to_device
-from flowdata.scoring.candidates import Candidate, candidates_of, describe
+from flowdata.scoring.candidates import candidates_of, describe
+from flowdata.scoring.evidence import (
+    Evidence,
+    collate_groups,
+    disagreement,
+    gather_evidence,
+)
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
-from flowdata.scoring.kinds import differing, is_short, kind_of, tokens_of
+from flowdata.scoring.kinds import differing, is_short, kind_of
 from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
-from flowdata.scoring.suspects import disagreement_among_alike, disagreement_among_all
-from flowdata.scoring.truth import Truth, check_size, difference
+from flowdata.scoring.truth import Truth
 from flowdata.store.packs import Columns
 from flowdata.targets.own_loss import agrees
 from flowdata.targets.predictions import (
@@ -72,29 +77,6 @@ class AgreedWay:
     kinds: list[Hashable]
 
 
-@dataclass
-class Evidence:
-    """Samples to judge ways by.
-
-    Attributes:
-        samples: the samples.
-        batches: each collated alone.
-        plain: their columns, each alone in the run's dtype.
-        exact: the same in float32, as far as they are known, of the first samples.
-        is_whole: whether all that can be learned in float32 was.
-    """
-
-    samples: list[Any]
-    batches: list[Any]
-    plain: list[Columns]
-    exact: list[Columns]
-    is_whole: bool = False
-
-    def true(self, place: int) -> Columns:
-        """Return the best known columns of a sample."""
-        return self.exact[place] if place < len(self.exact) else self.plain[place]
-
-
 def agreed_way(job: Job, plan: Plan, model: nn.Module, ranks: Ranks) -> AgreedWay:
     """Return the way that all ranks choose.
 
@@ -124,17 +106,12 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
     plain_of = _plain_way(job, model, batches)
     in_nats = not (callable(job.loss) or job.loss in ("mse", OWN))
     truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
-    evidence = _gather_evidence(truth, samples, batches)
+    evidence = gather_evidence(truth, samples, batches)
+    _check_loss(truth, evidence)
     reshard(model)  # else a sharded head would look like a whole one
-    whole, _ = _collate_groups(truth, samples, together)
+    whole, _ = collate_groups(truth, samples, together)
     for candidate in candidates_of(job, plan, model, whole, plain_of(model)):
-        is_compiled_way = is_compiled(model) and candidate.grouping is together
-        reason = _disagreement(candidate, truth, evidence)
-        if reason and is_compiled_way:
-            give_up(model, reason)  # it may fail on account of the compiled layers
-            reason = _disagreement(candidate, truth, evidence)
-        reason = reason or disagreement_among_all(candidate, truth, plan)
-        reason = reason or disagreement_among_alike(candidate, truth, plan)
+        reason = disagreement(candidate, truth, evidence, plan)
         if reason and callable(job.loss) and not any(float(e["loss"]) for e in evidence.plain):
             raise ValueError(
                 "loss=callable gives each sample a loss of 0 when it is alone, and another one "
@@ -187,22 +164,14 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
     return lambda _: prediction_way(loss, columns, device, classes_last=last)
 
 
-def _gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evidence:
-    """The truth of samples; raises where the loss by name is not the model's own."""
-    try:
-        plain = [truth.columns(batch) for batch in batches]
-    except RuntimeError as error:
-        truth.check_dtype(batches[0], error)
-        raise
-    evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
-    if not truth.is_exact and len(truth.job.dataset) <= FEW:
-        _look_again(truth, evidence)
+def _check_loss(truth: Truth, evidence: Evidence) -> None:
+    """Raise ValueError where the loss by name is not the model's own."""
+    batches, plain = evidence.batches, evidence.plain
     if not _has_own_loss(truth, truth.model, batches, plain):
         with truth.exact_model() as model:  # it may have been rounding
             exact = [] if model is None else [truth.columns(batch, model) for batch in batches]
             if model is None or not _has_own_loss(truth, model, batches, exact):
                 _refuse_loss(truth, model or truth.model, batches, exact or plain)
-    return evidence
 
 
 def _has_own_loss(
@@ -254,90 +223,3 @@ def _of_batches(way: Way) -> Way:
         return joined([way(model, batch) for batch in batches])
 
     return all_batches
-
-
-def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str:
-    """Return "" if a way gives samples their true columns, else what is wrong.
-
-    A float32 copy of the model costs memory and time, so it is made only where a difference is
-    larger than rounding makes anyway; then all samples are looked at in float32.
-    """
-    try:
-        columns = _columns_of(candidate, truth, evidence)
-    except Exception as error:  # whatever it is, another way may do without
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    reason = _first_difference(truth, columns, evidence)
-    if reason and not truth.is_exact and not evidence.is_whole:
-        _look_again(truth, evidence)
-        reason = _first_difference(truth, columns, evidence)
-    if not reason:
-        truth.samples = len(columns)
-        truth.largest = max(
-            float((each["loss"] - evidence.true(place)["loss"]).abs().nan_to_num())
-            for place, each in enumerate(columns)
-        )
-    return reason
-
-
-def _look_again(truth: Truth, evidence: Evidence) -> None:
-    """Learn the truth of all samples in float32, and what rounding costs on further ones."""
-    evidence.is_whole = True
-    further = [truth.job.collate([each]) for each in truth.job.few_samples if is_short(each)]
-    with truth.exact_model() as model:
-        if model is None:
-            truth.is_last_look = True
-            return
-        rest = evidence.batches[len(evidence.exact) :]
-        evidence.exact.extend(truth.columns(batch, model) for batch in rest)
-        exact = [truth.columns(batch, model) for batch in further]
-    truth.learn_errors(evidence.plain, evidence.exact)
-    truth.learn_errors([truth.columns(batch) for batch in further], exact)
-
-
-def _columns_of(candidate: Candidate, truth: Truth, evidence: Evidence) -> list[Columns]:
-    """What a way makes of the samples, together where they can be collated together."""
-    batches, places = _collate_groups(truth, evidence.samples, candidate.grouping)
-    losses = _of_batches(candidate.way)(truth.model, batches)
-    columns = losses.columns(token_losses=False)
-    check_size(columns, len(places))
-    rows = sorted(range(len(places)), key=places.__getitem__)
-    return [{name: values[row : row + 1] for name, values in columns.items()} for row in rows]
-
-
-def _collate_groups(
-    truth: Truth, samples: Sequence[Any], grouping: Grouping
-) -> tuple[list[Any], list[int]]:
-    """Samples collated as a grouping says, and the place of each sample in the batches' order."""
-    collate, most = truth.job.collate, truth.options.max_tokens
-
-    def batches_of(group: Sequence[Any]) -> list[Any]:
-        return [collate(part) for each in grouping(group) for part in _cut(each, most)]
-
-    try:
-        return batches_of(samples), list(range(len(samples)))
-    except Exception:  # kinds that can't be collated together never share a pack
-        by_kind: dict[Any, list[int]] = {}
-        for place, sample in enumerate(samples):
-            by_kind.setdefault(kind_of(sample), []).append(place)
-        if len(by_kind) == 1:
-            raise
-    groups = [[samples[place] for place in places] for places in by_kind.values()]
-    batches = [batch for group in groups for batch in batches_of(group)]
-    return batches, [place for places in by_kind.values() for place in places]
-
-
-def _cut(group: list[Any], most: int | None) -> list[list[Any]]:
-    """A group in parts that are no larger than a pack: larger ones would be run in another way."""
-    parts: list[list[Any]] = []
-    for sample in group:
-        longest = max(map(tokens_of, [sample, *parts[-1]])) if parts else 0
-        if parts and (most is None or longest * (len(parts[-1]) + 1) <= most):
-            parts[-1].append(sample)
-        else:
-            parts.append([sample])
-    return parts
-
-
-def _first_difference(truth: Truth, columns: Sequence[Columns], evidence: Evidence) -> str:
-    reasons = (difference(truth, each, evidence.true(place)) for place, each in enumerate(columns))
-    return next(filter(None, reasons), "")

@@ -30,12 +30,15 @@ _OF_LARGEST = 2  # samples of the largest pack that are checked, its last one am
 _MOST_READ = 64  # samples in which some of one shape are looked for
 
 
-def in_largest_pack(plan: Plan) -> frozenset[int]:
-    """Return the indices of a few samples of the pack that has most; none of a small data set.
+def in_largest_pack(plan: Plan, *, of_few: bool = False) -> frozenset[int]:
+    """Return the indices of a few samples of the pack that has most.
 
-    Of a small data set, of at most `FEW` samples, all were checked together.
+    Args:
+        plan: whose packs.
+        of_few: of a small data set as well; else none, because all of its samples, which are at
+            most `FEW`, were checked together.
     """
-    if int(plan.sizes.sum()) <= FEW:
+    if int(plan.sizes.sum()) <= FEW and not of_few:
         return frozenset()
     pack = plan.pack(int(plan.sizes.argmax()))
     places = torch.linspace(0, len(pack) - 1, _OF_LARGEST + 1)[1:].long()

@@ -33,26 +33,30 @@ def load_model(source: str, *, trust_remote_code: bool = False, device: str | No
     return model if device is None else model.to(device)
 
 
-def load_tuned_model(base: Any, source: str, *, trust_remote_code: bool = False) -> Any:
+def load_tuned_model(
+    base: str, source: str, *, trust_remote_code: bool = False, device: str | None = None
+) -> Any:
     """Return a fine-tuned model: one of its own, or adapters on its base.
 
     Args:
-        base: the base model, which adapters are put on.
+        base: the hub id or path of the base model, which is loaded where adapters are put on it.
         source: the hub id or path of a model, or the folder of PEFT adapters.
         trust_remote_code: whether code that comes with the model is run.
+        device: where the model is to be; None is where it loads.
 
     Raises:
         ImportError: `source` holds adapters, and PEFT is not installed.
     """
     if not is_adapter(source):
-        return load_model(source, trust_remote_code=trust_remote_code, device=str(base.device))
+        return load_model(source, trust_remote_code=trust_remote_code, device=device)
     try:
         import peft
     except ImportError:
         raise ImportError(
             f'{source} holds adapters, which need PEFT: pip install "flowdata-torch[peft]"'
         ) from None
-    return peft.PeftModel.from_pretrained(base, source)
+    model = load_model(base, trust_remote_code=trust_remote_code, device=device)
+    return peft.PeftModel.from_pretrained(model, source)
 
 
 def is_adapter(source: str) -> bool:

@@ -29,9 +29,9 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
-def fit(tmp_path, callbacks, epochs=3, rate=0.1):
+def fit(tmp_path, callbacks, epochs=3, rate=0.1, kind=Module, valid=None, bar=False):
     torch.manual_seed(0)
-    module = Module(TinyResNet(), rate)
+    module = kind(TinyResNet(), rate)
     base = copy.deepcopy(module.model)
     meter = DriftMeter(module.model, images(12, seed=5))
     drift = callbacks[0](meter)
@@ -41,10 +41,11 @@ def fit(tmp_path, callbacks, epochs=3, rate=0.1):
         accelerator="cpu",
         default_root_dir=tmp_path,
         logger=False,
-        enable_progress_bar=False,
+        enable_progress_bar=bar,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )
-    trainer.fit(module, DataLoader(images(20), 5), DataLoader(images(10, seed=1), 5))
+    valid = DataLoader(images(10, seed=1), 5) if valid is None else valid
+    trainer.fit(module, DataLoader(images(20), 5), valid)
     return trainer, module, base, drift
 
 
@@ -66,6 +67,64 @@ def test_checkpoints_and_early_stopping_go_by_loss_and_drift(tmp_path):
     assert trainer.current_epoch < 19  # any drift costs more than the loss can gain
     assert "step=4" in keep.best_model_path
     assert callback.drifts[4].kl == min(drift.kl for drift in callback.drifts.values())
+
+
+def test_the_best_checkpoint_is_that_of_the_least_sum(tmp_path):
+    class Sums(lightning.Callback):
+        def __init__(self):
+            self.values = {}
+
+        def on_validation_end(self, trainer, module):
+            if not trainer.sanity_checking:
+                value = trainer.callback_metrics["val_loss_and_drift"]
+                self.values[trainer.global_step] = float(value)
+
+    keep, sums = ModelCheckpoint(tmp_path, monitor="val_loss_and_drift"), Sums()
+    trainer, module, base, _ = fit(tmp_path, [DriftCallback, keep, sums], epochs=6, rate=0.3)
+    best = min(sums.values, key=sums.values.get)
+    assert len(set(sums.values.values())) == 6
+    assert f"step={best}." in keep.best_model_path
+    assert float(keep.best_model_score) == sums.values[best]
+    module.load_state_dict(torch.load(keep.best_model_path)["state_dict"])
+    drift = DriftMeter(base, images(12, seed=5))(module.model)
+    loss = trainer.validate(module, DataLoader(images(10, seed=1), 5), verbose=False)[0]["val_loss"]
+    assert loss + drift.kl == pytest.approx(sums.values[best], rel=1e-5)
+
+
+def test_the_progress_bar_shows_the_drift(tmp_path, capsys):
+    trainer, *_ = fit(tmp_path, [DriftCallback], epochs=1, bar=True)
+    assert {"val_drift_kl", "val_loss_and_drift"} <= set(trainer.progress_bar_metrics)
+    out = "".join(capsys.readouterr())
+    assert "val_drift_kl" in out
+    assert "val_loss_and" in out  # a narrow terminal cuts names
+
+
+def test_every_data_set_that_is_validated_has_its_sum(tmp_path):
+    class Two(Module):
+        def validation_step(self, batch, _, dataloader_idx=0):
+            super().validation_step(batch, _)
+
+    valid = [DataLoader(images(10, seed=seed), 5) for seed in (1, 2)]
+    trainer, _, _, callback = fit(tmp_path, [DriftCallback], kind=Two, valid=valid)
+    metrics, drift = trainer.callback_metrics, callback.drifts[12]
+    for number in range(2):
+        loss = float(metrics[f"val_loss/dataloader_idx_{number}"])
+        both = float(metrics[f"val_loss_and_drift/{number}"])
+        assert both == pytest.approx(loss + drift.kl)
+
+
+def test_a_loss_of_the_validation_before_is_not_taken_for_this_ones(tmp_path, caplog):
+    class Late(Module):
+        def validation_step(self, batch, _):
+            self.loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def on_validation_epoch_end(self):
+            self.log("val_loss", self.loss)
+
+    with caplog.at_level("WARNING", "flowdata"):
+        trainer, *_ = fit(tmp_path, [DriftCallback], kind=Late)
+    assert "val_loss_and_drift" not in trainer.callback_metrics
+    assert "log it in validation_step" in caplog.text
 
 
 def test_the_model_can_be_named(tmp_path):

@@ -82,6 +82,50 @@ def test_the_best_model_and_early_stopping_go_by_loss_and_drift(tmp_path):
     assert callback.meter(trainer.model).kl == callback.drifts[2].kl
 
 
+def test_the_best_checkpoint_is_that_of_the_least_sum_and_is_measured_anew(tmp_path):
+    trainer, callback = run(
+        tmp_path,
+        [DriftCallback],
+        max_steps=12,
+        learning_rate=3e-2,
+        metric_for_best_model="eval_loss_and_drift",
+        load_best_model_at_end=True,
+    )
+    assert trainer.args.greater_is_better  # what the Trainer makes of a name like this
+    trainer.train()
+    sums = {
+        logs["step"]: logs["eval_loss_and_drift"]
+        for logs in trainer.state.log_history
+        if "eval_loss" in logs
+    }
+    best = min(sums, key=sums.get)
+    assert len(set(sums.values())) == 6
+    assert best != 12
+    assert trainer.state.best_metric == sums[best]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    at_best = callback.drifts[best].kl
+    assert trainer.evaluate()["eval_drift_kl"] == at_best != sums[12]
+
+
+def test_reporters_have_the_drift_where_the_callback_is_first(tmp_path):
+    early, late = Reporter(), Reporter()
+    trainer, callback = run(tmp_path, [DriftCallback, late], max_steps=2)
+    trainer.callback_handler.callbacks.insert(0, early)  # as those of report_to are
+    callback.put_first(trainer)
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    for reporter in (early, late):
+        assert sum("eval_drift_kl" in logs for logs in reporter.seen) == 1
+
+
+def test_the_progress_bar_has_a_line_with_the_drift(tmp_path, capsys):
+    trainer, callback = run(tmp_path, [DriftCallback], max_steps=2, disable_tqdm=False)
+    trainer.train()
+    out = "".join(capsys.readouterr())
+    assert f"'eval_drift_kl': '{callback.drifts[2].kl:.4g}'" in out
+    assert "'eval_loss_and_drift': '" in out
+
+
 def test_several_data_sets_are_measured_once(tmp_path):
     sets = {name: token_samples(4, longest=20, seed=seed) for seed, name in enumerate("ab")}
     trainer, callback = run(tmp_path, [DriftCallback], eval_dataset=sets, max_steps=2)

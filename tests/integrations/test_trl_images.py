@@ -19,6 +19,8 @@ from transformers import (
 from trl import SFTConfig
 
 from flowdata.integrations.trl import FlowSFTTrainer
+from flowdata.losses import base_model
+from tests import reference
 from tests.integrations import tiny, train_worker
 
 N, SIDE, PATCH = 6, 8, 4
@@ -138,3 +140,28 @@ def test_pictures_are_drawn_by_their_weights():
     trainer.data_collator = watched
     trainer.train()
     assert set(replies) == {data[4]["messages"][1]["content"]}
+
+
+def test_a_rule_of_entropies_and_a_divergence_see_the_images():
+    """TRL's fused head stands behind the images' backbone, and so do the tiles of the rule."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    options = {"token_rule": "eaft", "kl_to_reference": 0.5, "reference": "base"}
+    data, gradients = pictures("messages"), []
+    trainer = trainer_of(data, (), gradients, scores=WEIGHTS, peft_config=config, **options)
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    model = peft.get_peft_model(make_model(), config)
+    model.load_state_dict(state)
+    collate = getattr(trainer.data_collator, "collate_fn", trainer.data_collator)
+    total, items = 0.0, 0
+    for index in range(N):
+        batch = collate([dict(data[index])])
+        labels = batch.pop("labels")
+        with base_model(model):
+            base = model(**batch).logits
+        inputs = model(**batch).logits, labels, WEIGHTS[index : index + 1], "eaft", 0.5, base
+        count = int((labels[:, 1:] != -100).sum())
+        total, items = total + count * reference.anchored_loss(*inputs), items + count
+    (total / items).backward()
+    tiny.assert_same_gradient(gradients[0], tiny.flat_gradient(model))

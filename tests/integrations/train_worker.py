@@ -54,7 +54,7 @@ def trainer(batch_size, steps, normalize="count", **options):
 
     gradients = []
     FlowTrainer(
-        tiny.make_model(),
+        options.pop("model", None) or tiny.make_model(),
         hf_arguments(TrainingArguments, batch_size, steps),
         train_dataset=tiny.make_samples(),
         scores=tiny.make_weights(),
@@ -216,7 +216,32 @@ def own(batch_size, steps, normalize="count"):
     return trainer(batch_size, steps, normalize, loss="own")
 
 
+def lora():
+    """A model whose adapters have moved."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    return get_peft_model(tiny.make_model(), config)
+
+
+HELD = {"kl_to_reference": 0.4, "reference": "base"}
+
+
+def held_trainer(batch_size, steps, normalize="count"):
+    """The Trainer on adapters that are held to their base."""
+    return trainer(batch_size, steps, normalize, model=lora(), **HELD)
+
+
+def held_sft(batch_size, steps, normalize="count"):
+    """The same of SFTTrainer."""
+    config = {"gradient_checkpointing": False}
+    return sft(batch_size, steps, normalize, config=config, model=lora(), **HELD)
+
+
 ADAPTERS = {
+    "held_trainer": held_trainer,
+    "held_sft": held_sft,
     "trainer": trainer,
     "own": own,
     "sft": sft,

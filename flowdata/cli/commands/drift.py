@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.output import print_result
@@ -25,15 +26,14 @@ def run(options: argparse.Namespace) -> int:
     load_transformers()
     if options.quiet:
         hide_progress()
-    trust = options.trust_remote_code
-    base = load_model(options.base, trust_remote_code=trust, device=options.device)
+    where = {"trust_remote_code": options.trust_remote_code, "device": options.device}
+    base = load_model(options.base, **where)
     meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
+    del base
     drifts = {}
     for source in options.tuned:
-        tuned = load_tuned_model(base, source, trust_remote_code=trust)
-        drifts[source] = meter(tuned)
-        if tuned is not base and hasattr(tuned, "unload"):
-            tuned.unload()  # adapters are put into the base itself
+        gc.collect()  # one model in memory at a time
+        drifts[source] = meter(load_tuned_model(options.base, source, **where))
     facts = {source: drift.to_dict() for source, drift in drifts.items()}
     facts = {"base": options.base, "probe": options.probe, "drift": facts}
     print_result(options, facts, _text(options, drifts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     base = load_model(options.base, trust_remote_code=trust, device=device)
     meter = DriftMeter(base, make_probe(options, base), dtype=options.dtype)
     del base
+    gc.collect()
     samples, _ = text_samples(options, options.valid, options.base)
     runs = []
     models = models_of_front(
@@ -55,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     )
     for alpha, model in models:
         runs.append((f"{alpha:g}", _loss(options, model, samples), meter(model)))
+        del model  # before the next one is loaded
     candidates = rank(runs, validation="loss", exchange=options.exchange)
     best = candidates[0]
     options.picture.write_bytes(draw_front(candidates))

@@ -11,6 +11,7 @@ from flowdata._common.notices import logger
 from flowdata.cli.exit_codes import DONE, USER_ERRORS
 from flowdata.cli.options import add_temperature
 from flowdata.cli.output import list_figures, print_result
+from flowdata.drift.comparing import compare
 from flowdata.report.report import write_report
 from flowdata.scores import Scores
 from flowdata.text.read import read_rows
@@ -19,17 +20,25 @@ from flowdata.text.read import read_rows
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("store", help="folder with finished scores")
+    parser.add_argument(
+        "--after",
+        metavar="STORE",
+        help="scores of the same samples by the tuned model: report what it learned and forgot",
+    )
     parser.add_argument("--output", help="folder for the report (default: STORE/report)")
     add_temperature(parser, "number or rule")
-    parser.add_argument("--top", type=int, default=10, help="easiest and hardest samples shown")
+    parser.add_argument("--top", type=int, default=10, help="samples shown at either end")
 
 
 def run(options: argparse.Namespace) -> int:
     """Write a store's report: summary, histogram, easiest and hardest samples."""
     scores = Scores.load(options.store)
+    folder = Path(options.output or Path(options.store) / "report")
+    if options.after is not None:
+        return _compare(options, scores, folder)
     report = write_report(
         scores,
-        Path(options.output or Path(options.store) / "report"),
+        folder,
         temperature=options.temperature,
         samples=_sample_texts(scores),
         top=options.top,
@@ -39,6 +48,23 @@ def run(options: argparse.Namespace) -> int:
         {**report.summary, "page": str(report.page), "picture": str(report.picture)},
         f"{list_figures(report.summary)}\n{report.page}\n{report.picture}",
     )
+    return DONE
+
+
+def _compare(options: argparse.Namespace, before: Scores, folder: Path) -> int:
+    """Write what a tuned model learned and forgot of the samples."""
+    if options.temperature != "median":
+        raise ValueError("--temperature says how losses are weighed; it has no use with --after")
+    comparison = compare(before, Scores.load(options.after))
+    page = comparison.write(folder, samples=_sample_texts(before), top=options.top)
+    figures = comparison.summary()
+    facts = {
+        **figures,
+        "most_learned": comparison.learned(options.top),
+        "most_forgotten": comparison.forgotten(options.top),
+        "page": str(page),
+    }
+    print_result(options, facts, f"{list_figures(figures)}\n{page}")
     return DONE
 
 

@@ -1,0 +1,421 @@
+"""The drift meter on further kinds of models, and on those whose samples depend on each other."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from flowdata.drift import DriftMeter
+from tests import reference
+from tests.models import TinyResNet, tiny_llama, token_samples
+from tests.test_drift import (
+    SIZES,
+    TOKENS,
+    classified,
+    encoder,
+    masked,
+    moved,
+    of_causal,
+    of_labels,
+    of_pairs,
+    of_pixels,
+    of_tensor,
+    of_text,
+    text_to_text,
+    truth,
+)
+
+PIXELS = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MANY = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+PICTURES = [{"pixel_values": each} for each in PIXELS]
+
+
+def made(kind, config, **options):
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(getattr(transformers, config)(**options))
+
+
+class Body(nn.Module):
+    """A small body of a user's own, for heads of several kinds."""
+
+    def __init__(self, head=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(768, 8), head or nn.Linear(8, 3)
+
+    def features(self, x):
+        return self.body(x.flatten(1)).relu()
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class Normalised(Body):
+    """A model that returns logarithms of probabilities."""
+
+    def forward(self, x):
+        return super().forward(x).log_softmax(1)
+
+
+class Cosine(Body):
+    """A model whose logits are cosines, which no layer makes."""
+
+    def forward(self, x):
+        rows = nn.functional.normalize(self.features(x))
+        return 10 * rows @ nn.functional.normalize(self.head.weight).t()
+
+
+BART = {
+    "vocab_size": 199,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+FEW = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
+KINDS = {
+    "tied": (lambda: tiny_llama(tie_word_embeddings=True), TOKENS, of_causal),
+    "softcap, windows": (
+        lambda: made(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **SIZES, **GEMMA, final_logit_softcapping=2.0
+        ),
+        TOKENS,
+        of_causal,
+    ),
+    "divided logits": (
+        lambda: made(
+            "GraniteForCausalLM",
+            "GraniteConfig",
+            **SIZES,
+            num_key_value_heads=2,
+            logits_scaling=0.5,
+        ),
+        TOKENS,
+        of_causal,
+    ),
+    "bias": (lambda: made("PhiForCausalLM", "PhiConfig", **SIZES), TOKENS, of_causal),
+    "masked, a head of layers": (
+        lambda: made(
+            "RobertaForMaskedLM",
+            "RobertaConfig",
+            **SIZES,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        ),
+        masked(),
+        of_labels,
+    ),
+    "encoder and decoder": (
+        lambda: made("BartForConditionalGeneration", "BartConfig", **BART),
+        text_to_text(),
+        of_pairs,
+    ),
+    "last token classified": (
+        lambda: made(
+            "LlamaForSequenceClassification",
+            "LlamaConfig",
+            **SIZES,
+            num_key_value_heads=2,
+            num_labels=5,
+            pad_token_id=0,
+        ),
+        classified(12),
+        of_text,
+    ),
+    "no token to pad with": (
+        lambda: made(
+            "GPT2ForSequenceClassification",
+            "GPT2Config",
+            vocab_size=199,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            num_labels=5,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        classified(12),
+        of_text,
+    ),
+    "several labels": (
+        lambda: encoder(
+            "BertForSequenceClassification",
+            num_labels=5,
+            problem_type="multi_label_classification",
+        ),
+        [{"input_ids": s["input_ids"]} for s in TOKENS[:9]],
+        of_text,
+    ),
+    "residual network": (
+        lambda: made("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **FEW),
+        PICTURES,
+        of_pixels,
+    ),
+    "convolutional, LayerNorm": (
+        lambda: made(
+            "ConvNextForImageClassification",
+            "ConvNextConfig",
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            num_stages=2,
+            num_labels=5,
+        ),
+        PICTURES,
+        of_pixels,
+    ),
+    "log-probabilities": (Normalised, MANY, of_tensor),
+    "cosines": (Cosine, MANY, of_tensor),
+    "normalised weight": (
+        lambda: Body(nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))),
+        MANY,
+        of_tensor,
+    ),
+}
+
+
+def check(base, tuned, samples, logits_of, **options):
+    """The drift, after a look at whether it is right and the model as it was."""
+    meter = DriftMeter(base, samples, dtype="float32", batch_norm="own", **options)
+    tensors = [*tuned.parameters(), *tuned.buffers()]
+    flags = [module.training for module in tuned.modules()]
+    before = [(t.data_ptr(), t._version, t.requires_grad, t.detach().clone()) for t in tensors]
+    state = torch.get_rng_state()
+    drift = meter(tuned)
+    assert [module.training for module in tuned.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    for tensor, (place, version, flag, value) in zip(tensors, before, strict=True):
+        assert (tensor.data_ptr(), tensor._version, tensor.requires_grad) == (place, version, flag)
+        assert torch.equal(tensor, value)
+    expected = truth(base, tuned, samples, logits_of)
+    assert drift.kl == pytest.approx(float(expected["kl"]), rel=1e-3)
+    assert drift.reverse_kl == pytest.approx(float(expected["reverse_kl"]), rel=1e-3)
+    nothing = meter(base)
+    assert (nothing.kl, nothing.agreement) == (0, 1)
+    return drift
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_drift_is_that_of_each_sample_alone(kind):
+    make, samples, logits_of = KINDS[kind]
+    base = make()
+    assert check(base, moved(base).train(), samples, logits_of).head == "own"
+
+
+def test_experts_are_measured_as_each_sample_alone_calls_them():
+    config = {"num_key_value_heads": 2, "num_local_experts": 4}
+    base = made("MixtralForCausalLM", "MixtralConfig", **SIZES, **config).eval()
+    tuned = moved(base)
+    with torch.no_grad():  # experts don't run in float64
+        pairs = [(of_causal(base, s).double(), of_causal(tuned, s).double()) for s in TOKENS]
+    expected = torch.cat([reference.divergences(*pair)["kl"] for pair in pairs]).mean()
+    drift = DriftMeter(base, TOKENS, dtype="float32")(tuned)
+    assert drift.kl == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_tuned_model_may_have_another_dtype(dtype):
+    base = tiny_llama()
+    check(base, moved(base).to(dtype), TOKENS, of_causal)
+    network = TinyResNet()
+    check(network, moved(network).to(dtype), MANY[:9], of_tensor)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"use_dora": True},
+        {"trainable_token_indices": [3, 5, 7]},
+    ],
+    ids=str,
+)
+def test_what_adapters_train_beside_is_measured(options):
+    base = tiny_llama()
+    config = LoraConfig(
+        target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=32, **options
+    )
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "modules_to_save" in name or "token_adapter" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    check(base, tuned, TOKENS, of_causal)
+
+
+def test_the_new_head_of_adapters_is_the_models_own():
+    base = encoder("BertForSequenceClassification", num_labels=5)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_alpha=32)
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            distance = {"modules_to_save": 0.01, "lora_B": 1.0}
+            for part in distance.keys() & set(name.split(".")):
+                parameter.add_(distance[part] * torch.randn_like(parameter))
+    assert check(base, tuned, classified(12), of_text).head == "own"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(16, 5),
+        nn.Linear(16, 9),
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)),
+        nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 5)),
+        nn.Identity(),
+    ],
+    ids=["as many classes", "more classes", "several layers", "dropout before", "none"],
+)
+def test_whatever_took_the_heads_place_the_frozen_one_measures(head):
+    base = TinyResNet()
+    meter, tuned = DriftMeter(base, MANY[:9]), moved(base)
+    tuned.head = copy.deepcopy(base.head)
+    expected = meter(tuned)
+    tuned.head = head
+    drift = meter(tuned)
+    assert drift.head == "frozen"
+    assert (drift.kl, drift.cosine) == (expected.kl, expected.cosine)
+
+
+class NoStatistics(nn.Module):
+    """A network whose BatchNorm normalises by its batch alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(x)).relu().mean((2, 3)))
+
+
+class Capacity(Body):
+    """A model that takes so many samples of a batch, as experts take tokens, and drops others."""
+
+    def __init__(self, most=20):
+        super().__init__()
+        self.register_buffer("most", torch.tensor(most))
+
+    def features(self, x):
+        rows = super().features(x)
+        return rows * (torch.arange(len(rows)) < self.most)[:, None]
+
+
+class Centred(nn.Module):
+    """A classifier of tokens that takes a part of its batch's mean off."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(199, 16), nn.Linear(16, 5)
+
+    def forward(self, input_ids, attention_mask=None):
+        rows = self.embed(input_ids).mean(1)
+        return self.head(rows - 0.5 * rows.mean(0))
+
+
+class CentredLanguageModel(nn.Module):
+    """The same as a language model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(199, 16), nn.Linear(16, 199)
+        self.layer = nn.GRU(16, 16, batch_first=True)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        rows = self.layer(self.embed(input_ids))[0]
+        logits = self.head(rows - 0.5 * rows.mean(0, keepdim=True))
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def in_pairs():
+    """Samples of which always two have one length."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 199, (n,), generator=generator) for n in sorted([*range(5, 25)] * 2)]
+    return [{"input_ids": each, "labels": each.clone()} for each in ids]
+
+
+UNLABELLED = [{"input_ids": s["input_ids"]} for s in in_pairs()]
+DEPENDENT = {
+    "no statistics": (NoStatistics, MANY[:9], of_tensor),
+    "no statistics, many": (NoStatistics, MANY, of_tensor),
+    "capacity": (Capacity, MANY, of_tensor),
+    "classifier": (Centred, UNLABELLED, lambda m, s: m(s["input_ids"][None])),
+    "language model": (CentredLanguageModel, TOKENS, of_causal),
+    "language model, pairs": (CentredLanguageModel, in_pairs(), of_causal),
+    "language model, many": (CentredLanguageModel, token_samples(60, longest=12), of_causal),
+}
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_samples_that_depend_on_their_batch_are_read_alone(kind, caplog):
+    make, samples, logits_of = DEPENDENT[kind]
+    base = make()
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        check(base, moved(base, 0.2), samples, logits_of)
+    assert "not reading" in caplog.text
+
+
+@pytest.mark.parametrize("count", [9, 64])
+def test_a_dependence_that_training_brought_about_is_seen(count):
+    base = Capacity(most=1000)
+    tuned = moved(base)
+    tuned.most.fill_(4)
+    check(base, tuned, MANY[:count], of_tensor)
+
+
+def test_models_that_can_not_be_measured_are_refused_by_name():
+    class Random(Body):
+        def features(self, x):
+            return nn.functional.dropout(super().features(x), 0.5, training=True)
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **fields):
+            return self.inner(**fields)
+
+    with pytest.raises(ValueError, match="has to be deterministic in eval mode"):
+        DriftMeter(Random(), MANY)
+    with pytest.raises(ValueError, match="BertForQuestionAnswering returns no logits"):
+        DriftMeter(encoder("BertForQuestionAnswering"), UNLABELLED)
+    with pytest.raises(ValueError, match="Wrapper names no output layer"):
+        DriftMeter(tiny_llama(), TOKENS)(Wrapper(tiny_llama()))
+    with pytest.raises(ValueError, match=r"no linear layer makes .* 'head', .* another body"):
+        DriftMeter(Body(), MANY)(nn.Sequential(nn.Conv2d(3, 3, 16), nn.Flatten()))
+    with pytest.raises(ValueError, match=r"BatchNorm without running statistics \(1\)"):
+        DriftMeter(
+            nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False)),
+            torch.randn(9, 4),
+        )
+
+
+def test_a_base_that_diverged_is_refused():
+    base = Body()
+    with torch.no_grad():
+        base.head.weight[1] = torch.nan
+    with pytest.raises(ValueError, match="output layer of the model before training holds inf"):
+        DriftMeter(base, MANY)
+    samples = MANY.clone()
+    samples[5] = torch.inf
+    with pytest.raises(ValueError, match="gives no numbers for sample 5 of the probe"):
+        DriftMeter(Body(), samples)
