@@ -14,7 +14,7 @@ from benchmarks.forgetting.drift_measures import agreement_with, few_samples
 from benchmarks.forgetting.language_readouts import OWN_TEXT
 from flowdata.study import STANDARD, Record
 from flowdata.study.runs import validation_of
-from flowdata.study.table import row
+from flowdata.study.table import count, row
 
 PRE_TRAINED = "pre-trained"
 TEXTS = ("WikiText-2", "code")
@@ -43,7 +43,7 @@ def rise(records: list[Record], text: str) -> Callable[[Record], float]:
 def drift_page(studies: Studies) -> str:
     """Return a Markdown page on the drift in the studies of language."""
     counts = ", ".join(
-        f"{name} ({len(records)} runs, {len({r['seed'] for r in records})} seeds)"
+        f"{name} ({count(len(records), 'run')}, {count(len({r['seed'] for r in records}), 'seed')})"
         for name, records in studies.items()
     )
     lines = [
