@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 import flowdata
 from benchmarks import forgetting
 from benchmarks.forgetting import batches, harness, language, texts
+from benchmarks.forgetting import language_readouts as readouts
 from benchmarks.forgetting import methods as ours
 from examples import small
 from flowdata.study import runs as study
@@ -24,7 +25,9 @@ TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-SIZES = language.Sizes(rows=24, batch=4, validation=6, test=8, code=3, max_length=200)
+SIZES = language.Sizes(
+    rows=24, batch=4, validation=6, test=8, code=3, prose=2, own_text=5, max_length=200
+)
 NO_HARNESS = {"wikitext": 0, "piqa": 0}
 
 
@@ -56,7 +59,7 @@ def assets(tmp_path_factory):
         text = "\n".join(map(json.dumps, rows))
         (folder / "language" / f"gsm8k_{name}.jsonl").write_text(text)
     pages = [
-        f" = Page {n} = \n \n Words of page {n} . \n \n = = Part = = \n \n More . \n"
+        f" = Page {n} = \n \n{' Words of page .' * 99} {n} . \n \n = = Part = = \n \n More . \n"
         for n in range(3)
     ]
     (folder / "language/wikitext2_valid.txt").write_text(" \n" + "".join(pages))
@@ -71,9 +74,13 @@ def task(model, assets, tmp_path_factory):
     return language.Language(model, assets, sizes, tmp_path_factory.mktemp("scores"))
 
 
+def nlls(model, sets):
+    return [readouts.mean_loss(*items) for items in readouts.item_losses(model, sets)]
+
+
 def test_the_loss_of_text_is_that_of_one_sample_at_a_time(task):
     sets = [task.test, task.code]
-    for found, samples in zip(language.nlls(task.model, sets), sets, strict=True):
+    for found, samples in zip(nlls(task.model, sets), sets, strict=True):
         each = [samples[index] for index in range(len(samples))]
         losses = [reference.causal_lm_sample_loss(task.model, sample) for sample in each]
         wanted = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
@@ -88,7 +95,7 @@ def test_only_answers_are_targets(task):
 
 @pytest.mark.parametrize("name", ["FLOW", "FLOW, tokens", "FLOW, both", "token masking"])
 def test_weights_lie_on_the_targets_they_were_made_for(task, name):
-    samples, _, scores = task.start(0)
+    samples, scores = task.start(0)[:2]
     weights = batches.target_weights(language.ALL[name], scores)
     for index in (0, 7):
         losses = scores.token_losses(index)
@@ -135,7 +142,7 @@ def test_an_epoch_of_a_sampler_draws_anew():
 
 
 def test_the_loss_of_a_batch_is_weighted_and_divided_by_its_targets(task):
-    samples, _, scores = task.start(0)
+    samples, scores = task.start(0)[:2]
     weights = batches.target_weights(language.ALL["FLOW"], scores)
     data = batches.Weighted(samples, weights)
     batch = batches.collate([data[0], data[1]])
@@ -151,14 +158,17 @@ def test_every_method_has_a_working_row(task, name):
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
     record = task.run(name, 3e-3, 0)
     assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
-    untouched = language.nlls(task.model, [task.start(0)[1], task.test, task.code])[1]
+    untouched = nlls(task.model, [task.test])[0]
     if name == "pre-trained":
-        assert record["target"]["nll"] == untouched
+        assert record["target"]["nll"] == pytest.approx(untouched, rel=1e-6)
+        assert {drift["kl"] for drift in record["drift"].values()} == {0.0}
     elif name in ours.TOKEN_METHODS:  # these learn easy tokens: the mean loss may rise
         assert record["target"]["nll"] != untouched
     else:
         assert record["target"]["nll"] < untouched
-    assert set(record["retained"]) == {"code nll"}
+    assert set(record["retained"]) == {"WikiText-2 nll", "code nll"}
+    assert list(record["drift"]) == ["own text", "own text after BOS", "validation targets"]
+    assert [len(items) for items in record["item_losses"].values()] == [6, 8, 2, 3]
 
 
 def test_every_third_answer_of_noisy_rows_is_shuffled():
@@ -185,7 +195,7 @@ def test_short_answers_are_the_final_number_alone(task, model, assets, tmp_path)
     assert texts.short(problems) == [{"question": "3 plus 4?", "answer": "7"}]
     sizes = language.Sizes(**asdict(SIZES) | NO_HARNESS | {"data": "short"})
     cut = language.Language(model, assets, sizes, tmp_path)
-    trained, validation, _ = cut.start(0)
+    trained, _, validation, _ = cut.start(0)
     for few, many in [(cut.test, task.test), (trained, task.start(0)[0]), (validation, task.test)]:
         assert max(targets_of(few)) < min(targets_of(many))
 
@@ -213,7 +223,7 @@ def test_the_command_runs_and_resumes(model, assets, tmp_path, monkeypatch):
         (name, seed) for seed in (0, 1) for name in ("standard", "FLOW")
     ]
     page = (tmp_path / "forgetting_language_mixed.md").read_text()
-    assert "| method | rate | target nll | code nll |" in page
+    assert "| method | rate | target nll | WikiText-2 nll | code nll |" in page
     assert "average" not in page  # losses and accuracies have none
     monkeypatch.setattr(language.Language, "run", None)
     forgetting.main(command)
@@ -291,9 +301,9 @@ def test_the_papers_run_is_sharded_over_two_ranks_and_saves_what_it_learned(
     model, assets, task, tmp_path
 ):
     torchrun(model, assets, tmp_path, "--method", "FLOW + l2", "--wise-ft", "0.5")
-    before = language.nlls(task.model, [task.test])[0]
+    before = nlls(task.model, [task.test])[0]
     tuned, averaged = (language.load_model(str(p)) for p in (tmp_path, tmp_path / "wise_ft_0.5"))
-    after, between = (language.nlls(m, [task.test])[0] for m in (tuned, averaged))
+    after, between = (nlls(m, [task.test])[0] for m in (tuned, averaged))
     assert after < between < before
     for name, value in averaged.state_dict().items():
         wanted = (task.model.state_dict()[name] + tuned.state_dict()[name]) / 2

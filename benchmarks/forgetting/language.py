@@ -1,8 +1,9 @@
 """Language: SmolLM2-135M-Instruct learns GSM8K; other text shows what it forgets.
 
-The target measure is the loss of GSM8K's test answers. The retained measures are WikiText-2 and
-PIQA through lm-evaluation-harness, and the loss of code of Python's standard library. ``--data``
-chooses what to train on:
+The target measure is the loss of GSM8K's test answers. The retained measures are the losses of
+WikiText-2 and of code of Python's standard library, and through lm-evaluation-harness, where it is
+installed and asked for, WikiText-2's perplexity and PIQA. Every run also has its drift, see
+`language_readouts`. ``--data`` chooses what to train on:
 
 - ``gsm8k``: the problems as they are; their losses lie close together.
 - ``mixed``: problems, code and prose together, whose losses differ more.
@@ -17,12 +18,12 @@ import copy
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 import flowdata
 from benchmarks.forgetting import harness, texts
@@ -34,7 +35,15 @@ from benchmarks.forgetting.batches import (
     target_weights,
 )
 from benchmarks.forgetting.images import ASSETS
-from benchmarks.forgetting.methods import ABLATIONS, TOKEN_METHODS
+from benchmarks.forgetting.language_readouts import (
+    DriftReadout,
+    item_losses,
+    mean_loss,
+    rivals,
+    short_list,
+)
+from benchmarks.forgetting.methods import ABLATIONS, AVERAGES, TOKEN_METHODS
+from flowdata.drift import DriftMeter
 from flowdata.study import METHODS, Method, Record, grids, run_study, train
 from flowdata.study.training import passes
 from flowdata.text import Fields, TokenSamples, load_model, load_tokenizer, read_rows, tokenize_rows
@@ -61,26 +70,49 @@ class Sizes:
         validation: number of rows that the learning rate is chosen by.
         test: number of rows that measure the loss of answers.
         code: number of pieces that measure the loss of code.
-        wikitext: number of articles that measure the perplexity.
-        piqa: number of questions of PIQA.
+        prose: number of WikiText-2's articles whose beginnings measure its loss.
+        own_text: number of texts that the model writes as a probe of drift, after the beginning
+            of a chat; half as many after the token that begins any text.
+        wikitext: number of articles that measure the harness's perplexity.
+        piqa: number of the harness's questions of PIQA.
         exact_match: number of problems that the model answers.
     """
 
     data: str = "gsm8k"
-    rows: int = 128
+    rows: int = 48
     epochs: int = 1
-    batch: int = 8
+    batch: int = 4
     max_length: int = 384
-    validation: int = 32
-    test: int = 64
-    code: int = 12
+    validation: int = 16
+    test: int = 16
+    code: int = 6
+    prose: int = 8
+    own_text: int = 64
     wikitext: int = 2
     piqa: int = 100
     exact_match: int = 0
 
 
+_MOST_TUNED = 4  # models in memory: as many as a grid of rates has, for the averages made of them
 QUICK_METHODS = ("standard", "FLOW", "WiSE-FT", "FLOW + WiSE-FT")
-QUICK = {"rows": 32, "validation": 8, "test": 16, "code": 4, "wikitext": 1, "piqa": 20}
+QUICK = {"rows": 32, "validation": 8, "test": 16, "code": 4, "prose": 4, "own_text": 8}
+QUICK |= {"wikitext": 1, "piqa": 20}
+
+
+class Start(NamedTuple):
+    """What all methods of one seed begin with.
+
+    Attributes:
+        samples: to train on.
+        scores: the frozen model's losses of them.
+        validation: the samples that the learning rate is chosen by.
+        meter: of the drift on these.
+    """
+
+    samples: TokenSamples
+    scores: flowdata.Scores
+    validation: TokenSamples
+    meter: DriftMeter
 
 
 class Language:
@@ -90,7 +122,7 @@ class Language:
         model: a causal language model for `flowdata.text.models.load_model`.
         assets: the folder that holds ``language/``.
         sizes: see `Sizes`.
-        scores: folder for the losses of the pre-trained model.
+        scores: folder for the losses of the pre-trained model, and for the texts it writes.
     """
 
     def __init__(self, model: str, assets: Path, sizes: Sizes, scores: Path) -> None:
@@ -101,14 +133,15 @@ class Language:
         # weights are plain tensors by then. The method of `nn.Module` itself casts them.
         self.model, self.tokenizer = nn.Module.float(load_model(model)), load_tokenizer(model)
         self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
-        code = [{"text": text} for text in texts.held_out_code(sizes.code)]
-        self.code = tokenize_rows(
-            code, self.tokenizer, Fields(completion="text"), template=False, max_length=512
-        )
-        self.start = lru_cache(maxsize=8)(self._start)  # all methods of a seed share one start
+        self.code = self._plain_tokens(texts.held_out_code(sizes.code))
+        wikitext = (self.folder / "wikitext2_valid.txt").read_text()
+        self.prose = self._plain_tokens(texts.articles(wikitext, sizes.prose))
+        self.drift = DriftReadout(self.model, self.tokenizer, sizes.own_text, scores)
+        # All methods of a seed share one start, and averages share the training they are made of.
+        self.start = lru_cache(maxsize=8)(self._start)
+        self.tuned = lru_cache(maxsize=_MOST_TUNED)(self._tuned)
 
-    def _start(self, seed: int) -> tuple[TokenSamples, TokenSamples, flowdata.Scores]:
-        """The training samples, the validation samples, and the frozen model's training losses."""
+    def _start(self, seed: int) -> Start:
         rows, sizes = self._problems("gsm8k_train.jsonl"), self.sizes
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         validation = [rows[index] for index in order[: sizes.validation]]
@@ -121,13 +154,16 @@ class Language:
         scorer = flowdata.LossScorer(
             self.model,
             "causal_lm",
+            dtype="float32",  # once for all methods of a seed, so that it may take its time
             token_losses=True,
             columns=("gradient_norm",),
             progress=False,
         )
         folder = self.scores / samples.digest()[:16]
         scores = scorer.score(samples, store=folder, dataset_id=samples.digest())
-        return samples, self._tokens(validation), scores
+        validation_samples = self._tokens(validation)
+        meter = DriftMeter(self.model, validation_samples)
+        return Start(samples, scores, validation_samples, meter)
 
     def _problems(self, name: str) -> Any:
         rows = read_rows(str(self.folder / name))
@@ -138,25 +174,58 @@ class Language:
             rows, self.tokenizer, PAIR, template=True, max_length=self.sizes.max_length
         )
 
+    def _plain_tokens(self, rows: list[str]) -> TokenSamples:
+        """Texts without a chat around them, of which every token is a target."""
+        return tokenize_rows(
+            [{"text": text} for text in rows],
+            self.tokenizer,
+            Fields(completion="text"),
+            template=False,
+            max_length=512,
+        )
+
     def run(self, name: str, rate: float, seed: int) -> Record:
         """Fine-tune by a method, and measure."""
-        samples, validation, scores = self.start(seed)
-        method, model = ALL[name], copy.deepcopy(self.model)
-        weights = target_weights(method, scores)
-        if method.trains:
-            self._fine_tune(model, method, samples, weights, rate, seed)
+        start = self.start(seed)
+        weights = target_weights(ALL[name], start.scores)
+        model = self.model_of(name, rate, seed)
+        sets = {"validation": start.validation, "target": self.test}
+        sets |= {"WikiText-2": self.prose, "code": self.code}
+        losses = dict(zip(sets, item_losses(model, list(sets.values())), strict=True))
+        nll = {name: mean_loss(*items) for name, items in losses.items()}
         limits = {"wikitext": self.sizes.wikitext, "piqa": self.sizes.piqa}
         exact = self._harness(model, {"gsm8k": self.sizes.exact_match})
         means = torch.stack([part.mean() for part in weights])
-        validation_nll, target_nll, code_nll = nlls(model, [validation, self.test, self.code])
         return {
-            "validation": -validation_nll,
-            "target": {"nll": target_nll, **exact},
-            "retained": {**self._harness(model, limits), "code nll": code_nll},
-            "loss_quartiles": scores.losses.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
+            "validation": -nll["validation"],
+            "target": {"nll": nll["target"], **exact},
+            "retained": {
+                "WikiText-2 nll": nll["WikiText-2"],
+                "code nll": nll["code"],
+                **self._harness(model, limits),
+            },
+            **self.drift(model, start.meter),
+            "rivals": rivals(model, self.model, start.validation, nll["validation"]),
+            "item_losses": {name: short_list(items[0]) for name, items in losses.items()},
+            "loss_quartiles": start.scores.losses.quantile(
+                torch.tensor([0.25, 0.5, 0.75])
+            ).tolist(),
             "mean_weight": means.mean().item(),
             "effective_share": flowdata.effective_sample_size(means) / len(means),
         }
+
+    def model_of(self, name: str, rate: float, seed: int) -> nn.Module:
+        """Return the model that a method makes of the pre-trained one."""
+        if name in AVERAGES:
+            other, alpha = AVERAGES[name]
+            return flowdata.wise_ft(self.model, self.tuned(other, rate, seed), alpha)
+        return self.tuned(name, rate, seed) if ALL[name].trains else self.model
+
+    def _tuned(self, name: str, rate: float, seed: int) -> nn.Module:
+        start, method, model = self.start(seed), ALL[name], copy.deepcopy(self.model)
+        weights = target_weights(method, start.scores)
+        self._fine_tune(model, method, start.samples, weights, rate, seed)
+        return model
 
     def _fine_tune(
         self,
@@ -195,16 +264,6 @@ class Language:
             return {}
         low_model = nn.Module.bfloat16(copy.deepcopy(model))
         return harness.evaluate(low_model, self.tokenizer, files, limits=limits)
-
-
-def nlls(model: nn.Module, sets: list[TokenSamples]) -> list[float]:
-    """Return the mean loss of all target tokens of each set, in nats, by one run of the scorer."""
-    scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
-    scores = scorer.score(ConcatDataset(sets), dataset_id=" ".join(part.digest() for part in sets))
-    sizes = [len(part) for part in sets]
-    sums = [part.sum().item() for part in (scores.losses.double() * scores.counts).split(sizes)]
-    counts = [part.sum().item() for part in scores.counts.split(sizes)]
-    return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowdata.scores import Scores
 from flowdata.streaming import FlowWeightedIterable
-from flowdata.study import METHODS, TEMPERATURES, Method, anchor, weight_averaging
+from flowdata.study import METHODS, STANDARD, TEMPERATURES, Method, anchor, weight_averaging
 from flowdata.study.methods import flow
 from flowdata.token_weights import selective_token_weights
 from flowdata.weights import flow_weights
@@ -81,5 +81,12 @@ TOKEN_METHODS: dict[str, Method] = {
     "FLOW, tokens": Method(flow_tokens),
     "FLOW, both": Method(flow_both),
     "token masking": Method(easy_tokens),
+}
+# Averages of the pre-trained weights and those that another method ends with, by its name and α:
+# where training is dear, they are made of models that are trained already.
+AVERAGES: dict[str, tuple[str, float]] = {
+    "WiSE-FT": (STANDARD, 0.5),
+    "FLOW + WiSE-FT": ("FLOW", 0.5),
+    **{f"WiSE-FT, {alpha:g}": (STANDARD, alpha) for alpha in (0.25, 0.75)},
 }
 ORDER = ("pre-trained", *METHODS, *TOKEN_METHODS, *ABLATIONS)  # of the tables' rows

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.forgetting import harness
+
 PIECE, HELD_OUT_PIECE = 600, 1500  # characters of a piece of code or prose
 
 
@@ -53,6 +55,12 @@ def code_files(*, held_out: bool) -> Iterator[str]:
 def held_out_code(count: int) -> list[str]:
     """Return pieces of code that are in no training set."""
     return _cut(code_files(held_out=True), HELD_OUT_PIECE)[:count]
+
+
+def articles(wikitext: str, count: int) -> list[str]:
+    """Return the beginnings of WikiText's first articles."""
+    pages = [page["text"] for page in harness.articles(wikitext)]
+    return _cut(pages, HELD_OUT_PIECE)[:count]
 
 
 def _cut(texts: Iterable[str], size: int) -> list[str]:

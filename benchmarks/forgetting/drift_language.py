@@ -1,0 +1,129 @@
+"""The page on drift in language: does it tell what was forgotten, and does it choose well?
+
+The truth is the rise of other text's loss (WikiText-2, code) over the pre-trained model's, in nats
+a token, which no measure and no rule has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import mean
+
+from benchmarks.forgetting.choosing_rules import chosen, rules
+from benchmarks.forgetting.drift_measures import agreement_with, few_samples
+from benchmarks.forgetting.language_readouts import OWN_TEXT
+from flowdata.study import STANDARD, Record
+from flowdata.study.runs import validation_of
+from flowdata.study.table import count, row
+
+PRE_TRAINED = "pre-trained"
+TEXTS = ("WikiText-2", "code")
+NEARLY = 0.05  # nats of validation loss that the rivals may give away
+Studies = Mapping[str, list[Record]]  # the runs of each data set
+
+
+def can_tell(records: list[Record]) -> bool:
+    """Return whether a study has all that the page shows: runs beside the pre-trained model."""
+    methods = {record["method"] for record in records}
+    return f"{TEXTS[0]} nll" in records[0]["retained"] and {PRE_TRAINED, STANDARD} <= methods
+
+
+def rise(records: list[Record], text: str) -> Callable[[Record], float]:
+    """Return what tells a run's rise of a text's loss over the pre-trained model's, in nats.
+
+    Args:
+        records: a study's; the pre-trained model's losses of this text are the same on all seeds.
+        text: one of `TEXTS`.
+    """
+    before = next(record for record in records if record["method"] == PRE_TRAINED)
+    name = f"{text} nll"
+    return lambda record: float(record["retained"][name] - before["retained"][name])
+
+
+def drift_page(studies: Studies) -> str:
+    """Return a Markdown page on the drift in the studies of language."""
+    counts = ", ".join(
+        f"{name} ({count(len(records), 'run')}, {count(len({r['seed'] for r in records}), 'seed')})"
+        for name, records in studies.items()
+    )
+    lines = [
+        "# Drift in language: does it tell what was forgotten, and does it choose well?",
+        "",
+        f"SmolLM2-135M-Instruct learns: {counts}. Drift never sees WikiText-2 or code.",
+        "",
+        "## Does it tell?",
+        "",
+        "Spearman's coefficient with the rise of the loss: over all runs, and, after the stroke, "
+        "the mean within one rate.",
+        "",
+        *_coefficients(studies),
+        "",
+        "KL on a probe's first texts, over all runs, with the rise of WikiText-2:",
+        "",
+        *_few(studies),
+        "",
+        "## Does it choose well?",
+        "",
+        f"Rules with a least or a smallest take it among the runs within {NEARLY:g} nats of the "
+        "best validation loss. The best possible run has the least sum of validation loss and rise "
+        "of WikiText-2's loss. Losses in nats a token, means over the seeds, the largest rise in "
+        "brackets.",
+    ]
+    for name, records in studies.items():
+        of_standard = [r for r in records if r["method"] in (PRE_TRAINED, STANDARD)]
+        for runs, kind in ((records, "all methods"), (of_standard, "standard fine-tuning alone")):
+            lines += ["", f"{name}, {kind}:", "", *_choices(runs)]
+    return "\n".join([*lines, ""])
+
+
+def _coefficients(studies: Studies) -> list[str]:
+    tables = {
+        f"{name}, {text}": agreement_with(_trained(records), rise(records, text))
+        for name, records in studies.items()
+        for text in TEXTS
+    }
+    lines = [row(["sign", *tables]), row(["---", *["---:"] * len(tables)])]
+    for sign in next(iter(tables.values())):
+        cells = [f"{table[sign][0]:.2f} / {table[sign][1]:.2f}" for table in tables.values()]
+        lines.append(row([sign, *cells]))
+    return lines
+
+
+def _few(studies: Studies) -> list[str]:
+    tables = {
+        name: few_samples(_trained(records), rise(records, TEXTS[0]))
+        for name, records in studies.items()
+    }
+    lines = [row(["probe", "texts", *tables]), row(["---", "---:", *["---:"] * len(tables)])]
+    for probe, counts in next(iter(tables.values())).items():
+        for few in counts:
+            cells = [f"{table[probe][few]['kl']:.3f}" for table in tables.values()]
+            lines.append(row([probe, few, *cells]))
+    return lines
+
+
+def _choices(records: list[Record]) -> list[str]:
+    rises = {text: rise(records, text) for text in TEXTS}
+    worth = rises[TEXTS[0]]
+    all_rules = rules(
+        OWN_TEXT,
+        worth=lambda run: validation_of(run) - worth(run),
+        slack=NEARLY,
+        untrained=PRE_TRAINED,
+    )
+    lines = [
+        row(["rule", "chosen", "target", *(f"rise of {text}" for text in TEXTS)]),
+        row(["---", "---", *["---:"] * (1 + len(TEXTS))]),
+    ]
+    for name, rule in all_rules.items():
+        runs = chosen(records, rule)
+        names = ", ".join(dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs))
+        target = mean(run["target"]["nll"] for run in runs)
+        values = [[of_text(run) for run in runs] for of_text in rises.values()]
+        cells = [f"{mean(each):+.3f} ({max(each):+.3f})" for each in values]
+        lines.append(row([name, names, f"{target:.3f}", *cells]))
+    return lines
+
+
+def _trained(records: list[Record]) -> list[Record]:
+    return [record for record in records if record["method"] != PRE_TRAINED]
