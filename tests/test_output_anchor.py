@@ -161,6 +161,17 @@ def test_the_frozen_model_itself_costs_nothing():
     assert anchor(model) < 1e-3  # the rounding of bfloat16, where that is fast
 
 
+def test_a_meter_made_in_inference_mode_holds_as_another_does():
+    base, data = TinyResNet(), images(6)
+    tuned = moved(base)
+    with torch.inference_mode():
+        meter = DriftMeter(base, data)
+    penalty = OutputAnchor(meter, 1.0, batch_size=6)(tuned)
+    penalty.backward()
+    assert penalty == OutputAnchor(DriftMeter(base, data), 1.0, batch_size=6)(tuned)
+    assert any(p.grad is not None and p.grad.any() for p in tuned.parameters())
+
+
 # Training
 
 

@@ -111,8 +111,9 @@ class DriftMeter:
                 "the model has one output, which is no distribution over classes, so that it has "
                 "no KL; drift is for classifiers and language models"
             )
-        self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
-        self._batch_norm_state = BatchNormState(model)
+        with torch.inference_mode(False):  # else no gradient could go through what is kept
+            self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
+            self._batch_norm_state = BatchNormState(model)
 
     def _reference_rows(
         self,
