@@ -229,7 +229,7 @@ def _ratio(module: nn.Module, frozen: Head | nn.Module) -> Tensor | float:
     if own is None or old is None:
         return 1.0
     sizes = [weight.float().square().mean().sqrt() for weight in (own, old)]
-    ratio: Tensor = (sizes[0] / sizes[1]).clamp(_SMALLEST_RATIO, 1.0)
+    ratio: Tensor = (sizes[0] / sizes[1]).nan_to_num(1.0).clamp(_SMALLEST_RATIO, 1.0)  # of zeros
     return ratio
 
 

@@ -243,13 +243,16 @@ class DriftMeter:
         """Whether a layer is a later state of the frozen one, and no other in its place.
 
         The output layer of a language model is one if it has as many tokens. A classifier's may
-        have been replaced by that of a new task with as many classes.
+        have been replaced by that of a new task with as many classes, unless the frozen one holds
+        zeros alone: any layer may have come of that, and it tells nothing itself.
         """
         one, other = _weight_of(self._rows.layer), _weight_of(layer)
         if one is None or other is None:
             return one is None and other is None  # the rows are logits
         if one.shape != other.shape or self.reader.is_of_language:
             return one.shape == other.shape
+        if not one.any():
+            return True
         other = other.to(one.device)
         cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
         return not bool(cosine <= _SAME_LAYER)  # a layer that diverged is no number
