@@ -238,6 +238,40 @@ def a_sharded_model_has_the_drift_of_a_whole_one():
         assert values["agreement"] == expected["agreement"]
 
 
+def a_sharded_model_is_held_as_a_whole_one_or_refused():
+    values = in_ranks(2, _held)
+    assert values == [values[0]] * 2
+    for value, whole, distance, message in values:
+        assert abs(value - whole) < 1e-6 * whole, values
+        assert distance < 1e-6, values
+        assert "output layer's weight is sharded" in message, message
+
+
+def _held(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    from flowdata.drift import DriftMeter, OutputAnchor
+
+    anchor = OutputAnchor(DriftMeter(tiny_llama(), SAMPLES[:6], dtype="float32"), 1.0, 6)
+    whole, sharded, refused = tiny_llama(), _sharded_model(), tiny_llama()
+    with torch.no_grad():
+        for parameter in (*whole.parameters(), *sharded.parameters()):
+            parameter.mul_(1.1)
+    fully_shard(refused, reshard_after_forward=True)
+    penalties = []
+    for model in (whole, sharded):
+        anchor._step = 0
+        penalties.append(anchor(model))
+        penalties[-1].backward()
+    pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
+    distance = max(float((a.grad - b.grad.full_tensor()).abs().max()) for a, b in pairs)
+    try:
+        anchor(refused)
+    except TypeError as error:
+        return penalties[1].item(), penalties[0].item(), distance, str(error)
+    return penalties[1].item(), penalties[0].item(), distance, ""
+
+
 def _drift(rank):
     return _drift_of(tiny_llama())
 
@@ -289,6 +323,7 @@ CHECKS = [
     unreadable_samples_are_skipped_in_ranks_too,
     drift_has_the_same_bits_on_any_number_of_ranks,
     a_sharded_model_has_the_drift_of_a_whole_one,
+    a_sharded_model_is_held_as_a_whole_one_or_refused,
 ]
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +105,8 @@ def test_an_accuracy_is_as_certain_as_its_samples_are_many():
         ([], {}, "runs is empty"),
         ([("a", 1.0, drift())] * 2, {}, "two runs are named 'a'"),
         ([("a", 1.0, drift())], {"exchange": -1}, "exchange must be a finite number"),
+        ([("a", 1.0, drift())], {"exchange": "1"}, "exchange must be a finite number"),
+        ([("a", 1.0, drift())], {"validation_samples": -3}, "validation_samples must be"),
         ([("a", 1.0, drift())], {"validation": "f1"}, "'auto', 'loss' or 'accuracy', got 'f1'"),
         ([("a", -1.0, drift())], {"validation": "accuracy"}, "accuracies lie in"),
         ([("a", math.nan, drift())], {}, "all runs diverged"),
@@ -113,6 +116,20 @@ def test_an_accuracy_is_as_certain_as_its_samples_are_many():
 def test_runs_that_can_not_be_compared_are_refused(runs, options, message):
     with pytest.raises(ValueError, match=message):
         choose(runs, **options)
+
+
+@pytest.mark.parametrize("score", [None, "0.8", True])
+def test_a_score_that_is_no_number_is_refused_by_its_runs_name(score):
+    with pytest.raises(TypeError, match="validation score of 'b' must be a number"):
+        choose([("a", 1.0, drift()), ("b", score, drift())])
+    with pytest.raises(TypeError, match=r"runs must be \(name, validation, Drift\) each"):
+        choose([("a", 1.0)])
+
+
+def test_scores_are_numbers_of_any_kind():
+    for kind in (np.float32, torch.tensor):
+        runs = [("a", kind(0.8), drift(of="samples")), ("b", kind(0.9), drift(of="samples"))]
+        assert choose(runs) == "b"
 
 
 def test_a_number_in_the_place_of_a_drift_is_refused():

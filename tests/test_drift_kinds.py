@@ -9,7 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from flowdata.drift import DriftMeter
+from flowdata.drift import DriftMeter, OutputAnchor
 from tests import reference
 from tests.models import TinyResNet, tiny_llama, token_samples
 from tests.test_drift import (
@@ -211,6 +211,20 @@ def test_the_drift_is_that_of_each_sample_alone(kind):
     make, samples, logits_of = KINDS[kind]
     base = make()
     assert check(base, moved(base).train(), samples, logits_of).head == "own"
+
+
+def test_a_bias_that_the_model_adds_by_itself_is_measured_and_held():
+    base = made("BartForConditionalGeneration", "BartConfig", **BART)
+    base.final_logits_bias.normal_()
+    tuned = moved(base)
+    assert tuned.final_logits_bias.any()
+    drift = check(base, tuned, text_to_text(), of_pairs)
+    anchor = OutputAnchor(DriftMeter(base, text_to_text(), dtype="float32"), strength=1e-3)
+    penalty = anchor(tuned) * 1e3  # of a small strength, so that it is KL itself
+    assert penalty.item() == pytest.approx(drift.kl, rel=0.1)
+    assert anchor(base).item() < 1e-9
+    tuned.final_logits_bias.zero_()
+    assert DriftMeter(base, text_to_text())(tuned).kl > 10 * drift.kl
 
 
 def test_experts_are_measured_as_each_sample_alone_calls_them():

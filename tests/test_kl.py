@@ -35,6 +35,32 @@ def test_divergences_are_those_of_full_logits_in_float64(distance, case):
     assert torch.equal(values.agreement, expected["agreement"])
 
 
+@pytest.mark.parametrize("distance", [1e-4, 1e-3])
+@pytest.mark.parametrize("case", [{}, {"bias": True}, {"scale": 2.0, "softcap": 5.0}])
+def test_rows_that_hardly_differ_are_told_by_what_they_differ(distance, case):
+    base, tuned = pair(distance, **case)
+    values = divergences(base, tuned)
+    expected = reference.divergences(*(full_logits(each) for each in (base, tuned)))
+    for name in ("kl", "reverse_kl"):
+        ours, theirs = getattr(values, name), expected[name]
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+        torch.testing.assert_close(ours.mean(), theirs.mean(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("level", [-5.0, 5.0, 60.0])
+def test_one_rare_class_that_became_likelier_is_seen_among_near_ones(level):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 300).sub_(torch.arange(300) * 0.3)
+    moved = logits.clone()
+    moved[:, -1] = logits.logsumexp(1) - 10  # from e-39 or so to 4.5e-5
+    moved[1, :-1] += level * 1e-6
+    head = Head(torch.eye(300))
+    values = divergences(Predictions(logits, head), Predictions(moved, head))
+    expected = reference.divergences(logits.double(), moved.double())
+    torch.testing.assert_close(values.kl, expected["kl"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(values.reverse_kl, expected["reverse_kl"], rtol=1e-3, atol=0)
+
+
 def full_logits(predictions):
     layer = predictions.layer
     z = predictions.rows.double() @ layer.weight.double().t()

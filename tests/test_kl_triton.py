@@ -55,6 +55,18 @@ def test_the_kernel_gives_the_divergences_of_full_logits(rows, width, classes, c
     assert itself.agreement.all()
 
 
+def test_rows_that_hardly_differ_are_told_by_what_they_differ():
+    base, _ = pair(9, 64, 300, torch.float32)
+    rows = base.rows + 1e-4 * torch.randn_like(base.rows)
+    tuned = Predictions(rows, base.layer)
+    values = divergences(base, tuned)
+    expected = reference.divergences(full_logits(base), full_logits(tuned))
+    for name in ("kl", "reverse_kl"):
+        ours, theirs = getattr(values, name), expected[name]
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+        torch.testing.assert_close(ours.mean(), theirs.mean(), rtol=2e-3, atol=0)
+
+
 def test_classes_that_a_bias_rules_out_count_for_nothing():
     base, tuned = pair(5, 16, 300, torch.float32)
     ruled_out = torch.arange(128, 300, device=DEVICE)

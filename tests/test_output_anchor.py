@@ -161,6 +161,35 @@ def test_the_frozen_model_itself_costs_nothing():
     assert anchor(model) < 1e-3  # the rounding of bfloat16, where that is fast
 
 
+def test_a_meter_made_in_inference_mode_holds_as_another_does():
+    base, data = TinyResNet(), images(6)
+    tuned = moved(base)
+    with torch.inference_mode():
+        meter = DriftMeter(base, data)
+    penalty = OutputAnchor(meter, 1.0, batch_size=6)(tuned)
+    penalty.backward()
+    assert penalty == OutputAnchor(DriftMeter(base, data), 1.0, batch_size=6)(tuned)
+    assert any(p.grad is not None and p.grad.any() for p in tuned.parameters())
+
+
+@pytest.mark.parametrize("classes", [5, 3])
+def test_a_head_that_starts_at_zero_is_measured_once_it_is_trained(classes):
+    base, data = TinyResNet(), images(6)
+    with torch.no_grad():
+        base.head.weight.zero_()
+        base.head.bias.zero_()
+    meter = DriftMeter(base, data)
+    anchor = OutputAnchor(meter, 1e-3, batch_size=6)
+    assert anchor(base) == 0
+    tuned = copy.deepcopy(base)
+    tuned.head = nn.Linear(16, classes)
+    drift = meter(tuned)
+    assert (drift.kl > 1e-3) == (classes == 5)  # another task's head says nothing of the old one
+    assert 1e3 * anchor(tuned).item() == pytest.approx(drift.kl, rel=1e-2)
+    nn.init.zeros_(tuned.head.weight)
+    assert anchor(tuned).isfinite()
+
+
 # Training
 
 

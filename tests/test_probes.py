@@ -190,6 +190,22 @@ def test_inverted_images_want_statistics_and_logits():
         inverted_images(convolutional(), (3, 8, 8), samples=8)
 
 
+def test_inverted_images_are_made_in_inference_mode_too():
+    model = convolutional()
+    images = inverted_images(model, (3, 8, 8), 32, steps=3)
+    with torch.inference_mode():
+        assert torch.equal(inverted_images(model, (3, 8, 8), 32, steps=3), images)
+
+
+@pytest.mark.parametrize("broken", ["weight", "running_var"])
+def test_a_network_that_gives_no_numbers_makes_no_images(broken):
+    model = convolutional()
+    state = model.state_dict()
+    next(value for name, value in state.items() if name.endswith(broken)).fill_(torch.nan)
+    with pytest.raises(ValueError, match="images became inf or NaN"):
+        inverted_images(model, (3, 8, 8), 32, steps=2)
+
+
 def test_a_changed_statistic_is_seen_on_inverted_images():
     model = convolutional().eval()
     meter = DriftMeter(model, inverted_images(model, (3, 16, 16), 64), batch_norm="own")

@@ -54,17 +54,22 @@ class OutputAnchor:
 
     It is strength · KL, in nats a target, while that pulls little, and bounded in its pull: no
     strength makes training diverge that goes well without it (see the file's docstring). It starts
-    at 0, or, where the frozen model was read in bfloat16, at the rounding of that.
+    at 0, or, where the frozen model was read in bfloat16, at the rounding of that; a meter with
+    ``dtype="float32"`` reads it as a float32 model is trained.
 
     Neither a second model nor logits are in memory: the meter has the frozen model's rows, and both
     output layers are run tile by tile, forward and backward.
 
     It goes into any loop as `ParameterAnchor` does, which is called without the model::
 
-        loss + anchor(model)                                # a loop; Lightning's training_step
+        loss + anchor(model)                  # a loop; Lightning's training_step, see below
         accelerator.backward(loss + anchor(model))          # Accelerate divides by the steps
         (loss + anchor(model) / steps).backward()           # under AccumulatedBatches, nobody does
         integrations.transformers.add_anchor(trainer, anchor)       # Trainer, SFTTrainer, Flow…
+
+    Lightning divides what a training_step returns by n, its `accumulate_grad_batches`, also in the
+    last step of an epoch, which may have k < n batches. The losses of a `FlowDataModule` are right
+    there, too, and so is the penalty times n / k, k = min(n, batches − batch_idx // n · n).
 
     Source: a KL to the base model beside the loss: ASFT, arXiv:2509.23753; see also `DriftMeter`.
 
@@ -102,6 +107,10 @@ class OutputAnchor:
 
         Args:
             model: in training; dropout and BatchNorm are as in evaluation for this call.
+
+        Raises:
+            TypeError: the weight of the output layer is sharded (a DTensor).
+            ValueError: see `DriftMeter`.
         """
         places = self._places()
         self._step += 1
@@ -220,7 +229,7 @@ def _ratio(module: nn.Module, frozen: Head | nn.Module) -> Tensor | float:
     if own is None or old is None:
         return 1.0
     sizes = [weight.float().square().mean().sqrt() for weight in (own, old)]
-    ratio: Tensor = (sizes[0] / sizes[1]).clamp(_SMALLEST_RATIO, 1.0)
+    ratio: Tensor = (sizes[0] / sizes[1]).nan_to_num(1.0).clamp(_SMALLEST_RATIO, 1.0)  # of zeros
     return ratio
 
 
@@ -233,7 +242,13 @@ def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: b
     layer = module.layer if is_own else base.layer
     if isinstance(layer, Head):
         return kl_to(base, rows, layer.weight, layer.bias, scale=layer.scale, softcap=layer.softcap)
-    if is_own and type(layer) is nn.Linear:
+    if is_own and type(layer) is nn.Linear and module.bias is None:
+        if hasattr(layer.weight, "full_tensor"):
+            raise TypeError(
+                "the output layer's weight is sharded (a DTensor), so that its gradients could not "
+                "be put together; let FSDP leave it whole after the model's forward: fully_shard("
+                "model, reshard_after_forward=False) of the whole model, whose layers may have True"
+            )
         scale, softcap = module.scale, module.softcap
         return kl_to(base, rows, layer.weight, layer.bias, scale=scale, softcap=softcap)
     called: Any = module if is_own else layer

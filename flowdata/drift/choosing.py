@@ -15,15 +15,19 @@ on the new task counts as much as a hundredth of the old accuracy.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from flowdata._common.notices import logger
+from flowdata._common.real_numbers import as_float, real_number
+from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
 
 Validation = Literal["auto", "loss", "accuracy"]
 Run = tuple[str, float, Drift]  # name, validation score, drift
+_EXCHANGE = "exchange must be a finite number, 0 or more"
 _CERTAIN = 2.0  # standard errors from which on two runs can be told apart
 
 
@@ -64,7 +68,7 @@ def choose(
         validation_samples: see `rank`.
 
     Raises:
-        ValueError: see `rank`.
+        TypeError, ValueError: see `rank`.
 
     Example:
         >>> kept = Drift(0.01, 0.01, 0.99, 0.98, samples=64, head="own", of="tokens")
@@ -101,11 +105,15 @@ def rank(
             when runs are told apart; None takes it as exact.
 
     Raises:
+        TypeError: a run is no (name, number, Drift).
         ValueError: no runs, two of one name, drifts by several meters, or scores that can't be
-            what `validation` says.
+            what `validation` says; `exchange` or `validation_samples` is too small.
     """
-    runs = list(runs)
-    _check_runs(runs, exchange)
+    runs = [_checked(run) for run in runs]
+    _check_runs(runs)
+    exchange = real_number(exchange, _EXCHANGE, 0, sys.float_info.max)
+    if validation_samples is not None:
+        check_natural("validation_samples", validation_samples, least=1)
     kind = _kind_of(validation, runs)
     costs = [_cost(score, drift, kind, exchange, _unit(runs, kind)) for _, score, drift in runs]
     order = sorted(range(len(runs)), key=lambda place: costs[place])
@@ -124,20 +132,31 @@ def rank(
     ]
 
 
-def _check_runs(runs: Sequence[Run], exchange: float) -> None:
+def _checked(run: Run) -> Run:
+    """A run with its score as a float; raise TypeError for what is none."""
+    if not isinstance(run, tuple | list) or len(run) != 3:
+        raise TypeError(f"runs must be (name, validation, Drift) each, got {run!r}")
+    name, score, drift = run
+    if not isinstance(drift, Drift):
+        raise TypeError(
+            f"runs must be (name, validation, Drift), got {type(drift).__name__} for {name!r}"
+        )
+    number = as_float(score)
+    if number is None:
+        raise TypeError(
+            f"the validation score of {name!r} must be a number, got {score!r}; that of a run "
+            "which diverged is float('nan')"
+        )
+    return name, number, drift
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
     if not runs:
         raise ValueError("runs is empty: there is nothing to choose from")
-    if not (exchange >= 0 and math.isfinite(exchange)):
-        raise ValueError(f"exchange must be a finite number, 0 or more, got {exchange!r}")
     names = [name for name, _, _ in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two runs are named {twice!r}; give each a name of its own")
-    for name, _, drift in runs:
-        if not isinstance(drift, Drift):
-            raise TypeError(
-                f"runs must be (name, validation, Drift), got {type(drift).__name__} for {name!r}"
-            )
     if len({(drift.samples, drift.of) for _, _, drift in runs}) > 1:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
 

@@ -63,7 +63,8 @@ def inverted_images(
 
     Raises:
         TypeError: the model gives no logits (B, C) for a batch of images.
-        ValueError: the model has no BatchNorm layer with statistics, or a number is too small.
+        ValueError: the model has no BatchNorm layer with statistics, it gives no numbers, or a
+            number is too small.
         ScoreMismatchError: `store` has images of another model, or others of this one.
 
     Example:
@@ -82,11 +83,18 @@ def inverted_images(
         )
     starts = smooth_images(shape, samples, seed)
 
+    @torch.inference_mode(False)  # gradients are needed, whatever the caller is about
     def make() -> Tensor:
         device = home(model)
         parts = starts.to(device).tensor_split(max(1, samples // _AT_ONCE))
         with preserved_rng(seed), frozen_model(model, torch.float32, device) as frozen:
-            return torch.cat([_invert(frozen, part, steps) for part in parts]).cpu()
+            images = torch.cat([_invert(frozen, part, steps) for part in parts]).cpu()
+        if not images.isfinite().all():
+            raise ValueError(
+                "the images became inf or NaN, as the model's outputs or the statistics in its "
+                "BatchNorm layers are; take the model as it was before it diverged"
+            )
+        return images
 
     if store is None:
         return make()

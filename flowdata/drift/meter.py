@@ -111,8 +111,9 @@ class DriftMeter:
                 "the model has one output, which is no distribution over classes, so that it has "
                 "no KL; drift is for classifiers and language models"
             )
-        self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
-        self._batch_norm_state = BatchNormState(model)
+        with torch.inference_mode(False):  # else no gradient could go through what is kept
+            self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
+            self._batch_norm_state = BatchNormState(model)
 
     def _reference_rows(
         self,
@@ -242,13 +243,16 @@ class DriftMeter:
         """Whether a layer is a later state of the frozen one, and no other in its place.
 
         The output layer of a language model is one if it has as many tokens. A classifier's may
-        have been replaced by that of a new task with as many classes.
+        have been replaced by that of a new task with as many classes, unless the frozen one holds
+        zeros alone: any layer may have come of that, and it tells nothing itself.
         """
         one, other = _weight_of(self._rows.layer), _weight_of(layer)
         if one is None or other is None:
             return one is None and other is None  # the rows are logits
         if one.shape != other.shape or self.reader.is_of_language:
             return one.shape == other.shape
+        if not one.any():
+            return True
         other = other.to(one.device)
         cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
         return not bool(cosine <= _SAME_LAYER)  # a layer that diverged is no number

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.head.output_layer import Head, OutputModule, kernels, logit_options
+from flowdata.head.output_layer import (
+    Head,
+    OutputModule,
+    added_bias,
+    kernels,
+    logit_options,
+)
 from flowdata.models.calling import call_in_order, call_with, innermost, output_layer_of
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
@@ -230,7 +236,8 @@ def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Mod
     layer = module.layer
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return module
-    plain = Head(_whole(layer.weight), _whole(layer.bias), module.scale, module.softcap)
+    bias = _sum(_whole(layer.bias), module.bias)
+    plain = Head(_whole(layer.weight), bias, module.scale, module.softcap)
     return kernels(plain, compiled=False)[0][1]
 
 
@@ -244,9 +251,15 @@ def output_module(model: nn.Module, loss: Any, head: str | None) -> OutputModule
     """
     if loss not in LANGUAGE_LOSSES:
         return OutputModule(None if head is None else model.get_submodule(head))
-    config: Any = getattr(innermost(model), "config", None)
+    inner = innermost(model)
+    config: Any = getattr(inner, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return OutputModule(output_layer_of(model), *logit_options(config))
+    return OutputModule(output_layer_of(model), *logit_options(config), added_bias(inner))
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two biases, each of which may be missing."""
+    return other if one is None else one if other is None else one + other
 
 
 def _whole(parameter: Any) -> Any:

@@ -14,6 +14,11 @@ sums over the classes are all that is needed of each, and one tile after another
 
 Logits are products in float32, whatever the dtype of the hidden states, and the sums over tiles are
 float64. Equal logits give equal sums, and so a divergence of exactly 0.
+
+The two terms nearly cancel in rows that hardly differ, down to the rounding of float32. The tiles
+of these rows are made again, for a sum in which nothing cancels, because no term is negative::
+
+    t = log p − log q           KL(p ‖ q) = Σ p t + q − p = Σ p (t + exp(−t) − 1)
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ _TILE = {"cpu": (512, 1024), "cuda": (4096, 4096)}
 _CALLED_LOGITS = 1 << 22
 _LARGEST = 1e30  # stands for an infinite difference of logits, so that 0 times it is 0
 _INFINITE = 1e20  # divergences from here on are infinite
+_NEAR = 1e-3  # nats, below which the rounding of a difference of sums would be seen
+_SMALL = 0.25  # of t, up to which its series is exact in float32
 
 
 class Divergences(NamedTuple):
@@ -88,7 +95,14 @@ def divergences(base: Predictions, tuned: Predictions) -> Divergences:
         tensor([0., 0., 0.], dtype=torch.float64)
     """
     with torch.no_grad():
-        return divergences_of(*Sums.of(base, tuned))
+        p, q = Sums.of(base, tuned)
+        values = divergences_of(p, q)
+        near = (values.kl < _NEAR).nonzero().flatten()
+        if len(near):
+            one, other = (Predictions(each.rows[near], each.layer) for each in (base, tuned))
+            log_sums = p.log_sum()[near], q.log_sum()[near]
+            values.kl[near], values.reverse_kl[near] = _of_near(one, other, *log_sums)
+        return values
 
 
 @dataclass(frozen=True)
@@ -119,10 +133,7 @@ class Sums:
         count, device = len(base.rows), base.rows.device
         p, q = cls.begin(count, device), cls.begin(count, device)
         for tile in tiles(base, tuned):
-            # Equal logits do not differ, not even those of −inf.
-            is_equal = tile.a == tile.b
-            difference = torch.sub(tile.a, tile.b, out=tile.difference).masked_fill_(is_equal, 0.0)
-            difference.clamp_(-_LARGEST, _LARGEST)
+            difference = _difference(tile)
             p.add(tile.rows, tile.a, difference, tile.first_class)
             q.add(tile.rows, tile.b, difference.neg_(), tile.first_class)
         return p, q
@@ -179,6 +190,29 @@ def divergences_of(p: Sums, q: Sums) -> Divergences:
     return Divergences(kl, reverse_kl, agrees.double())
 
 
+def _of_near(
+    base: Predictions, tuned: Predictions, log_sum_p: Tensor, log_sum_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return KL(p ‖ q) and KL(q ‖ p) of rows that hardly differ, (n,) float64."""
+    kl, reverse_kl = torch.zeros_like(log_sum_p), torch.zeros_like(log_sum_p)
+    gap = (log_sum_p - log_sum_q).float()[:, None]
+    log_sum_p, log_sum_q = log_sum_p.float()[:, None], log_sum_q.float()[:, None]
+    for tile in tiles(base, tuned):
+        rows = tile.rows
+        difference = _difference(tile).sub_(gap[rows])
+        p = tile.a.sub_(log_sum_p[rows]).exp_()
+        q = tile.b.sub_(log_sum_q[rows]).exp_()
+        kl[rows] += _terms(p, q, difference).sum(1)
+        reverse_kl[rows] += _terms(q, p, difference.neg_()).sum(1)
+    return _finite_or_infinite(kl), _finite_or_infinite(reverse_kl)
+
+
+def _terms(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
+    """What each class adds to KL(p ‖ q), where t = log p − log q; never negative."""
+    series = t.square() * p * (1 / 2 - t * (1 / 6 - t * (1 / 24 - t * (1 / 120 - t / 720))))
+    return torch.where(t.abs() < _SMALL, series, p * t + (q - p))
+
+
 def _finite_or_infinite(values: Tensor) -> Tensor:
     """Divergences, which only rounding makes negative; what is no number is infinitely far away."""
     return values.clamp_min(0.0).masked_fill(~(values < _INFINITE), torch.inf)
@@ -199,6 +233,14 @@ class Tile(NamedTuple):
     a: Tensor
     b: Tensor
     difference: Tensor
+
+
+def _difference(tile: Tile) -> Tensor:
+    """Return a − b, in the tile's memory for it."""
+    # Equal logits do not differ, not even those of −inf.
+    is_equal = tile.a == tile.b
+    difference = torch.sub(tile.a, tile.b, out=tile.difference).masked_fill_(is_equal, 0.0)
+    return difference.clamp_(-_LARGEST, _LARGEST)
 
 
 def tiles(base: Predictions, tuned: Predictions) -> Iterator[Tile]:

@@ -39,19 +39,28 @@ class OutputModule(nn.Module):
         layer: makes logits of rows; None where the rows are logits.
         scale: factor on the logits.
         softcap: their bound, or None.
+        bias: (V,), which the model adds to what the layer makes, or None.
     """
 
+    bias: Tensor | None
+
     def __init__(
-        self, layer: nn.Module | None, scale: float = 1.0, softcap: float | None = None
+        self,
+        layer: nn.Module | None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.scale, self.softcap = layer, scale, softcap
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows (n, d) to logits (n, V)."""
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), rows.dtype)
         logits: Tensor = rows if self.layer is None else self.layer(rows.to(dtype))
-        logits = logits.float() * self.scale
+        logits = logits.float() if self.bias is None else logits.float() + self.bias
+        logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
@@ -110,6 +119,15 @@ def logit_options(config: Any) -> tuple[float, float | None]:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return scale, softcap or getattr(config, "logits_soft_cap", None)
+
+
+def added_bias(model: nn.Module) -> Tensor | None:
+    """Return the bias, (V,), that a model adds to what its output layer makes, or None.
+
+    BART, Marian and their like have one, which is zero unless a checkpoint says otherwise.
+    """
+    bias = getattr(model, "final_logits_bias", None)
+    return bias.detach().flatten() if isinstance(bias, Tensor) and bias.any() else None
 
 
 def finish_logits(
