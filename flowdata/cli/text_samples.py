@@ -11,8 +11,9 @@ from flowdata._common.unreadable import Unreadable
 from flowdata.cli.recognised import Recognised, recognise
 from flowdata.cli.template_options import add_template_options, load_tokenizer_with_template
 from flowdata.store.fingerprint import fingerprint_tokenizer
+from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens
 from flowdata.text.conversation import Row
-from flowdata.text.formats import Fields, find_fields
+from flowdata.text.formats import Fields, deciding_columns, find_fields
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 
@@ -74,8 +75,9 @@ def text_samples(
     template = options.template
     if template is None:
         template = tokenizer.chat_template is not None and fields.prompt is not None
+    digest = RowsDigest(deciding_columns(fields))
     samples = tokenize_rows(
-        rows,
+        digest.watch(rows),
         tokenizer,
         fields,
         template=template,
@@ -94,7 +96,14 @@ def text_samples(
         samples,
         {
             "model": model,
-            "data": {"source": source, **where, **vars(fields), "rows": int(samples.rows[-1]) + 1},
+            "data": {
+                "source": source,
+                **where,
+                **vars(fields),
+                "limit": options.limit,
+                "rows": len(digest),
+                "identity": _identity(digest, samples),
+            },
             "tokenizer": fingerprint_tokenizer(tokenizer),
             "chat_template": samples.replies is not None,
             "replies": samples.replies,
@@ -105,6 +114,14 @@ def text_samples(
         },
         recognised,
     )
+
+
+def _identity(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
+    """The identity of the rows, with that of their tokens where each row is one sample."""
+    if samples.is_split:
+        return digest.identity()
+    tokens = digest_tokens(samples.input_ids, samples.offsets, None)
+    return {**digest.identity(), "tokens": tokens}
 
 
 def cuts_of(samples: TokenSamples) -> dict[str, int]:

@@ -18,15 +18,9 @@ from flowdata._common.values import check_values
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize
+from flowdata.scores.matching import check_match
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
-from flowdata.store.identity import (
-    CONTENT_PREFIX,
-    content_identity,
-    dataset_difference,
-    fields_of,
-    same_rows,
-)
 from flowdata.targets.columns import SMALL_WHERE_EASY
 from flowdata.weights import (
     Missing,
@@ -184,8 +178,10 @@ class Scores:
     def check_dataset(self, dataset: Any, *, view: bool = True) -> None:
         """Check that `dataset` is the one these scores were made from.
 
-        Scores made under a `dataset_id` of the user's own, or from losses computed elsewhere,
-        are checked for their length alone.
+        Scores that `flowdata score` made are of rows of text: the rows are compared by the columns
+        that were read, whatever loaded them and whatever columns they have beside; where they have
+        no text any more, by their tokens. Scores made under a `dataset_id` of the user's own, from
+        losses computed elsewhere, or a part of other scores, are checked for their length alone.
 
         Args:
             dataset: map-style.
@@ -200,21 +196,7 @@ class Scores:
                 f"the scores are of {len(self)} samples, the data set has {len(dataset)}; "
                 "score this data set, or select its samples before scoring, not after"
             )
-        identity = str(self.metadata.get("identity", {}).get("dataset", ""))
-        if not identity.startswith(CONTENT_PREFIX):
-            return  # a name of the user's own, which no content can be compared with
-        skip_unreadable = bool(self.metadata.get("skipped"))
-        here = content_identity(
-            dataset, fields=fields_of(identity), skip_unreadable=skip_unreadable
-        )
-        if identity != here and (view or not same_rows(identity, here)):
-            raise ScoreMismatchError(
-                "the scores were made from another data set of the same length: "
-                f"{dataset_difference(identity, here)}. If they are the same samples in the same "
-                "order, differently transformed, score with dataset_id='a-name' or pass "
-                "scores.weights() instead of scores. If only a column was added that the model is "
-                "not given, pass scores.weights() too"
-            )
+        check_match(self.metadata, dataset, view=view)
 
     def to_column(
         self,
