@@ -69,8 +69,7 @@ def text_samples(
         source, limit=options.limit, streaming=options.streaming, on_error=options.on_error, **where
     )
     row = _first_row(rows, source)
-    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
-    fields = find_fields(row, Fields(**{k: v for k, v in named.items() if v is not None}))
+    fields = find_fields(row, _fields_named(options))
     tokenizer = load_tokenizer_with_template(options, model)
     template = options.template
     if template is None:
@@ -129,6 +128,12 @@ def cuts_of(samples: TokenSamples) -> dict[str, int]:
     return {
         name: getattr(samples, name) for name in ("num_cut", "num_cut_targets", "num_lost_targets")
     }
+
+
+def _fields_named(options: argparse.Namespace) -> Fields:
+    """The columns that the user named."""
+    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
+    return Fields(**{name: column for name, column in named.items() if column is not None})
 
 
 def _first_row(rows: Any, source: str) -> Row:
