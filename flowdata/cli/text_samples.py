@@ -63,11 +63,10 @@ def text_samples(
         The samples; details that a store keeps; what was recognised.
     """
     where = {
-        name: getattr(options, name) for name in ("split", "configuration", "revision", "encoding")
+        name: getattr(options, name)
+        for name in ("split", "configuration", "revision", "encoding", "limit")
     }
-    rows = read_rows(
-        source, limit=options.limit, streaming=options.streaming, on_error=options.on_error, **where
-    )
+    rows = read_rows(source, streaming=options.streaming, on_error=options.on_error, **where)
     row = _first_row(rows, source)
     fields = find_fields(row, _fields_named(options))
     tokenizer = load_tokenizer_with_template(options, model)
@@ -95,14 +94,7 @@ def text_samples(
         samples,
         {
             "model": model,
-            "data": {
-                "source": source,
-                **where,
-                **vars(fields),
-                "limit": options.limit,
-                "rows": len(digest),
-                "identity": _identity(digest, samples),
-            },
+            "data": {"source": source, **where, **vars(fields), **_rows_of(digest, samples)},
             "tokenizer": fingerprint_tokenizer(tokenizer),
             "chat_template": samples.replies is not None,
             "replies": samples.replies,
@@ -115,12 +107,12 @@ def text_samples(
     )
 
 
-def _identity(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
-    """The identity of the rows, with that of their tokens where each row is one sample."""
-    if samples.is_split:
-        return digest.identity()
-    tokens = digest_tokens(samples.input_ids, samples.offsets, None)
-    return {**digest.identity(), "tokens": tokens}
+def _rows_of(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
+    """The rows' number and identity, with that of their tokens where each row is one sample."""
+    identity = digest.identity()
+    if not samples.is_split:
+        identity["tokens"] = digest_tokens(samples.input_ids, samples.offsets, None)
+    return {"rows": len(digest), "identity": identity}
 
 
 def cuts_of(samples: TokenSamples) -> dict[str, int]:
