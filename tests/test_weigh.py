@@ -341,6 +341,23 @@ def test_no_column_and_no_file_is_written_over(capsys, score, tmp_path):
     assert without(datasets.load_from_disk(tmp_path / "out").to_list(), "flow") == rows
 
 
+def test_a_report_shows_no_text_of_a_changed_file(capsys, score, tmp_path):
+    file = write(tmp_path / "rows.jsonl", PAIRS)
+    store = score(file)
+    page = store / "report" / "report.html"
+    pages = {}
+    for name, rows in (("same", PAIRS), ("changed", PAIRS[::-1]), ("added", [*PAIRS, PAIRS[0]])):
+        write(file, rows)
+        code, _, err = run(capsys, "report", store)
+        assert code == 0, err
+        pages[name] = page.read_text(), err
+    assert "3+1=" in pages["same"][0]
+    assert "without their text" not in pages["same"][1]
+    assert "3+1=" not in pages["changed"][0]
+    assert "is not what was scored: its rows are the same in another order" in pages["changed"][1]
+    assert "3+1=" in pages["added"][0]  # the first rows are still those that were scored
+
+
 def test_scores_that_know_no_rows_are_refused(capsys, tmp_path):
     Scores(torch.tensor([1.0, 2.0])).save(tmp_path / "python")
     code, _, err = run(capsys, "weigh", tmp_path / "python", "--output", tmp_path / "a.jsonl")

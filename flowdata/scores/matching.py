@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,14 @@ def rows_identity(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(identity) if isinstance(identity, Mapping) else None
 
 
+def identity_of_rows(rows: Iterable[Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of rows by the columns of another identity; what is no row counts too."""
+    digest = RowsDigest(like["columns"])
+    for _ in digest.watch(rows):
+        pass
+    return digest.identity()
+
+
 def rows_difference(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Return what differs between the rows that were scored and others; "" where nothing does.
 
@@ -103,10 +111,8 @@ def _check_rows(rows: Mapping[str, Any], identity: str, dataset: Any, skips: boo
         names = set(first) if isinstance(first, Mapping) else set()
         absent = [name for name in rows["held"] if name not in names]
         if not absent:
-            digest = RowsDigest(rows["columns"])
-            for _ in digest.watch(_samples(dataset, skips)):
-                pass
-            difference = rows_difference(rows, digest.identity())
+            here = identity_of_rows(_samples(dataset, skips), rows)
+            difference = rows_difference(rows, here)
         elif "input_ids" in names and "tokens" in rows:
             difference = _tokens_difference(rows, identity, dataset, skips)
         else:
