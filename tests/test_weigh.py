@@ -6,8 +6,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from trl import SFTConfig
 
-from flowdata import Scores, flow_weights
+from flowdata import FlowWeightedDataset, Scores, flow_weights
+from flowdata.integrations.trl import FlowSFTTrainer
+from flowdata.text import load_model, load_tokenizer
 from flowdata.token_weights import weigh_targets
 from tests.test_cli import run
 from tests.test_growing import model_folder, rows_of, write
@@ -370,3 +373,31 @@ def test_scores_that_know_no_rows_are_refused(capsys, tmp_path):
     assert "the same flowdata score command notes it" in err
     code, _, err = run(capsys, "weigh", tmp_path / "none", "--output", tmp_path / "a.jsonl")
     assert code == 2
+
+
+def test_a_written_file_trains_under_trl(capsys, score, model_folder, tmp_path):
+    rows = [{"prompt": f"{n}?", "completion": "y" * (n + 1)} for n in range(5)]
+    store = score(write(tmp_path / "rows.jsonl", rows), "--no-template")
+    for output in ("out.jsonl", "out.parquet"):
+        weigh(capsys, store, tmp_path / output)
+    weights = Scores.load(store).weights().tolist()
+    for kind, file in (("json", "out.jsonl"), ("parquet", "out.parquet")):
+        table = datasets.load_dataset(
+            kind, data_files=str(tmp_path / file), split="train", cache_dir=str(tmp_path)
+        )
+        config = SFTConfig(
+            str(tmp_path / kind), max_steps=1, use_cpu=True, bf16=False, report_to=[], save_steps=9
+        )
+        trainer = FlowSFTTrainer(
+            load_model(model_folder),
+            config,
+            train_dataset=table,
+            processing_class=load_tokenizer(model_folder),
+        )
+        assert trainer.train_dataset["weight"] == pytest.approx(weights)
+        trainer.train()
+        # The command's own output is known for what was scored, too.
+        assert torch.equal(
+            FlowWeightedDataset(table, Scores.load(store)).weights.double(),
+            torch.tensor(weights).double(),
+        )

@@ -88,9 +88,12 @@ def run(options: argparse.Namespace) -> int:
     weighing = Weighing(scores, weights, drop=options.missing == "drop")
     weighing.write(source, where, options.output)
     _say_what_lacks(weighing, drop=options.missing == "drop")
-    facts = {"output": str(options.output), **weighing.figures()}
-    lines = [f"{weighing.written:,} rows written to {options.output}", list_figures(facts)]
-    print_result(options, facts, "\n".join(lines))
+    figures = weighing.figures()
+    print_result(
+        options,
+        {"output": str(options.output), **figures},
+        f"{weighing.written:,} rows written to {options.output}\n{list_figures(figures)}",
+    )
     return DONE
 
 
