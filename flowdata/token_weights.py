@@ -251,13 +251,48 @@ def token_weight_column(
         >>> [[round(weight, 3) for weight in row] for row in column]
         [[0.0, 0.368], [0.0, 0.368, 0.368]]
     """
-    if mode not in ("token", "both"):
-        raise ValueError(f"mode must be 'token' or 'both', got {mode!r}")
     sequences = [torch.as_tensor(row) for row in labels]
     if len(sequences) != len(scores):
         raise ValueError(
             f"{len(sequences)} label sequences for the scores of {len(scores)} samples"
         )
+    column = []
+    of_targets = weigh_targets(scores, mode=mode, temperature=temperature)
+    for index, (weights, sequence) in enumerate(zip(of_targets, sequences, strict=True)):
+        try:
+            aligned = align_token_weights(weights, sequence, truncated=truncated)
+        except ValueError as error:
+            raise ValueError(f"sample {index}: {error}") from None
+        column.append(aligned.tolist())
+    return column
+
+
+def weigh_targets(
+    scores: Scores,
+    *,
+    mode: Literal["token", "both"] = "token",
+    temperature: Temperature = "median",
+) -> list[Tensor]:
+    """Return the weights of each sample's targets, in order: N tensors, (counts[i],) float32.
+
+    Args:
+        scores: made with ``token_losses=True``, N samples.
+        mode: as in `token_weight_column`.
+        temperature: as in `token_weight_column`.
+
+    Raises:
+        ValueError: scores without token losses, or another `mode`.
+
+    Example:
+        >>> import torch
+        >>> from flowdata import Scores
+        >>> losses = torch.tensor([1.0, 1.0, 2.0])
+        >>> scores = Scores(torch.ones(2), torch.tensor([1, 2]), token_losses=losses)
+        >>> weigh_targets(scores)
+        [tensor([0.3679]), tensor([0.3679, 0.1353])]
+    """
+    if mode not in ("token", "both"):
+        raise ValueError(f"mode must be 'token' or 'both', got {mode!r}")
     token_losses = [scores.token_losses(index) for index in range(len(scores))]
     losses = check_values(torch.cat(token_losses), "token losses")
     flat = weigh(losses, resolve_temperature(losses, temperature))
@@ -265,16 +300,7 @@ def token_weight_column(
         factors = weigh_present(scores.losses, temperature, missing="zero")
         flat *= factors.repeat_interleave(scores.counts)
     warn_of_useless_weights(losses, flat, temperature, unit="tokens")
-    column = []
-    for index, (weights, sequence) in enumerate(
-        zip(flat.split(scores.counts.tolist()), sequences, strict=True)
-    ):
-        try:
-            aligned = align_token_weights(weights, sequence, truncated=truncated)
-        except ValueError as error:
-            raise ValueError(f"sample {index}: {error}") from None
-        column.append(aligned.tolist())
-    return column
+    return list(flat.split(scores.counts.tolist()))
 
 
 def _temperature(losses: Tensor, takes_part: Tensor, temperature: float | None) -> Tensor | float:

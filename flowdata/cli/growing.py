@@ -19,6 +19,7 @@ from torch import Tensor
 from flowdata._common.notices import say
 from flowdata.errors import StoreError
 from flowdata.scores import Scores
+from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.scoring.ranks import Ranks, ranks_of_this_call
 from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import LOCK, SCORES, locked, read_manifest
@@ -139,7 +140,7 @@ def _score(
 
 
 def _dataset_id(samples: TokenSamples) -> str:
-    return f"tokens:{samples.digest()}"
+    return TOKENS_PREFIX + samples.digest()
 
 
 def _joined(old: Scores, new: Scores, dataset_id: str, details: Mapping[str, Any]) -> Scores:

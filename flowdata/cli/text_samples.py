@@ -11,8 +11,9 @@ from flowdata._common.unreadable import Unreadable
 from flowdata.cli.recognised import Recognised, recognise
 from flowdata.cli.template_options import add_template_options, load_tokenizer_with_template
 from flowdata.store.fingerprint import fingerprint_tokenizer
+from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens
 from flowdata.text.conversation import Row
-from flowdata.text.formats import Fields, find_fields
+from flowdata.text.formats import Fields, deciding_columns, find_fields
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 
@@ -62,20 +63,19 @@ def text_samples(
         The samples; details that a store keeps; what was recognised.
     """
     where = {
-        name: getattr(options, name) for name in ("split", "configuration", "revision", "encoding")
+        name: getattr(options, name)
+        for name in ("split", "configuration", "revision", "encoding", "limit")
     }
-    rows = read_rows(
-        source, limit=options.limit, streaming=options.streaming, on_error=options.on_error, **where
-    )
+    rows = read_rows(source, streaming=options.streaming, on_error=options.on_error, **where)
     row = _first_row(rows, source)
-    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
-    fields = find_fields(row, Fields(**{k: v for k, v in named.items() if v is not None}))
+    fields = find_fields(row, _fields_named(options))
     tokenizer = load_tokenizer_with_template(options, model)
     template = options.template
     if template is None:
         template = tokenizer.chat_template is not None and fields.prompt is not None
+    digest = RowsDigest(deciding_columns(fields))
     samples = tokenize_rows(
-        rows,
+        digest.watch(rows),
         tokenizer,
         fields,
         template=template,
@@ -94,7 +94,7 @@ def text_samples(
         samples,
         {
             "model": model,
-            "data": {"source": source, **where, **vars(fields), "rows": int(samples.rows[-1]) + 1},
+            "data": {"source": source, **where, **vars(fields), **_rows_of(digest, samples)},
             "tokenizer": fingerprint_tokenizer(tokenizer),
             "chat_template": samples.replies is not None,
             "replies": samples.replies,
@@ -107,11 +107,25 @@ def text_samples(
     )
 
 
+def _rows_of(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
+    """The rows' number and identity, with that of their tokens where each row is one sample."""
+    identity = digest.identity()
+    if not samples.is_split:
+        identity["tokens"] = digest_tokens(samples.input_ids, samples.offsets, None)
+    return {"rows": len(digest), "identity": identity}
+
+
 def cuts_of(samples: TokenSamples) -> dict[str, int]:
     """Return how many samples were cut, lost targets, and lost all of them, by name."""
     return {
         name: getattr(samples, name) for name in ("num_cut", "num_cut_targets", "num_lost_targets")
     }
+
+
+def _fields_named(options: argparse.Namespace) -> Fields:
+    """The columns that the user named."""
+    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
+    return Fields(**{name: column for name, column in named.items() if column is not None})
 
 
 def _first_row(rows: Any, source: str) -> Row:

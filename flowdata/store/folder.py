@@ -5,9 +5,10 @@ format.py specifies what lies in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from flowdata.store.format import (
     MANIFEST,
     Manifest,
     layout_of,
+    make_manifest,
     manifest_in,
     read_file,
     store_digest,
@@ -164,6 +166,19 @@ def finish(
         part.unlink()
     with suppress(OSError):  # the folder isn't there, or holds files of somebody else
         (folder / PARTS).rmdir()
+
+
+def update_details(folder: Path, details: Mapping[str, Any]) -> None:
+    """Replace the notes for readers in a finished store, if they differ; all else stays."""
+    tensors, manifest = read_file(folder / SCORES)
+    as_read = make_manifest({}, {}, details)["details"]
+    if manifest["details"] == as_read:
+        return
+    # A folder that can only be read keeps the notes that it has, which are of the same losses.
+    with suppress(PermissionError), locked(folder):
+        manifest = {**manifest, "details": as_read}
+        write_file(folder / SCORES, tensors, manifest)
+        write_manifest(folder, {**manifest, "layout": layout_of(folder / SCORES)})
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from flowdata._common.notices import say
 from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
+from flowdata.store.fingerprint.rows import digest_tokens
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
 from flowdata.text.conversation import Conversation, Row
@@ -147,8 +147,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
 
     def digest(self) -> str:
         """Return the hex SHA-256 of all tokens, targets and offsets."""
-        content = (self.input_ids, self.is_target, self.offsets)
-        return hashlib.sha256(b"".join(array.tobytes() for array in content)).hexdigest()
+        return digest_tokens(self.input_ids, self.offsets, self.is_target)
 
 
 def tokenize_rows(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Protocol
 
-from flowdata.cli.commands import bench, demo, drift, front, report, score, verify
+from flowdata.cli.commands import bench, demo, drift, front, report, score, verify, weigh
 
 
 class Command(Protocol):
@@ -22,6 +22,7 @@ class Command(Protocol):
 COMMANDS: Mapping[str, Command] = {
     "demo": demo,
     "score": score,
+    "weigh": weigh,
     "report": report,
     "verify": verify,
     "drift": drift,

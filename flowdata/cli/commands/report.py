@@ -17,6 +17,7 @@ from flowdata.cli.output import list_figures, print_result
 from flowdata.drift.comparing import compare
 from flowdata.report.report import write_report
 from flowdata.scores import Scores
+from flowdata.scores.matching import identity_of_rows, rows_difference, rows_identity
 from flowdata.text.read import read_rows
 
 
@@ -90,6 +91,15 @@ def _sample_texts(scores: Scores) -> Callable[[int], str] | None:
         return None
     if data.get("rows", len(scores)) != len(scores):
         logger.warning("samples are shown without their text: rows have several samples each")
+        return None
+    identity = rows_identity(scores.metadata)
+    difference = identity and rows_difference(identity, identity_of_rows(rows, identity))
+    if difference:
+        logger.warning(
+            "samples are shown without their text: %s is not what was scored: %s",
+            data["source"],
+            difference,
+        )
         return None
     names = ("system", "history", "messages", "prompt", "input", "completion")
     fields = [data[name] for name in names if data.get(name)]

@@ -18,7 +18,7 @@ from flowdata.cli.process_group import process_group
 from flowdata.cli.text_samples import add_text_options, cuts_of, text_samples
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
-from flowdata.store.folder import SCORES
+from flowdata.store.folder import SCORES, update_details
 from flowdata.store.format import write_file
 from flowdata.text.joining import REPLIES, check_can_join, join_replies
 from flowdata.text.models import hide_progress, load_model, load_transformers
@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
             if samples.is_split:
                 scores = join_replies(scores, samples.rows)
                 write_file(store / SCORES, scores.to_tensors(), scores.manifest())
+            update_details(store, details)  # losses that were there may be of another file's rows
             _print_scores(options, scores, scorer.explain(), cuts_of(samples))
     return DONE
 

@@ -14,6 +14,20 @@ def read_columns(row: Row, fields: Fields) -> list[str]:
     return [name for name in row if name in known - not_scored]
 
 
+def deciding_columns(fields: Fields) -> list[str]:
+    """Return the columns that decide on a row's tokens and targets, in rows that have them.
+
+    Without a prompt of its own, a preferred reply begins where it parts from the other one.
+
+    Example:
+        >>> deciding_columns(Fields(completion="text", system=None, history=None, tools=None))
+        ['text', 'chat_template_kwargs']
+    """
+    known = [*fields.columns(), CHAT_TEMPLATE_OPTIONS]
+    not_scored = {fields.label, fields.rejected if fields.prompt else None}
+    return [name for name in known if name not in not_scored]
+
+
 def unread_columns(row: Row, fields: Fields) -> list[str]:
     """Return the columns of a row that play no part; media are no such: they are refused."""
     known = {*read_columns(row, fields), fields.rejected, fields.label, *MEDIA}

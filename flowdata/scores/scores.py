@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata._common.data_sets import check_takes_column
 from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
-from flowdata._common.values import check_values
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize
+from flowdata.scores.matching import check_match
+from flowdata.scores.shapes import check_shapes, finite_float32
+from flowdata.scores.table import part_of, row_of, to_frame, to_html
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
-from flowdata.store.identity import (
-    CONTENT_PREFIX,
-    content_identity,
-    dataset_difference,
-    fields_of,
-    same_rows,
-)
 from flowdata.targets.columns import SMALL_WHERE_EASY
 from flowdata.weights import (
     Missing,
@@ -81,14 +75,14 @@ class Scores:
                 f"{losses.dtype} of shape {tuple(losses.shape)}"
             )
         counts = torch.ones_like(losses) if counts is None else torch.as_tensor(counts).cpu()
-        _check_shapes(losses, counts, token_losses, columns or {})
-        self.losses = _finite_float32(losses)
+        check_shapes(losses, counts, token_losses, columns or {})
+        self.losses = finite_float32(losses)
         self.counts = counts.long()
         self.metadata = dict(metadata or {})
         self.flat_token_losses = (
             None if token_losses is None else token_losses.detach().cpu().float()
         )
-        self.columns = {name: _finite_float32(values) for name, values in (columns or {}).items()}
+        self.columns = {name: finite_float32(values) for name, values in (columns or {}).items()}
         self._offsets: Tensor | None = None  # into the token losses; made when first needed
 
     def __len__(self) -> int:
@@ -97,6 +91,59 @@ class Scores:
     def __repr__(self) -> str:
         num_missing = int(self.losses.isnan().sum())
         return f"Scores({len(self)} samples, {num_missing} without a loss)"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the first and the last samples as a table."""
+        return to_html(self)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: Any) -> Any: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one sample's values by name, or the scores of several samples.
+
+        Weights of a part have a temperature of their own; for those of all samples take a part of
+        `weights()`. What a part is of can't be recognised: it is checked for its length alone.
+
+        Args:
+            index: an integer for one sample; a slice, a list of integers or (N,) booleans for
+                `Scores` of some, in that order.
+
+        Raises:
+            TypeError: it is none of these.
+            IndexError: there is no such sample, or there are not N booleans.
+            ValueError: it selects no sample.
+
+        Example:
+            >>> scores = Scores(torch.tensor([0.5, 1.0, 3.0]), torch.tensor([4, 2, 7]))
+            >>> scores[-1]
+            {'index': 2, 'loss': 3.0, 'count': 7}
+            >>> scores[:2], scores[scores.losses > 0.75].counts
+            (Scores(2 samples, 0 without a loss), tensor([2, 7]))
+        """
+        is_one = isinstance(index, int | np.integer) or getattr(index, "ndim", None) == 0
+        if is_one and not isinstance(index, bool):
+            return row_of(self, index)
+        return part_of(self, index)
+
+    def to_pandas(self) -> Any:
+        """Return a pandas data frame of loss, count and further columns; a row for each sample.
+
+        Samples without a loss have NaN there; where some could not be read, `skipped` says why.
+
+        Raises:
+            ImportError: pandas is not installed.
+
+        Example:
+            >>> Scores(torch.tensor([0.5, 1.0]), torch.tensor([4, 2])).to_pandas()
+               loss  count
+            0   0.5      4
+            1   1.0      2
+        """
+        return to_frame(self)
 
     def token_losses(self, index: int) -> Tensor:
         """Return the losses of sample `index`'s targets, in order: (counts[index],) float32.
@@ -184,8 +231,10 @@ class Scores:
     def check_dataset(self, dataset: Any, *, view: bool = True) -> None:
         """Check that `dataset` is the one these scores were made from.
 
-        Scores made under a `dataset_id` of the user's own, or from losses computed elsewhere,
-        are checked for their length alone.
+        Scores that `flowdata score` made are of rows of text: the rows are compared by the columns
+        that were read, whatever loaded them and whatever columns they have beside; where they have
+        no text any more, by their tokens. Scores made under a `dataset_id` of the user's own, from
+        losses computed elsewhere, or a part of other scores, are checked for their length alone.
 
         Args:
             dataset: map-style.
@@ -200,21 +249,7 @@ class Scores:
                 f"the scores are of {len(self)} samples, the data set has {len(dataset)}; "
                 "score this data set, or select its samples before scoring, not after"
             )
-        identity = str(self.metadata.get("identity", {}).get("dataset", ""))
-        if not identity.startswith(CONTENT_PREFIX):
-            return  # a name of the user's own, which no content can be compared with
-        skip_unreadable = bool(self.metadata.get("skipped"))
-        here = content_identity(
-            dataset, fields=fields_of(identity), skip_unreadable=skip_unreadable
-        )
-        if identity != here and (view or not same_rows(identity, here)):
-            raise ScoreMismatchError(
-                "the scores were made from another data set of the same length: "
-                f"{dataset_difference(identity, here)}. If they are the same samples in the same "
-                "order, differently transformed, score with dataset_id='a-name' or pass "
-                "scores.weights() instead of scores. If only a column was added that the model is "
-                "not given, pass scores.weights() too"
-            )
+        check_match(self.metadata, dataset, view=view)
 
     def to_column(
         self,
@@ -288,61 +323,3 @@ class Scores:
         """Return the manifest of a store of these scores, made from their metadata."""
         fields = {name: self.metadata.get(name, {}) for name in (*FIELDS, "checked")}
         return make_manifest(**fields)
-
-
-def weights_of(
-    scores_or_weights: Scores | Tensor | NDArray[np.floating] | list[float],
-    *,
-    temperature: Temperature = "median",
-    missing: Missing = "raise",
-) -> Tensor:
-    """Return the (N,) weights of scores, or weights given directly, checked and not copied.
-
-    Weights are taken as they are: `temperature` and `missing` concern scores alone. Whether the
-    scores' weights are of use is left to the caller, who may have several.
-
-    Raises:
-        TypeError, ValueError: weights of a wrong dtype or shape, negative or non-finite (first
-            index named), and every error of `Scores.weights`.
-    """
-    if isinstance(scores_or_weights, Scores):
-        return weigh_present(scores_or_weights.losses, temperature, missing=missing)
-    if isinstance(scores_or_weights, str | Path):
-        name = str(scores_or_weights)  # "auto" is a word that the trainers alone can follow
-        made = "LossScorer(model).score(dataset)" if name == "auto" else f"Scores.load({name!r})"
-        raise TypeError(
-            f"scores_or_weights must be scores or weights, got {name!r}; pass flowdata.{made}"
-        )
-    if hasattr(scores_or_weights, "score"):
-        raise TypeError(
-            "scores_or_weights must be scores or weights, got "
-            f"{type(scores_or_weights).__name__}; pass what its score(dataset) returns"
-        )
-    return check_values(scores_or_weights, name="weights")
-
-
-def _check_shapes(
-    losses: Tensor, counts: Tensor, token_losses: Tensor | None, columns: Mapping[str, Tensor]
-) -> None:
-    """Refuse values that are not one for each sample, or one for each target."""
-    shape = tuple(losses.shape)
-    if counts.shape != shape:
-        raise ValueError(f"counts must have shape {shape}, got {tuple(counts.shape)}")
-    if token_losses is not None and token_losses.shape != (int(counts.sum()),):
-        raise ValueError(
-            f"token_losses must have shape ({int(counts.sum())},), one value for each target that "
-            f"counts tells of, got {tuple(token_losses.shape)}"
-        )
-    if taken := STORE_TENSORS.intersection(columns):
-        raise ValueError(f"columns must not be named {min(taken)!r}: scores hold that themselves")
-    for name, values in columns.items():
-        if np.shape(values) != shape:
-            raise ValueError(
-                f"columns[{name!r}] must have shape {shape}, got {tuple(np.shape(values))}"
-            )
-
-
-def _finite_float32(values: Tensor) -> Tensor:
-    """Values as float32, NaN where that is not finite; on the CPU, detached."""
-    single = torch.as_tensor(values).detach().cpu().float()
-    return torch.where(single.isfinite(), single, torch.nan)

@@ -1,0 +1,144 @@
+"""`flowdata weigh`: a scored data set with its weights beside it, for trainers that read files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import Any
+
+from flowdata._common.notices import logger
+from flowdata.cli.exit_codes import DONE
+from flowdata.cli.options import add_temperature
+from flowdata.cli.output import list_figures, print_result
+from flowdata.cli.weighing import Weighing
+from flowdata.scores import Scores
+from flowdata.scores.matching import rows_identity
+from flowdata.text.files.places import files_of, hub_id, is_saved
+from flowdata.text.files.writing import check_output
+from flowdata.text.formats import Fields
+from flowdata.text.weighted_rows import WeightedColumns, weigh_rows
+from flowdata.weights import check_temperature
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("store", help="folder with finished scores of `flowdata score`")
+    add("--output", required=True, type=Path, metavar="FILE", help=".jsonl, .parquet, or a folder")
+    add("--overwrite", action="store_true", help="replace what is at the output's place")
+    add("--data", help="where the data is now (default: where it was scored)")
+    add_temperature(parser, "number or rule")
+    add(
+        "--normalize",
+        choices=("none", "mean"),
+        default="none",
+        help="mean makes the weights average 1 (default: %(default)s)",
+    )
+    add("--max-weight", type=float, help="cap the weights")
+    add("--weight-column", default="weight", metavar="NAME", help="default: %(default)s")
+    add("--loss", action="store_true", help="write the column loss, too")
+    add(
+        "--token-weights",
+        action="store_true",
+        help="write the column token_weights, too: a weight for each target token, in order",
+    )
+    add(
+        "--message-weight",
+        metavar="NAME",
+        help="write the weight into the replies of chats, too: loss_weight, loss_scale",
+    )
+    add(
+        "--keep-above",
+        type=float,
+        metavar="WEIGHT",
+        help="write the column keep, too: whether the weight is at least so large",
+    )
+    add(
+        "--missing",
+        choices=("null", "drop"),
+        default="null",
+        help="rows without a loss get null for a weight, or are left out (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write a scored data set with its weights, for trainers that read files."""
+    check_temperature(options.temperature)
+    check_output(options.output, overwrite=options.overwrite)
+    scores = Scores.load(options.store)
+    data = _data_of(scores, options.store)
+    source = options.data or data["source"]
+    _check_not_the_data(options.output, source, data.get("split"))
+    fields = Fields(**{field.name: data[field.name] for field in fields_of(Fields)})
+    columns = WeightedColumns(
+        temperature=options.temperature,
+        normalize=options.normalize,
+        max_weight=options.max_weight,
+        name=options.weight_column,
+        loss=options.loss,
+        token_weights=options.token_weights,
+        keep_above=options.keep_above,
+        message_weight=options.message_weight,
+    )
+    weights = weigh_rows(scores, columns, fields)
+    names = ("split", "configuration", "revision", "encoding", "limit")
+    where = {name: data[name] for name in names}
+    weighing = Weighing(scores, weights, drop=options.missing == "drop")
+    weighing.write(source, where, options.output)
+    _say_what_lacks(weighing, drop=options.missing == "drop")
+    figures = weighing.figures()
+    print_result(
+        options,
+        {"output": str(options.output), **figures},
+        f"{weighing.written:,} rows written to {options.output}\n{list_figures(figures)}",
+    )
+    return DONE
+
+
+def _data_of(scores: Scores, store: str) -> Mapping[str, Any]:
+    """What the store tells of its rows.
+
+    Raises:
+        ValueError: nothing, or not which rows they were.
+    """
+    data = scores.metadata.get("details", {}).get("data")
+    if not isinstance(data, Mapping):
+        raise ValueError(
+            f"{store} names no data: it was not made by flowdata score. Of scores made in Python, "
+            "scores.to_column(dataset) writes the weights into a data set"
+        )
+    if rows_identity(scores.metadata) is None:
+        raise ValueError(
+            f"{store} was made by an earlier version of flowdata, which did not note its rows' "
+            "identity; the same flowdata score command notes it, and takes the losses as they are"
+        )
+    return data
+
+
+def _check_not_the_data(output: Path, source: str, split: str | None) -> None:
+    if hub_id(source) is not None or not Path(source).exists():
+        return
+    sources = [Path(source)] if is_saved(Path(source)) else files_of(source, split)
+    if any(output.resolve() in (path.resolve(), *path.resolve().parents) for path in sources):
+        raise ValueError(f"--output {output} is the data itself; name another file")
+
+
+def _say_what_lacks(weighing: Weighing, *, drop: bool) -> None:
+    """Say how many rows have no weight, or are not there."""
+    if weighing.without_loss:
+        logger.warning(
+            "%d of %d rows have no loss%s and %s; the first is row %d",
+            weighing.without_loss,
+            weighing.rows,
+            f" ({weighing.first_reason})" if weighing.first_reason else "",
+            "are left out" if drop else "get null for a weight, which no trainer should meet",
+            weighing.first_without_loss,
+        )
+    if weighing.no_rows:
+        logger.warning(
+            "%d lines of the data are no rows and are left out; the first: %s",
+            weighing.no_rows,
+            weighing.first_no_row,
+        )

@@ -1,0 +1,166 @@
+"""Whether a data set is the one that was scored: by its content, its rows of text or its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowdata._common.rng import preserved_rng
+from flowdata._common.unreadable import Readable, Unreadable
+from flowdata.errors import ScoreMismatchError
+from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens
+from flowdata.store.identity import (
+    CONTENT_PREFIX,
+    content_identity,
+    dataset_difference,
+    fields_of,
+    same_rows,
+)
+from flowdata.targets.labels import IGNORE_INDEX
+
+TOKENS_PREFIX = "tokens:"  # of the identity of token samples that were made of rows of text
+_ROWS_AT_ONCE = 4096
+_REMEDY = "score this data set, or pass scores.weights() if its rows are those that were scored"
+
+
+def check_match(metadata: Mapping[str, Any], dataset: Any, *, view: bool) -> None:
+    """Check that a data set is the one that scores are of; its length has been compared already.
+
+    Args:
+        metadata: the scores'.
+        dataset: map-style.
+        view: whether the transform, format and columns of a Hugging Face data set must be the same
+            too; False compares the rows alone.
+
+    Raises:
+        ScoreMismatchError: other content, another order, or another view of it.
+    """
+    identity = str(metadata.get("identity", {}).get("dataset", ""))
+    rows = rows_identity(metadata)
+    skips = bool(metadata.get("skipped"))
+    if rows is not None:
+        _check_rows(rows, identity, dataset, skips)
+    elif identity.startswith(CONTENT_PREFIX):
+        _check_content(identity, dataset, skips, view=view)
+    # Else it is a name of the user's own, which no content can be compared with.
+
+
+def rows_identity(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the identity of the rows of text that scores are of (`RowsDigest`), None without one.
+
+    Example:
+        >>> rows_identity({"details": {"data": {"identity": {"scheme": 1, "count": 3}}}})
+        {'scheme': 1, 'count': 3}
+    """
+    data = metadata.get("details", {}).get("data")
+    identity = data.get("identity") if isinstance(data, Mapping) else None
+    return dict(identity) if isinstance(identity, Mapping) else None
+
+
+def identity_of_rows(rows: Iterable[Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of rows by the columns of another identity; what is no row counts too."""
+    digest = RowsDigest(like["columns"])
+    for _ in digest.watch(rows):
+        pass
+    return digest.identity()
+
+
+def rows_difference(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return what differs between the rows that were scored and others; "" where nothing does.
+
+    Example:
+        >>> first, second = RowsDigest(["text"]), RowsDigest(["text"])
+        >>> for number in (1, 2):
+        ...     first.add({"text": str(number)})
+        ...     second.add({"text": str(3 - number)})
+        >>> rows_difference(first.identity(), second.identity())
+        'its rows are the same in another order'
+    """
+    if rows["scheme"] != other["scheme"]:
+        return "they were scored by another version of flowdata, which told rows apart otherwise"
+    if rows["rows"] == other["rows"]:
+        return ""
+    if rows["any_order"] == other["any_order"]:
+        return "its rows are the same in another order"
+    new = [name for name in other["held"] if name not in rows["held"]]
+    if new:
+        return f"its column {new[0]!r} holds something, and held nothing in the rows that were read"
+    columns = ", ".join(map(repr, rows["held"]))
+    return f"its rows are others, or hold something else in {columns}"
+
+
+def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> None:
+    here = content_identity(dataset, fields=fields_of(identity), skip_unreadable=skips)
+    if identity != here and (view or not same_rows(identity, here)):
+        raise ScoreMismatchError(
+            "the scores were made from another data set of the same length: "
+            f"{dataset_difference(identity, here)}. If they are the same samples in the same "
+            "order, differently transformed, score with dataset_id='a-name' or pass "
+            "scores.weights() instead of scores. If only a column was added that the model is "
+            "not given, pass scores.weights() too"
+        )
+
+
+def _check_rows(rows: Mapping[str, Any], identity: str, dataset: Any, skips: bool) -> None:
+    """Compare rows of text, or the tokens that were made of them, where a data set has no text."""
+    with preserved_rng(seed=0):
+        first = next(_samples(dataset, skips), None)
+        names = set(first) if isinstance(first, Mapping) else set()
+        absent = [name for name in rows["held"] if name not in names]
+        if not absent:
+            here = identity_of_rows(_samples(dataset, skips), rows)
+            difference = rows_difference(rows, here)
+        elif "input_ids" in names and "tokens" in rows:
+            difference = _tokens_difference(rows, identity, dataset, skips)
+        else:
+            difference = (
+                f"its rows have no column {absent[0]!r}, by which they could be told"
+                if isinstance(first, Mapping)
+                else f"its samples are no rows, but of {type(first).__name__}"
+            )
+    if difference:
+        raise ScoreMismatchError(
+            f"the scores are of rows of text, and this is another data set of the same length: "
+            f"{difference}; {_REMEDY}"
+        )
+
+
+def _samples(dataset: Any, skips: bool) -> Iterator[Any]:
+    """The samples in order; rows of a Hugging Face data set as its table holds them."""
+    if hasattr(dataset, "with_format") and hasattr(dataset, "iter"):
+        names = dataset.column_names
+        for batch in dataset.with_format(None).iter(_ROWS_AT_ONCE):
+            for values in zip(*(batch[name] for name in names), strict=True):
+                yield dict(zip(names, values, strict=True))
+        return
+    readable = Readable(dataset, skip=skips)
+    for index in range(len(dataset)):
+        yield readable[index]
+
+
+def _tokens_difference(rows: Mapping[str, Any], identity: str, dataset: Any, skips: bool) -> str:
+    ids: list[np.ndarray] = []
+    targets: list[np.ndarray] | None = []
+    for sample in _samples(dataset, skips):
+        if isinstance(sample, Unreadable):
+            sample = {"input_ids": [], "labels": []}
+        tokens = np.asarray(sample["input_ids"])
+        mask = sample.get("attention_mask")
+        is_there = np.ones(len(tokens), bool) if mask is None else np.asarray(mask).astype(bool)
+        ids.append(tokens[is_there].astype(np.int32))
+        if targets is not None and sample.get("labels") is not None:
+            targets.append(np.asarray(sample["labels"])[is_there] != IGNORE_INDEX)
+        else:
+            targets = None
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    offsets = np.append(0, lengths.cumsum(0).numpy())
+    flat = np.concatenate(ids)
+    if digest_tokens(flat, offsets, None) != rows.get("tokens"):
+        return "its tokens are others than those that were scored, or in another order"
+    here = identity if targets is None else None
+    if targets is not None:
+        here = TOKENS_PREFIX + digest_tokens(flat, offsets, np.concatenate(targets))
+    return "" if here == identity else "its tokens are the same, and other ones are targets"

@@ -1,0 +1,38 @@
+"""The values of scores: their shapes, and float32 with NaN for what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowdata.store.format import STORE_TENSORS
+
+
+def check_shapes(
+    losses: Tensor, counts: Tensor, token_losses: Tensor | None, columns: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError for values that are not one for each sample, or one for each target."""
+    shape = tuple(losses.shape)
+    if counts.shape != shape:
+        raise ValueError(f"counts must have shape {shape}, got {tuple(counts.shape)}")
+    if token_losses is not None and token_losses.shape != (int(counts.sum()),):
+        raise ValueError(
+            f"token_losses must have shape ({int(counts.sum())},), one value for each target that "
+            f"counts tells of, got {tuple(token_losses.shape)}"
+        )
+    if taken := STORE_TENSORS.intersection(columns):
+        raise ValueError(f"columns must not be named {min(taken)!r}: scores hold that themselves")
+    for name, values in columns.items():
+        if np.shape(values) != shape:
+            raise ValueError(
+                f"columns[{name!r}] must have shape {shape}, got {tuple(np.shape(values))}"
+            )
+
+
+def finite_float32(values: Tensor) -> Tensor:
+    """Return values as float32, NaN where that is not finite; on the CPU, detached."""
+    single = torch.as_tensor(values).detach().cpu().float()
+    return torch.where(single.isfinite(), single, torch.nan)

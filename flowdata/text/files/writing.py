@@ -1,0 +1,113 @@
+"""Rows into a file: JSON lines, Parquet, or a saved data set."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowdata._common.atomic import replacing
+from flowdata.text.conversation import Row
+from flowdata.text.files.places import is_saved
+
+LINES = (".jsonl", ".ndjson", ".jsonlines")
+PARQUET = ".parquet"
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Check, before hours of work, that rows can be written to a path.
+
+    Raises:
+        ValueError: its name tells no kind of file, or something is there that may not be replaced.
+
+    Example:
+        >>> check_output(Path("weighted.csv"), overwrite=False)
+        Traceback (most recent call last):
+        ValueError: weighted.csv is of no kind that is written; there are .jsonl, .ndjson, ...
+    """
+    suffix = path.suffix.lower()
+    if suffix and suffix not in (*LINES, PARQUET):
+        raise ValueError(
+            f"{path} is of no kind that is written; there are {', '.join(LINES)}, {PARQUET}, and "
+            "names without an ending for the folder of a saved data set"
+        )
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{path} is there already; name another file, or pass --overwrite")
+    if path.is_dir() and (suffix or not is_saved(path)):
+        raise ValueError(f"{path} is a folder of other things, which --overwrite does not remove")
+    if path.is_file() and not suffix:
+        raise ValueError(f"{path} is a file, and a data set is saved into a folder")
+
+
+def is_lines(path: Path) -> bool:
+    """Return whether a file by this name is one of JSON lines, which is written row by row."""
+    return path.suffix.lower() in LINES
+
+
+def write_lines(rows: Iterable[Row], path: Path) -> None:
+    """Write rows as JSON lines, whole or not at all: an error in `rows` leaves no file.
+
+    Raises:
+        ValueError: a row holds what JSON can't.
+    """
+    with replacing(path) as file:
+        for number, row in enumerate(rows):
+            try:
+                line = json.dumps(row, ensure_ascii=False)
+            except TypeError as error:
+                raise ValueError(
+                    f"row {number} holds what JSON can't ({error}); write {PARQUET}, which keeps "
+                    "types"
+                ) from None
+            file.write(line.encode() + b"\n")
+
+
+def write_dataset(dataset: Any, path: Path) -> None:
+    """Write a Hugging Face data set as a Parquet file, or save it into a folder, whole or not."""
+    if path.suffix.lower() == PARQUET:
+        with replacing(path) as file:
+            dataset.to_parquet(file)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        dataset.save_to_disk(draft)
+        shutil.rmtree(path, ignore_errors=True)
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def to_dataset(rows: Sequence[Row]) -> Any:
+    """Return rows as a Hugging Face data set, which has the columns of all of them.
+
+    Raises:
+        ValueError: a column holds values of several types, which Arrow has no column for.
+    """
+    import datasets
+    import pyarrow
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return datasets.Dataset.from_dict(columns)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the rows are of several types in one column ({error}), which Parquet and saved data "
+            f"sets can't have; write {LINES[0]}"
+        ) from None
+
+
+def with_columns(dataset: Any, columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Return a Hugging Face data set with new columns, or others in the place of its own."""
+    names = [*dataset.column_names, *(name for name in columns if name not in dataset.column_names)]
+    for name, values in columns.items():
+        if name in dataset.column_names:
+            dataset = dataset.remove_columns(name)
+        dataset = dataset.add_column(name, list(values))
+    return dataset.select_columns(names)

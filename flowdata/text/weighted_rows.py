@@ -1,0 +1,186 @@
+"""Rows of text with their weights beside them, for trainers that read files.
+
+A row stays as it is. What is new are columns, and weights within the messages of a chat, where a
+trainer reads them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flowdata.scores import Scores
+from flowdata.text.conversation import Row
+from flowdata.text.formats import Fields, read_conversation
+from flowdata.text.formats.messages import read_turns
+from flowdata.token_weights import weigh_targets
+from flowdata.weights import Normalize, Temperature
+
+LOSS, TOKEN_WEIGHTS, KEEP, MESSAGES = "loss", "token_weights", "keep", "messages"
+
+
+@dataclass(frozen=True)
+class WeightedColumns:
+    """Which columns rows get, and how weights are made.
+
+    Attributes:
+        temperature: as in `resolve_temperature`, over the rows that have a loss.
+        normalize: ``"mean"`` divides the weights by the mean over those rows.
+        max_weight: caps the weights, after normalising.
+        name: the weight's column.
+        loss: whether there is a column `loss`, nats.
+        token_weights: whether there is a column `token_weights`: a list with a weight for each
+            target token of the row, in order.
+        keep_above: the least weight with which the column `keep` is true; None has no such column.
+        message_weight: the name of the weight in each reply of a chat, 0 where the row has no
+            loss; None has none there. A row that is no list of messages gets a column `messages`.
+    """
+
+    temperature: Temperature = "median"
+    normalize: Normalize = "none"
+    max_weight: float | None = None
+    name: str = "weight"
+    loss: bool = False
+    token_weights: bool = False
+    keep_above: float | None = None
+    message_weight: str | None = None
+
+    def names(self) -> list[str]:
+        """Return the names of the new columns."""
+        names = {
+            self.name: True,
+            LOSS: self.loss,
+            TOKEN_WEIGHTS: self.token_weights,
+            KEEP: self.keep_above is not None,
+        }
+        return [name for name, is_there in names.items() if is_there]
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """What rows get: values by column, one for each row; None where a row has no loss.
+
+    Attributes:
+        options: which columns there are.
+        columns: their values.
+        fields: the columns of a row that hold its chat, for weights in messages.
+    """
+
+    options: WeightedColumns
+    columns: Mapping[str, list[Any]]
+    fields: Fields = field(default_factory=Fields)
+
+    def values_of(self, index: int, row: Row) -> dict[str, Any]:
+        """Return what a row gets, by column: new columns, and its chat with weights within.
+
+        Raises:
+            ValueError: the row has such a column, or holds no chat that weights could go into.
+        """
+        taken = next((name for name in self.columns if name in row), None)
+        if taken is not None:
+            raise ValueError(
+                f"the rows have a column {taken!r} already; name the weight's with "
+                "--weight-column, or rename it in the data"
+            )
+        values = {name: column[index] for name, column in self.columns.items()}
+        if self.options.message_weight is not None:
+            # Trainers take null in a message for no word on it, and train on it in full.
+            weight = values[self.options.name] or 0.0
+            values |= _chat_with_weights(row, self.fields, self.options.message_weight, weight)
+        return values
+
+
+def weigh_rows(scores: Scores, options: WeightedColumns, fields: Fields) -> RowWeights:
+    """Return the new columns of all rows.
+
+    Args:
+        scores: of the rows, in their order.
+        options: which columns there are.
+        fields: the columns of a row that were read.
+
+    Raises:
+        ValueError: no row has a loss, weights can't be made of them, there are no token losses, or
+            two columns would have one name.
+
+    Example:
+        >>> import torch
+        >>> options = WeightedColumns(temperature=1.0, keep_above=0.5)
+        >>> scores = Scores(torch.tensor([0.0, 1.0, torch.nan]))
+        >>> columns = weigh_rows(scores, options, Fields()).columns
+        >>> [round(weight, 3) for weight in columns["weight"][:2]], columns["weight"][2]
+        ([1.0, 0.368], None)
+        >>> columns["keep"]
+        [True, False, None]
+    """
+    if options.name in (LOSS, TOKEN_WEIGHTS, KEEP):
+        raise ValueError(f"the weight's column must not be named {options.name!r}, another is")
+    has_loss = ~scores.losses.isnan()
+    if not has_loss.any():
+        raise ValueError(f"none of the {len(scores)} rows has a loss")
+    present = scores[has_loss]
+    weights: list[float] = present.weights(
+        options.temperature, normalize=options.normalize, max_weight=options.max_weight
+    ).tolist()
+    columns: dict[str, list[Any]] = {options.name: weights}
+    if options.loss:
+        columns[LOSS] = present.losses.tolist()
+    if options.token_weights:
+        of_tokens = weigh_targets(present, temperature=options.temperature)
+        columns[TOKEN_WEIGHTS] = [part.tolist() for part in of_tokens]
+    if options.keep_above is not None:
+        columns[KEEP] = [weight >= options.keep_above for weight in weights]
+    places = torch.where(has_loss, has_loss.cumsum(0) - 1, -1).tolist()
+    return RowWeights(
+        options,
+        {
+            name: [values[place] if place >= 0 else None for place in places]
+            for name, values in columns.items()
+        },
+        fields,
+    )
+
+
+def _chat_with_weights(
+    row: Row, fields: Fields, name: str, weight: float
+) -> dict[str, list[dict[str, Any]]]:
+    """The chat of a row, with a weight in each reply that is a target; others have 0."""
+    if fields.rejected or fields.label:
+        raise ValueError(
+            "weights can't be written into the messages of a preference set, which trainers take "
+            "another loss of; leave --message-weight out"
+        )
+    chat = row.get(fields.messages) if fields.messages and not fields.completion else None
+    if isinstance(chat, list) and all(_is_message(item) for item in chat):
+        weighted = [_weighted(item, name, weight) for item in chat]
+        return {str(fields.messages): weighted}
+    if MESSAGES in row:
+        raise ValueError(
+            f"column {MESSAGES!r} holds no list of messages, so no weights can be written into it"
+        )
+    conversation = read_conversation(row, fields)
+    pairs = zip(conversation.messages, conversation.is_target, strict=True)
+    return {
+        MESSAGES: [
+            {**message, name: weight if is_target else 0.0}
+            if message["role"] == "assistant"
+            else message
+            for message, is_target in pairs
+        ]
+    }
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and ("role" in item or "from" in item)
+
+
+def _weighted(item: Mapping[str, Any], name: str, weight: float) -> dict[str, Any]:
+    """A message with its weight: a weight that it has already stays a factor."""
+    turns = read_turns([item])
+    if not any(message["role"] == "assistant" for message, _ in turns):
+        return dict(item)
+    if not any(is_target for _, is_target in turns):
+        return {**item, name: 0.0}
+    return {**item, name: weight * float(1.0 if item.get(name) is None else item[name])}
