@@ -162,9 +162,11 @@ def draw_lengths(axes: Any, losses: Tensor, counts: Tensor) -> None:
         title="Loss against length",
         xlabel="targets" + "; larger losses at the edge" * bool((y > top).any()),
         ylabel="loss (nats); the line: medians",
-        xscale="log" if x.max() > 10 * x.min() else "linear",
         ylim=(min(0.0, float(y.min())), top),
     )
+    if x.max() > 50 * x.min():
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def mark(axes: Any, value: float, name: str, *, color: str = ORANGE) -> None:

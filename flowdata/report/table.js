@@ -31,9 +31,9 @@ async function unpack(base64) {
 function numberText(value, isSigned = false) {
   if (Number.isNaN(value)) return "–";
   const size = Math.abs(value);
-  const text = Number.isInteger(value) || size >= 1000
-    ? Math.round(size).toLocaleString("en")
-    : String(Number(size.toPrecision(3)));
+  let text = String(Number(size.toPrecision(3)));
+  if (Number.isInteger(value) || size >= 1000) text = Math.round(size).toLocaleString("en");
+  else if (size < 1e-3) text = size.toExponential(1);
   return (value < 0 ? "−" : isSigned && value > 0 ? "+" : "") + text;
 }
 
@@ -113,12 +113,12 @@ function select() {
 }
 
 function sortBy(column) {
-  // A second click turns the order; texts apart, the largest values are asked for first.
+  // A second click turns the order. The largest values are asked for first, but of numbers.
   state.isRising = state.column === column ? !state.isRising : column === indices;
   state.column = column;
-  for (const [place, button] of [...get("head").children].entries()) {
-    if (columns[place] !== column) button.removeAttribute("aria-sort");
-    else button.setAttribute("aria-sort", state.isRising ? "ascending" : "descending");
+  for (const [place, heading] of [...get("head").children].entries()) {
+    if (columns[place] !== column) heading.removeAttribute("aria-sort");
+    else heading.setAttribute("aria-sort", state.isRising ? "ascending" : "descending");
   }
   select();
 }
@@ -157,13 +157,17 @@ function draw() {
 function drawHead() {
   const headings = columns.map((column) =>
     make("button", { type: "button", textContent: column.name, onclick: () => sortBy(column) }));
-  if (marks) headings.push(make("button", { className: "marks", textContent: "marks" }));
-  if (data.texts) headings.push(make("button", { className: "words", textContent: "text" }));
+  if (marks) headings.push(make("span", { textContent: "marks" }));
+  if (data.texts) headings.push(make("span", { textContent: "text" }));
+  for (const heading of headings) heading.setAttribute("role", "columnheader");
   get("head").replaceChildren(...headings);
-  const widths = columns.map((column) => `${Math.max(4.6, column.name.length * 0.62 + 1.6)}rem`);
-  if (marks) widths.push("8rem");
-  if (data.texts) widths.push("minmax(18rem, 1fr)");
-  get("view").style.setProperty("--columns", widths.join(" "));
+  const widths = columns.map((column) => Math.max(4.6, column.name.length * 0.62 + 1.6));
+  if (marks) widths.push(8);
+  if (data.texts) widths.push(18); // the last column takes what is left of a wide window
+  const last = `minmax(${widths.at(-1)}rem, 1fr)`;
+  const others = widths.slice(0, -1).map((width) => `${width}rem`);
+  get("view").style.setProperty("--columns", [...others, last].join(" "));
+  get("view").style.setProperty("--least", `${widths.reduce((sum, width) => sum + width)}rem`);
 }
 
 // One sample
@@ -227,7 +231,8 @@ function heatMap(index) {
     cell.style.setProperty("--heat", Math.min(1, loss / HOTTEST).toFixed(2));
     map.append(cell);
   }
-  return [make("h3", {}, "Loss of each target"), map];
+  const heading = `Loss of each target (the full colour: ${HOTTEST} nats and more)`;
+  return [make("p", {}, heading), map];
 }
 
 // Weights at a temperature

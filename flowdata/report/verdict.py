@@ -23,6 +23,7 @@ RULES = ("median", "mean", "ess0.5", "ess0.9")  # the temperatures that a page o
 _ALIKE = 0.9  # effective share of the samples from which weights change little
 _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
+_TOLD = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
 _TAIL = 0.01  # share of the samples that far that makes a tail
 
 
@@ -64,7 +65,10 @@ def judge(
     if num_far >= max(1, _TAIL * present):
         title = "The losses have a heavy tail: FLOW will act."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
-        text = [f"{effect} It acts on {num_far:,} samples ({num_far / present:.0%}){about}"]
+        text = [
+            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): their "
+            f"weights lie below a twentieth of the largest possible one.{about}"
+        ]
         return Verdict(title, [*text, _advice_for_tail(share), _STEPS])
     if share >= _ALIKE:
         title = "Nearly all losses are alike: FLOW changes little."
@@ -102,15 +106,16 @@ def _advice_for_tail(share: float) -> str:
 
 def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> str:
     """What the samples are that weights act on: their lengths, and the marks they bear."""
-    facts = ["whose weights lie below a twentieth of the largest possible"]
+    text = ""
     lengths, is_near = counts.numpy(), is_there & ~is_far
     if (lengths != 1).any() and is_near.any():
         far, near = np.median(lengths[is_far]), np.median(lengths[is_near])
-        facts.append(f"have {far:,.0f} targets in the median, the others {near:,.0f}")
-    for name in ("suspect", "copy", "contradiction"):
-        if number := int((oddities.marks[name] & is_far).sum()):
-            facts.append(f"{number:,} of them are marked as {name}")
-    return f", {facts[0]}" + "".join(f"; {fact}" for fact in facts[1:]) + "."
+        text += f" They have {far:,.0f} targets in the median, the others {near:,.0f}."
+    marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _TOLD}
+    if any(marks.values()):
+        told = ", ".join(f"{number:,} as {name}" for name, number in marks.items() if number)
+        text += f" Of them are marked below: {told}."
+    return text
 
 
 def temperatures(losses: Tensor) -> dict[str, tuple[float, float]]:
