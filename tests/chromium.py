@@ -44,7 +44,7 @@ class Chromium:
         os.close(to_browser)
         os.close(from_browser)
         self._number, self._session, self._rest = 0, None, b""
-        self.requests = []  # addresses that pages asked for
+        self.requests, self.errors = [], []  # addresses that pages asked for; of their scripts
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
@@ -70,6 +70,8 @@ class Chromium:
         while (answer := self._read()).get("id") != self._number:
             if answer.get("method") == "Network.requestWillBeSent":
                 self.requests.append(answer["params"]["request"]["url"])
+            if answer.get("method") == "Runtime.exceptionThrown":
+                self.errors.append(answer["params"]["exceptionDetails"])
         assert "error" not in answer, answer["error"]
         return answer["result"]
 

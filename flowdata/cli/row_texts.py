@@ -120,7 +120,7 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
         return None
     if scores.metadata.get("identity", {}).get("dataset") != f"tokens:{samples.digest()}":
         logger.warning(
-            "targets can't be shown as they were scored: the tokenizer of %s makes other tokens of %s",
+            "targets can't be shown as they were scored: by %s, %s has other tokens than these",
             *(details["model"], details["data"]["source"]),
         )
         return None
