@@ -15,7 +15,9 @@ from flowdata.scores import Scores
 from flowdata.weights import resolve_temperature
 from tests.chromium import Chromium
 from tests.models import tiny_llama
+from tests.test_text import tokenizer
 
+__all__ = ["tokenizer"]  # a fixture of another file
 NASTY = "</script><script>document.title = 'taken'</script><b>"
 COUNT = 200
 

@@ -114,7 +114,7 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
     marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _TOLD}
     if any(marks.values()):
         told = ", ".join(f"{number:,} as {name}" for name, number in marks.items() if number)
-        text += f" Of them are marked below: {told}."
+        text += f" Marked among them, as listed below: {told}."
     return text
 
 
