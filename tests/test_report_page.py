@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -126,7 +127,8 @@ def test_weights_follow_the_temperature(browser, page, scores):
         click(browser, "#rules button", rule)
         figures = scores.summary(rule)
         told = text(browser, "#effect")
-        assert f"effective sample size {figures['effective_sample_size']:.0f} of 199" in told
+        (size,) = re.findall(r"effective sample size (\d+) of 199", told)
+        assert int(size) == pytest.approx(figures["effective_sample_size"], abs=0.51)
         assert f"({round(100 * figures['effective_share'])} %)" in told
         weights = {int(row["index"]): row["weight"] for row in saved(browser)}
         assert weights[77] == ""
@@ -194,6 +196,17 @@ def test_a_chat_is_shown_as_one_and_is_text_alone(browser, page, scores):
     assert [cell[0] for cell in cells] == [" t0", " t1", " t2", " t3", " t4"]
     assert [float(cell[2]) for cell in cells] == pytest.approx([x / 6 for x in losses], abs=0.01)
     assert all(cell[1].endswith(" nats") for cell in cells)
+
+
+def test_arrow_keys_go_from_sample_to_sample(browser, page):
+    browser.open(page)
+    first, second = indices(browser)[:2]
+    browser.run("document.querySelector('#rows > div').click()")
+    for key, index in (("ArrowDown", second), ("ArrowUp", first), ("ArrowUp", first)):
+        press = f"new KeyboardEvent('keydown', {{ key: '{key}' }})"
+        browser.run(f"document.getElementById('view').dispatchEvent({press})")
+        assert text(browser, "#sample .facts b") == f"#{index}"
+    assert browser.errors == []
 
 
 def test_a_page_asks_for_nothing_and_fits_dark_and_narrow_windows(browser, page, tmp_path):

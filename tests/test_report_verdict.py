@@ -44,6 +44,17 @@ def test_losses_between_both_and_weights_that_vanish_have_words_of_their_own():
     assert "nearly vanish" in verdict_on(7 + even, temperature=0.01).title
 
 
+def test_a_temperature_that_a_user_tries_does_not_change_what_losses_are():
+    alike, even = 1.4 + 0.2 * noise(), torch.linspace(0.1, 2.0, 500)
+    for temperature in (0.3, 100.0, "ess0.5"):
+        verdict = verdict_on(alike, temperature=temperature)
+        assert verdict.title.startswith("Nearly all losses are alike")
+        assert "At the median of the losses, 1.4" in verdict.text[0]
+    assert "without a heavy tail" in verdict_on(even, temperature=100.0).title
+    sparse = torch.tensor([0.0] * 60 + [0.5] * 40)  # the median is none
+    assert verdict_on(sparse, temperature="mean").title
+
+
 def test_a_rule_that_picks_no_temperature_is_not_offered():
     assert "median" not in temperatures(torch.tensor([0.0, 0.0, 0.0, 1.0]))
     losses = torch.tensor([7.0, 7.1, 7.2, 7.3])

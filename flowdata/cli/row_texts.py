@@ -71,7 +71,8 @@ def row_texts(scores: Scores, rows: Any) -> Callable[[int], SampleText] | None:
     """
     if rows is None:
         return None
-    columns = _columns(scores.metadata["details"]["data"])
+    details = scores.metadata["details"]
+    columns, is_chat = _columns(details["data"]), bool(details.get("chat_template"))
 
     def text(index: int) -> SampleText:
         row = rows[index]
@@ -81,6 +82,9 @@ def row_texts(scores: Scores, rows: Any) -> Callable[[int], SampleText] | None:
             conversation = read_conversation(row, columns)
         except (KeyError, TypeError, ValueError) as error:
             return f"row {index}: {error}"
+        if conversation.plain is not None and not is_chat:
+            prompt, completion = conversation.plain
+            return [*([Piece(prompt, "prompt")] if prompt else []), _completion(completion)]
         flags = zip(conversation.messages, conversation.is_target, strict=True)
         return [
             Piece(_text_of(message), str(message["role"]), is_target)
@@ -130,6 +134,10 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
 def _columns(data: Mapping[str, Any]) -> Fields:
     names = {field.name for field in fields(Fields)}
     return Fields(**{name: value for name, value in data.items() if name in names})
+
+
+def _completion(text: str) -> Piece:
+    return Piece(text, "completion", is_target=True)
 
 
 def _text_of(message: Message) -> str:

@@ -54,8 +54,8 @@ def write_report(
         folder: made if missing.
         temperature: as in `resolve_temperature`.
         samples: gives the text of sample i, a string or `Piece`s that tell prompt and target apart;
-            None shows numbers alone. The page holds the beginning of each: 2,000 characters, fewer
-            of more than 10,000 samples.
+            None shows numbers alone. It is asked once for each sample, and the page holds the
+            beginning of each text: 2,000 characters, fewer of more than 10,000 samples.
         top: how many of the easiest and of the hardest samples the page lists.
         words: gives the texts of sample i's targets, one for each of its token losses, if the
             scores hold these; without it their losses are shown as bare squares.

@@ -178,6 +178,15 @@ function pick(index) {
   drawSample();
 }
 
+function step(event) {
+  const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  const next = state.order[state.order.indexOf(state.picked) + by];
+  if (!by || state.picked < 0 || next === undefined) return;
+  event.preventDefault();
+  get("view").scrollTop += by * ROW;
+  pick(next);
+}
+
 function drawSample() {
   const index = state.picked;
   if (index < 0) return;
@@ -346,6 +355,7 @@ function start() {
   fillMarks();
   drawHead();
   get("explorer").hidden = false;
+  get("waiting").hidden = true;
   sortBy(columns.find((column) => column.values === losses));
   if (data.temperatures) startTemperature();
   let waiting = 0; // the search follows the last key
@@ -356,6 +366,7 @@ function start() {
   get("marks").onchange = select;
   get("save").onclick = save;
   get("view").onscroll = draw;
+  get("view").onkeydown = step;
   window.onresize = draw;
   for (const button of document.querySelectorAll("[data-mark]")) {
     button.hidden = false;

@@ -175,7 +175,7 @@ def _token_losses(tokens: Tokens, samples: Sequence[int]) -> dict[str, Any]:
 
 
 _TEMPLATE = """<style>{style}</style>
-<noscript><p>The table of all samples needs a browser that runs scripts.</p></noscript>
+<p id="waiting">The table appears in browsers that run scripts, of 2023 or later.</p>
 <p>A click on a heading sorts, one on a row shows the sample. {note}</p>
 <section id="explorer" hidden>
 <div class="temperature" hidden>

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata.report.oddities import Oddities
-from flowdata.weights import RelativeTemperature, resolve_temperature
+from flowdata.weights import RelativeTemperature, effective_sample_size, resolve_temperature, weigh
 
 Mask: TypeAlias = "NDArray[np.bool_]"
 
@@ -51,14 +51,16 @@ def judge(
         summary: as `summarize` returns it.
         oddities: as `find_oddities` returns them.
     """
-    temperature, share = summary["temperature"], summary["effective_share"]
-    is_far = (losses - origin_of(temperature) > _FAR * temperature).numpy()  # NaN is not
-    num_far, present = int(is_far.sum()), len(losses) - summary["missing"]
+    usual, share, present = _by_the_median(losses, summary)
+    is_far = (losses - origin_of(usual) > _FAR * usual).numpy()  # NaN is not
+    num_far = int(is_far.sum())
     effect = (
-        f"At temperature {temperature:.3g} the weights amount to "
-        f"{summary['effective_sample_size']:,.0f} of {present:,} samples ({share:.0%}); their mean "
-        f"is {summary['weight']['mean']:.2g}."
+        f"At temperature {summary['temperature']:.3g} the weights amount to "
+        f"{summary['effective_sample_size']:,.0f} of {present:,} samples "
+        f"({summary['effective_share']:.0%}); their mean is {summary['weight']['mean']:.2g}."
     )
+    if summary["temperature"] != usual:
+        effect += f" At the median of the losses, {usual:.3g}, they would amount to {share:.0%}."
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, "Take ess0.5, whose largest weight is 1."])
@@ -66,8 +68,8 @@ def judge(
         title = "The losses have a heavy tail: FLOW will act."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
         text = [
-            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): their "
-            f"weights lie below a twentieth of the largest possible one.{about}"
+            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at the "
+            f"median their weights lie below a twentieth of the largest possible one.{about}"
         ]
         return Verdict(title, [*text, _advice_for_tail(share), _STEPS])
     if share >= _ALIKE:
@@ -75,6 +77,19 @@ def judge(
         return Verdict(title, [effect, _ADVICE_WHERE_ALIKE])
     title = "The losses differ, without a heavy tail: FLOW will act mildly, on the harder half."
     return Verdict(title, [effect, _ADVICE_WHERE_MILD, _STEPS])
+
+
+def _by_the_median(losses: Tensor, summary: Mapping[str, Any]) -> tuple[float, float, int]:
+    """The temperature that losses are judged at, the effective share of the samples, their number.
+
+    It is the median, whatever temperature a user tries: the same losses are alike, or have a tail.
+    Only where the median is none does the user's take its place.
+    """
+    present = losses[~losses.isnan()]
+    usual = temperatures(present).get("median", (summary["temperature"], 0.0))[0]
+    weights = weigh(present, usual)
+    size = effective_sample_size(weights) if weights.any() else 0.0
+    return usual, size / len(present), len(present)
 
 
 _STEPS = (
