@@ -161,7 +161,7 @@ function drawHead() {
   if (data.texts) headings.push(make("span", { textContent: "text" }));
   for (const heading of headings) heading.setAttribute("role", "columnheader");
   get("head").replaceChildren(...headings);
-  const widths = columns.map((column) => Math.max(4.6, column.name.length * 0.62 + 1.6));
+  const widths = columns.map((column) => Math.max(4.6, column.name.length * 0.6 + 2.2));
   if (marks) widths.push(8);
   if (data.texts) widths.push(18); // the last column takes what is left of a wide window
   const last = `minmax(${widths.at(-1)}rem, 1fr)`;

@@ -110,7 +110,7 @@ def _note(texts: Any, num_texts: int, limit: int, tokens: Any) -> str:
     notes = []
     if texts is not None:
         which = f"the hardest {num_texts:,} samples" if num_texts < len(texts) else "each sample"
-        notes.append(f"It holds the first {limit:,} characters of {which}; the search looks there.")
+        notes.append(f"The first {limit:,} characters of {which} are here, for the search too.")
     if tokens is not None:
         notes.append(
             f"Token losses are kept for {len(tokens['samples']):,} samples, the hardest first, and "
