@@ -9,10 +9,10 @@ from flowdata.cli.exit_codes import DONE
 from flowdata.cli.growing import REPORT
 from flowdata.cli.options import add_temperature
 from flowdata.cli.output import list_figures, print_result
-from flowdata.cli.row_texts import read_rows_of, row_targets, row_texts
 from flowdata.drift.comparing import compare
 from flowdata.report.report import write_report
 from flowdata.scores import Scores
+from flowdata.text.row_texts import read_rows_of, row_targets, row_texts
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

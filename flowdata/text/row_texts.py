@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from flowdata._common.notices import logger
 from flowdata._common.unreadable import Unreadable
-from flowdata.cli.exit_codes import USER_ERRORS
 from flowdata.report.samples import Piece, SampleText
 from flowdata.scores import Scores
 from flowdata.text.completeness import content_text
@@ -21,6 +20,9 @@ from flowdata.text.formats import Fields, read_conversation
 from flowdata.text.models import load_tokenizer
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
+
+# What a user can put right: data or a tokenizer that is gone, or has become something else.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_rows_of(scores: Scores) -> Any:
             on_error="skip",
             **where,
         )
-    except USER_ERRORS as error:
+    except _USER_ERRORS as error:
         logger.warning("samples are shown without their text: %s", error)
         return None
     if len(rows) != len(scores):
@@ -119,7 +121,7 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
             truncation=details.get("truncation", "keep_start"),
             on_error="skip",
         )
-    except (*USER_ERRORS, KeyError) as error:
+    except (*_USER_ERRORS, KeyError) as error:
         logger.warning("targets can't be shown as they were scored: %s", error)
         return None
     if scores.metadata.get("identity", {}).get("dataset") != f"tokens:{samples.digest()}":
