@@ -50,3 +50,15 @@ def test_the_demo_runs_from_the_wheel(environment, tmp_path):
     printed = run(command, "demo", "--seeds", "1", "--quiet", **elsewhere(tmp_path))
     assert "standard fine-tuning, rate" in printed
     assert (tmp_path / "flowdata-demo.png").stat().st_size > 10_000
+
+
+def test_a_report_is_written_from_the_wheel(environment, tmp_path):
+    code = (
+        "import torch, flowdata.report\n"
+        "scores = flowdata.Scores(torch.tensor([1.0, 2.0]))\n"
+        "print(flowdata.report.write_report(scores, 'here').page)"
+    )
+    run(environment / "bin" / "python", "-c", code, **elsewhere(tmp_path))
+    page = (tmp_path / "here" / "report.html").read_text("utf-8")
+    assert "const data = await unpack" in page  # the script and the styles are in the wheel
+    assert "#explorer" in page

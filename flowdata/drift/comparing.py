@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.comparison import render_comparison
+from flowdata.report.samples import SampleText
 from flowdata.scores import Scores
 
 _SHARED = ("dataset", "num_samples", "loss", "collate_fn")  # of both identities
@@ -72,17 +73,18 @@ class Comparison:
         self,
         folder: str | Path,
         *,
-        samples: Callable[[int], str] | None = None,
+        samples: Callable[[int], SampleText] | None = None,
         top: int = 10,
     ) -> Path:
         """Write `comparison.html` into a folder, a page that stands alone; return its path.
 
-        It shows the figures, how the changes are distributed, and the samples that moved most.
+        It shows the figures, how the changes are distributed, the samples that moved most, and a
+        table of all samples with both losses.
 
         Args:
             folder: made if missing.
-            samples: gives the text of sample i, of which the page shows the beginning; None shows
-                numbers alone.
+            samples: gives the text of sample i, as `write_report` takes it; None shows numbers
+                alone.
             top: how many of the samples learned most and of those forgotten most it lists.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from flowdata.report.pictures import plot_losses
 from flowdata.report.report import Report, write_report
+from flowdata.report.samples import Piece
 from flowdata.report.summary import summarize
 
-__all__ = ["Report", "plot_losses", "summarize", "write_report"]
+__all__ = ["Piece", "Report", "plot_losses", "summarize", "write_report"]

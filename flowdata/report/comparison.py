@@ -19,6 +19,8 @@ from flowdata.report.page import (
     tiles,
 )
 from flowdata.report.pictures import BLUE, GREEN, ORANGE, bins, mark
+from flowdata.report.samples import SampleText
+from flowdata.report.table import Column, table
 
 if TYPE_CHECKING:
     from flowdata.scores import Scores
@@ -34,7 +36,7 @@ def render_comparison(
     summary: Mapping[str, Any],
     learned: Sequence[int],
     forgotten: Sequence[int],
-    samples: Callable[[int], str] | None,
+    samples: Callable[[int], SampleText] | None,
 ) -> str:
     """Return the HTML page.
 
@@ -47,6 +49,7 @@ def render_comparison(
         samples: gives the text of sample i; None shows numbers alone.
     """
     differences = after.losses - before.losses
+    texts = [None if samples is None else samples(index) for index in range(len(before))]
     is_there = ~differences.isnan()
     pairs = before.losses[is_there], after.losses[is_there]
     body = [
@@ -55,6 +58,8 @@ def render_comparison(
         picture("Distribution of changes", lambda axes: _draw_changes(axes, differences[is_there])),
         picture("Losses before and after", lambda axes: _draw_pairs(axes, *pairs)),
         "</div>",
+        "<h2>All samples</h2>",
+        _table(before, after, differences, texts),
     ]
     largest = float(differences[is_there].abs().max())
     for title, note, indices, colour in (
@@ -70,7 +75,10 @@ def render_comparison(
         body.append(f"<h2>{title}</h2><p>{note if indices else 'None.'}</p>")
         body.append(
             sample_list(
-                [_item(index, before, after, largest, samples, colour=colour) for index in indices]
+                [
+                    _item(index, before, after, largest, texts[index], colour=colour)
+                    for index in indices
+                ]
             )
             if indices
             else ""
@@ -79,6 +87,24 @@ def render_comparison(
         if scores.metadata:
             body += [f"<h2>{title}: how the losses were made</h2>", definitions(scores.metadata)]
     return page("What was learned and what was forgotten", body)
+
+
+def _table(
+    before: Scores, after: Scores, differences: Tensor, texts: Sequence[SampleText | None]
+) -> str:
+    """The table of all samples, both losses beside each other."""
+    columns = [
+        Column("change", differences, is_signed=True),
+        Column("before", before.losses),
+        Column("after", after.losses),
+    ]
+    if (before.counts != 1).any():
+        columns.append(Column("targets", before.counts))
+    return table(
+        columns,
+        hardest=differences.abs().nan_to_num(0).argsort(descending=True, stable=True),
+        texts=[text for text in texts if text is not None] or None,
+    )
 
 
 def _figures(summary: Mapping[str, Any], before: Tensor, after: Tensor) -> list[tuple[str, str]]:
@@ -99,7 +125,7 @@ def _item(
     before: Scores,
     after: Scores,
     largest: float,
-    samples: Callable[[int], str] | None,
+    text: SampleText | None,
     *,
     colour: str,
 ) -> str:
@@ -109,7 +135,7 @@ def _item(
     targets = int(before.counts[index])
     if targets != 1:
         facts["targets"] = f"{targets:,}"
-    return sample_item(index, facts, abs(new - old) / largest, samples, colour=colour)
+    return sample_item(index, facts, abs(new - old) / largest, text, colour=colour)
 
 
 def _draw_changes(axes: Any, differences: Tensor) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from flowdata.report.oddities import MARKS, Oddities, find_oddities
 from flowdata.report.page import (
     definitions,
     number,
@@ -16,8 +21,11 @@ from flowdata.report.page import (
     sample_list,
     tiles,
 )
-from flowdata.report.pictures import draw_losses, draw_weights
+from flowdata.report.pictures import draw_lengths, draw_losses, draw_weights
+from flowdata.report.samples import SampleText
 from flowdata.report.summary import drop_missing, extremes
+from flowdata.report.table import Column, Tokens, table
+from flowdata.report.verdict import Verdict, judge, origin_of, temperatures
 from flowdata.weights import weigh
 
 if TYPE_CHECKING:
@@ -37,8 +45,11 @@ _QUANTILE_NAMES = {
 def render(
     scores: Scores,
     summary: Mapping[str, Any],
-    samples: Callable[[int], str] | None,
+    samples: Callable[[int], SampleText] | None,
     top: int,
+    *,
+    words: Callable[[int], Sequence[str]] | None = None,
+    is_cut: NDArray[np.bool_] | None = None,
 ) -> str:
     """Return the HTML page.
 
@@ -47,15 +58,20 @@ def render(
         summary: as `summarize` returns it.
         samples: gives the text of sample i; None shows numbers alone.
         top: how many of the easiest and of the hardest samples to list.
+        words: gives the texts of sample i's targets, for scores that hold token losses.
+        is_cut: (N,) which samples were cut before they were scored; None where it is not known.
     """
     losses, temperature = drop_missing(scores.losses), summary["temperature"]
-    weights = weigh(losses, temperature)
+    texts = None if samples is None else [samples(index) for index in range(len(scores))]
+    oddities = find_oddities(scores.losses, scores.counts, texts, is_cut)
     body = [
+        _verdict(judge(scores.losses, scores.counts, summary, oddities)),
         tiles(_figures(summary)),
-        '<div class="pictures">',
-        picture("Distribution of losses", lambda axes: draw_losses(axes, losses, temperature)),
-        picture("Distribution of weights", lambda axes: draw_weights(axes, weights)),
-        "</div>",
+        *_pictures(scores, losses, temperature),
+        "<h2>What is odd</h2>",
+        _odd(oddities, scores.metadata),
+        '<h2 id="samples">All samples</h2>',
+        _table(scores, losses, summary, texts, oddities, words),
         "<h2>From easy to hard</h2>",
         _quantile_table(summary),
     ]
@@ -67,11 +83,75 @@ def render(
         if indices:
             body += [
                 f"<h2>{title}</h2><p>{note}</p>",
-                _samples(scores, indices, temperature, samples),
+                _samples(scores, indices, temperature, texts),
             ]
     if scores.metadata:
         body += ["<h2>How the losses were made</h2>", definitions(scores.metadata)]
     return page("Losses and weights", body)
+
+
+def _verdict(verdict: Verdict) -> str:
+    text = "".join(f"<p>{escape(part)}</p>" for part in verdict.text)
+    return f'<div class="verdict"><b>{escape(verdict.title)}</b>{text}</div>'
+
+
+def _pictures(scores: Scores, losses: Tensor, temperature: float) -> list[str]:
+    weights = weigh(losses, temperature)
+    pictures = [
+        picture("Distribution of losses", lambda axes: draw_losses(axes, losses, temperature)),
+        picture("Distribution of weights", lambda axes: draw_weights(axes, weights)),
+    ]
+    if (scores.counts != 1).any():
+        counts = scores.counts[~scores.losses.isnan()]
+        pictures.append(
+            picture("Loss against length", lambda axes: draw_lengths(axes, losses, counts))
+        )
+    return ['<div class="pictures">', *pictures, "</div>"]
+
+
+def _odd(oddities: Oddities, metadata: Mapping[str, Any]) -> str:
+    """How many samples bear each mark, each with a button that shows them in the table."""
+    numbers = {name: int(marks.sum()) for name, marks in oddities.marks.items()}
+    lines = [
+        f"<li><b>{number:,}</b>{MARKS[name]}"
+        f'<button type="button" data-mark="{name}" hidden>show</button></li>'
+        for name, number in numbers.items()
+        if number
+    ]
+    details = metadata.get("details") or {}
+    if number := details.get("num_cut", 0):
+        lines.append(
+            f"<li><b>{number:,}</b>samples were longer than {details.get('max_length'):,} tokens "
+            f"and were cut; {details.get('num_cut_targets', 0):,} of them lost part or all of "
+            "their target</li>"
+        )
+    return f'<ul class="odd">{"".join(lines)}</ul>' if lines else "<p>Nothing that we look for.</p>"
+
+
+def _table(
+    scores: Scores,
+    losses: Tensor,
+    summary: Mapping[str, Any],
+    texts: Sequence[SampleText] | None,
+    oddities: Oddities,
+    words: Callable[[int], Sequence[str]] | None,
+) -> str:
+    """The table of all samples, with the temperature's slider."""
+    columns = [Column("loss", scores.losses)]
+    if (scores.counts != 1).any():
+        columns.append(Column("targets", scores.counts))
+    columns += [Column(name, values) for name, values in scores.columns.items()]
+    first = summary["temperature"]
+    rules = {summary["temperature_rule"]: (float(first), origin_of(first))}
+    has_tokens = scores.flat_token_losses is not None
+    return table(
+        columns,
+        hardest=scores.losses.nan_to_num(torch.inf).argsort(descending=True, stable=True),
+        texts=texts,
+        temperatures=rules | temperatures(losses) | rules,
+        oddities=oddities,
+        tokens=Tokens(scores.token_losses, words) if has_tokens else None,
+    )
 
 
 def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -103,7 +183,7 @@ def _samples(
     scores: Scores,
     indices: Sequence[int],
     temperature: float,
-    samples: Callable[[int], str] | None,
+    texts: Sequence[SampleText] | None,
 ) -> str:
     """A list of samples with their losses and weights; a bar shows each weight's size."""
     items = []
@@ -114,5 +194,5 @@ def _samples(
         facts = {"loss": number(loss), "weight": number(weight)}
         if targets != 1:
             facts["targets"] = f"{targets:,}"
-        items.append(sample_item(index, facts, weight, samples))
+        items.append(sample_item(index, facts, weight, None if texts is None else texts[index]))
     return sample_list(items)

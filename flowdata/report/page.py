@@ -1,24 +1,21 @@
 """A page for a browser: how it looks, and the parts that every page of a report is made of.
 
-A page stands alone: it holds its styles and pictures, loads nothing from elsewhere and runs no
-script. Every text in it is escaped.
+A page stands alone: it holds its styles, pictures, data and script, and forbids the browser to load
+anything else. Every text in it is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from flowdata.report.pictures import figure, png
+from flowdata.report.samples import Piece, SampleText, shorten
 
-# Control characters but tab and newline, and those that turn the direction of all text behind them:
-# a sample that holds one could hide or rearrange what the page says.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_EXCERPT = 600  # characters of a sample that are shown
+_EXCERPT = 600  # characters of a sample in a list that are shown
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -46,7 +43,7 @@ def sample_item(
     index: int,
     facts: Mapping[str, str],
     bar: float,
-    samples: Callable[[int], str] | None,
+    text: SampleText | None,
     *,
     colour: str = "accent",
 ) -> str:
@@ -56,14 +53,14 @@ def sample_item(
         index: the sample.
         facts: values by their names.
         bar: its length, a share.
-        samples: gives the text of sample i; None shows none.
+        text: the sample's; None shows none.
         colour: of the bar: ``"accent"`` or ``"warn"``.
     """
     spans = "".join(f"<span>{escape(k)} <b>{escape(v)}</b></span>" for k, v in facts.items())
-    text = "" if samples is None else f"<pre>{escape(_excerpt(samples(index)))}</pre>"
+    excerpt = "" if text is None else _text(shorten(text, _EXCERPT))
     return (
         f'<li><div class="facts"><b>#{index}</b>{spans}'
-        f'<i class="{colour}" style="--weight:{bar:.4f}"></i></div>{text}</li>'
+        f'<i class="{colour}" style="--weight:{bar:.4f}"></i></div>{excerpt}</li>'
     )
 
 
@@ -111,10 +108,16 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _excerpt(text: str) -> str:
-    text = _INVISIBLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-    more = len(text) - _EXCERPT
-    return text if more <= 0 else f"{text[:_EXCERPT].rstrip()} … ({more:,} more characters)"
+def _text(pieces: Sequence[Piece]) -> str:
+    """A sample's text; each piece of a chat stands by itself, with who says it."""
+    spans = (
+        f'<span class="{"target" if piece.is_target else "prompt"}" '
+        f'data-role="{escape(piece.role)}">{escape(piece.text)}</span>'
+        if piece.role or piece.is_target
+        else escape(piece.text)
+        for piece in pieces
+    )
+    return f"<pre>{''.join(spans)}</pre>"
 
 
 _STYLE = """
@@ -151,6 +154,16 @@ th { color: var(--muted); font-weight: normal; text-align: left; }
 .accent { --bar: var(--accent); } .warn { --bar: var(--warn); }
 pre { margin: .5rem 0 0; padding: .6rem .8rem; border-radius: .5rem; background: var(--card);
   font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre span { display: block; padding: .15rem .6rem; border-left: .25rem solid var(--faint); }
+pre span + span { margin-top: .4rem; }
+pre span.target { border-color: var(--accent); }
+pre span::before { content: attr(data-role); display: block; color: var(--muted);
+  font-size: .75rem; }
+pre span.target::before { content: attr(data-role) " · target"; color: var(--accent); }
+.verdict { margin-bottom: 1.5rem; padding: .9rem 1.1rem; border-left: .3rem solid var(--accent);
+  border-radius: .3rem .6rem .6rem .3rem; background: var(--card); }
+.verdict b { display: block; margin-bottom: .3rem; font-size: 1.15rem; line-height: 1.35; }
+.verdict p:last-child { margin: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -160,6 +173,8 @@ _TEMPLATE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>flowdata: {title}</title>
 <style>{style}</style>
 </head>

@@ -23,6 +23,7 @@ COLOURS: dict[str, dict[str, str]] = {
 }
 BLUE, ORANGE, GREEN = "#3b82c4", "#e07b39", "#2f9e77"
 _TAIL = 0.995  # losses beyond this quantile share the last bar
+_MOST_POINTS = 5000  # of the picture of losses against lengths
 
 
 @contextmanager
@@ -143,6 +144,29 @@ def draw_weights(axes: Any, weights: Tensor) -> None:
     axes.set(title="Weights", xlabel="weight", ylabel="samples")
     axes.set_xlim(0, max(1.0, values.max()))
     axes.margins(y=0.14)  # room for the mark's name
+
+
+def draw_lengths(axes: Any, losses: Tensor, counts: Tensor) -> None:
+    """Draw the losses (N,) against the numbers of targets (N,), and the median over each length."""
+    places = torch.linspace(0, len(losses) - 1, min(len(losses), _MOST_POINTS)).long()
+    y, x = losses[places].double().numpy(), counts[places].clamp(min=1).double().numpy()
+    top = max(float(np.quantile(y, _TAIL)), 1e-6) * 1.05
+    size = float(np.clip(9000 / len(x), 6, 24))
+    axes.scatter(x, np.minimum(y, top), s=size, color=BLUE, alpha=0.4, linewidths=0)
+    edges = np.unique(np.quantile(x, np.linspace(0, 1, 13)))
+    groups = np.searchsorted(edges[1:-1], x, side="right")
+    present = np.unique(groups)
+    medians = [(np.median(x[groups == group]), np.median(y[groups == group])) for group in present]
+    axes.plot(*zip(*medians, strict=True), color=ORANGE, linewidth=1.8, marker="o", markersize=4)
+    axes.set(
+        title="Loss against length",
+        xlabel="targets" + "; larger losses at the edge" * bool((y > top).any()),
+        ylabel="loss (nats); the line: medians",
+        ylim=(min(0.0, float(y.min())), top),
+    )
+    if x.max() > 50 * x.min():
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def mark(axes: Any, value: float, name: str, *, color: str = ORANGE) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flowdata.report.html import render
 from flowdata.report.pictures import plot_losses
+from flowdata.report.samples import SampleText
 from flowdata.weights import Temperature
 
 if TYPE_CHECKING:
@@ -35,18 +39,27 @@ def write_report(
     folder: str | Path,
     *,
     temperature: Temperature = "median",
-    samples: Callable[[int], str] | None = None,
+    samples: Callable[[int], SampleText] | None = None,
     top: int = 10,
+    words: Callable[[int], Sequence[str]] | None = None,
+    is_cut: NDArray[np.bool_] | None = None,
 ) -> Report:
     """Write `report.html` and `losses.png` into a folder; return their paths and the figures.
+
+    The page has a verdict in words, pictures, what is odd, and a table of all samples in which they
+    can be sorted, searched, read and weighed at any temperature. It stands alone, in one file.
 
     Args:
         scores: of N samples.
         folder: made if missing.
         temperature: as in `resolve_temperature`.
-        samples: gives the text of sample i, of which the page shows the beginning; None shows
-            numbers alone.
+        samples: gives the text of sample i, a string or `Piece`s that tell prompt and target apart;
+            None shows numbers alone. It is asked once for each sample, and the page holds the
+            beginning of each text: 2,000 characters, fewer of more than 10,000 samples.
         top: how many of the easiest and of the hardest samples the page lists.
+        words: gives the texts of sample i's targets, one for each of its token losses, if the
+            scores hold these; without it their losses are shown as bare squares.
+        is_cut: (N,) which samples were cut before they were scored; None where it is not known.
 
     Returns:
         The paths of the page and the picture, and the summary.
@@ -59,6 +72,7 @@ def write_report(
         raise ValueError(f"top must be >= 0, got {top}")
     summary = scores.summary(temperature)
     picture = plot_losses(scores.losses, Path(folder) / "losses.png", temperature=temperature)
+    html = render(scores, summary, samples, top, words=words, is_cut=is_cut)
     page = Path(folder) / "report.html"
-    page.write_text(render(scores, summary, samples, top), encoding="utf-8")
+    page.write_text(html, encoding="utf-8")
     return Report(page, picture, summary)

@@ -1,0 +1,126 @@
+"""What is odd in a data set: copies, contradictions, samples that are empty, and likely noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowdata.report.samples import SampleText
+
+_FAR = 5.0  # robust standard deviations above the median that make a loss suspicious
+_FEWEST = 20  # samples of like length that a suspicion needs
+_MOST_GROUPS = 10  # by length
+_TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
+
+# The marks a sample may bear, by name, each with what it means.
+MARKS = {
+    "suspect": "suspects for noise: their losses lie far above those of samples as long",
+    "copy": "copies: the same text as an earlier sample",
+    "contradiction": "contradictions: the same prompt has another target elsewhere",
+    "cut": "samples as long as the longest allowed, which were cut or just fit",
+    "empty": "samples without a target, or with one that is blank",
+    "no loss": "samples without a loss",
+}
+
+
+@dataclass(frozen=True)
+class Oddities:
+    """What is odd in N samples.
+
+    Attributes:
+        marks: (N,) bool by name, the names of `MARKS`.
+        first: (N,) int64, the first sample with the same text: i itself where there is none before.
+    """
+
+    marks: dict[str, NDArray[np.bool_]]
+    first: NDArray[np.int64]
+
+
+def find_oddities(
+    losses: Tensor,
+    counts: Tensor,
+    texts: Sequence[SampleText] | None = None,
+    is_cut: NDArray[np.bool_] | None = None,
+) -> Oddities:
+    """Return what is odd in samples.
+
+    Args:
+        losses: (N,) floating, nats; NaN where there is none.
+        counts: (N,) int64, targets of each sample.
+        texts: of all samples, or None where they are not known.
+        is_cut: (N,), as `render` takes it.
+
+    Example:
+        >>> import torch
+        >>> texts = ["a", "b", "a"]
+        >>> odd = find_oddities(torch.tensor([1.0, 2.0, 1.0]), torch.ones(3), texts)
+        >>> odd.marks["copy"].tolist(), odd.first.tolist()
+        ([False, False, True], [0, 1, 0])
+    """
+    values, lengths = losses.double().numpy(), counts.numpy()
+    none = np.zeros(len(values), dtype=np.bool_)
+    marks = {
+        "suspect": _suspects(values, lengths),
+        "copy": none,
+        "contradiction": none,
+        "cut": none if is_cut is None else is_cut,
+        "empty": lengths == 0,
+        "no loss": np.isnan(values),
+    }
+    first = np.arange(len(values))
+    if texts is not None:
+        pairs = [_prompt_and_target(text) for text in texts]
+        first = _first_places(pairs)
+        marks["copy"] = first < np.arange(len(values))
+        marks["contradiction"] = _contradictions(pairs)
+        marks["empty"] |= np.array([not target.strip() for _, target in pairs], dtype=np.bool_)
+    return Oddities(marks, first)
+
+
+def _suspects(losses: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where a loss lies far above the median of samples that have about as many targets.
+
+    The mean over few targets varies more than that over many, so that one bound for all would
+    suspect short samples alone.
+    """
+    is_suspect = np.zeros(len(losses), dtype=np.bool_)
+    present = np.flatnonzero(np.isfinite(losses))
+    if len(present) < _FEWEST:
+        return is_suspect
+    num_groups = int(np.clip(len(present) // _FEWEST, 1, _MOST_GROUPS))
+    edges = np.unique(np.quantile(lengths[present], np.linspace(0, 1, num_groups + 1)[1:-1]))
+    groups = np.searchsorted(edges, lengths[present], side="left")
+    for group in np.unique(groups):
+        samples = present[groups == group]
+        if len(samples) < _FEWEST:
+            continue
+        above = losses[samples] - np.median(losses[samples])
+        deviation = _TO_DEVIATION * np.median(np.abs(above))
+        is_suspect[samples] = above > np.maximum(_FAR * deviation, 1e-6)
+    return is_suspect
+
+
+def _prompt_and_target(text: SampleText) -> tuple[str, str]:
+    """A sample's prompt and target; of text without parts all is target."""
+    if isinstance(text, str):
+        return "", text
+    prompt = "\0".join(piece.text for piece in text if not piece.is_target)
+    return prompt, "\0".join(piece.text for piece in text if piece.is_target)
+
+
+def _first_places(pairs: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
+    places: dict[tuple[str, str], int] = {}
+    return np.array([places.setdefault(pair, i) for i, pair in enumerate(pairs)], dtype=np.int64)
+
+
+def _contradictions(pairs: Sequence[tuple[str, str]]) -> NDArray[np.bool_]:
+    targets: dict[str, set[str]] = {}
+    for prompt, target in pairs:
+        targets.setdefault(prompt, set()).add(target)
+    return np.array(
+        [bool(prompt.strip()) and len(targets[prompt]) > 1 for prompt, _ in pairs], dtype=np.bool_
+    )

@@ -1,0 +1,304 @@
+"""The report's page in a browser: what its reader sees, sorts, searches, weighs and saves."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from flowdata.cli import main
+from flowdata.drift.comparing import compare
+from flowdata.report import Piece, write_report
+from flowdata.scores import Scores
+from flowdata.weights import resolve_temperature
+from tests.chromium import Chromium
+from tests.models import tiny_llama
+from tests.test_text import tokenizer
+
+__all__ = ["tokenizer"]  # a fixture of another file
+NASTY = "</script><script>document.title = 'taken'</script><b>"
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def some_losses(count=COUNT):
+    return torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.2).exp()
+
+
+def some_texts(count=COUNT):
+    return [[Piece(f"What is {i}?", "user"), Piece(f"It is {i}.", "assistant", True)] for i in
+            range(count)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scores():
+    losses = some_losses()
+    losses[[10, 20, 30]] = 40.0
+    losses[77] = torch.nan
+    counts = torch.full((COUNT,), 3)
+    counts[:100] = 5
+    tokens = torch.arange(int(counts.sum())) % 16 / 4
+    return Scores(losses, counts, token_losses=tokens, columns={"entropy": losses / 2})
+
+
+@pytest.fixture(scope="module")
+def texts():
+    texts = some_texts()
+    texts[5] = texts[3]
+    texts[6] = [texts[4][0], Piece(NASTY, "assistant", True)]
+    texts[10] = [Piece("=1+1", "user"), Piece('He said: "no", twice', "assistant", True)]
+    return texts
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, scores, texts):
+    def words(index):
+        return [f" t{place}" for place in range(int(scores.counts[index]))]
+
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(scores, folder, samples=texts.__getitem__, words=words).page
+
+
+def indices(browser):
+    return browser.run("[...document.querySelectorAll('#rows > div')].map(row =>"
+                       "Number(row.firstChild.textContent.slice(1)))")  # fmt: skip
+
+
+def click(browser, selector, name):
+    browser.run(f"[...document.querySelectorAll({selector!r})].find(each =>"
+                f"each.textContent === {name!r}).click()")  # fmt: skip
+
+
+def text(browser, selector):
+    return browser.run(f"document.querySelector({selector!r}).textContent")
+
+
+def search(browser, query):
+    browser.run(f"document.getElementById('search').value = {json.dumps(query)};"
+                "document.getElementById('marks').onchange()")  # fmt: skip
+
+
+def pick(browser, index):
+    search(browser, f"#{index}")
+    browser.run("document.querySelector('#rows > div').click()")
+
+
+def saved(browser):
+    """The rows of the file that the page's button saves."""
+    content = browser.run(
+        "URL.createObjectURL = (blob) => { window.saved = blob; return '#'; };"
+        "document.getElementById('save').click(); window.saved.text()"
+    )
+    return list(csv.DictReader(io.StringIO(content, newline="")))
+
+
+def test_every_heading_sorts_in_both_directions(browser, page, scores):
+    browser.open(page)
+    missing_first = scores.losses.nan_to_num(-1)
+    falling = missing_first.argsort(descending=True, stable=True).tolist()
+    seen = indices(browser)
+    assert seen == falling[: len(seen)]  # the hardest first, without a click
+    click(browser, "#head button", "loss")
+    rising = scores.losses.nan_to_num(torch.inf).argsort(stable=True).tolist()
+    assert indices(browser) == rising[: len(seen)]
+    browser.run("const view = document.getElementById('view'); view.scrollTop = view.scrollHeight;"
+                "view.onscroll()")  # fmt: skip
+    assert indices(browser)[-1] == 77  # what has no loss is last, in either direction
+    click(browser, "#head button", "targets")
+    assert indices(browser) == list(range(len(seen)))  # of equals the first comes first
+    click(browser, "#head button", "entropy")
+    assert indices(browser) == falling[: len(seen)]
+    assert browser.errors == []
+
+
+def test_weights_follow_the_temperature(browser, page, scores):
+    browser.open(page)
+    present = scores.losses[~scores.losses.isnan()]
+    for rule in ("mean", "ess0.5", "ess0.9", "median"):
+        click(browser, "#rules button", rule)
+        figures = scores.summary(rule)
+        told = text(browser, "#effect")
+        (size,) = re.findall(r"effective sample size (\d+) of 199", told)
+        assert int(size) == pytest.approx(figures["effective_sample_size"], abs=0.51)
+        assert f"({round(100 * figures['effective_share'])} %)" in told
+        weights = {int(row["index"]): row["weight"] for row in saved(browser)}
+        assert weights[77] == ""
+        expected = scores.weights(rule, missing="zero")
+        assert np.allclose([float(weights[i]) for i in (0, 1, 150)], expected[[0, 1, 150]], 1e-5)
+    browser.run("const slider = document.getElementById('temperature'); slider.value = 0.6;"
+                "slider.oninput()")  # fmt: skip
+    temperature = resolve_temperature(present, "median") * 10**0.3
+    assert f"temperature {temperature:.3g}," in text(browser, "#effect")
+    (row,) = [row for row in saved(browser) if row["index"] == "0"]
+    assert float(row["weight"]) == pytest.approx(
+        float(scores.weights(temperature, missing="zero")[0])
+    )
+    assert browser.errors == []
+
+
+def test_texts_and_numbers_are_searched(browser, page):
+    browser.open(page)
+    search(browser, "IS 15")
+    assert sorted(indices(browser)) == [15, *range(150, 160)]
+    assert text(browser, "#number") == "11 of 200 samples"
+    search(browser, "#12")
+    assert indices(browser) == [12]
+    search(browser, "nowhere")
+    assert indices(browser) == []
+    search(browser, "")
+    assert text(browser, "#number") == "200 of 200 samples"
+    browser.run("const box = document.getElementById('search'); box.value = 'is 33?';"
+                "box.dispatchEvent(new Event('input'))")  # fmt: skip
+    browser.run("new Promise(done => setTimeout(done, 300))")  # the search follows the last key
+    assert indices(browser) == [33]
+
+
+def test_odd_samples_are_marked_shown_and_saved(browser, page, scores):
+    browser.open(page)
+    browser.run("document.querySelector('[data-mark=suspect]').click()")
+    assert text(browser, "#number") == "3 of 200 samples"
+    rows = saved(browser)
+    assert [(row["index"], row["loss"], row["marks"]) for row in rows] == [
+        ("10", "40", "suspect"), ("20", "40", "suspect"), ("30", "40", "suspect")
+    ]  # fmt: skip
+    assert rows[0]["text"] == '\'=1+1\nHe said: "no", twice'  # no spreadsheet runs it
+    assert float(rows[0]["entropy"]) == 20
+    browser.run("document.querySelector('[data-mark=copy]').click()")
+    assert indices(browser) == [5]
+    browser.run("document.querySelector('#rows > div').click()")
+    click(browser, "#sample button", "the first is #3")
+    assert text(browser, "#sample .facts b") == "#3"
+    browser.run("document.querySelector('[data-mark=contradiction]').click()")
+    assert sorted(indices(browser)) == [4, 6]
+    browser.run("document.querySelector('[data-mark=\"no loss\"]').click()")
+    assert indices(browser) == [77]
+
+
+def test_a_chat_is_shown_as_one_and_is_text_alone(browser, page, scores):
+    browser.open(page)
+    pick(browser, 6)
+    pieces = browser.run("[...document.querySelectorAll('#sample pre span')].map(each =>"
+                         "[each.className, each.dataset.role, each.textContent])")  # fmt: skip
+    assert pieces == [["prompt", "user", "What is 4?"], ["target", "assistant", NASTY]]
+    assert "taken" not in browser.run("document.title")
+    cells = browser.run("[...document.querySelectorAll('.heat i')].map(cell => [cell.textContent,"
+                        "cell.title, cell.style.getPropertyValue('--heat')])")  # fmt: skip
+    losses = scores.token_losses(6).tolist()
+    assert [cell[0] for cell in cells] == [" t0", " t1", " t2", " t3", " t4"]
+    assert [float(cell[2]) for cell in cells] == pytest.approx([x / 6 for x in losses], abs=0.01)
+    assert all(cell[1].endswith(" nats") for cell in cells)
+
+
+def test_arrow_keys_go_from_sample_to_sample(browser, page):
+    browser.open(page)
+    first, second = indices(browser)[:2]
+    browser.run("document.querySelector('#rows > div').click()")
+    for key, index in (("ArrowDown", second), ("ArrowUp", first), ("ArrowUp", first)):
+        press = f"new KeyboardEvent('keydown', {{ key: '{key}' }})"
+        browser.run(f"document.getElementById('view').dispatchEvent({press})")
+        assert text(browser, "#sample .facts b") == f"#{index}"
+    assert browser.errors == []
+
+
+def test_a_page_asks_for_nothing_and_fits_dark_and_narrow_windows(browser, page, tmp_path):
+    browser.requests.clear()
+    browser.open(page, dark=True, width=380, height=700)
+    assert {address.split(":")[0] for address in browser.requests} == {"file", "data"}
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 31)"
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    browser.picture(tmp_path / "dark.png")
+    assert (tmp_path / "dark.png").stat().st_size > 10_000
+    browser.open(page)
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_a_hundred_thousand_rows_are_one_small_file_that_opens_at_once(browser, tmp_path):
+    count = 100_000
+    texts = some_texts(count)
+    page = write_report(Scores(some_losses(count)), tmp_path, samples=texts.__getitem__).page
+    assert page.stat().st_size < 4_000_000
+    assert browser.open(page) < 30  # about one second; the bound is for a busy machine
+    assert len(indices(browser)) < 30  # those in view alone
+    click(browser, "#head button", "#")
+    browser.run("const view = document.getElementById('view'); view.scrollTop = view.scrollHeight;"
+                "view.onscroll()")  # fmt: skip
+    assert indices(browser)[-1] == count - 1
+    search(browser, "is 99999")
+    assert indices(browser) == [99_999]
+    assert "first 200 characters of each sample" in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("losses", "samples"),
+    [([0.5], None), ([2.0, 2.0], lambda i: "same"), ([1.0, float("nan"), 0.0, 1e30], None)],
+)
+def test_odd_losses_make_a_page_without_errors(browser, tmp_path, losses, samples):
+    browser.open(write_report(Scores(torch.tensor(losses)), tmp_path, samples=samples).page)
+    assert len(indices(browser)) == len(losses)
+    pick(browser, 0)
+    assert browser.errors == []
+
+
+def test_two_stores_stand_side_by_side(browser, tmp_path):
+    before, after = Scores(torch.tensor([2.0, 1.0, 0.5])), Scores(torch.tensor([0.5, 1.0, 0.75]))
+    page = compare(before, after).write(tmp_path, samples=[NASTY, "b", "c"].__getitem__)
+    browser.open(page)
+    assert indices(browser) == [2, 1, 0]
+    rows = saved(browser)
+    assert [rows[-1][name] for name in ("change", "before", "after")] == ["-1.5", "2", "0.5"]
+    assert "+0.25" in text(browser, "#rows > div")
+    assert browser.run("document.querySelector('.temperature').hidden")
+    pick(browser, 0)
+    assert text(browser, "#sample pre") == NASTY
+    assert browser.errors == []
+
+
+def test_a_store_of_chats_is_reported_with_the_models_own_tokens(
+    browser, capsys, tokenizer, tmp_path, caplog
+):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    chats = [
+        [
+            {"role": "user", "content": f"How much is {n}?"},
+            {"role": "assistant", "content": "x" * (n + 1)},
+            {"role": "user", "content": "More."},
+            {"role": "assistant", "content": "Yes."},
+        ]
+        for n in range(6)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    store = tmp_path / "store"
+    command = ("score", tmp_path / "model", data, "--store", store, "--token-losses")
+    assert main([str(each) for each in (*command, "--max-length", 200)]) == 0
+    assert main(["report", str(store)]) == 0
+    browser.open(store / "report" / "report.html")
+    pick(browser, 4)
+    roles = browser.run("[...document.querySelectorAll('#sample pre span')].map(each =>"
+                        "[each.className, each.dataset.role])")  # fmt: skip
+    assert roles == [["prompt", "user"], ["target", "assistant"]] * 2
+    words = text(browser, "#sample .heat")
+    assert "xxxxx" in words
+    assert "Yes." in words
+    assert "More" not in words
+    scores = Scores.load(store)
+    cells = browser.run("document.querySelectorAll('.heat i').length")
+    assert cells == int(scores.counts[4])
+    assert "as they were scored" not in caplog.text
+
+    data.write_text(data.read_text().replace("Yes.", "Nope"))  # another file by the same name
+    assert main(["report", str(store)]) == 0
+    assert "targets can't be shown as they were scored" in caplog.text
+    browser.open(store / "report" / "report.html")
+    pick(browser, 4)
+    assert text(browser, "#sample .heat") == ""  # losses without words

@@ -1,0 +1,113 @@
+"""What a report says of a data set in words, and what it finds odd."""
+
+import numpy as np
+import pytest
+import torch
+
+from flowdata.report.oddities import MARKS, find_oddities
+from flowdata.report.report import write_report
+from flowdata.report.samples import Piece, shorten
+from flowdata.report.summary import summarize
+from flowdata.report.verdict import judge, temperatures
+from flowdata.scores import Scores
+
+
+def verdict_on(losses, counts=None, temperature="median"):
+    counts = torch.ones(len(losses), dtype=torch.long) if counts is None else counts
+    figures = summarize(losses, counts, temperature)
+    return judge(losses, counts, figures, find_oddities(losses, counts))
+
+
+def noise(count=1000):
+    return torch.randn(count, generator=torch.Generator().manual_seed(0))
+
+
+def test_losses_that_lie_close_together_are_said_to_be_alike():
+    verdict = verdict_on(1.4 + 0.2 * noise())
+    assert verdict.title == "Nearly all losses are alike: FLOW changes little."
+    assert "Train without weights" in verdict.text[1]
+
+
+def test_a_heavy_tail_is_told_with_what_is_in_it():
+    losses, counts = (0.5 + 0.1 * noise()).abs(), torch.full((1000,), 40)
+    losses[:50], counts[:50] = 6.0, 4
+    verdict = verdict_on(losses, counts)
+    assert verdict.title == "The losses have a heavy tail: FLOW will act."
+    assert "FLOW acts most on 50 samples (5.0%)" in verdict.text[0]
+    assert "4 targets in the median, the others 40" in verdict.text[0]
+    assert verdict.text[1].startswith("Take the median.")
+
+
+def test_losses_between_both_and_weights_that_vanish_have_words_of_their_own():
+    even = torch.linspace(0.1, 2.0, 500)
+    assert "without a heavy tail" in verdict_on(even).title
+    assert "nearly vanish" in verdict_on(7 + even, temperature=0.01).title
+
+
+def test_a_temperature_that_a_user_tries_does_not_change_what_losses_are():
+    alike, even = 1.4 + 0.2 * noise(), torch.linspace(0.1, 2.0, 500)
+    for temperature in (0.3, 100.0, "ess0.5"):
+        verdict = verdict_on(alike, temperature=temperature)
+        assert verdict.title.startswith("Nearly all losses are alike")
+        assert "At the median of the losses, 1.4" in verdict.text[0]
+    assert "without a heavy tail" in verdict_on(even, temperature=100.0).title
+    sparse = torch.tensor([0.0] * 60 + [0.5] * 40)  # the median is none
+    assert verdict_on(sparse, temperature="mean").title
+
+
+def test_a_rule_that_picks_no_temperature_is_not_offered():
+    assert "median" not in temperatures(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    losses = torch.tensor([7.0, 7.1, 7.2, 7.3])
+    temperature, origin = temperatures(losses)["ess0.5"]
+    weights = (-(losses.double() - origin) / temperature).exp()
+    assert (weights.sum() ** 2 / (weights**2).sum()).item() == pytest.approx(2, rel=1e-4)
+
+
+def test_suspects_stand_out_among_samples_as_long_as_they_are():
+    counts = torch.cat([torch.full((300,), 3), torch.full((300,), 90)])
+    losses = torch.cat([2 + 0.8 * noise(300), 2 + 0.05 * noise(300)])
+    losses[400] = 3.0  # nothing among the short ones, far out among the long
+    losses[5] = 12.0
+    is_suspect = find_oddities(losses, counts).marks["suspect"]
+    assert np.flatnonzero(is_suspect).tolist() == [5, 400]
+    assert not find_oddities(torch.ones(100), torch.ones(100)).marks["suspect"].any()
+    few = torch.tensor([1.0, 1.1, 50.0])
+    assert not find_oddities(few, torch.ones(3)).marks["suspect"].any()
+
+
+def test_copies_contradictions_empty_and_missing_samples_are_marked():
+    def chat(prompt, target):
+        return [Piece(prompt, "user"), Piece(target, "assistant", True)]
+
+    texts = [chat("a", "b"), chat("a", "b"), chat("a", "c"), chat("d", " \n"), chat("d", "e"), "a"]
+    texts += ["a", "f"]
+    losses = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, torch.nan])
+    counts = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0])
+    odd = find_oddities(losses, counts, texts, is_cut=np.arange(8) == 2)
+    assert set(odd.marks) == set(MARKS)
+    marked = {name: np.flatnonzero(marks).tolist() for name, marks in odd.marks.items()}
+    assert marked == {
+        "suspect": [],
+        "copy": [1, 6],
+        "contradiction": [0, 1, 2, 3, 4],
+        "cut": [2],
+        "empty": [3, 7],
+        "no loss": [7],
+    }
+    assert odd.first.tolist() == [0, 0, 2, 3, 4, 5, 5, 7]
+
+
+def test_short_pieces_leave_their_room_to_long_ones():
+    pieces = [Piece("s" * 10, "system"), Piece("u" * 500, "user"), Piece("a" * 90, "a", True)]
+    shown = [piece.text for piece in shorten(pieces, 200)]
+    assert shown[0] == "s" * 10
+    assert shown[1] == "u" * 100 + " … (400 more characters)"
+    assert shown[2] == "a" * 90
+    assert shorten("\ud800\x00", 50)[0].text == "\\xd800\\x00"
+
+
+def test_what_was_cut_is_told(tmp_path):
+    details = {"num_cut": 1200, "num_cut_targets": 30, "max_length": 2048}
+    scores = Scores(torch.rand(50) + 1, metadata={"details": details})
+    page = write_report(scores, tmp_path).page.read_text("utf-8")
+    assert "<b>1,200</b>samples were longer than 2,048 tokens and were cut; 30 of them" in page
