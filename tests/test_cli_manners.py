@@ -1,5 +1,6 @@
 """What the command line says, and when: sizes, times, caches, flags, files of options, shells."""
 
+import gzip
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ def test_the_size_is_said_before_the_run_and_in_order(capsys, model_folder, data
     score = ("score", model_folder, data, "--store", tmp_path / "s", "--dtype", "float32")
     _, _, err = run(capsys, *score)
     targets = int(Scores.load(tmp_path / "s").counts.sum())
-    size = f"30 samples of 885 tokens, {targets} of them targets"
+    size = f"to score: samples 30, tokens 885, targets {targets}"
     assert err.index("format: question and answer") < err.index(size) < err.index("causal_lm in")
 
 
@@ -329,3 +330,75 @@ def test_an_array_that_was_to_be_streamed_is_said_to_be_read_whole(caplog, tmp_p
         caplog.clear()
         read_rows(str(tmp_path / name))
         assert caplog.text == ""
+
+
+HONEY = [{"prompt": "What do bees make?", "completion": "Honey; a lot"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sheet.csv", b'\xef\xbb\xbfprompt;completion\r\nWhat do bees make?;"Honey; a lot"\r\n'),
+        ("excel.csv", b'sep=;\r\nprompt;completion\r\nWhat do bees make?;"Honey; a lot"\r\n'),
+        ("bar.csv", b"sep=|\nprompt|completion\nWhat do bees make?|Honey; a lot\n"),
+        ("windows.jsonl", json.dumps(HONEY[0]).encode() + b"\r\n"),
+        ("held.json", json.dumps({"version": 1, "data": HONEY}, indent=1).encode()),
+        ("lines.jsonl.gz", gzip.compress(json.dumps(HONEY[0]).encode())),
+    ],
+)
+def test_files_as_people_have_them_are_scored_from_the_command_line(
+    capsys, model_folder, tmp_path, name, content
+):
+    (tmp_path / name).write_bytes(content)
+    code, out, err = run(
+        capsys, "score", model_folder, tmp_path / name, "--store", tmp_path / "s", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["targets"] == len("Honey; a lot") + 1  # letters, and the end
+    assert "format: prompt and completion" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xlsx", b"PK", "Save the sheet as CSV"),
+        ("a.zip", b"PK", "Unpack it, and name the folder"),
+        ("a", b"{}", "Give it the ending of what it holds"),
+        ("a.jsonl", b"", "a.jsonl holds no rows"),
+        ("a.jsonl", b'{"prompt": "a", "completion": null}\n', "it holds null; --on-error skip"),
+        ("a.jsonl", b'{"prompt": "a", "completion": 4}\n', "it holds an int; --on-error skip"),
+        ("a.jsonl", b'{"prompt": "a",\n', "--on-error skip leaves such rows without a loss"),
+        ("a.csv", b"prompt,completion\na,b,c\n", "--on-error skip leaves such rows"),
+        ("a.csv", "prompt,completion\na,é\n".encode("cp1252"), "--encoding cp1252"),
+    ],
+)
+def test_a_file_that_is_not_read_says_what_to_do(
+    capsys, model_folder, tmp_path, name, content, message
+):
+    (tmp_path / name).write_bytes(content)
+    code, out, err = run(capsys, "score", model_folder, tmp_path / name, "--store", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_folder_of_several_kinds_names_a_pattern_that_helps(capsys, model_folder, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps(HONEY[0]) + "\n")
+    store = ("--store", tmp_path / "s")
+    code, _, err = run(capsys, "score", model_folder, tmp_path, *store)
+    assert code == 2
+    pattern = err.split("a pattern such as ")[1].strip()
+    assert run(capsys, "score", model_folder, pattern, *store)[0] == 0
+
+
+def test_tools_that_the_template_leaves_out_name_the_flag_that_helps(
+    capsys, model_folder, tmp_path
+):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat, "tools": tools}) + "\n")
+    score = ("score", model_folder, tmp_path / "a.jsonl", "--store", tmp_path / "s")
+    code, _, err = run(capsys, *score)
+    assert code == 2
+    assert "read no column of tools (--tools-column '')" in err
+    assert run(capsys, *score, "--tools-column", "")[0] == 0

@@ -21,7 +21,7 @@ from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
-from flowdata.text.conversation import Conversation, Row
+from flowdata.text.conversation import LEFT_OUT, Conversation, Row
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
 from flowdata.text.renderings import Rendering
@@ -333,7 +333,7 @@ def _encoded(
         for number, row in enumerate(batch, first):
             if isinstance(row, Unreadable):
                 if not skip:
-                    raise ValueError(row.reason)
+                    raise ValueError(row.reason + LEFT_OUT)
                 unreadable[number] = row.reason
         first += len(batch)
         renderings = [rendering for row in batch if isinstance(row, list) for rendering in row]

@@ -106,8 +106,8 @@ def _scores(
 def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
     """Say how much there is to score; how long it takes is told once the first packs are run."""
     say(
-        f"{len(samples):,} samples of {len(samples.input_ids):,} tokens, "
-        f"{samples.num_targets:,} of them targets",
+        f"to score: samples {len(samples):,}, tokens {len(samples.input_ids):,}, "
+        f"targets {samples.num_targets:,}",
         shown=os.environ.get("RANK", "0") == "0" and not options.quiet,
     )
 
@@ -125,7 +125,8 @@ def _print_scores(
 ) -> None:
     figures = {**cuts, **scores.summary(temperature=options.temperature)}
     lines = [
-        f"{len(scores):,} samples scored into {options.store} ({explanation})",
+        f"{len(scores):,} sample{'s' * (len(scores) != 1)} scored into {options.store} "
+        f"({explanation})",
         list_figures(figures),
         f"next: flowdata report {options.store}",
     ]

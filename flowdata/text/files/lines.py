@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from flowdata._common.unreadable import Unreadable
-from flowdata.text.conversation import Row
+from flowdata.text.conversation import LEFT_OUT, Row
 from flowdata.text.files.places import kind_of
 
 _ROWS_BELOW = ("data", "rows", "examples", "instances")  # names of an object's rows
+_EXCELS_MARK = re.compile(r"sep=(.)\s*")  # a first line that tells Excel the delimiter
 _DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -77,7 +79,7 @@ class LineFiles:
                 for number, row in enumerate(rows(text, file)):
                     if isinstance(row, Unreadable):
                         if not self.skip:
-                            raise ValueError(row.reason)
+                            raise ValueError(row.reason + LEFT_OUT)
                     elif self.skip and _is_no_text(row):
                         row = Unreadable(f"{file}, row {number}: holds bytes that are no text")
                     yield row
@@ -142,8 +144,12 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     """The rows below a header; every cell is text, as it is written."""
     csv.field_size_limit(sys.maxsize)
     number, header = _first_line(text)
+    mark = _EXCELS_MARK.fullmatch(header)
+    if mark is not None:
+        skipped, header = _first_line(text)
+        number += skipped
     is_tsv = ".tsv" in file.name.lower()
-    delimiter = "\t" if is_tsv else max(_DELIMITERS, key=header.count)
+    delimiter = mark[1] if mark else "\t" if is_tsv else max(_DELIMITERS, key=header.count)
     reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
     line = number
     try:

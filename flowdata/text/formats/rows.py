@@ -230,4 +230,7 @@ def _holds(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    if value is None:
+        return "null"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
