@@ -46,6 +46,7 @@ def test_the_size_is_said_before_the_run_and_in_order(capsys, model_folder, data
     _, _, err = run(capsys, *score)
     targets = int(Scores.load(tmp_path / "s").counts.sum())
     size = f"to score: samples 30, tokens 885, targets {targets}"
+    assert "reading: 30 of 30 rows (100%)" in err
     assert err.index("format: question and answer") < err.index(size) < err.index("causal_lm in")
 
 
@@ -137,7 +138,7 @@ def test_messages_speak_of_flags(capsys, model_folder, tmp_path):
         ("template=False or template=True", "--no-template or --template"),
         ("name it (system='my text')", "name it (--system-column 'my text')"),
         ("an empty one (tools='')", "an empty one (--tools-column '')"),
-        ("template_options have no effect", "--template-option have no effect"),
+        ("template_options has no effect", "--template-option has no effect"),
         ("weights(missing='zero')", "weights(missing='zero')"),  # no flag of this command
         ("row 3 says \"limit='x'\"", "row 3 says \"limit='x'\""),
         ("data_limit=3", "data_limit=3"),

@@ -264,7 +264,7 @@ class _Renderer:
         if self._template is None:
             if self._options:
                 raise ValueError(
-                    "template_options have no effect: no row goes through a chat template"
+                    "template_options has no effect: no row goes through a chat template"
                 )
             return None
         samples_of_rows = np.bincount(rows)

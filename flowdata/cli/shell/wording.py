@@ -20,7 +20,7 @@ _REQUIREMENT = re.compile(r"([^;]+?)\s*;.*extra == ['\"](\w+)['\"]")
 _OWN_EXTRA = re.compile(rf"{_DISTRIBUTION}\[(\w+)\]")
 # A value stands behind an equals sign; without one an argument is named where it begins a rule.
 _VALUE = r"=(?P<value>'[^']*'|\"[^\"]*\"|[\w./…-]*[\w/…])"
-_RULE = r"(?= (?:must|goes with|has no effect|have no effect)\b)"
+_RULE = r"(?= (?:must|goes with|has no effect)\b)"
 
 
 def in_flags(message: str, flags: Mapping[str, argparse.Action]) -> str:
