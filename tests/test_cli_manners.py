@@ -403,3 +403,15 @@ def test_tools_that_the_template_leaves_out_name_the_flag_that_helps(
     assert code == 2
     assert "read no column of tools (--tools-column '')" in err
     assert run(capsys, *score, "--tools-column", "")[0] == 0
+
+
+def test_empty_replies_are_said(caplog, tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}] + 2 * [{"prompt": "a", "completion": ""}]
+    for template in (True, False):
+        caplog.clear()
+        tokenize_rows(rows, tokenizer, template=template)
+        assert "rows of which there are 2, and the first is row 1" in caplog.text
+    caplog.clear()
+    chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]
+    tokenize_rows([{"messages": chat}], tokenizer, template=True)
+    assert "empty" not in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowdata._common.notices import logger, say
+from flowdata._common.notices import say
 from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
 from flowdata.targets.labels import IGNORE_INDEX
@@ -24,15 +23,12 @@ from flowdata.text.chats import render_conversation
 from flowdata.text.conversation import LEFT_OUT, Conversation, Row
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
+from flowdata.text.remarks import RowRemarks, lacking_template
 from flowdata.text.renderings import Rendering
 from flowdata.text.templates import ChatTemplate, Form
 
 Truncation = Literal["keep_start", "keep_end"]  # TRL's words
 
-# As data sets write them for the processors of multi-modal models: `<image>`, `<|image_pad|>`.
-_MEDIA_TAG = re.compile(
-    r"<(?:image|img|video|audio)(?:_?\d+)?>|<\|(?:image|img|vision|video|audio)\w*\|>"
-)
 _NO_TOKENS: Encoded = ([], np.zeros(0, dtype=np.bool_))  # the sample of a row that can't be read
 _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on all cores
 
@@ -225,7 +221,7 @@ class _Renderer:
         self._options = options
         self._template: ChatTemplate | None = None
         self._remarks: list[str] = []
-        self._media_rows, self._first_media = 0, ""
+        self.rows = RowRemarks()
 
     def template_for(self, conversation: Conversation) -> ChatTemplate | None:
         """The template that a conversation goes through; None is where it can do without."""
@@ -234,13 +230,6 @@ class _Renderer:
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer, self._options)
         return self._template
-
-    def look_for_media(self, number: int, renderings: Sequence[Rendering]) -> None:
-        """Note a row whose text names an image, sound or video, as multi-modal sets do."""
-        match = next(filter(None, (_MEDIA_TAG.search(each.text) for each in renderings)), None)
-        if match is not None:
-            self._media_rows += 1
-            self._first_media = self._first_media or f"{match[0]!r} in row {number}"
 
     def render(self, conversation: Conversation, template: ChatTemplate | None) -> list[Rendering]:
         if template is None:
@@ -254,13 +243,7 @@ class _Renderer:
 
     def finish(self, rows: NDArray[np.int64]) -> Form | None:
         """Say how replies were told from the rest of a chat, and return it."""
-        if self._media_rows:
-            logger.warning(
-                "tags of images, sound or video are in the text of rows, of %d in all, and the "
-                "first is %s: they are scored as text, and nothing is looked at or heard",
-                self._media_rows,
-                self._first_media,
-            )
+        self.rows.say()
         if self._template is None:
             if self._options:
                 raise ValueError(
@@ -296,29 +279,15 @@ def _rendered(
             yield Unreadable(f"row {number}: {error}")
             continue
         if conversation.plain is None and not renderer.tokenizer.chat_template:
-            raise ValueError(_lacking_template(row, number, fields or Fields()))
+            raise ValueError(lacking_template(row, number, fields or Fields()))
         template = renderer.template_for(conversation)  # what is wrong with it, is so for all rows
         try:
             renderings = renderer.render(conversation, template)
         except ValueError as error:
             yield Unreadable(f"row {number}: {error}")
             continue
-        renderer.look_for_media(number, renderings)
+        renderer.rows.look_at(number, conversation, renderings)
         yield renderings
-
-
-def _lacking_template(row: Row, number: int, fields: Fields) -> str:
-    """What to say of a row that only a chat template can write, where there is none."""
-    is_pair = fields.prompt is not None and isinstance(row.get(fields.prompt), str)
-    extras = {name: getattr(fields, name) for name in ("system", "history", "tools")}
-    columns = {name: column for name, column in extras.items() if column and row.get(column)}
-    what = "a chat"
-    remedy = "name one (--chat-template FILE), or a tokenizer that has one (--tokenizer)"
-    if is_pair and columns:
-        what = " and ".join(map(repr, columns.values()))
-        flags = " ".join(f"--{name}-column ''" for name in columns)
-        remedy += f"; or score the pairs without that ({flags})"
-    return f"row {number} holds {what}, and the tokenizer has no chat template: {remedy}"
 
 
 def _encoded(
