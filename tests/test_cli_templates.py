@@ -178,7 +178,7 @@ def test_options_without_effect_are_errors(score, forgetful, tmp_path):
     data = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
     for options, message in (
         (("--no-template", "--chat-template", forgetful), "--chat-template has no effect"),
-        (("--no-template", "--template-option", "opening=a"), "template_options have no effect"),
+        (("--no-template", "--template-option", "opening=a"), "--template-option has no effect"),
         (("--truncation", "keep_end"), "--truncation needs --max-length"),
         (("--chat-template", write(tmp_path / "empty.jinja", [])), "is an empty file"),
         (("--chat-template", tmp_path / "no.jinja"), "no.jinja"),

@@ -6,14 +6,17 @@ from flowdata._common.progress import progress_bar
 
 
 def test_a_log_gets_a_line_in_a_while_and_one_at_the_end(capsys, monkeypatch):
-    clock = iter([0.0, 20.0, 40.0, 40.0, 50.0, 60.0])
+    clock = iter([0.0, 2.0, 4.0, 4.0, 30.0, 40.0, 40.0, 50.0, 60.0])
     monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
     with progress_bar(2000, "scoring", "samples", initial=1000) as advance:
-        advance(300)  # at 20 seconds: too early for a line
+        advance(20)  # at 2 seconds: too early for a line
+        advance(20)  # at 4: the first line, which says how long it takes
+        advance(260)  # at 30: too early
         advance(300)  # at 40
         advance(400)  # at 50: too early again
     assert capsys.readouterr().err.splitlines() == [
-        "scoring: 1,600 of 2,000 samples (80%), 15/s",
+        "scoring: 1,040 of 2,000 samples (52%), 10/s, 2 min left",
+        "scoring: 1,600 of 2,000 samples (80%), 15/s, 27 s left",
         "scoring: 2,000 of 2,000 samples (100%), 17/s",
     ]
 

@@ -339,7 +339,7 @@ def test_the_variables_of_a_template_can_be_set():
     with pytest.raises(ValueError, match="has no variable 'enable_thinking'"):
         tokenize(tokenizer, ROWS["single"], template_options={"enable_thinking": False})
     row = {"prompt": "a", "completion": "b"}
-    with pytest.raises(ValueError, match="template_options have no effect"):
+    with pytest.raises(ValueError, match="template_options has no effect"):
         tokenize(tokenizer, row, template_options={"date_string": ""})
 
 

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Protocol
 
 _LINE_EVERY = 30.0  # seconds between plain lines
+_FIRST_LINE = 3.0  # seconds to the first one, which tells how long the work will take
 
 
 class Advance(Protocol):
@@ -47,16 +48,21 @@ def progress_bar(
 
 
 class _Lines:
-    """Plain lines, one in half a minute: in a log file every step of a bar would be a line."""
+    """Plain lines, one in half a minute: in a log file every step of a bar would be a line.
+
+    The first comes sooner, for it is the first to tell how much time is left.
+    """
 
     def __init__(self, total: int, name: str, unit: str, initial: int) -> None:
         self.total, self.name, self.unit = total, name, unit
         self.position = self.initial = initial
         self.start_time = self.last_time = monotonic()
+        self.pause = _FIRST_LINE
 
     def advance(self, amount: int, /) -> None:
         self.position += amount
-        if monotonic() - self.last_time > _LINE_EVERY:
+        if monotonic() - self.last_time > self.pause:
+            self.pause = _LINE_EVERY
             self.write()
 
     def write(self) -> None:
@@ -65,4 +71,24 @@ class _Lines:
         share = self.position / max(self.total, 1)
         progress = f"{self.position:,} of {self.total:,} {self.unit} ({share:.0%})"
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        print(f"{self.name}: {progress}, {speed}/s", file=sys.stderr, flush=True)
+        left = self.total - self.position
+        time = f", {duration(left / rate)} left" if rate > 0 and left > 0 else ""
+        print(f"{self.name}: {progress}, {speed}/s{time}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a reader, who plans with it and needs no exact one.
+
+    Example:
+        >>> duration(8.2), duration(250), duration(7400), duration(300_000)
+        ('8 s', '4 min', '2 h 3 min', '3 d 11 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flowdata._common.notices import logger, say
+from flowdata._common.progress import progress_bar
 from flowdata._common.unreadable import Unreadable
 from flowdata.cli.recognised import Recognised, recognise
 from flowdata.cli.template_options import add_template_options, load_tokenizer_with_template
@@ -17,6 +20,7 @@ from flowdata.text.formats import Fields, deciding_columns, find_fields
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 
+_ROWS_A_STEP = 1024  # that progress is told by: the first row alone, which is slow, tells nothing
 _COLUMNS = {
     "messages": "column of chats (default: messages or conversations)",
     "prompt": "default: prompt, question, query, instruction and other usual names",
@@ -74,21 +78,22 @@ def text_samples(
     if template is None:
         template = tokenizer.chat_template is not None and fields.prompt is not None
     digest = RowsDigest(deciding_columns(fields))
-    samples = tokenize_rows(
-        digest.watch(rows),
-        tokenizer,
-        fields,
-        template=template,
-        template_options=dict(options.template_option),
-        max_length=options.max_length,
-        truncation=options.truncation,
-        on_error=options.on_error,
-    )
+    with _counted(digest.watch(rows), _length_of(rows), shown=_speaks(options)) as counted:
+        samples = tokenize_rows(
+            counted,
+            tokenizer,
+            fields,
+            template=template,
+            template_options=dict(options.template_option),
+            max_length=options.max_length,
+            truncation=options.truncation,
+            on_error=options.on_error,
+        )
     if options.chat_template is not None and samples.replies is None:
         raise ValueError("--chat-template has no effect: no row goes through a chat template")
     _warn(options, samples)
     recognised = recognise(row, fields, samples, tokenizer)
-    if os.environ.get("RANK", "0") == "0" and not options.quiet:
+    if _speaks(options):
         say(recognised.text(whole=False))
     return (
         samples,
@@ -113,6 +118,29 @@ def _rows_of(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
     if not samples.is_split:
         identity["tokens"] = digest_tokens(samples.input_ids, samples.offsets, None)
     return {"rows": len(digest), "identity": identity}
+
+
+def _length_of(rows: Any) -> int | None:
+    return len(rows) if hasattr(rows, "__len__") else None
+
+
+def _speaks(options: argparse.Namespace) -> bool:
+    """Whether this process is the one that speaks, if any does."""
+    return os.environ.get("RANK", "0") == "0" and not options.quiet
+
+
+@contextmanager
+def _counted(rows: Any, total: int | None, *, shown: bool) -> Iterator[Iterator[Any]]:
+    """Rows whose reading and tokenising is shown, where their number is known before."""
+    with progress_bar(total or 0, "reading", "rows", shown=shown and total is not None) as advance:
+
+        def counted() -> Iterator[Any]:
+            for number, row in enumerate(rows, 1):
+                yield row
+                if number % _ROWS_A_STEP == 0 or number == total:
+                    advance((number - 1) % _ROWS_A_STEP + 1)
+
+        yield counted()
 
 
 def cuts_of(samples: TokenSamples) -> dict[str, int]:

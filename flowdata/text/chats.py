@@ -85,7 +85,7 @@ def _cuts(
     if conversation.tools and write(messages) == write(messages, tools=None):
         raise LeftOutError(
             "the chat template leaves out the tools that come with the chat; name a template that "
-            "writes them, or read no column of tools (an empty name for it)"
+            "writes them (--chat-template FILE), or read no column of tools (tools='')"
         )
     if _is_completion(conversation):
         whole, number = write(messages), conversation.num_prompt

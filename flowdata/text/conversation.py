@@ -8,6 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
+LEFT_OUT = "; on_error='skip' leaves such rows without a loss"  # ends a message on one of them
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from flowdata.text.read import first_line
 
 
 def hide_progress() -> None:
-    """Let models load without transformers' own progress bars."""
-    load_transformers().utils.logging.disable_progress_bar()
+    """Let models load and data be read without the progress bars of other libraries."""
+    import datasets
+
+    load_transformers().utils.logging.disable_progress_bar()  # and those of the hub
+    datasets.disable_progress_bars()
 
 
 def load_model(source: str, *, trust_remote_code: bool = False, device: str | None = None) -> Any:

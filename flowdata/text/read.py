@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from flowdata._common.notices import say
 from flowdata.text.files.lines import LineFiles
 from flowdata.text.files.places import files_of, hub_id, is_saved, kind_of
 from flowdata.text.files.tables import Table, read_hub, read_saved, read_table_files
+
+_LARGE = 2**20  # bytes of a file
 
 
 def read_rows(
@@ -75,12 +78,25 @@ def read_rows(
             rows = read_table_files(kind, files, streaming=streaming)
         else:
             lines = LineFiles(files, encoding=encoding, limit=limit, skip=on_error == "skip")
+            if streaming:
+                _say_read_whole(lines)
             rows = lines if streaming else list(lines)
     if limit is not None and isinstance(rows, Table):
         rows = rows.first(limit)
     if next(iter(rows), None) is None:
         raise ValueError(f"{source} holds no rows")
     return rows
+
+
+def _say_read_whole(lines: LineFiles) -> None:
+    """Say of a large file that it is read whole, though rows were to be read one by one."""
+    large = (file for file in lines.files if file.stat().st_size > _LARGE)
+    file = next(filter(lines.is_read_whole, large), None)
+    if file is not None:
+        say(
+            f"{file} is one JSON array, which is read whole: JSON lines are read while they are "
+            "used (jq -c '.[]' writes them)"
+        )
 
 
 def first_line(error: Exception) -> str:

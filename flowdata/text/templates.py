@@ -43,10 +43,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
         if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template; name one with --chat-template, or put pairs "
-                "through none with --no-template"
-            )
+            raise ValueError("the tokenizer has no chat template")
         self._tokenizer = tokenizer
         self._options = dict(options or {})
         sources = {self._source(None), self._source([{}])}  # there may be one for chats with tools

@@ -20,9 +20,10 @@ from flowdata._common.unreadable import Unreadable
 from flowdata.store.fingerprint.rows import digest_tokens
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
-from flowdata.text.conversation import Conversation, Row
+from flowdata.text.conversation import LEFT_OUT, Conversation, Row
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
+from flowdata.text.remarks import RowRemarks, lacking_template
 from flowdata.text.renderings import Rendering
 from flowdata.text.templates import ChatTemplate, Form
 
@@ -123,6 +124,12 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         return len(self) > len(np.unique(self.rows))
 
     @property
+    def num_targets(self) -> int:
+        """Targets of all samples; a sample's first token has nothing before it, and is none."""
+        starts = self.offsets[:-1][np.diff(self.offsets) > 0] - self.offsets[0]
+        return int(self.is_target.sum() - self.is_target[starts].sum())
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens in each sample, (N,) int64."""
         return torch.from_numpy(np.diff(self.offsets))
@@ -213,6 +220,7 @@ class _Renderer:
         self._options = options
         self._template: ChatTemplate | None = None
         self._remarks: list[str] = []
+        self.rows = RowRemarks()
 
     def template_for(self, conversation: Conversation) -> ChatTemplate | None:
         """The template that a conversation goes through; None is where it can do without."""
@@ -234,10 +242,11 @@ class _Renderer:
 
     def finish(self, rows: NDArray[np.int64]) -> Form | None:
         """Say how replies were told from the rest of a chat, and return it."""
+        self.rows.say()
         if self._template is None:
             if self._options:
                 raise ValueError(
-                    "template_options have no effect: no row goes through a chat template"
+                    "template_options has no effect: no row goes through a chat template"
                 )
             return None
         samples_of_rows = np.bincount(rows)
@@ -268,11 +277,16 @@ def _rendered(
         except (KeyError, TypeError, ValueError) as error:
             yield Unreadable(f"row {number}: {error}")
             continue
+        if conversation.plain is None and not renderer.tokenizer.chat_template:
+            raise ValueError(lacking_template(row, number, fields or Fields()))
         template = renderer.template_for(conversation)  # what is wrong with it, is so for all rows
         try:
-            yield renderer.render(conversation, template)
+            renderings = renderer.render(conversation, template)
         except ValueError as error:
             yield Unreadable(f"row {number}: {error}")
+            continue
+        renderer.rows.look_at(number, conversation, renderings)
+        yield renderings
 
 
 def _encoded(
@@ -287,7 +301,7 @@ def _encoded(
         for number, row in enumerate(batch, first):
             if isinstance(row, Unreadable):
                 if not skip:
-                    raise ValueError(row.reason)
+                    raise ValueError(row.reason + LEFT_OUT)
                 unreadable[number] = row.reason
         first += len(batch)
         renderings = [rendering for row in batch if isinstance(row, list) for rendering in row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 
+from flowdata.cli.begin import begin
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.output import print_result
 from flowdata.cli.probe_options import (
@@ -15,7 +16,7 @@ from flowdata.cli.probe_options import (
     read_probe,
 )
 from flowdata.drift import Drift, DriftMeter
-from flowdata.text.models import hide_progress, load_model, load_transformers, load_tuned_model
+from flowdata.text.models import load_model, load_tuned_model
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure how far fine-tuned models have moved from their base, without the old data."""
-    load_transformers()
-    if options.quiet:
-        hide_progress()
+    begin(options)
     where = {"trust_remote_code": options.trust_remote_code, "device": options.device}
     samples = read_probe(options)
     base = load_model(options.base, **where)

@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+from flowdata.cli.begin import begin
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.front_models import check_front, models_of_front, write_model
 from flowdata.cli.output import print_result
@@ -14,7 +15,7 @@ from flowdata.cli.probe_options import add_probe_options, describe_probe, make_p
 from flowdata.cli.text_samples import text_samples
 from flowdata.drift import Candidate, DriftMeter, draw_front, rank
 from flowdata.scoring.scorer import LossScorer
-from flowdata.text.models import hide_progress, load_model, load_transformers
+from flowdata.text.models import load_model
 
 _ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -39,9 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Weigh what a fine-tuning learned against what it forgot; choose how much to keep."""
-    load_transformers()
-    if options.quiet:
-        hide_progress()
+    begin(options)
     check_front(options.tuned)
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")

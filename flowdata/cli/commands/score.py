@@ -9,7 +9,11 @@ import argparse
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from flowdata._common.notices import say
+from flowdata.cli.begin import begin
+from flowdata.cli.cached import LOADED, cached_scores, loaded_with
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.growing import remove_store, score_growing
 from flowdata.cli.options import add_dtype, add_temperature
@@ -21,7 +25,8 @@ from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import SCORES, update_details
 from flowdata.store.format import write_file
 from flowdata.text.joining import REPLIES, check_can_join, join_replies
-from flowdata.text.models import hide_progress, load_model, load_transformers
+from flowdata.text.models import load_model
+from flowdata.text.tokens import TokenSamples
 from flowdata.weights import check_temperature
 
 _PREVIEW_ROWS = 16  # read for a preview: the first may be one that can't be read
@@ -52,44 +57,61 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a causal language model's fine-tuning set into a store."""
-    load_transformers()  # a missing one is told before the data is read, or fetched from the hub
-    if options.quiet:
-        hide_progress()
+    begin(options)
     with process_group() as device:
         check_temperature(options.temperature)  # now, not after hours of scoring
         if options.preview:
             _print_preview(options)
             return DONE
         samples, details, _ = text_samples(options, options.data, options.model)
-        scorer = LossScorer(
-            load_model(options.model, trust_remote_code=options.trust_remote_code),
-            "causal_lm",
-            dtype=options.dtype,
-            device=options.device or device,
-            max_tokens=options.max_tokens,
-            token_losses=options.token_losses,
-            columns=options.columns,
-            progress=not options.quiet,
-        )
-        store = Path(options.store)
-        if options.overwrite:
-            remove_store(store)
-            remove_store(store / REPLIES)
-        check_can_join(samples, options.columns, store)
-        scores = score_growing(
-            scorer,
-            samples,
-            store / REPLIES if samples.is_split else store,
-            on_error=options.on_error,
-            details=details,
-        )
+        _say_size(options, samples)
+        if (loaded := loaded_with(options)) is not None:
+            details[LOADED] = loaded
+        scores, explanation = _scores(options, samples, details, device)
         if os.environ.get("RANK", "0") == "0":  # all ranks have all scores; one tells of them
             if samples.is_split:
                 scores = join_replies(scores, samples.rows)
-                write_file(store / SCORES, scores.to_tensors(), scores.manifest())
-            update_details(store, details)  # losses that were there may be of another file's rows
-            _print_scores(options, scores, scorer.explain(), cuts_of(samples))
+                write_file(Path(options.store) / SCORES, scores.to_tensors(), scores.manifest())
+            # Losses that were there may be of another file with the same rows.
+            update_details(Path(options.store), details)
+            _print_scores(options, scores, explanation, cuts_of(samples))
     return DONE
+
+
+def _scores(
+    options: argparse.Namespace, samples: TokenSamples, details: dict[str, Any], device: str | None
+) -> tuple[Scores, str]:
+    """The samples' scores, and how they were made."""
+    store = Path(options.store)
+    if options.overwrite:
+        remove_store(store)
+        remove_store(store / REPLIES)
+    check_can_join(samples, options.columns, store)
+    folder = store / REPLIES if samples.is_split else store
+    cached = cached_scores(samples, folder, details.get(LOADED), shown=not options.quiet)
+    if cached is not None:
+        return cached, "all were there"
+    scorer = LossScorer(
+        load_model(options.model, trust_remote_code=options.trust_remote_code),
+        "causal_lm",
+        dtype=options.dtype,
+        device=options.device or device,
+        max_tokens=options.max_tokens,
+        token_losses=options.token_losses,
+        columns=options.columns,
+        progress=not options.quiet,
+    )
+    scores = score_growing(scorer, samples, folder, on_error=options.on_error, details=details)
+    return scores, scorer.explain()
+
+
+def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
+    """Say how much there is to score; how long it takes is told once the first packs are run."""
+    say(
+        f"to score: samples {len(samples):,}, tokens {len(samples.input_ids):,}, "
+        f"targets {samples.num_targets:,}",
+        shown=os.environ.get("RANK", "0") == "0" and not options.quiet,
+    )
 
 
 def _print_preview(options: argparse.Namespace) -> None:
@@ -105,7 +127,8 @@ def _print_scores(
 ) -> None:
     figures = {**cuts, **scores.summary(temperature=options.temperature)}
     lines = [
-        f"{len(scores):,} samples scored into {options.store} ({explanation})",
+        f"{len(scores):,} sample{'s' * (len(scores) != 1)} scored into {options.store} "
+        f"({explanation})",
         list_figures(figures),
         f"next: flowdata report {options.store}",
     ]

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from flowdata._common.unreadable import Unreadable
-from flowdata.text.conversation import Row
+from flowdata.text.conversation import LEFT_OUT, Row
 from flowdata.text.files.places import kind_of
 
 _ROWS_BELOW = ("data", "rows", "examples", "instances")  # names of an object's rows
+_EXCELS_MARK = re.compile(r"sep=(.)\s*")  # a first line that tells Excel the delimiter
 _DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -58,6 +60,15 @@ class LineFiles:
     def __iter__(self) -> Iterator[Row | Unreadable]:
         return islice(chain.from_iterable(map(self._rows_of, self.files)), self.limit)
 
+    def is_read_whole(self, file: Path) -> bool:
+        """Return whether a file is one JSON array, or an object that holds one: not lines."""
+        if kind_of(file) != "json":
+            return False
+        with _open(file) as stream:
+            text = io.TextIOWrapper(stream, encoding=self.encoding, errors="replace")
+            line = _first_line(text)[1]
+        return line.lstrip().startswith(("[", "{")) and not _is_row_alone(line)
+
     def _rows_of(self, file: Path) -> Iterator[Row | Unreadable]:
         rows = {"json": _json_rows, "csv": _csv_rows, "text": _text_rows}[str(kind_of(file))]
         with _open(file) as stream:
@@ -68,7 +79,7 @@ class LineFiles:
                 for number, row in enumerate(rows(text, file)):
                     if isinstance(row, Unreadable):
                         if not self.skip:
-                            raise ValueError(row.reason)
+                            raise ValueError(row.reason + LEFT_OUT)
                     elif self.skip and _is_no_text(row):
                         row = Unreadable(f"{file}, row {number}: holds bytes that are no text")
                     yield row
@@ -133,8 +144,12 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     """The rows below a header; every cell is text, as it is written."""
     csv.field_size_limit(sys.maxsize)
     number, header = _first_line(text)
+    mark = _EXCELS_MARK.fullmatch(header)
+    if mark is not None:
+        skipped, header = _first_line(text)
+        number += skipped
     is_tsv = ".tsv" in file.name.lower()
-    delimiter = "\t" if is_tsv else max(_DELIMITERS, key=header.count)
+    delimiter = mark[1] if mark else "\t" if is_tsv else max(_DELIMITERS, key=header.count)
     reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
     line = number
     try:
@@ -159,10 +174,7 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
 def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     """The rows of JSON lines, of an array, or of an object that holds an array of rows."""
     number, line = _first_line(text)
-    value = _parse(line)
-    is_list_alone = isinstance(value, list) and value and not isinstance(value[0], dict)
-    is_row = isinstance(value, dict) and _rows_below(value) is None
-    if is_row or is_list_alone or not line.lstrip().startswith(("[", "{")):
+    if _is_row_alone(line) or not line.lstrip().startswith(("[", "{")):
         yield from _json_lines(chain([line], text), file, number)
         return
     content = line + text.read()
@@ -179,6 +191,13 @@ def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     may_hold_halves = _may_hold_halves(content)
     for index, row in enumerate(whole):
         yield _checked(row, f"{file}, item {index}", may_hold_halves=may_hold_halves)
+
+
+def _is_row_alone(line: str) -> bool:
+    """Whether the first line is a row, or an array that holds none: what follows are lines, too."""
+    value = _parse(line)
+    is_list_alone = isinstance(value, list) and value and not isinstance(value[0], dict)
+    return bool(is_list_alone or (isinstance(value, dict) and _rows_below(value) is None))
 
 
 def _json_lines(lines: Iterable[str], file: Path, start: int) -> Iterator[Row | Unreadable]:

@@ -89,11 +89,14 @@ def files_of(source: str, split: str | None) -> list[Path]:
     if None in kinds:
         raise ValueError(
             f"{kinds[None]} is of no kind that is read; there are {', '.join(KINDS)}, and "
-            f"{', '.join(COMPRESSIONS)} of those that hold lines"
+            f"{', '.join(COMPRESSIONS)} of those that hold lines{_remedy_for(kinds[None])}"
         )
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
-        raise ValueError(f"{source} holds files of several kinds ({one.name}, {other.name})")
+        raise ValueError(
+            f"{source} holds files of several kinds ({one.name}, {other.name}); "
+            f"name one, or a pattern such as {other.parent / '*'}{other.suffix}"
+        )
     return files
 
 
@@ -113,6 +116,15 @@ def _files_below(folder: Path, split: str) -> list[Path]:
         )
     chosen = {Path(name).resolve() for name in splits[split]}
     return [file for file in files if file.resolve() in chosen]
+
+
+def _remedy_for(file: Path) -> str:
+    """What to do about a file of another kind."""
+    if file.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        return ". Save the sheet as CSV"
+    if file.suffix.lower() in (".zip", ".tar", ".7z"):
+        return ". Unpack it, and name the folder"
+    return "" if file.suffix else ". Give it the ending of what it holds"
 
 
 def _nothing_at(source: str, path: Path) -> str:

@@ -72,29 +72,36 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
 
 def _refuse_unread(row: Row, fields: Fields) -> None:
     """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
-    for name, companion in _unread_companions(fields).items():
-        if name not in row or not _holds(row[name]):
+    companions = _companions(fields)
+    for name in row:
+        usual = str(name).lower()  # another case may first come late in the data
+        if usual not in companions or name in _known(fields) or not _holds(row[name]):
             continue
+        companion = companions[usual]
         if companion is None:
             raise ValueError(f"column {name!r} holds something, and text is scored alone")
         raise ValueError(
-            f"column {name!r} holds something, and is not read: name it with {companion}={name!r} "
-            f"of Fields (--{companion}-column {name}), or name an empty one"
+            f"column {name!r} holds something, and is not read: name it ({companion}={name!r}), or "
+            f"name an empty one ({companion}='')"
         )
 
 
 @functools.cache  # every row of a data set asks for the same
-def _unread_companions(fields: Fields) -> dict[str, str | None]:
-    """Columns that must hold nothing, as they aren't read: each with what it would be, or None."""
-    known = {*fields.columns(), fields.label}
+def _companions(fields: Fields) -> dict[str, str | None]:
+    """The usual names of columns that go with the text: each with what it would be, or None."""
     names: dict[str, str | None] = {
         name: companion
         for companion, usual in COMPANIONS.items()
         if getattr(fields, companion) != "" and (fields.prompt or companion != "input")
         for name in usual
     }
-    names |= dict.fromkeys(MEDIA)
-    return {name: companion for name, companion in names.items() if name not in known}
+    return names | dict.fromkeys(MEDIA)
+
+
+@functools.cache
+def _known(fields: Fields) -> frozenset[str]:
+    """The columns that are read, or are known to say nothing of the text."""
+    return frozenset([*fields.columns(), *filter(None, [fields.label])])
 
 
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
@@ -223,4 +230,7 @@ def _holds(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    if value is None:
+        return "null"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

@@ -1,0 +1,79 @@
+"""Rows that are scored, and of which a user should know all the same: said once for all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from flowdata._common.notices import logger
+from flowdata.text.conversation import Conversation, Row
+from flowdata.text.formats import Fields
+from flowdata.text.renderings import Rendering
+
+# As data sets write them for the processors of multi-modal models: `<image>`, `<|image_pad|>`.
+_MEDIA_TAG = re.compile(
+    r"<(?:image|img|video|audio)(?:_?\d+)?>|<\|(?:image|img|vision|video|audio)\w*\|>"
+)
+_WHAT_A_REPLY_SAYS = ("content", "reasoning_content", "tool_calls")
+_TAGS = (
+    "tags of images, sound or video are in the text of rows, of %d in all, and the first is %s: "
+    "they are scored as text, and nothing is looked at or heard"
+)
+_EMPTY = (
+    "replies are empty, in rows of which there are %d, and the first is %s: what is scored of "
+    "them is that they end"
+)
+
+
+class RowRemarks:
+    """What is to be said of rows, as they are looked at one after another."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, tuple[int, str]] = {}  # by sentence: how many, and the first
+
+    def look_at(
+        self, number: int, conversation: Conversation, renderings: Sequence[Rendering]
+    ) -> None:
+        """Note what is odd in a row.
+
+        Args:
+            number: the row's.
+            conversation: what it says.
+            renderings: its samples as text.
+        """
+        tag = next(filter(None, (_MEDIA_TAG.search(each.text) for each in renderings)), None)
+        if tag is not None:
+            self._note(_TAGS, f"{tag[0]!r} in row {number}")
+        for message, is_target in zip(conversation.messages, conversation.is_target, strict=True):
+            if is_target and not any(map(message.get, _WHAT_A_REPLY_SAYS)):
+                self._note(_EMPTY, f"row {number}")
+                break
+
+    def say(self) -> None:
+        """Say what was noted."""
+        for sentence, (count, first) in self._rows.items():
+            logger.warning(sentence, count, first)
+
+    def _note(self, sentence: str, place: str) -> None:
+        count, first = self._rows.get(sentence, (0, place))
+        self._rows[sentence] = count + 1, first
+
+
+def lacking_template(row: Row, number: int, fields: Fields) -> str:
+    """Return what to say of a row that only a chat template can write, where there is none.
+
+    Args:
+        row: the row.
+        number: its place.
+        fields: the columns that are read.
+    """
+    is_pair = fields.prompt is not None and isinstance(row.get(fields.prompt), str)
+    extras = {name: getattr(fields, name) for name in ("system", "history", "tools")}
+    columns = {name: column for name, column in extras.items() if column and row.get(column)}
+    what = "a chat"
+    remedy = "name one (--chat-template FILE), or a tokenizer that has one (--tokenizer)"
+    if is_pair and columns:
+        what = " and ".join(map(repr, columns.values()))
+        flags = " ".join(f"--{name}-column ''" for name in columns)
+        remedy += f"; or score the pairs without that ({flags})"
+    return f"row {number} holds {what}, and the tokenizer has no chat template: {remedy}"
