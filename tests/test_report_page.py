@@ -298,7 +298,7 @@ def test_a_store_of_chats_is_reported_with_the_models_own_tokens(
 
     data.write_text(data.read_text().replace("Yes.", "Nope"))  # another file by the same name
     assert main(["report", str(store)]) == 0
-    assert "targets can't be shown as they were scored" in caplog.text
+    assert "is not what was scored: its rows are others" in caplog.text
     browser.open(store / "report" / "report.html")
     pick(browser, 4)
     assert text(browser, "#sample .heat") == ""  # losses without words
