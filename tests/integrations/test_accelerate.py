@@ -42,6 +42,12 @@ LAYOUTS = {
 STEPS = (1, 2, 3)
 
 
+@pytest.fixture(autouse=True)
+def no_loader_is_left():
+    """Forget the loaders of other tests: all of Accelerate's objects share one state of them."""
+    accelerate.state.GradientState._reset_state()
+
+
 def make_accelerator(steps=1, **layout):
     from accelerate.utils import DataLoaderConfiguration
 
