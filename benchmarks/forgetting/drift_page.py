@@ -8,7 +8,7 @@ from statistics import mean
 from benchmarks.forgetting.choosing_rules import POINTS, outcomes, rules, spread
 from benchmarks.forgetting.drift_measures import agreement_with, few_samples
 from flowdata.study import Record
-from flowdata.study.table import row
+from flowdata.study.table import count, row
 
 OLD = "CIFAR-10 accuracy"
 LEAST = 5  # methods and rates that a coefficient takes
@@ -26,7 +26,8 @@ def drift_page(studies: Studies) -> str:
     """Return a Markdown page on the drift in the studies of vision."""
     seeds = {name: len({r["seed"] for r in records}) for name, records in studies.items()}
     counts = ", ".join(
-        f"{name} ({len(records)} runs, {seeds[name]} seeds)" for name, records in studies.items()
+        f"{name} ({len(records)} runs, {count(seeds[name], 'seed')})"
+        for name, records in studies.items()
     )
     lines = [
         "# Drift: does it tell what was forgotten, and what does choosing by it give?",
