@@ -34,6 +34,9 @@ LEEWAY = 1e-3  # nats that any way may differ by; of other losses, a thousandth 
 # For where no float32 copy of the model fits into memory: differences of two low-precision runs
 # that are rounding, in nats below a loss of 1 nat and as a share of the loss above.
 _ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# A run looks at many samples, and the largest rounding of many is larger than that of the few that
+# it is known from: one sample of GSM8K, off by 2.1e-2 nats in bfloat16, stopped a run of SmolLM2.
+_RAREST = 2.0
 
 
 @dataclass
@@ -151,7 +154,7 @@ class Truth:
             batches = [*self.batches, batch]
             exact = [self.columns(each, model) for each in batches]
         self.learn_errors([self.columns(each) for each in batches], exact)
-        return difference(self, columns, exact[-1])
+        return difference(self, columns, exact[-1], times=_RAREST)
 
     def allowance(self, name: str, true: Tensor) -> Tensor:
         """Return how far a column's values may lie from the true ones, (1,)."""
@@ -177,13 +180,14 @@ def check_size(columns: Columns, samples: int) -> None:
         )
 
 
-def difference(truth: Truth, columns: Columns, true: Columns) -> str:
+def difference(truth: Truth, columns: Columns, true: Columns, times: float = 1.0) -> str:
     """Return "" if a sample's columns are right, else how they differ from the true ones.
 
     Args:
         truth: says how far they may differ.
         columns: (1,) loss, count and further columns, as a way made them.
         true: the true ones.
+        times: how many times as far they may differ.
     """
     if int(columns["count"]) != int(true["count"]):
         return f"it counts {int(columns['count'])} targets, not {int(true['count'])}"
@@ -191,7 +195,7 @@ def difference(truth: Truth, columns: Columns, true: Columns) -> str:
         value, expected = columns[name], true[name]
         is_nan = bool(value.isnan()), bool(expected.isnan())
         off = (value - expected).abs()
-        if is_nan[0] != is_nan[1] or bool(off > truth.allowance(name, expected)):
+        if is_nan[0] != is_nan[1] or bool(off > times * truth.allowance(name, expected)):
             return (
                 f"a sample's {name} differs by {float(off):.2g} ({float(value):.6g}, alone "
                 f"{float(expected):.6g})"
