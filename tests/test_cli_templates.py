@@ -224,3 +224,11 @@ def test_a_template_that_is_wrong_for_all_rows_is_no_reason_to_skip_them(score, 
         code, _, err = score(data, *options, "--on-error", "skip")
         assert code == 2
         assert message in err
+
+
+def test_a_file_of_which_no_row_can_be_scored_is_refused_with_the_first_reason(score, tmp_path):
+    data = write(tmp_path / "chats.jsonl", [{"messages": [says("user", each)]} for each in "ab"])
+    code, _, err = score(data, "--on-error", "skip")
+    assert code == 2
+    assert "no row can be scored; row 0: " in err
+    assert not (tmp_path / "s").exists()

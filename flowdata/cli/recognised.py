@@ -64,8 +64,15 @@ def recognise(row: Row, fields: Fields, samples: TokenSamples, tokenizer: Any) -
         fields: the columns that were found.
         samples: those of the data set.
         tokenizer: turns the first sample back into text.
+
+    Raises:
+        ValueError: no row could be made a sample, with the first one's reason.
     """
-    index = next(i for i, number in enumerate(samples.rows) if number not in samples.unreadable)
+    good = (i for i, number in enumerate(samples.rows) if number not in samples.unreadable)
+    index = next(good, None)
+    if index is None:
+        number, reason = next(iter(samples.unreadable.items()))
+        raise ValueError(f"no row can be scored; row {number}: {reason}")
     place = slice(samples.offsets[index], samples.offsets[index + 1])
     ids, is_target = samples.input_ids[place], samples.is_target[place]
     bounds = np.flatnonzero(np.diff(is_target)) + 1
