@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from statistics import mean, stdev
 from typing import TypeAlias
 
 from benchmarks.forgetting.drift_measures import runs_by
@@ -64,11 +63,6 @@ def outcomes(records: list[Record], rule: Rule) -> list[float]:
 def chosen(records: list[Record], rule: Rule) -> list[Record]:
     """Return the run that a rule chooses on each seed."""
     return [rule(runs) for runs in runs_by(records, "seed").values()]
-
-
-def spread(values: list[float]) -> str:
-    """Return mean ± standard deviation."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def _least(cost: Callable[[Record], object], slack: float) -> Rule:

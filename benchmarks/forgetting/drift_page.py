@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import mean
 
-from benchmarks.forgetting.choosing_rules import POINTS, outcomes, rules, spread
+from benchmarks.forgetting.choosing_rules import POINTS, outcomes, rules
 from benchmarks.forgetting.drift_measures import agreement_with, few_samples
 from flowdata.study import Record
-from flowdata.study.table import count, row
+from flowdata.study.table import count, row, spread
 
 OLD = "CIFAR-10 accuracy"
 LEAST = 5  # methods and rates that a coefficient takes
@@ -106,6 +106,6 @@ def _few(studies: Studies) -> list[str]:
 def _choices(studies: Studies) -> list[str]:
     lines = [row(["rule", *studies]), row(["---", *["---:"] * len(studies)])]
     for name, rule in rules(PROBE).items():
-        cells = [spread(outcomes(records, rule)) for records in studies.values()]
+        cells = [spread(outcomes(records, rule), 1) for records in studies.values()]
         lines.append(row([name, *cells]))
     return lines

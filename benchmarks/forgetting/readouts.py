@@ -9,8 +9,7 @@ head fitted anew on top of that. The last two take old samples, which no measure
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from statistics import mean
 from typing import Any
@@ -122,15 +121,20 @@ def of_few(drift: Drift) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def retake_statistics(body: nn.Module, data: Any) -> None:
-    """Replace the statistics of a body's BatchNorm layers by those of some samples, in place."""
-    layers = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with _flags_of(body):
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean over all batches
-        body.train()
-        for inputs, _ in DataLoader(data, batch_size=250):
-            body(inputs)
+    """Replace the statistics of a body's BatchNorm layers by those of some samples, in place.
+
+    Args:
+        body: left in eval mode.
+        data: samples (input, class).
+    """
+    for module in body.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+    body.train()
+    for inputs, _ in DataLoader(data, batch_size=250):
+        body(inputs)
+    body.eval()
 
 
 def _percent(hits: Tensor) -> float:
@@ -170,14 +174,3 @@ def _loss_and_gradient_norm(network: nn.Module, data: Any, dtype: str) -> tuple[
             norm = sum(float(g.double().pow(2).sum()) for g in gradients) ** 0.5
         losses.append(values.detach())
     return torch.cat(losses).mean().item(), norm
-
-
-@contextmanager
-def _flags_of(model: nn.Module) -> Iterator[None]:
-    """Put the training flags back after the block."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

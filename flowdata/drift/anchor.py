@@ -40,8 +40,8 @@ from flowdata.head.kl_loss import kl_to, kl_to_called
 from flowdata.head.output_layer import Head, OutputModule
 from flowdata.models.calling import in_evaluation, unwrapped
 
-# The longest gradient of a target's penalty, in the logits; that of a cross-entropy is √2. At 0.3
-# and more, strengths of 1,000 kept less than no anchor at all in the ResNet of the benchmarks.
+# The longest gradient of a target's penalty, in the logits; that of a cross-entropy is √2. A longer
+# one lets large strengths and rates lose more than no anchor does.
 _PULL = 0.2
 # The strength from which the bend is as sharp as it gets: the pull is then the full one from 2e-4
 # nats on. Below that a drift is the rounding of bfloat16, which must not be pulled at.
