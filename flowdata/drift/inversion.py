@@ -3,7 +3,7 @@
 BatchNorm keeps the mean and the variance of every channel over the old task's images. Noise that
 is changed until it has these in every layer, and until the network is sure of its class, looks to
 the network much like its old task. On such images a drift also tells what is lost where BatchNorm
-took the new task's statistics; on noise and on the new task's own images it does not.
+took the new task's statistics; on noise and on the new task's own images it often does not.
 """
 
 from __future__ import annotations
