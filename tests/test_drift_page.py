@@ -69,6 +69,8 @@ def test_every_rule_chooses_what_it_says(records):
         "linear probe": ("linear probe", 0.0),
     }
     assert choosing_rules.outcomes(records, rules["blind"]) == [54.0, 54.5]
+    # A seed whose runs are not all there has nothing to choose from that others have.
+    assert choosing_rules.outcomes(records[1:], rules["linear probe"]) == [70.0]
 
 
 def test_the_page_shows_every_part(records):

@@ -61,8 +61,10 @@ def outcomes(records: list[Record], rule: Rule) -> list[float]:
 
 
 def chosen(records: list[Record], rule: Rule) -> list[Record]:
-    """Return the run that a rule chooses on each seed."""
-    return [rule(runs) for runs in runs_by(records, "seed").values()]
+    """Return the run that a rule chooses on each seed that has as many runs as any other."""
+    all_runs = runs_by(records, "seed").values()
+    most = max(map(len, all_runs))
+    return [rule(runs) for runs in all_runs if len(runs) == most]
 
 
 def _least(cost: Callable[[Record], object], slack: float) -> Rule:
