@@ -403,7 +403,8 @@ def lengths(samples):
     return [len(sample["input_ids"]) for sample in samples]
 
 
-def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(tmp_path):
+def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what the user sets is not measured
     seen, packs = [], []
 
     class Stopping:
@@ -426,6 +427,7 @@ def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(tmp_path):
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {2}
+    assert "threads: 2 instead of 1, chosen for speed when the run began" in scorer.explain()
     assert Scores.load(tmp_path).metadata["plan"]["threads"] == 2
 
 

@@ -15,6 +15,7 @@ from flowdata.scoring.plan.lengths import sample_lengths
 from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
 from flowdata.scoring.ranks import SAME_CALL, Ranks
+from flowdata.scoring.threads import choose_threads
 from flowdata.store.format import Manifest
 from flowdata.store.identity import check_identity
 
@@ -43,7 +44,9 @@ def shared_plan(
     """
     begun = ranks.from_first("begun", begun)
     # Rank 0 speaks for all machines here: ranks that choose for themselves could differ.
-    machine = [torch.get_num_threads(), gains(job.dtype, job.device)]
+    is_chosen_here = ranks.is_first and begun is None
+    own = choose_threads(job.dtype, job.device) if is_chosen_here else torch.get_num_threads()
+    machine = [own, gains(job.dtype, job.device)]
     threads, compiling_gains = ranks.from_first("machine", machine)
     plan = make_plan(job, threads, begun, compiling_gains=compiling_gains)
     if begun is not None:

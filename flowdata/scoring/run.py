@@ -32,6 +32,7 @@ from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks, one_rank
 from flowdata.scoring.suspects import in_largest_pack
+from flowdata.scoring.threads import describe_threads
 from flowdata.scoring.truth import Truth
 from flowdata.store.packs import Columns
 from flowdata.targets.target_losses import Fetched
@@ -83,11 +84,12 @@ def run_packs(
     """
     if not todo:
         return
+    threads = describe_threads(plan.options.threads, job.device)
     with lent_model(job, plan.options) as model, _progress(job, plan, todo) as show:
         agreed = agreed_way(job, plan, model, ranks)
         report.add(agreed.truth.samples, agreed.truth.largest)
-        sentence = [job.name, agreed.description, _describe_packs(plan), _describe_check(report)]
-        job.announce("; ".join(filter(None, sentence)))
+        way = [job.name, agreed.description, _describe_packs(plan), threads]
+        job.announce("; ".join(filter(None, [*way, _describe_check(report)])))
         share = _Share(job, plan, todo, ranks, agreed)
         started = _start_packs(job, plan, share, agreed, model, report)
         for pack in _finish_packs(started, ahead=1 if job.device.type == "cuda" else 0):
