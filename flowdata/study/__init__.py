@@ -31,14 +31,22 @@ scipy, pictures matplotlib, and LoRA peft: ``pip install "flowdata-torch[study]"
   counts its right answers.
 - recipe.py and head_task.py are for a task with a head of its own.
 - runs.py runs a study and chooses the learning rates; choices.py chooses among all runs, also by
-  their drift; table.py and picture.py show it.
+  their drift; equal_learning.py compares methods where they learned as much; table.py and
+  picture.py show it.
 """
 
 from flowdata.study.choices import choices
 from flowdata.study.classify import fine_tune, sample_weights
+from flowdata.study.equal_learning import (
+    Items,
+    Kept,
+    items_of,
+    kept_at_equal_learning,
+    runs_with_items,
+)
 from flowdata.study.head_task import HeadTask, Outcome, Sizes, Split
 from flowdata.study.hits import accuracy, hits, packed, unpacked
-from flowdata.study.methods import METHODS, STANDARD, TEMPERATURES, grids
+from flowdata.study.methods import LINEAR_PROBE, METHODS, STANDARD, TEMPERATURES, grids
 from flowdata.study.parts import (
     anchor,
     averaging,
@@ -55,12 +63,15 @@ from flowdata.study.table import report, studies
 from flowdata.study.training import Hooks, Method, Part, train
 
 __all__ = [
+    "LINEAR_PROBE",
     "METHODS",
     "STANDARD",
     "TEMPERATURES",
     "Beginning",
     "HeadTask",
     "Hooks",
+    "Items",
+    "Kept",
     "Method",
     "Outcome",
     "Part",
@@ -81,6 +92,8 @@ __all__ = [
     "grids",
     "hft",
     "hits",
+    "items_of",
+    "kept_at_equal_learning",
     "lora",
     "mofo",
     "output_anchor",
@@ -88,6 +101,7 @@ __all__ = [
     "read_records",
     "report",
     "run_study",
+    "runs_with_items",
     "sample_weights",
     "studies",
     "train",

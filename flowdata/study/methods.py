@@ -13,6 +13,7 @@ from flowdata.study.training import Method, Part
 from flowdata.weights import effective_sample_size, flow_weights
 
 STANDARD = "standard"  # the method that all others are compared with
+LINEAR_PROBE = "linear probe"  # nothing but the head is fitted: where all fronts begin
 _HOLD = 0.1
 
 
@@ -42,7 +43,7 @@ _COMPANIONS: dict[str, tuple[Part, ...]] = {
 }
 METHODS: dict[str, Method] = {
     STANDARD: Method(),
-    "linear probe": Method(trains=False),
+    LINEAR_PROBE: Method(trains=False),
     "FLOW": Method(flow),
     "FLOW, sampler": Method(flow, resample=True),
     **{name: Method(parts=parts) for name, parts in _COMPANIONS.items()},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from flowdata.study.choices import choices
+from flowdata.study.equal_learning import SHARES, kept_at_equal_learning, runs_with_items
 from flowdata.study.extras import load_extra
-from flowdata.study.methods import METHODS, STANDARD
+from flowdata.study.methods import LINEAR_PROBE, METHODS, STANDARD
 from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
 
 BEST_RATE_NOTE = (
@@ -76,6 +79,7 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
         *_edges(records),
         *_over_rates(records),
         *_choices(records),
+        *_equal_learning(records),
         "Differences over the seeds, paired: mean ± standard deviation (p of a t-test).",
         "",
         *_comparisons(runs),
@@ -169,6 +173,32 @@ def _choices(records: list[Record]) -> list[str]:
         "validation and what the probe says was kept (`flowdata.drift.choose`)"
     )
     return [title + ("; best, which takes the old data to know:" * average or ":"), "", *lines, ""]
+
+
+def _equal_learning(records: list[Record]) -> list[str]:
+    """A table of what methods keep where they have learned as much."""
+    records = [record for record in records if "hits" in record]
+    counts = Counter(record["seed"] for record in records)
+    whole = {seed for seed in counts if counts[seed] == max(counts.values())}
+    runs = runs_with_items(record for record in records if record["seed"] in whole)
+    runs = {key: of_seed for key, of_seed in runs.items() if of_seed.keys() == whole}
+    if not {STANDARD, LINEAR_PROBE} <= {method for method, _ in runs}:
+        return []
+    shares = [f"at {share:.0%}" for share in SHARES]
+    lines = [row(["method", "rates", *shares, "difference", "p"]), row(["---", *["---:"] * 7])]
+    for kept in kept_at_equal_learning(runs, STANDARD, LINEAR_PROBE):
+        old = ["–" if math.isnan(value) else f"{value:.1f}" for value in kept.at]
+        difference = f"{kept.difference:+.1f} ({kept.low:+.1f} to {kept.high:+.1f})"
+        of_standard = kept.method == STANDARD
+        cells = ["", ""] if of_standard else [difference, f"{kept.p:.3f}"]
+        lines.append(row([kept.method, f"{kept.rates}", *old, *cells]))
+    title = (
+        f"At equal learning ({count(len(whole), 'seed')}): old accuracy where a method's front "
+        f"over its rates has learned a share of what {STANDARD} fine-tuning learns over the "
+        f"{LINEAR_PROBE}; the mean difference from it over all that both learn, with 95 % of the "
+        "draws of seeds and test items; p by Holm:"
+    )
+    return [title, "", *lines, ""]
 
 
 def _means_and_seeds(runs: list[Record], names: list[str], most: int) -> str:

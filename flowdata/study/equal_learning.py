@@ -1,0 +1,211 @@
+"""Equal learning: what each method keeps of the old where it has learned as much of the new.
+
+At one learning rate a method that learns less also forgets less, so that a comparison there says
+nothing. Over its rates a method traces a front of (new, old), and all fronts begin where nothing is
+forgotten: at the linear probe, which no step has moved.
+
+    old  P──╮                  P  the linear probe
+             ╲    ╲ A          at each level of the new, between P and what the reference learns
+              B    ╲           at most, A keeps more than B; where a front does not reach, a
+                 ╲  ╲          method has nothing to show
+         └──────────────  new
+
+Between two rates a front is a straight line. What seeds and test items leave open is told by
+drawing both anew, with replacement (Efron, 1979): seeds first, then each seed's items, the same
+for all methods. The p values of several methods are corrected for their number (Holm, 1979).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from flowdata.study.hits import unpacked
+from flowdata.study.runs import Record
+
+SHARES = (0.5, 0.75, 0.9, 1.0)  # of what the reference learns over the probe
+_LEVELS = np.linspace(0, 1, 21)  # at which differences are averaged
+_DRAWS = 1000
+_INTERVAL = (2.5, 97.5)  # percentiles
+
+_Floats: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
+
+
+class Items(NamedTuple):
+    """What a run scores on each test item, more for better.
+
+    Attributes:
+        new: (N,) of the new task.
+        old: (M,) of the old one.
+    """
+
+    new: _Floats
+    old: _Floats
+
+
+Runs: TypeAlias = Mapping[tuple[str, float], Mapping[int, Items]]  # method and rate, then seed
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a method keeps of the old at equal learning.
+
+    Attributes:
+        method: its name.
+        rates: at how many rates it was run.
+        seeds: on how many seeds each.
+        at: the old score at each of `SHARES`, NaN where the method does not learn as much.
+        difference: from the reference's old score, the mean over the levels that both reach.
+        low: end of the interval in which 95 % of the draws' differences lie.
+        high: its other end.
+        p: two-sided, of no difference, corrected for the number of methods.
+    """
+
+    method: str
+    rates: int
+    seeds: int
+    at: tuple[float, ...]
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def runs_with_items(records: Iterable[Record]) -> dict[tuple[str, float], dict[int, Items]]:
+    """Return the items of runs of `HeadTask`, as `kept_at_equal_learning` takes them."""
+    runs: dict[tuple[str, float], dict[int, Items]] = {}
+    for record in records:
+        runs.setdefault((record["method"], record["rate"]), {})[record["seed"]] = items_of(record)
+    return runs
+
+
+def items_of(record: Record) -> Items:
+    """Return the right answers of a run of `HeadTask`, in % each: 0 or 100."""
+    accuracies = (*record["target"].values(), *record["retained"].values())
+    answers = (record["hits"]["target"], record["hits"]["retained"])
+    return Items(*(_in_percent(*each) for each in zip(answers, accuracies, strict=True)))
+
+
+def _in_percent(answers: str, accuracy: float) -> _Floats:
+    bits = unpacked(answers, len(answers) // 5 * 32 + len(answers) % 5 * 8).numpy()
+    # The text is filled up to whole bytes; the accuracy tells how many answers there were.
+    count = round(100 * bits.sum() / accuracy) if accuracy else len(bits)
+    return 100.0 * bits[:count]
+
+
+def kept_at_equal_learning(
+    runs: Runs, reference: str, start: str, *, draws: int = _DRAWS, seed: int = 0
+) -> list[Kept]:
+    """Return what each method keeps at equal learning, the reference first.
+
+    Args:
+        runs: items by method and rate, then by seed; only seeds that all of them have count.
+        reference: the method that others are compared with.
+        start: the method that all fronts begin with, at a single rate.
+        draws: number of draws of seeds and items.
+        seed: of the draws.
+
+    Raises:
+        ValueError: reference or start is missing, or no seed is in all runs.
+    """
+    rates = Counter(method for method, _ in runs)
+    for name in (reference, start):
+        if name not in rates:
+            raise ValueError(f"runs have no {name!r}, which all fronts need")
+    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
+    if not seeds:
+        raise ValueError("runs have no seed that all methods and rates were run on")
+    methods = [reference, *(m for m in rates if m not in (reference, start))]
+    places = [[i for i, (m, _) in enumerate(runs) if m in (method, start)] for method in methods]
+    scores = _drawn_scores(runs, seeds, draws, seed)
+    start_place = next(place for place, (method, _) in enumerate(runs) if method == start)
+    kept = np.array([_kept(each, places, start_place) for each in scores])
+    at, over_levels = kept[:, :, : len(SHARES)], kept[:, :, len(SHARES) :]
+    # Every front reaches the first level; beyond its end there is nothing to compare.
+    differences = np.nanmean(over_levels - over_levels[:, :1], axis=-1)
+    p_values = [1.0, *_corrected([_p(of_method) for of_method in differences[1:, 1:].T])]
+    low, high = np.nanpercentile(differences[1:], _INTERVAL, axis=0)
+    return [
+        Kept(
+            method,
+            rates[method],
+            len(seeds),
+            tuple(at[0, number].tolist()),
+            difference=float(differences[0, number]),
+            low=float(low[number]),
+            high=float(high[number]),
+            p=p_values[number],
+        )
+        for number, method in enumerate(methods)
+    ]
+
+
+def _drawn_scores(runs: Runs, seeds: Sequence[int], draws: int, seed: int) -> _Floats:
+    """The runs' means over seeds and items, (1 + draws, runs, 2): as they are, then as drawn."""
+    generator = np.random.default_rng(seed)
+    counts = _counts(generator, draws, len(seeds)) / len(seeds)  # of each seed in each draw
+    total = np.zeros((1 + draws, len(runs), 2))
+    old_counts: dict[int, _Floats] = {}  # seeds whose old items are as many have the same ones
+    for place, each in enumerate(seeds):
+        items = [of_seed[each] for of_seed in runs.values()]
+        new, old = (np.stack(part) for part in zip(*items, strict=True))
+        new_counts = _counts(generator, draws, new.shape[1]) / new.shape[1]
+        if old.shape[1] not in old_counts:
+            old_counts[old.shape[1]] = _counts(generator, draws, old.shape[1]) / old.shape[1]
+        for kind, (values, drawn) in enumerate(
+            [(new, new_counts), (old, old_counts[old.shape[1]])]
+        ):
+            total[:, :, kind] += counts[:, place, None] * (drawn @ values.T)
+    return total
+
+
+def _counts(generator: np.random.Generator, draws: int, size: int) -> _Floats:
+    """How often each of `size` things is drawn, (1 + draws, size): once each, then at random."""
+    drawn = generator.multinomial(size, np.full(size, 1 / size), size=draws)
+    return np.concatenate([np.ones((1, size)), drawn])
+
+
+def _kept(scores: _Floats, places: Sequence[Sequence[int]], start: int) -> list[_Floats]:
+    """Each method's old score at all levels; the first method is the reference."""
+    first, last = scores[start, 0], scores[places[0], 0].max()
+    levels = first + (last - first) * np.concatenate([SHARES, _LEVELS])
+    return [old_at(levels, scores[list(of_method)]) for of_method in places]
+
+
+def old_at(levels: _Floats, points: _Floats) -> _Floats:
+    """Return the old score that a front has at levels of the new, NaN beyond its end.
+
+    Args:
+        levels: (L,).
+        points: (R, 2), new and old score of each rate.
+
+    Example:
+        >>> points = np.array([[60.0, 80.0], [80.0, 60.0], [70.0, 50.0]])
+        >>> old_at(np.array([50.0, 70.0, 80.0, 81.0]), points)
+        array([80., 70., 60., nan])
+    """
+    best_first = points[np.lexsort((-points[:, 1], -points[:, 0]))]  # by falling new
+    highest_before = np.maximum.accumulate(np.concatenate([[-np.inf], best_first[:-1, 1]]))
+    front = best_first[best_first[:, 1] > highest_before][::-1]
+    old: _Floats = np.interp(levels, front[:, 0], front[:, 1], right=np.nan)
+    return old
+
+
+def _p(differences: _Floats) -> float:
+    """Two-sided: how often draws lie on the rarer side of 0."""
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
+    return min(1.0, 2 * (int(rarer) + 1) / (len(differences) + 1))
+
+
+def _corrected(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: the least p times their number, the next times one less, never falling."""
+    order = np.argsort(p_values, kind="stable")
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = highest
+    return corrected

@@ -1,0 +1,151 @@
+"""Equal learning: fronts, draws and corrections, against slow versions and known answers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from flowdata.study import packed, report
+from flowdata.study.equal_learning import SHARES, Items, items_of, kept_at_equal_learning, old_at
+
+START, STANDARD = "probe", "standard"
+
+
+def hit(share, count=400):
+    """Items of which a share, in %, is right."""
+    return np.where(np.arange(count) < share / 100 * count, 100.0, 0.0)
+
+
+def runs(points, seeds=(0, 1, 2)):
+    """{(method, rate): (new, old)} on each seed."""
+    return {key: {seed: Items(*map(hit, pair)) for seed in seeds} for key, pair in points.items()}
+
+
+POINTS = {
+    (START, 0.0): (60, 80),
+    (STANDARD, 0.01): (70, 70),
+    (STANDARD, 0.1): (80, 40),
+    ("better", 0.01): (70, 75),
+    ("better", 0.1): (80, 60),
+    ("slow", 0.01): (65, 75),
+}
+
+
+def test_what_is_kept_is_read_off_the_fronts():
+    standard, better, slow = kept_at_equal_learning(runs(POINTS), STANDARD, START, draws=50)
+    assert (standard.method, better.method, slow.method) == (STANDARD, "better", "slow")
+    assert standard.at == pytest.approx((70, 55, 46, 40))  # new of 70, 75, 78, 80
+    assert better.at == pytest.approx((75, 67.5, 63, 60))
+    assert np.isnan(slow.at).all()  # it learns 65 at most
+    assert standard.difference == standard.low == standard.high == 0
+    # Between 60 and 65 both lie on one line; beyond it slow has nothing to show.
+    assert slow.difference == pytest.approx(0)
+    levels = np.linspace(60, 80, 21)
+    ours = np.interp(levels, [60, 70, 80], [80, 75, 60])
+    theirs = np.interp(levels, [60, 70, 80], [80, 70, 40])
+    assert better.difference == pytest.approx((ours - theirs).mean())
+    assert better.low <= better.difference <= better.high
+    assert (better.rates, better.seeds, slow.rates) == (2, 3, 1)
+
+
+def test_a_smaller_step_alone_gains_nothing():
+    # The same front, walked at half the rate: it keeps more at every rate, not at equal learning.
+    points = {
+        (START, 0.0): (60, 80),
+        **{(STANDARD, rate): (60 + 200 * rate, 80 - 400 * rate) for rate in (0.02, 0.04, 0.08)},
+        **{("slower", 2 * rate): (60 + 200 * rate, 80 - 400 * rate) for rate in (0.02, 0.04)},
+    }
+    slower = kept_at_equal_learning(runs(points), STANDARD, START, draws=200)[1]
+    assert slower.difference == pytest.approx(0)
+    assert slower.p > 0.5
+
+
+def test_the_interval_holds_what_items_and_seeds_leave_open():
+    generator = np.random.default_rng(0)
+
+    def noisy(new, old, seeds, items):
+        return {
+            seed: Items(*(100.0 * (generator.random(items) < p / 100) for p in (new, old)))
+            for seed in seeds
+        }
+
+    def width(seeds, items):
+        all_runs = {key: noisy(*pair, seeds, items) for key, pair in POINTS.items()}
+        kept = kept_at_equal_learning(all_runs, STANDARD, START, draws=300)[1]
+        return kept.high - kept.low
+
+    assert width(range(5), 2000) < 0.6 * width(range(5), 200)  # √10 times fewer items
+    different = {key: noisy(*pair, range(4), 3000) for key, pair in POINTS.items()}
+    better = kept_at_equal_learning(different, STANDARD, START)[1]
+    assert better.low > 0
+    assert better.p < 0.01
+
+
+def test_p_values_are_corrected_for_their_number():
+    same = {key: pair for key, pair in POINTS.items() if key[0] in (START, STANDARD, "better")}
+    alone = kept_at_equal_learning(runs(same), STANDARD, START, draws=99)[1].p
+    for number in range(4):
+        same |= {(f"copy {number}", rate): POINTS["better", rate] for rate in (0.01, 0.1)}
+    among_five = kept_at_equal_learning(runs(same), STANDARD, START, draws=99)
+    assert [kept.p for kept in among_five[1:]] == pytest.approx([5 * alone] * 5)
+
+
+@given(arrays(float, st.tuples(st.integers(1, 6), st.just(2)), elements=st.integers(0, 20)))
+def test_a_front_is_the_best_of_what_learns_as_much(points):
+    levels = np.linspace(0, 20, 9)
+    for level, old in zip(levels, old_at(levels, points), strict=True):
+        as_good = points[points[:, 0] >= level]
+        if not len(as_good):
+            assert np.isnan(old)
+            continue
+        assert old >= as_good[:, 1].max() - 1e-9  # a line between two rates may lie above
+        assert old <= points[:, 1].max() + 1e-9
+
+
+def test_runs_of_a_head_task_give_their_items():
+    new, old = torch.rand(77) > 0.4, torch.rand(1000) > 0.2
+    record = {
+        "target": {"accuracy": 100 * new.double().mean().item()},
+        "retained": {"CIFAR-10 accuracy": 100 * old.double().mean().item()},
+        "hits": {"target": packed(new), "retained": packed(old)},
+    }
+    items = items_of(record)
+    assert np.array_equal(items.new, 100.0 * new.numpy())
+    assert np.array_equal(items.old, 100.0 * old.numpy())
+    record["hits"]["target"], record["target"]["accuracy"] = packed(new & ~new), 0.0
+    assert items_of(record).new.mean() == 0
+
+
+def record(key, seed):
+    answers = [torch.from_numpy(hit(share)).bool() for share in POINTS[key]]
+    new, old = (100 * each.double().mean().item() for each in answers)
+    return {
+        **dict(zip(("method", "rate", "seed"), (*key, seed), strict=True)),
+        "target": {"accuracy": new},
+        "retained": {"old accuracy": old},
+        "validation": new,
+        "hits": dict(zip(("target", "retained"), map(packed, answers), strict=True)),
+    }
+
+
+def test_the_page_has_a_table_of_the_seeds_that_are_whole():
+    points = [(key if key[0] != START else ("linear probe", 0.0), key) for key in POINTS]
+    records = [record(key, seed) | {"method": name[0]} for seed in range(2) for name, key in points]
+    one_more = [record((STANDARD, 0.01), 2)]
+    page = report({}, records + one_more)
+    assert "At equal learning (2 seeds)" in page
+    assert "| standard | 2 | 70.0 | 55.0 | 46.0 | 40.0 |  |  |" in page
+    assert "| better | 2 | 75.0 | 67.5 | 63.0 | 60.0 | +7." in page
+    assert "| slow | 1 | – | – | – | – |" in page
+    assert "At equal learning" not in report({}, records[1:6])
+
+
+def test_what_fronts_need_is_asked_for():
+    with pytest.raises(ValueError, match="no 'probe'"):
+        kept_at_equal_learning({(STANDARD, 0.1): {0: Items(hit(1), hit(1))}}, STANDARD, START)
+    apart = {(START, 0.0): {0: Items(hit(1), hit(1))}, (STANDARD, 0.1): {1: Items(hit(1), hit(1))}}
+    with pytest.raises(ValueError, match="no seed"):
+        kept_at_equal_learning(apart, STANDARD, START)
+    assert len(SHARES) == 4
