@@ -28,7 +28,15 @@ KINDS = {
 }
 # What `datasets` writes beside the data; the last two are in the folders of saved data sets.
 _NOTES = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-_NOTES_IN_WORDS = ("readme", "license", "licence", "notice", "citation", "changelog", "requirements")
+_NOTES_IN_WORDS = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "citation",
+    "changelog",
+    "requirements",
+)
 _LARGEST_NOTE = 2**20  # bytes
 _ROWS_BELOW = ("data", "rows", "examples", "instances")  # names of an object's rows
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
