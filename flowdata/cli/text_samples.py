@@ -29,6 +29,7 @@ _COLUMNS = {
     "system": "column of system messages (default: system or system_prompt)",
     "history": "column of earlier turns (default: history)",
     "tools": "column of tools (default: tools or functions)",
+    "documents": "column of texts to answer from (default: documents)",
     "rejected": "column of replies that were not preferred (default: rejected)",
 }
 

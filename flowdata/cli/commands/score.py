@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a causal language model's fine-tuning set into a store."""
-    begin(options)
+    begin(options, options.model)
     with process_group() as device:
         check_temperature(options.temperature)  # now, not after hours of scoring
         if options.preview:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from flowdata.text.conversation import Row
 from flowdata.text.formats.fields import Fields
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Columns of what is no text, as `images`, `image_path` and `videos` are.
+MEDIA = re.compile(
+    r"(?:image|img|picture|photo|video|audio|speech|sound)s?(?:_?(?:path|file|url|uri|bytes|data)s?)?"
+    r"|pixel_values|input_features|input_values"
+)
 CHAT_TEMPLATE_OPTIONS = "chat_template_kwargs"
 
 # The names that prompts go under, and those of the replies that go with each, the likelier first.
@@ -37,10 +43,12 @@ COMPANIONS = {
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "tools": ("tools", "functions"),
+    "documents": ("documents",),
     "rejected": ("rejected_response", "rejected_messages", "rejected"),
 }
 _LABELS = ("label", "kto_tag")
 _CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
+_MOST_NAMES = 24  # of columns in a message
 _KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
 
 
@@ -79,6 +87,7 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
             system=fields.system,
             history=fields.history,
             tools=fields.tools,
+            documents=fields.documents,
             rejected=fields.rejected or usual.rejected,
         )
     return _with_companions(fields, names, row)
@@ -157,17 +166,27 @@ def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fiel
     found: dict[str, Any] = {}
     for companion, usual in COMPANIONS.items():
         goes_with = fields.prompt if companion == "input" else fields.prompt or fields.messages
+        always = companion in ("system", "history", "tools")
         is_default = getattr(fields, companion) == getattr(Fields(), companion)
-        if is_default and (goes_with or companion in ("system", "history", "tools")):
+        if is_default and (goes_with or always):
             column = _first(usual, others)
             if column is None and companion != "rejected" and usual[0] not in taken:
                 column = usual[0]
             found[companion] = column
+        elif is_default and companion == "documents":  # those of a bare text are nobody's
+            found[companion] = None
     label = _first(_LABELS, names)
-    if label and isinstance(row[label], bool) and (fields.prompt or fields.messages):
+    if label and _is_flag(row[label]) and (fields.prompt or fields.messages):
         found["label"] = label
     fields = replace(fields, **found)
     return replace(fields, name=_name(fields, row))
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether a label is true or false, which CSV files hold as text."""
+    return isinstance(value, bool) or (
+        isinstance(value, str) and value.lower() in ("true", "false")
+    )
 
 
 def _name(fields: Fields, row: Row) -> str:
@@ -204,7 +223,7 @@ def _unknown(row: Row) -> str:
         replies = " or ".join(map(repr, _PAIRS[prompts[0].lower()][:3]))
         closest = f"; closest: a pair, with {prompts[0]!r} as its prompt and no {replies}"
     elif close:
-        closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close)
+        closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close[:3])
     elif chats:
         closest = f"; closest: a chat in {chats[0]!r}"
     elif len(texts) > 1:
@@ -218,4 +237,5 @@ def _unknown(row: Row) -> str:
 
 
 def _names_of(row: Row) -> str:
-    return ", ".join(map(repr, row)) or "none"
+    names = ", ".join(map(repr, islice(row, _MOST_NAMES))) or "none"
+    return names + f" and {len(row) - _MOST_NAMES:,} more" * (len(row) > _MOST_NAMES)
