@@ -104,9 +104,10 @@ def close_to(path: Path) -> Path | None:
 
 
 def _closest(name: str, folder: Path) -> Path | None:
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = {key: file for file in files for key in (file.name.partition(".")[0], file.name)}
     close = difflib.get_close_matches(name, names, n=1)
-    return folder / close[0] if close else None
+    return names[close[0]] if close else None
 
 
 def files_of(source: str, split: str | None) -> list[Path]:

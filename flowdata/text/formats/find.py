@@ -14,7 +14,7 @@ from flowdata.text.formats.fields import Fields
 
 # Columns of what is no text, as `images`, `image_path` and `videos` are.
 MEDIA = re.compile(
-    r"(?:image|img|picture|photo|video|audio|speech|sound)s?(?:_?(?:path|file|url|uri|bytes|data)s?)?"
+    r"(?:image|img|photo|video|audio)s?(?:_?(?:path|file|url|uri|bytes|data)s?)?"
     r"|pixel_values|input_features|input_values"
 )
 CHAT_TEMPLATE_OPTIONS = "chat_template_kwargs"

@@ -179,7 +179,7 @@ def _refuse_texts(row: Row, column: str) -> None:
     if _is_texts(value):
         raise ValueError(
             f"column {column!r} should hold one text or a list of messages, it holds a list of "
-            f"{len(value)} texts; make one of them the text"
+            "texts; make one of them the text"
         )
 
 
