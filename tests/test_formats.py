@@ -708,6 +708,17 @@ def test_an_unknown_shape_gets_its_columns_the_flags_and_the_closest_format(row,
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "row", [{"role": "user", "content": "a"}, {"Role": "prompter", "text": "a"}]
+)
+def test_rows_that_are_messages_are_not_taken_for_texts(row):
+    with pytest.raises(ValueError, match=r"the rows are messages, .* should be a whole chat"):
+        find_fields(row)
+    text = list(row)[1]
+    assert find_fields(row, Fields(completion=text)).completion == text
+    assert find_fields({**row, "prompt": "b", "completion": "c"}).prompt == "prompt"
+
+
 def test_the_columns_of_a_wide_row_are_not_all_told():
     with pytest.raises(ValueError, match=r"'c0', 'c1', .* and 976 more; name them") as caught:
         find_fields({f"c{number}": 1 for number in range(1000)})

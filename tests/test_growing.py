@@ -263,7 +263,7 @@ def test_what_is_recognised_is_told_before_the_second_row_is_read(
         assert "replies are what each adds" in caplog.text
     assert run(capsys, "score", model_folder, data, "--preview")[0] == 0
     broken = tmp_path / "broken.jsonl"
-    broken.write_text("no row\n" + data.read_text())
+    broken.write_text('no row\n{"id": 7}\n' + data.read_text())
     assert run(capsys, "score", model_folder, broken, "--preview")[0] == 2
     code, out, _ = run(capsys, "score", model_folder, broken, "--preview", "--on-error", "skip")
     assert (code, out.count("target > b</s>")) == (0, 1)

@@ -72,8 +72,7 @@ class _Text:
         self.rows = read_rows(
             source, streaming=options.streaming, on_error=options.on_error, **self.where
         )
-        self._first_row = _first_row(self.rows, source)
-        self.fields = find_fields(self._first_row, _fields_named(options))
+        self._first_row, self.fields = _recognise_first(self.rows, source, options)
         self.tokenizer = load_tokenizer_with_template(options, model)
 
     def samples(self, rows: Iterable[Any], on_first: Callable[[Recognised], None]) -> TokenSamples:
@@ -196,13 +195,21 @@ def _fields_named(options: argparse.Namespace) -> Fields:
     return Fields(**{name: column for name, column in named.items() if column is not None})
 
 
-def _first_row(rows: Any, source: str) -> Row:
-    """The first row that can be read."""
-    first = next((row for row in rows if not isinstance(row, Unreadable)), None)
-    if first is None:
-        raise ValueError(f"no row of {source} can be read: {next(iter(rows)).reason}")
-    row: Row = first
-    return row
+def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tuple[Row, Fields]:
+    """The first row that can be read, and the columns that were found in it.
+
+    Where rows may be skipped, those may be whose columns can't be told.
+    """
+    named, error = _fields_named(options), None
+    readable = (row for row in rows if not isinstance(row, Unreadable))
+    for row in islice(readable, _ROWS_A_STEP):
+        try:
+            return row, find_fields(row, named)
+        except ValueError as of_row:
+            error = error or of_row
+            if options.on_error != "skip":
+                break
+    raise error or ValueError(f"no row of {source} can be read: {next(iter(rows)).reason}")
 
 
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -48,6 +48,8 @@ COMPANIONS = {
 }
 _LABELS = ("label", "kto_tag")
 _CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
+_TEXT = "plain text"
+_MESSAGE = {"role": {"content", "text", "value"}, "from": {"value", "content"}}
 _MOST_NAMES = 24  # of columns in a message
 _KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
 
@@ -81,6 +83,12 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
         usual = _preference(names) or _chat(names, row) or _pair(names) or _text(names)
         if usual is None:
             raise ValueError(_unknown(row))
+        if usual.name == _TEXT and _is_message(names):
+            raise ValueError(
+                f"the rows are messages, with {_names_of(row)}: a row should be a whole chat, such "
+                'as {"messages": […]}, or name the column of text that is scored by itself '
+                "(--completion-column)"
+            )
         fields = replace(
             usual,
             input=fields.input,
@@ -91,6 +99,13 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
             rejected=fields.rejected or usual.rejected,
         )
     return _with_companions(fields, names, row)
+
+
+def _is_message(names: Collection[str]) -> bool:
+    """Whether an object with such names is one message of a chat."""
+    return any(
+        role in names and not content.isdisjoint(names) for role, content in _MESSAGE.items()
+    )
 
 
 def _preference(names: Mapping[str, str]) -> Fields | None:
@@ -153,7 +168,7 @@ def _pair(names: Mapping[str, str]) -> Fields | None:
 
 def _text(names: Mapping[str, str]) -> Fields | None:
     text = _first(_TEXTS, names)
-    return Fields(completion=text, name="plain text") if text else None
+    return Fields(completion=text, name=_TEXT) if text else None
 
 
 def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fields:
