@@ -4,7 +4,8 @@ import json
 import shutil
 from copy import deepcopy
 
-import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers.decoders import Fuse
@@ -224,13 +225,13 @@ def test_a_preview_prints_what_is_recognised_and_loads_no_model(
     row = {"instruction": "Add.", "input": "2, 2", "output": "4", "id": "7"}
     data = write(tmp_path / "data.jsonl", [row] * 40)
     data.write_text(data.read_text() + "broken\n")  # it is never read
-    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "data.parquet")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
     command = ("score", model_folder, data, "--store", tmp_path / "store", "--preview")
     code, out, err = run(capsys, *command)
     assert (code, err.count("format")) == (0, 0)
     assert out.splitlines() == [
-        "format: Alpaca, in 'instruction', 'input', 'output', and in 'system', 'history', 'tools' "
-        "where a row has them",
+        "format: Alpaca, in 'instruction', 'input', 'output', and in 'system', 'history', 'tools', "
+        "'documents' where a row has them",
         "scored: the reply in 'output'",
         "not read: 'id'",
         "first sample: 2 of its 31 tokens are targets",

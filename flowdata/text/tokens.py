@@ -280,9 +280,9 @@ def _rendered(
         if isinstance(row, Unreadable):
             yield row
             continue
-        if not is_found:
-            fields, is_found = find_fields(row, fields), True
         try:
+            if not is_found:
+                fields, is_found = find_fields(row, fields), True
             conversation = read_conversation(row, fields or Fields())
         except (KeyError, TypeError, ValueError) as error:
             yield Unreadable(f"row {number}: {error}")
