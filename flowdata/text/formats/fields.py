@@ -45,6 +45,11 @@ class Fields:
         names = (
             *(self.messages, self.prompt, self.input if self.prompt else None),
             *(self.completion, self.system),
-            *(self.history, self.tools, self.documents, self.rejected, self.label),
+            *(self.history, self.tools, self.documents_column()),
+            *(self.rejected, self.label),
         )
         return [name for name in names if name]
+
+    def documents_column(self) -> str | None:
+        """Return the column of documents; those beside a bare text are nobody's."""
+        return self.documents if self.prompt or self.messages else None

@@ -188,8 +188,6 @@ def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fiel
             if column is None and companion != "rejected" and usual[0] not in taken:
                 column = usual[0]
             found[companion] = column
-        elif is_default and companion == "documents":  # those of a bare text are nobody's
-            found[companion] = None
     label = _first(_LABELS, names)
     if label and _is_flag(row[label]) and (fields.prompt or fields.messages):
         found["label"] = label

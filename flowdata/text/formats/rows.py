@@ -85,9 +85,13 @@ def _template_options(row: Row) -> dict[str, Any]:
 def _documents(row: Row, fields: Fields) -> list[dict[str, Any]]:
     """What the model is to answer from, as chat templates take it."""
     with _naming(fields.documents):
-        documents = _parsed(_optional(row, fields.documents)) or []
-        if isinstance(documents, str) or not all(isinstance(each, Mapping) for each in documents):
-            raise ValueError('should hold objects, such as {"title": "…", "text": "…"} each')
+        documents = _parsed(_optional(row, fields.documents_column())) or []
+        are_many = isinstance(documents, list | tuple)
+        if not are_many or not all(isinstance(each, Mapping) for each in documents):
+            raise ValueError(
+                'should hold objects, such as {"title": "…", "text": "…"} each; an empty name '
+                "reads none (documents='')"
+            )
     return [dict(document) for document in documents]
 
 
@@ -106,40 +110,40 @@ def _parsed(value: Any) -> Any:
 
 def _refuse_unread(row: Row, fields: Fields) -> None:
     """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
-    companions = _companions(fields)
-    for name in row:
-        usual = str(name).lower()  # another case may first come late in the data
-        is_media = MEDIA.fullmatch(usual) is not None
-        if not (is_media or usual in companions) or name in _known(fields) or not _holds(row[name]):
+    for name, companion in _unread(tuple(row), fields):
+        if not _holds(row[name]):
             continue
-        if is_media:
+        if companion is None:
             raise ValueError(
                 f"column {name!r} holds something, and text is scored alone: score such rows with "
                 "LossScorer and the model's processor, in Python, or take the column out"
             )
-        companion = companions[usual]
         raise ValueError(
             f"column {name!r} holds something, and is not read: name it ({companion}={name!r}), or "
             f"name an empty one ({companion}='')"
         )
 
 
-@functools.cache  # every row of a data set asks for the same
-def _companions(fields: Fields) -> dict[str, str]:
-    """The usual names of columns that go with the text: each with what it would be."""
-    goes_with = {"input": fields.prompt, "documents": fields.prompt or fields.messages}
-    return {
+@functools.lru_cache  # nearly all rows of a data set have the same columns
+def _unread(names: tuple[str, ...], fields: Fields) -> list[tuple[str, str | None]]:
+    """The columns that go with the text and are not read: each with what it would be, or None.
+
+    None stands for images, sound and video.
+    """
+    goes_with = {"input": fields.prompt, "documents": fields.documents_column()}
+    companions = {
         name: companion
         for companion, usual in COMPANIONS.items()
         if getattr(fields, companion) != "" and goes_with.get(companion, True)
         for name in usual
     }
-
-
-@functools.cache
-def _known(fields: Fields) -> frozenset[str]:
-    """The columns that are read, or are known to say nothing of the text."""
-    return frozenset([*fields.columns(), *filter(None, [fields.label])])
+    known = {*fields.columns(), fields.label}
+    unread: list[tuple[str, str | None]] = []
+    for name in names:
+        usual_name = str(name).lower()  # another case may first come late in the data
+        if name not in known and (usual_name in companions or MEDIA.fullmatch(usual_name)):
+            unread.append((name, companions.get(usual_name)))
+    return unread
 
 
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
