@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from flowdata.drift import DriftMeter, own_text
+from flowdata.text.models import check_model
 from tests.models import tiny_llama
 from tests.test_cli import data, model_folder, run
 from tests.test_drift import moved
@@ -93,3 +94,35 @@ def test_what_is_no_model_is_one_line(capsys, model_folder, tmp_path):
     code, _, err = run(capsys, "drift", model_folder, tmp_path, "--samples", 2, "--length", 4)
     assert code == 2
     assert "holds neither a config.json nor a GGUF file" in err
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./nosuch", "tuned/nosuch", "tunde/final", "a/b.gguf"])
+@pytest.mark.parametrize("command", ["score", "drift", "front"])
+def test_local_names_of_models_are_not_sent_to_the_hub(
+    command, name, capsys, model_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "tuned" / "final").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for loader in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *a, **k: pytest.fail("asked the hub"))
+    commands = {
+        "score": (name, "no.jsonl"),
+        "drift": (model_folder, model_folder, name),
+        "front": (model_folder, name, "--valid", "no.jsonl"),
+    }
+    code, _, err = run(capsys, command, *commands[command])
+    assert code == 2
+    assert f"there is no file or folder {name}" in err
+    hints = {"nosuch": "hub models are named owner/name", "tunde/final": "there is tuned/final"}
+    assert hints.get(name, "") in err
+
+
+def test_models_of_the_hub_that_are_here_go_by_their_names(tmp_path, monkeypatch):
+    known = {"gpt2": str(tmp_path)}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda name, file: known.get(name)
+    )
+    check_model("gpt2")
+    check_model("owner/name")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder gpt3"):
+        check_model("gpt3")

@@ -314,20 +314,20 @@ def test_tags_of_images_in_text_are_said(caplog, tokenizer, tag):
     assert "tags" not in caplog.text
 
 
-def test_an_array_that_was_to_be_streamed_is_said_to_be_read_whole(caplog, tmp_path):
+def test_an_object_that_was_to_be_streamed_is_said_to_be_read_whole(caplog, tmp_path):
     caplog.set_level("INFO")
     rows = [{"prompt": "a" * 1000, "completion": "b"}] * 1100
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for name, content, is_array in (
-        ("a.json", json.dumps(rows), True),
+    for name, content, is_object in (
+        ("a.json", json.dumps(rows), False),
         ("b.json", json.dumps({"data": rows}), True),
         ("c.jsonl", lines, False),
-        ("d.json", json.dumps(rows[:2]), False),  # small
+        ("d.json", json.dumps({"data": rows[:2]}), False),  # small
     ):
         caplog.clear()
         (tmp_path / name).write_text(content)
         assert next(iter(read_rows(str(tmp_path / name), streaming=True))) == rows[0]
-        assert (f"{name} is one JSON array, which is read whole" in caplog.text) == is_array
+        assert (f"{name} is one JSON object, which is read whole" in caplog.text) == is_object
         caplog.clear()
         read_rows(str(tmp_path / name))
         assert caplog.text == ""

@@ -230,5 +230,5 @@ def test_a_file_of_which_no_row_can_be_scored_is_refused_with_the_first_reason(s
     data = write(tmp_path / "chats.jsonl", [{"messages": [says("user", each)]} for each in "ab"])
     code, _, err = score(data, "--on-error", "skip")
     assert code == 2
-    assert "no row can be scored; row 0: " in err
+    assert "flowdata score: no row can be scored; row 0: the chat has no message with role" in err
     assert not (tmp_path / "s").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from flowdata._common.unreadable import Unreadable
 from flowdata.text import read_rows
+from flowdata.text.files.arrays import begin_of, read_array
 from flowdata.text.files.places import hub_id
 
 ROWS = [
@@ -144,6 +145,8 @@ def test_saved_data_sets_have_splits(tmp_path):
     assert len(read_rows(str(tmp_path / "saved"), split="test")) == 1
     with pytest.raises(ValueError, match="has no split 'dev'; there are train, test"):
         read_rows(str(tmp_path / "saved"), split="dev")
+    with pytest.raises(ValueError, match=r"split='test' goes with data sets that have splits; .*"):
+        read_rows(str(tmp_path / "saved" / "train"), split="test")
 
 
 def test_folders_and_patterns_are_read_shard_by_shard(tmp_path):
@@ -153,6 +156,38 @@ def test_folders_and_patterns_are_read_shard_by_shard(tmp_path):
     assert list(read_rows(str(tmp_path))) == ROWS
     assert list(read_rows(str(tmp_path / "part-[12].*"))) == ROWS[1:3]
     assert list(read_rows(str(tmp_path / "**" / "*.gz"), limit=5)) == ROWS[:5]
+
+
+def test_notes_beside_the_shards_of_a_folder_are_left_out_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number, row in enumerate(ROWS):
+        shard = tmp_path / f"part{number}" / "rows.jsonl"
+        shard.parent.mkdir()
+        shard.write_text(as_lines([row]))
+    for name in ("LICENSE.txt", "readme.txt", "meta.json", "part0/info.json"):
+        (tmp_path / name).write_text(json.dumps({"version": 1, "files": ["a"]}, indent=1))
+    assert list(read_rows(str(tmp_path))) == ROWS
+    assert "left out as notes: LICENSE.txt, meta.json, info.json, readme.txt" in caplog.text
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for number, row in enumerate(ROWS):  # a row in each file, and no other
+        (rows / f"{number}.json").write_text(json.dumps(row, indent=1))
+    assert list(read_rows(str(rows))) == ROWS
+    (rows / "more.json").write_text(json.dumps({"data": ROWS}))
+    (rows / "README.txt").write_text("rows")
+    for number in range(len(ROWS)):
+        (rows / f"{number}.json").unlink()
+    assert list(read_rows(str(rows))) == ROWS
+
+
+@pytest.mark.parametrize("folder", ["run[1]", "all [of] it", "a*b"])
+def test_brackets_in_the_names_of_folders_stand_for_themselves(folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    for name in ("x1.jsonl", "x2.jsonl", "y.jsonl"):
+        (tmp_path / folder / name).write_text(as_lines(ROWS[:2]))
+    assert len(read_rows(str(tmp_path / folder))) == 6
+    assert len(read_rows(str(tmp_path / folder / "x[12].jsonl"))) == 4
+    assert len(read_rows(str(tmp_path / folder / "y.jsonl"))) == 2
 
 
 def test_splits_are_told_by_the_names_of_files(tmp_path):
@@ -185,6 +220,15 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
         ("a.jsonl", b'{"a": 1}\n\n{"a"\n', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl, line 2: should be a JSON object, is list"),
         ("a.json", b'\n[{"a": 1},\n{"a" 2}]', "a.json, line 3: not JSON"),
+        ("a.json", b'[{"a": 1},\n{"a": 2},\n]', "line 3: not JSON .a comma stands before the clos"),
+        ("a.json", b'[{"a": 1}\n\n{"a": 2}]', "a.json, line 3: not JSON .a comma is missing"),
+        ("a.json", b'[{"a": 1},\n{"a": 2}', "a.json, line 2: not JSON .a comma is missing"),
+        ("a.json", b'[{"a": 1},\n', "a.json, line 2: not JSON .Expecting value"),
+        ("a.json", b'[{"a": 1}]\n\n[]', "a.json, line 3: not JSON .something follows"),
+        ("a.json", b'[{"a": "caf\xe9"}]', "a.json, line 1: not utf-8"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16-le"), r"a.json, line 1: .*--encoding utf-16-le"),
+        ("a.csv", "a,b\n1,2".encode("utf-16-be"), r"a.csv, line 1: .*--encoding utf-16-be"),
+        ("a.txt", "fine words".encode("utf-16-le"), r"a.txt, line 1: .*--encoding utf-16-le"),
         ("a.json", b'[{"a": 1},\n 7]', "a.json, item 1: should be a JSON object, is int"),
         ("a.json", b'{"a": 1,\n', "a.json, line 1: not JSON"),
         (
@@ -228,6 +272,25 @@ def test_errors_of_a_later_shard_name_it(tmp_path):
         read_rows(str(tmp_path))
 
 
+def test_arrays_are_read_item_by_item(tmp_path):
+    rows = [{"a": "[{,}] \\" * size, "b": [None, {"c": size / 7}]} for size in (0, 9, 50_000, 3)]
+    for number, indent in enumerate((None, 1)):
+        content = json.dumps(rows, indent=indent)
+        text = io.StringIO(content)
+        assert [row for row, _ in read_array(begin_of(text), text)] == rows
+        (tmp_path / f"{number}.json").write_text(f" \n{content} \n")
+        assert read_rows(str(tmp_path / f"{number}.json")) == rows
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(rows)[:-1] + "," + " " * 300_000 + "broken")
+    stream = iter(read_rows(str(broken), streaming=True))
+    assert [next(stream) for _ in rows] == rows  # what follows is not read before
+    with pytest.raises(ValueError, match=r"broken.json, line 1: not JSON"):
+        next(stream)
+    long = io.StringIO("[" + json.dumps(rows[1]) + "," * 1_000_000)
+    assert next(read_array(begin_of(long), long))[0] == rows[1]
+    assert long.tell() < 200_000
+
+
 def test_lines_that_are_no_rows_keep_their_places(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\nnothing\n{"a": 3}\n')
@@ -245,10 +308,15 @@ def test_lines_that_are_no_rows_keep_their_places(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["data.jsonl", "gsm8k", "./data", "../x/y", "here/data", "a/b/c", "here/x.csv", "~/x"]
+    "source",
+    [
+        *("data.jsonl", "gsm8k", "./data", "../x/y", "here/data", "a/b/c", "here/x.csv", "~/x"),
+        *("heer/train", "her/trian"),  # nearly here/train.jsonl
+    ],
 )
 def test_local_names_that_are_not_there_are_not_sent_to_the_hub(source, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "train.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     assert hub_id(source) is None

@@ -16,6 +16,8 @@ from tests.models import tiny_llama
 
 CASES = Path(__file__).parents[2] / "shared" / "cases" / "formats"
 TEMPLATE = (
+    "{% if documents and opening is defined %}"
+    "<docs>{{ opening }}{% for d in documents %}{{ d.text }}{% endfor %}</s>\n{% endif %}"
     "{% if tools %}<tools>{{ tools | tojson }}</s>\n{% endif %}"
     "{% for m in messages %}<{{ m['role'] }}>"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -412,6 +414,23 @@ ROW_AND_RENDERING = {
         {"prompt": "a", "completion": "b", "label": False},
         "<user>a</s>\n<assistant>«b</s>»\n",
     ),
+    "documents": (
+        {
+            "messages": chat(("user", "a"), ("assistant", "b")),
+            "documents": '[{"title": "t", "text": "x"}]',
+            "chat_template_kwargs": {"opening": "!"},
+        },
+        "<docs>!x</s>\n<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "a content under each of two names, one of them empty": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"role": "bot", "content": "", "text": "b"},
+            ]
+        },
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
     "KTO of a chat": (
         {
             "messages": chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
@@ -521,6 +540,13 @@ def test_a_column_that_first_comes_late_is_read(tokenizer, model):
         ({"prompt": "a", "completion": "b", "context": "c"}, "row 1: column 'context' holds some"),
         ({"prompt": "a", "completion": "b", "functions": [SUN]}, "'functions' holds something"),
         ({"prompt": "a", "completion": "b", "images": ["x.png"]}, "'images' holds something"),
+        (
+            {"prompt": "a", "completion": "b", "image_path": ["x.png"]},
+            "'image_path' holds something",
+        ),
+        ({"prompt": "a", "completion": "b", "Video_URLs": ["x"]}, "'Video_URLs' holds something"),
+        ({"prompt": "a", "completion": "b", "pixel_values": [1.0]}, "'pixel_values' holds some"),
+        ({"prompt": "a", "completion": "b", "documents": [{"text": "c"}]}, "leaves out the docum"),
         ({"prompt": "a", "completion": "b", "rejected": "c"}, "'rejected' holds something"),
     ],
 )
@@ -620,6 +646,32 @@ def messages_row(*messages):
             "'completion' should hold text",
         ),
         ({"prompt": "a", "completion": "b", "context": 3}, "column 'context' should hold text"),
+        (
+            messages_row({"role": "assistant", "content": "b", "value": "c"}),
+            "message 1: 'content' and 'value' say different things",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a", "text": "b"}]},
+            "'value' and 'text' say different things",
+        ),
+        ({"prompt": "a", "completion": ["b", "c"]}, "'completion' should hold one text or a list"),
+        ({"prompt": ["a"], "completion": "b"}, "column 'prompt' should hold one text or a list"),
+        ({**messages_row(), "tools": "use it"}, "column 'tools': should hold JSON, it holds 'use"),
+        ({**messages_row(), "history": "a, b"}, "column 'history': should hold JSON"),
+        (
+            {**messages_row({"role": "assistant", "content": "b"}), "documents": ["a"]},
+            "column 'documents': should hold objects",
+        ),
+        (
+            {**messages_row({"role": "assistant", "content": "b"}), "chat_template_kwargs": "[1]"},
+            "column 'chat_template_kwargs': should hold an object, it holds a list",
+        ),
+        (
+            messages_row(
+                {"role": "assistant", "tool_calls": [{"name": "sun", "arguments": "{Monday"}]}
+            ),
+            "message 1: arguments of the call of 'sun' should hold JSON",
+        ),
     ],
 )
 def test_rows_that_are_not_right_are_refused_by_name(row, message, tokenizer):
@@ -656,9 +708,27 @@ def test_an_unknown_shape_gets_its_columns_the_flags_and_the_closest_format(row,
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "row", [{"role": "user", "content": "a"}, {"Role": "prompter", "text": "a"}]
+)
+def test_rows_that_are_messages_are_not_taken_for_texts(row):
+    with pytest.raises(ValueError, match=r"the rows are messages, .* should be a whole chat"):
+        find_fields(row)
+    text = list(row)[1]
+    assert find_fields(row, Fields(completion=text)).completion == text
+    assert find_fields({**row, "prompt": "b", "completion": "c"}).prompt == "prompt"
+
+
+def test_the_columns_of_a_wide_row_are_not_all_told():
+    with pytest.raises(ValueError, match=r"'c0', 'c1', .* and 976 more; name them") as caught:
+        find_fields({f"c{number}": 1 for number in range(1000)})
+    assert len(str(caught.value)) < 500
+
+
 def test_a_chat_reads_no_input():
     fields = find_fields({"messages": chat(("user", "a"), ("assistant", "b")), "input": "x"})
-    assert fields.columns() == ["messages", "system", "history", "tools"]
+    assert fields.columns() == ["messages", "system", "history", "tools", "documents"]
+    assert "documents" not in find_fields({"text": "a", "documents": ["b"]}).columns()
 
 
 def test_formats_have_names_and_say_what_is_scored():
@@ -674,6 +744,8 @@ def test_formats_have_names_and_say_what_is_scored():
         "plain text": {"text": "a"},
     }
     assert {name: find_fields(row).name for name, row in names.items()} == {n: n for n in names}
+    as_csv = {"prompt": "a", "completion": "b", "label": "False"}
+    assert find_fields(as_csv).name == "KTO (prompt and completion)"
     row = ROW_AND_RENDERING["UltraFeedback"][0]
     fields = find_fields(row)
     assert (

@@ -4,6 +4,8 @@ import json
 import shutil
 from copy import deepcopy
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers.decoders import Fuse
@@ -223,12 +225,13 @@ def test_a_preview_prints_what_is_recognised_and_loads_no_model(
     row = {"instruction": "Add.", "input": "2, 2", "output": "4", "id": "7"}
     data = write(tmp_path / "data.jsonl", [row] * 40)
     data.write_text(data.read_text() + "broken\n")  # it is never read
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
     command = ("score", model_folder, data, "--store", tmp_path / "store", "--preview")
     code, out, err = run(capsys, *command)
     assert (code, err.count("format")) == (0, 0)
     assert out.splitlines() == [
-        "format: Alpaca, in 'instruction', 'input', 'output', and in 'system', 'history', 'tools' "
-        "where a row has them",
+        "format: Alpaca, in 'instruction', 'input', 'output', and in 'system', 'history', 'tools', "
+        "'documents' where a row has them",
         "scored: the reply in 'output'",
         "not read: 'id'",
         "first sample: 2 of its 31 tokens are targets",
@@ -237,9 +240,34 @@ def test_a_preview_prints_what_is_recognised_and_loads_no_model(
         "  prompt | <assistant>",
         "  target > 4</s>",
     ]
+    parquet = [tmp_path / "data.parquet" if part == data else part for part in command]
+    assert run(capsys, *parquet)[1] == out
     code, out, _ = run(capsys, *command, "--json")
     assert json.loads(out)["first_sample"][1] == ["4</s>", True]
     assert not (tmp_path / "store").exists()
+
+
+def test_what_is_recognised_is_told_before_the_second_row_is_read(
+    capsys, model_folder, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    data = write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
+    for command in (
+        ("score", model_folder, data),
+        ("drift", model_folder, model_folder, "--probe", data),
+    ):
+        caplog.clear()
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert "row 1: column 'completion' should hold text" in err
+        assert "target > b</s>" in caplog.text
+        assert "replies are what each adds" in caplog.text
+    assert run(capsys, "score", model_folder, data, "--preview")[0] == 0
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('no row\n{"id": 7}\n' + data.read_text())
+    assert run(capsys, "score", model_folder, broken, "--preview")[0] == 2
+    code, out, _ = run(capsys, "score", model_folder, broken, "--preview", "--on-error", "skip")
+    assert (code, out.count("target > b</s>")) == (0, 1)
 
 
 def test_a_run_says_what_it_recognised(capsys, model_folder, tmp_path):

@@ -381,6 +381,14 @@ def test_reasoning_that_a_template_never_writes_is_refused_in_the_last_turn_too(
         tokenize(tokenizer, {"messages": THOUGHTFUL[:2]})
 
 
+@pytest.mark.parametrize("name", ["llama3_1", "gemma3", "qwen2_5", "idefics3", "deepseekv3"])
+def test_reasoning_in_the_words_of_the_question_is_missed_all_the_same(name):
+    reply = says("assistant", "Reply one.") | {"reasoning_content": "What is it?"}
+    chat = [says("user", "Ask. What is it?"), reply]
+    with pytest.raises(ValueError, match=r"leaves reasoning .*\('What is it\?'\); name a template"):
+        tokenize(tokenizer_with(source_of(name)), {"messages": chat})
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "lfm2_2_5", "llama3_1", "phi3"])
 def test_white_space_that_is_in_no_token_does_not_widen_the_targets(name):
     # Marks that end in a line break, which this tokenizer drops: transformers' own mask of the

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flowdata.companions.averaging import wise_ft
-from flowdata.text.models import is_adapter, load_model, load_tuned_model
+from flowdata.text.models import check_model, is_adapter, load_model, load_tuned_model
 
 
 def models_of_front(
@@ -110,8 +110,9 @@ def _has(config: Any, name: str) -> bool:
 
 def _folder_of(source: str) -> Path:
     """The folder of a model: itself, or where the hub's files are kept here."""
-    if Path(source).exists():
-        return Path(source)
+    check_model(source)
+    if Path(source).expanduser().exists():
+        return Path(source).expanduser()
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source))

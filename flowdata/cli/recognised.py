@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from flowdata.text.conversation import Row
+from flowdata.text.encoding import Encoded
 from flowdata.text.formats import Fields, read_columns, scored_part, unread_columns
-from flowdata.text.tokens import TokenSamples
 
 _MOST_CHARACTERS = 600  # of one piece of the first sample, in a run; a preview shows it whole
 
@@ -41,7 +41,7 @@ class Recognised:
     def _further(self) -> str:
         return f", and in {_list(self.further)} where a row has them" if self.further else ""
 
-    def text(self, *, whole: bool) -> str:
+    def text(self, *, whole: bool = False) -> str:
         """Return it for a reader; of a long sample the ends of its pieces, unless it is `whole`."""
         lines = [
             f"format: {self.format}, in {_list(self.columns)}{self._further()}",
@@ -56,25 +56,16 @@ class Recognised:
         return "\n".join(lines)
 
 
-def recognise(row: Row, fields: Fields, samples: TokenSamples, tokenizer: Any) -> Recognised:
+def recognise(row: Row, fields: Fields, sample: Encoded, tokenizer: Any) -> Recognised:
     """Return what was recognised.
 
     Args:
         row: the first row that can be read.
         fields: the columns that were found.
-        samples: those of the data set.
+        sample: the tokens of the first sample, and which of them are targets.
         tokenizer: turns the first sample back into text.
-
-    Raises:
-        ValueError: no row could be made a sample, with the first one's reason.
     """
-    good = (i for i, number in enumerate(samples.rows) if number not in samples.unreadable)
-    index = next(good, None)
-    if index is None:
-        number, reason = next(iter(samples.unreadable.items()))
-        raise ValueError(f"no row can be scored; row {number}: {reason}")
-    place = slice(samples.offsets[index], samples.offsets[index + 1])
-    ids, is_target = samples.input_ids[place], samples.is_target[place]
+    ids, is_target = sample
     bounds = np.flatnonzero(np.diff(is_target)) + 1
     pieces = [
         (tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False), bool(flags[0]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, takewhile
 from typing import Any
 
 from flowdata._common.notices import logger, say
@@ -29,6 +29,7 @@ _COLUMNS = {
     "system": "column of system messages (default: system or system_prompt)",
     "history": "column of earlier turns (default: history)",
     "tools": "column of tools (default: tools or functions)",
+    "documents": "column of texts to answer from (default: documents)",
     "rejected": "column of replies that were not preferred (default: rejected)",
 }
 
@@ -53,10 +54,70 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     add_template_options(parser)
 
 
+class _Text:
+    """A source's rows, and what makes samples of them.
+
+    Args:
+        options: those of `add_text_options`.
+        source: files, a saved data set, or a hub id.
+        model: whose tokenizer it is, if none was named.
+    """
+
+    def __init__(self, options: argparse.Namespace, source: str, model: str) -> None:
+        self._options = options
+        self.where = {
+            name: getattr(options, name)
+            for name in ("split", "configuration", "revision", "encoding", "limit")
+        }
+        self.rows = read_rows(
+            source, streaming=options.streaming, on_error=options.on_error, **self.where
+        )
+        self._first_row, self.fields = _recognise_first(self.rows, source, options)
+        self.tokenizer = load_tokenizer_with_template(options, model)
+
+    def samples(self, rows: Iterable[Any], on_first: Callable[[Recognised], None]) -> TokenSamples:
+        """The samples of rows; what is recognised is told once the first of them is there."""
+        options, template = self._options, self._options.template
+        if template is None:
+            template = self.tokenizer.chat_template is not None and self.fields.prompt is not None
+        samples = tokenize_rows(
+            rows,
+            self.tokenizer,
+            self.fields,
+            template=template,
+            template_options=dict(options.template_option),
+            max_length=options.max_length,
+            truncation=options.truncation,
+            on_error=options.on_error,
+            on_first=lambda sample: on_first(
+                recognise(self._first_row, self.fields, sample, self.tokenizer)
+            ),
+        )
+        if len(samples.unreadable) == len(samples):
+            raise ValueError(f"no row can be scored; {next(iter(samples.unreadable.values()))}")
+        if options.chat_template is not None and samples.replies is None:
+            raise ValueError("--chat-template has no effect: no row goes through a chat template")
+        return samples
+
+
+def preview_text(options: argparse.Namespace, source: str, model: str) -> Recognised:
+    """Return what is recognised in a source; no row behind the first readable one is read.
+
+    Args:
+        options: those of `add_text_options`.
+        source: files, a saved data set, or a hub id.
+        model: whose tokenizer it is, if none was named.
+    """
+    text = _Text(options, source, model)
+    told: list[Recognised] = []
+    text.samples(takewhile(lambda _: not told, text.rows), told.append)
+    return told[0]
+
+
 def text_samples(
     options: argparse.Namespace, source: str, model: str
-) -> tuple[TokenSamples, dict[str, Any], Recognised]:
-    """Return a source's samples, how they were made, and what was recognised, which is also said.
+) -> tuple[TokenSamples, dict[str, Any]]:
+    """Return a source's samples and how they were made; what was recognised is said first.
 
     Args:
         options: those of `add_text_options`.
@@ -64,52 +125,29 @@ def text_samples(
         model: whose tokenizer it is, if none was named.
 
     Returns:
-        The samples; details that a store keeps; what was recognised.
+        The samples; details that a store keeps.
     """
-    where = {
-        name: getattr(options, name)
-        for name in ("split", "configuration", "revision", "encoding", "limit")
-    }
-    rows = read_rows(source, streaming=options.streaming, on_error=options.on_error, **where)
-    row = _first_row(rows, source)
-    fields = find_fields(row, _fields_named(options))
-    tokenizer = load_tokenizer_with_template(options, model)
-    template = options.template
-    if template is None:
-        template = tokenizer.chat_template is not None and fields.prompt is not None
-    digest = RowsDigest(deciding_columns(fields))
-    with _counted(digest.watch(rows), _length_of(rows), shown=_speaks(options)) as counted:
-        samples = tokenize_rows(
-            counted,
-            tokenizer,
-            fields,
-            template=template,
-            template_options=dict(options.template_option),
-            max_length=options.max_length,
-            truncation=options.truncation,
-            on_error=options.on_error,
-        )
-    if options.chat_template is not None and samples.replies is None:
-        raise ValueError("--chat-template has no effect: no row goes through a chat template")
+    text = _Text(options, source, model)
+    digest, is_shown = RowsDigest(deciding_columns(text.fields)), _speaks(options)
+    rows = _counted(digest.watch(text.rows), _length_of(text.rows), shown=is_shown)
+    samples = text.samples(rows, lambda recognised: say(recognised.text(), shown=is_shown))
     _warn(options, samples)
-    recognised = recognise(row, fields, samples, tokenizer)
-    if _speaks(options):
-        say(recognised.text(whole=False))
-    return (
-        samples,
-        {
-            "model": model,
-            "data": {"source": source, **where, **vars(fields), **_rows_of(digest, samples)},
-            "tokenizer": fingerprint_tokenizer(tokenizer),
-            "chat_template": samples.replies is not None,
-            "replies": samples.replies,
-            "template_options": dict(options.template_option),
-            "max_length": options.max_length,
-            "truncation": options.truncation,
-            **cuts_of(samples),
+    return samples, {
+        "model": model,
+        "data": {
+            "source": source,
+            **text.where,
+            **vars(text.fields),
+            **_rows_of(digest, samples),
         },
-        recognised,
-    )
+        "tokenizer": fingerprint_tokenizer(text.tokenizer),
+        "chat_template": samples.replies is not None,
+        "replies": samples.replies,
+        "template_options": dict(options.template_option),
+        "max_length": options.max_length,
+        "truncation": options.truncation,
+        **cuts_of(samples),
+    }
 
 
 def _rows_of(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
@@ -129,18 +167,19 @@ def _speaks(options: argparse.Namespace) -> bool:
     return os.environ.get("RANK", "0") == "0" and not options.quiet
 
 
-@contextmanager
-def _counted(rows: Any, total: int | None, *, shown: bool) -> Iterator[Iterator[Any]]:
+def _counted(rows: Iterable[Any], total: int | None, *, shown: bool) -> Iterator[Any]:
     """Rows whose reading and tokenising is shown, where their number is known before."""
-    with progress_bar(total or 0, "reading", "rows", shown=shown and total is not None) as advance:
-
-        def counted() -> Iterator[Any]:
-            for number, row in enumerate(rows, 1):
-                yield row
-                if number % _ROWS_A_STEP == 0 or number == total:
-                    advance((number - 1) % _ROWS_A_STEP + 1)
-
-        yield counted()
+    numbered = enumerate(rows, 1)
+    yield from (row for _, row in islice(numbered, 1))  # what it holds is told before a bar begins
+    told = 1
+    with progress_bar(
+        total or 0, "reading", "rows", initial=told, shown=shown and total is not None
+    ) as advance:
+        for number, row in numbered:
+            yield row
+            if number % _ROWS_A_STEP == 0 or number == total:
+                advance(number - told)
+                told = number
 
 
 def cuts_of(samples: TokenSamples) -> dict[str, int]:
@@ -156,13 +195,21 @@ def _fields_named(options: argparse.Namespace) -> Fields:
     return Fields(**{name: column for name, column in named.items() if column is not None})
 
 
-def _first_row(rows: Any, source: str) -> Row:
-    """The first row that can be read."""
-    first = next((row for row in rows if not isinstance(row, Unreadable)), None)
-    if first is None:
-        raise ValueError(f"no row of {source} can be read: {next(iter(rows)).reason}")
-    row: Row = first
-    return row
+def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tuple[Row, Fields]:
+    """The first row that can be read, and the columns that were found in it.
+
+    Where rows may be skipped, those may be whose columns can't be told.
+    """
+    named, error = _fields_named(options), None
+    readable = (row for row in rows if not isinstance(row, Unreadable))
+    for row in islice(readable, _ROWS_A_STEP):
+        try:
+            return row, find_fields(row, named)
+        except ValueError as of_row:
+            error = error or of_row
+            if options.on_error != "skip":
+                break
+    raise error or ValueError(f"no row of {source} can be read: {next(iter(rows)).reason}")
 
 
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:

@@ -12,7 +12,7 @@ from flowdata.scores import Scores
 from flowdata.scores.matching import rows_difference, rows_identity
 from flowdata.store.fingerprint.rows import RowsDigest
 from flowdata.text.conversation import Row
-from flowdata.text.files.tables import Table
+from flowdata.text.files.tables import TableStream
 from flowdata.text.files.writing import (
     is_lines,
     to_dataset,
@@ -62,7 +62,7 @@ class Weighing:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; --data says where the data is now") from None
         # A table's own data set has its rows as they are in the file, with every null.
-        rows = rows.dataset if isinstance(rows, Table) else rows
+        rows = rows.dataset if isinstance(rows, TableStream) else rows
         pairs = self._checked(rows, source)
         if is_lines(output):
             write_lines(({**row, **values} for _, row, values in pairs), output)

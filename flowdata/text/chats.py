@@ -80,12 +80,21 @@ def _cuts(
 ) -> Iterator[list[Rendering]]:
     """The ways to cut a conversation into prompts and targets, the most like training first."""
     messages = conversation.messages
-    extras: Any = {"tools": conversation.tools, "options": conversation.template_options}
+    options = dict(conversation.template_options)
+    if conversation.documents:
+        options["documents"] = conversation.documents
+    extras: Any = {"tools": conversation.tools, "options": options}
     write: Write = partial(template.write, **extras)
     if conversation.tools and write(messages) == write(messages, tools=None):
         raise LeftOutError(
             "the chat template leaves out the tools that come with the chat; name a template that "
             "writes them (--chat-template FILE), or read no column of tools (tools='')"
+        )
+    without = {**options, "documents": None}
+    if conversation.documents and write(messages) == write(messages, options=without):
+        raise LeftOutError(
+            "the chat template leaves out the documents that come with the chat; name a template "
+            "that writes them (--chat-template FILE), or read none (documents='')"
         )
     if _is_completion(conversation):
         whole, number = write(messages), conversation.num_prompt

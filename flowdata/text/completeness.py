@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flowdata.text.conversation import Message
-from flowdata.text.renderings import Rendering
+from flowdata.text.renderings import Rendering, common_length
 
 _MOST_CHARACTERS = 40  # of an excerpt in a message
 _THOUGHT = re.compile(r"</?think>")
@@ -43,23 +43,39 @@ def check_complete(
     """
     # Replies are looked for one after another, since two of them may say the same.
     text, target = _Search(rendering.text), _Search(rendering.target_text())
+    starts = dict(zip(replies, _starts(rendering, len(replies)), strict=True))
     for index, message in enumerate(messages):
         is_target = index in replies
         for thing, piece in _said(message, is_target=is_target):
-            if not is_target:
-                is_there = text.has(piece)
-            else:
-                is_written, is_there = text.passes(piece), target.passes(piece)
+            is_there = target.passes(piece) if is_target else text.has(piece)
+            if thing == "reasoning" and not is_there:
                 # Marks may leave reasoning out of the targets on purpose, if it is written.
-                is_there |= is_written and thing == "reasoning"
+                before = _text_before(rendering.text, starts[index], messages, index)
+                is_there = _Search(before).has(piece)
             if not is_there:
                 raise _left_out(thing, piece, message, is_target=is_target)
         if is_target:
-            text.go_on()
             target.go_on()
         for part in _parts(message):  # printed as Python or JSON would print it
             if str(part) in rendering.text or json.dumps(part) in rendering.text:
                 raise LeftOutError("the chat template can't read content in parts", is_content=True)
+
+
+def _starts(rendering: Rendering, num_replies: int) -> list[int]:
+    """Where the target of each reply begins; the text's end where that can't be told."""
+    if rendering.prompt is not None:
+        begin = common_length(rendering.prompt, rendering.text)
+        return [begin, *[len(rendering.text)] * (num_replies - 1)]
+    if len(rendering.targets) == num_replies:
+        return [start for start, _ in rendering.targets]
+    return [len(rendering.text)] * num_replies
+
+
+def _text_before(text: str, start: int, messages: Sequence[Message], index: int) -> str:
+    """What a text says between the message before a reply and the reply's target."""
+    said = content_text(messages[index - 1]).strip() if index else ""
+    place = text.rfind(said, 0, start) if said else -1
+    return text[0 if place < 0 else place + len(said) : start]
 
 
 def content_text(message: Message) -> str:

@@ -27,6 +27,7 @@ class Conversation:
         tools: functions that the model may call, `{"type": "function", "function": {...}}` each;
             None where there are none.
         template_options: further names for the chat template, the row's `chat_template_kwargs`.
+        documents: what the model is to answer from, objects such as `{"title": str, "text": str}`.
         num_prompt: how many messages, from the first, are the prompt of a row that has prompt and
             completion apart, both as messages; 0 where the row is one chat, or is text.
         plain: prompt and completion as bare text, where the row can do without a chat template;
@@ -37,5 +38,6 @@ class Conversation:
     is_target: tuple[bool, ...]
     tools: list[dict[str, Any]] | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    documents: list[dict[str, Any]] = field(default_factory=list)
     num_prompt: int = 0
     plain: tuple[str, str] | None = None

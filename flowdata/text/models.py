@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flowdata.text.files.places import is_local, nothing_at
 from flowdata.text.read import first_line
+
+_WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # endings of files, not of hub ids
 
 
 def hide_progress() -> None:
@@ -25,11 +29,12 @@ def load_model(source: str, *, trust_remote_code: bool = False, device: str | No
         device: where the model is to be; None is where it loads.
 
     Raises:
+        FileNotFoundError: `source` names something on this machine that is not there.
         ImportError: transformers is not installed.
         ValueError: the folder `source` holds no model or several GGUF files.
     """
     transformers = load_transformers()
-    folder, options = _gguf(source)
+    folder, options = _place_of(source)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code, **options
     )
@@ -75,11 +80,12 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether code that comes with the tokenizer is run.
 
     Raises:
+        FileNotFoundError: `source` names something on this machine that is not there.
         ImportError: transformers is not installed.
         ValueError: there is no tokenizer at `source`.
     """
     transformers = load_transformers()
-    folder, options = _gguf(source)
+    folder, options = _place_of(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
@@ -92,9 +98,35 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         ) from None
 
 
-def _gguf(source: str) -> tuple[str, dict[str, str]]:
+def check_model(source: str) -> None:
+    """Check that a model is here, or may be on the hub, before anything is loaded or asked.
+
+    A name without an owner, or of a folder here that holds no such thing, is not sent to the hub,
+    unless the hub's files are on this machine already.
+
+    Args:
+        source: a hub id or path.
+
+    Raises:
+        FileNotFoundError: `source` names something on this machine that is not there.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not (is_local(source) or path.suffix in _WEIGHTS):
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError):  # of a path, which no hub id can be
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return
+    raise FileNotFoundError(nothing_at(source, "models", f"download it: hf download {source}"))
+
+
+def _place_of(source: str) -> tuple[str, dict[str, str]]:
     """The folder to load from, and the option that names a GGUF file where the model is one."""
-    path = Path(source)
+    check_model(source)
+    path = Path(source).expanduser()
+    source = str(path) if path.exists() else source
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     # Without a config.json transformers can't tell what the folder holds: the file has to be named.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flowdata._common.notices import say
 from flowdata.text.files.lines import LineFiles
 from flowdata.text.files.places import files_of, hub_id, is_saved, kind_of
-from flowdata.text.files.tables import Table, read_hub, read_saved, read_table_files
+from flowdata.text.files.tables import TableStream, read_hub, read_saved, read_table_files
 
 _LARGE = 2**20  # bytes of a file
 
@@ -69,8 +69,8 @@ def read_rows(
     elif configuration or revision:
         option = "configuration" if configuration else "revision"
         raise ValueError(f"{option} goes with data sets on the hub; {source} is on this machine")
-    elif is_saved(Path(source)):
-        rows = read_saved(Path(source), split or "train")
+    elif is_saved(Path(source).expanduser()):
+        rows = read_saved(Path(source).expanduser(), split)
     else:
         files = files_of(source, split)
         kind = kind_of(files[0])
@@ -81,7 +81,7 @@ def read_rows(
             if streaming:
                 _say_read_whole(lines)
             rows = lines if streaming else list(lines)
-    if limit is not None and isinstance(rows, Table):
+    if limit is not None and isinstance(rows, TableStream):
         rows = rows.first(limit)
     if next(iter(rows), None) is None:
         raise ValueError(f"{source} holds no rows")
@@ -94,8 +94,8 @@ def _say_read_whole(lines: LineFiles) -> None:
     file = next(filter(lines.is_read_whole, large), None)
     if file is not None:
         say(
-            f"{file} is one JSON array, which is read whole: JSON lines are read while they are "
-            "used (jq -c '.[]' writes them)"
+            f"{file} is one JSON object, which is read whole: arrays and lines are read while they "
+            "are used"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -167,6 +167,7 @@ def tokenize_rows(
     max_length: int | None = None,
     truncation: Truncation = "keep_start",
     on_error: Literal["raise", "skip"] = "raise",
+    on_first: Callable[[Encoded], None] | None = None,
 ) -> TokenSamples:
     """Return rows as token samples whose targets are the completions and replies.
 
@@ -189,6 +190,7 @@ def tokenize_rows(
             cuts the prompt rather than the completion.
         on_error: ``"skip"`` gives a row that can't be read a sample that raises when it is read:
             the scorer's option of this name leaves it without a loss.
+        on_first: called with the first sample's tokens and targets before further rows are read.
 
     Raises:
         ValueError: a row lacks a field or has something else than text in it, a chat has no
@@ -204,6 +206,8 @@ def tokenize_rows(
     renderer = _Renderer(tokenizer, template, template_options)
     unreadable: dict[int, str] = {}
     encoded = _encoded(_rendered(rows, fields, renderer), tokenizer, unreadable, on_error == "skip")
+    if on_first is not None:
+        encoded = _telling(encoded, on_first, max_length, truncation)
     samples = TokenSamples(encoded, max_length, truncation, unreadable)
     samples.replies = renderer.finish(samples.rows)
     return samples
@@ -219,7 +223,7 @@ class _Renderer:
         self._through_template = through_template
         self._options = options
         self._template: ChatTemplate | None = None
-        self._remarks: list[str] = []
+        self._is_described = False
         self.rows = RowRemarks()
 
     def template_for(self, conversation: Conversation) -> ChatTemplate | None:
@@ -237,11 +241,14 @@ class _Renderer:
             text = prompt + completion + end * (not completion.endswith(end))
             return [Rendering(text, prompt=prompt)]
         renderings = render_conversation(conversation, template)
-        self._remarks = self._remarks or template.remarks(renderings[-1].target_text())
+        if not self._is_described:
+            self._is_described = True
+            for remark in template.remarks(renderings[-1].target_text()):
+                _say(remark)
         return renderings
 
     def finish(self, rows: NDArray[np.int64]) -> Form | None:
-        """Say how replies were told from the rest of a chat, and return it."""
+        """Say what was noted of rows, and return what told replies from the rest of a chat."""
         self.rows.say()
         if self._template is None:
             if self._options:
@@ -251,14 +258,17 @@ class _Renderer:
             return None
         samples_of_rows = np.bincount(rows)
         if num_split := int((samples_of_rows > 1).sum()):
-            self._remarks.append(
+            _say(
                 "the chat template writes earlier turns differently once later ones follow, so "
                 f"{num_split:,} of {len(samples_of_rows):,} rows are scored reply by reply, each "
                 "reply after the text that it would be generated after"
             )
-        for remark in self._remarks:
-            say(remark, shown=os.environ.get("RANK", "0") == "0")
         return self._template.form
+
+
+def _say(sentence: str) -> None:
+    """Say a sentence, on the first rank alone."""
+    say(sentence, shown=os.environ.get("RANK", "0") == "0")
 
 
 def _rendered(
@@ -270,9 +280,9 @@ def _rendered(
         if isinstance(row, Unreadable):
             yield row
             continue
-        if not is_found:
-            fields, is_found = find_fields(row, fields), True
         try:
+            if not is_found:
+                fields, is_found = find_fields(row, fields), True
             conversation = read_conversation(row, fields or Fields())
         except (KeyError, TypeError, ValueError) as error:
             yield Unreadable(f"row {number}: {error}")
@@ -296,8 +306,9 @@ def _encoded(
     skip: bool,
 ) -> Iterator[list[Encoded]]:
     """The samples of each row: tokens, and which of them are targets."""
-    first = 0
-    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+    first, size = 0, 1  # the first row comes alone: it is shown before the others are read
+    while batch := list(islice(rows, size)):
+        size = min(2 * size, _ROWS_AT_ONCE)
         for number, row in enumerate(batch, first):
             if isinstance(row, Unreadable):
                 if not skip:
@@ -308,6 +319,23 @@ def _encoded(
         encoded = iter(encode(renderings, tokenizer))
         for row in batch:
             yield list(islice(encoded, len(row))) if isinstance(row, list) else [_NO_TOKENS]
+
+
+def _telling(
+    samples_of_rows: Iterator[list[Encoded]],
+    on_first: Callable[[Encoded], None],
+    max_length: int | None,
+    truncation: Truncation,
+) -> Iterator[list[Encoded]]:
+    """Pass samples on, and tell of the first one that has tokens, as far as it is kept."""
+    is_told = False
+    for samples in samples_of_rows:
+        tokens, is_target = samples[0]
+        if tokens and not is_told:
+            part = _part(len(tokens), max_length, truncation)
+            on_first((tokens[part], is_target[part]))
+            is_told = True
+        yield samples
 
 
 def _part(length: int, max_length: int | None, truncation: Truncation) -> slice:

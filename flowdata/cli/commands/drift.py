@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure how far fine-tuned models have moved from their base, without the old data."""
-    begin(options)
+    begin(options, options.base, *options.tuned)
     where = {"trust_remote_code": options.trust_remote_code, "device": options.device}
     samples = read_probe(options)
     base = load_model(options.base, **where)

@@ -19,7 +19,7 @@ from flowdata.cli.growing import remove_store, score_growing
 from flowdata.cli.options import add_dtype, add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
-from flowdata.cli.text_samples import add_text_options, cuts_of, text_samples
+from flowdata.cli.text_samples import add_text_options, cuts_of, preview_text, text_samples
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import SCORES, update_details
@@ -29,7 +29,7 @@ from flowdata.text.models import load_model
 from flowdata.text.tokens import TokenSamples
 from flowdata.weights import check_temperature
 
-_PREVIEW_ROWS = 16  # read for a preview: the first may be one that can't be read
+_PREVIEW_ROWS = 16  # looked at for a preview: the first may be one that can't be read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +57,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a causal language model's fine-tuning set into a store."""
-    begin(options)
+    begin(options, options.model)
     with process_group() as device:
         check_temperature(options.temperature)  # now, not after hours of scoring
         if options.preview:
             _print_preview(options)
             return DONE
-        samples, details, _ = text_samples(options, options.data, options.model)
+        samples, details = text_samples(options, options.data, options.model)
         _say_size(options, samples)
         if (loaded := loaded_with(options)) is not None:
             details[LOADED] = loaded
@@ -115,10 +115,10 @@ def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
 
 
 def _print_preview(options: argparse.Namespace) -> None:
-    """Print what the first rows hold; the others are not read."""
-    options.limit = min(options.limit or _PREVIEW_ROWS, _PREVIEW_ROWS)
-    options.streaming, options.quiet = True, True  # what would be said is printed here, whole
-    _, _, recognised = text_samples(options, options.data, options.model)
+    """Print what is recognised; few rows are read."""
+    options.limit = _PREVIEW_ROWS if options.limit is None else min(options.limit, _PREVIEW_ROWS)
+    options.streaming = True
+    recognised = preview_text(options, options.data, options.model)
     print_result(options, asdict(recognised), recognised.text(whole=True))
 
 

@@ -17,17 +17,18 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from flowdata._common.unreadable import Unreadable
 from flowdata.text.conversation import LEFT_OUT, Row
-from flowdata.text.files.places import kind_of
+from flowdata.text.files.arrays import begin_of, is_array, read_array
+from flowdata.text.files.places import kind_of, rows_below
 
-_ROWS_BELOW = ("data", "rows", "examples", "instances")  # names of an object's rows
 _EXCELS_MARK = re.compile(r"sep=(.)\s*")  # a first line that tells Excel the delimiter
+_LOOKED_AT = 16  # bytes of a file
 _DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -61,13 +62,15 @@ class LineFiles:
         return islice(chain.from_iterable(map(self._rows_of, self.files)), self.limit)
 
     def is_read_whole(self, file: Path) -> bool:
-        """Return whether a file is one JSON array, or an object that holds one: not lines."""
+        """Return whether a file is one JSON object: neither lines nor an array."""
         if kind_of(file) != "json":
             return False
         with _open(file) as stream:
             text = io.TextIOWrapper(stream, encoding=self.encoding, errors="replace")
-            line = _first_line(text)[1]
-        return line.lstrip().startswith(("[", "{")) and not _is_row_alone(line)
+            begin = begin_of(text)
+            if not begin.lstrip().startswith("{"):
+                return False
+            return not _is_row_alone(_first_line(_lines(begin, text))[1])
 
     def _rows_of(self, file: Path) -> Iterator[Row | Unreadable]:
         rows = {"json": _json_rows, "csv": _csv_rows, "text": _text_rows}[str(kind_of(file))]
@@ -76,6 +79,11 @@ class LineFiles:
             errors = "surrogateescape" if self.skip else "strict"
             text = io.TextIOWrapper(stream, encoding=self.encoding, errors=errors, newline="")
             try:
+                if likely := self._likely_encoding(stream):
+                    raise ValueError(
+                        f"{file}, line 1: every other byte is 0; name its encoding "
+                        f"(--encoding {likely})"
+                    )
                 for number, row in enumerate(rows(text, file)):
                     if isinstance(row, Unreadable):
                         if not self.skip:
@@ -87,6 +95,14 @@ class LineFiles:
                 raise ValueError(self._wrong_encoding(file, error)) from None
             except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
                 raise ValueError(f"{file} can't be read to its end: {error}") from None
+
+    def _likely_encoding(self, stream: IO[bytes]) -> str | None:
+        """The encoding of text in pairs of bytes without a mark, which reads as UTF-8, too."""
+        begin = cast(io.BufferedReader, stream).peek(_LOOKED_AT)[:_LOOKED_AT]
+        halves = {"utf-16-be": begin[::2], "utf-16-le": begin[1::2]}
+        if self.encoding != "utf-8-sig" or len(begin) < 2:
+            return None
+        return next((name for name, half in halves.items() if not any(half)), None)
 
     def _wrong_encoding(self, file: Path, error: UnicodeDecodeError) -> str:
         """What to say of bytes that are no text in the encoding: where they are."""
@@ -173,31 +189,42 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
 
 def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     """The rows of JSON lines, of an array, or of an object that holds an array of rows."""
-    number, line = _first_line(text)
-    if _is_row_alone(line) or not line.lstrip().startswith(("[", "{")):
-        yield from _json_lines(chain([line], text), file, number)
+    begin = begin_of(text)
+    if is_array(begin):
+        try:
+            for index, (row, content) in enumerate(read_array(begin, text)):
+                halves = _may_hold_halves(content)
+                yield _checked(row, f"{file}, item {index}", may_hold_halves=halves)
+        except UnicodeError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{file}, {error}") from None
         return
-    content = line + text.read()
+    lines = _lines(begin, text)
+    number, line = _first_line(lines)
+    if _is_row_alone(line) or not line.lstrip().startswith("{"):
+        yield from _json_lines(chain([line], lines), file, number)
+        return
+    content = line + "".join(lines)
     try:
         whole = json.loads(content)
-    except ValueError as error:
-        if line.lstrip().startswith("["):
-            place = number - 1 + getattr(error, "lineno", 1)
-            raise ValueError(f"{file}, line {place}: not JSON ({error})") from None
+    except ValueError:
         yield from _json_lines(io.StringIO(content), file, number)
         return
-    if isinstance(whole, dict):
-        whole = _rows_below(whole) or [whole]
     may_hold_halves = _may_hold_halves(content)
-    for index, row in enumerate(whole):
+    for index, row in enumerate(rows_below(whole) or [whole]):
         yield _checked(row, f"{file}, item {index}", may_hold_halves=may_hold_halves)
 
 
+def _lines(begin: str, text: TextIO) -> Iterator[str]:
+    """The lines of a file of which the beginning was read already."""
+    return chain(io.StringIO(begin + text.readline(), newline=""), text)
+
+
 def _is_row_alone(line: str) -> bool:
-    """Whether the first line is a row, or an array that holds none: what follows are lines, too."""
+    """Whether the first line is a row: what follows are lines, too."""
     value = _parse(line)
-    is_list_alone = isinstance(value, list) and value and not isinstance(value[0], dict)
-    return bool(is_list_alone or (isinstance(value, dict) and _rows_below(value) is None))
+    return isinstance(value, dict) and rows_below(value) is None
 
 
 def _json_lines(lines: Iterable[str], file: Path, start: int) -> Iterator[Row | Unreadable]:
@@ -226,12 +253,6 @@ def _may_hold_halves(content: str) -> bool:
     return "\\ud" in content or "\\uD" in content
 
 
-def _rows_below(value: Mapping[str, Any]) -> list[Any] | None:
-    """The rows that an object holds under a name of its own, as `{"data": [...]}`."""
-    lists = (value[name] for name in _ROWS_BELOW if isinstance(value.get(name), list))
-    return next((rows for rows in lists if rows and isinstance(rows[0], dict)), None)
-
-
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
@@ -239,7 +260,7 @@ def _parse(text: str) -> Any:
         return None
 
 
-def _first_line(text: TextIO) -> tuple[int, str]:
+def _first_line(text: Iterable[str]) -> tuple[int, str]:
     """The number of the first line that holds something, and that line; "" where none does."""
     lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
     return next(lines, (1, ""))

@@ -9,18 +9,29 @@ from typing import Any
 from flowdata.text.conversation import Row
 
 
-class Table:
+class TableStream:
     """Rows of a `datasets` data set without the nulls that Arrow adds to the objects in them.
 
     Arrow gives every object of a column the names of all the others, and null for a value: a
     tool's parameters would come to a chat template with those of every other tool.
 
     Args:
-        dataset: map-style, or a stream.
+        dataset: a stream, which has no length.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(_clean_row, self.dataset)
+
+    def first(self, count: int) -> TableStream:
+        """Return the first rows alone."""
+        return type(self)(self.dataset.take(count))
+
+
+class Table(TableStream):
+    """The same of a data set that is there as a whole."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -28,17 +39,8 @@ class Table:
     def __getitem__(self, index: int) -> Row:
         return _clean_row(self.dataset[index])
 
-    def __iter__(self) -> Iterator[Row]:
-        return map(_clean_row, self.dataset)
 
-    def first(self, count: int) -> Table:
-        """Return the first rows alone."""
-        if not hasattr(self.dataset, "__len__"):
-            return Table(self.dataset.take(count))
-        return Table(self.dataset.select(range(min(count, len(self)))))
-
-
-def read_table_files(kind: str, files: list[Path], *, streaming: bool) -> Table:
+def read_table_files(kind: str, files: list[Path], *, streaming: bool) -> TableStream:
     """Return the rows of Parquet or Arrow files, as one table.
 
     Args:
@@ -58,28 +60,31 @@ def read_table_files(kind: str, files: list[Path], *, streaming: bool) -> Table:
             next(iter(dataset), None)
     except Exception as error:  # of many classes, each with the reader's own as its cause
         raise ValueError(f"{names[0]} can't be read: {_in_one_line(error)}") from None
-    return Table(dataset)
+    return _as_rows(dataset)
 
 
-def read_saved(folder: Path, split: str) -> Table:
+def read_saved(folder: Path, split: str | None) -> Table:
     """Return the rows of a data set that `save_to_disk` wrote.
 
     Raises:
-        ValueError: it has splits, and none by that name.
+        ValueError: it has splits, and none by that name; or a split is named, and it has none.
     """
     import datasets
 
     dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, dict):
-        if split not in dataset:
-            raise ValueError(f"{folder} has no split {split!r}; there are {', '.join(dataset)}")
-        dataset = dataset[split]
+        name = split or "train"
+        if name not in dataset:
+            raise ValueError(f"{folder} has no split {name!r}; there are {', '.join(dataset)}")
+        dataset = dataset[name]
+    elif split is not None and split != str(dataset.split):
+        raise ValueError(f"split={split!r} goes with data sets that have splits; {folder} has none")
     return Table(dataset)
 
 
 def read_hub(
     name: str, *, split: str, configuration: str | None, revision: str | None, streaming: bool
-) -> Table:
+) -> TableStream:
     """Return the rows of a data set on the hub.
 
     Raises:
@@ -96,7 +101,11 @@ def read_hub(
             f"there is no file or folder {name!r} here, and the hub gave no data set for it "
             f"({_in_one_line(error)})"
         ) from None
-    return Table(dataset)
+    return _as_rows(dataset)
+
+
+def _as_rows(dataset: Any) -> TableStream:
+    return Table(dataset) if hasattr(dataset, "__len__") else TableStream(dataset)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -20,8 +20,8 @@ def deciding_columns(fields: Fields) -> list[str]:
     Without a prompt of its own, a preferred reply begins where it parts from the other one.
 
     Example:
-        >>> deciding_columns(Fields(completion="text", system=None, history=None, tools=None))
-        ['text', 'chat_template_kwargs']
+        >>> deciding_columns(Fields(prompt="q", completion="a", label="good"))
+        ['q', 'input', 'a', 'system', 'history', 'tools', 'documents', 'chat_template_kwargs']
     """
     known = [*fields.columns(), CHAT_TEMPLATE_OPTIONS]
     not_scored = {fields.label, fields.rejected if fields.prompt else None}
@@ -30,8 +30,8 @@ def deciding_columns(fields: Fields) -> list[str]:
 
 def unread_columns(row: Row, fields: Fields) -> list[str]:
     """Return the columns of a row that play no part; media are no such: they are refused."""
-    known = {*read_columns(row, fields), fields.rejected, fields.label, *MEDIA}
-    return [name for name in row if name not in known]
+    known = {*read_columns(row, fields), fields.rejected, fields.label}
+    return [name for name in row if name not in known and not MEDIA.fullmatch(name.lower())]
 
 
 def scored_part(row: Row, fields: Fields) -> str:

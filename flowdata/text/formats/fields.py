@@ -21,6 +21,8 @@ class Fields:
         system: holds the system message.
         history: holds earlier turns, pairs of prompt and reply.
         tools: holds the functions that the model may call.
+        documents: holds texts that the model is to answer from, objects such as `{"title": str,
+            "text": str}`.
         rejected: holds the reply that was not preferred, which is not scored.
         label: tells good completions from bad ones, which are scored alike.
         name: what the format is called, for messages.
@@ -33,6 +35,7 @@ class Fields:
     system: str | None = "system"
     history: str | None = "history"
     tools: str | None = "tools"
+    documents: str | None = "documents"
     rejected: str | None = None
     label: str | None = None
     name: str = field(default="columns named by you", compare=False)
@@ -42,6 +45,11 @@ class Fields:
         names = (
             *(self.messages, self.prompt, self.input if self.prompt else None),
             *(self.completion, self.system),
-            *(self.history, self.tools, self.rejected, self.label),
+            *(self.history, self.tools, self.documents_column()),
+            *(self.rejected, self.label),
         )
         return [name for name in names if name]
+
+    def documents_column(self) -> str | None:
+        """Return the column of documents; those beside a bare text are nobody's."""
+        return self.documents if self.prompt or self.messages else None

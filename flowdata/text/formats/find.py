@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from flowdata.text.conversation import Row
 from flowdata.text.formats.fields import Fields
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Columns of what is no text, as `images`, `image_path` and `videos` are.
+MEDIA = re.compile(
+    r"(?:image|img|photo|video|audio)s?(?:_?(?:path|file|url|uri|bytes|data)s?)?"
+    r"|pixel_values|input_features|input_values"
+)
 CHAT_TEMPLATE_OPTIONS = "chat_template_kwargs"
 
 # The names that prompts go under, and those of the replies that go with each, the likelier first.
@@ -37,10 +43,14 @@ COMPANIONS = {
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "tools": ("tools", "functions"),
+    "documents": ("documents",),
     "rejected": ("rejected_response", "rejected_messages", "rejected"),
 }
 _LABELS = ("label", "kto_tag")
 _CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
+_TEXT = "plain text"
+_MESSAGE = {"role": {"content", "text", "value"}, "from": {"value", "content"}}
+_MOST_NAMES = 24  # of columns in a message
 _KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
 
 
@@ -73,15 +83,29 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
         usual = _preference(names) or _chat(names, row) or _pair(names) or _text(names)
         if usual is None:
             raise ValueError(_unknown(row))
+        if usual.name == _TEXT and _is_message(names):
+            raise ValueError(
+                f"the rows are messages, with {_names_of(row)}: a row should be a whole chat, such "
+                'as {"messages": […]}, or name the column of text that is scored by itself '
+                "(--completion-column)"
+            )
         fields = replace(
             usual,
             input=fields.input,
             system=fields.system,
             history=fields.history,
             tools=fields.tools,
+            documents=fields.documents,
             rejected=fields.rejected or usual.rejected,
         )
     return _with_companions(fields, names, row)
+
+
+def _is_message(names: Collection[str]) -> bool:
+    """Whether an object with such names is one message of a chat."""
+    return any(
+        role in names and not content.isdisjoint(names) for role, content in _MESSAGE.items()
+    )
 
 
 def _preference(names: Mapping[str, str]) -> Fields | None:
@@ -144,7 +168,7 @@ def _pair(names: Mapping[str, str]) -> Fields | None:
 
 def _text(names: Mapping[str, str]) -> Fields | None:
     text = _first(_TEXTS, names)
-    return Fields(completion=text, name="plain text") if text else None
+    return Fields(completion=text, name=_TEXT) if text else None
 
 
 def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fields:
@@ -157,17 +181,25 @@ def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fiel
     found: dict[str, Any] = {}
     for companion, usual in COMPANIONS.items():
         goes_with = fields.prompt if companion == "input" else fields.prompt or fields.messages
+        always = companion in ("system", "history", "tools")
         is_default = getattr(fields, companion) == getattr(Fields(), companion)
-        if is_default and (goes_with or companion in ("system", "history", "tools")):
+        if is_default and (goes_with or always):
             column = _first(usual, others)
             if column is None and companion != "rejected" and usual[0] not in taken:
                 column = usual[0]
             found[companion] = column
     label = _first(_LABELS, names)
-    if label and isinstance(row[label], bool) and (fields.prompt or fields.messages):
+    if label and _is_flag(row[label]) and (fields.prompt or fields.messages):
         found["label"] = label
     fields = replace(fields, **found)
     return replace(fields, name=_name(fields, row))
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether a label is true or false, which CSV files hold as text."""
+    return isinstance(value, bool) or (
+        isinstance(value, str) and value.lower() in ("true", "false")
+    )
 
 
 def _name(fields: Fields, row: Row) -> str:
@@ -204,7 +236,7 @@ def _unknown(row: Row) -> str:
         replies = " or ".join(map(repr, _PAIRS[prompts[0].lower()][:3]))
         closest = f"; closest: a pair, with {prompts[0]!r} as its prompt and no {replies}"
     elif close:
-        closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close)
+        closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close[:3])
     elif chats:
         closest = f"; closest: a chat in {chats[0]!r}"
     elif len(texts) > 1:
@@ -218,4 +250,5 @@ def _unknown(row: Row) -> str:
 
 
 def _names_of(row: Row) -> str:
-    return ", ".join(map(repr, row)) or "none"
+    names = ", ".join(map(repr, islice(row, _MOST_NAMES))) or "none"
+    return names + f" and {len(row) - _MOST_NAMES:,} more" * (len(row) > _MOST_NAMES)

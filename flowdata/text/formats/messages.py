@@ -14,7 +14,7 @@ Turn = tuple[Message, bool]  # a message, and whether it is a target
 
 _ROLES = {
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "bot", "model", "chatgpt", "ai", "bing", "bard"),
+    "assistant": ("assistant", "gpt", "bot", "model", "chatbot", "chatgpt", "ai", "bing", "bard"),
     "system": ("system", "developer"),
     "tool": (
         *("tool", "observation", "observations", "tool_response", "function_response"),
@@ -101,7 +101,7 @@ def _add(turns: list[Turn], item: Any, number: int) -> None:
         raise ValueError(f"should be an object, it is a {type(item).__name__}")
     role_name, usual = ("from", "value") if "from" in item else ("role", "content")
     if role_name in item:
-        content_name = next((name for name in (usual, *_CONTENTS) if name in item), usual)
+        content_name = _content_name(item, usual)
         _add_message(turns, item, role_name, content_name)
         return
     for prompt, reply in _PAIR_NAMES:
@@ -113,6 +113,16 @@ def _add(turns: list[Turn], item: Any, number: int) -> None:
             turns.append(({"role": "assistant", "content": _text(item[reply])}, is_target))
             return
     raise ValueError(f"has no role; there are {', '.join(map(repr, item)) or 'no names'}")
+
+
+def _content_name(item: Mapping[str, Any], usual: str) -> str:
+    """The name of a message's content; a message may not say two things under two names."""
+    there = [name for name in dict.fromkeys((usual, *_CONTENTS)) if name in item]
+    name, *others = [name for name in there if item[name]] or there or [usual]
+    for other in others:
+        if item[other] != item[name]:
+            raise ValueError(f"{name!r} and {other!r} say different things; leave one of them out")
+    return name
 
 
 def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, content: str) -> None:
@@ -252,7 +262,10 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         if arguments is None:
             arguments = function.get("parameters")
         if isinstance(arguments, str):
-            arguments = parse(arguments) if arguments.strip() else {}
+            try:
+                arguments = parse(arguments) if arguments.strip() else {}
+            except ValueError as error:
+                raise ValueError(f"arguments of the call of {function['name']!r} {error}") from None
         calls.append(
             {
                 **({"id": call["id"]} if call.get("id") else {}),

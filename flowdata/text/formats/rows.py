@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
@@ -32,7 +33,8 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         ({'role': 'user', 'content': 'Add.\\n2, 2'}, ('Add.\\n2, 2', '4'))
     """
     _refuse_unread(row, fields)
-    tools = read_tools(_optional(row, fields.tools))
+    with _naming(fields.tools):
+        tools = read_tools(_optional(row, fields.tools))
     plain: tuple[str, str] | None = None
     if fields.messages:
         chat = _required(row, fields.messages)
@@ -57,51 +59,91 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
             "the chat has no message with role 'assistant' that is to be learned, so it has no "
             "target"
         )
+    documents = _documents(row, fields)
     is_apart = not fields.messages and fields.prompt and not isinstance(row[fields.prompt], str)
     num_completion = len(_reply(row[fields.completion or ""])) if is_apart else len(turns)
-    options = _optional(row, CHAT_TEMPLATE_OPTIONS)
     return Conversation(
         messages=tuple(message for message, _ in turns),
         is_target=tuple(is_target for _, is_target in turns),
         tools=tools,
-        template_options=(parse(options) if isinstance(options, str) else options) or {},
+        template_options=_template_options(row),
         num_prompt=len(turns) - num_completion,
-        plain=plain if len(turns) <= 2 and not _holds(system) and not tools else None,
+        plain=plain if len(turns) <= 2 and not (_holds(system) or tools or documents) else None,
+        documents=documents,
     )
+
+
+def _template_options(row: Row) -> dict[str, Any]:
+    """The row's own values for the template's variables."""
+    with _naming(CHAT_TEMPLATE_OPTIONS):
+        options = _parsed(_optional(row, CHAT_TEMPLATE_OPTIONS)) or {}
+        if not isinstance(options, Mapping):
+            raise ValueError(f"should hold an object, it holds {_kind(options)}")
+    return dict(options)
+
+
+def _documents(row: Row, fields: Fields) -> list[dict[str, Any]]:
+    """What the model is to answer from, as chat templates take it."""
+    with _naming(fields.documents):
+        documents = _parsed(_optional(row, fields.documents_column())) or []
+        are_many = isinstance(documents, list | tuple)
+        if not are_many or not all(isinstance(each, Mapping) for each in documents):
+            raise ValueError(
+                'should hold objects, such as {"title": "…", "text": "…"} each; an empty name '
+                "reads none (documents='')"
+            )
+    return [dict(document) for document in documents]
+
+
+@contextmanager
+def _naming(column: str | None) -> Iterator[None]:
+    """Name a column in what is said of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"column {column!r}: {error}") from None
+
+
+def _parsed(value: Any) -> Any:
+    return parse(value) if isinstance(value, str) and value.strip() else value
 
 
 def _refuse_unread(row: Row, fields: Fields) -> None:
     """Raise ValueError for a column that would belong to the text, and isn't read: `context`."""
-    companions = _companions(fields)
-    for name in row:
-        usual = str(name).lower()  # another case may first come late in the data
-        if usual not in companions or name in _known(fields) or not _holds(row[name]):
+    for name, companion in _unread(tuple(row), fields):
+        if not _holds(row[name]):
             continue
-        companion = companions[usual]
         if companion is None:
-            raise ValueError(f"column {name!r} holds something, and text is scored alone")
+            raise ValueError(
+                f"column {name!r} holds something, and text is scored alone: score such rows with "
+                "LossScorer and the model's processor, in Python, or take the column out"
+            )
         raise ValueError(
             f"column {name!r} holds something, and is not read: name it ({companion}={name!r}), or "
             f"name an empty one ({companion}='')"
         )
 
 
-@functools.cache  # every row of a data set asks for the same
-def _companions(fields: Fields) -> dict[str, str | None]:
-    """The usual names of columns that go with the text: each with what it would be, or None."""
-    names: dict[str, str | None] = {
+@functools.lru_cache  # nearly all rows of a data set have the same columns
+def _unread(names: tuple[str, ...], fields: Fields) -> list[tuple[str, str | None]]:
+    """The columns that go with the text and are not read: each with what it would be, or None.
+
+    None stands for images, sound and video.
+    """
+    goes_with = {"input": fields.prompt, "documents": fields.documents_column()}
+    companions = {
         name: companion
         for companion, usual in COMPANIONS.items()
-        if getattr(fields, companion) != "" and (fields.prompt or companion != "input")
+        if getattr(fields, companion) != "" and goes_with.get(companion, True)
         for name in usual
     }
-    return names | dict.fromkeys(MEDIA)
-
-
-@functools.cache
-def _known(fields: Fields) -> frozenset[str]:
-    """The columns that are read, or are known to say nothing of the text."""
-    return frozenset([*fields.columns(), *filter(None, [fields.label])])
+    known = {*fields.columns(), fields.label}
+    unread: list[tuple[str, str | None]] = []
+    for name in names:
+        usual_name = str(name).lower()  # another case may first come late in the data
+        if name not in known and (usual_name in companions or MEDIA.fullmatch(usual_name)):
+            unread.append((name, companions.get(usual_name)))
+    return unread
 
 
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
@@ -114,6 +156,8 @@ def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]
         plain = _split(completion, rejected) if isinstance(rejected, str) else ("", completion)
         return _messages(*plain), plain
     prompt = _required(row, fields.prompt)
+    for column in (fields.prompt, fields.completion):
+        _refuse_texts(row, column or "")
     if isinstance(prompt, str):
         prompt = _with_input(row, prompt, fields)
         if isinstance(completion, str):
@@ -131,6 +175,20 @@ def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]
     if _holds(_optional(row, fields.input)):
         raise ValueError(f"column {fields.input!r} holds something, and the prompt is a chat")
     return [*_context(read_turns(prompt)), *_reply(completion)], None
+
+
+def _refuse_texts(row: Row, column: str) -> None:
+    """Raise ValueError for several texts, of which it is not said what each of them is."""
+    value = row[column]
+    if _is_texts(value):
+        raise ValueError(
+            f"column {column!r} should hold one text or a list of messages, it holds a list of "
+            "texts; make one of them the text"
+        )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, str) for item in value)
 
 
 def _split(chosen: str, rejected: str) -> tuple[str, str]:
@@ -189,8 +247,8 @@ def _targets_from(turns: list[Turn], start: int) -> list[Turn]:
 
 def _history(row: Row, fields: Fields) -> list[Turn]:
     """Earlier turns; their replies are targets, too, unless the row is a preference."""
-    history = _optional(row, fields.history)
-    history = parse(history) if isinstance(history, str) and history.strip() else history
+    with _naming(fields.history):
+        history = _parsed(_optional(row, fields.history))
     turns: list[Turn] = []
     for pair in history or []:
         if isinstance(pair, Mapping):
