@@ -103,14 +103,17 @@ def _token_losses(scores: Scores) -> Tensor:
     return scores.flat_token_losses
 
 
-TRIMMED = (0.05, 0.1, 0.165, 0.2, 0.25, 0.33, 0.4, 0.5, 0.66)  # shares of the samples
+TRIMMED = (0.05, 0.1, 0.165, 0.2, 0.33, 0.5, 0.66)  # shares of the samples
 ABLATIONS: dict[str, Method] = {
     **TEMPERATURES,
     "FLOW, running median": Method(running_median),
     "FLOW normalised": Method(normalised),
     "standard, smaller steps": Method(even),
     "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
-    **{f"l2, {strength:g}": Method(parts=(anchor("l2", strength),)) for strength in (1e-3, 1e-1)},
+    **{
+        f"l2, {strength:g}": Method(parts=(anchor("l2", strength),))
+        for strength in (1e-3, 3e-2, 1e-1)
+    },
     **{f"WiSE-FT, {alpha:g}": Method(parts=(weight_averaging(alpha),)) for alpha in (0.25, 0.75)},
     **{f"LoRA, rank {rank}": Method(parts=(lora(rank),)) for rank in (2, 32)},
     **{f"trimmed, {share:.0%}": Method(trimmed(share)) for share in TRIMMED},
