@@ -221,12 +221,57 @@ def test_running_median_weights_are_those_of_a_stream():
     torch.testing.assert_close(found[order], torch.tensor(wanted), rtol=3e-3, atol=0)
 
 
-def test_a_rule_for_tokens_is_refused_by_a_classifiers_loop():
-    with pytest.raises(ValueError, match="a classifier has no tokens"):
-        classify.fine_tune(
-            network(), [], torch.ones(0), training.Method(rule="dft"),
-            rate=0.1, seed=0, epochs=1, batch=1,
-        )  # fmt: skip
+def by_hand(weights_of, steps):
+    """A network trained on whole batches of X, each sample's loss times its weight."""
+    model, labels = network(), Y.argmax(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        logits = model(X)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        optimizer.zero_grad()
+        (losses * weights_of(logits.detach(), losses.detach())).mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights_of"),
+    [
+        ("dft", lambda logits, losses: (-losses).exp()),
+        ("talr", lambda logits, losses: (-losses / losses.quantile(0.5)).exp()),
+        (
+            "eaft",
+            lambda logits, losses: (
+                torch.special.entr(logits.softmax(1)).sum(1) / math.log(logits.shape[1])
+            ),
+        ),
+        (
+            ours.small_losses(0.25),
+            lambda logits, losses: (losses < losses.sort().values[24]).float() / 0.75,
+        ),
+    ],
+)
+def test_a_rule_weighs_a_classifiers_samples_by_their_losses_now(rule, weights_of):
+    data = torch.utils.data.TensorDataset(X, Y.argmax(1))
+    model, method = network(), training.Method(rule=rule)
+    classify.fine_tune(model, data, torch.ones(32), method, rate=0.1, seed=0, epochs=4, batch=32)
+    for ours_, theirs in zip(model.parameters(), by_hand(weights_of, 4).parameters(), strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_trimming_leaves_out_the_hardest_and_keeps_the_size_of_steps():
+    scores = flowdata.Scores(torch.tensor([0.1, 3.0, 0.2, 9.0, 0.3, 0.4]))
+    assert ours.trimmed(1 / 3)(scores).tolist() == pytest.approx([1.5, 0, 1.5, 0, 1.5, 1.5])
+    assert ours.trimmed(0.0)(scores).tolist() == [1] * 6
+
+
+def test_batch_norm_in_evaluation_mode_keeps_its_statistics():
+    watched = set()
+    start, end = fitted(parts.fixed_batch_norm, watch=lambda model: watched.add(model[1].training))
+    assert watched == {False}
+    still = {name for name in start if "running" in name or "num_batches" in name}
+    assert moved(start, end) == set(start) - still
 
 
 def test_rates_are_for_methods_that_train():

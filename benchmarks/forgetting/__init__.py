@@ -2,6 +2,7 @@
 
     python -m benchmarks forgetting vision [--quick]     # ResNet-20: new images against CIFAR-10
     python -m benchmarks forgetting language [--quick]   # SmolLM2-135M: GSM8K against the rest
+    python -m benchmarks forgetting evidence             # vision: when do weights help?
     python -m benchmarks forgetting theory               # the closed forms, drawn
     python -m benchmarks forgetting table                # tables, pictures and the README's table
 
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         _add_study_options(command)
         module.add_options(command)
         command.set_defaults(module=module)
+    evidence = importlib.import_module("benchmarks.forgetting.evidence")
+    evidence.add_options(commands.add_parser("evidence"))
     table = commands.add_parser("table")
     theory = commands.add_parser("theory")
     for command in (table, theory):
@@ -42,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.command in ("vision", "language"):
         _study(options)
+    elif options.command == "evidence":
+        evidence.study(options)
+        _tables(options.results, None)
     elif options.command == "theory":
         from benchmarks.forgetting.theory import draw
 

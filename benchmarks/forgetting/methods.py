@@ -6,6 +6,7 @@ the smaller steps that they make? What do weights for tokens do?
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from flowdata.scores import Scores
 from flowdata.streaming import FlowWeightedIterable
-from flowdata.study import METHODS, STANDARD, TEMPERATURES, Method, anchor, weight_averaging
+from flowdata.study import (
+    METHODS,
+    STANDARD,
+    TEMPERATURES,
+    Method,
+    anchor,
+    fixed_batch_norm,
+    lora,
+    weight_averaging,
+)
 from flowdata.study.methods import flow
 from flowdata.token_weights import selective_token_weights
 from flowdata.weights import flow_weights
@@ -29,6 +39,34 @@ def normalised(scores: Scores) -> Tensor:
 def even(scores: Scores) -> Tensor:
     """Return FLOW's mean weight for every sample: the steps are as small as FLOW's, and even."""
     return torch.full((len(scores),), scores.weights().mean().item())
+
+
+def trimmed(share: float) -> Callable[[Scores], Tensor]:
+    """Return a rule that leaves out the hardest share of the samples, by the frozen model's loss.
+
+    The others' weight is such that an average step is as large as standard fine-tuning's.
+    """
+
+    def weights(scores: Scores) -> Tensor:
+        kept = len(scores) - round(share * len(scores))
+        easiest = scores.losses.argsort(stable=True)[:kept]
+        return torch.zeros(len(scores)).index_fill_(0, easiest, len(scores) / kept)
+
+    return weights
+
+
+def small_losses(share: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a rule that leaves out the share of each batch whose losses now are the largest.
+
+    Source: small-loss selection, as in Co-teaching (arXiv:1804.06872), with one network.
+    """
+
+    def weights(losses: Tensor, takes_part: Tensor) -> Tensor:
+        kept = len(losses) - round(share * len(losses))
+        easiest = losses.argsort(stable=True)[:kept]
+        return torch.zeros_like(losses).index_fill_(0, easiest, len(losses) / kept)
+
+    return weights
 
 
 def running_median(scores: Scores, window: int = 128) -> Tensor:
@@ -65,14 +103,23 @@ def _token_losses(scores: Scores) -> Tensor:
     return scores.flat_token_losses
 
 
+TRIMMED = (0.05, 0.1, 0.165, 0.2, 0.33, 0.5, 0.66)  # shares of the samples
 ABLATIONS: dict[str, Method] = {
     **TEMPERATURES,
     "FLOW, running median": Method(running_median),
     "FLOW normalised": Method(normalised),
     "standard, smaller steps": Method(even),
     "FLOW, gradient norm": Method(partial(flow, column="gradient_norm")),
-    **{f"l2, {strength:g}": Method(parts=(anchor("l2", strength),)) for strength in (1e-3, 1e-1)},
+    **{
+        f"l2, {strength:g}": Method(parts=(anchor("l2", strength),))
+        for strength in (1e-3, 3e-2, 1e-1)
+    },
     **{f"WiSE-FT, {alpha:g}": Method(parts=(weight_averaging(alpha),)) for alpha in (0.25, 0.75)},
+    **{f"LoRA, rank {rank}": Method(parts=(lora(rank),)) for rank in (2, 32)},
+    **{f"trimmed, {share:.0%}": Method(trimmed(share)) for share in TRIMMED},
+    **{f"small losses, {share:.0%}": Method(rule=small_losses(share)) for share in TRIMMED},
+    "standard, BatchNorm fixed": Method(parts=(fixed_batch_norm,)),
+    "FLOW, BatchNorm fixed": Method(flow, parts=(fixed_batch_norm,)),
 }
 TOKEN_METHODS: dict[str, Method] = {
     "TALR": Method(rule="talr"),

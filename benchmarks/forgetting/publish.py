@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.forgetting import drift_language, drift_page
+from benchmarks.forgetting import drift_language, drift_page, evidence_page
 from benchmarks.forgetting.drift_picture import draw_drift
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
 from benchmarks.forgetting.readme import Study, readme_table, with_table
 from flowdata.study import draw_picture, read_records, report, studies
 
 SHOWN = "fashion_mnist"  # in the picture of drift
-_PAGES_ON_DRIFT = {
-    "forgetting_drift": drift_page,
-    "forgetting_drift_language": drift_language,
+_PAGES = {  # of several studies together: which of them it can take, and what it makes of them
+    "forgetting_drift": (drift_page.can_tell, drift_page.drift_page),
+    "forgetting_drift_language": (drift_language.can_tell, drift_language.drift_page),
+    "forgetting_evidence": (evidence_page.can_tell, evidence_page.evidence_page),
 }
 
 
@@ -41,25 +42,23 @@ def publish(folder: Path, readme: Path | None) -> list[Path]:
         page.write_text(report(study.options, study.records))
         drawing.write_bytes(draw_picture(study.records, variants=ABLATIONS))
         files += [page, drawing]
-    files += _publish_drift(folder, all_studies)
+    files += _publish_together(folder, all_studies)
     if readme is not None:
         readme.write_text(with_table(readme.read_text(), readme_table(all_studies)))
         files.append(readme)
     return files
 
 
-def _publish_drift(folder: Path, all_studies: Iterable[Study]) -> list[Path]:
-    """Write the pages on drift, and the picture of vision's."""
+def _publish_together(folder: Path, all_studies: Iterable[Study]) -> list[Path]:
+    """Write the pages of several studies, and the picture of vision's drift."""
     files = []
-    for stem, of_kind in _PAGES_ON_DRIFT.items():
-        records = {
-            each.name(): each.records for each in all_studies if of_kind.can_tell(each.records)
-        }
+    for stem, (can_tell, page) in _PAGES.items():
+        records = {each.name(): each.records for each in all_studies if can_tell(each.records)}
         if not records:
             continue
         files.append(folder / f"{stem}.md")
-        files[-1].write_text(of_kind.drift_page(records))
-        if of_kind is drift_page:
+        files[-1].write_text(page(records))
+        if page is drift_page.drift_page:
             shown = records.get(SHOWN, next(iter(records.values())))
             files.append(folder / f"{stem}.png")
             files[-1].write_bytes(draw_drift(shown, drift_page.PROBE, drift_page.OLD))

@@ -1,7 +1,6 @@
 """Vision: CIFAR-10's ResNet-20 learns another set of images; CIFAR-10 shows what it forgets.
 
-``noisy_`` before a target shuffles every third label of the training set, as ``--data noisy``
-shuffles answers in language. The validation set and the test set stay clean.
+Words before a target's name change its training set, such as ``noisy_``; see `corruptions`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.forgetting.corruptions import corrupted
 from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, load_resnet20, read_arrays
 from benchmarks.forgetting.made_images import letters, textures
 from benchmarks.forgetting.methods import ABLATIONS
@@ -24,7 +24,6 @@ ALL = {**MAIN, **EXTRA}
 RATES, TARGETS = (0.003, 0.01, 0.03, 0.1), ("fashion_mnist", "digits", "letters", "textures")
 MADE = {"letters": letters, "textures": textures}
 OLD_TRAIN = 1000  # old samples that other readouts of the old task may take
-NOISY = "noisy_"
 QUICK_METHODS = MAIN
 SIZES = Sizes(images=1500)
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
@@ -36,22 +35,22 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
     Args:
         assets: the folder that holds ``vision/``.
         target: ``fashion_mnist``, ``digits``, ``letters``, ``textures``, or ``NAME=FILE.npz`` with
-            `images` and `labels`; ``noisy_`` before it shuffles a third of the training labels.
+            `images` and `labels`; before it the words of `corruptions`.
         sizes: see `Sizes`.
     """
     old, folder = load_resnet20(assets), assets / "vision"
     old_images = read_arrays(folder / "cifar10_test_dev.npz")
     old_test = as_dataset(*(part[: sizes.test] for part in old_images))
     old_train = as_dataset(*(part[-OLD_TRAIN:] for part in old_images))
-    pool, test = _arrays(folder, target.removeprefix(NOISY))
+    name, change_train, change_validation = corrupted(target)
+    pool, test = _arrays(folder, name)
 
     def split(seed: int) -> Split:
         train, validation, rest = _cut(pool, sizes, seed, gives_test=test is None)
-        if target.startswith(NOISY):
-            train = with_noise(train, seed)
-        training_set = as_dataset(*train)
+        training_set = as_dataset(*change_train(train, seed))
+        validation_set = as_dataset(*change_validation(validation, seed))
         test_set = as_dataset(*(part[: sizes.test] for part in test or rest))
-        return Split(training_set, training_set, as_dataset(*validation), test_set)
+        return Split(training_set, training_set, validation_set, test_set)
 
     classes = int(pool[1].max()) + 1
     return HeadTask(
@@ -102,13 +101,6 @@ def _arrays(folder: Path, target: str) -> tuple[Arrays, Arrays | None]:
     return read_arrays(path), None
 
 
-def with_noise(arrays: Arrays, seed: int) -> Arrays:
-    """Return the same images with every third label, and only these, shuffled."""
-    images, labels = arrays[0], arrays[1].copy()
-    labels[::3] = np.random.default_rng(seed).permutation(labels[::3])
-    return images, labels
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a study of vision."""
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder that holds vision/")
@@ -116,7 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--targets",
         nargs="+",
         help=f"{', '.join(TARGETS)} (all by default), or NAME=FILE.npz with images and labels; "
-        "noisy_ before the name shuffles a third of the training labels",
+        "before the name noisy_, wrong20_, pairs20_, rare_ or misjudged20_: see corruptions.py",
     )
     parser.add_argument("--epochs", type=int, help=f"default: {SIZES.epochs}")
 

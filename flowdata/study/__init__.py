@@ -50,6 +50,7 @@ from flowdata.study.methods import LINEAR_PROBE, METHODS, STANDARD, TEMPERATURES
 from flowdata.study.parts import (
     anchor,
     averaging,
+    fixed_batch_norm,
     hft,
     lora,
     mofo,
@@ -89,6 +90,7 @@ __all__ = [
     "draw_picture",
     "fine_tune",
     "fit_new_head",
+    "fixed_batch_norm",
     "grids",
     "hft",
     "hits",

@@ -16,6 +16,7 @@ from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from flowdata.study.hits import autocast
 from flowdata.study.training import Method, passes, train
+from flowdata.token_weights import LARGEST_LOGITS, TokenRule, looks_at_logits, rule_weights
 
 
 def sample_weights(method: Method, scores: Scores) -> Tensor:
@@ -49,12 +50,7 @@ def fine_tune(
         batch: number of samples in a batch; an epoch's last samples are dropped if they fill none.
         dtype: the forward pass's, ``"float32"``, or ``"bfloat16"`` under autocast.
         workers: number of processes that load samples.
-
-    Raises:
-        ValueError: the method's weights are for tokens, which a classifier doesn't have.
     """
-    if method.rule is not None:
-        raise ValueError("method has a rule for token weights: a classifier has no tokens")
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)
@@ -72,7 +68,16 @@ def fine_tune(
         with autocast(device, dtype):
             logits = model(inputs)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if method.rule is not None:
+            losses = losses * _rule_weights(method.rule, logits.float(), losses)
         return weighted_mean(losses, *weight) if weight else losses.mean()
 
     sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4, foreach=True)
     train(model, passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)
+
+
+def _rule_weights(rule: TokenRule, logits: Tensor, losses: Tensor) -> Tensor:
+    """A rule's (B,) weights of a batch's samples, as it would make them of tokens."""
+    values = logits.topk(min(LARGEST_LOGITS, logits.shape[1])).values
+    takes_part = torch.ones_like(losses, dtype=torch.bool)
+    return rule_weights(rule, values if looks_at_logits(rule) else losses, takes_part)

@@ -51,6 +51,15 @@ def weight_averaging(alpha: float) -> Part:
     return part
 
 
+@contextmanager
+def fixed_batch_norm(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
+    """Train with BatchNorm in evaluation mode: its statistics stay as they were before."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    yield Hooks()
+
+
 def lora(rank: int) -> Part:
     """Return LoRA on every linear and convolutional layer, merged at the end (Hu et al., 2022).
 

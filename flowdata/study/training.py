@@ -61,8 +61,9 @@ class Method:
         weights: makes (N,) sample weights, or one weight for each target token, from the frozen
             model's scores; None weighs all alike.
         resample: whether to draw samples ∝ weight and leave the loss unweighted.
-        rule: makes token weights from the losses of the model in training, see
-            `flowdata.token_weights`; for language models only.
+        rule: makes further weights from the losses of the model in training, see
+            `flowdata.token_weights`: of a language model's tokens, or of a classifier's samples,
+            each of which has the one loss of its class.
         parts: actions beside the weights; entered in order, left in reverse.
         hold: strength of an `OutputAnchor` on the drift of a task that has a meter; for other loops
             there is the part `output_anchor`.
@@ -109,13 +110,13 @@ def train(
             "method.hold needs a drift meter, which HeadTask has; in a loop of your own pass "
             "parts=(output_anchor(meter, strength),) instead"
         )
+    model.train()
     with ExitStack() as stack:
         hooks = [stack.enter_context(part(model, steps, seed)) for part in method.parts]
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine(step, steps, warmup)
         )
-        model.train()
         for step, batch in enumerate(batches):
             optimizer.zero_grad()
             value = loss(batch)

@@ -1,0 +1,85 @@
+"""The studies of vision that ask when weights help: python -m benchmarks forgetting evidence.
+
+What is run, and what was predicted, stands in registered_evidence.md, which was written first. All
+of it goes on where it was stopped; several processes with different seeds share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.forgetting import vision
+from benchmarks.forgetting.images import ASSETS
+from benchmarks.rows import RESULTS
+from flowdata.study import LINEAR_PROBE, STANDARD, grids, run_study
+
+EVIDENCE = RESULTS / "evidence"
+SEEDS = range(5)
+# Where rows are wrong, what is learned most is learned at a larger rate.
+RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.1)
+CLEAN = ("fashion_mnist", "digits", "letters", "textures")
+SHARES = {  # of the training rows that are wrong
+    **{f"wrong{percent}_fashion_mnist": percent / 100 for percent in (10, 20, 33, 50)},
+    "pairs20_fashion_mnist": 0.2,
+    "misjudged20_fashion_mnist": 0.2,
+}
+TARGETS = (*CLEAN, *SHARES, "rare_fashion_mnist")
+WITH_ALL_RIVALS = ("fashion_mnist", "wrong33_fashion_mnist", "digits")
+_CORE = (LINEAR_PROBE, STANDARD, "FLOW", "standard, smaller steps", "output anchor")
+_RIVALS = (
+    "FLOW normalised",
+    *("l2", "l2, 0.03", "l2, 0.1"),
+    *("WiSE-FT, 0.25", "WiSE-FT", "WiSE-FT, 0.75"),
+    *("LoRA, rank 2", "LoRA", "LoRA, rank 32"),
+    *("FLOW + l2", "FLOW + output anchor"),
+    *("standard, BatchNorm fixed", "FLOW, BatchNorm fixed"),
+)
+_CLEAN_TRIM = 0.1  # what somebody would leave out who does not know that all rows are right
+
+
+def methods(target: str) -> dict[str, tuple[float, ...]]:
+    """Return the methods of a target and the rates of each.
+
+    Trimming and small-loss selection are run at the true share of wrong rows, and where all rivals
+    are run trimming also at half and twice of it.
+    """
+    share = SHARES.get(target, _CLEAN_TRIM)
+    shares = (share / 2, share, 2 * share) if target in WITH_ALL_RIVALS else (share,)
+    names = [*_CORE, *(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
+    names += _RIVALS if target in WITH_ALL_RIVALS else ()
+    return grids(names, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)
+
+
+def runs(
+    targets: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, Mapping[str, tuple[float, ...]], int]]:
+    """Yield target, methods and seed, all targets of a seed before the next one."""
+    for seed in seeds:
+        for target in targets:
+            yield target, methods(target), seed
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the evidence."""
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="holds vision/")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--results", type=Path, default=EVIDENCE)
+
+
+def study(options: argparse.Namespace) -> None:
+    """Run what the results files lack."""
+    tasks = {
+        target: vision.task(options.assets, target, vision.SIZES) for target in options.targets
+    }
+    for target, of_target, seed in runs(options.targets, options.seeds):
+        run_study(
+            options.results / f"forgetting_{target}.jsonl",
+            {"study": "vision", "target": target, **asdict(vision.SIZES)},
+            tasks[target].run,
+            methods=of_target,
+            seeds=[seed],
+        )

@@ -1,0 +1,62 @@
+"""The evidence: which methods run on which sets, and that it fits the time it is said to take."""
+
+import argparse
+
+import pytest
+
+from benchmarks.forgetting import evidence, vision
+from benchmarks.forgetting.corruptions import corrupted
+from flowdata.study import LINEAR_PROBE, STANDARD
+
+
+def test_every_set_has_its_start_its_reference_and_trimming_at_the_true_share():
+    for target in evidence.TARGETS:
+        methods = evidence.methods(target)
+        assert {LINEAR_PROBE, STANDARD, "FLOW", "standard, smaller steps"} <= set(methods)
+        assert corrupted(target).target in evidence.CLEAN
+        if target in evidence.SHARES:
+            share = evidence.SHARES[target]
+            assert f"trimmed, {share:.0%}" in methods
+            assert f"{share:.0%}".rstrip("%") in target
+    all_rivals = evidence.methods("wrong33_fashion_mnist")
+    assert {"trimmed, 16%", "trimmed, 33%", "trimmed, 66%"} <= set(all_rivals)
+    assert {"l2", "l2, 0.03", "l2, 0.1", "LoRA, rank 2", "WiSE-FT, 0.25"} <= set(all_rivals)
+
+
+def test_a_seed_is_whole_before_the_next_begins():
+    order = [(target, seed) for target, _, seed in evidence.runs(("digits", "letters"), (0, 1))]
+    assert order == [("digits", 0), ("letters", 0), ("digits", 1), ("letters", 1)]
+
+
+def test_the_study_runs_what_each_set_needs_and_no_other(tmp_path, monkeypatch):
+    runs = []
+
+    class Task:
+        def __init__(self, target):
+            self.target = target
+
+        def run(self, method, rate, seed):
+            runs.append((self.target, method, rate, seed))
+            return {"validation": 1.0, "target": {"accuracy": 1.0}, "retained": {}}
+
+    monkeypatch.setattr(vision, "task", lambda assets, target, sizes: Task(target))
+    options = argparse.Namespace(
+        assets=None, targets=["digits", "wrong20_fashion_mnist"], seeds=[3], results=tmp_path
+    )
+    evidence.study(options)
+    of_digits = {(method, rate) for target, method, rate, _ in runs if target == "digits"}
+    expected = evidence.methods("digits").items()
+    assert of_digits == {(method, rate) for method, rates in expected for rate in rates}
+    assert {seed for *_, seed in runs} == {3}
+    of_wrong = {rate for target, _, rate, _ in runs if target != "digits"}
+    assert of_wrong == {0.0, 0.003, 0.01, 0.03, 0.1}
+    before = len(runs)
+    evidence.study(options)
+    assert len(runs) == before  # it goes on where it was
+
+
+def test_an_unknown_set_is_refused():
+    parser = argparse.ArgumentParser()
+    evidence.add_options(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--targets", "cifar100"])

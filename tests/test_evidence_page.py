@@ -1,0 +1,88 @@
+"""The page on the evidence: its figures and outcomes, on runs whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.forgetting import evidence_page
+from benchmarks.forgetting.evidence import methods
+from flowdata.study import Kept, packed
+
+RATES = {0.0: 0, 0.001: 0.25, 0.003: 0.5, 0.01: 0.75, 0.03: 1.0, 0.1: 1.0}
+
+
+def answers(percent):
+    return torch.from_numpy(np.arange(400) < 4 * percent)
+
+
+def run(name, method, rate, seed):
+    """Methods learn 20 points and lose 40; those that help lose 10 less, at the same learning."""
+    helps = {"FLOW": "wrong" in name, "output anchor": True}.get(method, False)
+    step = RATES[rate] * (0.5 if method == "standard, smaller steps" else 1)
+    new, old = answers(60 + 20 * step), answers(80 - (30 if helps else 40) * step)
+    accuracies = [100 * each.double().mean().item() for each in (new, old)]
+    return {
+        "method": method,
+        "rate": rate,
+        "seed": seed,
+        "target": {"accuracy": accuracies[0]},
+        "retained": {"CIFAR-10 accuracy": accuracies[1]},
+        "readouts": {"statistics anew": 70 + accuracies[1] / 100},
+        "target of the hardest tenth": 30.0 - 10 * (method == "FLOW"),
+        "hits": {"target": packed(new), "retained": packed(old)},
+    }
+
+
+@pytest.fixture(scope="module")
+def page():
+    studies = {
+        name: [
+            run(name, method, rate, seed)
+            for method, rates in methods(name).items()
+            for rate in rates
+            for seed in (0, 1)
+        ]
+        for name in ("wrong20_fashion_mnist", "letters")
+    }
+    studies["letters"].append(run("letters", "standard", 0.01, 2))  # of a seed just begun
+    return evidence_page.evidence_page(studies)
+
+
+def test_what_was_predicted_is_judged_by_its_figure(page):
+    lines = {tuple(line.split(" | ")[:2]): line for line in page.splitlines()}
+    noisy, clean = "wrong20_fashion_mnist", "letters"
+    assert lines["| 1", noisy].endswith("| holds |")
+    assert "+" in lines["| 1", noisy]
+    assert lines["| 2", clean].endswith("| holds |")
+    assert "-10.0" in lines["| 2, hardest tenth", clean]
+    for name in (noisy, clean):
+        assert lines["| 3", name].endswith("| holds |")
+        assert lines["| 7", name].endswith("| holds |")
+    assert lines["| 5", clean].endswith("| holds |")
+    # Trimming is standard fine-tuning here, and so worse than FLOW.
+    assert lines["| 4, true share", noisy].endswith("| fails |")
+
+
+def test_runs_without_the_core_methods_have_no_such_page():
+    runs = [run("letters", method, 0.01, 0) for method in ("standard", "linear probe")]
+    assert not evidence_page.can_tell(runs)
+    every = [run("letters", method, 0.01, 0) for method in methods("letters")]
+    assert evidence_page.can_tell(every)
+
+
+def test_the_seeds_that_are_whole_count(page):
+    assert "letters 2 seeds" in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcomes"),
+    [
+        (1, 2, ("holds", "fails", "holds", "fails")),
+        (-2, -1, ("fails", "holds", "fails", "fails")),
+        (-1, 1, ("open", "open", "holds", "holds")),
+    ],
+)
+def test_an_interval_tells(low, high, outcomes):
+    kept = Kept("FLOW", 4, 5, (), (low + high) / 2, low, high, 0.5)
+    judges = ("above", "below", "no_worse", "on_the_front")
+    assert tuple(getattr(evidence_page, judge)(kept) for judge in judges) == outcomes
