@@ -71,13 +71,15 @@ def hidden_states(model: nn.Module, output_layer: nn.Module, work: Work) -> Tens
 
     Args:
         model: the model as it is run.
-        output_layer: the layer that makes its logits; it is run on one position alone.
+        output_layer: the layer that makes its logits; it is run on one position alone, or, where
+            the model makes its decoder's inputs of labels and then a loss, on all of them.
         work: the call, on the model's device.
 
     Raises:
         ValueError: the model makes other positions than those of its labels.
     """
-    with replaced_input(output_layer, _one_position) as originals:
+    few = _all_positions if "labels" in work.inputs else _one_position
+    with replaced_input(output_layer, few) as originals:
         call_with(model, work.inputs, use_cache=False)
     hidden = originals[0]
     if hidden.dim() != 3 or hidden.shape[:2] != work.shape:
@@ -91,6 +93,10 @@ def hidden_states(model: nn.Module, output_layer: nn.Module, work: Work) -> Tens
 def _one_position(hidden: Tensor) -> Tensor:
     """(B, T, d) to (1, 1, d)."""
     return hidden.flatten(0, -2)[None, :1]
+
+
+def _all_positions(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _gathered(output_layer: nn.Module, config: Any, columns: Sequence[str]) -> Run:
