@@ -39,6 +39,11 @@ def made(kind, config, **options):
     return getattr(transformers, kind)(getattr(transformers, config)(**options))
 
 
+def answers(logits):
+    """Yes and no to each class, of a model with several labels."""
+    return torch.stack([logits.flatten(), torch.zeros(logits.numel())], 1)
+
+
 class Body(nn.Module):
     """A small body of a user's own, for heads of several kinds."""
 
@@ -67,6 +72,38 @@ class Cosine(Body):
     def forward(self, x):
         rows = nn.functional.normalize(self.features(x))
         return 10 * rows @ nn.functional.normalize(self.head.weight).t()
+
+
+WHISPER = {
+    "vocab_size": 199,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+
+
+def sounds():
+    """Samples of one length of sound and several of text."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_features": torch.randn(8, 40, generator=generator), "labels": s["input_ids"][:n]}
+        for n, s in zip([3, 4, 5] * 3, TOKENS, strict=False)
+    ]
+
+
+def of_sound(model, sample):
+    features = sample["input_features"][None].to(model.dtype)
+    return model(input_features=features, labels=sample["labels"][None]).logits[0]
 
 
 BART = {
@@ -156,7 +193,7 @@ KINDS = {
             problem_type="multi_label_classification",
         ),
         [{"input_ids": s["input_ids"]} for s in TOKENS[:9]],
-        of_text,
+        lambda model, sample: answers(of_text(model, sample)),
     ),
     "residual network": (
         lambda: made("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **FEW),
@@ -211,6 +248,25 @@ def test_the_drift_is_that_of_each_sample_alone(kind):
     make, samples, logits_of = KINDS[kind]
     base = make()
     assert check(base, moved(base).train(), samples, logits_of).head == "own"
+
+
+def test_a_decoder_that_makes_its_inputs_of_labels_is_measured_and_held(caplog):
+    base, samples = made("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), sounds()
+    tuned = moved(base)
+
+    def collate(samples):
+        labels = [sample["labels"] for sample in samples]
+        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return {"input_features": torch.stack([s["input_features"] for s in samples])} | {
+            "labels": labels
+        }
+
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        drift = check(base, tuned, samples, of_sound, collate_fn=collate)
+    assert "not reading" not in caplog.text
+    meter = DriftMeter(base, samples, collate, dtype="float32")
+    penalty = OutputAnchor(meter, 1e-3, batch_size=len(samples))(tuned)
+    assert 1e3 * penalty.item() == pytest.approx(drift.kl, rel=0.1)
 
 
 def test_a_bias_that_the_model_adds_by_itself_is_measured_and_held():

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from flowdata._common.real_numbers import RealNumber, real_number
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
+from flowdata.drift.several import kl_to_answers
 from flowdata.head.kl import Predictions
 from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.kl_loss import kl_to, kl_to_called
@@ -120,7 +121,11 @@ class OutputAnchor:
         base = self.meter.base_of(places, rows.values.device)
         module: Any = rows.layer
         is_own = self.meter.is_own(module)
-        divergence = _divergence(base, rows.values, module, is_own)
+        if self.meter.has_several_labels:
+            tuned = Predictions(rows.values, module if is_own else base.layer)
+            divergence = kl_to_answers(base, tuned)
+        else:
+            divergence = _divergence(base, rows.values, module, is_own)
         ratio = 1.0 if is_own else _ratio(module, base.layer)
         return _bounded(divergence, self.strength, ratio).mean()
 

@@ -17,7 +17,7 @@ class Drift:
 
     Attributes:
         kl: KL(base ‖ tuned) in nats a target, the mean over all targets; inf for a model that
-            gives no numbers. On text that the base model wrote itself it is the rise of its loss
+            gives no numbers. Of a model with several labels each answer, yes or no, is one. On text that the base model wrote itself it is the rise of its loss
             there.
         reverse_kl: KL(tuned ‖ base) in nats a target.
         cosine: mean cosine similarity of what both output layers are given, 1 for no drift.

@@ -115,6 +115,10 @@ class Reader:
         """Whether rows are those of a language model's targets."""
         return self._job.loss in LANGUAGE_LOSSES
 
+    def few(self) -> Any:
+        """Return a batch of the probe's first sample."""
+        return self._first(self._job)
+
     def read(self, model: nn.Module) -> Rows:
         """Return a model's rows; the model comes back as it was.
 

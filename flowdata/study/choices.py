@@ -48,10 +48,11 @@ def choices(
 def _by_drift(runs: list[Record], probe: str, exchange: float) -> Record:
     drifts = [Drift(**run["drift"][probe]) for run in runs]
     is_loss = drifts[0].of == "tokens"
-    sign = -1 if is_loss else 1
+    # All scores of a study come of one function, so that one above 1 says that all are in %.
+    unit = -1 if is_loss else 100 if max(map(validation_of, runs)) > 1 else 1
     candidates = rank(
         [
-            (str(place), sign * validation_of(run), drift)
+            (str(place), validation_of(run) / unit, drift)
             for place, (run, drift) in enumerate(zip(runs, drifts, strict=True))
         ],
         validation="loss" if is_loss else "accuracy",
