@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from flowdata.drift import DriftMeter, OutputAnchor
@@ -323,6 +323,20 @@ def test_what_adapters_train_beside_is_measured(options):
             if "modules_to_save" in name or "token_adapter" in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     check(base, tuned, TOKENS, of_causal)
+
+
+def test_virtual_tokens_are_no_targets():
+    base = tiny_llama()
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.normal_()
+
+    def of_own(model, sample):
+        logits = model(input_ids=sample["input_ids"][None]).logits[0, -len(sample["input_ids"]) :]
+        return logits[:-1][sample["labels"][1:] != -100]
+
+    assert check(base, tuned, TOKENS, of_own).kl > 1e-4
 
 
 def test_the_new_head_of_adapters_is_the_models_own():

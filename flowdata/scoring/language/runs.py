@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from flowdata.head.output_layer import Head, finish_logits, kernels, logit_options, read_head
 from flowdata.head.tiled import target_values
-from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.models.calling import (
+    call_with,
+    innermost,
+    output_layer_of,
+    without_virtual_tokens,
+)
 from flowdata.models.hooks import Call, last_call, replaced_input
 from flowdata.scoring.language.work import Work
 from flowdata.targets.columns import columns_of_logits
@@ -82,6 +87,8 @@ def hidden_states(model: nn.Module, output_layer: nn.Module, work: Work) -> Tens
     with replaced_input(output_layer, few) as originals:
         call_with(model, work.inputs, use_cache=False)
     hidden = originals[0]
+    if hidden.dim() == 3:
+        hidden = without_virtual_tokens(model, hidden, work.shape[1])
     if hidden.dim() != 3 or hidden.shape[:2] != work.shape:
         raise ValueError(
             f"the output layer is given {tuple(hidden.shape)} for labels of shape "
