@@ -68,9 +68,10 @@ def test_answers_are_held_and_not_handed_out():
 def test_real_numbers_are_no_classes():
     with pytest.raises(ValueError, match="predicts real numbers"):
         DriftMeter(Body(), list(zip(MANY, torch.randn(64, 3), strict=True)))
+    options = {"num_labels": 4, "problem_type": "regression"}
+    model = encoder("BertForSequenceClassification", **options)
     with pytest.raises(ValueError, match="predicts real numbers"):
-        options = {"num_labels": 4, "problem_type": "regression"}
-        DriftMeter(encoder("BertForSequenceClassification", **options), classified(5))
+        DriftMeter(model, classified(5))
 
 
 @pytest.mark.parametrize("last", [nn.Softmax(1), nn.Sigmoid()], ids=["softmax", "sigmoid"])

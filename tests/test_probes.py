@@ -188,7 +188,7 @@ def test_inverted_images_want_statistics_and_logits():
         inverted_images(maps, (3, 8, 8), steps=1)
     for shape in ((1, 8, 8), (4, 8, 8), (3, 2, 2)):
         with pytest.raises(
-            ValueError, match=r"shape must be that of an image .* got \(\d, \d, \d\)"
+            ValueError, match=r"shape must be that of .* got \(\d, \d, \d\)"
         ):
             inverted_images(convolutional(), shape, steps=1)
     with pytest.raises(ValueError, match="samples must be an integer >= 32"):

@@ -19,7 +19,6 @@ import torch
 from flowdata.companions.averaging import wise_ft
 from flowdata.text.models import is_adapter, load_model, load_tuned_model
 
-
 # What LoRA's configuration has where adapters do more than add to layers of the base.
 _UNSCALED = (
     "use_dora",
