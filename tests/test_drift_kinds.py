@@ -66,6 +66,13 @@ class Normalised(Body):
         return super().forward(x).log_softmax(1)
 
 
+class Barred(Body):
+    """A model that never means its last class."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.tensor([0.0, 0.0, -torch.inf])
+
+
 class Cosine(Body):
     """A model whose logits are cosines, which no layer makes."""
 
@@ -457,6 +464,17 @@ def test_samples_that_depend_on_their_batch_are_read_alone(kind, caplog):
     assert "not reading" in caplog.text
 
 
+def test_layers_that_round_by_their_whole_batch_are_read_alone(caplog):
+    """Dynamic quantisation scales by the largest value among all samples of a batch."""
+    base = tiny_llama().eval()
+    low = torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {nn.Linear}, torch.qint8)
+    pairs = [(of_causal(base, s).detach(), of_causal(low, s).detach()) for s in TOKENS]
+    expected = torch.cat([reference.divergences(*pair)["kl"] for pair in pairs]).mean()
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        drift = DriftMeter(base, TOKENS, dtype="float32")(low)
+    assert drift.kl == pytest.approx(float(expected), rel=1e-3)
+
+
 @pytest.mark.parametrize("count", [9, 64])
 def test_a_dependence_that_training_brought_about_is_seen(count):
     base = Capacity(most=1000)
@@ -499,6 +517,8 @@ def test_a_base_that_diverged_is_refused():
         base.head.weight[1] = torch.nan
     with pytest.raises(ValueError, match="output layer of the model before training holds inf"):
         DriftMeter(base, MANY)
+    with pytest.raises(ValueError, match=r"sample 0 .* returns inf or NaN; leave out a class"):
+        DriftMeter(Barred(), MANY)
     samples = MANY.clone()
     samples[5] = torch.inf
     with pytest.raises(ValueError, match="gives no numbers for sample 5 of the probe"):

@@ -55,8 +55,10 @@ class OutputAnchor:
 
     It is strength · KL, in nats a target, while that pulls little, and bounded in its pull: no
     strength makes training diverge that goes well without it (see the file's docstring). It starts
-    at 0, or, where the frozen model was read in bfloat16, at the rounding of that; a meter with
-    ``dtype="float32"`` reads it as a float32 model is trained.
+    at 0 up to the rounding of the frozen model's rows, which are read in larger batches than they
+    are trained in: at about 1e-8 nats in float32. Where the meter reads a language model in
+    bfloat16, it starts at the rounding of that, ten times as much; ``dtype="float32"`` is the
+    meter's to set.
 
     Neither a second model nor logits are in memory: the meter has the frozen model's rows, and both
     output layers are run tile by tile, forward and backward.

@@ -90,7 +90,7 @@ def find_suspect(
         way: by which the rows were read.
         rows: of all samples, in the order of the data set.
     """
-    if way.grouping is alone:
+    if way.grouping is alone and not job.suspects:
         return None
     indices = in_largest_pack(plan, of_few=True) | set(filter(is_drawn, range(len(job.dataset))))
     truth = _truth(job, plan, model, head, [])

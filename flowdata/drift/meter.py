@@ -280,9 +280,14 @@ def _check_numbers(rows: Rows) -> None:
     if not are_numbers.all():
         row = int((~are_numbers).nonzero()[0])
         sample = int(torch.searchsorted(rows.counts.cumsum(0), row, right=True))
+        what = (
+            "its output layer is given inf or NaN"
+            if _weight_of(rows.layer) is not None
+            else "it returns inf or NaN; leave out a class that is never meant, instead of −inf"
+        )
         raise ValueError(
-            f"the model before training gives no numbers for sample {sample} of the probe (its "
-            "output layer is given inf or NaN), so that no other can be compared with it"
+            f"the model before training gives no numbers for sample {sample} of the probe "
+            f"({what}), so that no other can be compared with it"
         )
     weight = _weight_of(rows.layer)
     if weight is not None and not weight.isfinite().all():
