@@ -343,7 +343,7 @@ def test_virtual_tokens_are_no_targets():
         logits = model(input_ids=sample["input_ids"][None]).logits[0, -len(sample["input_ids"]) :]
         return logits[:-1][sample["labels"][1:] != -100]
 
-    assert check(base, tuned, TOKENS, of_own).kl > 1e-4
+    assert check(base, tuned, TOKENS, of_own).kl > 1e-6
 
 
 def test_the_new_head_of_adapters_is_the_models_own():
@@ -464,15 +464,25 @@ def test_samples_that_depend_on_their_batch_are_read_alone(kind, caplog):
     assert "not reading" in caplog.text
 
 
+class Rounded(nn.Module):
+    """Rounds by the largest value of its whole input, as dynamic quantisation does."""
+
+    def forward(self, x):
+        step = x.abs().max() / 4
+        return (x / step).round() * step
+
+
 def test_layers_that_round_by_their_whole_batch_are_read_alone(caplog):
-    """Dynamic quantisation scales by the largest value among all samples of a batch."""
-    base = tiny_llama().eval()
-    low = torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {nn.Linear}, torch.qint8)
-    pairs = [(of_causal(base, s).detach(), of_causal(low, s).detach()) for s in TOKENS]
-    expected = torch.cat([reference.divergences(*pair)["kl"] for pair in pairs]).mean()
+    base = tiny_llama()
+    low = copy.deepcopy(base)
+    low.model.norm = nn.Sequential(low.model.norm, Rounded())
     with caplog.at_level(logging.WARNING, "flowdata"):
-        drift = DriftMeter(base, TOKENS, dtype="float32")(low)
-    assert drift.kl == pytest.approx(float(expected), rel=1e-3)
+        meter = DriftMeter(base, [*TOKENS, *in_pairs()], dtype="float32")
+        drift = meter(low)
+    expected = truth(base, low, [*TOKENS, *in_pairs()], of_causal)
+    # What lies between two steps in float64 may lie beyond one in float32.
+    assert drift.kl == pytest.approx(float(expected["kl"]), rel=0.02)
+    assert "not reading" in caplog.text
 
 
 @pytest.mark.parametrize("count", [9, 64])

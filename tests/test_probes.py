@@ -109,7 +109,7 @@ def test_models_that_can_not_write_so_much_are_refused():
     (text,) = own_text(model, Tokenizer(), samples=1, length=most - 1)
     assert len(text["input_ids"]) <= most
     diverged = moved(tiny_llama(), float("nan"))
-    with pytest.raises(ValueError, match="gives no numbers .* can't write a text"):
+    with pytest.raises(ValueError, match=r"gives no numbers .* can't write a text"):
         own_text(diverged, Tokenizer(), samples=1, length=4)
 
 

@@ -173,7 +173,7 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
         if "probability tensor" not in str(error):
             raise
         raise ValueError(
-            "the model gives no numbers (its probabilities hold inf or NaN), so that it can't write "
+            "the model gives no numbers (its probabilities hold inf or NaN) and can't write "
             "a text; take it as it was before it diverged"
         ) from error
     finally:
