@@ -48,6 +48,17 @@ def test_losses_of_language_models_are_weighed_in_nats():
     assert choices(runs)["blind"][0]["method"] == "a"
 
 
+def test_accuracies_of_a_study_are_weighed_as_shares_whatever_they_are_of():
+    rows = [("a", 1, 62.0, 0.2), ("b", 2, 60.0, 0.9), ("c", 3, 0.5, 0.95)]  # c knows nothing more
+    for unit in (1, 100):
+        runs = [record(m, rate, 0, new / unit, 0, kept) for m, rate, new, kept in rows]
+        for of in ("samples", "tokens"):
+            for run in runs:
+                run["drift"]["noise"]["of"] = of
+            assert choices(runs)["by drift, noise"][0]["method"] == "b"
+            assert choices(runs, exchange=0)["by drift, noise"][0]["method"] == "a"
+
+
 def test_the_page_shows_the_choices_beside_the_blind_one():
     page = report({"study": "mine"}, RUNS)
     rows = [line for line in page.splitlines() if line.startswith(("| blind", "| by drift"))]

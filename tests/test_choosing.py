@@ -16,6 +16,10 @@ def drift(kl=0.1, agreement=0.9, cosine=0.9, *, of="tokens", samples=64, per_sam
     )
 
 
+def scored(*scores, of="samples"):
+    return [(str(place), score, drift(of=of)) for place, score in enumerate(scores)]
+
+
 def test_losses_and_drifts_are_added_in_nats():
     runs = [("1e-5", 0.99, drift(0.001)), ("1e-4", 0.95, drift(0.012)), ("1e-3", 0.90, drift(1.5))]
     assert choose(runs) == "1e-4"
@@ -111,6 +115,13 @@ def test_an_accuracy_is_as_certain_as_its_samples_are_many():
         ([("a", -1.0, drift())], {"validation": "accuracy"}, "accuracies lie in"),
         ([("a", math.nan, drift())], {}, "all runs diverged"),
         ([("a", 1.0, drift()), ("b", 1.0, drift(samples=9))], {}, "several probes"),
+        (scored(0.9, 90.0), {}, r"all shares or all in %, got 0.9 beside 90.0; give shares"),
+        (scored(55.0, 1.0, 0.0), {}, r"got 1.0 beside 55.0"),
+        (scored(0.9, 2.3), {"validation": "accuracy"}, "got 0.9 beside 2.3"),
+        (scored(2.3, 1.9), {}, "the largest, 2.3, is a low accuracy in % or an ordinary loss"),
+        (scored(55.2, 61.0, of="tokens"), {}, "taken for losses, and 55.2 would be"),
+        (scored(-0.9, -0.8, of="tokens"), {}, "losses in nats are at least 0, got -0.9; give"),
+        (scored(-0.9, 0.4), {"validation": "loss"}, "losses in nats are at least 0, got -0.9"),
     ],
 )
 def test_runs_that_can_not_be_compared_are_refused(runs, options, message):
@@ -130,6 +141,16 @@ def test_scores_are_numbers_of_any_kind():
     for kind in (np.float32, torch.tensor):
         runs = [("a", kind(0.8), drift(of="samples")), ("b", kind(0.9), drift(of="samples"))]
         assert choose(runs) == "b"
+
+
+def test_scores_that_were_said_to_be_odd_are_taken_as_said():
+    assert choose(scored(2.3, 1.9), validation="accuracy") == "0"
+    assert choose(scored(2.3, 1.9), validation="loss") == "1"
+    assert choose(scored(55.2, 61.0, of="tokens"), validation="accuracy") == "1"
+    assert choose(scored(55.2, 61.0, of="tokens"), validation="loss") == "0"
+    assert choose(scored(0.0, 90.0)) == "1"
+    assert choose(scored(-1e-8, 0.1, of="tokens")) == "0"
+    assert choose(scored(math.nan, math.inf, 0.7)) == "2"
 
 
 def test_a_number_in_the_place_of_a_drift_is_refused():

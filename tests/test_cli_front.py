@@ -92,12 +92,61 @@ def test_alpha_scales_what_adapters_add(capsys, model_folder, data, tmp_path, to
     assert meter(scaled).kl == pytest.approx(points[facts["chosen"]]["kl"], rel=1e-4)
 
 
-def test_adapters_that_do_not_scale_are_refused(capsys, model_folder, data, tmp_path):
-    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    ],
+    ids=str,
+)
+def test_adapters_that_do_not_scale_are_refused(
+    options, reason, capsys, model_folder, data, tmp_path
+):
+    config = LoraConfig(target_modules=["q_proj"], **options)
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
     code, _, err = run(capsys, "front", model_folder, tmp_path / "adapter", "--valid", data)
     assert code == 2
-    assert "modules_to_save, which do not scale; merge them" in err
+    assert f"{reason}, which do not scale; merge them" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--alphas", 0, 1.5), "--alphas must lie between 0 and 1, got 1.5"),
+        (("--alphas", "nan"), "--alphas must lie between 0 and 1, got nan"),
+        (("--alphas", 0.5, 0.5), "--alphas must be several numbers, got 0.5 twice"),
+        (("--exchange", -1), "--exchange must be finite and >= 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_wrong_are_refused_before_anything_is_run(options, message, capsys, data):
+    code, _, err = run(capsys, "front", "no-base", "no-tuned", "--valid", data, *options)
+    assert code == 2
+    assert message in err
+
+
+def test_what_was_written_is_what_was_measured(capsys, tmp_path, data, tokenizer):
+    tied = tiny_llama(tie_word_embeddings=True)
+    base, tuned, written = (tmp_path / name for name in ("base", "tuned", "written"))
+    tied.save_pretrained(base, max_shard_size="20KB")
+    tokenizer.save_pretrained(base)
+    trained(tied, data, tokenizer).bfloat16().save_pretrained(tuned)
+    command = ("--valid", data, *SMALL, "--json", "--picture", tmp_path / "f.png")
+    alpha = 0.123456789  # more digits than are printed
+    code, out, _ = run(
+        capsys, "front", base, tuned, *command, "--alphas", alpha, "--write", written
+    )
+    assert code == 0
+    assert len(list(base.glob("*.safetensors"))) > 1
+    facts = json.loads(out)
+    assert facts["chosen"] == alpha
+    code, out, _ = run(capsys, "front", base, written, *command, "--alphas", 1)
+    assert code == 0
+    (point,), (again,) = facts["front"], json.loads(out)["front"]
+    assert point | {"alpha": 1} == again
 
 
 def test_a_folder_that_is_there_is_not_written_over(capsys, model_folder, data, tmp_path):

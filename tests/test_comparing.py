@@ -41,6 +41,31 @@ def test_scores_of_real_models_are_compared_where_samples_and_loss_agree():
         compare(before, LossScorer(tuned, progress=False).score(samples[:3]))
 
 
+def test_scores_of_other_samples_are_refused_also_where_nothing_names_them():
+    base, samples = tiny_llama(), token_samples(8)
+    other_way_round = samples[::-1]
+
+    def score(samples, **options):
+        return LossScorer(base, progress=False).score(samples, **options)
+
+    with pytest.raises(ScoreMismatchError, match="the scores differ in dataset"):
+        compare(score(samples), score(other_way_round))
+    before, after = (score(each, dataset_id="mine") for each in (samples, other_way_round))
+    first = int((before.counts != after.counts).nonzero()[0])
+    with pytest.raises(ScoreMismatchError, match=f"sample {first} has .* same samples in the same"):
+        compare(before, after)
+    bare = [Scores(each.losses, each.counts) for each in (before, after)]
+    with pytest.raises(ScoreMismatchError, match="not of the same samples"):
+        compare(*bare)
+
+
+def test_a_sample_that_one_of_both_lacks_may_have_another_count():
+    nan = float("nan")
+    before = Scores(torch.tensor([1.0, nan]), torch.tensor([3, 0]))
+    after = Scores(torch.tensor([0.5, 2.0]), torch.tensor([3, 4]))
+    assert compare(before, after).learned() == [0]
+
+
 def test_losses_in_the_place_of_scores_are_refused():
     with pytest.raises(TypeError, match="after must be Scores, got Tensor"):
         compare(scores(1.0), torch.ones(1))

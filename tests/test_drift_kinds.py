@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from flowdata.drift import DriftMeter, OutputAnchor
@@ -39,6 +39,11 @@ def made(kind, config, **options):
     return getattr(transformers, kind)(getattr(transformers, config)(**options))
 
 
+def answers(logits):
+    """Yes and no to each class, of a model with several labels."""
+    return torch.stack([logits.flatten(), torch.zeros(logits.numel())], 1)
+
+
 class Body(nn.Module):
     """A small body of a user's own, for heads of several kinds."""
 
@@ -61,12 +66,51 @@ class Normalised(Body):
         return super().forward(x).log_softmax(1)
 
 
+class Barred(Body):
+    """A model that never means its last class."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.tensor([0.0, 0.0, -torch.inf])
+
+
 class Cosine(Body):
     """A model whose logits are cosines, which no layer makes."""
 
     def forward(self, x):
         rows = nn.functional.normalize(self.features(x))
         return 10 * rows @ nn.functional.normalize(self.head.weight).t()
+
+
+WHISPER = {
+    "vocab_size": 199,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+
+
+def sounds():
+    """Samples of one length of sound and several of text."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_features": torch.randn(8, 40, generator=generator), "labels": s["input_ids"][:n]}
+        for n, s in zip([3, 4, 5] * 3, TOKENS, strict=False)
+    ]
+
+
+def of_sound(model, sample):
+    features = sample["input_features"][None].to(model.dtype)
+    return model(input_features=features, labels=sample["labels"][None]).logits[0]
 
 
 BART = {
@@ -156,7 +200,7 @@ KINDS = {
             problem_type="multi_label_classification",
         ),
         [{"input_ids": s["input_ids"]} for s in TOKENS[:9]],
-        of_text,
+        lambda model, sample: answers(of_text(model, sample)),
     ),
     "residual network": (
         lambda: made("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **FEW),
@@ -213,6 +257,25 @@ def test_the_drift_is_that_of_each_sample_alone(kind):
     assert check(base, moved(base).train(), samples, logits_of).head == "own"
 
 
+def test_a_decoder_that_makes_its_inputs_of_labels_is_measured_and_held(caplog):
+    base, samples = made("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), sounds()
+    tuned = moved(base)
+
+    def collate(samples):
+        labels = [sample["labels"] for sample in samples]
+        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return {"input_features": torch.stack([s["input_features"] for s in samples])} | {
+            "labels": labels
+        }
+
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        drift = check(base, tuned, samples, of_sound, collate_fn=collate)
+    assert "not reading" not in caplog.text
+    meter = DriftMeter(base, samples, collate, dtype="float32")
+    penalty = OutputAnchor(meter, 1e-3, batch_size=len(samples))(tuned)
+    assert 1e3 * penalty.item() == pytest.approx(drift.kl, rel=0.1)
+
+
 def test_a_bias_that_the_model_adds_by_itself_is_measured_and_held():
     base = made("BartForConditionalGeneration", "BartConfig", **BART)
     base.final_logits_bias.normal_()
@@ -267,6 +330,20 @@ def test_what_adapters_train_beside_is_measured(options):
             if "modules_to_save" in name or "token_adapter" in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     check(base, tuned, TOKENS, of_causal)
+
+
+def test_virtual_tokens_are_no_targets():
+    base = tiny_llama()
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.normal_()
+
+    def of_own(model, sample):
+        logits = model(input_ids=sample["input_ids"][None]).logits[0, -len(sample["input_ids"]) :]
+        return logits[:-1][sample["labels"][1:] != -100]
+
+    assert check(base, tuned, TOKENS, of_own).kl > 1e-6
 
 
 def test_the_new_head_of_adapters_is_the_models_own():
@@ -387,6 +464,27 @@ def test_samples_that_depend_on_their_batch_are_read_alone(kind, caplog):
     assert "not reading" in caplog.text
 
 
+class Rounded(nn.Module):
+    """Rounds by the largest value of its whole input, as dynamic quantisation does."""
+
+    def forward(self, x):
+        step = x.abs().max() / 4
+        return (x / step).round() * step
+
+
+def test_layers_that_round_by_their_whole_batch_are_read_alone(caplog):
+    base = tiny_llama()
+    low = copy.deepcopy(base)
+    low.model.norm = nn.Sequential(low.model.norm, Rounded())
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        meter = DriftMeter(base, [*TOKENS, *in_pairs()], dtype="float32")
+        drift = meter(low)
+    expected = truth(base, low, [*TOKENS, *in_pairs()], of_causal)
+    # What lies between two steps in float64 may lie beyond one in float32.
+    assert drift.kl == pytest.approx(float(expected["kl"]), rel=0.02)
+    assert "not reading" in caplog.text
+
+
 @pytest.mark.parametrize("count", [9, 64])
 def test_a_dependence_that_training_brought_about_is_seen(count):
     base = Capacity(most=1000)
@@ -429,6 +527,8 @@ def test_a_base_that_diverged_is_refused():
         base.head.weight[1] = torch.nan
     with pytest.raises(ValueError, match="output layer of the model before training holds inf"):
         DriftMeter(base, MANY)
+    with pytest.raises(ValueError, match=r"sample 0 .* returns inf or NaN; leave out a class"):
+        DriftMeter(Barred(), MANY)
     samples = MANY.clone()
     samples[5] = torch.inf
     with pytest.raises(ValueError, match="gives no numbers for sample 5 of the probe"):

@@ -242,6 +242,30 @@ def test_no_strength_diverges_what_trains_without_it(optimizer, strength, old_ta
     assert meter(held).kl < meter(untouched).kl
 
 
+LARGE = {  # the largest rates at which this network still learns by itself
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.3, momentum=0.9),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", LARGE)
+@pytest.mark.parametrize("strength", [1, 10, 100])
+def test_at_the_largest_rates_what_is_held_learns_nearly_as_much(optimizer, strength, old_task):
+    model, probe, batches = old_task
+    meter = DriftMeter(model, probe)
+    untouched = fine_tuned(LARGE[optimizer], lambda _: lambda _: 0.0, model, batches)
+    held = fine_tuned(LARGE[optimizer], lambda _: OutputAnchor(meter, strength, 32), model, batches)
+
+    def accuracy(model):
+        with torch.no_grad():
+            return torch.cat([model(x).argmax(1) == y for x, y in batches]).float().mean()
+
+    assert all(p.isfinite().all() for p in held.parameters())
+    assert accuracy(untouched) > 0.55
+    assert accuracy(held) > accuracy(untouched) - 0.2
+    assert meter(held).kl < meter(untouched).kl
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strength", [0.1, 1000])
 def test_a_new_head_of_small_weights_is_trained_past_a_large_old_one(optimizer, strength, old_task):

@@ -9,7 +9,7 @@ from torch import nn
 
 from flowdata.drift import DriftMeter, inverted_images, own_text, smooth_images
 from flowdata.errors import ScoreMismatchError
-from tests.models import TinyResNet, tiny_llama
+from tests.models import TinyResNet, tiny_gpt2, tiny_llama
 from tests.test_drift import moved, t5
 
 
@@ -99,6 +99,20 @@ def test_on_its_own_text_the_drift_is_the_rise_of_the_loss():
     assert loss(tuned) - loss(model) == pytest.approx(drift.kl, rel=0.1)
 
 
+def test_models_that_can_not_write_so_much_are_refused():
+    model = tiny_gpt2()
+    most = model.config.n_positions
+    with pytest.raises(
+        ValueError, match=rf"within the model's {most} positions, got {most} after 1"
+    ):
+        own_text(model, Tokenizer(), samples=1, length=most)
+    (text,) = own_text(model, Tokenizer(), samples=1, length=most - 1)
+    assert len(text["input_ids"]) <= most
+    diverged = moved(tiny_llama(), float("nan"))
+    with pytest.raises(ValueError, match=r"gives no numbers .* can't write a text"):
+        own_text(diverged, Tokenizer(), samples=1, length=4)
+
+
 def test_smooth_images_measure_a_network_of_images():
     images = smooth_images((3, 8, 8), samples=20, seed=1)
     assert images.shape == (20, 3, 8, 8)
@@ -186,6 +200,9 @@ def test_inverted_images_want_statistics_and_logits():
     maps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(TypeError, match=r"logits \(B, C\)"):
         inverted_images(maps, (3, 8, 8), steps=1)
+    for shape in ((1, 8, 8), (4, 8, 8), (3, 2, 2)):
+        with pytest.raises(ValueError, match=r"shape must be that of .* got \(\d, \d, \d\)"):
+            inverted_images(convolutional(), shape, steps=1)
     with pytest.raises(ValueError, match="samples must be an integer >= 32"):
         inverted_images(convolutional(), (3, 8, 8), samples=8)
 

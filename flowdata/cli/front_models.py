@@ -19,6 +19,17 @@ import torch
 from flowdata.companions.averaging import wise_ft
 from flowdata.text.models import check_model, is_adapter, load_model, load_tuned_model
 
+# What LoRA's configuration has where adapters do more than add to layers of the base.
+_UNSCALED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "trainable_token_indices",
+    "layer_replication",
+)
+# These take a part of the base's weights out of it, so that nothing of them is not the base.
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def models_of_front(
     base: str, tuned: str, alphas: Sequence[float], *, trust_remote_code: bool, device: str | None
@@ -49,7 +60,9 @@ def models_of_front(
             shutil.rmtree(average)
 
 
-def write_model(base: str, tuned: str, alpha: float, output: Path) -> None:
+def write_model(
+    base: str, tuned: str, alpha: float, output: Path, *, trust_remote_code: bool
+) -> None:
     """Write the model of one α as a folder that `from_pretrained` reads.
 
     Args:
@@ -57,11 +70,12 @@ def write_model(base: str, tuned: str, alpha: float, output: Path) -> None:
         tuned: see `models_of_front`; of adapters, scaled ones are written.
         alpha: from 0 to 1.
         output: a folder that is not there yet.
+        trust_remote_code: see `models_of_front`.
     """
     if not is_adapter(tuned):
         wise_ft(_folder_of(base), _folder_of(tuned), alpha, output)
         return
-    model = load_tuned_model(base, tuned)
+    model = load_tuned_model(base, tuned, trust_remote_code=trust_remote_code)
     with torch.no_grad():
         for layer in _lora_layers(model):
             for factors in (layer.lora_B, layer.lora_embedding_B):
@@ -78,8 +92,13 @@ def check_front(tuned: str) -> None:
 
     config = PeftConfig.from_pretrained(tuned)
     kind = getattr(config.peft_type, "value", config.peft_type)
-    others = [name for name in ("use_dora", "modules_to_save", "lora_bias") if _has(config, name)]
-    if kind != "LORA" or others or getattr(config, "bias", "none") != "none":
+    others = [name for name in _UNSCALED if _has(config, name)]
+    if getattr(config, "bias", "none") != "none":
+        others.append("bias")
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_STARTS_THAT_CHANGE_THE_BASE):
+        others.append(f"init_lora_weights={start!r}")
+    if kind != "LORA" or others:
         raise ValueError(
             f"{tuned} has adapters of the kind {', '.join([kind, *others])}, which do not scale; "
             "merge them into the model (merge_and_unload()), save it, and pass that"

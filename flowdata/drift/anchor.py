@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from flowdata._common.real_numbers import RealNumber, real_number
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
+from flowdata.drift.several import kl_to_answers
 from flowdata.head.kl import Predictions
 from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.kl_loss import kl_to, kl_to_called
@@ -54,8 +55,10 @@ class OutputAnchor:
 
     It is strength · KL, in nats a target, while that pulls little, and bounded in its pull: no
     strength makes training diverge that goes well without it (see the file's docstring). It starts
-    at 0, or, where the frozen model was read in bfloat16, at the rounding of that; a meter with
-    ``dtype="float32"`` reads it as a float32 model is trained.
+    at 0 up to the rounding of the frozen model's rows, which are read in larger batches than they
+    are trained in: at about 1e-8 nats in float32. Where the meter reads a language model in
+    bfloat16, it starts at the rounding of that, ten times as much; ``dtype="float32"`` is the
+    meter's to set.
 
     Neither a second model nor logits are in memory: the meter has the frozen model's rows, and both
     output layers are run tile by tile, forward and backward.
@@ -120,7 +123,11 @@ class OutputAnchor:
         base = self.meter.base_of(places, rows.values.device)
         module: Any = rows.layer
         is_own = self.meter.is_own(module)
-        divergence = _divergence(base, rows.values, module, is_own)
+        if self.meter.has_several_labels:
+            tuned = Predictions(rows.values, module if is_own else base.layer)
+            divergence = kl_to_answers(base, tuned)
+        else:
+            divergence = _divergence(base, rows.values, module, is_own)
         ratio = 1.0 if is_own else _ratio(module, base.layer)
         return _bounded(divergence, self.strength, ratio).mean()
 

@@ -68,9 +68,9 @@ def right_way(job: Job, plan: Plan, model: nn.Module, head: str | None) -> Candi
             "it has to be deterministic in eval mode"
         )
     raise ValueError(
-        f"the model's logits are not what its output layer makes ({reason}): it changes them in a "
-        "way that its configuration does not tell, so its drift can't be measured from what the "
-        "layer is given"
+        f"the model's logits are not what its output layer makes of a row ({reason}): it changes "
+        "them in a way that its configuration does not tell, or other rows play a part, as under "
+        "dynamic quantisation; so its drift can't be measured from what the layer is given"
     )
 
 
@@ -90,7 +90,7 @@ def find_suspect(
         way: by which the rows were read.
         rows: of all samples, in the order of the data set.
     """
-    if way.grouping is alone:
+    if way.grouping is alone and not job.suspects:
         return None
     indices = in_largest_pack(plan, of_few=True) | set(filter(is_drawn, range(len(job.dataset))))
     truth = _truth(job, plan, model, head, [])

@@ -28,6 +28,9 @@ from flowdata.drift.drift import Drift, part_of_kept
 Validation = Literal["auto", "loss", "accuracy"]
 Run = tuple[str, float, Drift]  # name, validation score, drift
 _EXCHANGE = "exchange must be a finite number, 0 or more"
+_ROUNDING = 1e-6  # below 0, of a loss in float32 of what is certain
+_MOST_NATS = 15.0  # log of three million tokens: who guesses among all of a vocabulary loses less
+_LEAST_PERCENT = 12.0  # accuracies in % up to here look like the losses of classifiers
 _CERTAIN = 2.0  # standard errors from which on two runs can be told apart
 
 
@@ -95,11 +98,12 @@ def rank(
     """Return the runs as candidates, the best first.
 
     Args:
-        runs: (name, validation, drift) of each, all drifts by one meter. An accuracy is a share
-            or in %; a run whose score is no number has diverged and comes last.
+        runs: (name, validation, drift) of each, all drifts by one meter. Accuracies are shares or
+            in %, those of all runs alike; a run whose score is no number has diverged and comes
+            last.
         validation: whether scores are losses in nats, of which less is better, or accuracies.
-            ``"auto"`` takes those of language models for losses and others for accuracies, and
-            says so.
+            ``"auto"`` takes those of language models for losses and others for accuracies, says
+            so, and refuses scores that could hardly be these.
         exchange: what the old counts beside the new, see above; 0 chooses by validation alone.
         validation_samples: how many samples an accuracy rests on, so that its own error counts
             when runs are told apart; None takes it as exact.
@@ -170,6 +174,7 @@ def _kind_of(validation: Validation, runs: Sequence[Run]) -> Literal["loss", "ac
         kind = validation
     else:
         kind = "loss" if runs[0][2].of == "tokens" else "accuracy"
+        _check_guess(kind, scores)
         direction = "less is better" if kind == "loss" else "more is better"
         logger.info(
             "validation scores are taken for %s (%s); pass validation=%r to say otherwise",
@@ -177,12 +182,45 @@ def _kind_of(validation: Validation, runs: Sequence[Run]) -> Literal["loss", "ac
             direction,
             "accuracy" if kind == "loss" else "loss",
         )
-    if kind == "accuracy" and any(score < 0 or score > 100 for score in scores):
+    if kind == "accuracy":
+        _check_accuracies(scores)
+    elif any(score < -_ROUNDING for score in scores):
+        raise ValueError(
+            f"losses in nats are at least 0, got {min(scores)}; give the losses themselves, not "
+            "what is the better the larger, or pass validation='accuracy' if they are accuracies"
+        )
+    return kind
+
+
+def _check_guess(kind: str, scores: Sequence[float]) -> None:
+    """Raise ValueError if even the best score is hardly one of the kind that it is taken for."""
+    best = min(scores, default=0.0) if kind == "loss" else max(scores, default=0.0)
+    if kind == "loss" and best > _MOST_NATS:
+        raise ValueError(
+            f"validation scores of language models are taken for losses, and {best} would be one "
+            "of a model that knows nothing; pass validation='accuracy' if they are accuracies in "
+            "%, or validation='loss'"
+        )
+    if kind == "accuracy" and 1 < best <= _LEAST_PERCENT:
+        raise ValueError(
+            f"validation scores can't be told: the largest, {best}, is a low accuracy in % or an "
+            "ordinary loss in nats; pass validation='accuracy' or validation='loss'"
+        )
+
+
+def _check_accuracies(scores: Sequence[float]) -> None:
+    """Raise ValueError unless all are shares, or all in %."""
+    if any(score < 0 or score > 100 for score in scores):
         raise ValueError(
             f"accuracies lie in [0, 1] or, in %, in [0, 100], got {max(scores, key=abs)}; pass "
             "validation='loss' if scores are losses in nats"
         )
-    return kind
+    low = [score for score in scores if 0 < score <= 1]
+    if low and max(scores) > 1:
+        raise ValueError(
+            f"accuracies must be all shares or all in %, got {low[0]} beside {max(scores)}; give "
+            "shares, from 0 to 1"
+        )
 
 
 def _unit(runs: Sequence[Run], kind: str) -> float:

@@ -150,4 +150,12 @@ def compare(before: Scores, after: Scores) -> Comparison:
             f"the scores differ in {', '.join(different)}: before has {old[different[0]]!r}, after "
             f"{new[different[0]]!r}; score the same data set by both models, with the same loss"
         )
+    is_other = (before.counts != after.counts) & ~(before.losses + after.losses).isnan()
+    if is_other.any():
+        index = int(is_other.nonzero()[0])
+        raise ScoreMismatchError(
+            f"sample {index} has {int(before.counts[index])} targets before and "
+            f"{int(after.counts[index])} after, so that the two are not of the same samples in the "
+            "same order; score the same data set by both models"
+        )
     return Comparison(before, after)

@@ -18,7 +18,7 @@ class Drift:
     Attributes:
         kl: KL(base ‖ tuned) in nats a target, the mean over all targets; inf for a model that
             gives no numbers. On text that the base model wrote itself it is the rise of its loss
-            there.
+            there. Of a model with several labels each answer, yes or no, is a target.
         reverse_kl: KL(tuned ‖ base) in nats a target.
         cosine: mean cosine similarity of what both output layers are given, 1 for no drift.
         agreement: share of targets whose likeliest class is the same, 1 for no drift.

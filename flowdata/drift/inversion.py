@@ -63,8 +63,8 @@ def inverted_images(
 
     Raises:
         TypeError: the model gives no logits (B, C) for a batch of images.
-        ValueError: the model has no BatchNorm layer with statistics, it gives no numbers, or a
-            number is too small.
+        ValueError: the model has no BatchNorm layer with statistics, it takes no images of this
+            shape, it gives no numbers, or a number is too small.
         ScoreMismatchError: `store` has images of another model, or others of this one.
 
     Example:
@@ -126,7 +126,15 @@ def _invert(model: nn.Module, images: Tensor, steps: int) -> Tensor:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    output = model(images)
+    try:
+        output = model(images)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"shape must be that of an image as the model takes it, got {tuple(images.shape[1:])}, "
+            f"of which the model says: {str(error).strip().splitlines()[0]}"
+        ) from error
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise TypeError(

@@ -25,6 +25,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows
+from flowdata.drift.several import divergences_of_answers, has_several_labels
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped
@@ -32,6 +33,7 @@ from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
 from flowdata.store.format import make_manifest, read_file, write_file
 from flowdata.store.identity import check_identity, features_identity
+from flowdata.targets.which_loss import are_probabilities
 
 BatchNorm = Literal["reference", "own"]
 _ANOTHER_FILE = "Name another file, or delete this one if it is unwanted"
@@ -48,7 +50,8 @@ class DriftMeter:
     Args:
         model: the model before training. It comes back as it was, and need not be kept.
         probe: samples to compare models on, map-style: `drift.own_text`, `drift.smooth_images`,
-            the new task's own samples, or any others. Labels only say which tokens count.
+            the new task's own samples, or any others. Labels say which tokens count, or, where a
+            sample has one for each class, that a model says yes or no to each.
         collate_fn: list of samples -> batch, as a DataLoader takes it; None pads token samples and
             stacks others.
         store: a file, ``*.safetensors``, that keeps what the frozen model makes of the probe.
@@ -60,7 +63,8 @@ class DriftMeter:
 
     Raises:
         TypeError, ValueError: an argument that is none of these; a probe without targets; a model
-            that gives no numbers, no logits, or other ones each time it is run.
+            that gives no numbers, probabilities or other things than logits, or other ones each
+            time it is run.
         ScoreMismatchError: `store` is of another model, probe or dtype.
 
     Example:
@@ -106,11 +110,11 @@ class DriftMeter:
         if not len(rows.values):
             raise ValueError("probe has no target: all its labels are −100")
         _check_numbers(rows)
-        if count_classes(Predictions(rows.values[:1], rows.layer)) < 2:
-            raise ValueError(
-                "the model has one output, which is no distribution over classes, so that it has "
-                "no KL; drift is for classifiers and language models"
-            )
+        classes = count_classes(Predictions(rows.values[:1], rows.layer))
+        _check_logits(rows, classes)
+        self.has_several_labels = not self.reader.is_of_language and has_several_labels(
+            model, self.reader.few(), classes
+        )
         with torch.inference_mode(False):  # else no gradient could go through what is kept
             self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
             self._batch_norm_state = BatchNormState(model)
@@ -196,8 +200,14 @@ class DriftMeter:
         """Return what the frozen model makes of the probe: (N, C) float32 logits, on the CPU.
 
         Raises:
-            ValueError: the model has more than one prediction for a sample, as those of language.
+            ValueError: the model has more than one prediction for a sample, as those of language
+                and of several labels have.
         """
+        if self.has_several_labels:
+            raise ValueError(
+                "outputs() is for models that say which class it is, and this one says yes or no "
+                "to each: hold it with OutputAnchor"
+            )
         if self.reader.is_of_language or (self._rows.counts != 1).any():
             raise ValueError(
                 "outputs() is for models with one prediction for a sample; those of every token "
@@ -219,7 +229,8 @@ class DriftMeter:
         frozen = Predictions(base.values.to(device), _on(base.layer, device))
         is_own = self.is_own(rows.layer)
         tuned = Predictions(rows.values, rows.layer if is_own else frozen.layer)
-        kl, reverse_kl, agreement = divergences(frozen, tuned)
+        measure = divergences_of_answers if self.has_several_labels else divergences
+        kl, reverse_kl, agreement = measure(frozen, tuned)
         cosine = F.cosine_similarity(frozen.rows.double(), tuned.rows.double(), dim=1)
         per_target = {
             "kl": kl,
@@ -269,15 +280,40 @@ def _check_numbers(rows: Rows) -> None:
     if not are_numbers.all():
         row = int((~are_numbers).nonzero()[0])
         sample = int(torch.searchsorted(rows.counts.cumsum(0), row, right=True))
+        what = (
+            "its output layer is given inf or NaN"
+            if _weight_of(rows.layer) is not None
+            else "it returns inf or NaN; leave out a class that is never meant, instead of −inf"
+        )
         raise ValueError(
-            f"the model before training gives no numbers for sample {sample} of the probe (its "
-            "output layer is given inf or NaN), so that no other can be compared with it"
+            f"the model before training gives no numbers for sample {sample} of the probe "
+            f"({what}), so that no other can be compared with it"
         )
     weight = _weight_of(rows.layer)
     if weight is not None and not weight.isfinite().all():
         raise ValueError(
             "the output layer of the model before training holds inf or NaN, so that no other can "
             "be compared with it"
+        )
+
+
+def _check_logits(rows: Rows, classes: int) -> None:
+    """Raise ValueError unless a model's outputs can be logits of two classes or more."""
+    if classes < 2:
+        raise ValueError(
+            "the model has one output, which is no distribution over classes, so that it has no "
+            "KL; drift is for classifiers and language models. One that says yes or no by one "
+            "logit can be put into a module that returns both, torch.cat([torch.zeros_like(z), z], "
+            "1)"
+        )
+    outputs = rows.values.float()
+    is_given = _weight_of(rows.layer) is None  # by the model itself, and by no linear layer
+    are_shares = bool(((outputs >= 0) & (outputs <= 1)).all() and outputs.any())
+    if is_given and (are_shares or are_probabilities(outputs)):
+        raise ValueError(
+            "the model returns probabilities, all from 0 to 1, where logits are needed; put it "
+            "into a module that returns what it has before its softmax or sigmoid, or the "
+            "logarithm of what softmax gives"
         )
 
 

@@ -53,7 +53,8 @@ def own_text(
 
     Raises:
         TypeError: `model` can't generate.
-        ValueError: `samples` or `length` is no positive integer.
+        ValueError: `samples` or `length` is no positive integer, texts would be longer than the
+            model's positions, or it gives no numbers.
         ScoreMismatchError: `store` has texts of another model, or others of this one.
     """
     check_natural("samples", samples, least=1)
@@ -70,6 +71,7 @@ def own_text(
             "one; pass other samples as the probe, such as the new task's"
         )
     beginning = torch.tensor(_beginning(tokenizer, model), dtype=torch.long)
+    _check_positions(model, len(beginning), length)
 
     def write() -> Tensor:
         return _write_texts(model, beginning, samples, length, seed)
@@ -109,6 +111,17 @@ def _beginning(tokenizer: Any, model: Any) -> list[int]:
             "that the model has nothing to begin with; pass other samples as the probe"
         )
     return [first]
+
+
+def _check_positions(model: Any, beginning: int, length: int) -> None:
+    """Raise ValueError for texts that are longer than a model can read."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < beginning + length:
+        raise ValueError(
+            f"length must leave texts within the model's {most} positions, got {length} after "
+            f"{beginning} tokens with which they begin"
+        )
 
 
 def _write_texts(model: Any, beginning: Tensor, samples: int, length: int, seed: int) -> Tensor:
@@ -156,6 +169,13 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
     try:
         model.generation_config = config  # `generate` fills gaps of what it is given from this one
         written: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ValueError(
+            "the model gives no numbers (its probabilities hold inf or NaN) and can't write "
+            "a text; take it as it was before it diverged"
+        ) from error
     finally:
         model.generation_config = own
     return F.pad(written, (0, ids.shape[1] + length - written.shape[1]), value=config.pad_token_id)

@@ -23,7 +23,13 @@ from flowdata.head.output_layer import (
     kernels,
     logit_options,
 )
-from flowdata.models.calling import call_in_order, call_with, innermost, output_layer_of
+from flowdata.models.calling import (
+    call_in_order,
+    call_with,
+    innermost,
+    output_layer_of,
+    without_virtual_tokens,
+)
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import Candidate
@@ -115,6 +121,7 @@ def way_to_logits(job: Job, model: nn.Module, head: str | None) -> Way:
 
     def run(model: nn.Module, work: Work) -> TargetLosses:
         logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        logits = without_virtual_tokens(model, logits, work.shape[1])
         return TargetLosses(work.of_targets(logits).float(), work.counts)
 
     return way_alone(str(job.loss), run, job.device)

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from flowdata._common.notices import logger
 from flowdata.drift import Drift, DriftMeter
 
-_PREFIX, _LOSS = "eval", "_loss"
+_PREFIX, _LOSS = "eval_", "_loss"
 _LESS_IS_BETTER = ("_and_drift", "drift_kl")
 
 
@@ -78,16 +78,16 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Add the drift to an evaluation's metrics, which are logged before anybody reads them."""
-        losses = [name for name in logs or {} if name.startswith(_PREFIX) and name.endswith(_LOSS)]
-        if not losses or logs is None:
+        names = [name for name in logs or {} if name.startswith(_PREFIX)]
+        if not names or logs is None:
             return
         drift = self._drift_of(model, state.global_step)
         measures = {
-            f"{_PREFIX}_drift_kl": drift.kl,
-            f"{_PREFIX}_drift_cosine": drift.cosine,
-            f"{_PREFIX}_drift_agreement": drift.agreement,
+            f"{_PREFIX}drift_kl": drift.kl,
+            f"{_PREFIX}drift_cosine": drift.cosine,
+            f"{_PREFIX}drift_agreement": drift.agreement,
         }
-        for name in losses:
+        for name in (name for name in names if name.endswith(_LOSS)):
             measures[f"{name}_and_drift"] = logs[name] + self.exchange * drift.kl
         # The Trainer chooses the best model by this very mapping, and has a copy in its history.
         logs.update(measures)

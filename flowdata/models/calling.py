@@ -200,6 +200,21 @@ def is_peft_model(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def without_virtual_tokens(model: nn.Module, values: Tensor, length: int) -> Tensor:
+    """Return what a model makes of a batch's own tokens, (B, T, …), of what it makes of more.
+
+    Prompt tuning puts virtual tokens before them.
+
+    Args:
+        model: the model, perhaps one of PEFT's.
+        values: (B, T, …) or (B, virtual tokens + T, …).
+        length: T.
+    """
+    config = getattr(unwrapped(model), "active_peft_config", None)
+    virtual = getattr(config, "num_virtual_tokens", None) or 0
+    return values[:, virtual:] if virtual and values.shape[1] == virtual + length else values
+
+
 def output_layer_of(model: nn.Module) -> nn.Module | None:
     """Return the layer that makes a language model's logits, None where the model names none.
 

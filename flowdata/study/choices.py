@@ -26,7 +26,8 @@ def choices(
     """Return the run that each rule chooses among all methods and rates, one for each seed.
 
     Args:
-        records: of one study. Those of language models have −loss as their validation score.
+        records: of one study. Those of language models have −loss as their validation score, or
+            an accuracy.
         average: record -> what the best run has most of; None leaves that rule out.
         exchange: see `flowdata.drift.rank`.
 
@@ -47,11 +48,13 @@ def choices(
 
 def _by_drift(runs: list[Record], probe: str, exchange: float) -> Record:
     drifts = [Drift(**run["drift"][probe]) for run in runs]
-    is_loss = drifts[0].of == "tokens"
-    sign = -1 if is_loss else 1
+    best = max(map(validation_of, runs))
+    is_loss = drifts[0].of == "tokens" and best <= 0
+    # All scores of a study come of one function, so that one above 1 says that all are in %.
+    unit = -1 if is_loss else 100 if best > 1 else 1
     candidates = rank(
         [
-            (str(place), sign * validation_of(run), drift)
+            (str(place), validation_of(run) / unit, drift)
             for place, (run, drift) in enumerate(zip(runs, drifts, strict=True))
         ],
         validation="loss" if is_loss else "accuracy",

@@ -126,6 +126,33 @@ def test_the_progress_bar_has_a_line_with_the_drift(tmp_path, capsys):
     assert "'eval_loss_and_drift': '" in out
 
 
+def test_an_evaluation_without_a_loss_has_the_drift_all_the_same(tmp_path):
+    unlabelled = [{"input_ids": s["input_ids"]} for s in token_samples(4, longest=20, seed=1)]
+    trainer, callback = run(tmp_path, [DriftCallback], eval_dataset=unlabelled, max_steps=2)
+    trainer.train()
+    (logs,) = [logs for logs in trainer.state.log_history if "eval_runtime" in logs]
+    assert logs["eval_drift_kl"] == callback.drifts[2].kl > 0
+    assert not {"eval_loss", "eval_loss_and_drift"} & set(logs)
+    assert not any("eval_drift_kl" in logs for logs in trainer.state.log_history if "loss" in logs)
+
+
+def test_a_run_that_goes_on_measures_as_one_that_was_not_stopped(tmp_path):
+    measures = []
+    for resumed in (None, str(tmp_path / "checkpoint-4")):
+        trainer, _ = run(tmp_path, [DriftCallback], save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=resumed)
+        evaluations = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
+        measures.append([(logs["step"], logs["eval_loss_and_drift"]) for logs in evaluations])
+    assert measures[0] == measures[1]
+
+
+def test_an_evaluation_before_training_has_no_drift(tmp_path):
+    trainer, callback = run(tmp_path, [DriftCallback], max_steps=2, eval_on_start=True)
+    assert trainer.evaluate()["eval_drift_kl"] == 0
+    trainer.train()
+    assert {step: drift.kl > 0 for step, drift in callback.drifts.items()} == {0: False, 2: True}
+
+
 def test_several_data_sets_are_measured_once(tmp_path):
     sets = {name: token_samples(4, longest=20, seed=seed) for seed, name in enumerate("ab")}
     trainer, callback = run(tmp_path, [DriftCallback], eval_dataset=sets, max_steps=2)

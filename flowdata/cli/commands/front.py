@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Weigh what a fine-tuning learned against what it forgot; choose how much to keep."""
     begin(options, options.base, options.tuned)
+    _check(options)
     check_front(options.tuned)
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
@@ -56,13 +58,15 @@ def run(options: argparse.Namespace) -> int:
         options.base, options.tuned, options.alphas, trust_remote_code=trust, device=device
     )
     for alpha, model in models:
-        runs.append((f"{alpha:g}", _loss(options, model, samples), meter(model)))
+        runs.append((_name(alpha), _loss(options, model, samples), meter(model)))
         del model  # before the next one is loaded
     candidates = rank(runs, validation="loss", exchange=options.exchange)
     best = candidates[0]
     options.picture.write_bytes(draw_front(candidates))
     if options.write is not None:
-        write_model(options.base, options.tuned, float(best.name), options.write)
+        write_model(
+            options.base, options.tuned, float(best.name), options.write, trust_remote_code=trust
+        )
     facts = {
         "base": options.base,
         "tuned": options.tuned,
@@ -79,6 +83,24 @@ def run(options: argparse.Namespace) -> int:
     }
     print_result(options, facts, _text(options, candidates))
     return DONE
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that would only be seen to be wrong at the end."""
+    for alpha in options.alphas:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"--alphas must lie between 0 and 1, got {alpha}")
+    twice = [alpha for alpha in options.alphas if options.alphas.count(alpha) > 1]
+    if twice:
+        raise ValueError(f"--alphas must be several numbers, got {twice[0]} twice")
+    if not 0 <= options.exchange < math.inf:
+        raise ValueError(f"--exchange must be finite and >= 0, got {options.exchange}")
+
+
+def _name(alpha: float) -> str:
+    """An α in words: as short as it is still the same number."""
+    short = f"{alpha:g}"
+    return short if float(short) == alpha else repr(alpha)
 
 
 def _loss(options: argparse.Namespace, model: Any, samples: Any) -> float:

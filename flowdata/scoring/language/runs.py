@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from flowdata.head.output_layer import Head, finish_logits, kernels, logit_options, read_head
 from flowdata.head.tiled import target_values
-from flowdata.models.calling import call_with, innermost, output_layer_of
+from flowdata.models.calling import (
+    call_with,
+    innermost,
+    output_layer_of,
+    without_virtual_tokens,
+)
 from flowdata.models.hooks import Call, last_call, replaced_input
 from flowdata.scoring.language.work import Work
 from flowdata.targets.columns import columns_of_logits
@@ -71,15 +76,19 @@ def hidden_states(model: nn.Module, output_layer: nn.Module, work: Work) -> Tens
 
     Args:
         model: the model as it is run.
-        output_layer: the layer that makes its logits; it is run on one position alone.
+        output_layer: the layer that makes its logits; it is run on one position alone, or, where
+            the model makes its decoder's inputs of labels and then a loss, on all of them.
         work: the call, on the model's device.
 
     Raises:
         ValueError: the model makes other positions than those of its labels.
     """
-    with replaced_input(output_layer, _one_position) as originals:
+    few = _all_positions if "labels" in work.inputs else _one_position
+    with replaced_input(output_layer, few) as originals:
         call_with(model, work.inputs, use_cache=False)
     hidden = originals[0]
+    if hidden.dim() == 3:
+        hidden = without_virtual_tokens(model, hidden, work.shape[1])
     if hidden.dim() != 3 or hidden.shape[:2] != work.shape:
         raise ValueError(
             f"the output layer is given {tuple(hidden.shape)} for labels of shape "
@@ -91,6 +100,10 @@ def hidden_states(model: nn.Module, output_layer: nn.Module, work: Work) -> Tens
 def _one_position(hidden: Tensor) -> Tensor:
     """(B, T, d) to (1, 1, d)."""
     return hidden.flatten(0, -2)[None, :1]
+
+
+def _all_positions(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _gathered(output_layer: nn.Module, config: Any, columns: Sequence[str]) -> Run:

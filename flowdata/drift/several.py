@@ -1,0 +1,72 @@
+"""Several labels: models that say yes or no to each class, and not which class it is.
+
+The predictions of such a model are a distribution over two answers for each of C classes::
+
+    logits (n, C) ──→ (n · C, 2): z for yes, 0 for no        softmax of (z, 0) = sigmoid of z
+
+Divergences are those of an answer, in the mean over a sample's classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdata.head.kl import Divergences, Predictions, divergences, logits_of
+from flowdata.head.kl_logits import kl_of_logits
+from flowdata.models.calling import innermost
+from flowdata.targets.labels import split_batch
+from flowdata.targets.which_loss import loss_of_batch, loss_of_model
+
+
+def has_several_labels(model: nn.Module, batch: Any, classes: int) -> bool:
+    """Return whether a model's outputs are answers to each class, as it or a batch's labels say.
+
+    Args:
+        model: its configuration says, if it is one of Hugging Face's.
+        batch: of the probe; labels for each of a sample's classes say it of other models.
+        classes: outputs of the model.
+
+    Raises:
+        ValueError: the outputs are no predictions of classes, but real numbers.
+    """
+    loss = loss_of_model(innermost(model)) or _loss_of_labels(batch, classes)
+    if loss == "mse":
+        raise ValueError(
+            "the model predicts real numbers (regression), which are no distribution over classes, "
+            "so that it has no KL; drift is for classifiers and language models"
+        )
+    return loss == "binary_cross_entropy"
+
+
+def _loss_of_labels(batch: Any, classes: int) -> str | None:
+    """The loss that labels call for which have one number for each output; None of all others."""
+    targets = split_batch(batch)[1]
+    if not isinstance(targets, Tensor) or targets.dim() != 2 or targets.shape[1] != classes:
+        return None
+    try:
+        return loss_of_batch(batch)
+    except ValueError:  # a single 1 in each row, which is one class
+        return None
+
+
+def divergences_of_answers(base: Predictions, tuned: Predictions) -> Divergences:
+    """Return how far apart two predictions of several labels are, (n,) each: means over classes."""
+    count = len(base.rows)
+    one, other = (Predictions(_answers(each), nn.Identity()) for each in (base, tuned))
+    return Divergences(*(values.view(count, -1).mean(1) for values in divergences(one, other)))
+
+
+def kl_to_answers(base: Predictions, tuned: Predictions) -> Tensor:
+    """Return KL(base ‖ tuned) of each row, (n,) float32, with gradients through `tuned`."""
+    with torch.no_grad():
+        reference = _answers(base)
+    return kl_of_logits(reference, _answers(tuned)).view(len(base.rows), -1).mean(1)
+
+
+def _answers(predictions: Predictions) -> Tensor:
+    """The logits of yes and no to each class, (n · C, 2) float32."""
+    logits = logits_of(predictions).flatten()
+    return torch.stack([logits, torch.zeros_like(logits)], 1)
