@@ -9,7 +9,7 @@ import torch
 from flowdata import FlowWeightedDataset, ScoreMismatchError, Scores
 from flowdata.integrations.transformers import FlowTrainer
 from flowdata.integrations.trl import FlowSFTTrainer
-from flowdata.store.fingerprint.rows import RowsDigest
+from flowdata.store.fingerprint.rows import RowsDigest, first_difference
 from flowdata.text import load_model, load_tokenizer, read_rows, tokenize_rows
 from tests.test_cli import run
 from tests.test_growing import model_folder, write
@@ -233,3 +233,31 @@ def test_what_counts_in_a_row(one, other, are_same):
         digest.add(row)
     first, second = (digest.identity()["rows"] for digest in digests)
     assert (first == second) == are_same
+
+
+def identity_of(texts):
+    digest = RowsDigest(["text"])
+    for text in texts:
+        digest.add({"text": text})
+    return digest.identity()
+
+
+@pytest.mark.parametrize("count", [1, 7, 511, 512, 513, 1024, 1500, 5000])
+def test_the_first_row_that_differs_is_found(count):
+    texts = [str(number) for number in range(count)]
+    scored = identity_of(texts)
+    assert len(scored["marks"]) <= 8 * 512
+    assert first_difference(scored, identity_of(texts)) is None
+    for place in {0, count // 3, count - 1}:
+        first, last = first_difference(
+            scored, identity_of([*texts[:place], "new", *texts[place + 1 :]])
+        )
+        assert first <= place <= last < count
+        assert last - first < max(1, count / 128)
+        first, last = first_difference(scored, identity_of([*texts[:place], "new", *texts[place:]]))
+        assert first <= place <= last <= count
+    if count > 1:
+        first, last = first_difference(identity_of(texts[:-1]), scored)
+        assert first <= count - 1 <= last
+    earlier = {name: value for name, value in scored.items() if name not in ("step", "marks")}
+    assert first_difference(earlier, identity_of(["new"])) is None  # of earlier versions

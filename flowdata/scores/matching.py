@@ -11,7 +11,7 @@ import torch
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.errors import ScoreMismatchError
-from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens
+from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens, first_difference
 from flowdata.store.identity import (
     CONTENT_PREFIX,
     content_identity,
@@ -77,19 +77,29 @@ def rows_difference(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         ...     first.add({"text": str(number)})
         ...     second.add({"text": str(3 - number)})
         >>> rows_difference(first.identity(), second.identity())
-        'its rows are the same in another order'
+        'its rows are the same in another order; the first is row 0'
     """
     if rows["scheme"] != other["scheme"]:
         return "they were scored by another version of flowdata, which told rows apart otherwise"
     if rows["rows"] == other["rows"]:
         return ""
+    where = _where(rows, other)
     if rows["any_order"] == other["any_order"]:
-        return "its rows are the same in another order"
+        return f"its rows are the same in another order{where}"
     new = [name for name in other["held"] if name not in rows["held"]]
     if new:
         return f"its column {new[0]!r} holds something, and held nothing in the rows that were read"
     columns = ", ".join(map(repr, rows["held"]))
-    return f"its rows are others, or hold something else in {columns}"
+    return f"its rows are others, or hold something else in {columns}{where}"
+
+
+def _where(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Where two data sets first differ, as the end of a sentence."""
+    place = first_difference(rows, other)
+    if place is None:
+        return ""
+    first, last = place
+    return f"; the first is row {first:,}" + (f" to {last:,}" if last > first else "")
 
 
 def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from flowdata.scores import Scores
 from flowdata.text.conversation import Row
 from flowdata.text.formats import Fields, read_conversation
-from flowdata.text.formats.messages import read_turns
+from flowdata.text.formats.messages import read_turns, weight_of
 from flowdata.token_weights import weigh_targets
 from flowdata.weights import Normalize, Temperature
 
@@ -115,6 +115,8 @@ def weigh_rows(scores: Scores, options: WeightedColumns, fields: Fields) -> RowW
         >>> columns["keep"]
         [True, False, None]
     """
+    if not options.name:
+        raise ValueError("the weight's column needs a name, got ''")
     if options.name in (LOSS, TOKEN_WEIGHTS, KEEP):
         raise ValueError(f"the weight's column must not be named {options.name!r}, another is")
     has_loss = ~scores.losses.isnan()
@@ -177,10 +179,10 @@ def _is_message(item: Any) -> bool:
 
 
 def _weighted(item: Mapping[str, Any], name: str, weight: float) -> dict[str, Any]:
-    """A message with its weight: a weight that it has already stays a factor."""
+    """A message with its weight: one that it has already, by whatever name, stays a factor."""
     turns = read_turns([item])
     if not any(message["role"] == "assistant" for message, _ in turns):
         return dict(item)
     if not any(is_target for _, is_target in turns):
         return {**item, name: 0.0}
-    return {**item, name: weight * float(1.0 if item.get(name) is None else item[name])}
+    return {**item, name: weight * weight_of(item, name)}

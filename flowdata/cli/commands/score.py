@@ -116,9 +116,10 @@ def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
 
 def _print_preview(options: argparse.Namespace) -> None:
     """Print what the first rows hold; the others are not read."""
-    options.limit = min(options.limit or _PREVIEW_ROWS, _PREVIEW_ROWS)
+    options.limit = _PREVIEW_ROWS if options.limit is None else min(options.limit, _PREVIEW_ROWS)
     options.streaming, options.quiet = True, True  # what would be said is printed here, whole
     _, _, recognised = text_samples(options, options.data, options.model)
+    options.quiet = False  # a preview is asked for to be read
     print_result(options, asdict(recognised), recognised.text(whole=True))
 
 
