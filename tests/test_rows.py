@@ -151,17 +151,22 @@ def test_rows_that_are_tokens_alone_are_told_by_them(capsys, model_folder, tmp_p
             FlowWeightedDataset(other, scores)
 
 
-def test_the_trainers_take_the_right_rows_alone(capsys, model_folder, tmp_path):
+def test_the_trainers_take_the_right_rows_alone(capsys, model_folder, tmp_path, caplog):
     from transformers import TrainingArguments
     from trl import SFTConfig
 
     pairs = [{"prompt": row["question"], "completion": row["answer"]} for row in PAIRS]
     file = write(tmp_path / "rows.jsonl", pairs)
     scores, table = scored_as_text(capsys, model_folder, file, tmp_path / "s"), hf(pairs)
-    config = SFTConfig(str(tmp_path / "sft"), max_steps=1, use_cpu=True, bf16=False, report_to=[])
+    options = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": []}
+    config = SFTConfig(str(tmp_path / "sft"), **options)
     sft = {"processing_class": load_tokenizer(model_folder), "scores": scores}
     trainer = FlowSFTTrainer(load_model(model_folder), config, train_dataset=table, **sft)
     assert trainer.train_dataset["weight"] == pytest.approx(scores.weights().tolist())
+    assert "other tokens" not in caplog.text
+    cut = SFTConfig(str(tmp_path / "sft"), max_length=4, **options)
+    FlowSFTTrainer(load_model(model_folder), cut, train_dataset=table, **sft)
+    assert "cuts them at max_length=4, they were scored under --max-length None" in caplog.text
     with pytest.raises(ScoreMismatchError, match="another order"):
         FlowSFTTrainer(load_model(model_folder), config, train_dataset=table.shuffle(1), **sft)
 
@@ -261,3 +266,24 @@ def test_the_first_row_that_differs_is_found(count):
         assert first <= count - 1 <= last
     earlier = {name: value for name, value in scored.items() if name not in ("step", "marks")}
     assert first_difference(earlier, identity_of(["new"])) is None  # of earlier versions
+
+
+def test_stores_of_other_rows_or_tokens_are_not_compared(capsys, model_folder, tmp_path):
+    file = write(tmp_path / "rows.jsonl", PAIRS)
+    turned = write(tmp_path / "turned.jsonl", PAIRS[::-1])
+    score = ("score", model_folder, "--quiet", "--dtype", "float32", "--store")
+    for store, data, options in (
+        ("one", file, ()),
+        ("turned", turned, ()),
+        ("cut", file, ("--max-length", 20)),
+        ("plain", file, ("--no-template",)),
+    ):
+        assert run(capsys, *score, tmp_path / store, data, *options)[0] == 0
+    for store, message in (
+        ("turned", "its rows are the same in another order; the first is row 0"),
+        ("cut", "another greatest length (before None, after 20)"),
+        ("plain", "another use of the chat template (before True, after False)"),
+    ):
+        code, _, err = run(capsys, "report", tmp_path / "one", "--after", tmp_path / store)
+        assert code == 2
+        assert message in err
