@@ -275,13 +275,13 @@ def test_stores_of_other_rows_or_tokens_are_not_compared(capsys, model_folder, t
     for store, data, options in (
         ("one", file, ()),
         ("turned", turned, ()),
-        ("cut", file, ("--max-length", 20)),
+        ("cut", file, ("--max-length", 28)),
         ("plain", file, ("--no-template",)),
     ):
         assert run(capsys, *score, tmp_path / store, data, *options)[0] == 0
     for store, message in (
         ("turned", "its rows are the same in another order; the first is row 0"),
-        ("cut", "another greatest length (before None, after 20)"),
+        ("cut", "another greatest length (before None, after 28)"),
         ("plain", "another use of the chat template (before True, after False)"),
     ):
         code, _, err = run(capsys, "report", tmp_path / "one", "--after", tmp_path / store)

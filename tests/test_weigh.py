@@ -426,6 +426,12 @@ def test_a_weight_that_a_message_has_stays_a_factor_by_whatever_name(message, fa
     assert messages[1] == {**row["messages"][1], "loss_scale": pytest.approx(weight * factor)}
     assert messages[0] == row["messages"][0]
 
+    pair = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+    fields = Fields(prompt="prompt", completion="completion")
+    rows = weigh_rows(Scores(torch.tensor([2.0])), options, fields)
+    messages = rows.values_of(0, pair)["messages"]
+    assert messages[1]["loss_scale"] == pytest.approx(weight * factor)
+
 
 def test_a_report_shows_no_text_of_a_changed_file(capsys, score, tmp_path):
     file = write(tmp_path / "rows.jsonl", PAIRS)

@@ -163,15 +163,15 @@ def _chat_with_weights(
             f"column {MESSAGES!r} holds no list of messages, so no weights can be written into it"
         )
     conversation = read_conversation(row, fields)
-    pairs = zip(conversation.messages, conversation.is_target, strict=True)
-    return {
-        MESSAGES: [
-            {**message, name: weight if is_target else 0.0}
-            if message["role"] == "assistant"
-            else message
-            for message, is_target in pairs
-        ]
-    }
+    messages = [dict(message) for message in conversation.messages]
+    replies: Any = row.get(fields.completion) if fields.completion else None
+    is_chat = isinstance(replies, list) and all(map(_is_message, replies))
+    own: list[Any] = replies if is_chat else []  # messages with the weights that they have
+    items = [{}] * (len(messages) - len(own)) + own
+    for message, item, is_target in zip(messages, items, conversation.is_target, strict=False):
+        if message["role"] == "assistant":
+            message[name] = weight * weight_of(item, name) if is_target else 0.0
+    return {MESSAGES: messages}
 
 
 def _is_message(item: Any) -> bool:
