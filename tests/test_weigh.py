@@ -428,9 +428,11 @@ def test_a_weight_that_a_message_has_stays_a_factor_by_whatever_name(message, fa
 
     pair = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
     fields = Fields(prompt="prompt", completion="completion")
-    rows = weigh_rows(Scores(torch.tensor([2.0])), options, fields)
-    messages = rows.values_of(0, pair)["messages"]
-    assert messages[1]["loss_scale"] == pytest.approx(weight * factor)
+    rows = weigh_rows(Scores(torch.tensor([2.0, torch.nan])), options, fields)
+    if factor:  # else nothing is to be learned, and such a row has no loss
+        messages = rows.values_of(0, pair)["messages"]
+        assert messages[1]["loss_scale"] == pytest.approx(weight * factor)
+    assert rows.values_of(1, {"prompt": "?", "completion": None})["messages"] is None
 
 
 def test_a_report_shows_no_text_of_a_changed_file(capsys, score, tmp_path):

@@ -88,8 +88,18 @@ class RowWeights:
         values = {name: column[index] for name, column in self.columns.items()}
         if self.options.message_weight is not None:
             # Trainers take null in a message for no word on it, and train on it in full.
-            weight = values[self.options.name] or 0.0
-            values |= _chat_with_weights(row, self.fields, self.options.message_weight, weight)
+            weight = values[self.options.name]
+            try:
+                values |= _chat_with_weights(
+                    row, self.fields, self.options.message_weight, weight or 0.0
+                )
+            except (KeyError, TypeError, ValueError):
+                if weight is not None:
+                    raise
+                # A row that can't be read has no loss, and is written as it is.
+                is_chat = self.fields.messages and not self.fields.completion
+                column = str(self.fields.messages) if is_chat else MESSAGES
+                values[column] = row.get(column)
         return values
 
 
