@@ -43,8 +43,28 @@ def test_quiet_is_quiet(model_folder, data, tmp_path):
     done = subprocess.run(
         [*map(str, command), "--store", str(tmp_path / "s")], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_command_is_quiet_on_a_store(capsys, model_folder, data, tmp_path):
+    store = tmp_path / "s"
+    score = ("score", model_folder, data, "--store", store)
+    for command in (
+        score,
+        score,  # all losses are there
+        ("weigh", store, "--output", tmp_path / "weighted.jsonl"),
+        ("verify", store),
+        ("report", store),
+        ("report", store, "--after", store),
+    ):
+        assert run(capsys, *command, "--quiet") == (0, "", ""), command
+    code, out, err = run(capsys, "verify", store, "--quiet", "--json")
+    assert (code, json.loads(out)["whole"], err) == (0, True, "")
+    code, out, err = run(capsys, *score, "--quiet", "--preview")  # it is asked for to be read
+    assert (code, err) == (0, "")
+    assert "first sample:" in out
+    code, _, err = run(capsys, *score, "--preview", "--limit", 0)
+    assert (code, err) == (2, "flowdata score: --limit must be at least 1, got 0\n")
 
 
 def test_score_report_and_verify(capsys, model_folder, data, tmp_path):

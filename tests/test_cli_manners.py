@@ -47,6 +47,7 @@ def test_the_size_is_said_before_the_run_and_in_order(capsys, model_folder, data
     targets = int(Scores.load(tmp_path / "s").counts.sum())
     size = f"to score: samples 30, tokens 885, targets {targets}"
     assert "reading: 30 of 30 rows (100%)" in err
+    assert err.count("scoring: 885 of 885 tokens (100%)") == 1
     assert err.index("format: question and answer") < err.index(size) < err.index("causal_lm in")
 
 
@@ -142,6 +143,14 @@ def test_messages_speak_of_flags(capsys, model_folder, tmp_path):
         ("weights(missing='zero')", "weights(missing='zero')"),  # no flag of this command
         ("row 3 says \"limit='x'\"", "row 3 says \"limit='x'\""),
         ("data_limit=3", "data_limit=3"),
+        (
+            "sample 3. weights(missing='zero') gives them weight 0",
+            "sample 3. flowdata weigh gives them null for a weight, and leaves them out with "
+            "--missing drop",
+        ),
+        ("score with LossScorer(..., token_losses=True)", "score with --token-losses"),
+        ("delete this one if its losses are", "pass --overwrite if its losses are"),
+        ("such as 'ess0.5', or a callable losses -> float; got", "such as 'ess0.5'; got"),
     ],
 )
 def test_arguments_of_python_become_flags(message, expected):

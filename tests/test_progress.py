@@ -21,6 +21,13 @@ def test_a_log_gets_a_line_in_a_while_and_one_at_the_end(capsys, monkeypatch):
     ]
 
 
+def test_a_line_at_the_very_end_is_the_last_one(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "monotonic", iter([0.0, 4.0, 4.0]).__next__)
+    with progress_bar(40, "scoring", "samples") as advance:
+        advance(40)
+    assert capsys.readouterr().err == "scoring: 40 of 40 samples (100%), 10/s\n"
+
+
 def test_nothing_is_shown_where_nothing_is_asked_for(capsys):
     with progress_bar(2, "scoring", "samples", shown=False) as advance:
         advance(2)

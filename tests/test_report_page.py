@@ -8,11 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from flowdata.cli import main
 from flowdata.drift.comparing import compare
 from flowdata.report import Piece, write_report
 from flowdata.scores import Scores
+from flowdata.text.row_texts import read_rows_of, row_targets
 from flowdata.weights import resolve_temperature
 from tests.chromium import Chromium
 from tests.models import tiny_llama
@@ -302,3 +305,42 @@ def test_a_store_of_chats_is_reported_with_the_models_own_tokens(
     browser.open(store / "report" / "report.html")
     pick(browser, 4)
     assert text(browser, "#sample .heat") == ""  # losses without words
+
+
+def test_targets_are_told_by_the_tokenizer_and_the_template_that_were_named(tmp_path, caplog):
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path / "model")  # without a tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bytes_alone = Tokenizer(models.BPE({"</s>": 0} | {c: n for n, c in enumerate(alphabet, 1)}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokens = PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="</s>")
+    tokens.save_pretrained(tmp_path / "tokenizer")
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "2?", "completion": "二 is é, 😀"}\n')
+    command = ("score", tmp_path / "model", data, "--store", tmp_path / "store", "--token-losses")
+    named = ("--tokenizer", tmp_path / "tokenizer", "--chat-template", template)
+    assert main([str(each) for each in (*command, *named)]) == 0
+    scores = Scores.load(tmp_path / "store")
+    targets = row_targets(scores, read_rows_of(scores))
+    # What is one character of several bytes stands at its first one.
+    assert targets.words(0) == [*"二·· is é·, 😀···", "</s>"]
+    assert len(targets.words(0)) == scores.counts[0]
+    assert "as they were scored" not in caplog.text
+
+
+def test_text_that_runs_from_the_right_does_so(browser, tmp_path):
+    texts = [[Piece("שלום", "user"), Piece("yes", "assistant", True)]] * 3
+    report = write_report(Scores(some_losses(3)), tmp_path, samples=texts.__getitem__)
+    browser.open(report.page)
+    pick(browser, 0)
+    starts = browser.run(
+        "[...document.querySelectorAll('#sample pre span')].map(each => {"
+        "const range = document.createRange(); range.selectNodeContents(each);"
+        "return range.getBoundingClientRect().left - each.getBoundingClientRect().left; })"
+    )
+    assert starts[0] > 300 > 30 > starts[1]

@@ -9,7 +9,7 @@ import torch
 from flowdata import FlowWeightedDataset, ScoreMismatchError, Scores
 from flowdata.integrations.transformers import FlowTrainer
 from flowdata.integrations.trl import FlowSFTTrainer
-from flowdata.store.fingerprint.rows import RowsDigest
+from flowdata.store.fingerprint.rows import RowsDigest, first_difference
 from flowdata.text import load_model, load_tokenizer, read_rows, tokenize_rows
 from tests.test_cli import run
 from tests.test_growing import model_folder, write
@@ -151,17 +151,22 @@ def test_rows_that_are_tokens_alone_are_told_by_them(capsys, model_folder, tmp_p
             FlowWeightedDataset(other, scores)
 
 
-def test_the_trainers_take_the_right_rows_alone(capsys, model_folder, tmp_path):
+def test_the_trainers_take_the_right_rows_alone(capsys, model_folder, tmp_path, caplog):
     from transformers import TrainingArguments
     from trl import SFTConfig
 
     pairs = [{"prompt": row["question"], "completion": row["answer"]} for row in PAIRS]
     file = write(tmp_path / "rows.jsonl", pairs)
     scores, table = scored_as_text(capsys, model_folder, file, tmp_path / "s"), hf(pairs)
-    config = SFTConfig(str(tmp_path / "sft"), max_steps=1, use_cpu=True, bf16=False, report_to=[])
+    options = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": []}
+    config = SFTConfig(str(tmp_path / "sft"), **options)
     sft = {"processing_class": load_tokenizer(model_folder), "scores": scores}
     trainer = FlowSFTTrainer(load_model(model_folder), config, train_dataset=table, **sft)
     assert trainer.train_dataset["weight"] == pytest.approx(scores.weights().tolist())
+    assert "other tokens" not in caplog.text
+    cut = SFTConfig(str(tmp_path / "sft"), max_length=4, **options)
+    FlowSFTTrainer(load_model(model_folder), cut, train_dataset=table, **sft)
+    assert "cuts them at max_length=4, they were scored under --max-length None" in caplog.text
     with pytest.raises(ScoreMismatchError, match="another order"):
         FlowSFTTrainer(load_model(model_folder), config, train_dataset=table.shuffle(1), **sft)
 
@@ -233,3 +238,52 @@ def test_what_counts_in_a_row(one, other, are_same):
         digest.add(row)
     first, second = (digest.identity()["rows"] for digest in digests)
     assert (first == second) == are_same
+
+
+def identity_of(texts):
+    digest = RowsDigest(["text"])
+    for text in texts:
+        digest.add({"text": text})
+    return digest.identity()
+
+
+@pytest.mark.parametrize("count", [1, 7, 511, 512, 513, 1024, 1500, 5000])
+def test_the_first_row_that_differs_is_found(count):
+    texts = [str(number) for number in range(count)]
+    scored = identity_of(texts)
+    assert len(scored["marks"]) <= 8 * 512
+    assert first_difference(scored, identity_of(texts)) is None
+    for place in {0, count // 3, count - 1}:
+        first, last = first_difference(
+            scored, identity_of([*texts[:place], "new", *texts[place + 1 :]])
+        )
+        assert first <= place <= last < count
+        assert last - first < max(1, count / 128)
+        first, last = first_difference(scored, identity_of([*texts[:place], "new", *texts[place:]]))
+        assert first <= place <= last <= count
+    if count > 1:
+        first, last = first_difference(identity_of(texts[:-1]), scored)
+        assert first <= count - 1 <= last
+    earlier = {name: value for name, value in scored.items() if name not in ("step", "marks")}
+    assert first_difference(earlier, identity_of(["new"])) is None  # of earlier versions
+
+
+def test_stores_of_other_rows_or_tokens_are_not_compared(capsys, model_folder, tmp_path):
+    file = write(tmp_path / "rows.jsonl", PAIRS)
+    turned = write(tmp_path / "turned.jsonl", PAIRS[::-1])
+    score = ("score", model_folder, "--quiet", "--dtype", "float32", "--store")
+    for store, data, options in (
+        ("one", file, ()),
+        ("turned", turned, ()),
+        ("cut", file, ("--max-length", 28)),
+        ("plain", file, ("--no-template",)),
+    ):
+        assert run(capsys, *score, tmp_path / store, data, *options)[0] == 0
+    for store, message in (
+        ("turned", "its rows are the same in another order; the first is row 0"),
+        ("cut", "another greatest length (before None, after 28)"),
+        ("plain", "another use of the chat template (before True, after False)"),
+    ):
+        code, _, err = run(capsys, "report", tmp_path / "one", "--after", tmp_path / store)
+        assert code == 2
+        assert message in err

@@ -4,6 +4,7 @@ import builtins
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -53,6 +54,11 @@ def test_the_row_of_a_sample_that_could_not_be_read_says_why():
         ([True, False, False, True, False], [0, 3]),
         (np.array([False, True, True, False, False]), [1, 2]),
         (torch.tensor([False, False, False, False, True]), [4]),
+        (pandas.Series([2, 0]), [2, 0]),
+        (pandas.Index([4]), [4]),
+        (pandas.Series([True, False, True, False, False]), [0, 2]),
+        # Of a frame that was sorted the index tells whose value each is.
+        (pandas.Series([True, False, False, True, False], index=[4, 3, 2, 1, 0]), [1, 4]),
     ],
 )
 def test_a_part_has_the_rows_that_are_selected(selection, chosen):
@@ -72,6 +78,8 @@ def test_a_part_has_the_rows_that_are_selected(selection, chosen):
         (-6, IndexError, "sample -6 of 5"),
         ([0, 7], IndexError, "sample 7 of 5"),
         ([True, False], IndexError, "5 booleans, one for each sample, got 2"),
+        (pandas.Series([True] * 5, index=range(1, 6)), IndexError, "an index of 0 to 4"),
+        (pandas.Series([0.5]), TypeError, "a list of integers"),
         ([], ValueError, "none of the 5 samples"),
         (slice(3, 3), ValueError, "none of the 5 samples"),
         ([False] * 5, ValueError, "none of the 5 samples"),

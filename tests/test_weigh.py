@@ -11,6 +11,8 @@ from trl import SFTConfig
 from flowdata import FlowWeightedDataset, Scores, flow_weights
 from flowdata.integrations.trl import FlowSFTTrainer
 from flowdata.text import load_model, load_tokenizer
+from flowdata.text.formats import Fields
+from flowdata.text.weighted_rows import WeightedColumns, weigh_rows
 from flowdata.token_weights import weigh_targets
 from tests.test_cli import run
 from tests.test_growing import model_folder, rows_of, write
@@ -144,7 +146,7 @@ def test_token_weights_need_token_losses(capsys, score, tmp_path):
     store = score(write(tmp_path / "rows.jsonl", PAIRS))
     code, _, err = run(capsys, "weigh", store, "--output", tmp_path / "a.jsonl", "--token-weights")
     assert code == 2
-    assert "no token losses" in err
+    assert "no token losses; score with --token-losses" in err
 
 
 def test_rows_without_a_loss_are_said_and_null_or_left_out(capsys, score, tmp_path):
@@ -179,8 +181,12 @@ def test_rows_without_a_loss_are_said_and_null_or_left_out(capsys, score, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[::-1], "same in another order"),
-        (lambda rows: [*rows[:3], {**rows[3], "answer": "no"}, *rows[4:]], "rows are others"),
+        (lambda rows: rows[::-1], "same in another order; the first is row 0."),
+        (lambda rows: [*rows[:4], rows[6], rows[5], rows[4], *rows[7:]], "the first is row 4."),
+        (
+            lambda rows: [*rows[:3], {**rows[3], "answer": "no"}, *rows[4:]],
+            "rows are others, or hold something else in 'answer', 'question'; the first is row 3.",
+        ),
         (lambda rows: rows[:-1], "it has 8 rows, 9 were scored"),
         (lambda rows: [*rows, rows[0]], "more than the 9 rows scored"),
         (lambda rows: [{**row, "system": "Be brief."} for row in rows], "'system' holds something"),
@@ -329,6 +335,8 @@ def test_no_column_and_no_file_is_written_over(capsys, score, tmp_path):
         tmp_path / "out.jsonl"
     )
     assert "must not be named 'loss'" in refused(tmp_path / "o.jsonl", "--weight-column", "loss")
+    assert "needs a name" in refused(tmp_path / "o.jsonl", "--weight-column", "")
+    assert "--keep-above should be a weight" in refused(tmp_path / "o", "--keep-above", "nan")
     fine = ("--weight-column", "flow")
     assert "is there already" in refused(file, *fine)
     assert "is the data itself" in refused(file, *fine, "--overwrite")
@@ -342,6 +350,89 @@ def test_no_column_and_no_file_is_written_over(capsys, score, tmp_path):
         weigh(capsys, store, tmp_path / output, *fine, "--overwrite", "--temperature", 9)
     assert without(lines_of(tmp_path / "out.jsonl"), "flow") == rows
     assert without(datasets.load_from_disk(tmp_path / "out").to_list(), "flow") == rows
+
+
+@pytest.mark.parametrize("pattern", ["{}", "{}/*.jsonl", "{}/**/*.jsonl"])
+def test_nothing_is_written_where_it_would_be_read_as_data(capsys, score, tmp_path, pattern):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = write(folder / "rows.jsonl", PAIRS)
+    store = score(file)
+    for output in (file, folder / "more.jsonl"):
+        options = ("--data", pattern.format(folder), "--overwrite")
+        code, _, err = run(capsys, "weigh", store, "--output", output, *options)
+        assert code == 2
+        assert "would be read as part of the data" in err
+    assert lines_of(file) == PAIRS
+    weigh(capsys, store, tmp_path / "out.jsonl", "--data", pattern.format(folder))
+
+
+def test_columns_of_several_types_are_kept_by_every_kind_of_file(capsys, score, tmp_path):
+    reply = [{"role": "assistant", "content": "yes"}]
+    rows = [
+        {"prompt": "a?", "chosen": "yes", "rejected": "no", "note": {"a": 1}},
+        {
+            "prompt": [{"role": "user", "content": "b?"}],
+            "chosen": reply,
+            "rejected": [{"role": "assistant", "content": "no"}],
+            "note": {"a": "one"},
+        },
+        {"prompt": "c?", "chosen": "yes, c", "rejected": "no", "note": 3},
+    ]
+    store = score(write(tmp_path / "rows.jsonl", rows))
+    _, err = weigh(capsys, store, tmp_path / "out.jsonl")
+    assert err == ""
+    assert without(lines_of(tmp_path / "out.jsonl"), "weight") == rows
+    for output in ("out.parquet", "out"):
+        _, err = weigh(capsys, store, tmp_path / output)
+        assert "columns 'prompt', 'chosen', 'rejected', 'note' hold values of several types" in err
+    parquet = datasets.Dataset.from_parquet(
+        str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache")
+    )
+    for table in (parquet, datasets.load_from_disk(tmp_path / "out")):
+        assert without(table.to_list(), "weight") == rows
+        assert table["weight"] == Scores.load(store).weights().tolist()
+
+
+def test_what_no_table_holds_is_refused_with_a_kind_of_file_that_does(capsys, score, tmp_path):
+    rows = [{**row, "id": 10**20 + n} for n, row in enumerate(PAIRS)]
+    store = score(write(tmp_path / "rows.jsonl", rows))
+    code, _, err = run(capsys, "weigh", store, "--output", tmp_path / "out.parquet")
+    assert code == 2
+    assert "too large to convert" in err
+    assert "write .jsonl" in err
+    weigh(capsys, store, tmp_path / "out.jsonl")
+    assert without(lines_of(tmp_path / "out.jsonl"), "weight") == rows
+
+
+@pytest.mark.parametrize(
+    ("message", "factor"),
+    [
+        ({}, 1.0),
+        ({"loss_weight": 0.5}, 0.5),
+        ({"weight": 0.25, "train": True}, 0.25),
+        ({"weight": 1, "loss_scale": 0.75}, 0.75),  # that of the same name comes first
+        ({"train": False}, 0.0),
+        ({"content": [{"type": "text", "value": "yes", "loss_weight": 0.5}]}, 0.5),
+    ],
+)
+def test_a_weight_that_a_message_has_stays_a_factor_by_whatever_name(message, factor):
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]}
+    row["messages"][1] |= message
+    options = WeightedColumns(temperature=1.0, message_weight="loss_scale")
+    rows = weigh_rows(Scores(torch.tensor([2.0])), options, Fields(messages="messages"))
+    messages = rows.values_of(0, row)["messages"]
+    weight = flow_weights(torch.tensor([2.0]), temperature=1.0).item()
+    assert messages[1] == {**row["messages"][1], "loss_scale": pytest.approx(weight * factor)}
+    assert messages[0] == row["messages"][0]
+
+    pair = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+    fields = Fields(prompt="prompt", completion="completion")
+    rows = weigh_rows(Scores(torch.tensor([2.0, torch.nan])), options, fields)
+    if factor:  # else nothing is to be learned, and such a row has no loss
+        messages = rows.values_of(0, pair)["messages"]
+        assert messages[1]["loss_scale"] == pytest.approx(weight * factor)
+    assert rows.values_of(1, {"prompt": "?", "completion": None})["messages"] is None
 
 
 def test_a_report_shows_no_text_of_a_changed_file(capsys, score, tmp_path):

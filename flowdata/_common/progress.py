@@ -44,7 +44,7 @@ def progress_bar(
     else:
         lines = _Lines(total, name, unit, initial)
         yield lines.advance
-        lines.write()
+        lines.end()
 
 
 class _Lines:
@@ -58,6 +58,7 @@ class _Lines:
         self.position = self.initial = initial
         self.start_time = self.last_time = monotonic()
         self.pause = _FIRST_LINE
+        self.written = -1  # the position that the last line told of
 
     def advance(self, amount: int, /) -> None:
         self.position += amount
@@ -65,8 +66,12 @@ class _Lines:
             self.pause = _LINE_EVERY
             self.write()
 
+    def end(self) -> None:
+        if self.position != self.written:
+            self.write()
+
     def write(self) -> None:
-        self.last_time = monotonic()
+        self.last_time, self.written = monotonic(), self.position
         rate = (self.position - self.initial) / max(self.last_time - self.start_time, 1e-9)
         share = self.position / max(self.total, 1)
         progress = f"{self.position:,} of {self.total:,} {self.unit} ({share:.0%})"

@@ -9,8 +9,11 @@ from typing import Any
 
 
 def print_result(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> None:
-    """Print a command's result: its facts as JSON where `--json` asks for it, else its text."""
-    print(json.dumps(facts) if options.json else text)
+    """Print a command's result: as JSON where `--json` asks for it, else text, unless `--quiet`."""
+    if options.json:
+        print(json.dumps(facts))
+    elif not options.quiet:
+        print(text)
 
 
 def list_figures(summary: Mapping[str, Any]) -> str:

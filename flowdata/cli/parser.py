@@ -11,6 +11,9 @@ from flowdata.cli.shell.completion import SHELLS, PrintCompletion
 from flowdata.cli.shell.config import config_file, use_config
 from flowdata.cli.shell.wording import actions_of, flags_of
 
+# Commands that read a store. What they tell of rows without a loss was noted by `flowdata score`.
+_READERS = ("weigh", "report")
+
 
 def parse_options(
     arguments: Sequence[str],
@@ -33,7 +36,10 @@ def parse_options(
         except (OSError, ValueError) as error:
             parser.exit(2, f"flowdata {command}: {error}\n")
     options = parser.parse_args(arguments)
-    return options, flags_of(parser, options.command)
+    flags = flags_of(parser, options.command)
+    if options.command in _READERS:
+        flags = flags_of(parser, "score") | flags
+    return options, flags
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,7 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=first_line, description=first_line)
         subparser.set_defaults(run=command.run)
         subparser.add_argument("--json", action="store_true", help="print one JSON object")
-        subparser.add_argument("--quiet", action="store_true", help="say nothing but warnings")
+        subparser.add_argument(
+            "--quiet", action="store_true", help="print nothing but warnings, and JSON if asked for"
+        )
         subparser.add_argument(
             "--config", metavar="FILE", help="TOML or YAML of these options; flags win over it"
         )

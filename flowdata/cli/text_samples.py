@@ -141,6 +141,9 @@ def text_samples(
             **_rows_of(digest, samples),
         },
         "tokenizer": fingerprint_tokenizer(text.tokenizer),
+        # What a report makes the same tokens of again.
+        "tokenizer_source": options.tokenizer or model,
+        "chat_template_given": text.tokenizer.chat_template if options.chat_template else None,
         "chat_template": samples.replies is not None,
         "replies": samples.replies,
         "template_options": dict(options.template_option),

@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from flowdata._common.data_sets import is_map_style
+from flowdata._common.notices import warn_once
 from flowdata.collator import WeightedCollator
+from flowdata.scores import Scores
+from flowdata.scores.matching import rows_identity
+from flowdata.store.fingerprint.rows import digest_tokens
+
+_ROWS_AT_ONCE = 4096
 
 
 def add_weights(dataset: Any, weights: Tensor, key: str) -> Any:
@@ -53,6 +60,44 @@ def take_weights(prepared: Any, given: Any, weights: Tensor, key: str) -> tuple[
             "set first, score what comes out, and pass that"
         )
     return prepared, weights
+
+
+def remark_on_tokens(prepared: Any, scores: Any, max_length: int | None) -> None:
+    """Warn where a Trainer makes other tokens of rows than those that the command line scored.
+
+    The rows are those that were scored, so that their weights are no one else's; but they tell how
+    hard something else is than what is trained on: a row cut elsewhere, or in another template.
+
+    Args:
+        prepared: what the Trainer made of the rows, in their order.
+        scores: as the Trainer was given them.
+        max_length: the length at which the Trainer cuts; None where it does not.
+    """
+    rows = rows_identity(scores.metadata) if isinstance(scores, Scores) else None
+    if rows is None or "tokens" not in rows or "input_ids" not in prepared.column_names:
+        return
+    if len(prepared) == len(scores) and _digest_of(prepared) == rows["tokens"]:
+        return  # rows of which nothing is left to learn are dropped
+    scored_length = scores.metadata.get("details", {}).get("max_length")
+    warn_once(
+        "the trainer makes other tokens of the rows than those that were scored: it cuts them at "
+        f"max_length={max_length}, they were scored under --max-length {scored_length}, or its "
+        "tokenizer or chat template is another. Score them as they are trained on: flowdata score "
+        "--max-length, --tokenizer, --chat-template, or --no-template, since TRL puts prompts that "
+        "are plain text through no template",
+        about="tokens of the prepared data set",
+    )
+
+
+def _digest_of(prepared: Dataset) -> str:
+    """The digest of a data set's tokens, as a store keeps it."""
+    ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    for batch in prepared.select_columns("input_ids").with_format("arrow").iter(_ROWS_AT_ONCE):
+        column = batch["input_ids"].combine_chunks()
+        ids.append(column.flatten().to_numpy().astype(np.int32))
+        lengths.append(column.value_lengths().to_numpy().astype(np.int64))
+    offsets = np.append(0, np.concatenate(lengths).cumsum())
+    return digest_tokens(np.concatenate(ids), offsets, None)
 
 
 def check_not_a_stream(dataset: Any, what: str) -> None:

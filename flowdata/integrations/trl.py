@@ -21,6 +21,7 @@ from trl.data_utils import pack_dataset
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.first_batch import Decision
 from flowdata.integrations.own_scores import feed_of, score_batches
+from flowdata.integrations.prepared import remark_on_tokens
 from flowdata.integrations.sft_head import Rows, base_hidden, recorded_hidden
 from flowdata.integrations.trainer_loss import RunLoss
 from flowdata.integrations.transformers import FlowTrainerMixin
@@ -128,6 +129,8 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
             formatting_func,
             dataset_name,
         )
+        if is_training_data and not (packing or args.shuffle_dataset):
+            remark_on_tokens(prepared, self.scores, args.max_length)
         return self._lay_weights(prepared, args) if is_weighted else prepared
 
     def _check_token_weights(self, dataset: Any) -> None:

@@ -88,17 +88,23 @@ def picture(label: str, draw: Callable[[Any], None]) -> str:
 
 
 def definitions(metadata: Mapping[str, Any]) -> str:
-    """Return what scores' metadata say of the model, the data and the options, as a list."""
+    """Return what scores' metadata say of the model, the data and the options, as a list.
+
+    Of what is long, such as a chat template, the beginning will do.
+    """
     facts = {
         name: value
         for part in ("identity", "details")
         for name, value in dict(metadata.get(part) or {}).items()
         if value is not None
     }
-    rows = (
-        f"<dt>{escape(str(name))}</dt>"
-        f"<dd>{escape(value if isinstance(value, str) else json.dumps(value, default=str))}</dd>"
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, default=str)
         for name, value in facts.items()
+    }
+    rows = (
+        f"<dt>{escape(str(name))}</dt><dd>{escape(shorten(text, _EXCERPT)[0].text)}</dd>"
+        for name, text in texts.items()
     )
     return f"<dl>{''.join(rows)}</dl>"
 
@@ -154,7 +160,8 @@ th { color: var(--muted); font-weight: normal; text-align: left; }
 .accent { --bar: var(--accent); } .warn { --bar: var(--warn); }
 pre { margin: .5rem 0 0; padding: .6rem .8rem; border-radius: .5rem; background: var(--card);
   font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre span { display: block; padding: .15rem .6rem; border-left: .25rem solid var(--faint); }
+pre span { display: block; padding: .15rem .6rem; border-left: .25rem solid var(--faint);
+  unicode-bidi: plaintext; text-align: start; }
 pre span + span { margin-top: .4rem; }
 pre span.target { border-color: var(--accent); }
 pre span::before { content: attr(data-role); display: block; color: var(--muted);

@@ -11,7 +11,7 @@ import torch
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.errors import ScoreMismatchError
-from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens
+from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens, first_difference
 from flowdata.store.identity import (
     CONTENT_PREFIX,
     content_identity,
@@ -23,6 +23,13 @@ from flowdata.targets.labels import IGNORE_INDEX
 
 TOKENS_PREFIX = "tokens:"  # of the identity of token samples that were made of rows of text
 _ROWS_AT_ONCE = 4096
+_TOKEN_OPTIONS = {  # of a store's details, what makes tokens of rows, as a message names it
+    "tokenizer": "tokenizer",
+    "chat_template": "use of the chat template",
+    "template_options": "value of the template's options",
+    "max_length": "greatest length",
+    "truncation": "truncation",
+}
 _REMEDY = "score this data set, or pass scores.weights() if its rows are those that were scored"
 
 
@@ -77,19 +84,53 @@ def rows_difference(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         ...     first.add({"text": str(number)})
         ...     second.add({"text": str(3 - number)})
         >>> rows_difference(first.identity(), second.identity())
-        'its rows are the same in another order'
+        'its rows are the same in another order; the first is row 0'
     """
     if rows["scheme"] != other["scheme"]:
         return "they were scored by another version of flowdata, which told rows apart otherwise"
     if rows["rows"] == other["rows"]:
         return ""
+    where = _where(rows, other)
     if rows["any_order"] == other["any_order"]:
-        return "its rows are the same in another order"
+        return f"its rows are the same in another order{where}"
     new = [name for name in other["held"] if name not in rows["held"]]
     if new:
         return f"its column {new[0]!r} holds something, and held nothing in the rows that were read"
     columns = ", ".join(map(repr, rows["held"]))
-    return f"its rows are others, or hold something else in {columns}"
+    return f"its rows are others, or hold something else in {columns}{where}"
+
+
+def stores_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return what differs between the text of two stores in words, "" where they can't tell.
+
+    Args:
+        before: the metadata of scores that the command line made.
+        after: those of others.
+    """
+    rows, others = rows_identity(before), rows_identity(after)
+    if rows is None or others is None:
+        return ""
+    if difference := rows_difference(rows, others):
+        return f"after is of another data set: {difference}"
+    details = [metadata["details"] for metadata in (before, after)]
+    changes = [
+        f"{flag} (before {details[0].get(name)!r}, after {details[1].get(name)!r})"
+        for name, flag in _TOKEN_OPTIONS.items()
+        if details[0].get(name) != details[1].get(name)
+    ]
+    same = "the rows are the same, and their tokens are not"
+    return f"{same}, for they were made with another {' and another '.join(changes)}" * bool(
+        changes
+    )
+
+
+def _where(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Where two data sets first differ, as the end of a sentence."""
+    place = first_difference(rows, other)
+    if place is None:
+        return ""
+    first, last = place
+    return f"; the first is row {first:,}" + (f" to {last:,}" if last > first else "")
 
 
 def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> None:

@@ -110,7 +110,7 @@ class Scores:
 
         Args:
             index: an integer for one sample; a slice, a list of integers or (N,) booleans for
-                `Scores` of some, in that order.
+                `Scores` of some, in that order. Arrays and columns of pandas do, too.
 
         Raises:
             TypeError: it is none of these.

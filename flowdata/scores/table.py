@@ -126,7 +126,13 @@ def _indices(selection: Any, size: int) -> Tensor:
     """The indices that a slice, a sequence of indices or a mask selects, (n,) int64, in [0, N)."""
     if isinstance(selection, slice):
         return torch.tensor(range(*selection.indices(size)), dtype=torch.long)
-    if not isinstance(selection, Sequence | np.ndarray | Tensor) or isinstance(selection, str):
+    if hasattr(selection, "sort_index") and np.asarray(selection).dtype.kind == "b":
+        # A mask of pandas, perhaps of a frame that was sorted: its index says whose each value is.
+        selection = selection.sort_index()
+        if list(selection.index) != list(range(size)):
+            raise IndexError(f"a mask of pandas needs an index of 0 to {size - 1}, one a sample")
+    is_array = hasattr(selection, "__array__")  # of NumPy, PyTorch or pandas
+    if not (is_array or isinstance(selection, Sequence)) or isinstance(selection, str):
         raise _no_index(selection)
     array = np.asarray(selection)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "biu"):

@@ -137,19 +137,29 @@ class _Share:
 @contextmanager
 def _progress(job: Job, plan: Plan, todo: Sequence[int]) -> Iterator[Callable[[int], None]]:
     """Show a run's progress; gives a function that is told how many packs of `todo` are behind."""
-    costs = offsets_of(plan.costs[list(todo)]).tolist()
-    total, cost_shown = int(plan.costs.sum()), 0
-    unit = "samples" if plan.options.max_tokens is None else "tokens"
+    sizes, unit = _sizes(job, plan)
+    behind = offsets_of(sizes[list(todo)]).tolist()
+    total, shown = int(sizes.sum()), 0
     with progress_bar(
-        total, "scoring", unit, initial=total - costs[-1], shown=job.progress
+        total, "scoring", unit, initial=total - behind[-1], shown=job.progress
     ) as advance:
 
         def show(packs: int) -> None:
-            nonlocal cost_shown
-            advance(costs[packs] - cost_shown)
-            cost_shown = costs[packs]
+            nonlocal shown
+            advance(behind[packs] - shown)
+            shown = behind[packs]
 
         yield show
+
+
+def _sizes(job: Job, plan: Plan) -> tuple[Tensor, str]:
+    """What progress counts: a size of each pack, (packs,) int64, and the unit."""
+    if plan.options.max_tokens is None:
+        return plan.costs, "samples"
+    if job.lengths is None:  # they were read off the samples, and the costs alone were kept
+        return plan.costs, "tokens with padding"
+    tokens = offsets_of(torch.as_tensor(job.lengths).long()[plan.order])
+    return tokens[plan.offsets].diff(), "tokens"
 
 
 @dataclass(frozen=True)

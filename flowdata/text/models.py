@@ -136,6 +136,8 @@ def _place_of(source: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{source} holds several GGUF files; name one: {', '.join(names)}")
         if names:
             return source, {"gguf_file": names[0]}
+        if any((path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+            return source, {}  # a tokenizer alone
         raise ValueError(f"{source} holds neither a config.json nor a GGUF file: it is no model")
     return source, {}
 

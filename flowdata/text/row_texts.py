@@ -22,6 +22,8 @@ from flowdata.text.models import load_tokenizer
 from flowdata.text.read import read_rows
 from flowdata.text.tokens import TokenSamples, tokenize_rows
 
+_MOST_BYTES = 8  # tokens of one character: UTF-8 takes up to four bytes, and a space may be before
+_NO_CHARACTER, _GOES_ON = "\ufffd", "·"  # what bytes decode to alone, and what stands for them here
 # What a user can put right: data or a tokenizer that is gone, or has become something else.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
@@ -118,8 +120,12 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
     details = scores.metadata.get("details", {})
     if rows is None or not (scores.flat_token_losses is not None or details.get("num_cut")):
         return None
+    # Stores of earlier versions name neither tokenizer nor template: theirs may be the model's.
+    source = details.get("tokenizer_source") or details.get("model")
     try:
-        tokenizer = load_tokenizer(details["model"])
+        tokenizer = load_tokenizer(source)
+        if details.get("chat_template_given"):
+            tokenizer.chat_template = details["chat_template_given"]
         samples = tokenize_rows(
             rows,
             tokenizer,
@@ -136,7 +142,7 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
     if scores.metadata.get("identity", {}).get("dataset") != f"tokens:{samples.digest()}":
         logger.warning(
             "targets can't be shown as they were scored: by %s, %s has other tokens than these",
-            *(details["model"], details["data"]["source"]),
+            *(source, details["data"]["source"]),
         )
         return None
     return Targets(_words_of(samples, tokenizer), _is_cut(samples, details.get("max_length")))
@@ -171,9 +177,25 @@ def _words_of(samples: TokenSamples, tokenizer: Any) -> Callable[[int], Sequence
         for index in range(bounds[row], bounds[row + 1]):
             place = slice(samples.offsets[index] + 1, samples.offsets[index + 1])
             targets += samples.input_ids[place][samples.is_target[place]].tolist()
-        return [tokenizer.decode([target]) for target in targets]
+        return _decoded(targets, tokenizer)
 
     return words
+
+
+def _decoded(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; of tokens that are bytes of one character the first has all of it."""
+    texts: list[str] = []
+    start = 0
+    while start < len(tokens):
+        for end in range(start + 1, min(start + _MOST_BYTES, len(tokens)) + 1):
+            text = tokenizer.decode(tokens[start:end])
+            if not text.endswith(_NO_CHARACTER):
+                break
+        else:  # the rest of the character was cut off, or these are no bytes of one
+            end, text = start + 1, tokenizer.decode(tokens[start : start + 1])
+        texts += [text, *[_GOES_ON] * (end - start - 1)]
+        start = end
+    return texts
 
 
 def _is_cut(samples: TokenSamples, max_length: int | None) -> NDArray[np.bool_] | None:

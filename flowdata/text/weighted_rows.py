@@ -15,7 +15,7 @@ import torch
 from flowdata.scores import Scores
 from flowdata.text.conversation import Row
 from flowdata.text.formats import Fields, read_conversation
-from flowdata.text.formats.messages import read_turns
+from flowdata.text.formats.messages import read_turns, weight_of
 from flowdata.token_weights import weigh_targets
 from flowdata.weights import Normalize, Temperature
 
@@ -88,8 +88,18 @@ class RowWeights:
         values = {name: column[index] for name, column in self.columns.items()}
         if self.options.message_weight is not None:
             # Trainers take null in a message for no word on it, and train on it in full.
-            weight = values[self.options.name] or 0.0
-            values |= _chat_with_weights(row, self.fields, self.options.message_weight, weight)
+            weight = values[self.options.name]
+            try:
+                values |= _chat_with_weights(
+                    row, self.fields, self.options.message_weight, weight or 0.0
+                )
+            except (KeyError, TypeError, ValueError):
+                if weight is not None:
+                    raise
+                # A row that can't be read has no loss, and is written as it is.
+                is_chat = self.fields.messages and not self.fields.completion
+                column = str(self.fields.messages) if is_chat else MESSAGES
+                values[column] = row.get(column)
         return values
 
 
@@ -115,6 +125,8 @@ def weigh_rows(scores: Scores, options: WeightedColumns, fields: Fields) -> RowW
         >>> columns["keep"]
         [True, False, None]
     """
+    if not options.name:
+        raise ValueError("the weight's column needs a name, got ''")
     if options.name in (LOSS, TOKEN_WEIGHTS, KEEP):
         raise ValueError(f"the weight's column must not be named {options.name!r}, another is")
     has_loss = ~scores.losses.isnan()
@@ -161,15 +173,15 @@ def _chat_with_weights(
             f"column {MESSAGES!r} holds no list of messages, so no weights can be written into it"
         )
     conversation = read_conversation(row, fields)
-    pairs = zip(conversation.messages, conversation.is_target, strict=True)
-    return {
-        MESSAGES: [
-            {**message, name: weight if is_target else 0.0}
-            if message["role"] == "assistant"
-            else message
-            for message, is_target in pairs
-        ]
-    }
+    messages = [dict(message) for message in conversation.messages]
+    replies: Any = row.get(fields.completion) if fields.completion else None
+    is_chat = isinstance(replies, list) and all(map(_is_message, replies))
+    own: list[Any] = replies if is_chat else []  # messages with the weights that they have
+    items = [{}] * (len(messages) - len(own)) + own
+    for message, item, is_target in zip(messages, items, conversation.is_target, strict=False):
+        if message["role"] == "assistant":
+            message[name] = weight * weight_of(item, name) if is_target else 0.0
+    return {MESSAGES: messages}
 
 
 def _is_message(item: Any) -> bool:
@@ -177,10 +189,10 @@ def _is_message(item: Any) -> bool:
 
 
 def _weighted(item: Mapping[str, Any], name: str, weight: float) -> dict[str, Any]:
-    """A message with its weight: a weight that it has already stays a factor."""
+    """A message with its weight: one that it has already, by whatever name, stays a factor."""
     turns = read_turns([item])
     if not any(message["role"] == "assistant" for message, _ in turns):
         return dict(item)
     if not any(is_target for _, is_target in turns):
         return {**item, name: 0.0}
-    return {**item, name: weight * float(1.0 if item.get(name) is None else item[name])}
+    return {**item, name: weight * weight_of(item, name)}

@@ -119,6 +119,7 @@ def _print_preview(options: argparse.Namespace) -> None:
     options.limit = _PREVIEW_ROWS if options.limit is None else min(options.limit, _PREVIEW_ROWS)
     options.streaming = True
     recognised = preview_text(options, options.data, options.model)
+    options.quiet = False  # a preview is asked for to be read
     print_result(options, asdict(recognised), recognised.text(whole=True))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
+from fnmatch import fnmatch
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.weighing import Weighing
 from flowdata.scores import Scores
 from flowdata.scores.matching import rows_identity
-from flowdata.text.files.places import files_of, hub_id, is_saved
+from flowdata.text.files.places import hub_id
 from flowdata.text.files.writing import check_output
 from flowdata.text.formats import Fields
 from flowdata.text.weighted_rows import WeightedColumns, weigh_rows
@@ -66,11 +68,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write a scored data set with its weights, for trainers that read files."""
     check_temperature(options.temperature)
+    if options.keep_above is not None and isnan(options.keep_above):
+        raise ValueError("--keep-above should be a weight, it is nan")
     check_output(options.output, overwrite=options.overwrite)
     scores = Scores.load(options.store)
     data = _data_of(scores, options.store)
     source = options.data or data["source"]
-    _check_not_the_data(options.output, source, data.get("split"))
+    _check_not_the_data(options.output, source)
     fields = Fields(**{field.name: data[field.name] for field in fields_of(Fields)})
     columns = WeightedColumns(
         temperature=options.temperature,
@@ -117,12 +121,21 @@ def _data_of(scores: Scores, store: str) -> Mapping[str, Any]:
     return data
 
 
-def _check_not_the_data(output: Path, source: str, split: str | None) -> None:
-    if hub_id(source) is not None or not Path(source).exists():
+def _check_not_the_data(output: Path, source: str) -> None:
+    """Refuse to write over the data, or to where it would be read as more of the data."""
+    if hub_id(source) is not None:
         return
-    sources = [Path(source)] if is_saved(Path(source)) else files_of(source, split)
-    if any(output.resolve() in (path.resolve(), *path.resolve().parents) for path in sources):
+    data, place = Path(source).expanduser().resolve(), output.resolve()
+    if place in (data, *data.parents):
         raise ValueError(f"--output {output} is the data itself; name another file")
+    folder, is_deep, _ = str(data).partition("**")
+    is_matched = place.match(str(data)) or (
+        bool(is_deep) and Path(folder) in place.parents and fnmatch(place.name, data.name)
+    )
+    if data in place.parents or is_matched:
+        raise ValueError(
+            f"--output {output} would be read as part of the data, {source}; name another place"
+        )
 
 
 def _say_what_lacks(weighing: Weighing, *, drop: bool) -> None:

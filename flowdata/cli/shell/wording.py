@@ -18,6 +18,19 @@ _DISTRIBUTION = "flowdata-torch"
 _INSTALL = re.compile(rf'pip install "{_DISTRIBUTION}\[(\w+)\]"')
 _REQUIREMENT = re.compile(r"([^;]+?)\s*;.*extra == ['\"](\w+)['\"]")
 _OWN_EXTRA = re.compile(rf"{_DISTRIBUTION}\[(\w+)\]")
+# What only a program can do, and what stands for it on the command line: as it is written in the
+# library, in the flags' own words, and the flag without which they make no sense.
+_PHRASES = (
+    (
+        "weights(missing='zero') gives them weight 0",
+        "flowdata weigh gives them null for a weight, and leaves them out with --missing drop",
+        None,
+    ),
+    ("score with LossScorer(..., token_losses=True)", "score with --token-losses", None),
+    ("delete this one if its losses", "pass --overwrite if its losses", "overwrite"),
+    (", or a callable losses -> float", "", None),
+    (" must be a positive integer or None,", " must be a positive integer,", None),
+)
 # A value stands behind an equals sign; without one an argument is named where it begins a rule.
 _VALUE = r"=(?P<value>'[^']*'|\"[^\"]*\"|[\w./…-]*[\w/…])"
 _RULE = r"(?= (?:must|goes with|has no effect)\b)"
@@ -37,6 +50,9 @@ def in_flags(message: str, flags: Mapping[str, argparse.Action]) -> str:
         'pass --on-error skip to leave it out'
     """
     message = _INSTALL.sub(lambda match: _command_to_install(match[1]), message)
+    for words, in_own_words, flag in _PHRASES:
+        if flag is None or flag in flags:
+            message = message.replace(words, in_own_words)
     if not flags:
         return message
     names = "|".join(map(re.escape, sorted(flags, key=len, reverse=True)))

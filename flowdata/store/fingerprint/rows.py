@@ -19,6 +19,7 @@ from flowdata.store.fingerprint.values import canonical
 
 _SCHEME = 1
 _MODULUS = 1 << 128
+_MOST_MARKS = 512  # of where the rows of two data sets part; each takes 8 characters
 
 
 class RowsDigest:
@@ -40,6 +41,8 @@ class RowsDigest:
         self._digest = hashlib.sha256(canonical(self.columns))
         self._sum = self._count = 0
         self._held: set[str] = set()  # the columns that hold something in some row
+        self._step = 1  # rows between two marks
+        self._marks: list[str] = []  # the digest's beginning at each
 
     def __len__(self) -> int:
         """Return the number of rows so far."""
@@ -55,6 +58,15 @@ class RowsDigest:
         self._digest.update(digest)
         self._sum = (self._sum + int.from_bytes(digest[:16], "little")) % _MODULUS
         self._count += 1
+        if self._count % self._step == 0:
+            self._mark()
+
+    def _mark(self) -> None:
+        """Note the digest so far; where there are too many notes, every second one will do."""
+        self._marks.append(self._digest.hexdigest()[:8])
+        if len(self._marks) > _MOST_MARKS:
+            self._step *= 2
+            self._marks = self._marks[1::2]
 
     def watch(self, rows: Iterable[Any]) -> Iterator[Any]:
         """Pass rows on, and take each of them; what is no mapping stands for none."""
@@ -66,7 +78,8 @@ class RowsDigest:
         """Return the identity of the rows so far, JSON-like.
 
         It has `scheme`, `count`, `columns`, `held` (those that hold something in some row), `rows`
-        (a digest of the rows in their order) and `any_order` (one of the rows alone).
+        (a digest of the rows in their order), `any_order` (one of the rows alone), and `marks`, the
+        beginnings of the digest after every `step` rows (`first_difference`).
         """
         return {
             "scheme": _SCHEME,
@@ -75,7 +88,41 @@ class RowsDigest:
             "held": sorted(self._held),
             "rows": self._digest.hexdigest(),
             "any_order": f"{self._sum:032x}",
+            "step": self._step,
+            "marks": "".join(self._marks),
         }
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the first and the last of the rows among which two data sets first differ.
+
+    Up to 512 rows it is one row. None where the rows are the same as far as is known: identities of
+    earlier versions have no marks.
+
+    Args:
+        one: an identity (`RowsDigest.identity`).
+        other: another.
+
+    Example:
+        >>> one, other = RowsDigest(["text"]), RowsDigest(["text"])
+        >>> for number in range(9):
+        ...     one.add({"text": str(number)})
+        ...     other.add({"text": str(number % 7)})
+        >>> first_difference(one.identity(), other.identity())
+        (7, 7)
+    """
+    if one["rows"] == other["rows"] or not ("marks" in one and "marks" in other):
+        return None
+    step, count = max(one["step"], other["step"]), min(one["count"], other["count"])
+    pairs = zip(_marks_at(one, step), _marks_at(other, step), strict=False)
+    same = next((i for i, (mark, its) in enumerate(pairs) if mark != its), count // step)
+    return same * step, min((same + 1) * step, max(one["count"], other["count"])) - 1
+
+
+def _marks_at(identity: Mapping[str, Any], step: int) -> list[str]:
+    """The marks of an identity after every `step` rows, a multiple of its own."""
+    every, marks = step // identity["step"], identity["marks"]
+    return [marks[8 * i : 8 * i + 8] for i in range(every - 1, len(marks) // 8, every)]
 
 
 def digest_tokens(

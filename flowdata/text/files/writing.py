@@ -6,13 +6,17 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flowdata._common.atomic import replacing
+from flowdata._common.notices import logger
 from flowdata.text.conversation import Row
 from flowdata.text.files.places import is_saved
 
+# What Arrow raises on values of several types (its own errors are among these), or too large.
+_NO_COLUMN = (TypeError, ValueError, OverflowError)
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 PARQUET = ".parquet"
 
@@ -86,21 +90,33 @@ def write_dataset(dataset: Any, path: Path) -> None:
 def to_dataset(rows: Sequence[Row]) -> Any:
     """Return rows as a Hugging Face data set, which has the columns of all of them.
 
+    A column whose values are of several types is one of JSON text, which `datasets` turns into the
+    values again; it is said that other readers meet the text.
+
     Raises:
-        ValueError: a column holds values of several types, which Arrow has no column for.
+        ValueError: a column holds what neither Arrow nor this version of `datasets` has one for.
     """
     import datasets
-    import pyarrow
 
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     try:
         return datasets.Dataset.from_dict(columns)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the rows are of several types in one column ({error}), which Parquet and saved data "
-            f"sets can't have; write {LINES[0]}"
-        ) from None
+    except _NO_COLUMN as error:
+        reason = " ".join(str(error).split())
+    with suppress(*_NO_COLUMN):  # also of a version that knows no such columns
+        dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+        mixed = [name for name, kind in dataset.features.items() if "Json(" in repr(kind)]
+        logger.warning(
+            "column%s %s hold%s values of several types: `datasets` reads them as they are, and "
+            "other readers find JSON text",
+            *("s" * (len(mixed) > 1), ", ".join(map(repr, mixed)), "s" * (len(mixed) == 1)),
+        )
+        return dataset
+    raise ValueError(
+        f"a column holds values that Parquet and saved data sets can't have together ({reason}); "
+        f"write {LINES[0]}"
+    )
 
 
 def with_columns(dataset: Any, columns: Mapping[str, Sequence[Any]]) -> Any:

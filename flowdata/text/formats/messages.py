@@ -59,6 +59,21 @@ def read_turns(value: Any) -> list[Turn]:
     return turns
 
 
+def weight_of(item: Mapping[str, Any], name: str) -> float:
+    """Return the weight that a message has already, 1 without any.
+
+    Args:
+        item: a message of a row.
+        name: the field that is asked for first; else the smallest of the others counts.
+
+    Example:
+        >>> weight_of({"role": "assistant", "weight": 0.5, "train": True}, "loss_weight")
+        0.5
+    """
+    flags = _flags_of_parts(item.get("content")) | _flags(item)
+    return float(flags.get(name, min(flags.values(), default=1.0)))
+
+
 def parse(text: str) -> Any:
     """Return what a text holds as JSON, or as a Python literal, which CSV files often have."""
     try:
