@@ -1,11 +1,14 @@
-"""Cases on two ranks under one launcher: each rank imports once, and forks for each case."""
+"""Ranks in tests that import once: cases under one launcher, and processes of one server."""
 
 import gc
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from tests.leave_ranks import leave_ranks
 
@@ -53,3 +56,10 @@ def run_cases(run, folder, ports, *cases):
             leave_ranks()
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
             sys.exit(f"the case {case!r} failed")
+
+
+def start_ranks(work, arguments, count):
+    """``work(rank, *arguments)`` in processes that a server forks, which has imported the tests."""
+    multiprocessing.set_forkserver_preload(["tests.test_anchor_follows", "tests.test_companions"])
+    options = {"nprocs": count, "start_method": "forkserver"}
+    torch.multiprocessing.start_processes(work, arguments, **options)
