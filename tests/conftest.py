@@ -1,6 +1,8 @@
 import gc
 import os
 
+gc.disable()  # until all is imported
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The coverage that the gate asks for is not for the pytests that tests start.
@@ -17,3 +19,4 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
