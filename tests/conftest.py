@@ -1,4 +1,7 @@
+import gc
 import os
+
+gc.disable()  # until all is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -7,3 +10,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def pytest_collection_finish():
+    """Set aside what the imports made, which lives as long as this process.
+
+    A Trainer collects garbage after each run: half a second, if it goes through all of this again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowdata.companions.anchor import ParameterAnchor
+from tests.launched import start_ranks
 from tests.leave_ranks import leave_ranks
 from tests.models import tiny_llama
 
@@ -467,9 +468,7 @@ def sharded_after(rank, folder, ranks, is_sharded_first):
 def test_fully_shard_before_or_after_the_anchor_trains_as_one_process(
     tmp_path, ranks, is_sharded_first
 ):
-    torch.multiprocessing.spawn(
-        sharded_after, (str(tmp_path), ranks, is_sharded_first), nprocs=ranks
-    )
+    start_ranks(sharded_after, (str(tmp_path), ranks, is_sharded_first), ranks)
     for rank in range(ranks):
         penalties, weights, expected = torch.load(tmp_path / str(rank), weights_only=True)
         assert penalties[0] > 0

@@ -238,18 +238,15 @@ def test_a_file_of_options_that_is_none_is_refused(capsys, tmp_path, name, conte
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_the_shell_completes_commands_flags_and_choices():
-    done = subprocess.run(
-        [sys.executable, "-m", "flowdata", "--print-completion", "bash"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_the_shell_completes_commands_flags_and_choices(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    printed = capsys.readouterr().out
 
     def completed(*words):
         line = " ".join(f"'{word}'" for word in words)
         script = (
-            f"{done.stdout}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _flowdata; "
+            f"{printed}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _flowdata; "
             'printf "%s\\n" "${COMPREPLY[@]}"'
         )
         run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)

@@ -11,6 +11,7 @@ from flowdata.companions.averages import averages
 from flowdata.companions.averaging import sweep_wise_ft, wise_ft
 from flowdata.companions.batch_norm import batch_norm_state
 from tests import reference
+from tests.launched import start_ranks
 from tests.leave_ranks import leave_ranks
 from tests.models import tiny_llama
 
@@ -370,7 +371,7 @@ def sharded_penalty(rank, folder):
 
 
 def test_a_model_sharded_over_two_processes_is_anchored_whole(tmp_path):
-    torch.multiprocessing.spawn(sharded_penalty, (str(tmp_path),), nprocs=2)
+    start_ranks(sharded_penalty, (str(tmp_path),), 2)
     count = 3 * 5 + 5 + 5 * 2 + 2
     for rank in range(2):
         penalty, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def seconds_to_import(name):
+    """Of a processor, which don't depend on what else runs."""
     code = (
-        "import time; start = time.perf_counter(); "
-        f"import {name}; print(time.perf_counter() - start)"
+        "import time; start = time.process_time(); "
+        f"import {name}; print(time.process_time() - start)"
     )
     return float(
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
@@ -32,7 +33,7 @@ def seconds_to_import(name):
 
 
 def test_importing_takes_little_more_than_importing_torch():
-    pairs = [(seconds_to_import("torch"), seconds_to_import("flowdata")) for _ in range(5)]
+    pairs = [(seconds_to_import("torch"), seconds_to_import("flowdata")) for _ in range(2)]
     torch_alone, with_flowdata = (min(column) for column in zip(*pairs, strict=True))
     assert with_flowdata < 1.5 * torch_alone, pairs
 

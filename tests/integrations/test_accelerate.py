@@ -1,13 +1,11 @@
 """What loops of Accelerate compute and see, on one rank and on two, against loops by hand.
 
-Run by torchrun, the file is its own script: `main` runs every case on each rank.
+Run by torchrun, the file is its own script: each rank runs the cases that are named.
 """
 
 import os
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +18,11 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import check_loader
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
-from tests.leave_ranks import leave_ranks
+from tests.launched import launch, run_cases
 
 accelerate = pytest.importorskip("accelerate")
 PreparedBatches = pytest.importorskip("flowdata.integrations.accelerate").PreparedBatches
 
-ROOT = Path(__file__).parents[2]
 COUNT, BATCH = 56, 4  # 14 batches: 7 on each of two ranks
 INPUTS = torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randn(COUNT, generator=torch.Generator().manual_seed(1))
@@ -132,8 +129,8 @@ def run_steps():
     }
 
 
-def test_two_ranks_take_the_steps_that_are_due(tmp_path):
-    ranks = launch("steps", tmp_path)
+def test_two_ranks_take_the_steps_that_are_due(folder):
+    ranks = returned("steps", folder)
     assert len(ranks[0]) == len(LAYOUTS) * len(STEPS) * 2
     for layout, steps, normalize in ranks[0]:
         results = [rank[layout, steps, normalize] for rank in ranks]
@@ -232,8 +229,8 @@ def test_another_loader_within_a_pass_changes_nothing():
 # What a FlowSampler gives to loaders that Accelerate prepares.
 
 
-def test_a_sampler_finds_its_share_wherever_it_was_made(tmp_path):
-    ranks = launch("sampler", tmp_path)
+def test_a_sampler_finds_its_share_wherever_it_was_made(folder):
+    ranks = returned("sampler", folder)
     orders = []
     for epoch in range(2):
         sampler = FlowSampler(WEIGHTS, num_replicas=1, rank=0)
@@ -268,8 +265,8 @@ def run_sampler():
     return results
 
 
-def test_a_sampler_shared_twice_or_never_is_refused(tmp_path):
-    for messages in launch("refusals", tmp_path):
+def test_a_sampler_shared_twice_or_never_is_refused(folder):
+    for messages in returned("refusals", folder):
         assert len(messages) == 10 - torch.cuda.is_available()
         for layout, message in messages.items():
             expected = "outside of one: give the loader to accelerator.prepare"
@@ -289,7 +286,8 @@ def test_a_sampler_shared_twice_or_never_is_refused(tmp_path):
 def test_the_launcher_of_accelerate_takes_the_steps_that_are_due(tmp_path):
     launcher = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2"]
     launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    for gradients, _ in launch("launcher", tmp_path, launcher):
+    launch(__name__, tmp_path, ["launcher"], launcher)
+    for gradients, _ in returned("launcher", tmp_path):
         check_gradients(gradients, samples_of_step(2, 2, False), "count")
 
 
@@ -373,28 +371,22 @@ def test_the_schedule_and_the_first_batches_that_are_skipped_keep_to_the_steps()
 # Ranks.
 
 
-def launch(case, folder, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node=2")):
-    """Run a case on two ranks; return what it returned on each."""
-    command = [sys.executable, "-m", *launcher, "-m", "tests.integrations.test_accelerate"]
-    process = subprocess.run(
-        [*command, case, str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two ranks have left what each case returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(__name__, folder, ["steps", "sampler", "refusals"])
+    return folder
+
+
+def returned(case, folder):
     return [torch.load(folder / f"{case}.{rank}") for rank in range(2)]
 
 
-def main():
+def run(case, folder):
     """Run a case on one rank, and save what it returns."""
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    results = globals()[f"run_{case}"]()
-    torch.save(results, folder / f"{case}.{os.environ['RANK']}")
-    leave_ranks()
+    torch.save(globals()[f"run_{case}"](), folder / f"{case}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run, *sys.argv[1:])

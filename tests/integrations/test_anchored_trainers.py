@@ -338,18 +338,6 @@ def test_by_the_weights_is_right_where_no_rule_is(tmp_path):
         tiny.assert_same_gradient(gradient, expected)
 
 
-def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    results = tiny.run_on_two_ranks("held_trainer,held_sft", tmp_path, 16, 4)
-    expected = by_hand(adapted(), tiny.make_weights(), SFT_AND_KL)
-    counts = torch.tensor([int((s["labels"][1:] != -100).sum()) for s in tiny.make_samples()])
-    by_weights = counts.sum() / (counts * tiny.make_weights()).sum()
-    for ranks in results.values():
-        for rank in ranks:
-            for size in (16, 4):
-                tiny.assert_same_gradient(rank[size, "count"], expected)
-                tiny.assert_same_gradient(rank[size, "weights"], expected * by_weights)
-
-
 @pytest.mark.parametrize(
     ("make", "options"),
     [

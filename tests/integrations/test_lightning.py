@@ -59,15 +59,6 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
     tiny.assert_same_gradient(gradient, expected)
 
 
-def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    gradients = tiny.run_on_two_ranks("lightning", tmp_path, 16, 4, 1)["lightning"]
-    for normalize in NORMALIZE:
-        expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in gradients:
-            for size in (16, 4, 1):
-                tiny.assert_same_gradient(rank[size, normalize], expected)
-
-
 def test_weights_of_one_train_as_an_unweighted_module(tmp_path):
     weighted = fit(Classifier(), FlowDataModule(data(), torch.ones(12), batch_size=12))
     plain = fit(Classifier(weighted=False), loader=DataLoader(data(), batch_size=12))

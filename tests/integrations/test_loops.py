@@ -25,16 +25,6 @@ def test_accumulated_gradients_are_those_of_the_full_batch(adapter, steps, norma
     tiny.assert_same_gradient(gradient, expected)
 
 
-def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    gradients = tiny.run_on_two_ranks("ddp,fsdp2,accelerate", tmp_path, 16, 4, 1)
-    for normalize in NORMALIZE:
-        expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for ranks in gradients.values():
-            for rank in ranks:
-                for size in (16, 4, 1):
-                    tiny.assert_same_gradient(rank[size, normalize], expected)
-
-
 def test_the_keras_layout_collates_into_inputs_targets_and_weights():
     data = TensorDataset(torch.arange(4.0), torch.tensor([0, 1, 1, 0]))
     weights = torch.tensor([1.0, 0.5, 0.25, 0.0])

@@ -1,15 +1,14 @@
 """What real training loops see of a FlowSampler on two ranks, counted sample by sample.
 
-Run by torchrun, the file is its own script: `main` calls the loop that is named on every rank.
+Run by torchrun, the file is its own script: every rank calls the loops that are named.
 """
 
+import importlib.util
 import json
 import os
 import pickle
-import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from flowdata.sampler import FlowSampler
-from tests.leave_ranks import leave_ranks
+from tests.launched import TORCHRUN, launch, run_cases
 
-ROOT = Path(__file__).parents[2]
 COUNT, EPOCHS, BATCH = 96, 2, 4
 WEIGHTS = torch.rand(60, generator=torch.Generator().manual_seed(0)) ** 2
 
@@ -72,15 +70,19 @@ def flat(batches):
     return [index for batch in batches for index in batch]
 
 
-def launch(loop, folder, processes=2):
-    """Run a loop under torchrun; return what each rank recorded."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "tests.integrations.test_sampler_ranks"]
-    command += [loop, str(folder)]
-    process = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+LOOPS = ["ddp", "early", "nodes", "stateful", "accelerate", "trainer", "trainer_resumed"]
+LOOPS += ["lightning", *(["ignite"] if importlib.util.find_spec("ignite") else [])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two ranks have left what they recorded in each loop."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(__name__, folder, LOOPS)
+    return folder
+
+
+def recorded(loop, folder, processes=2):
     return [json.loads((folder / f"{loop}-{r}.json").read_text()) for r in range(processes)]
 
 
@@ -266,52 +268,53 @@ def run_lightning(folder):
     return module.model.batches_seen
 
 
-def test_ddp_ranks_share_the_order(tmp_path):
-    ranks = launch("ddp", tmp_path)
+def test_ddp_ranks_share_the_order(folder):
+    ranks = recorded("ddp", folder)
     whole = [order[:COUNT] for order in expected(count=COUNT + 1)]
     assert interleaved([flat(rank) for rank in ranks]) == flat(whole)
     assert flat(whole) != flat(expected())
 
 
-def test_a_sampler_made_before_the_group_takes_its_share(tmp_path):
-    ranks = launch("early", tmp_path)
+def test_a_sampler_made_before_the_group_takes_its_share(folder):
+    ranks = recorded("early", folder)
     assert interleaved([flat(batches) for batches, _ in ranks]) == flat(expected())
     for _, lengths in ranks:
         assert lengths == [COUNT, COUNT // 2, COUNT // 2, COUNT // 2]
 
 
-def test_nodes_share_the_order(tmp_path):
-    assert interleaved([flat(rank) for rank in launch("nodes", tmp_path)]) == flat(expected())
+def test_nodes_share_the_order(folder):
+    assert interleaved([flat(rank) for rank in recorded("nodes", folder)]) == flat(expected())
 
 
-def test_ignite_shares_the_order(tmp_path):
+def test_ignite_shares_the_order(folder):
     pytest.importorskip("ignite")
-    ranks = launch("ignite", tmp_path)
+    ranks = recorded("ignite", folder)
     assert interleaved([flat(rank) for rank in ranks]) == flat(expected())
 
 
-def test_a_stateful_loader_on_two_ranks_goes_on_with_one(tmp_path):
-    first = launch("stateful", tmp_path)
-    second = launch("stateful", tmp_path, processes=1)
+def test_a_stateful_loader_on_two_ranks_goes_on_with_one(folder):
+    first = recorded("stateful", folder)
+    launch(__name__, folder, ["stateful"], (*TORCHRUN[:2], "--nproc-per-node=1"))
+    second = recorded("stateful", folder, processes=1)
     assert [len(flat(rank)) for rank in first] == [20, 20]
     assert interleaved([flat(rank) for rank in first]) + flat(second[0]) == expected()[1]
 
 
-def test_accelerate_deals_out_the_batches_of_the_order(tmp_path):
-    assert dealt_in_batches(launch("accelerate", tmp_path)) == flat(expected())
+def test_accelerate_deals_out_the_batches_of_the_order(folder):
+    assert dealt_in_batches(recorded("accelerate", folder)) == flat(expected())
 
 
-def test_the_hugging_face_trainer_sees_the_order(tmp_path):
-    assert dealt_in_batches(launch("trainer", tmp_path)) == flat(expected())
+def test_the_hugging_face_trainer_sees_the_order(folder):
+    assert dealt_in_batches(recorded("trainer", folder)) == flat(expected())
 
 
-def test_a_resumed_hugging_face_trainer_sees_the_rest_of_the_order(tmp_path):
+def test_a_resumed_hugging_face_trainer_sees_the_rest_of_the_order(folder):
     whole = flat(expected())
-    assert dealt_in_batches(launch("trainer_resumed", tmp_path)) == whole[17 * 2 * BATCH :]
+    assert dealt_in_batches(recorded("trainer_resumed", folder)) == whole[17 * 2 * BATCH :]
 
 
-def test_lightning_ranks_share_the_order(tmp_path):
-    ranks = launch("lightning", tmp_path)
+def test_lightning_ranks_share_the_order(folder):
+    ranks = recorded("lightning", folder)
     assert interleaved([flat(rank) for rank in ranks]) == flat(expected())
 
 
@@ -324,12 +327,17 @@ def test_a_plain_loader_sees_the_order(num_workers):
         assert flat(batch["index"].tolist() for batch in loader) == order
 
 
-def main():
+def run(loop, folder):
     """Record what one rank's loop sees."""
-    loop, folder = sys.argv[1], Path(sys.argv[2])
     batches_seen = globals()[f"run_{loop}"](folder)
     (folder / f"{loop}-{os.environ['RANK']}.json").write_text(json.dumps(batches_seen))
-    leave_ranks()
+
+
+def main():
+    if sys.argv[3:] == LOOPS:  # which would import these each for itself
+        for module in ("accelerate", "lightning", "transformers.trainer"):
+            importlib.import_module(module)
+    run_cases(run, *sys.argv[1:])
 
 
 if __name__ == "__main__":

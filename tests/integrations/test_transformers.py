@@ -1,4 +1,4 @@
-"""FlowTrainer: real Trainers on tiny models, on one rank and two."""
+"""FlowTrainer: real Trainers on tiny models."""
 
 import math
 
@@ -76,23 +76,6 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
     expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
     gradient = train_worker.trainer(tiny.N // steps, steps, normalize)
     tiny.assert_same_gradient(gradient, expected)
-
-
-def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    results = tiny.run_on_two_ranks("trainer,own", tmp_path, 16, 4, 1)
-    for normalize in NORMALIZE:
-        expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in (*results["trainer"], *results["own"]):
-            for size in (16, 4, 1):
-                tiny.assert_same_gradient(rank[size, normalize], expected)
-
-
-def test_resuming_on_two_ranks_is_exact(tmp_path):
-    for rank in tiny.run_on_two_ranks("resumed", tmp_path, 2)["resumed"]:
-        for normalize in NORMALIZE:
-            for whole, resumed in rank[2, normalize].values():
-                assert torch.equal(whole, resumed)
-            assert not torch.equal(rank[2, normalize][False][0], rank[2, normalize][True][0])
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -575,20 +558,6 @@ def test_an_order_that_resampling_would_ignore_is_refused(tmp_path, strategy):
     with pytest.raises(ValueError, match=f"'{strategy}' would be ignored"):
         flow_trainer(tmp_path, scores=tiny.make_weights(), resample=True, settings=settings)
     flow_trainer(tmp_path, scores=tiny.make_weights(), settings=settings).train()
-
-
-def test_two_ranks_are_given_the_samples_that_were_drawn(tmp_path):
-    tiny.launch_on_two_ranks("order_worker", tmp_path)
-    ranks = [torch.load(tmp_path / f"order.{rank}") for rank in range(2)]
-    for sharing in ("shards", "dispatched", "split"):
-        drawn = [sample for rank in ranks for sample in rank["resampled", sharing]]
-        assert sorted(drawn) == sorted(ranks[0]["order"])
-        # The first batch of a weighted run is looked at before it is trained on.
-        shares = [set(rank["stream", sharing]) for rank in ranks]
-        assert not shares[0] & shares[1]
-        assert sorted(shares[0] | shares[1]) == list(map(float, range(16)))
-        for rank in ranks:
-            assert "FlowWeightedIterable of 2 ranks would lose" in rank["sharded stream", sharing]
 
 
 def test_the_order_of_batches_is_the_trainers_own(tmp_path):

@@ -58,15 +58,6 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
     tiny.assert_same_gradient(train_worker.sft(tiny.N // steps, steps, normalize), expected)
 
 
-def test_gradients_of_two_ranks_are_those_of_the_full_batch(tmp_path):
-    gradients = tiny.run_on_two_ranks("sft", tmp_path, 16, 4, 1)["sft"]
-    for normalize in NORMALIZE:
-        expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
-        for rank in gradients:
-            for size in (16, 4, 1):
-                tiny.assert_same_gradient(rank[size, normalize], expected)
-
-
 @pytest.mark.parametrize("layout", [PACKED, FREE], ids=["packed", "padding-free"])
 @pytest.mark.parametrize("token_weights", [False, True])
 @pytest.mark.parametrize("normalize", NORMALIZE)

@@ -1,9 +1,5 @@
 """A tiny language model and data of unequal lengths, trained by every adapter in the same way."""
 
-import os
-import subprocess
-import sys
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -102,26 +98,3 @@ def as_hf_dataset(samples, **columns):
     for name, values in columns.items():
         dataset = dataset.add_column(name, values)
     return dataset
-
-
-def launch_on_two_ranks(module, *arguments):
-    """Run a module beside this one under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*command, "-m", f"tests.integrations.{module}", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-
-
-def run_on_two_ranks(adapters, folder, *sizes):
-    """Run train_worker.py under torchrun and return what each adapter gave on each rank."""
-    launch_on_two_ranks("train_worker", adapters, folder, *sizes)
-    return {
-        adapter: [torch.load(folder / f"{adapter}.{rank}") for rank in range(2)]
-        for adapter in adapters.split(",")
-    }

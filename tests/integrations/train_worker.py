@@ -1,8 +1,10 @@
-"""Train one step by an adapter and record its gradient: torchrun -m … ADAPTERS FOLDER [SIZE …].
+"""Train one step by an adapter and record its gradient.
 
-Run in this process by the single-rank tests, and by torchrun for two ranks.
+Run in this process by the single-rank tests, and by torchrun for test_two_ranks.py.
 """
 
+import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -14,8 +16,8 @@ from flowdata.accumulation import AccumulatedBatches
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import causal_lm_loss, count_items
-from tests.integrations import tiny
-from tests.leave_ranks import leave_ranks
+from tests.integrations import order_worker, tiny
+from tests.launched import run_cases
 
 
 def hf_arguments(cls, batch_size, steps, **options):
@@ -299,19 +301,35 @@ def resumed(batch_size, steps, normalize):
 ADAPTERS["resumed"] = resumed
 
 
-def main(adapters, folder, *sizes):
+SIZES = {"held_trainer": (16, 4), "held_sft": (16, 4), "own_scores": (4,), "resumed": (2,)}
+
+
+def cases():
+    """Adapters, and "order", that can run here."""
+    has_trl = importlib.util.find_spec("trl") is not None
+    needing = ("sft", "held_sft", "own_scores")
+    return [*(name for name in ADAPTERS if has_trl or name not in needing), "order"]
+
+
+def run(case, folder):
     torch.distributed.init_process_group("gloo")
-    for adapter in adapters.split(","):
+    if case == "order":
+        results = order_worker.orders()
+    else:
         results = {
-            (int(size), normalize): ADAPTERS[adapter](
-                int(size), tiny.N // 2 // int(size), normalize
-            )
-            for size in sizes
+            (size, normalize): ADAPTERS[case](size, tiny.N // 2 // size, normalize)
+            for size in SIZES.get(case, (16, 4, 1))
             for normalize in ("count", "weights")
         }
-        torch.save(results, f"{folder}/{adapter}.{torch.distributed.get_rank()}")
-    leave_ranks()
+    torch.save(results, folder / f"{case}.{torch.distributed.get_rank()}")
+
+
+def main():
+    modules = ["peft", "flowdata.integrations.transformers", "flowdata.integrations.lightning"]
+    for module in modules + ["flowdata.integrations.trl"] * ("sft" in cases()):
+        importlib.import_module(module)
+    run_cases(run, *sys.argv[1:])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
