@@ -54,7 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=first_line, description=first_line)
         subparser.set_defaults(run=command.run)
         subparser.add_argument("--json", action="store_true", help="print one JSON object")
-        subparser.add_argument("--quiet", action="store_true", help="say nothing but warnings")
+        subparser.add_argument(
+            "--quiet", action="store_true", help="print no more than the result, and warnings"
+        )
         subparser.add_argument(
             "--config", metavar="FILE", help="TOML or YAML of these options; flags win over it"
         )

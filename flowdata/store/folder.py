@@ -73,7 +73,8 @@ def check_folder(folder: Path) -> None:
     if contents and not {SCORES, MANIFEST}.intersection(contents) and not parts_of(folder):
         raise StoreError(
             f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {contents[0]}"
-            f"{' and more' if len(contents) > 1 else ''}; pass an empty or a new folder"
+            f"{' and more' if len(contents) > 1 else ''}; "
+            "pass a store's folder, or an empty or a new one to score into"
         )
 
 
