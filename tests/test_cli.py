@@ -79,7 +79,7 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     assert json.loads(out)["whole"] is False
     code, out, _ = run(capsys, "verify", store)
     assert code == 1
-    assert out.endswith("the same flowdata score command scores again what is damaged\n")
+    assert out.endswith("the same flowdata score command scores what is damaged or missing\n")
 
 
 def test_what_a_tuned_model_learned_and_forgot_is_reported(capsys, model_folder, data, tmp_path):
