@@ -92,8 +92,8 @@ def read_store(path: Path) -> tuple[Columns, Manifest]:
         if read_manifest(path) is None:
             raise StoreError(f"{path} is empty: it is not a store yet")
         raise StoreError(
-            f"{path} is not finished: make the same call of LossScorer.score, or of flowdata score, "
-            "again; it goes on where it stopped"
+            f"{path} is not finished: make the same call of LossScorer.score or flowdata "
+            "score again; it goes on where it stopped"
         )
     tensors, manifest = read_file(file)
     if "pack" in tensors or not {"loss", "count"} <= tensors.keys():
