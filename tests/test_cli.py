@@ -87,6 +87,7 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     assert code == 0
     page = (store / "report" / "report.html").read_text()
     assert "effective sample size" in out
+    assert "  loss: mean " in out
     assert "+1=" in page  # the samples' own text
 
     code, out, _ = run(capsys, "verify", store)
@@ -96,6 +97,9 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     code, out, _ = run(capsys, "verify", store, "--json")
     assert code == 1
     assert json.loads(out)["whole"] is False
+    code, out, _ = run(capsys, "verify", store)
+    assert code == 1
+    assert out.endswith("the same flowdata score command scores what is damaged or missing\n")
 
 
 def test_what_a_tuned_model_learned_and_forgot_is_reported(capsys, model_folder, data, tmp_path):

@@ -45,7 +45,7 @@ def test_the_size_is_said_before_the_run_and_in_order(capsys, model_folder, data
     score = ("score", model_folder, data, "--store", tmp_path / "s", "--dtype", "float32")
     _, _, err = run(capsys, *score)
     targets = int(Scores.load(tmp_path / "s").counts.sum())
-    size = f"to score: samples 30, tokens 885, targets {targets}"
+    size = f"in all: samples 30, tokens 885, targets {targets}"
     assert "reading: 30 of 30 rows (100%)" in err
     assert err.count("scoring: 885 of 885 tokens (100%)") == 1
     assert err.index("format: question and answer") < err.index(size) < err.index("causal_lm in")

@@ -217,7 +217,11 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n\n{"a"\n', "a.jsonl, line 3: not JSON"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n\n{"a"\n',
+            "a.jsonl, line 3: not JSON .Expecting ':' delimiter, column",
+        ),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl, line 2: should be a JSON object, is list"),
         ("a.json", b'\n[{"a": 1},\n{"a" 2}]', "a.json, line 3: not JSON"),
         ("a.json", b'[{"a": 1},\n{"a": 2},\n]', "line 3: not JSON .a comma stands before the clos"),

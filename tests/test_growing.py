@@ -138,7 +138,12 @@ def test_another_change_is_still_refused(capsys, model_folder, data, tmp_path):
         code, _, err = run(capsys, *command)
         assert code == 2
         assert "was made with another dataset" in err
+        assert "as --overwrite does" in err
+        assert "Since then changed" not in err  # the options are the same
     write(data, rows_of(COUNT + 1))
+    code, _, err = run(capsys, *command, "--max-length", 20, "--truncation", "keep_end")
+    assert code == 2
+    assert "max length was None, is 20; truncation was keep_start, is keep_end" in err
     code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--token-losses")
     assert code == 2
     assert "was made with another token_losses" in err
@@ -230,10 +235,10 @@ def test_a_preview_prints_what_is_recognised_and_loads_no_model(
     code, out, err = run(capsys, *command)
     assert (code, err.count("format")) == (0, 0)
     assert out.splitlines() == [
-        "format: Alpaca, in 'instruction', 'input', 'output', and in 'system', 'history', 'tools', "
-        "'documents' where a row has them",
+        "format: Alpaca, in 'instruction', 'input', 'output'",
         "scored: the reply in 'output'",
         "not read: 'id'",
+        "read where a row has them: 'system', 'history', 'tools', 'documents'",
         "first sample: 2 of its 31 tokens are targets",
         "  prompt | <user>Add.",
         "  prompt | 2, 2</s>",
@@ -261,7 +266,7 @@ def test_what_is_recognised_is_told_before_the_second_row_is_read(
         assert code == 2
         assert "row 1: column 'completion' should hold text" in err
         assert "target > b</s>" in caplog.text
-        assert "replies are what each adds" in caplog.text
+        assert "each is what it adds to the chat before it" in caplog.text
     assert run(capsys, "score", model_folder, data, "--preview")[0] == 0
     broken = tmp_path / "broken.jsonl"
     broken.write_text('no row\n{"id": 7}\n' + data.read_text())

@@ -156,8 +156,10 @@ def test_rows_without_a_loss_are_said_and_null_or_left_out(capsys, score, tmp_pa
     file.write_text("\n".join([text[0], "{torn", *text[1:]]) + "\n")
     store = score(file, "--on-error", "skip")
     facts, err = weigh(capsys, store, tmp_path / "null.jsonl", "--keep-above", 0.1, "--loss")
-    assert "1 of 11 rows have no loss (ValueError: row 3: column 'question'" in err
+    assert "1 of 11 rows have no loss (row 3: column 'question'" in err
     assert "the first is row 3" in err
+    assert "--missing drop leaves them out" in err
+    assert "keeps no row" not in err
     assert "1 lines of the data are no rows and are left out; the first: " in err
     assert "line 2: not JSON" in err
     assert (facts["rows"], facts["written"], facts["without_loss"]) == (11, 10, 1)
@@ -173,7 +175,11 @@ def test_rows_without_a_loss_are_said_and_null_or_left_out(capsys, score, tmp_pa
     back = datasets.Dataset.from_parquet(str(tmp_path / "left.parquet"), cache_dir=str(tmp_path))
     assert back["question"] == [row["question"] for row in PAIRS]
     assert back["weight"] == weights.tolist()
-    weigh(capsys, store, tmp_path / "mean.jsonl", "--missing", "drop", "--normalize", "mean")
+    mean = ("--missing", "drop", "--normalize", "mean", "--keep-above", 9)
+    assert (
+        "--keep-above 9 keeps no row: the mean weight is 1"
+        in weigh(capsys, store, tmp_path / "mean.jsonl", *mean)[1]
+    )
     means = torch.tensor([row["weight"] for row in lines_of(tmp_path / "mean.jsonl")])
     assert means.mean().item() == pytest.approx(1.0)
 

@@ -10,9 +10,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
 
 
-def add_temperature(parser: argparse.ArgumentParser, help_text: str) -> None:
+def add_temperature(parser: argparse.ArgumentParser, of_what: str) -> None:
     """Add `--temperature`, a number or the name of a rule."""
-    parser.add_argument("--temperature", type=_temperature, default="median", help=help_text)
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default="median",
+        help=f"{of_what}: a number, median, mean, a quantile such as q0.25, or an effective sample "
+        "size such as ess0.5 (default: %(default)s)",
+    )
 
 
 def _temperature(text: str) -> float | str:

@@ -17,15 +17,25 @@ def print_result(options: argparse.Namespace, facts: Mapping[str, Any], text: st
 
 
 def list_figures(summary: Mapping[str, Any]) -> str:
-    """Return the single figures of a summary, one a line; nested ones are left out.
+    """Return the figures of a summary, one a line, those of one thing together; no lists.
 
     Example:
-        >>> print(list_figures({"samples": 3, "temperature": 0.51234, "loss": {"mean": 1.0}}))
+        >>> summary = {"samples": 3, "loss": {"mean": 1.0, "max": 2.5}, "temperature": 0.51234}
+        >>> print(list_figures(summary))
           samples: 3
+          loss: mean 1, max 2.5
           temperature: 0.5123
     """
-    figures = {name: value for name, value in summary.items() if not isinstance(value, dict | list)}
     return "\n".join(
-        f"  {name.replace('_', ' ')}: {f'{value:,.4g}' if isinstance(value, float) else value}"
-        for name, value in figures.items()
+        f"  {name.replace('_', ' ')}: {_figure(value)}"
+        for name, value in summary.items()
+        if not isinstance(value, list)
     )
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_figure(part)}" for name, part in value.items())
+    if isinstance(value, int | float):
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    return str(value)

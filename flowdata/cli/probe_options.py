@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from flowdata._common.notices import say
 from flowdata.cli.options import add_dtype
 from flowdata.cli.text_samples import add_text_options, text_samples
 from flowdata.drift import own_text
@@ -55,6 +56,10 @@ def make_probe(options: argparse.Namespace, base: Any, samples: TokenSamples | N
         return samples
     tokenizer = load_tokenizer(
         options.tokenizer or options.base, trust_remote_code=options.trust_remote_code
+    )
+    say(
+        f"{options.base} writes {options.samples:,} texts of {options.length:,} tokens",
+        shown=not options.quiet,
     )
     return own_text(base, tokenizer, options.samples, options.length, options.seed)
 

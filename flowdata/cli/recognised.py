@@ -38,15 +38,13 @@ class Recognised:
     tokens: int
     targets: int
 
-    def _further(self) -> str:
-        return f", and in {_list(self.further)} where a row has them" if self.further else ""
-
     def text(self, *, whole: bool = False) -> str:
         """Return it for a reader; of a long sample the ends of its pieces, unless it is `whole`."""
         lines = [
-            f"format: {self.format}, in {_list(self.columns)}{self._further()}",
+            f"format: {self.format}, in {_list(self.columns)}",
             f"scored: {self.scored}",
             *([f"not read: {_list(self.unread)}"] if self.unread else []),
+            *([f"read where a row has them: {_list(self.further)}"] if self.further else []),
             f"first sample: {self.targets} of its {self.tokens} tokens are targets",
         ]
         for piece, is_target in self.first_sample:

@@ -73,7 +73,8 @@ def check_folder(folder: Path) -> None:
     if contents and not {SCORES, MANIFEST}.intersection(contents) and not parts_of(folder):
         raise StoreError(
             f"{folder} is not a flowdata store: it has no {MANIFEST}, but holds {contents[0]}"
-            f"{' and more' if len(contents) > 1 else ''}; pass an empty or a new folder"
+            f"{' and more' if len(contents) > 1 else ''}; "
+            "pass a store's folder, or an empty or a new one to score into"
         )
 
 
@@ -91,8 +92,8 @@ def read_store(path: Path) -> tuple[Columns, Manifest]:
         if read_manifest(path) is None:
             raise StoreError(f"{path} is empty: it is not a store yet")
         raise StoreError(
-            f"{path} is not finished: call LossScorer.score with store={str(path)!r} again, "
-            "it goes on where it stopped"
+            f"{path} is not finished: make the same call of LossScorer.score or flowdata "
+            "score again; it goes on where it stopped"
         )
     tensors, manifest = read_file(file)
     if "pack" in tensors or not {"loss", "count"} <= tensors.keys():

@@ -59,5 +59,6 @@ def _text(options: argparse.Namespace, drifts: dict[str, Drift]) -> str:
         ),
         "KL(base ‖ tuned) in nats a token"
         + (": by so much the loss has risen on what the base model writes" * is_own(options)),
+        "cosine: of its hidden states with the base's; agreement: tokens that both find likeliest",
     ]
     return "\n".join(lines)

@@ -24,8 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="scores of the same samples by the tuned model: report what it learned and forgot",
     )
     parser.add_argument("--output", help="folder for the report (default: STORE/report)")
-    add_temperature(parser, "number or rule")
-    parser.add_argument("--top", type=int, default=10, help="samples shown at either end")
+    add_temperature(parser, "of the weights")
+    parser.add_argument(
+        "--top", type=int, default=10, help="samples shown at either end (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

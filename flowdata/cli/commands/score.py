@@ -19,6 +19,7 @@ from flowdata.cli.growing import remove_store, score_growing
 from flowdata.cli.options import add_dtype, add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
+from flowdata.cli.refusal import explained_refusal
 from flowdata.cli.text_samples import add_text_options, cuts_of, preview_text, text_samples
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
@@ -52,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="keep of every sample too: entropy, correct, gradient_norm",
     )
-    add_temperature(parser, "for the summary")
+    add_temperature(parser, "of the summary")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -101,14 +102,15 @@ def _scores(
         columns=options.columns,
         progress=not options.quiet,
     )
-    scores = score_growing(scorer, samples, folder, on_error=options.on_error, details=details)
+    with explained_refusal(folder, details):
+        scores = score_growing(scorer, samples, folder, on_error=options.on_error, details=details)
     return scores, scorer.explain()
 
 
 def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
-    """Say how much there is to score; how long it takes is told once the first packs are run."""
+    """Say how much data there is; how long it takes is told once the first packs are run."""
     say(
-        f"to score: samples {len(samples):,}, tokens {len(samples.input_ids):,}, "
+        f"in all: samples {len(samples):,}, tokens {len(samples.input_ids):,}, "
         f"targets {samples.num_targets:,}",
         shown=os.environ.get("RANK", "0") == "0" and not options.quiet,
     )
@@ -126,11 +128,11 @@ def _print_preview(options: argparse.Namespace) -> None:
 def _print_scores(
     options: argparse.Namespace, scores: Scores, explanation: str, cuts: dict[str, int]
 ) -> None:
-    figures = {**cuts, **scores.summary(temperature=options.temperature)}
+    summary = scores.summary(temperature=options.temperature)
     lines = [
         f"{len(scores):,} sample{'s' * (len(scores) != 1)} scored into {options.store} "
         f"({explanation})",
-        list_figures(figures),
+        list_figures(summary),  # of samples that were cut, a warning tells
         f"next: flowdata report {options.store}",
     ]
-    print_result(options, {"store": options.store, **figures}, "\n".join(lines))
+    print_result(options, {"store": options.store, **cuts, **summary}, "\n".join(lines))

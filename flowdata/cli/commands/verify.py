@@ -20,5 +20,7 @@ def run(options: argparse.Namespace) -> int:
     findings = verify_store(Path(options.store))
     whole = all(state == "whole" for state in findings.values())
     lines = [f"{name}: {state}" for name, state in findings.items()]
+    if not whole:
+        lines.append("the same flowdata score command scores what is damaged or missing")
     print_result(options, {"whole": whole, "files": findings}, "\n".join(lines))
     return DONE if whole else DAMAGED

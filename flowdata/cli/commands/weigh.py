@@ -23,6 +23,8 @@ from flowdata.text.formats import Fields
 from flowdata.text.weighted_rows import WeightedColumns, weigh_rows
 from flowdata.weights import check_temperature
 
+_NULL = "get null for a weight, which no trainer should meet (--missing drop leaves them out)"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
@@ -31,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, type=Path, metavar="FILE", help=".jsonl, .parquet, or a folder")
     add("--overwrite", action="store_true", help="replace what is at the output's place")
     add("--data", help="where the data is now (default: where it was scored)")
-    add_temperature(parser, "number or rule")
+    add_temperature(parser, "of the weights")
     add(
         "--normalize",
         choices=("none", "mean"),
@@ -93,6 +95,12 @@ def run(options: argparse.Namespace) -> int:
     weighing.write(source, where, options.output)
     _say_what_lacks(weighing, drop=options.missing == "drop")
     figures = weighing.figures()
+    if figures.get("keep") == 0:
+        logger.warning(
+            "--keep-above %g keeps no row: the mean weight is %.4g",
+            options.keep_above,
+            figures["mean_weight"],
+        )
     print_result(
         options,
         {"output": str(options.output), **figures},
@@ -141,12 +149,13 @@ def _check_not_the_data(output: Path, source: str) -> None:
 def _say_what_lacks(weighing: Weighing, *, drop: bool) -> None:
     """Say how many rows have no weight, or are not there."""
     if weighing.without_loss:
+        reason = weighing.first_reason.removeprefix("ValueError: ")  # a sentence without it
         logger.warning(
             "%d of %d rows have no loss%s and %s; the first is row %d",
             weighing.without_loss,
             weighing.rows,
-            f" ({weighing.first_reason})" if weighing.first_reason else "",
-            "are left out" if drop else "get null for a weight, which no trainer should meet",
+            f" ({reason})" if reason else "",
+            "are left out" if drop else _NULL,
             weighing.first_without_loss,
         )
     if weighing.no_rows:

@@ -232,9 +232,9 @@ def _json_lines(lines: Iterable[str], file: Path, start: int) -> Iterator[Row | 
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except ValueError as error:
-            yield Unreadable(f"{file}, line {number}: not JSON ({error})")
+            yield Unreadable(f"{file}, line {number}: not JSON ({_what_is_wrong(error)})")
             continue
         yield _checked(row, f"{file}, line {number}", may_hold_halves=_may_hold_halves(line))
 
@@ -258,6 +258,13 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def _what_is_wrong(error: ValueError) -> str:
+    """What a line that is no JSON has wrong; the line's own number in itself is always 1."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return str(error)
 
 
 def _first_line(text: Iterable[str]) -> tuple[int, str]:
