@@ -149,6 +149,15 @@ def _validation_scores(
     return scores
 
 
+def whole_seeds(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Return the runs of each seed that has as many runs as any other, in the seeds' order."""
+    runs: dict[int, list[Record]] = {}
+    for record in records:
+        runs.setdefault(record["seed"], []).append(record)
+    most = max(map(len, runs.values()), default=0)
+    return {seed: runs[seed] for seed in sorted(runs) if len(runs[seed]) == most}
+
+
 def chosen_runs(records: Iterable[Record]) -> Runs:
     """Return each method's runs at the rate chosen for it, in the order of their seeds."""
     records = list(records)
