@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowdata._common.notices import say
+from flowdata._common.notices import is_first_rank, say
 from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
+from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.store.fingerprint.rows import digest_tokens
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
@@ -156,6 +156,10 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         """Return the hex SHA-256 of all tokens, targets and offsets."""
         return digest_tokens(self.input_ids, self.offsets, self.is_target)
 
+    def identity(self) -> str:
+        """Return what a store names the samples by."""
+        return TOKENS_PREFIX + self.digest()
+
 
 def tokenize_rows(
     rows: Iterable[Row | Unreadable],
@@ -268,7 +272,7 @@ class _Renderer:
 
 def _say(sentence: str) -> None:
     """Say a sentence, on the first rank alone."""
-    say(sentence, shown=os.environ.get("RANK", "0") == "0")
+    say(sentence, shown=is_first_rank())
 
 
 def _rendered(
