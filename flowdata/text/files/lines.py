@@ -162,8 +162,8 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     number, header = _first_line(text)
     mark = _EXCELS_MARK.fullmatch(header)
     if mark is not None:
-        skipped, header = _first_line(text)
-        number += skipped
+        lines, header = _first_line(text)
+        number += lines
     is_tsv = ".tsv" in file.name.lower()
     delimiter = mark[1] if mark else "\t" if is_tsv else max(_DELIMITERS, key=header.count)
     reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)

@@ -26,8 +26,8 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# What `datasets` writes beside the data; the last two are in the folders of saved data sets.
-_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+_SAVED = ("state.json", "dataset_dict.json")  # in the folders of saved data sets alone
+_NOTES = ("dataset_info.json", "dataset_infos.json", *_SAVED)  # of `datasets`, beside the data
 _NOTES_IN_WORDS = (
     "readme",
     "license",
@@ -57,7 +57,7 @@ def kind_of(path: Path) -> str | None:
 
 def is_saved(folder: Path) -> bool:
     """Return whether a folder is a data set as `save_to_disk` writes it."""
-    return any((folder / name).is_file() for name in _NOTES[2:])
+    return any((folder / name).is_file() for name in _SAVED)
 
 
 def rows_below(value: Mapping[str, Any]) -> list[Any] | None:
