@@ -165,10 +165,10 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    own = model.generation_config
+    before = model.generation_config
     try:
         model.generation_config = config  # `generate` fills gaps of what it is given from this one
-        written: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
+        tokens: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
@@ -177,8 +177,8 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
             "a text; take it as it was before it diverged"
         ) from error
     finally:
-        model.generation_config = own
-    return F.pad(written, (0, ids.shape[1] + length - written.shape[1]), value=config.pad_token_id)
+        model.generation_config = before
+    return F.pad(tokens, (0, ids.shape[1] + length - tokens.shape[1]), value=config.pad_token_id)
 
 
 def _ends_of(model: Any) -> list[int]:

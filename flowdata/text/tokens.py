@@ -95,10 +95,10 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
-        kept = is_target[part]
-        self.num_cut += len(kept) < length
+        rest = is_target[part]
+        self.num_cut += len(rest) < length
         # A sample's first token has nothing before it that could predict it: it is no target.
-        before, after = is_target[1:].sum(), kept[1:].sum()
+        before, after = is_target[1:].sum(), rest[1:].sum()
         self.num_cut_targets += bool(after < before)
         self.num_lost_targets += bool(after == 0 < before)
 

@@ -171,8 +171,8 @@ def _files_below(folder: Path, split: str) -> list[Path]:
         raise ValueError(
             f"{folder} has no split {split!r}; there are {', '.join(map(str, splits))}"
         )
-    chosen = {Path(name).resolve() for name in splits[split]}
-    files = [file for file in files if file.resolve() in chosen]
+    of_split = {Path(name).resolve() for name in splits[split]}
+    files = [file for file in files if file.resolve() in of_split]
     notes = [file for file in files if _is_note(file)]
     if 0 < len(notes) < len(files):
         say_once(f"{folder}: left out as notes: {', '.join(file.name for file in notes)}")
