@@ -115,10 +115,15 @@ def kept_at_equal_learning(
     rates = Counter(method for method, _ in runs)
     for name in (reference, start):
         if name not in rates:
-            raise ValueError(f"runs have no {name!r}, which all fronts need")
+            raise ValueError(
+                f"runs have no {name!r}, which all fronts need: run it, or name another method"
+            )
     seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
     if not seeds:
-        raise ValueError("runs have no seed that all methods and rates were run on")
+        raise ValueError(
+            "runs have no seed that all methods and rates were run on: run what is missing, or "
+            "leave out the methods and rates that lack seeds"
+        )
     methods = [reference, *(m for m in rates if m not in (reference, start))]
     places = [[i for i, (m, _) in enumerate(runs) if m in (method, start)] for method in methods]
     scores = _drawn_scores(runs, seeds, draws, seed)
@@ -156,10 +161,8 @@ def _drawn_scores(runs: Runs, seeds: Sequence[int], draws: int, seed: int) -> _F
         new_counts = _counts(generator, draws, new.shape[1]) / new.shape[1]
         if old.shape[1] not in old_counts:
             old_counts[old.shape[1]] = _counts(generator, draws, old.shape[1]) / old.shape[1]
-        for kind, (values, drawn) in enumerate(
-            [(new, new_counts), (old, old_counts[old.shape[1]])]
-        ):
-            total[:, :, kind] += counts[:, place, None] * (drawn @ values.T)
+        total[:, :, 0] += counts[:, place, None] * (new_counts @ new.T)
+        total[:, :, 1] += counts[:, place, None] * (old_counts[old.shape[1]] @ old.T)
     return total
 
 

@@ -61,7 +61,9 @@ def read_rows_of(scores: Scores) -> Any:
     if len(rows) != len(scores):
         logger.warning(
             "samples are shown without their text: the store has %d samples, and %s has %d rows",
-            *(len(scores), data["source"], len(rows)),
+            len(scores),
+            data["source"],
+            len(rows),
         )
         return None
     identity = rows_identity(scores.metadata)
@@ -69,7 +71,8 @@ def read_rows_of(scores: Scores) -> Any:
     if difference:
         logger.warning(
             "samples are shown without their text: %s is not what was scored: %s",
-            *(data["source"], difference),
+            data["source"],
+            difference,
         )
         return None
     return rows
@@ -142,7 +145,8 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
     if scores.metadata.get("identity", {}).get("dataset") != samples.identity():
         logger.warning(
             "targets can't be shown as they were scored: by %s, %s has other tokens than these",
-            *(source, details["data"]["source"]),
+            source,
+            details["data"]["source"],
         )
         return None
     return Targets(_words_of(samples, tokenizer), _is_cut(samples, details.get("max_length")))
