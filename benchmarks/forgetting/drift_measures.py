@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from statistics import mean
-from typing import Any
 
 from flowdata.report.markdown import table
 from flowdata.study import Record
 from flowdata.study.extras import load_extra
+from flowdata.study.runs import records_by
 
 OF_DRIFT = ("kl", "cosine", "agreement")
 RIVALS = ("weight distance", "validation loss", "gradient norm")
@@ -43,7 +43,7 @@ def agreement_with(
     Returns:
         By sign, over all runs, and the mean of those within one rate (with five runs or more).
     """
-    by_rate = runs_by(records, "rate")
+    by_rate = records_by(records, "rate")
     groups = [group for rate, group in by_rate.items() if rate > 0 and len(group) >= 5]
     coefficients = {}
     for name in signs(records[0], drift):
@@ -64,14 +64,6 @@ def agreement_table(columns: Mapping[str, Mapping[str, tuple[float, float]]]) ->
         for sign in signs
     ]
     return table(["sign", *columns], rows)
-
-
-def runs_by(records: Iterable[Record], field: str) -> dict[Any, list[Record]]:
-    """Return the records by the value of a field, in the order of the values."""
-    groups: dict[Any, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record[field], []).append(record)
-    return dict(sorted(groups.items()))
 
 
 def _spearman(

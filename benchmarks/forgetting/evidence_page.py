@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from statistics import mean
 
-from benchmarks.forgetting.drift_measures import runs_by
 from benchmarks.forgetting.evidence import CLEAN, SHARES, TARGETS
 from flowdata.report.markdown import count, table
 from flowdata.study import (
@@ -18,7 +17,7 @@ from flowdata.study import (
     kept_at_equal_learning,
     runs_with_items,
 )
-from flowdata.study.runs import whole_seeds
+from flowdata.study.runs import records_by, whole_seeds
 from flowdata.study.table import difference
 
 Studies = Mapping[str, list[Record]]  # the runs of each set
@@ -172,5 +171,5 @@ def _of_batch_norm(records: list[Record]) -> Iterable[tuple[str, str, str]]:
 
 def _spread_of_methods(runs: list[Record], accuracy: Callable[[Record], float]) -> float:
     """The largest mean of a method less the smallest, 0 without runs."""
-    means = [mean(map(accuracy, of_method)) for of_method in runs_by(runs, "method").values()]
+    means = [mean(map(accuracy, of_method)) for of_method in records_by(runs, "method").values()]
     return max(means, default=0.0) - min(means, default=0.0)
