@@ -12,7 +12,6 @@ from flowdata.study.extras import load_extra
 from flowdata.study.runs import records_by
 
 OF_DRIFT = ("kl", "cosine", "agreement")
-RIVALS = ("weight distance", "validation loss", "gradient norm")
 
 
 def signs(record: Record, drift: str = "drift") -> dict[str, float]:

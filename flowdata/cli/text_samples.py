@@ -129,7 +129,8 @@ def text_samples(
     text = _Text(options, source, model)
     digest = RowsDigest(deciding_columns(text.fields))
     is_shown = is_first_rank() and not options.quiet
-    rows = _counted(digest.watch(text.rows), _length_of(text.rows), shown=is_shown)
+    total = len(text.rows) if hasattr(text.rows, "__len__") else None
+    rows = _counted(digest.watch(text.rows), total, shown=is_shown)
     samples = text.samples(rows, lambda recognised: say(recognised.text(), shown=is_shown))
     _warn(options, samples)
     return samples, {
@@ -161,19 +162,14 @@ def _rows_of(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
     return {"rows": len(digest), "identity": identity}
 
 
-def _length_of(rows: Any) -> int | None:
-    return len(rows) if hasattr(rows, "__len__") else None
-
-
 def _counted(rows: Iterable[Any], total: int | None, *, shown: bool) -> Iterator[Any]:
     """Rows whose reading and tokenising is shown, where their number is known before."""
-    numbered = enumerate(rows, 1)
-    yield from (row for _, row in islice(numbered, 1))  # what it holds is told before a bar begins
-    progress = 1
+    rows, progress = iter(rows), 1
+    yield from islice(rows, 1)  # what it holds is told before a bar begins
     with progress_bar(
         total or 0, "reading", "rows", initial=progress, shown=shown and total is not None
     ) as advance:
-        for number, row in numbered:
+        for number, row in enumerate(rows, 2):
             yield row
             if number % _ROWS_A_STEP == 0 or number == total:
                 advance(number - progress)
@@ -213,7 +209,7 @@ def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tup
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
     """Say how many samples are not whole."""
     if samples.num_cut:
-        logger.warning("%s", _cut(samples, options.max_length))
+        logger.warning(_cut(samples, options.max_length))
     if samples.unreadable:
         logger.warning(
             "%d of %d rows can't be read and have no loss; the first: %s",
