@@ -128,8 +128,8 @@ def kept_at_equal_learning(
     places = [[i for i, (m, _) in enumerate(runs) if m in (method, start)] for method in methods]
     scores = _drawn_scores(runs, seeds, draws, seed)
     start_place = next(place for place, (method, _) in enumerate(runs) if method == start)
-    kept = np.array([_kept(each, places, start_place) for each in scores])
-    at, over_levels = kept[:, :, : len(SHARES)], kept[:, :, len(SHARES) :]
+    old = np.array([_old_at_all(each, places, start_place) for each in scores])
+    at, over_levels = old[:, :, : len(SHARES)], old[:, :, len(SHARES) :]
     # Every front reaches the first level; beyond its end there is nothing to compare.
     differences = np.nanmean(over_levels - over_levels[:, :1], axis=-1)
     p_values = [1.0, *_corrected([_p(of_method) for of_method in differences[1:, 1:].T])]
@@ -168,11 +168,11 @@ def _drawn_scores(runs: Runs, seeds: Sequence[int], draws: int, seed: int) -> _F
 
 def _counts(generator: np.random.Generator, draws: int, size: int) -> _Floats:
     """How often each of `size` things is drawn, (1 + draws, size): once each, then at random."""
-    drawn = generator.multinomial(size, np.full(size, 1 / size), size=draws)
-    return np.concatenate([np.ones((1, size)), drawn])
+    counts = generator.multinomial(size, np.full(size, 1 / size), size=draws)
+    return np.concatenate([np.ones((1, size)), counts])
 
 
-def _kept(scores: _Floats, places: Sequence[Sequence[int]], start: int) -> list[_Floats]:
+def _old_at_all(scores: _Floats, places: Sequence[Sequence[int]], start: int) -> list[_Floats]:
     """Each method's old score at all levels; the first method is the reference."""
     first, last = scores[start, 0], scores[places[0], 0].max()
     levels = first + (last - first) * np.concatenate([SHARES, _LEVELS])
