@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from statistics import mean
 
-from benchmarks.forgetting.evidence import CLEAN, SHARES, TARGETS
+from benchmarks.forgetting.evidence import (
+    ANCHOR,
+    CLEAN,
+    CORE,
+    FLOW,
+    FLOW_AND_ANCHOR,
+    MEAN_WEIGHT,
+    SHARES,
+    STRENGTHS,
+    TARGETS,
+)
 from flowdata.report.markdown import count, table
 from flowdata.study import (
     LINEAR_PROBE,
@@ -22,13 +32,6 @@ from flowdata.study.table import difference
 
 Studies = Mapping[str, list[Record]]  # the runs of each set
 Kepts = Mapping[str, Mapping[str, Kept]]  # by set and method
-_FLOW, _MEAN_WEIGHT = "FLOW", "standard, smaller steps"
-_ANCHOR, _BOTH = "output anchor", "FLOW + output anchor"
-_STRENGTHS = {
-    "ℓ2": ("l2", "l2, 0.03", "l2, 0.1"),
-    "WiSE-FT": ("WiSE-FT, 0.25", "WiSE-FT", "WiSE-FT, 0.75"),
-    "LoRA": ("LoRA, rank 2", "LoRA", "LoRA, rank 32"),
-}
 _LARGE_RATE = 0.03  # from which on the readouts of BatchNorm are compared
 _HOLDS, _FAILS, _OPEN = "holds", "fails", "open"
 
@@ -37,7 +40,7 @@ def can_tell(records: list[Record]) -> bool:
     """Return whether a study has all that the page shows: the core methods, with their readouts."""
     methods = {record["method"] for record in records}
     has_measures = {"readouts", "hits"} <= records[0].keys()
-    return has_measures and {LINEAR_PROBE, STANDARD, _FLOW, _MEAN_WEIGHT, _ANCHOR} <= methods
+    return has_measures and methods.issuperset(CORE)
 
 
 def kept_on(records: list[Record], reference: str = STANDARD) -> dict[str, Kept]:
@@ -55,7 +58,7 @@ def evidence_page(studies: Studies) -> str:
     by_seed = {name: whole_seeds(studies[name]) for name in TARGETS if name in studies}
     studies = {name: list(chain.from_iterable(runs.values())) for name, runs in by_seed.items()}
     standard = {name: kept_on(records) for name, records in studies.items()}
-    flow = {name: kept_on(records, _FLOW) for name, records in studies.items()}
+    flow = {name: kept_on(records, FLOW) for name, records in studies.items()}
     seeds = ", ".join(f"{name} {count(len(runs), 'seed')}" for name, runs in by_seed.items())
     return "\n".join(
         [
@@ -104,25 +107,25 @@ def _predicted(
     """The number of each prediction on a set, the figure that it is judged by, and the outcome."""
     share = SHARES.get(name)
     if share is not None:
-        yield "1", difference(kept[_FLOW]), above(kept[_FLOW])
+        yield "1", difference(kept[FLOW]), above(kept[FLOW])
         true, twice = (flow.get(f"trimmed, {each:.0%}") for each in (share, 2 * share))
         if true is not None:
             yield "4, true share", difference(true), no_worse(true)
         if twice is not None:
             yield "4, twice the share", difference(twice), below(twice)
     else:
-        yield "2", difference(kept[_FLOW]), _not_above(kept[_FLOW])
-        hardest = _hardest_tenth(records, _FLOW) - _hardest_tenth(records, STANDARD)
+        yield "2", difference(kept[FLOW]), _not_above(kept[FLOW])
+        hardest = _hardest_tenth(records, FLOW) - _hardest_tenth(records, STANDARD)
         yield "2, hardest tenth", f"{hardest:+.1f}", _HOLDS if hardest < 0 else _FAILS
-    yield "3", difference(kept[_MEAN_WEIGHT]), on_the_front(kept[_MEAN_WEIGHT])
+    yield "3", difference(kept[MEAN_WEIGHT]), on_the_front(kept[MEAN_WEIGHT])
     if name in CLEAN:
-        yield "5", difference(kept[_ANCHOR]), above(kept[_ANCHOR])
-        if _STRENGTHS["ℓ2"][1] in kept:
-            best = {kind: _best(kept, names) for kind, names in _STRENGTHS.items()}
+        yield "5", difference(kept[ANCHOR]), above(kept[ANCHOR])
+        if STRENGTHS["ℓ2"][1] in kept:
+            best = {kind: _best(kept, names) for kind, names in STRENGTHS.items()}
             figure = ", ".join(f"{kind} {value:+.1f}" for kind, value in best.items())
             yield "6", figure, _HOLDS if max(best, key=best.__getitem__) == "WiSE-FT" else _FAILS
-    elif _BOTH in flow:
-        yield "5", difference(flow[_BOTH]), no_worse(flow[_BOTH])
+    elif FLOW_AND_ANCHOR in flow:
+        yield "5", difference(flow[FLOW_AND_ANCHOR]), no_worse(flow[FLOW_AND_ANCHOR])
     yield from _of_batch_norm(records)
 
 
