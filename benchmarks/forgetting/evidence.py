@@ -21,7 +21,7 @@ EVIDENCE = RESULTS / "evidence"
 SEEDS = range(5)
 # Where rows are wrong, what is learned most is learned at a larger rate.
 RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.1)
-CLEAN = ("fashion_mnist", "digits", "letters", "textures")
+CLEAN = vision.TARGETS
 SHARES = {  # of the training rows that are wrong
     **{f"wrong{percent}_fashion_mnist": percent / 100 for percent in (10, 20, 33, 50)},
     "pairs20_fashion_mnist": 0.2,
