@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.gpu.shapes import SHAPES, Shape
 from benchmarks.rows import RESULTS
-from flowdata.study.table import row
+from flowdata.report.markdown import table
 
 _MODELS = {
     "1B": (SHAPES["llama-1b"], 128_256),
@@ -147,20 +146,19 @@ def count(shape: Shape, vocabulary: int, lengths: Sequence[int], targets: int) -
         model = getattr(transformers, f"{shape.family}Model")(config).bfloat16().eval()
         tokens = torch.empty(1, sum(lengths), dtype=torch.long)
         positions = torch.empty(1, sum(lengths), dtype=torch.long)
-    with _attention(model, attend), torch.no_grad(), Counting() as counting:
+    _use_attention(model, attend)
+    with torch.no_grad(), Counting() as counting:
         model(input_ids=tokens, position_ids=positions, use_cache=False)
     head_bytes = 2 * shape.width * (targets + vocabulary)
     head = Stage([(2 * targets * shape.width * vocabulary, head_bytes)])
     return {**counting.stages, ATTENTION: attention, HEAD: head}
 
 
-@contextmanager
-def _attention(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
+def _use_attention(model: Any, attend: Callable[..., Any]) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION_NAME, attend)
     model.config._attn_implementation_internal = _ATTENTION_NAME
-    yield
 
 
 def fused_bytes(shape: Shape, tokens: int) -> float:
@@ -189,26 +187,39 @@ def page(stages: dict[str, dict[str, Stage]]) -> str:
         f"A pack has {_TOKENS:,} tokens in samples of {_SAMPLE}, half of them targets. Rates: "
         f"{rates}. A launch takes the host {_LAUNCH * 1e6:.0f} µs.",
         "",
-        row(["model", "stage", "TFLOP", "GB", "launches", *(f"{c.name}, ms" for c in _CHIPS)]),
-        row(["---", "---", *["---:"] * (3 + len(_CHIPS))]),
-    ]
-    for name, of_model in stages.items():
-        for stage, each in {**of_model, "**all**": _all(of_model)}.items():
-            times = [f"{each.seconds(chip) * 1e3:.1f}" for chip in _CHIPS]
-            counts = [f"{each.flops / 1e12:.1f}", f"{each.bytes / 1e9:.1f}", f"{len(each.work):,}"]
-            lines.append(row([name, stage, *counts, *times]))
-    lines += [
+        *_work(stages),
         "",
         "The share of the products' rate that the chip leaves, as models are written and with "
         "every pass a kernel that reads and writes once; and the host's time for the launches "
         "beside the chip's for the pack.",
         "",
-        row(["model", "chip", "share", "share, passes fused", "host / chip"]),
-        row(["---", "---", "---:", "---:", "---:"]),
+        *_limits(stages),
+        "",
     ]
+    return "\n".join(lines)
+
+
+def _work(stages: dict[str, dict[str, Stage]]) -> list[str]:
+    """A table of what each stage of each model takes."""
+    rows = []
     for name, of_model in stages.items():
-        lines += [row([name, chip.name, *_shares(name, of_model, chip)]) for chip in _CHIPS]
-    return "\n".join([*lines, ""])
+        for stage, each in {**of_model, "**all**": _all(of_model)}.items():
+            times = [f"{each.seconds(chip) * 1e3:.1f}" for chip in _CHIPS]
+            counts = [f"{each.flops / 1e12:.1f}", f"{each.bytes / 1e9:.1f}", f"{len(each.work):,}"]
+            rows.append([name, stage, *counts, *times])
+    headings = ["model", "stage", "TFLOP", "GB", "launches", *(f"{c.name}, ms" for c in _CHIPS)]
+    return table(headings, rows, words=("stage",))
+
+
+def _limits(stages: dict[str, dict[str, Stage]]) -> list[str]:
+    """A table of what each chip leaves of its rate for each model."""
+    rows = [
+        [name, chip.name, *_shares(name, of_model, chip)]
+        for name, of_model in stages.items()
+        for chip in _CHIPS
+    ]
+    headings = ["model", "chip", "share", "share, passes fused", "host / chip"]
+    return table(headings, rows, words=("chip",))
 
 
 def _shares(name: str, stages: dict[str, Stage], chip: Chip) -> list[str]:

@@ -17,7 +17,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 def launch(module, folder, cases, launcher=TORCHRUN):
     """Run a module that hands its arguments to `run_cases`."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", module, str(folder), free_ports(cases), *cases],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -26,7 +26,7 @@ def launch(module, folder, cases, launcher=TORCHRUN):
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert process.returncode == 0, process.stderr[-4000:]
 
 
 def free_ports(cases):

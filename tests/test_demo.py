@@ -64,7 +64,7 @@ def held_out(result, method, rate):
 
 def test_the_picture_is_written_and_the_figures_are_json(short):
     assert short.picture.read_bytes().startswith(b"\x89PNG")
-    figures = json.loads(json.dumps(short.as_dict()))
+    figures = json.loads(json.dumps(short.to_dict()))
     assert len(figures["outcomes"]) == 2 * 2 * len(demo_run.RATES)
     assert figures["chosen"][demo_run.FLOW] == short.learning_rate(demo_run.FLOW)
     assert figures["picture"] == str(short.picture)

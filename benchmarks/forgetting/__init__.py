@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-RESULTS = Path(__file__).parent.parent / "results"
+from benchmarks.rows import RESULTS
+
 README = Path(__file__).parents[2] / "README.md"
 QUICK_RESULTS = Path("runs/forgetting")  # not in the repository
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from benchmarks.forgetting.drift_measures import runs_by
-from flowdata.study import Record, choices
-from flowdata.study.runs import validation_of
+from flowdata.study import LINEAR_PROBE, Record, choices
+from flowdata.study.runs import validation_of, whole_seeds
 from flowdata.study.table import measures
 
 Rule: TypeAlias = Callable[[list[Record]], Record]
@@ -33,7 +32,7 @@ def rules(
     *,
     worth: Callable[[Record], float] = average,
     slack: float = POINTS,
-    untrained: str = "linear probe",
+    untrained: str = LINEAR_PROBE,
 ) -> dict[str, Rule]:
     """Return the rules by name.
 
@@ -57,14 +56,12 @@ def rules(
 
 def outcomes(records: list[Record], rule: Rule) -> list[float]:
     """Return what a rule's choice comes to on each seed: the average of new and old, in %."""
-    return [average(run) for run in chosen(records, rule)]
+    return [average(run) for run in choose(records, rule)]
 
 
-def chosen(records: list[Record], rule: Rule) -> list[Record]:
-    """Return the run that a rule chooses on each seed that has as many runs as any other."""
-    all_runs = runs_by(records, "seed").values()
-    most = max(map(len, all_runs))
-    return [rule(runs) for runs in all_runs if len(runs) == most]
+def choose(records: list[Record], rule: Rule) -> list[Record]:
+    """Return the run that a rule chooses on each seed whose runs are all there."""
+    return [rule(runs) for runs in whole_seeds(records).values()]
 
 
 def _least(cost: Callable[[Record], object], slack: float) -> Rule:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from statistics import mean
 
-from benchmarks.forgetting.choosing_rules import chosen, rules
-from benchmarks.forgetting.drift_measures import agreement_with, few_samples
+from benchmarks.forgetting.choosing_rules import choose, rules
+from benchmarks.forgetting.drift_measures import agreement_table, agreement_with, few_samples
 from benchmarks.forgetting.language_readouts import OWN_TEXT
+from flowdata.report.markdown import count, table
 from flowdata.study import STANDARD, Record
 from flowdata.study.runs import validation_of
-from flowdata.study.table import count, row
+from flowdata.study.table import methods_and_rates
 
 PRE_TRAINED = "pre-trained"
 TEXTS = ("WikiText-2", "code")
@@ -77,29 +78,26 @@ def drift_page(studies: Studies) -> str:
 
 
 def _coefficients(studies: Studies) -> list[str]:
-    tables = {
-        f"{name}, {text}": agreement_with(_trained(records), rise(records, text))
-        for name, records in studies.items()
-        for text in TEXTS
-    }
-    lines = [row(["sign", *tables]), row(["---", *["---:"] * len(tables)])]
-    for sign in next(iter(tables.values())):
-        cells = [f"{table[sign][0]:.2f} / {table[sign][1]:.2f}" for table in tables.values()]
-        lines.append(row([sign, *cells]))
-    return lines
+    return agreement_table(
+        {
+            f"{name}, {text}": agreement_with(_trained(records), rise(records, text))
+            for name, records in studies.items()
+            for text in TEXTS
+        }
+    )
 
 
 def _few(studies: Studies) -> list[str]:
-    tables = {
+    columns = {
         name: few_samples(_trained(records), rise(records, TEXTS[0]))
         for name, records in studies.items()
     }
-    lines = [row(["probe", "texts", *tables]), row(["---", "---:", *["---:"] * len(tables)])]
-    for probe, counts in next(iter(tables.values())).items():
-        for few in counts:
-            cells = [f"{table[probe][few]['kl']:.3f}" for table in tables.values()]
-            lines.append(row([probe, few, *cells]))
-    return lines
+    rows = [
+        [probe, few, *(f"{each[probe][few]['kl']:.3f}" for each in columns.values())]
+        for probe, counts in next(iter(columns.values())).items()
+        for few in counts
+    ]
+    return table(["probe", "texts", *columns], rows)
 
 
 def _choices(records: list[Record]) -> list[str]:
@@ -111,18 +109,15 @@ def _choices(records: list[Record]) -> list[str]:
         slack=NEARLY,
         untrained=PRE_TRAINED,
     )
-    lines = [
-        row(["rule", "chosen", "target", *(f"rise of {text}" for text in TEXTS)]),
-        row(["---", "---", *["---:"] * (1 + len(TEXTS))]),
-    ]
+    rows = []
     for name, rule in all_rules.items():
-        runs = chosen(records, rule)
-        names = ", ".join(dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs))
+        runs = choose(records, rule)
         target = mean(run["target"]["nll"] for run in runs)
         values = [[of_text(run) for run in runs] for of_text in rises.values()]
         cells = [f"{mean(each):+.3f} ({max(each):+.3f})" for each in values]
-        lines.append(row([name, names, f"{target:.3f}", *cells]))
-    return lines
+        rows.append([name, methods_and_rates(runs), f"{target:.3f}", *cells])
+    headings = ["rule", "chosen", "target", *(f"rise of {text}" for text in TEXTS)]
+    return table(headings, rows, words=("chosen",))
 
 
 def _trained(records: list[Record]) -> list[Record]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from statistics import mean
-from typing import Any
 
+from flowdata.report.markdown import table
 from flowdata.study import Record
 from flowdata.study.extras import load_extra
+from flowdata.study.runs import records_by
 
 OF_DRIFT = ("kl", "cosine", "agreement")
-RIVALS = ("weight distance", "validation loss", "gradient norm")
 
 
 def signs(record: Record, drift: str = "drift") -> dict[str, float]:
@@ -41,21 +42,27 @@ def agreement_with(
     Returns:
         By sign, over all runs, and the mean of those within one rate (with five runs or more).
     """
-    by_rate = runs_by(records, "rate")
+    by_rate = records_by(records, "rate")
     groups = [group for rate, group in by_rate.items() if rate > 0 and len(group) >= 5]
-    table = {}
+    coefficients = {}
     for name in signs(records[0], drift):
         within = [_spearman(group, name, lost, drift) for group in groups]
-        table[name] = _spearman(records, name, lost, drift), mean(within or [float("nan")])
-    return table
+        coefficients[name] = _spearman(records, name, lost, drift), mean(within or [math.nan])
+    return coefficients
 
 
-def runs_by(records: Iterable[Record], field: str) -> dict[Any, list[Record]]:
-    """Return the records by the value of a field, in the order of the values."""
-    groups: dict[Any, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record[field], []).append(record)
-    return dict(sorted(groups.items()))
+def agreement_table(columns: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
+    """Return the lines of a Markdown table of coefficients, a row for each sign.
+
+    Args:
+        columns: what `agreement_with` returned, by heading.
+    """
+    signs = next(iter(columns.values()))
+    rows = [
+        [sign, *("{:.2f} / {:.2f}".format(*each[sign]) for each in columns.values())]
+        for sign in signs
+    ]
+    return table(["sign", *columns], rows)
 
 
 def _spearman(

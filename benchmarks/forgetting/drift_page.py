@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import mean
 
 from benchmarks.forgetting.choosing_rules import POINTS, outcomes, rules
-from benchmarks.forgetting.drift_measures import agreement_with, few_samples
-from flowdata.study import Record
-from flowdata.study.table import count, row, spread
+from benchmarks.forgetting.drift_measures import (
+    OF_DRIFT,
+    agreement_table,
+    agreement_with,
+    few_samples,
+)
+from flowdata.report.markdown import count, spread, table
+from flowdata.study import LINEAR_PROBE, Record
 
 OLD = "CIFAR-10 accuracy"
 LEAST = 5  # methods and rates that a coefficient takes
@@ -19,7 +24,7 @@ Studies = Mapping[str, list[Record]]  # the runs of each target
 def can_tell(records: list[Record]) -> bool:
     """Return whether a study has all that the page shows: enough runs of vision, with the probe."""
     methods = {(record["method"], record["rate"]) for record in records}
-    return "readouts" in records[0] and len(methods) >= LEAST and ("linear probe", 0.0) in methods
+    return "readouts" in records[0] and len(methods) >= LEAST and (LINEAR_PROBE, 0.0) in methods
 
 
 def drift_page(studies: Studies) -> str:
@@ -76,36 +81,26 @@ def _lost_by_own(record: Record) -> float:
     return -float(record["readouts"]["own BatchNorm"])
 
 
-def _coefficients(studies: Studies, drift: str, lost: object) -> list[str]:
-    tables = {
-        name: agreement_with(records, lost, drift)  # type: ignore[arg-type]
-        for name, records in studies.items()
-    }
-    signs = next(iter(tables.values()))
-    lines = [row(["sign", *tables]), row(["---", *["---:"] * len(tables)])]
-    for sign in signs:
-        cells = [f"{table[sign][0]:.2f} / {table[sign][1]:.2f}" for table in tables.values()]
-        lines.append(row([sign, *cells]))
-    return lines
+def _coefficients(studies: Studies, drift: str, lost: Callable[[Record], float]) -> list[str]:
+    return agreement_table(
+        {name: agreement_with(records, lost, drift) for name, records in studies.items()}
+    )
 
 
 def _few(studies: Studies) -> list[str]:
-    tables = [few_samples(records, _lost) for records in studies.values()]
-    lines = []
-    for probe, counts in tables[0].items():
-        lines = lines or [
-            row(["probe and measure", *counts]),
-            row(["---", *["---:"] * len(counts)]),
-        ]
-        for name in next(iter(counts.values())):
-            cells = [f"{mean(table[probe][few][name] for table in tables):.3f}" for few in counts]
-            lines.append(row([f"{name}, {probe}", *cells]))
-    return lines
+    coefficients = [few_samples(records, _lost) for records in studies.values()]
+    counts = list(next(iter(coefficients[0].values())))
+    rows = []
+    for probe in coefficients[0]:
+        for name in OF_DRIFT:
+            means = (mean(each[probe][few][name] for each in coefficients) for few in counts)
+            rows.append([f"{name}, {probe}", *(f"{value:.3f}" for value in means)])
+    return table(["probe and measure", *counts], rows)
 
 
 def _choices(studies: Studies) -> list[str]:
-    lines = [row(["rule", *studies]), row(["---", *["---:"] * len(studies)])]
-    for name, rule in rules(PROBE).items():
-        cells = [spread(outcomes(records, rule), 1) for records in studies.values()]
-        lines.append(row([name, *cells]))
-    return lines
+    rows = [
+        [name, *(spread(outcomes(records, rule), 1) for records in studies.values())]
+        for name, rule in rules(PROBE).items()
+    ]
+    return table(["rule", *studies], rows)

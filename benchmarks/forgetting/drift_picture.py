@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from statistics import mean
 from typing import Any
 
-from benchmarks.forgetting.drift_measures import runs_by
 from flowdata.drift import Drift, rank
 from flowdata.report.pictures import BLUE, GREEN, ORANGE, figure, png
 from flowdata.study import STANDARD, Record
+from flowdata.study.runs import records_by
 
 COLOURS = {STANDARD: BLUE, "FLOW": GREEN}
 _OTHERS = "#9aa2b1"
@@ -66,8 +66,8 @@ def draw_drift(records: list[Record], probe: str, old: str) -> bytes:
 def _means(records: list[Record], probe: str, old: str) -> dict[str, dict[str, Any]]:
     """Every method at every rate, by name, with the means of its seeds."""
     runs = {}
-    for method, of_method in runs_by(records, "method").items():
-        for rate, of_rate in runs_by(of_method, "rate").items():
+    for method, of_method in records_by(records, "method").items():
+        for rate, of_rate in records_by(of_method, "rate").items():
             drifts = [record["drift"][probe] for record in of_rate]
             fields = drifts[0] | {
                 name: mean(drift[name] for drift in drifts)

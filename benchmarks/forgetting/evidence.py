@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.forgetting import vision
@@ -20,7 +21,7 @@ EVIDENCE = RESULTS / "evidence"
 SEEDS = range(5)
 # Where rows are wrong, what is learned most is learned at a larger rate.
 RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.1)
-CLEAN = ("fashion_mnist", "digits", "letters", "textures")
+CLEAN = vision.TARGETS
 SHARES = {  # of the training rows that are wrong
     **{f"wrong{percent}_fashion_mnist": percent / 100 for percent in (10, 20, 33, 50)},
     "pairs20_fashion_mnist": 0.2,
@@ -28,13 +29,18 @@ SHARES = {  # of the training rows that are wrong
 }
 TARGETS = (*CLEAN, *SHARES, "rare_fashion_mnist")
 WITH_ALL_RIVALS = ("fashion_mnist", "wrong33_fashion_mnist", "digits")
-_CORE = (LINEAR_PROBE, STANDARD, "FLOW", "standard, smaller steps", "output anchor")
+FLOW, MEAN_WEIGHT, ANCHOR = "FLOW", "standard, smaller steps", "output anchor"
+FLOW_AND_ANCHOR = "FLOW + output anchor"
+STRENGTHS = {  # names of each rival, at three strengths
+    "ℓ2": ("l2", "l2, 0.03", "l2, 0.1"),
+    "WiSE-FT": ("WiSE-FT, 0.25", "WiSE-FT", "WiSE-FT, 0.75"),
+    "LoRA": ("LoRA, rank 2", "LoRA", "LoRA, rank 32"),
+}
+CORE = (LINEAR_PROBE, STANDARD, FLOW, MEAN_WEIGHT, ANCHOR)
 _RIVALS = (
     "FLOW normalised",
-    *("l2", "l2, 0.03", "l2, 0.1"),
-    *("WiSE-FT, 0.25", "WiSE-FT", "WiSE-FT, 0.75"),
-    *("LoRA, rank 2", "LoRA", "LoRA, rank 32"),
-    *("FLOW + l2", "FLOW + output anchor"),
+    *chain.from_iterable(STRENGTHS.values()),
+    *("FLOW + l2", FLOW_AND_ANCHOR),
     *("standard, BatchNorm fixed", "FLOW, BatchNorm fixed"),
 )
 _CLEAN_TRIM = 0.1  # what somebody would leave out who does not know that all rows are right
@@ -48,7 +54,7 @@ def methods(target: str) -> dict[str, tuple[float, ...]]:
     """
     share = SHARES.get(target, _CLEAN_TRIM)
     shares = (share / 2, share, 2 * share) if target in WITH_ALL_RIVALS else (share,)
-    names = [*_CORE, *(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
+    names = [*CORE, *(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
     names += _RIVALS if target in WITH_ALL_RIVALS else ()
     return grids(names, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)
 

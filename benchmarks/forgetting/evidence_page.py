@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from statistics import mean
 
-from benchmarks.forgetting.evidence import CLEAN, SHARES, TARGETS
+from benchmarks.forgetting.evidence import (
+    ANCHOR,
+    CLEAN,
+    CORE,
+    FLOW,
+    FLOW_AND_ANCHOR,
+    MEAN_WEIGHT,
+    SHARES,
+    STRENGTHS,
+    TARGETS,
+)
+from flowdata.report.markdown import count, table
 from flowdata.study import (
     LINEAR_PROBE,
     STANDARD,
@@ -15,39 +27,20 @@ from flowdata.study import (
     kept_at_equal_learning,
     runs_with_items,
 )
-from flowdata.study.table import count, row
+from flowdata.study.runs import records_by, whole_seeds
+from flowdata.study.table import difference
 
 Studies = Mapping[str, list[Record]]  # the runs of each set
 Kepts = Mapping[str, Mapping[str, Kept]]  # by set and method
-_FLOW, _MEAN_WEIGHT, _ANCHOR, _BOTH = (
-    "FLOW",
-    "standard, smaller steps",
-    "output anchor",
-    "FLOW + output anchor",
-)
-_STRENGTHS = {
-    "ℓ2": ("l2", "l2, 0.03", "l2, 0.1"),
-    "WiSE-FT": ("WiSE-FT, 0.25", "WiSE-FT", "WiSE-FT, 0.75"),
-    "LoRA": ("LoRA, rank 2", "LoRA", "LoRA, rank 32"),
-}
 _LARGE_RATE = 0.03  # from which on the readouts of BatchNorm are compared
 _HOLDS, _FAILS, _OPEN = "holds", "fails", "open"
-
-
-def whole_seeds(records: Iterable[Record]) -> list[Record]:
-    """Return the runs of the seeds that have as many runs as any other."""
-    of_seed: dict[int, list[Record]] = {}
-    for record in records:
-        of_seed.setdefault(record["seed"], []).append(record)
-    most = max(map(len, of_seed.values()))
-    return [record for runs in of_seed.values() if len(runs) == most for record in runs]
 
 
 def can_tell(records: list[Record]) -> bool:
     """Return whether a study has all that the page shows: the core methods, with their readouts."""
     methods = {record["method"] for record in records}
     has_measures = {"readouts", "hits"} <= records[0].keys()
-    return has_measures and {LINEAR_PROBE, STANDARD, _FLOW, _MEAN_WEIGHT, _ANCHOR} <= methods
+    return has_measures and methods.issuperset(CORE)
 
 
 def kept_on(records: list[Record], reference: str = STANDARD) -> dict[str, Kept]:
@@ -62,13 +55,11 @@ def evidence_page(studies: Studies) -> str:
     Args:
         studies: the runs of each set; sets of `TARGETS` that are missing are left out.
     """
-    studies = {name: whole_seeds(studies[name]) for name in TARGETS if name in studies}
+    by_seed = {name: whole_seeds(studies[name]) for name in TARGETS if name in studies}
+    studies = {name: list(chain.from_iterable(runs.values())) for name, runs in by_seed.items()}
     standard = {name: kept_on(records) for name, records in studies.items()}
-    flow = {name: kept_on(records, _FLOW) for name, records in studies.items()}
-    seeds = ", ".join(
-        f"{name} {count(len({r['seed'] for r in records}), 'seed')}"
-        for name, records in studies.items()
-    )
+    flow = {name: kept_on(records, FLOW) for name, records in studies.items()}
+    seeds = ", ".join(f"{name} {count(len(runs), 'seed')}" for name, runs in by_seed.items())
     return "\n".join(
         [
             "# When do weights help beyond a smaller rate?",
@@ -92,27 +83,22 @@ def evidence_page(studies: Studies) -> str:
 def _table(all_kept: Kepts) -> list[str]:
     methods = list(dict.fromkeys(name for of_set in all_kept.values() for name in of_set))
     methods.remove(STANDARD)
-    lines = [row(["method", *all_kept]), row(["---", *["---:"] * len(all_kept)])]
+    rows = []
     for method in methods:
-        cells = [_cell(of_set.get(method)) for of_set in all_kept.values()]
-        lines.append(row([method, *cells]))
-    return lines
-
-
-def _cell(kept: Kept | None) -> str:
-    if kept is None:
-        return "–"
-    return f"{kept.difference:+.1f} ({kept.low:+.1f} to {kept.high:+.1f})"
+        of_sets = [of_set.get(method) for of_set in all_kept.values()]
+        rows.append([method, *("–" if each is None else difference(each) for each in of_sets)])
+    return table(["method", *all_kept], rows)
 
 
 def _outcomes(studies: Studies, standard: Kepts, flow: Kepts) -> list[str]:
     """A table of the registered predictions, by their numbers."""
-    lines = [row(["prediction", "set", "figure", "outcome"]), row(["---"] * 4)]
-    for name, records in studies.items():
-        kept, against_flow = standard[name], flow[name]
-        for number, figure, outcome in _predicted(name, records, kept, against_flow):
-            lines.append(row([number, name, figure, outcome]))
-    return lines
+    rows = [
+        [number, name, figure, outcome]
+        for name, records in studies.items()
+        for number, figure, outcome in _predicted(name, records, standard[name], flow[name])
+    ]
+    words = ("set", "figure", "outcome")
+    return table(["prediction", *words], rows, words=words)
 
 
 def _predicted(
@@ -121,25 +107,25 @@ def _predicted(
     """The number of each prediction on a set, the figure that it is judged by, and the outcome."""
     share = SHARES.get(name)
     if share is not None:
-        yield "1", _cell(kept[_FLOW]), above(kept[_FLOW])
+        yield "1", difference(kept[FLOW]), above(kept[FLOW])
         true, twice = (flow.get(f"trimmed, {each:.0%}") for each in (share, 2 * share))
         if true is not None:
-            yield "4, true share", _cell(true), no_worse(true)
+            yield "4, true share", difference(true), no_worse(true)
         if twice is not None:
-            yield "4, twice the share", _cell(twice), below(twice)
+            yield "4, twice the share", difference(twice), below(twice)
     else:
-        yield "2", _cell(kept[_FLOW]), _not_above(kept[_FLOW])
-        hardest = _hardest_tenth(records, _FLOW) - _hardest_tenth(records, STANDARD)
+        yield "2", difference(kept[FLOW]), _not_above(kept[FLOW])
+        hardest = _hardest_tenth(records, FLOW) - _hardest_tenth(records, STANDARD)
         yield "2, hardest tenth", f"{hardest:+.1f}", _HOLDS if hardest < 0 else _FAILS
-    yield "3", _cell(kept[_MEAN_WEIGHT]), on_the_front(kept[_MEAN_WEIGHT])
+    yield "3", difference(kept[MEAN_WEIGHT]), on_the_front(kept[MEAN_WEIGHT])
     if name in CLEAN:
-        yield "5", _cell(kept[_ANCHOR]), above(kept[_ANCHOR])
-        if _STRENGTHS["ℓ2"][1] in kept:
-            best = {kind: _best(kept, names) for kind, names in _STRENGTHS.items()}
+        yield "5", difference(kept[ANCHOR]), above(kept[ANCHOR])
+        if STRENGTHS["ℓ2"][1] in kept:
+            best = {kind: _best(kept, names) for kind, names in STRENGTHS.items()}
             figure = ", ".join(f"{kind} {value:+.1f}" for kind, value in best.items())
             yield "6", figure, _HOLDS if max(best, key=best.__getitem__) == "WiSE-FT" else _FAILS
-    elif _BOTH in flow:
-        yield "5", _cell(flow[_BOTH]), no_worse(flow[_BOTH])
+    elif FLOW_AND_ANCHOR in flow:
+        yield "5", difference(flow[FLOW_AND_ANCHOR]), no_worse(flow[FLOW_AND_ANCHOR])
     yield from _of_batch_norm(records)
 
 
@@ -178,24 +164,15 @@ def _hardest_tenth(records: list[Record], method: str) -> float:
 
 def _of_batch_norm(records: list[Record]) -> Iterable[tuple[str, str, str]]:
     """Prediction 7: how far methods lie apart by the old statistics, and by new ones."""
-    at_large = [r for r in records if r["rate"] >= _LARGE_RATE]
-    methods = {r["method"] for r in at_large}
-    means = {
-        method: [
-            mean(values)
-            for values in zip(
-                *(
-                    (next(iter(r["retained"].values())), r["readouts"]["statistics anew"])
-                    for r in at_large
-                    if r["method"] == method
-                ),
-                strict=True,
-            )
-        ]
-        for method in methods
-    }
-    if len(means) > 1:
-        old, anew = (max(part) - min(part) for part in zip(*means.values(), strict=True))
-        if not math.isclose(old, 0):
-            figure = f"{old:.1f} points apart, {anew:.1f} anew"
-            yield "7", figure, _HOLDS if anew <= old / 2 else _FAILS
+    runs = [record for record in records if record["rate"] >= _LARGE_RATE]
+    old = _spread_of_methods(runs, lambda run: next(iter(run["retained"].values())))
+    anew = _spread_of_methods(runs, lambda run: run["readouts"]["statistics anew"])
+    if not math.isclose(old, 0):
+        figure = f"{old:.1f} points apart, {anew:.1f} anew"
+        yield "7", figure, _HOLDS if anew <= old / 2 else _FAILS
+
+
+def _spread_of_methods(runs: list[Record], accuracy: Callable[[Record], float]) -> float:
+    """The largest mean of a method less the smallest, 0 without runs."""
+    means = [mean(map(accuracy, of_method)) for of_method in records_by(runs, "method").values()]
+    return max(means, default=0.0) - min(means, default=0.0)

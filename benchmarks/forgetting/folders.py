@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from benchmarks.forgetting import RESULTS
+from benchmarks.rows import RESULTS
 from flowdata.study import METHODS, HeadTask, Record, Sizes, Split, grids, run_study
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))

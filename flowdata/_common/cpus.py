@@ -43,9 +43,8 @@ def _groups(root: Path) -> Iterator[Path]:
         number, controllers, group = line.split(":", 2)  # such as 4:cpu,cpuacct:/docker/1f
         if number != "0" and "cpu" not in controllers.split(","):
             continue
-        for mount in {"0": [mounts, mounts / "unified"]}.get(
-            number, [mounts / controllers, mounts / "cpu"]
-        ):
+        names = ("", "unified") if number == "0" else (controllers, "cpu")
+        for mount in (mounts / name for name in names):
             folder = mount / group.lstrip("/")
             yield from [folder, *(each for each in folder.parents if each.is_relative_to(mount))]
 

@@ -54,14 +54,14 @@ _said: set[tuple[str, str, int]] = set()  # matters, with the file and line that
 def _is_new(about: str) -> bool:
     """Whether this process is to tell of a matter, and has not yet for the line it came up at."""
     matter = (about, *_line_of_caller())
-    if matter in _said or not _is_first_rank():
+    if matter in _said or not is_first_rank():
         return False
     _said.add(matter)
     return True
 
 
-def _is_first_rank() -> bool:
-    """Whether this process is rank 0 of a run; torchrun numbers them before they are a group."""
+def is_first_rank() -> bool:
+    """Return whether this is rank 0 of a run; torchrun numbers ranks before they are a group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"

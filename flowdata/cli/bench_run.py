@@ -6,8 +6,7 @@ The repository's benchmarks measure more; they share the inputs and the yardstic
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -41,10 +40,6 @@ class Measurement:
     ratio: float
     share_of_matmul: float
     largest_difference: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures by name."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (

@@ -81,7 +81,7 @@ def _is_cached(samples: TokenSamples, store: Path, loaded: dict[str, Any] | None
             return False
         identity = manifest["identity"]
         is_same = manifest["details"].get(LOADED) == loaded
-        if not is_same or identity["dataset"] != f"tokens:{samples.digest()}":
+        if not is_same or identity["dataset"] != samples.identity():
             return False
         Scores.load(store)
         return True

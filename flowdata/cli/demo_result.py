@@ -79,7 +79,7 @@ class DemoResult:
         """Return a method's runs at a rate, one for each seed."""
         return [o for o in self.outcomes if (o.method, o.learning_rate) == (method, rate)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the figures, JSON-like."""
         starts = [asdict(start) for start in self.starts]
         for start in starts:

@@ -92,7 +92,7 @@ def check_front(tuned: str) -> None:
 
     config = PeftConfig.from_pretrained(tuned)
     kind = getattr(config.peft_type, "value", config.peft_type)
-    others = [name for name in _UNSCALED if _has(config, name)]
+    others = [name for name in _UNSCALED if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":
         others.append("bias")
     start = getattr(config, "init_lora_weights", None)
@@ -121,10 +121,6 @@ def _scaled(model: Any, alpha: float) -> Iterator[None]:
 
 def _lora_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_A")]
-
-
-def _has(config: Any, name: str) -> bool:
-    return bool(getattr(config, name, None))
 
 
 def _folder_of(source: str) -> Path:

@@ -19,7 +19,6 @@ from torch import Tensor
 from flowdata._common.notices import say
 from flowdata.errors import StoreError
 from flowdata.scores import Scores
-from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.scoring.ranks import Ranks, ranks_of_this_call
 from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import LOCK, SCORES, locked, read_manifest
@@ -63,7 +62,7 @@ def score_growing(scorer: LossScorer, samples: TokenSamples, store: Path, **opti
     )
     old = _score(scorer, samples.part(0, count), store, options)
     new = score_growing(scorer, samples.part(count, len(samples)), store / _NEW, **options)
-    joined = _joined(old, new, _dataset_id(samples), options.get("details") or {})
+    joined = _joined(old, new, samples.identity(), options.get("details") or {})
     ranks = ranks_of_this_call(shared=True)
     with ranks.failing_together():
         if ranks.is_first:
@@ -113,7 +112,7 @@ def _count_kept(store: Path, samples: TokenSamples, ranks: Ranks) -> int:
     identity = {} if manifest is None else manifest["identity"]
     count = identity.get("num_samples", 0)
     is_beginning = 0 < count <= len(samples) and (
-        identity["dataset"] == _dataset_id(samples.part(0, count))
+        identity["dataset"] == samples.part(0, count).identity()
     )
     if store.name == _NEW and manifest is not None and not is_beginning:
         shutil.rmtree(store)  # the draft of another extension that was stopped
@@ -135,12 +134,8 @@ def _score(
     scorer: LossScorer, samples: TokenSamples, store: Path, options: Mapping[str, Any]
 ) -> Scores:
     return scorer.score(
-        samples, store=store, dataset_id=_dataset_id(samples), lengths=samples.lengths, **options
+        samples, store=store, dataset_id=samples.identity(), lengths=samples.lengths, **options
     )
-
-
-def _dataset_id(samples: TokenSamples) -> str:
-    return TOKENS_PREFIX + samples.digest()
 
 
 def _joined(old: Scores, new: Scores, dataset_id: str, details: Mapping[str, Any]) -> Scores:

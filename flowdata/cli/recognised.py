@@ -49,8 +49,8 @@ class Recognised:
         ]
         for piece, is_target in self.first_sample:
             margin = "  target > " if is_target else "  prompt | "
-            shown = piece if whole else _shortened(piece)
-            lines += [margin + line for line in shown.strip("\n").split("\n") if shown.strip()]
+            excerpt = piece if whole else _shortened(piece)
+            lines += [margin + line for line in excerpt.strip("\n").split("\n") if excerpt.strip()]
         return "\n".join(lines)
 
 

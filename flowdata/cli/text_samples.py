@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, takewhile
 from typing import Any
 
-from flowdata._common.notices import logger, say
+from flowdata._common.notices import is_first_rank, logger, say
 from flowdata._common.progress import progress_bar
 from flowdata._common.unreadable import Unreadable
 from flowdata.cli.recognised import Recognised, recognise
@@ -109,9 +108,9 @@ def preview_text(options: argparse.Namespace, source: str, model: str) -> Recogn
         model: whose tokenizer it is, if none was named.
     """
     text = _Text(options, source, model)
-    told: list[Recognised] = []
-    text.samples(takewhile(lambda _: not told, text.rows), told.append)
-    return told[0]
+    results: list[Recognised] = []
+    text.samples(takewhile(lambda _: not results, text.rows), results.append)
+    return results[0]
 
 
 def text_samples(
@@ -128,8 +127,10 @@ def text_samples(
         The samples; details that a store keeps.
     """
     text = _Text(options, source, model)
-    digest, is_shown = RowsDigest(deciding_columns(text.fields)), _speaks(options)
-    rows = _counted(digest.watch(text.rows), _length_of(text.rows), shown=is_shown)
+    digest = RowsDigest(deciding_columns(text.fields))
+    is_shown = is_first_rank() and not options.quiet
+    total = len(text.rows) if hasattr(text.rows, "__len__") else None
+    rows = _counted(digest.watch(text.rows), total, shown=is_shown)
     samples = text.samples(rows, lambda recognised: say(recognised.text(), shown=is_shown))
     _warn(options, samples)
     return samples, {
@@ -161,28 +162,18 @@ def _rows_of(digest: RowsDigest, samples: TokenSamples) -> dict[str, Any]:
     return {"rows": len(digest), "identity": identity}
 
 
-def _length_of(rows: Any) -> int | None:
-    return len(rows) if hasattr(rows, "__len__") else None
-
-
-def _speaks(options: argparse.Namespace) -> bool:
-    """Whether this process is the one that speaks, if any does."""
-    return os.environ.get("RANK", "0") == "0" and not options.quiet
-
-
 def _counted(rows: Iterable[Any], total: int | None, *, shown: bool) -> Iterator[Any]:
     """Rows whose reading and tokenising is shown, where their number is known before."""
-    numbered = enumerate(rows, 1)
-    yield from (row for _, row in islice(numbered, 1))  # what it holds is told before a bar begins
-    told = 1
+    rows, progress = iter(rows), 1
+    yield from islice(rows, 1)  # what it holds is told before a bar begins
     with progress_bar(
-        total or 0, "reading", "rows", initial=told, shown=shown and total is not None
+        total or 0, "reading", "rows", initial=progress, shown=shown and total is not None
     ) as advance:
-        for number, row in numbered:
+        for number, row in enumerate(rows, 2):
             yield row
             if number % _ROWS_A_STEP == 0 or number == total:
-                advance(number - told)
-                told = number
+                advance(number - progress)
+                progress = number
 
 
 def cuts_of(samples: TokenSamples) -> dict[str, int]:
@@ -194,8 +185,8 @@ def cuts_of(samples: TokenSamples) -> dict[str, int]:
 
 def _fields_named(options: argparse.Namespace) -> Fields:
     """The columns that the user named."""
-    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
-    return Fields(**{name: column for name, column in named.items() if column is not None})
+    columns = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
+    return Fields(**{name: column for name, column in columns.items() if column is not None})
 
 
 def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tuple[Row, Fields]:
@@ -203,11 +194,11 @@ def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tup
 
     Where rows may be skipped, those may be whose columns can't be told.
     """
-    named, error = _fields_named(options), None
+    fields, error = _fields_named(options), None
     readable = (row for row in rows if not isinstance(row, Unreadable))
     for row in islice(readable, _ROWS_A_STEP):
         try:
-            return row, find_fields(row, named)
+            return row, find_fields(row, fields)
         except ValueError as of_row:
             error = error or of_row
             if options.on_error != "skip":
@@ -218,7 +209,7 @@ def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tup
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
     """Say how many samples are not whole."""
     if samples.num_cut:
-        logger.warning("%s", _cut(samples, options.max_length))
+        logger.warning(_cut(samples, options.max_length))
     if samples.unreadable:
         logger.warning(
             "%d of %d rows can't be read and have no loss; the first: %s",
@@ -230,15 +221,15 @@ def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
 
 def _cut(samples: TokenSamples, max_length: int) -> str:
     """How many samples were cut, and what they lost, as a sentence."""
-    told = (
+    sentence = (
         f"{samples.num_cut:,} of {len(samples):,} samples were longer than {max_length:,} tokens "
         "and were cut"
     )
     if samples.num_cut_targets:
-        told += (
+        sentence += (
             f"; {samples.num_cut_targets:,} of them lost part or all of their target"
             f" ({samples.num_lost_targets:,} all of it, and have no loss)"
         )
         if samples.truncation == "keep_start":
-            told += ". --truncation keep_end cuts the prompt instead"
-    return told
+            sentence += ". --truncation keep_end cuts the prompt instead"
+    return sentence

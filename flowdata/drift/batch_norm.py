@@ -35,7 +35,7 @@ class BatchNormState:
         """
         layers = _batch_norm_layers(model)
         self._check(model, layers)
-        own = [(table, name, value) for layer in layers for table, name, value in _tensors(layer)]
+        old = [(table, name, value) for layer in layers for table, name, value in _tensors(layer)]
         try:
             for layer, copies in zip(layers, self._layers, strict=True):
                 for table, name, value in _tensors(layer):
@@ -44,7 +44,7 @@ class BatchNormState:
                     table[name] = nn.Parameter(tensor, False) if is_parameter else tensor
             yield
         finally:
-            for table, name, value in own:
+            for table, name, value in old:
                 table[name] = value
 
     def _check(self, model: nn.Module, layers: list[nn.Module]) -> None:

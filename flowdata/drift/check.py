@@ -55,8 +55,8 @@ def right_way(job: Job, plan: Plan, model: nn.Module, head: str | None) -> Candi
     reshard(model)  # else a sharded head would look like a whole one
     reasons: list[tuple[str, str]] = []
     for candidate in ways_to_rows(job, plan, model, head):
-        judged = replace(candidate, way=_as_judged(job, candidate.way, head))
-        reason = disagreement(judged, truth, evidence, plan)
+        by_signs = replace(candidate, way=_as_judged(job, candidate.way, head))
+        reason = disagreement(by_signs, truth, evidence, plan)
         if not reason:
             for name, why in reasons:
                 logger.warning("not reading %s: %s", name, why)

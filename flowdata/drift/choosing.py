@@ -246,10 +246,10 @@ def _is_on_front(runs: Sequence[Run], place: int, kind: str) -> bool:
             return math.inf, math.inf
         return (score, drift.kl) if kind == "loss" else (-score, -drift.kept)
 
-    own = losses(runs[place])
+    point = losses(runs[place])
     others = (losses(run) for number, run in enumerate(runs) if number != place)
-    return math.isfinite(own[0]) and not any(
-        other[0] <= own[0] and other[1] <= own[1] and other != own for other in others
+    return math.isfinite(point[0]) and not any(
+        other[0] <= point[0] and other[1] <= point[1] and other != point for other in others
     )
 
 

@@ -147,13 +147,11 @@ def compare(before: Scores, after: Scores) -> Comparison:
     old, new = (scores.metadata.get("identity", {}) for scores in (before, after))
     different = [name for name in _SHARED if name in old and name in new and old[name] != new[name]]
     if different:
-        of_rows = (
-            stores_difference(before.metadata, after.metadata) if "dataset" in different else ""
-        )
-        told = of_rows or f"before has {old[different[0]]!r}, after {new[different[0]]!r}"
+        of_rows = "dataset" in different and stores_difference(before.metadata, after.metadata)
+        details = of_rows or f"before has {old[different[0]]!r}, after {new[different[0]]!r}"
         raise ScoreMismatchError(
-            f"the scores differ in {', '.join(different)}: {told}; score the same data set by both "
-            "models, with the same loss"
+            f"the scores differ in {', '.join(different)}: {details}; score the same data set by "
+            "both models, with the same loss"
         )
     is_other = (before.counts != after.counts) & ~(before.losses + after.losses).isnan()
     if is_other.any():

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
-from flowdata.drift.kept import keep
 from flowdata.drift.probes import smooth_images
 from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
 from flowdata.store.fingerprint import fingerprint_model
+from flowdata.store.kept import keep
 
 _AT_ONCE = 128  # images whose statistics are compared with the kept ones
 _RATE = 0.05  # of Adam, in standard deviations of a pixel
@@ -106,7 +106,7 @@ def inverted_images(
         "seed": seed,
         "steps": steps,
     }
-    return keep(Path(store), "image", identity, make)
+    return keep(Path(store), identity, lambda: {"image": make()})["image"]
 
 
 def _invert(model: nn.Module, images: Tensor, steps: int) -> Tensor:

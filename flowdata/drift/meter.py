@@ -31,12 +31,11 @@ from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
-from flowdata.store.format import make_manifest, read_file, write_file
-from flowdata.store.identity import check_identity, features_identity
+from flowdata.store.identity import features_identity
+from flowdata.store.kept import keep
 from flowdata.targets.which_loss import are_probabilities
 
 BatchNorm = Literal["reference", "own"]
-_ANOTHER_FILE = "Name another file, or delete this one if it is unwanted"
 # Of the cosine between two output layers' weights: above it one is taken for a later state of the
 # other. A layer that was made anew has a cosine of about 0, one in training of nearly 1.
 _SAME_LAYER = 0.5
@@ -130,9 +129,6 @@ class DriftMeter:
         """The frozen model's rows, from the file if there is one."""
         if store is None:
             return self.reader.read(model)
-        file = Path(store)
-        if file.suffix != ".safetensors":
-            raise ValueError(f"store must name a file *.safetensors, got {str(file)!r}")
         identity = features_identity(
             body=model,
             dataset=probe,
@@ -141,13 +137,12 @@ class DriftMeter:
             dtype=name_of(self.reader.dtype),
         )
         identity["kind"] = "drift"
-        if not file.exists():
+
+        def make() -> dict[str, Tensor]:
             rows = self.reader.read(model)
-            tensors = {"row": rows.values.cpu(), "count": rows.counts}
-            write_file(file, tensors, make_manifest(identity, {}, {}))
-            return rows
-        tensors, manifest = read_file(file)
-        check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
+            return {"row": rows.values, "count": rows.counts}
+
+        tensors = keep(Path(store), identity, make)
         return Rows(tensors["row"], tensors["count"], self.reader.layer(model))
 
     def __call__(self, model: nn.Module, *, batch_norm: BatchNorm | None = None) -> Drift:

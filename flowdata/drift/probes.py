@@ -11,12 +11,12 @@ from torch import Tensor
 
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
-from flowdata.drift.kept import keep
 from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
 from flowdata.models.precision import resolve_dtype
 from flowdata.store.fingerprint import fingerprint_model
+from flowdata.store.kept import keep
 from flowdata.targets.labels import IGNORE_INDEX
 
 _AT_ONCE = 64  # texts that are written at a time
@@ -73,11 +73,11 @@ def own_text(
     beginning = torch.tensor(_beginning(tokenizer, model), dtype=torch.long)
     _check_positions(model, len(beginning), length)
 
-    def write() -> Tensor:
-        return _write_texts(model, beginning, samples, length, seed)
+    def write() -> dict[str, Tensor]:
+        return {"token": _write_texts(model, beginning, samples, length, seed)}
 
     if store is None:
-        return _cut(write(), beginning, model)
+        return _cut(write()["token"], beginning, model)
     identity = {
         "kind": "own text",
         "model": fingerprint_model(model),
@@ -86,7 +86,7 @@ def own_text(
         "length": length,
         "seed": seed,
     }
-    return _cut(keep(Path(store), "token", identity, write), beginning, model)
+    return _cut(keep(Path(store), identity, write)["token"], beginning, model)
 
 
 def _beginning(tokenizer: Any, model: Any) -> list[int]:
@@ -165,10 +165,10 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    own = model.generation_config
+    before = model.generation_config
     try:
         model.generation_config = config  # `generate` fills gaps of what it is given from this one
-        written: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
+        tokens: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
@@ -177,8 +177,8 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
             "a text; take it as it was before it diverged"
         ) from error
     finally:
-        model.generation_config = own
-    return F.pad(written, (0, ids.shape[1] + length - written.shape[1]), value=config.pad_token_id)
+        model.generation_config = before
+    return F.pad(tokens, (0, ids.shape[1] + length - tokens.shape[1]), value=config.pad_token_id)
 
 
 def _ends_of(model: Any) -> list[int]:

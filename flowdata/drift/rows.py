@@ -142,7 +142,7 @@ class Reader:
             places: the samples' places in the probe.
         """
         job = self._job_of(model)
-        head = self._head_in_training(job, model)
+        head = self._head_in_training(model)
         batch = job.collate([job.dataset[place] for place in places])
         rows = padded_way(job, model, head)(model, batch)
         return Rows(rows.values, rows.counts, output_module(model, job.loss, head))
@@ -154,7 +154,7 @@ class Reader:
             head = self._head_of(lent)
         return output_layer(model, job.loss, head)
 
-    def _head_in_training(self, job: Job, model: nn.Module) -> str | None:
+    def _head_in_training(self, model: nn.Module) -> str | None:
         """The name of the layer whose inputs are rows, looked for once for each structure."""
         structure = _structure(model)
         if structure not in self._heads:

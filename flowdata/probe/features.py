@@ -20,11 +20,9 @@ from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
-from flowdata.store.format import make_manifest, read_file, write_file
-from flowdata.store.identity import check_identity, features_identity
+from flowdata.store.identity import features_identity
+from flowdata.store.kept import keep
 from flowdata.targets.labels import split_batch
-
-_ANOTHER_FILE = "Name another file, or delete this one if its features are unwanted"
 
 
 def compute_features(
@@ -71,7 +69,7 @@ def compute_features(
     has_parameters = any(True for _ in model.parameters())
     body_dtype = resolve_dtype(dtype, model, device) if has_parameters else torch.float32
 
-    def compute() -> tuple[Tensor, Tensor]:
+    def compute() -> dict[str, Tensor]:
         # A generator of the loader's own: the default one would advance the global random state.
         loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -86,38 +84,23 @@ def compute_features(
             progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
         ):
             explain = partial(_explain, model, body_dtype, device)
-            return _run_body(body, loader, device, advance, explain)
+            features, targets = _run_body(body, loader, device, advance, explain)
+        return {"feature": features, "target": targets}
 
+    tensors: Mapping[str, Tensor]
     if store is None:
-        return compute()
-    with preserved_rng():  # reading samples for their fingerprint may draw random numbers
-        identity = features_identity(
-            body=model,
-            dataset=dataset,
-            dataset_id=dataset_id,
-            collate_fn=collate_fn,
-            dtype=name_of(body_dtype),
-        )
-    features, targets = _stored(Path(store), identity, compute)
-    return features.to(device), targets.to(device)
-
-
-def _stored(
-    file: Path, identity: dict[str, Any], compute: Callable[[], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """The features and targets in a file of this identity; a missing file is computed first."""
-    if file.suffix != ".safetensors":
-        raise ValueError(
-            f"store must name a file *.safetensors for the features, got {str(file)!r}"
-        )
-    if file.exists():
-        tensors, manifest = read_file(file)
-        check_identity(manifest["identity"], identity, f"the file {file}", _ANOTHER_FILE)
-        return tensors["feature"], tensors["target"]
-    features, targets = compute()
-    tensors = {"feature": features.cpu(), "target": targets.cpu()}
-    write_file(file, tensors, make_manifest(identity, {}, {}))
-    return features, targets
+        tensors = compute()
+    else:
+        with preserved_rng():  # reading samples for their fingerprint may draw random numbers
+            identity = features_identity(
+                body=model,
+                dataset=dataset,
+                dataset_id=dataset_id,
+                collate_fn=collate_fn,
+                dtype=name_of(body_dtype),
+            )
+        tensors = keep(Path(store), identity, compute)
+    return tensors["feature"].to(device), tensors["target"].to(device)
 
 
 def _run_body(

@@ -1,4 +1,4 @@
-"""What a data set's losses look like: figures, pictures, an HTML page."""
+"""What a data set's losses look like: figures, pictures, pages."""
 
 from flowdata.report.pictures import plot_losses
 from flowdata.report.report import Report, write_report

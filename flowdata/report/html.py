@@ -111,17 +111,17 @@ def _pictures(scores: Scores, losses: Tensor, temperature: float) -> list[str]:
 
 def _odd(oddities: Oddities, metadata: Mapping[str, Any]) -> str:
     """How many samples bear each mark, each with a button that shows them in the table."""
-    numbers = {name: int(marks.sum()) for name, marks in oddities.marks.items()}
+    counts = {name: int(marks.sum()) for name, marks in oddities.marks.items()}
     lines = [
-        f"<li><b>{number:,}</b>{MARKS[name]}"
+        f"<li><b>{count:,}</b>{MARKS[name]}"
         f'<button type="button" data-mark="{name}" hidden>show</button></li>'
-        for name, number in numbers.items()
-        if number
+        for name, count in counts.items()
+        if count
     ]
     details = metadata.get("details") or {}
-    if number := details.get("num_cut", 0):
+    if num_cut := details.get("num_cut", 0):
         lines.append(
-            f"<li><b>{number:,}</b>samples were longer than {details.get('max_length'):,} tokens "
+            f"<li><b>{num_cut:,}</b>samples were longer than {details.get('max_length'):,} tokens "
             f"and were cut; {details.get('num_cut_targets', 0):,} of them lost part or all of "
             "their target</li>"
         )

@@ -41,8 +41,8 @@ def shorten(text: SampleText, limit: int) -> list[Piece]:
         >>> [piece.text for piece in shorten([Piece("a" * 50), Piece("Yes.")], 10)]
         ['aaaaaa … (44 more characters)', 'Yes.']
     """
-    given = [Piece(text)] if isinstance(text, str) else text
-    pieces = [replace(piece, text=_spelt_out(piece.text)) for piece in given]
+    whole = [Piece(text)] if isinstance(text, str) else text
+    pieces = [replace(piece, text=_spelt_out(piece.text)) for piece in whole]
     shares = _shares([len(piece.text) for piece in pieces], limit)
     return [
         replace(piece, text=_beginning(piece.text, share))

@@ -23,7 +23,7 @@ RULES = ("median", "mean", "ess0.5", "ess0.9")  # the temperatures that a page o
 _ALIKE = 0.9  # effective share of the samples from which weights change little
 _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
-_TOLD = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
+_CAUSES = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
 _TAIL = 0.01  # share of the samples that far that makes a tail
 
 
@@ -126,10 +126,10 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
     if (lengths != 1).any() and is_near.any():
         far, near = np.median(lengths[is_far]), np.median(lengths[is_near])
         text += f" They have {far:,.0f} targets in the median, the others {near:,.0f}."
-    marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _TOLD}
+    marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _CAUSES}
     if any(marks.values()):
-        told = ", ".join(f"{number:,} as {name}" for name, number in marks.items() if number)
-        text += f" Marked among them, as listed below: {told}."
+        numbers = ", ".join(f"{number:,} as {name}" for name, number in marks.items() if number)
+        text += f" Marked among them, as listed below: {numbers}."
     return text
 
 

@@ -32,9 +32,9 @@ def weights_of(
         return weigh_present(scores_or_weights.losses, temperature, missing=missing)
     if isinstance(scores_or_weights, str | Path):
         name = str(scores_or_weights)  # "auto" is a word that the trainers alone can follow
-        made = "LossScorer(model).score(dataset)" if name == "auto" else f"Scores.load({name!r})"
+        call = "LossScorer(model).score(dataset)" if name == "auto" else f"Scores.load({name!r})"
         raise TypeError(
-            f"scores_or_weights must be scores or weights, got {name!r}; pass flowdata.{made}"
+            f"scores_or_weights must be scores or weights, got {name!r}; pass flowdata.{call}"
         )
     if hasattr(scores_or_weights, "score"):
         raise TypeError(

@@ -118,9 +118,11 @@ def stores_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> st
         for name, flag in _TOKEN_OPTIONS.items()
         if details[0].get(name) != details[1].get(name)
     ]
-    same = "the rows are the same, and their tokens are not"
-    return f"{same}, for they were made with another {' and another '.join(changes)}" * bool(
-        changes
+    if not changes:
+        return ""
+    return (
+        "the rows are the same, and their tokens are not, for they were made with another "
+        f"{' and another '.join(changes)}"
     )
 
 
@@ -201,7 +203,7 @@ def _tokens_difference(rows: Mapping[str, Any], identity: str, dataset: Any, ski
     flat = np.concatenate(ids)
     if digest_tokens(flat, offsets, None) != rows.get("tokens"):
         return "its tokens are others than those that were scored, or in another order"
-    here = identity if targets is None else None
-    if targets is not None:
-        here = TOKENS_PREFIX + digest_tokens(flat, offsets, np.concatenate(targets))
+    if targets is None:  # without labels there is nothing more to compare
+        return ""
+    here = TOKENS_PREFIX + digest_tokens(flat, offsets, np.concatenate(targets))
     return "" if here == identity else "its tokens are the same, and other ones are targets"

@@ -54,18 +54,18 @@ def part_of(scores: Scores, selection: Any) -> Scores:
         IndexError: an index is out of range, or there are not N booleans.
         ValueError: it selects no sample.
     """
-    chosen = _indices(selection, len(scores))
-    if len(chosen) == 0:
+    indices = _indices(selection, len(scores))
+    if len(indices) == 0:
         raise ValueError(f"the selection holds none of the {len(scores)} samples")
     token_losses = None
     if scores.flat_token_losses is not None:
-        token_losses = scores.flat_token_losses[_token_places(scores.counts, chosen)]
+        token_losses = scores.flat_token_losses[_token_places(scores.counts, indices)]
     return type(scores)(
-        scores.losses[chosen],
-        scores.counts[chosen],
-        metadata=_metadata_of_part(scores.metadata, chosen),
+        scores.losses[indices],
+        scores.counts[indices],
+        metadata=_metadata_of_part(scores.metadata, indices),
         token_losses=token_losses,
-        columns={name: values[chosen] for name, values in scores.columns.items()},
+        columns={name: values[indices] for name, values in scores.columns.items()},
     )
 
 
@@ -148,26 +148,26 @@ def _indices(selection: Any, size: int) -> Tensor:
     return places % size
 
 
-def _token_places(counts: Tensor, chosen: Tensor) -> Tensor:
-    """Where the token losses of the chosen samples lie, sample after sample."""
-    starts, lengths = offsets_of(counts)[:-1][chosen], counts[chosen]
+def _token_places(counts: Tensor, indices: Tensor) -> Tensor:
+    """Where the token losses of some samples lie, sample after sample."""
+    starts, lengths = offsets_of(counts)[:-1][indices], counts[indices]
     within = torch.arange(int(lengths.sum())) - offsets_of(lengths)[:-1].repeat_interleave(lengths)
     return starts.repeat_interleave(lengths) + within
 
 
-def _metadata_of_part(metadata: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
+def _metadata_of_part(metadata: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
     """The metadata of a part: no data set has its identity, and its rows are not known any more."""
     part = {**metadata, "plan": {}}
     if "identity" in metadata:
         identity = metadata["identity"]
-        digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(indices.numpy().tobytes()).hexdigest()
         name = f"part {digest[:16]} of {identity.get('dataset', '')}"
-        part["identity"] = {**identity, "dataset": name, "num_samples": len(chosen)}
+        part["identity"] = {**identity, "dataset": name, "num_samples": len(indices)}
     details = metadata.get("details", {})
     if isinstance(details.get("data"), Mapping):
         part["details"] = {name: value for name, value in details.items() if name != "data"}
     skipped = metadata.get("skipped", {})
-    reasons = [(place, skipped.get(str(index))) for place, index in enumerate(chosen.tolist())]
+    reasons = [(place, skipped.get(str(index))) for place, index in enumerate(indices.tolist())]
     part["skipped"] = {str(place): reason for place, reason in reasons if reason is not None}
     return part
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TypeAlias
 
 from flowdata.drift import Drift, rank
-from flowdata.study.runs import Record, validation_of
+from flowdata.study.runs import Record, records_by, validation_of
 
 Rule: TypeAlias = Callable[[list[Record]], Record]
 
@@ -41,9 +41,8 @@ def choices(
         rules[f"by drift, {probe}"] = partial(_by_drift, probe=probe, exchange=exchange)
     if average is not None:
         rules["best"] = lambda runs: max(runs, key=average)
-    seeds = sorted({record["seed"] for record in records})
-    of_seeds = [[record for record in records if record["seed"] == seed] for seed in seeds]
-    return {name: [rule(runs) for runs in of_seeds] for name, rule in rules.items()}
+    by_seed = records_by(records, "seed")
+    return {name: [rule(runs) for runs in by_seed.values()] for name, rule in rules.items()}
 
 
 def _by_drift(runs: list[Record], probe: str, exchange: float) -> Record:

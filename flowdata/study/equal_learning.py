@@ -115,16 +115,21 @@ def kept_at_equal_learning(
     rates = Counter(method for method, _ in runs)
     for name in (reference, start):
         if name not in rates:
-            raise ValueError(f"runs have no {name!r}, which all fronts need")
+            raise ValueError(
+                f"runs have no {name!r}, which all fronts need: run it, or name another method"
+            )
     seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
     if not seeds:
-        raise ValueError("runs have no seed that all methods and rates were run on")
+        raise ValueError(
+            "runs have no seed that all methods and rates were run on: run what is missing, or "
+            "leave out the methods and rates that lack seeds"
+        )
     methods = [reference, *(m for m in rates if m not in (reference, start))]
     places = [[i for i, (m, _) in enumerate(runs) if m in (method, start)] for method in methods]
     scores = _drawn_scores(runs, seeds, draws, seed)
     start_place = next(place for place, (method, _) in enumerate(runs) if method == start)
-    kept = np.array([_kept(each, places, start_place) for each in scores])
-    at, over_levels = kept[:, :, : len(SHARES)], kept[:, :, len(SHARES) :]
+    old = np.array([_old_at_all(each, places, start_place) for each in scores])
+    at, over_levels = old[:, :, : len(SHARES)], old[:, :, len(SHARES) :]
     # Every front reaches the first level; beyond its end there is nothing to compare.
     differences = np.nanmean(over_levels - over_levels[:, :1], axis=-1)
     p_values = [1.0, *_corrected([_p(of_method) for of_method in differences[1:, 1:].T])]
@@ -156,20 +161,18 @@ def _drawn_scores(runs: Runs, seeds: Sequence[int], draws: int, seed: int) -> _F
         new_counts = _counts(generator, draws, new.shape[1]) / new.shape[1]
         if old.shape[1] not in old_counts:
             old_counts[old.shape[1]] = _counts(generator, draws, old.shape[1]) / old.shape[1]
-        for kind, (values, drawn) in enumerate(
-            [(new, new_counts), (old, old_counts[old.shape[1]])]
-        ):
-            total[:, :, kind] += counts[:, place, None] * (drawn @ values.T)
+        total[:, :, 0] += counts[:, place, None] * (new_counts @ new.T)
+        total[:, :, 1] += counts[:, place, None] * (old_counts[old.shape[1]] @ old.T)
     return total
 
 
 def _counts(generator: np.random.Generator, draws: int, size: int) -> _Floats:
     """How often each of `size` things is drawn, (1 + draws, size): once each, then at random."""
-    drawn = generator.multinomial(size, np.full(size, 1 / size), size=draws)
-    return np.concatenate([np.ones((1, size)), drawn])
+    counts = generator.multinomial(size, np.full(size, 1 / size), size=draws)
+    return np.concatenate([np.ones((1, size)), counts])
 
 
-def _kept(scores: _Floats, places: Sequence[Sequence[int]], start: int) -> list[_Floats]:
+def _old_at_all(scores: _Floats, places: Sequence[Sequence[int]], start: int) -> list[_Floats]:
     """Each method's old score at all levels; the first method is the reference."""
     first, last = scores[start, 0], scores[places[0], 0].max()
     levels = first + (last - first) * np.concatenate([SHARES, _LEVELS])

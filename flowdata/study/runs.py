@@ -149,6 +149,21 @@ def _validation_scores(
     return scores
 
 
+def records_by(records: Iterable[Record], field: str) -> dict[Any, list[Record]]:
+    """Return the records by the value of a field, in the order of the values."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record[field], []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def whole_seeds(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Return the runs of each seed that has as many runs as any other, in the seeds' order."""
+    runs = records_by(records, "seed")
+    most = max(map(len, runs.values()), default=0)
+    return {seed: of_seed for seed, of_seed in runs.items() if len(of_seed) == most}
+
+
 def chosen_runs(records: Iterable[Record]) -> Runs:
     """Return each method's runs at the rate chosen for it, in the order of their seeds."""
     records = list(records)

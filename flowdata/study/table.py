@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from statistics import mean, stdev
 from typing import Any
 
+from flowdata.report.markdown import count, spread, table
 from flowdata.study.choices import choices
-from flowdata.study.equal_learning import SHARES, kept_at_equal_learning, runs_with_items
+from flowdata.study.equal_learning import SHARES, Kept, kept_at_equal_learning, runs_with_items
 from flowdata.study.extras import load_extra
 from flowdata.study.methods import LINEAR_PROBE, METHODS, STANDARD
-from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate
+from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate, whole_seeds
 
 BEST_RATE_NOTE = (
     "At the rate that is best, for each method, on validation samples of the new task "
@@ -116,13 +117,16 @@ def paired_p(differences: list[float]) -> str:
 
 def _table(runs: Runs) -> list[str]:
     names = list(measures(next(iter(runs.values()))[0]))
-    lines = [row(["method", "rate", *names]), row(["---", "---:", *["---:"] * len(names)])]
-    for method, records in runs.items():
-        cells = [
-            spread([measures(record)[name] for record in records], digits(name)) for name in names
-        ]
-        lines.append(row([method, f"{records[0]['rate']:g}", *cells]))
-    return lines
+    rows = [
+        [method, f"{records[0]['rate']:g}", *(_spread_of(records, name) for name in names)]
+        for method, records in runs.items()
+    ]
+    return table(["method", "rate", *names], rows)
+
+
+def _spread_of(runs: list[Record], name: str) -> str:
+    """The mean and the standard deviation of a measure."""
+    return spread([measures(run)[name] for run in runs], digits(name))
 
 
 def _edges(records: Iterable[Record]) -> list[str]:
@@ -144,15 +148,14 @@ def _over_rates(records: list[Record]) -> list[str]:
     names = list(measures(records[0]))
     most = len({record["seed"] for record in records})
     title = f"At each rate ({' / '.join(names)}; in brackets how many seeds, where not {most}):"
-    lines = [row(["method", *(f"{rate:g}" for rate in rates)])]
-    lines += [row(["---", *["---:"] * len(rates)])]
-    for method in dict.fromkeys(record["method"] for record in records):
-        cells = [
-            _means_and_seeds([r for r in records if (r["method"], r["rate"]) == key], names, most)
-            for key in ((method, rate) for rate in rates)
-        ]
-        lines.append(row([method, *cells]))
-    return [title, "", *lines, ""]
+    runs: dict[tuple[str, float], list[Record]] = {}
+    for record in records:
+        runs.setdefault((record["method"], record["rate"]), []).append(record)
+    rows = [
+        [method, *(_means_and_seeds(runs.get((method, rate), []), names, most) for rate in rates)]
+        for method in dict.fromkeys(method for method, _ in runs)
+    ]
+    return [title, "", *table(["method", *(f"{rate:g}" for rate in rates)], rows), ""]
 
 
 def _choices(records: list[Record]) -> list[str]:
@@ -163,42 +166,50 @@ def _choices(records: list[Record]) -> list[str]:
     names = list(measures(records[0]))
     average = "average" in names
     by_rule = choices(records, (lambda r: measures(r)["average"]) if average else None)
-    lines = [row(["chosen", *names, "runs"]), row(["---", *["---:"] * len(names), "---"])]
-    for rule, runs in by_rule.items():
-        cells = [spread([measures(run)[name] for run in runs], digits(name)) for name in names]
-        chosen = dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs)
-        lines.append(row([rule, *cells, ", ".join(chosen)]))
+    rows = [
+        [rule, *(_spread_of(runs, name) for name in names), methods_and_rates(runs)]
+        for rule, runs in by_rule.items()
+    ]
     title = (
         "Chosen among all methods and rates, on each seed: blind, by validation alone; by drift, "
         "validation and what the probe says was kept (`flowdata.drift.choose`)"
     )
-    return [title + ("; best, which takes the old data to know:" * average or ":"), "", *lines, ""]
+    title += "; best, which takes the old data to know:" if average else ":"
+    return [title, "", *table(["chosen", *names, "runs"], rows, words=("runs",)), ""]
+
+
+def methods_and_rates(runs: Iterable[Record]) -> str:
+    """Return the methods of runs, each with its rate, once each."""
+    return ", ".join(dict.fromkeys(f"{run['method']} {run['rate']:g}" for run in runs))
 
 
 def _equal_learning(records: list[Record]) -> list[str]:
     """A table of what methods keep where they have learned as much."""
     records = [record for record in records if "hits" in record]
-    counts = Counter(record["seed"] for record in records)
-    whole = {seed for seed in counts if counts[seed] == max(counts.values())}
-    runs = runs_with_items(record for record in records if record["seed"] in whole)
-    runs = {key: of_seed for key, of_seed in runs.items() if of_seed.keys() == whole}
+    seeds = whole_seeds(records)
+    runs = runs_with_items(chain.from_iterable(seeds.values()))
+    runs = {key: by_seed for key, by_seed in runs.items() if by_seed.keys() == seeds.keys()}
     if not {STANDARD, LINEAR_PROBE} <= {method for method, _ in runs}:
         return []
     shares = [f"at {share:.0%}" for share in SHARES]
-    lines = [row(["method", "rates", *shares, "difference", "p"]), row(["---", *["---:"] * 7])]
+    rows = []
     for kept in kept_at_equal_learning(runs, STANDARD, LINEAR_PROBE):
         old = ["–" if math.isnan(value) else f"{value:.1f}" for value in kept.at]
-        difference = f"{kept.difference:+.1f} ({kept.low:+.1f} to {kept.high:+.1f})"
-        of_standard = kept.method == STANDARD
-        cells = ["", ""] if of_standard else [difference, f"{kept.p:.3f}"]
-        lines.append(row([kept.method, f"{kept.rates}", *old, *cells]))
+        is_standard = kept.method == STANDARD
+        figures = ["", ""] if is_standard else [difference(kept), f"{kept.p:.3f}"]
+        rows.append([kept.method, f"{kept.rates}", *old, *figures])
     title = (
-        f"At equal learning ({count(len(whole), 'seed')}): old accuracy where a method's front "
+        f"At equal learning ({count(len(seeds), 'seed')}): old accuracy where a method's front "
         f"over its rates has learned a share of what {STANDARD} fine-tuning learns over the "
         f"{LINEAR_PROBE}; the mean difference from it over all that both learn, with 95 % of the "
         "draws of seeds and test items; p by Holm:"
     )
-    return [title, "", *lines, ""]
+    return [title, "", *table(["method", "rates", *shares, "difference", "p"], rows), ""]
+
+
+def difference(kept: Kept) -> str:
+    """Return a difference at equal learning, in a cell: the mean, and its interval."""
+    return f"{kept.difference:+.1f} ({kept.low:+.1f} to {kept.high:+.1f})"
 
 
 def _means_and_seeds(runs: list[Record], names: list[str], most: int) -> str:
@@ -209,25 +220,14 @@ def _means_and_seeds(runs: list[Record], names: list[str], most: int) -> str:
 def _comparisons(runs: Runs) -> list[str]:
     """A table of each method against standard fine-tuning, and of each sum against its summands."""
     names = list(measures(next(iter(runs.values()))[0]))
-    lines = [row(["method", "against", *names]), row(["---", "---", *["---:"] * len(names)])]
+    rows = []
     for method, records in runs.items():
         summands = method.split(" + ") if " + " in method else []
         for other in [STANDARD, *summands]:
             if other in runs and other != method:
                 cells = [compare(records, runs[other], name) for name in names]
-                lines.append(row([method, other, *cells]))
-    return lines
-
-
-def row(cells: Iterable[str]) -> str:
-    """Return a line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def spread(values: list[float], places: int) -> str:
-    """Return mean ± standard deviation; a single value has no deviation."""
-    deviation = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{places}f}{deviation}"
+                rows.append([method, other, *cells])
+    return table(["method", "against", *names], rows, words=("against",))
 
 
 def means(runs: list[Record], names: list[str]) -> str:
@@ -236,11 +236,6 @@ def means(runs: list[Record], names: list[str]) -> str:
         return "–"
     values = [mean(measures(record)[name] for record in runs) for name in names]
     return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(values, names, strict=True))
-
-
-def count(number: int, what: str) -> str:
-    """Return a number of things, in words."""
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def digits(name: str) -> int:

@@ -27,8 +27,8 @@ def encode(renderings: Sequence[Rendering], tokenizer: Any) -> list[Encoded]:
             i for i, rendering in enumerate(renderings) if (rendering.num_messages == 0) == is_plain
         ]
         if numbers:
-            chosen = [renderings[i] for i in numbers]
-            encoded.update(zip(numbers, _encode(chosen, tokenizer, is_plain), strict=True))
+            part = [renderings[i] for i in numbers]
+            encoded.update(zip(numbers, _encode(part, tokenizer, is_plain), strict=True))
     return [encoded[i] for i in range(len(renderings))]
 
 

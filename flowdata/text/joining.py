@@ -66,12 +66,12 @@ def join_replies(scores: Scores, rows: NDArray[np.int64]) -> Scores:
         totals = torch.where(has_targets, values.double() * scores.counts, 0.0)
         return _sum(totals, row_of, num_rows) / counts
 
-    skipped = scores.metadata.get("skipped", {})  # of rows that can't be read, one sample each
+    reasons = scores.metadata.get("skipped", {})  # of rows that can't be read, one sample each
     metadata: dict[str, Any] = {
         **scores.metadata,
         "identity": {**scores.metadata.get("identity", {}), "num_samples": num_rows},
         "plan": {},
-        "skipped": {str(row_of[int(index)].item()): why for index, why in skipped.items()},
+        "skipped": {str(row_of[int(index)].item()): why for index, why in reasons.items()},
     }
     return Scores(
         mean(scores.losses),

@@ -126,9 +126,9 @@ def find_marks(
     if list(replies) == assistants:
         return Rendering(text, len(messages), tuple(spans))
     if len(spans) == len(assistants):
-        chosen = [(i, span) for i, span in zip(assistants, spans, strict=True) if i in replies]
-        if all(content_text(messages[i]).strip() in text[slice(*span)] for i, span in chosen):
-            return Rendering(text, len(messages), tuple(span for _, span in chosen))
+        pairs = [(i, span) for i, span in zip(assistants, spans, strict=True) if i in replies]
+        if all(content_text(messages[i]).strip() in text[slice(*span)] for i, span in pairs):
+            return Rendering(text, len(messages), tuple(span for _, span in pairs))
     # A reply may have several marks or none. Those of a message are what the chat up to it has more
     # of than the chat before.
     targets: list[tuple[int, int]] = []

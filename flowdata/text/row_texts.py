@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,9 @@ def read_rows_of(scores: Scores) -> Any:
     if len(rows) != len(scores):
         logger.warning(
             "samples are shown without their text: the store has %d samples, and %s has %d rows",
-            *(len(scores), data["source"], len(rows)),
+            len(scores),
+            data["source"],
+            len(rows),
         )
         return None
     identity = rows_identity(scores.metadata)
@@ -69,7 +71,8 @@ def read_rows_of(scores: Scores) -> Any:
     if difference:
         logger.warning(
             "samples are shown without their text: %s is not what was scored: %s",
-            *(data["source"], difference),
+            data["source"],
+            difference,
         )
         return None
     return rows
@@ -85,7 +88,7 @@ def row_texts(scores: Scores, rows: Any) -> Callable[[int], SampleText] | None:
     if rows is None:
         return None
     details = scores.metadata["details"]
-    columns, is_chat = _columns(details["data"]), bool(details.get("chat_template"))
+    columns, is_chat = Fields.of(details["data"]), bool(details.get("chat_template"))
 
     def text(index: int) -> SampleText:
         row = rows[index]
@@ -129,7 +132,7 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
         samples = tokenize_rows(
             rows,
             tokenizer,
-            _columns(details["data"]),
+            Fields.of(details["data"]),
             template=bool(details.get("chat_template")),
             template_options=details.get("template_options"),
             max_length=details.get("max_length"),
@@ -139,18 +142,14 @@ def row_targets(scores: Scores, rows: Any) -> Targets | None:
     except (*_USER_ERRORS, KeyError) as error:
         logger.warning("targets can't be shown as they were scored: %s", error)
         return None
-    if scores.metadata.get("identity", {}).get("dataset") != f"tokens:{samples.digest()}":
+    if scores.metadata.get("identity", {}).get("dataset") != samples.identity():
         logger.warning(
             "targets can't be shown as they were scored: by %s, %s has other tokens than these",
-            *(source, details["data"]["source"]),
+            source,
+            details["data"]["source"],
         )
         return None
     return Targets(_words_of(samples, tokenizer), _is_cut(samples, details.get("max_length")))
-
-
-def _columns(data: Mapping[str, Any]) -> Fields:
-    names = {field.name for field in fields(Fields)}
-    return Fields(**{name: value for name, value in data.items() if name in names})
 
 
 def _completion(text: str) -> Piece:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowdata._common.notices import say
+from flowdata._common.notices import is_first_rank, say
 from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
+from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.store.fingerprint.rows import digest_tokens
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
@@ -95,10 +95,10 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
-        kept = is_target[part]
-        self.num_cut += len(kept) < length
+        rest = is_target[part]
+        self.num_cut += len(rest) < length
         # A sample's first token has nothing before it that could predict it: it is no target.
-        before, after = is_target[1:].sum(), kept[1:].sum()
+        before, after = is_target[1:].sum(), rest[1:].sum()
         self.num_cut_targets += bool(after < before)
         self.num_lost_targets += bool(after == 0 < before)
 
@@ -155,6 +155,10 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     def digest(self) -> str:
         """Return the hex SHA-256 of all tokens, targets and offsets."""
         return digest_tokens(self.input_ids, self.offsets, self.is_target)
+
+    def identity(self) -> str:
+        """Return what a store names the samples by."""
+        return TOKENS_PREFIX + self.digest()
 
 
 def tokenize_rows(
@@ -268,7 +272,7 @@ class _Renderer:
 
 def _say(sentence: str) -> None:
     """Say a sentence, on the first rank alone."""
-    say(sentence, shown=os.environ.get("RANK", "0") == "0")
+    say(sentence, shown=is_first_rank())
 
 
 def _rendered(

@@ -79,10 +79,10 @@ class RowWeights:
         Raises:
             ValueError: the row has such a column, or holds no chat that weights could go into.
         """
-        taken = next((name for name in self.columns if name in row), None)
-        if taken is not None:
+        double = next((name for name in self.columns if name in row), None)
+        if double is not None:
             raise ValueError(
-                f"the rows have a column {taken!r} already; name the weight's with "
+                f"the rows have a column {double!r} already; name the weight's with "
                 "--weight-column, or rename it in the data"
             )
         values = {name: column[index] for name, column in self.columns.items()}
@@ -176,8 +176,8 @@ def _chat_with_weights(
     messages = [dict(message) for message in conversation.messages]
     replies: Any = row.get(fields.completion) if fields.completion else None
     is_chat = isinstance(replies, list) and all(map(_is_message, replies))
-    own: list[Any] = replies if is_chat else []  # messages with the weights that they have
-    items = [{}] * (len(messages) - len(own)) + own
+    chat_replies: list[Any] = replies if is_chat else []  # messages with the weights that they have
+    items = [{}] * (len(messages) - len(chat_replies)) + chat_replies
     for message, item, is_target in zip(messages, items, conversation.is_target, strict=False):
         if message["role"] == "assistant":
             message[name] = weight * weight_of(item, name) if is_target else 0.0

@@ -12,8 +12,6 @@ from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
 from tests.integrations import tiny, train_worker
 
-NORMALIZE = ("count", "weights")
-
 
 def data(n=12):
     inputs = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
@@ -51,7 +49,7 @@ def fit(module, datamodule=None, loader=None, **options):
     return module
 
 
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", tiny.NORMALIZE)
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
     expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)

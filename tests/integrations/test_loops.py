@@ -13,10 +13,8 @@ from flowdata.integrations.checks import carries_weights, check_loader, flow_sam
 from flowdata.sampler import FlowSampler
 from tests.integrations import tiny, train_worker
 
-NORMALIZE = ("count", "weights")
 
-
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", tiny.NORMALIZE)
 @pytest.mark.parametrize("steps", [1, 4, 16])
 @pytest.mark.parametrize("adapter", ["plain", "accelerate"])
 def test_accumulated_gradients_are_those_of_the_full_batch(adapter, steps, normalize):

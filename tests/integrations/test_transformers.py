@@ -33,8 +33,6 @@ from flowdata.sampler import FlowSampler
 from flowdata.streaming import FlowWeightedIterable
 from tests.integrations import tiny, train_worker
 
-NORMALIZE = ("count", "weights")
-
 
 def arguments(folder, **options):
     options = {
@@ -70,7 +68,7 @@ def parameters(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", tiny.NORMALIZE)
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
     expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
@@ -427,7 +425,7 @@ def test_a_loss_of_ones_own_is_weighted_per_sample(tmp_path):
 
     weights, gradients = tiny.make_weights(), []
     model, batch = tiny.make_model(), tiny.collate(tiny.make_samples())
-    for normalize in NORMALIZE:
+    for normalize in tiny.NORMALIZE:
         model.zero_grad()
         losses = sample_loss(model(**batch), None)
         weighted_mean(losses, weights, normalize=normalize).backward()

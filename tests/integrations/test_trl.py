@@ -15,7 +15,6 @@ from flowdata.losses import causal_lm_loss
 from flowdata.token_weights import token_weight_column
 from tests.integrations import tiny, train_worker
 
-NORMALIZE = ("count", "weights")
 PACKED = {"packing": True, "max_length": 64}
 FREE = {"padding_free": True, "max_length": None}
 
@@ -51,7 +50,7 @@ def history(trainer, *names):
     return [entry[name] for entry in logs for name in names]
 
 
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", tiny.NORMALIZE)
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
     expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
@@ -60,7 +59,7 @@ def test_accumulated_gradients_are_those_of_the_full_batch(steps, normalize):
 
 @pytest.mark.parametrize("layout", [PACKED, FREE], ids=["packed", "padding-free"])
 @pytest.mark.parametrize("token_weights", [False, True])
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", tiny.NORMALIZE)
 def test_weights_follow_their_tokens_into_joined_rows(layout, token_weights, normalize):
     weights = tiny.make_token_weights(tiny.make_samples()) if token_weights else None
     expected = tiny.full_batch_gradient(weights or tiny.make_weights(), normalize)

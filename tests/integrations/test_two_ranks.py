@@ -7,7 +7,7 @@ from tests.integrations import tiny, train_worker
 from tests.integrations.test_own_scores import hf, sft
 from tests.launched import launch
 
-NORMALIZE = ("count", "weights")
+CASES = ["trainer", "own", "sft", "lightning", "ddp", "fsdp2", "accelerate"]
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,9 @@ def results_of(case, folder):
     return [torch.load(folder / f"{case}.{rank}") for rank in range(2)]
 
 
-CASES = ["trainer", "own", "sft", "lightning", "ddp", "fsdp2", "accelerate"]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_full_batch(folder, case):
-    for normalize in NORMALIZE:
+    for normalize in tiny.NORMALIZE:
         expected = tiny.full_batch_gradient(tiny.make_weights(), normalize)
         for rank in results_of(case, folder):
             for size in (16, 4, 1):
@@ -52,7 +49,7 @@ def test_gradients_of_adapters_held_to_their_base_are_those_of_the_full_batch(fo
 
 def test_resuming_is_exact(folder):
     for rank in results_of("resumed", folder):
-        for normalize in NORMALIZE:
+        for normalize in tiny.NORMALIZE:
             for whole, resumed in rank[2, normalize].values():
                 assert torch.equal(whole, resumed)
             assert not torch.equal(rank[2, normalize][False][0], rank[2, normalize][True][0])
@@ -61,7 +58,7 @@ def test_resuming_is_exact(folder):
 def test_ranks_score_together_and_train_on_the_same_weights(folder, tmp_path):
     ranks = results_of("own_scores", folder)
     alone = sft(tmp_path, {}, hf(), store=None)
-    for normalize in NORMALIZE:
+    for normalize in tiny.NORMALIZE:
         for rank in ranks:
             losses, gradient = rank[4, normalize]
             assert torch.equal(losses, alone.scores.losses)

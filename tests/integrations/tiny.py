@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flowdata.losses import causal_lm_loss
 
 N, VOCABULARY = 32, 40
+NORMALIZE = ("count", "weights")  # what a step's loss is divided by
 
 
 def make_model(seed=0):

@@ -319,7 +319,7 @@ def run(case, folder):
         results = {
             (size, normalize): ADAPTERS[case](size, tiny.N // 2 // size, normalize)
             for size in SIZES.get(case, (16, 4, 1))
-            for normalize in ("count", "weights")
+            for normalize in tiny.NORMALIZE
         }
     torch.save(results, folder / f"{case}.{torch.distributed.get_rank()}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from flowdata.cli.bench_run import run_bench
 from flowdata.cli.exit_codes import DONE
@@ -22,5 +23,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure scoring on this machine against the usual loop."""
     result = run_bench(dtype=options.dtype, device=options.device, samples=options.samples)
-    print_result(options, result.as_dict(), str(result))
+    print_result(options, asdict(result), str(result))
     return DONE

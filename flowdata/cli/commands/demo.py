@@ -19,5 +19,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Standard fine-tuning against FLOW on a small real task."""
     result = run_demo(options.output, seeds=options.seeds, progress=not options.quiet)
-    print_result(options, result.as_dict(), str(result))
+    print_result(options, result.to_dict(), str(result))
     return DONE

@@ -31,17 +31,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure how far fine-tuned models have moved from their base, without the old data."""
     begin(options, options.base, *options.tuned)
-    where = {"trust_remote_code": options.trust_remote_code, "device": options.device}
+    how = {"trust_remote_code": options.trust_remote_code, "device": options.device}
     samples = read_probe(options)
-    base = load_model(options.base, **where)
+    base = load_model(options.base, **how)
     meter = DriftMeter(base, make_probe(options, base, samples), dtype=options.dtype)
     del base
     drifts = {}
     for source in options.tuned:
         gc.collect()  # one model in memory at a time
-        drifts[source] = meter(load_tuned_model(options.base, source, **where))
-    facts = {source: drift.to_dict() for source, drift in drifts.items()}
-    facts = {"base": options.base, "probe": options.probe, "drift": facts}
+        drifts[source] = meter(load_tuned_model(options.base, source, **how))
+    facts = {
+        "base": options.base,
+        "probe": options.probe,
+        "drift": {source: drift.to_dict() for source, drift in drifts.items()},
+    }
     print_result(options, facts, _text(options, drifts))
     return DONE
 

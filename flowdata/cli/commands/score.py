@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flowdata._common.notices import say
+from flowdata._common.notices import is_first_rank, say
 from flowdata.cli.begin import begin
 from flowdata.cli.cached import LOADED, cached_scores, loaded_with
 from flowdata.cli.exit_codes import DONE
@@ -69,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         if (loaded := loaded_with(options)) is not None:
             details[LOADED] = loaded
         scores, explanation = _scores(options, samples, details, device)
-        if os.environ.get("RANK", "0") == "0":  # all ranks have all scores; one tells of them
+        if is_first_rank():  # all ranks have all scores; one tells of them
             if samples.is_split:
                 scores = join_replies(scores, samples.rows)
                 write_file(Path(options.store) / SCORES, scores.to_tensors(), scores.manifest())
@@ -112,7 +111,7 @@ def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
     say(
         f"in all: samples {len(samples):,}, tokens {len(samples.input_ids):,}, "
         f"targets {samples.num_targets:,}",
-        shown=os.environ.get("RANK", "0") == "0" and not options.quiet,
+        shown=is_first_rank() and not options.quiet,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import fields as fields_of
 from fnmatch import fnmatch
 from math import isnan
 from pathlib import Path
@@ -77,7 +76,6 @@ def run(options: argparse.Namespace) -> int:
     data = _data_of(scores, options.store)
     source = options.data or data["source"]
     _check_not_the_data(options.output, source)
-    fields = Fields(**{field.name: data[field.name] for field in fields_of(Fields)})
     columns = WeightedColumns(
         temperature=options.temperature,
         normalize=options.normalize,
@@ -88,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         keep_above=options.keep_above,
         message_weight=options.message_weight,
     )
-    weights = weigh_rows(scores, columns, fields)
+    weights = weigh_rows(scores, columns, Fields.of(data))
     names = ("split", "configuration", "revision", "encoding", "limit")
     where = {name: data[name] for name in names}
     weighing = Weighing(scores, weights, drop=options.missing == "drop")

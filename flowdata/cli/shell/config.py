@@ -104,10 +104,10 @@ def _converted(action: argparse.Action, value: Any) -> Any:
 def _one(action: argparse.Action, value: Any) -> Any:
     if isinstance(value, bool | list | Mapping):
         raise ValueError(f"one value, not a {type(value).__name__}")
-    converted = action.type(str(value)) if callable(action.type) else str(value)
-    if action.choices is not None and converted not in action.choices:
+    result = action.type(str(value)) if callable(action.type) else str(value)
+    if action.choices is not None and result not in action.choices:
         raise ValueError(f"it is one of {', '.join(map(str, action.choices))}")
-    return converted
+    return result
 
 
 def _closest(key: str, names: Iterable[str]) -> str:

@@ -43,17 +43,16 @@ def read_array(begin: str, text: TextIO) -> Iterator[tuple[Any, str]]:
     """
     items = _Items(begin, text)
     items.place = begin.index("[") + 1
-    is_more = items.sign() != "]"
-    items.place += not is_more
-    while is_more:
+    while items.sign() != "]":
         yield items.next()
         sign = items.sign()
-        if sign not in ("]", ","):
+        if sign == ",":
+            items.place += 1
+            if items.sign() == "]":
+                raise items.error("a comma stands before the closing bracket")
+        elif sign != "]":
             raise items.error("a comma is missing, or the closing bracket")
-        items.place += 1
-        is_more = sign == ","
-        if is_more and items.sign() == "]":
-            raise items.error("a comma stands before the closing bracket")
+    items.place += 1
     if items.sign():
         raise items.error("something follows the array")
 

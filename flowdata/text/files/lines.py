@@ -28,7 +28,7 @@ from flowdata.text.files.arrays import begin_of, is_array, read_array
 from flowdata.text.files.places import kind_of, rows_below
 
 _EXCELS_MARK = re.compile(r"sep=(.)\s*")  # a first line that tells Excel the delimiter
-_LOOKED_AT = 16  # bytes of a file
+_BEGINNING = 16  # bytes of a file, by which its encoding is told
 _DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -98,7 +98,7 @@ class LineFiles:
 
     def _likely_encoding(self, stream: IO[bytes]) -> str | None:
         """The encoding of text in pairs of bytes without a mark, which reads as UTF-8, too."""
-        begin = cast(io.BufferedReader, stream).peek(_LOOKED_AT)[:_LOOKED_AT]
+        begin = cast(io.BufferedReader, stream).peek(_BEGINNING)[:_BEGINNING]
         halves = {"utf-16-be": begin[::2], "utf-16-le": begin[1::2]}
         if self.encoding != "utf-8-sig" or len(begin) < 2:
             return None
@@ -162,8 +162,8 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
     number, header = _first_line(text)
     mark = _EXCELS_MARK.fullmatch(header)
     if mark is not None:
-        skipped, header = _first_line(text)
-        number += skipped
+        lines, header = _first_line(text)
+        number += lines
     is_tsv = ".tsv" in file.name.lower()
     delimiter = mark[1] if mark else "\t" if is_tsv else max(_DELIMITERS, key=header.count)
     reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)

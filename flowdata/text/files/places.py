@@ -26,8 +26,8 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# What `datasets` writes beside the data; the last two are in the folders of saved data sets.
-_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+_SAVED = ("state.json", "dataset_dict.json")  # in the folders of saved data sets alone
+_NOTES = ("dataset_info.json", "dataset_infos.json", *_SAVED)  # of `datasets`, beside the data
 _NOTES_IN_WORDS = (
     "readme",
     "license",
@@ -57,7 +57,7 @@ def kind_of(path: Path) -> str | None:
 
 def is_saved(folder: Path) -> bool:
     """Return whether a folder is a data set as `save_to_disk` writes it."""
-    return any((folder / name).is_file() for name in _NOTES[2:])
+    return any((folder / name).is_file() for name in _SAVED)
 
 
 def rows_below(value: Mapping[str, Any]) -> list[Any] | None:
@@ -171,8 +171,8 @@ def _files_below(folder: Path, split: str) -> list[Path]:
         raise ValueError(
             f"{folder} has no split {split!r}; there are {', '.join(map(str, splits))}"
         )
-    chosen = {Path(name).resolve() for name in splits[split]}
-    files = [file for file in files if file.resolve() in chosen]
+    of_split = {Path(name).resolve() for name in splits[split]}
+    files = [file for file in files if file.resolve() in of_split]
     notes = [file for file in files if _is_note(file)]
     if 0 < len(notes) < len(files):
         say_once(f"{folder}: left out as notes: {', '.join(file.name for file in notes)}")

@@ -106,11 +106,11 @@ def to_dataset(rows: Sequence[Row]) -> Any:
         reason = " ".join(str(error).split())
     with suppress(*_NO_COLUMN):  # also of a version that knows no such columns
         dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
-        mixed = [name for name, kind in dataset.features.items() if "Json(" in repr(kind)]
+        mixed = [repr(name) for name, kind in dataset.features.items() if "Json(" in repr(kind)]
+        noun, verb = ("column", "holds") if len(mixed) == 1 else ("columns", "hold")
         logger.warning(
-            "column%s %s hold%s values of several types: `datasets` reads them as they are, and "
-            "other readers find JSON text",
-            *("s" * (len(mixed) > 1), ", ".join(map(repr, mixed)), "s" * (len(mixed) == 1)),
+            f"{noun} {', '.join(mixed)} {verb} values of several types: `datasets` reads them as "
+            "they are, and other readers find JSON text"
         )
         return dataset
     raise ValueError(

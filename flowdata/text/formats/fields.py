@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Fields:
     rejected: str | None = None
     label: str | None = None
     name: str = field(default="columns named by you", compare=False)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Fields:
+        """Return the fields that a store noted of its data, among other things.
+
+        Example:
+            >>> Fields.of({"source": "train.jsonl", "messages": "chat"}).messages
+            'chat'
+        """
+        return cls(**{each.name: data[each.name] for each in fields(cls) if each.name in data})
 
     def columns(self) -> list[str]:
         """Return the names of all columns that are read or known."""

@@ -65,21 +65,20 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
         ValueError: a column that is named is missing, or the row has none of the usual names.
 
     Example:
-        >>> found = find_fields({"instruction": "Add.", "input": "2, 2", "output": "4"})
-        >>> found.prompt, found.input, found.completion, found.name
+        >>> fields = find_fields({"instruction": "Add.", "input": "2, 2", "output": "4"})
+        >>> fields.prompt, fields.input, fields.completion, fields.name
         ('instruction', 'input', 'output', 'Alpaca')
     """
     fields = fields or Fields()
-    named = [name for name in (fields.messages, fields.prompt, fields.completion) if name]
-    defaults = vars(Fields())
-    given = [vars(fields)[name] for name in COMPANIONS if vars(fields)[name] != defaults[name]]
-    absent = [name for name in (*named, *given) if name and name not in row]
-    if absent:
-        raise ValueError(f"column {absent[0]!r} is missing; there are {_names_of(row)}")
+    texts = [name for name in (fields.messages, fields.prompt, fields.completion) if name]
+    others = [getattr(fields, name) for name in COMPANIONS if not _is_default(fields, name)]
+    absent = next((name for name in (*texts, *others) if name and name not in row), None)
+    if absent is not None:
+        raise ValueError(f"column {absent!r} is missing; there are {_names_of(row)}")
     if fields.prompt and not fields.completion:
         raise ValueError("a prompt column needs a completion column beside it")
     names = {str(name).lower(): str(name) for name in row}
-    if not named:
+    if not texts:
         usual = _preference(names) or _chat(names, row) or _pair(names) or _text(names)
         if usual is None:
             raise ValueError(_unknown(row))
@@ -90,15 +89,19 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
                 "(--completion-column)"
             )
         fields = replace(
-            usual,
-            input=fields.input,
-            system=fields.system,
-            history=fields.history,
-            tools=fields.tools,
-            documents=fields.documents,
+            fields,
+            messages=usual.messages,
+            prompt=usual.prompt,
+            completion=usual.completion,
             rejected=fields.rejected or usual.rejected,
+            name=usual.name,
         )
     return _with_companions(fields, names, row)
+
+
+def _is_default(fields: Fields, companion: str) -> bool:
+    """Whether the user left it to the usual names which column goes with the text."""
+    return bool(getattr(fields, companion) == getattr(Fields(), companion))
 
 
 def _is_message(names: Collection[str]) -> bool:
@@ -176,22 +179,21 @@ def _with_companions(fields: Fields, names: Mapping[str, str], row: Row) -> Fiel
 
     A column that the row lacks may come later: its likeliest name is kept.
     """
-    taken = {fields.messages, fields.prompt, fields.completion}
-    others = {name: column for name, column in names.items() if column not in taken}
-    found: dict[str, Any] = {}
+    texts = {fields.messages, fields.prompt, fields.completion}
+    others = {name: column for name, column in names.items() if column not in texts}
+    companions: dict[str, Any] = {}
     for companion, usual in COMPANIONS.items():
         goes_with = fields.prompt if companion == "input" else fields.prompt or fields.messages
         always = companion in ("system", "history", "tools")
-        is_default = getattr(fields, companion) == getattr(Fields(), companion)
-        if is_default and (goes_with or always):
+        if _is_default(fields, companion) and (goes_with or always):
             column = _first(usual, others)
-            if column is None and companion != "rejected" and usual[0] not in taken:
+            if column is None and companion != "rejected" and usual[0] not in texts:
                 column = usual[0]
-            found[companion] = column
+            companions[companion] = column
     label = _first(_LABELS, names)
     if label and _is_flag(row[label]) and (fields.prompt or fields.messages):
-        found["label"] = label
-    fields = replace(fields, **found)
+        companions["label"] = label
+    fields = replace(fields, **companions)
     return replace(fields, name=_name(fields, row))
 
 

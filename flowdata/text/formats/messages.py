@@ -235,7 +235,7 @@ def _is_target(weights: Mapping[str, Any], role: str) -> bool:
 
 def _put_content(message: Message, content: Any) -> None:
     """Set a message's content, and what its parts hold beside text."""
-    if not isinstance(content, list | tuple):
+    if not _is_list(content):
         message["content"] = _text(content)
         return
     texts: list[str] = []

@@ -231,8 +231,8 @@ def _after_common_beginning(turns: list[Turn], rejected: Any) -> list[Turn]:
     if isinstance(rejected, str):
         return _last_reply(turns)
     pairs = zip(turns, read_turns(rejected), strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
-    return _targets_from(turns, shared) if shared < len(turns) else _last_reply(turns)
+    num_common = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    return _targets_from(turns, num_common) if num_common < len(turns) else _last_reply(turns)
 
 
 def _last_reply(turns: list[Turn]) -> list[Turn]:
