@@ -46,7 +46,7 @@ class Task:
 def main(argv: list[str]) -> None:
     """Measure every task, print the shares, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", default=list(_TASKS), choices=list(_TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=30, help="of the language model (576 wide)")
     parser.add_argument("--tiny", action="store_true", help="a few seconds, for correctness")
@@ -54,15 +54,21 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     results = []
     for name in options.tasks:
-        for row in measure(name, _TASKS[name](options), options):
+        for row in measure(name, options):
             print(rows.line(row), flush=True)
             results.append(row)
     if not options.tiny:
         print(rows.write("drift", results, " ".join(["python -m benchmarks drift", *argv])))
 
 
-def measure(name: str, task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a task's rows: a step, a measurement, and the latter's share of a hundred steps."""
+def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a task's rows: a step, a measurement, and the latter's share of a hundred steps.
+
+    Args:
+        name: one of `TASKS`.
+        options: `repeats`, `layers`, `tiny` and `device`, as on the command line.
+    """
+    task = TASKS[name](options)
     meter = DriftMeter(task.model, task.probe)
     check(meter, task)
     optimizer = torch.optim.AdamW(task.model.parameters(), 1e-5)
@@ -156,4 +162,4 @@ def _vision(options: argparse.Namespace) -> Task:
     )
 
 
-_TASKS = {"language model": _language, "resnet-20": _vision}
+TASKS = {"language model": _language, "resnet-20": _vision}

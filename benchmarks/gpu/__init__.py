@@ -7,6 +7,7 @@ For whoever has a GPU for a quarter of an hour. In this order, each part with it
     head        the head's losses, against Liger, cut-cross-entropy and the product alone
     fused_loss  the training loss and its gradients, against Liger's and full logits
     steps       a weighted training step against an unweighted one
+    drift       a measurement of drift beside the steps of a training
     compiled    scoring with compiled layers, and what compiling costs
     trace       where the time of a pack goes
 
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks import rows
-from benchmarks.gpu import checks, fused_loss, goals, head, scoring, steps, trace
+from benchmarks.gpu import checks, drift, fused_loss, goals, head, scoring, steps, trace
 from benchmarks.gpu.parts import Measure, Setting, run_part
 from benchmarks.scoring.language import ASSETS
 
@@ -41,7 +42,8 @@ PARTS: dict[str, tuple[Measure, float]] = {
     "head": (head.measure, 0.08),
     "fused_loss": (fused_loss.measure, 0.05),
     "steps": (steps.measure, 0.1),
-    "compiled": (scoring.measure_compiled, 0.15),
+    "drift": (drift.measure, 0.05),
+    "compiled": (scoring.measure_compiled, 0.1),
     "trace": (trace.measure, 0.07),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu.parts import Row, Setting
 
 TESTS = Path(__file__).parents[2] / "tests"
-FILES = ("test_gpu.py", "test_head_triton.py")
+FILES = ("test_gpu.py", "test_head_triton.py", "test_kl_triton.py")
 
 
 def measure(setting: Setting) -> Iterator[Row]:

@@ -100,6 +100,16 @@ def _step(rows: Sequence[Row]) -> Judgement:
     return text or "–", max(ratios.values()) <= 1.03 if ratios else None
 
 
+def _drift(rows: Sequence[Row]) -> Judgement:
+    shares = {
+        row["what"].partition(":")[0]: row["median"]
+        for row in _of(rows, "drift")
+        if row.get("unit") == "% of training"
+    }
+    text = "; ".join(f"{name} {share:.1f} %" for name, share in shares.items())
+    return text or "–", max(shares.values()) <= 5 if shares else None
+
+
 GOALS: dict[str, Callable[[Sequence[Row]], Judgement]] = {
     "every test that needs a GPU passes": _tests,
     "scoring reaches 60 % of the matrix products' rate": _share,
@@ -108,6 +118,7 @@ GOALS: dict[str, Callable[[Sequence[Row]], Judgement]] = {
     "the fused loss takes at most the time of full logits": _fused("time", 1.0),
     "and a quarter of their memory": _fused("memory", 0.25),
     "weights cost at most 3 % of a training step": _step,
+    "drift at one evaluation in 100 steps costs at most 5 % of training": _drift,
 }
 
 
