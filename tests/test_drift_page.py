@@ -13,6 +13,10 @@ from flowdata.drift import DriftMeter
 from flowdata.study import hits, packed, unpacked
 
 
+def answers(percent):
+    return packed(torch.arange(200) < 2 * percent)
+
+
 def run(method, rate, seed, *, new, old, kl, distance):
     """A record as the study of vision writes it."""
     drift = {"kl": kl, "reverse_kl": kl, "cosine": 1 - kl / 10, "agreement": old / 100}
@@ -25,6 +29,7 @@ def run(method, rate, seed, *, new, old, kl, distance):
         "target": {"accuracy": new},
         "retained": {drift_page.OLD: old},
         "readouts": {"own BatchNorm": old},
+        "hits": {"target": answers(new), "retained": answers(old)},
         "drift": of_probes,
         "drift by own BatchNorm": of_probes,
         "drift on other probes": of_probes,
@@ -78,6 +83,10 @@ def test_the_page_shows_every_part(records):
     assert "| kl, new task | 1.00 / nan |" in text
     assert "| by drift | 77.5 ± 0.0 |" in text
     assert "| blind | 54.2 ± 0.4 |" in text
+    alone = text.partition("standard fine-tuning alone:")[2]
+    assert "| by drift | 67.0 ± 0.0 |" in alone  # 84 and 50
+    assert "linear probe" not in alone.partition("## What holds")[0]
+    assert "| FLOW | +1" in alone.partition("## What holds")[2]
     assert not drift_page.can_tell(records[:1])
     assert drift_page.can_tell(records)
 

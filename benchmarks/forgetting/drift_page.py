@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from statistics import mean
 
 from benchmarks.forgetting.choosing_rules import POINTS, outcomes, rules
@@ -12,8 +13,10 @@ from benchmarks.forgetting.drift_measures import (
     agreement_with,
     few_samples,
 )
+from benchmarks.forgetting.fronts import kept_on, table_of_sets
 from flowdata.report.markdown import count, spread, table
-from flowdata.study import LINEAR_PROBE, Record
+from flowdata.study import LINEAR_PROBE, STANDARD, Record
+from flowdata.study.runs import whole_seeds
 
 OLD = "CIFAR-10 accuracy"
 LEAST = 5  # methods and rates that a coefficient takes
@@ -69,6 +72,16 @@ def drift_page(studies: Studies) -> str:
         "",
         *_choices(studies),
         "",
+        "The same among the rates of standard fine-tuning alone:",
+        "",
+        *_choices(
+            {
+                name: [record for record in records if record["method"] == STANDARD]
+                for name, records in studies.items()
+            }
+        ),
+        "",
+        *_held(studies),
     ]
     return "\n".join(lines)
 
@@ -99,8 +112,30 @@ def _few(studies: Studies) -> list[str]:
 
 
 def _choices(studies: Studies) -> list[str]:
+    methods = {record["method"] for records in studies.values() for record in records}
     rows = [
         [name, *(spread(outcomes(records, rule), 1) for records in studies.values())]
         for name, rule in rules(PROBE).items()
+        if name != LINEAR_PROBE or name in methods
     ]
     return table(["rule", *studies], rows)
+
+
+def _held(studies: Studies) -> list[str]:
+    """What each method holds of the old task, where the answers to each item were kept."""
+    if not all("hits" in record for records in studies.values() for record in records):
+        return []
+    kept = {
+        name: kept_on(list(chain.from_iterable(whole_seeds(records).values())))
+        for name, records in studies.items()
+    }
+    return [
+        "## What holds the old task?",
+        "",
+        "CIFAR-10's accuracy where a method has learned as much, by the old BatchNorm: the mean "
+        "difference from standard fine-tuning in points, each over the rates of its own, and where "
+        "95 % of the draws of seeds and test items lie.",
+        "",
+        *table_of_sets(kept),
+        "",
+    ]

@@ -18,20 +18,13 @@ from benchmarks.forgetting.evidence import (
     STRENGTHS,
     TARGETS,
 )
+from benchmarks.forgetting.fronts import Kepts, kept_on, table_of_sets
 from flowdata.report.markdown import count, table
-from flowdata.study import (
-    LINEAR_PROBE,
-    STANDARD,
-    Kept,
-    Record,
-    kept_at_equal_learning,
-    runs_with_items,
-)
+from flowdata.study import STANDARD, Kept, Record
 from flowdata.study.runs import records_by, whole_seeds
 from flowdata.study.table import difference
 
 Studies = Mapping[str, list[Record]]  # the runs of each set
-Kepts = Mapping[str, Mapping[str, Kept]]  # by set and method
 _LARGE_RATE = 0.03  # from which on the readouts of BatchNorm are compared
 _HOLDS, _FAILS, _OPEN = "holds", "fails", "open"
 
@@ -41,12 +34,6 @@ def can_tell(records: list[Record]) -> bool:
     methods = {record["method"] for record in records}
     has_measures = {"readouts", "hits"} <= records[0].keys()
     return has_measures and methods.issuperset(CORE)
-
-
-def kept_on(records: list[Record], reference: str = STANDARD) -> dict[str, Kept]:
-    """Return what each method keeps at equal learning on one set, by method."""
-    kept = kept_at_equal_learning(runs_with_items(records), reference, LINEAR_PROBE)
-    return {each.method: each for each in kept}
 
 
 def evidence_page(studies: Studies) -> str:
@@ -70,7 +57,7 @@ def evidence_page(studies: Studies) -> str:
             "Old accuracy at equal new accuracy, the mean difference from standard fine-tuning in "
             "points, and where 95 % of the draws of seeds and test items lie:",
             "",
-            *_table(standard),
+            *table_of_sets(standard),
             "",
             "## What was predicted",
             "",
@@ -78,16 +65,6 @@ def evidence_page(studies: Studies) -> str:
             "",
         ]
     )
-
-
-def _table(all_kept: Kepts) -> list[str]:
-    methods = list(dict.fromkeys(name for of_set in all_kept.values() for name in of_set))
-    methods.remove(STANDARD)
-    rows = []
-    for method in methods:
-        of_sets = [of_set.get(method) for of_set in all_kept.values()]
-        rows.append([method, *("–" if each is None else difference(each) for each in of_sets)])
-    return table(["method", *all_kept], rows)
 
 
 def _outcomes(studies: Studies, standard: Kepts, flow: Kepts) -> list[str]:
