@@ -32,7 +32,7 @@ def run(method, rate, seed, *, new, old, kl, distance):
         "hits": {"target": answers(new), "retained": answers(old)},
         "drift": of_probes,
         "drift by own BatchNorm": of_probes,
-        "drift on other probes": of_probes,
+        "drift on other probes": dict.fromkeys(("noise", "inverted"), of_probes["new task"]),
         "drift on few": {"new task": {"16": drift, "32": drift}},
         "rivals": {"weight distance": distance, "validation loss": 1.0, "gradient norm": kl**2},
     }
@@ -81,10 +81,11 @@ def test_every_rule_chooses_what_it_says(records):
 def test_the_page_shows_every_part(records):
     text = drift_page.drift_page({"mine": records})
     assert "| kl, new task | 1.00 / nan |" in text
-    assert "| by drift | 77.5 ± 0.0 |" in text
+    for probe in drift_page.PROBES:
+        assert f"| by drift, {probe} | 77.5 ± 0.0 |" in text
     assert "| blind | 54.2 ± 0.4 |" in text
     alone = text.partition("standard fine-tuning alone:")[2]
-    assert "| by drift | 67.0 ± 0.0 |" in alone  # 84 and 50
+    assert "| by drift, inverted | 67.0 ± 0.0 |" in alone  # 84 and 50
     assert "linear probe" not in alone.partition("## What holds")[0]
     assert "| FLOW | +1" in alone.partition("## What holds")[2]
     assert not drift_page.can_tell(records[:1])

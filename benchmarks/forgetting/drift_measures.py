@@ -30,7 +30,10 @@ def signs(record: Record, drift: str = "drift") -> dict[str, float]:
 
 
 def agreement_with(
-    records: list[Record], lost: Callable[[Record], float], drift: str = "drift"
+    records: list[Record],
+    lost: Callable[[Record], float],
+    drift: str = "drift",
+    largest_rate: float = math.inf,
 ) -> dict[str, tuple[float, float]]:
     """Return Spearman's coefficient of each sign with what was truly lost.
 
@@ -38,12 +41,15 @@ def agreement_with(
         records: runs of one study.
         lost: record → what was truly lost, more for a run that forgot more.
         drift: see `signs`.
+        largest_rate: of the rates within which runs are compared.
 
     Returns:
         By sign, over all runs, and the mean of those within one rate (with five runs or more).
     """
     by_rate = records_by(records, "rate")
-    groups = [group for rate, group in by_rate.items() if rate > 0 and len(group) >= 5]
+    groups = [
+        group for rate, group in by_rate.items() if 0 < rate <= largest_rate and len(group) >= 5
+    ]
     coefficients = {}
     for name in signs(records[0], drift):
         within = [_spearman(group, name, lost, drift) for group in groups]

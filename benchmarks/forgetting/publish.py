@@ -11,7 +11,7 @@ from benchmarks.forgetting.methods import ABLATIONS, ORDER
 from benchmarks.forgetting.readme import Study, readme_table, with_table
 from flowdata.study import draw_picture, read_records, report, studies
 
-SHOWN = "fashion_mnist"  # in the picture of drift
+SHOWN, SHOWN_PROBE = "fashion_mnist", "inverted"  # in the picture of drift
 _PAGES = {  # of several studies together: which of them it can take, and what it makes of them
     "forgetting_drift": (drift_page.can_tell, drift_page.drift_page),
     "forgetting_drift_language": (drift_language.can_tell, drift_language.drift_page),
@@ -61,5 +61,7 @@ def _publish_together(folder: Path, all_studies: Iterable[Study]) -> list[Path]:
         if page is drift_page.drift_page:
             shown = records.get(SHOWN, next(iter(records.values())))
             files.append(folder / f"{stem}.png")
-            files[-1].write_bytes(draw_drift(shown, drift_page.PROBE, drift_page.OLD))
+            files[-1].write_bytes(
+                draw_drift(drift_page.with_all_drifts(shown), SHOWN_PROBE, drift_page.OLD)
+            )
     return files
