@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -53,9 +54,27 @@ def run_cases(run, folder, ports, *cases):
             if len(cases) > 1:
                 os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
             run(case, Path(folder))
+            _meet_at_the_end(case, Path(folder))
             leave_ranks()
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
             sys.exit(f"the case {case!r} failed")
+
+
+def _meet_at_the_end(case, folder):
+    """Wait for the other ranks: the first one has the store that they leave their groups by.
+
+    A trainer may have ended the process group already, so ranks meet by files.
+    """
+    (folder / f"{case}-{os.environ['RANK']}.end").touch()
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        wait_for(folder / f"{case}-{rank}.end")
+
+
+def wait_for(file, seconds=120):
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, f"no {file.name} after {seconds} s"
+        time.sleep(0.02)
 
 
 def start_ranks(work, arguments, count):

@@ -165,6 +165,9 @@ def run_stateful(folder):
     return batches_seen
 
 
+ALIVE = []  # what would free gloo's threads, which waits for them for ever now and then
+
+
 def run_accelerate(folder):
     """Accelerate shards the batches of one global sampler."""
     from accelerate import Accelerator
@@ -183,6 +186,7 @@ def run_accelerate(folder):
             optimizer.zero_grad()
             accelerator.backward(wrapped(**batch)["loss"])
             optimizer.step()
+    ALIVE.append(wrapped)
     accelerator.end_training()
     return model.batches_seen
 

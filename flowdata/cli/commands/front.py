@@ -41,8 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Weigh what a fine-tuning learned against what it forgot; choose how much to keep."""
-    begin(options, options.base, options.tuned)
     _check(options)
+    begin(options, options.base, options.tuned)
     check_front(options.tuned)
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
