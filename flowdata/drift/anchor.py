@@ -60,6 +60,9 @@ class OutputAnchor:
     bfloat16, it starts at the rounding of that, ten times as much; ``dtype="float32"`` is the
     meter's to set.
 
+    What is held says less of what is lost elsewhere: choose among anchored runs by the drift on
+    another probe.
+
     Neither a second model nor logits are in memory: the meter has the frozen model's rows, and both
     output layers are run tile by tile, forward and backward.
 
