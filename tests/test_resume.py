@@ -323,7 +323,14 @@ def test_a_node_that_vanishes_is_noticed_and_the_other_goes_on_alone(score_comma
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_store_that_goes_on(score_command, tmp_path, number, code):
     arguments = [sys.executable, *score_command, "--max-tokens", "128", "--store", tmp_path / "s"]
-    job = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        arguments,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control lets what it starts in the background ignore SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     wait_for(lambda: (tmp_path / "s" / "manifest.json").exists())
     time.sleep(0.5)
     job.send_signal(number)
