@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.gpu.shapes import SHAPES, Shape
+from benchmarks.gpu.shapes import SHAPES, Shape, configuration
 from benchmarks.rows import RESULTS
 from flowdata.report.markdown import table
 
@@ -124,15 +124,7 @@ def count(shape: Shape, vocabulary: int, lengths: Sequence[int], targets: int) -
     import transformers
 
     attention = Stage()
-    config = getattr(transformers, f"{shape.family}Config")(
-        vocab_size=vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=min(shape.key_heads, shape.heads),
-        head_dim=shape.head_width,
-    )
+    config = configuration(shape, vocabulary)
     squares = sum(length**2 for length in lengths)
 
     def attend(

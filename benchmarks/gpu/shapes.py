@@ -38,11 +38,11 @@ SHAPES = {
 }
 
 
-def make_model(shape: Shape, vocabulary: int, device: str) -> Any:
-    """Return a random model in float32, made on the device."""
+def configuration(shape: Shape, vocabulary: int) -> Any:
+    """Return the configuration of transformers for a shape."""
     import transformers
 
-    config = getattr(transformers, f"{shape.family}Config")(
+    return getattr(transformers, f"{shape.family}Config")(
         vocab_size=vocabulary,
         hidden_size=shape.width,
         intermediate_size=shape.intermediate,
@@ -52,9 +52,16 @@ def make_model(shape: Shape, vocabulary: int, device: str) -> Any:
         head_dim=shape.head_width,
         tie_word_embeddings=True,
     )
+
+
+def make_model(shape: Shape, vocabulary: int, device: str) -> Any:
+    """Return a random model in float32, made on the device."""
+    import transformers
+
     torch.manual_seed(0)
     with torch.device(device):
-        return getattr(transformers, f"{shape.family}ForCausalLM")(config).eval()
+        model = getattr(transformers, f"{shape.family}ForCausalLM")
+        return model(configuration(shape, vocabulary)).eval()
 
 
 def make_samples(setting: Setting, count: int, vocabulary: int, share: float) -> Samples:
