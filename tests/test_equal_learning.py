@@ -149,3 +149,17 @@ def test_what_fronts_need_is_asked_for():
     with pytest.raises(ValueError, match="no seed"):
         kept_at_equal_learning(apart, STANDARD, START)
     assert len(SHARES) == 4
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (Items(hit(50, 300), hit(50)), "300 items of the new task, where another run of the seed"),
+        (Items(hit(50), hit(50) * np.nan), "items of the old task are not finite"),
+        (Items(np.full(400, np.inf), hit(50)), "items of the new task are not finite"),
+    ],
+)
+def test_items_that_can_not_be_compared_are_refused(items, message):
+    spoilt = runs(POINTS) | {("better", 0.01): {0: items, 1: items, 2: items}}
+    with pytest.raises(ValueError, match=message):
+        kept_at_equal_learning(spoilt, STANDARD, START, draws=5)

@@ -110,7 +110,8 @@ def kept_at_equal_learning(
         seed: of the draws.
 
     Raises:
-        ValueError: reference or start is missing, or no seed is in all runs.
+        ValueError: reference or start is missing, no seed is in all runs, or the items of a seed
+            are not as many in all runs, or not finite.
     """
     rates = Counter(method for method, _ in runs)
     for name in (reference, start):
@@ -124,6 +125,7 @@ def kept_at_equal_learning(
             "runs have no seed that all methods and rates were run on: run what is missing, or "
             "leave out the methods and rates that lack seeds"
         )
+    _check_items(runs, seeds)
     methods = [reference, *(m for m in rates if m not in (reference, start))]
     places = [[i for i, (m, _) in enumerate(runs) if m in (method, start)] for method in methods]
     scores = _drawn_scores(runs, seeds, draws, seed)
@@ -147,6 +149,26 @@ def kept_at_equal_learning(
         )
         for number, method in enumerate(methods)
     ]
+
+
+def _check_items(runs: Runs, seeds: Sequence[int]) -> None:
+    """Raise ValueError for items that can't be compared on a seed, or are no numbers."""
+    for seed in seeds:
+        first = next(iter(runs.values()))[seed]
+        for (method, rate), of_seed in runs.items():
+            items = of_seed[seed]
+            where = f"{method!r} at rate {rate:g}, seed {seed}"
+            for kind, values, others in zip(Items._fields, items, first, strict=True):
+                if len(values) != len(others) or not len(values):
+                    raise ValueError(
+                        f"{where}: {len(values)} items of the {kind} task, where another run of "
+                        f"the seed has {len(others)}; score all runs on the same, one at least"
+                    )
+                if not np.isfinite(values).all():
+                    raise ValueError(
+                        f"{where}: items of the {kind} task are not finite; leave the run out, or "
+                        "score what diverged as wrong"
+                    )
 
 
 def _drawn_scores(runs: Runs, seeds: Sequence[int], draws: int, seed: int) -> _Floats:
