@@ -48,8 +48,7 @@ def right_way(job: Job, plan: Plan, model: nn.Module, head: str | None) -> Candi
     Raises:
         ValueError: there is none.
     """
-    samples = samples_to_check(job, plan)
-    batches = [job.collate([sample]) for sample in samples]
+    samples, batches = samples_to_check(job, plan), _batches_to_check(job, plan)
     truth = _truth(job, plan, model, head, batches)
     evidence = gather_evidence(truth, samples, batches)
     reshard(model)  # else a sharded head would look like a whole one
@@ -93,7 +92,8 @@ def find_suspect(
     if way.grouping is alone and not job.suspects:
         return None
     indices = in_largest_pack(plan, of_few=True) | set(filter(is_drawn, range(len(job.dataset))))
-    truth = _truth(job, plan, model, head, [])
+    # By luck one sample's rounding can be tiny, so it is learned from those of the check as well.
+    truth = _truth(job, plan, model, head, _batches_to_check(job, plan))
     offsets = offsets_of(rows.counts).tolist()
     for index in sorted(indices):
         sample = job.dataset[index]
@@ -108,6 +108,10 @@ def find_suspect(
             logger.warning("sample %d, looked at again alone: %s", index, reason)
             return index
     return None
+
+
+def _batches_to_check(job: Job, plan: Plan) -> list[Any]:
+    return [job.collate([sample]) for sample in samples_to_check(job, plan)]
 
 
 def _truth(job: Job, plan: Plan, model: nn.Module, head: str | None, batches: list[Any]) -> Truth:
