@@ -255,6 +255,30 @@ def test_rounding_in_bfloat16_is_judged_by_its_own_size(caplog):
     assert meter(tuned).kl == pytest.approx(float(expected), rel=0.05)
 
 
+class Rounding(nn.Module):
+    """Rounds in bfloat16 by a fiftieth beside others; alone it rounds the first sample alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        rounds = self.head.weight.dtype == torch.bfloat16 and (len(x) > 1 or x[0, 0] == 0)
+        return self.head(x * (1.02 if rounds else 1.0))
+
+
+def test_a_sample_without_rounding_by_luck_is_no_cause_of_alarm(caplog):
+    model, generator = Rounding(), torch.Generator().manual_seed(0)
+    probe = torch.randint(-4, 5, (40, 4), generator=generator) / 2  # sums are exact in bfloat16
+    probe[:, 0] = torch.tensor([0.0] + 39 * [1.0])
+    with torch.no_grad():
+        model.head.weight.copy_(torch.randint(-4, 5, (3, 4), generator=generator) / 4)
+        model.head.bias.zero_()
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        assert DriftMeter(model, probe, dtype="bfloat16")(model).kl == 0
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_adapters_are_measured_as_they_are_merged_or_not(targets):
     base = tiny_llama()

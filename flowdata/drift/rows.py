@@ -28,7 +28,7 @@ from flowdata.head.output_layer import Head
 from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import innermost, output_layer_of
 from flowdata.models.placement import home, is_placed, reshard
-from flowdata.models.precision import resolve_dtype
+from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job
@@ -218,8 +218,9 @@ class Reader:
             if find_suspect(job, self._plan, model, head, way, rows) is None:
                 return rows
             raise ValueError(
-                f"the model makes other predictions of sample {suspect} each time it is run; it "
-                "has to be deterministic in eval mode"
+                f"the model makes other predictions of sample {suspect} each time it is run in "
+                f"{name_of(job.dtype)}; it has to be deterministic in eval mode, and where it "
+                "rounds too much in a low precision, the meter needs dtype='float32'"
             )
         return self._read(replace(job, suspects=(*job.suspects, suspect)), model, head)
 
