@@ -24,8 +24,11 @@ RUNS = [
     record("FLOW", 0.1, 0, 84.0, 70.0, 0.8),
     record("FLOW", 0.01, 0, 70.0, 78.0, 0.9),
     record("standard", 0.1, 1, 91.0, 22.0, 0.2),
+    record("standard", 0.01, 1, 80.0, 60.0, 0.7),
     record("FLOW", 0.1, 1, 85.0, 72.0, 0.82),
+    record("FLOW", 0.01, 1, 70.0, 78.0, 0.88),
 ]
+BEGUN = record("standard", 0.1, 2, 99.0, 9.0, 0.1)  # the only run of its seed so far
 
 
 def test_validation_alone_chooses_what_forgets_and_drift_what_does_not():
@@ -35,6 +38,12 @@ def test_validation_alone_chooses_what_forgets_and_drift_what_does_not():
     assert keys["by drift, noise"] == [("standard", 0.01), ("FLOW", 0.1)]
     assert keys["best"] == [("standard", 0.01), ("FLOW", 0.1)]
     assert choices(RUNS, exchange=0)["by drift, noise"] == choices(RUNS)["blind"]
+
+
+def test_a_seed_that_lacks_runs_has_no_choice_to_compare():
+    assert choices([BEGUN, *RUNS]) == choices(RUNS)
+    assert report({"study": "mine"}, [*RUNS, BEGUN]).count("| blind | 90.5 ± 0.7 |") == 1
+    assert choices([BEGUN])["blind"] == [BEGUN]  # where no seed has more runs it is whole
 
 
 def test_losses_of_language_models_are_weighed_in_nats():

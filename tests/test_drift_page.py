@@ -11,6 +11,7 @@ from benchmarks.forgetting.made_images import TEXTURES, letters, textures
 from benchmarks.forgetting.readouts import retake_statistics
 from flowdata.drift import DriftMeter
 from flowdata.study import hits, packed, unpacked
+from flowdata.study.choices import on_whole_seeds
 
 
 def answers(percent):
@@ -73,9 +74,16 @@ def test_every_rule_chooses_what_it_says(records):
         "least drift": ("FLOW", 0.01),
         "linear probe": ("linear probe", 0.0),
     }
-    assert choosing_rules.outcomes(records, rules["blind"]) == [54.0, 54.5]
+
+
+def test_what_is_chosen_is_averaged_on_whole_seeds(records):
+    def outcomes(rule, runs):
+        return [choosing_rules.average(run) for run in on_whole_seeds(rule, runs)]
+
+    rules = choosing_rules.rules("new task")
+    assert outcomes(rules["blind"], records) == [54.0, 54.5]
     # A seed whose runs are not all there has nothing to choose from that others have.
-    assert choosing_rules.outcomes(records[1:], rules["linear probe"]) == [70.0]
+    assert outcomes(rules["linear probe"], records[1:]) == [70.0]
 
 
 def test_the_page_shows_every_part(records):

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from statistics import mean
 
-from benchmarks.forgetting.choosing_rules import choose, rules
+from benchmarks.forgetting.choosing_rules import rules
 from benchmarks.forgetting.drift_measures import agreement_table, agreement_with, few_samples
 from benchmarks.forgetting.language_readouts import OWN_TEXT
 from flowdata.report.markdown import count, table
 from flowdata.study import STANDARD, Record
+from flowdata.study.choices import on_whole_seeds
 from flowdata.study.runs import validation_of
 from flowdata.study.table import methods_and_rates
 
@@ -111,7 +112,7 @@ def _choices(records: list[Record]) -> list[str]:
     )
     rows = []
     for name, rule in all_rules.items():
-        runs = choose(records, rule)
+        runs = on_whole_seeds(rule, records)
         target = mean(run["target"]["nll"] for run in runs)
         values = [[of_text(run) for run in runs] for of_text in rises.values()]
         cells = [f"{mean(each):+.3f} ({max(each):+.3f})" for each in values]

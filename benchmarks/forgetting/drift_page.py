@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from statistics import mean
 
-from benchmarks.forgetting.choosing_rules import POINTS, outcomes, rules
+from benchmarks.forgetting.choosing_rules import POINTS, average, rules
 from benchmarks.forgetting.drift_measures import (
     OF_DRIFT,
     agreement_table,
@@ -16,6 +16,7 @@ from benchmarks.forgetting.drift_measures import (
 from benchmarks.forgetting.fronts import kept_on, table_of_sets
 from flowdata.report.markdown import count, spread, table
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
+from flowdata.study.choices import Rule, on_whole_seeds
 from flowdata.study.runs import whole_seeds
 
 OLD = "CIFAR-10 accuracy"
@@ -157,11 +158,16 @@ def _choices(studies: Studies) -> list[str]:
         **by_probe[PROBE],
     }
     rows = [
-        [name, *(spread(outcomes(records, rule), 1) for records in studies.values())]
+        [name, *(_outcome(rule, records) for records in studies.values())]
         for name, rule in all_rules.items()
         if name != LINEAR_PROBE or name in methods
     ]
     return table(["rule", *studies], rows)
+
+
+def _outcome(rule: Rule, records: list[Record]) -> str:
+    """What a rule's choices come to: the average of new and old, in %, over the whole seeds."""
+    return spread([average(run) for run in on_whole_seeds(rule, records)], 1)
 
 
 def _held(studies: Studies) -> list[str]:

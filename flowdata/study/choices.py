@@ -3,6 +3,10 @@
 blind        the highest validation score, whatever it cost
 by drift     validation weighed against the drift on a probe (flowdata.drift.choose)
 best         the highest average of old and new, which takes the old data to know
+
+A rule chooses on a seed by itself, among all methods and rates. A seed that lacks some of its runs,
+as the last one of a study that goes on does, would let a rule choose among others than it chose
+among elsewhere; it is left out.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ from functools import partial
 from typing import TypeAlias
 
 from flowdata.drift import Drift, rank
-from flowdata.study.runs import Record, records_by, validation_of
+from flowdata.study.runs import Record, validation_of, whole_seeds
 
-Rule: TypeAlias = Callable[[list[Record]], Record]
+Rule: TypeAlias = Callable[[list[Record]], Record]  # the runs of a seed → one of them
 
 
 def choices(
@@ -23,29 +27,48 @@ def choices(
     *,
     exchange: float = 1.0,
 ) -> dict[str, list[Record]]:
-    """Return the run that each rule chooses among all methods and rates, one for each seed.
+    """Return the run that each rule chooses among all methods and rates, one for each whole seed.
 
     Args:
         records: of one study. Those of language models have −loss as their validation score, or
-            an accuracy.
+            an accuracy. A seed with fewer runs than another one is left out.
         average: record -> what the best run has most of; None leaves that rule out.
         exchange: see `flowdata.drift.rank`.
 
     Returns:
         By the rule's name, in the order of the seeds. Without drifts in the records there are no
         rules by drift.
+
+    Raises:
+        ValueError: all runs of a seed diverged, or see `flowdata.drift.rank`.
     """
     records = list(records)
-    rules: dict[str, Rule] = {"blind": lambda runs: max(runs, key=validation_of)}
+    rules: dict[str, Rule] = {"blind": blind}
     for probe in records[0].get("drift", {}) if records else {}:
-        rules[f"by drift, {probe}"] = partial(_by_drift, probe=probe, exchange=exchange)
+        rules[f"by drift, {probe}"] = partial(by_drift, probe=probe, exchange=exchange)
     if average is not None:
-        rules["best"] = lambda runs: max(runs, key=average)
-    by_seed = records_by(records, "seed")
-    return {name: [rule(runs) for runs in by_seed.values()] for name, rule in rules.items()}
+        rules["best"] = partial(max, key=average)
+    return {name: on_whole_seeds(rule, records) for name, rule in rules.items()}
 
 
-def _by_drift(runs: list[Record], probe: str, exchange: float) -> Record:
+def on_whole_seeds(rule: Rule, records: Iterable[Record]) -> list[Record]:
+    """Return the run that a rule chooses on each seed whose runs are all there, in their order."""
+    return [rule(runs) for runs in whole_seeds(records).values()]
+
+
+def blind(runs: list[Record]) -> Record:
+    """Return the run with the highest validation score, whatever it cost."""
+    return max(runs, key=validation_of)
+
+
+def by_drift(runs: list[Record], probe: str, exchange: float = 1.0) -> Record:
+    """Return the run that `flowdata.drift.rank` puts first.
+
+    Args:
+        runs: see `choices`.
+        probe: the name of the drift to weigh validation against.
+        exchange: see `flowdata.drift.rank`.
+    """
     drifts = [Drift(**run["drift"][probe]) for run in runs]
     best = max(map(validation_of, runs))
     is_loss = drifts[0].of == "tokens" and best <= 0

@@ -171,8 +171,9 @@ def _choices(records: list[Record]) -> list[str]:
         for rule, runs in by_rule.items()
     ]
     title = (
-        "Chosen among all methods and rates, on each seed: blind, by validation alone; by drift, "
-        "validation and what the probe says was kept (`flowdata.drift.choose`)"
+        "Chosen among all methods and rates, on each seed whose runs are all there: blind, by "
+        "validation alone; by drift, validation and what the probe says was kept "
+        "(`flowdata.drift.choose`)"
     )
     title += "; best, which takes the old data to know:" if average else ":"
     return [title, "", *table(["chosen", *names, "runs"], rows, words=("runs",)), ""]
