@@ -6,13 +6,14 @@ a token, which no measure and no rule has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import mean
 
 from benchmarks.forgetting.choosing_rules import rules
 from benchmarks.forgetting.drift_measures import agreement_table, agreement_with, few_samples
 from benchmarks.forgetting.language_readouts import OWN_TEXT
-from flowdata.report.markdown import count, table
+from benchmarks.forgetting.several import Studies, counts
+from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Record
 from flowdata.study.choices import on_whole_seeds
 from flowdata.study.runs import validation_of
@@ -21,7 +22,6 @@ from flowdata.study.table import methods_and_rates
 PRE_TRAINED = "pre-trained"
 TEXTS = ("WikiText-2", "code")
 NEARLY = 0.05  # nats of validation loss that the rivals may give away
-Studies = Mapping[str, list[Record]]  # the runs of each data set
 
 
 def can_tell(records: list[Record]) -> bool:
@@ -44,14 +44,10 @@ def rise(records: list[Record], text: str) -> Callable[[Record], float]:
 
 def drift_page(studies: Studies) -> str:
     """Return a Markdown page on the drift in the studies of language."""
-    counts = ", ".join(
-        f"{name} ({count(len(records), 'run')}, {count(len({r['seed'] for r in records}), 'seed')})"
-        for name, records in studies.items()
-    )
     lines = [
         "# Drift in language: does it tell what was forgotten, and does it choose well?",
         "",
-        f"SmolLM2-135M-Instruct learns: {counts}. Drift never sees WikiText-2 or code.",
+        f"SmolLM2-135M-Instruct learns: {counts(studies)}. Drift never sees WikiText-2 or code.",
         "",
         "## Does it tell?",
         "",
@@ -94,9 +90,9 @@ def _few(studies: Studies) -> list[str]:
         for name, records in studies.items()
     }
     rows = [
-        [probe, few, *(f"{each[probe][few]['kl']:.3f}" for each in columns.values())]
-        for probe, counts in next(iter(columns.values())).items()
-        for few in counts
+        [probe, size, *(f"{each[probe][size]['kl']:.3f}" for each in columns.values())]
+        for probe, sizes in next(iter(columns.values())).items()
+        for size in sizes
     ]
     return table(["probe", "texts", *columns], rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from flowdata.report.markdown import table
@@ -50,10 +50,14 @@ def agreement_with(
     groups = [
         group for rate, group in by_rate.items() if 0 < rate <= largest_rate and len(group) >= 5
     ]
+
+    def coefficient(runs: list[Record], name: str) -> float:
+        return _spearman([signs(run, drift)[name] for run in runs], list(map(lost, runs)))
+
     coefficients = {}
     for name in signs(records[0], drift):
-        within = [_spearman(group, name, lost, drift) for group in groups]
-        coefficients[name] = _spearman(records, name, lost, drift), mean(within or [math.nan])
+        within = [coefficient(group, name) for group in groups]
+        coefficients[name] = coefficient(records, name), mean(within or [math.nan])
     return coefficients
 
 
@@ -71,12 +75,9 @@ def agreement_table(columns: Mapping[str, Mapping[str, tuple[float, float]]]) ->
     return table(["sign", *columns], rows)
 
 
-def _spearman(
-    records: list[Record], name: str, lost: Callable[[Record], float], drift: str
-) -> float:
+def _spearman(sign: Sequence[float], truth: Sequence[float]) -> float:
     stats = load_extra("scipy.stats", "coefficients of drift")
-    told = [signs(record, drift)[name] for record in records]
-    return float(stats.spearmanr(told, [lost(record) for record in records]).statistic)
+    return float(stats.spearmanr(sign, truth).statistic)
 
 
 def few_samples(
@@ -87,14 +88,13 @@ def few_samples(
     Returns:
         By probe, by number of samples, by measure of the drift.
     """
-    stats = load_extra("scipy.stats", "coefficients of drift")
     truth = [lost(record) for record in records]
 
-    def coefficient(probe: str, few: str, name: str) -> float:
-        told = [record["drift on few"][probe][few][name] for record in records]
-        return abs(float(stats.spearmanr(told, truth).statistic))
+    def coefficient(probe: str, size: str, name: str) -> float:
+        sign = [record["drift on few"][probe][size][name] for record in records]
+        return abs(_spearman(sign, truth))
 
     return {
-        probe: {few: {name: coefficient(probe, few, name) for name in OF_DRIFT} for few in counts}
-        for probe, counts in records[0]["drift on few"].items()
+        probe: {size: {name: coefficient(probe, size, name) for name in OF_DRIFT} for size in sizes}
+        for probe, sizes in records[0]["drift on few"].items()
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from statistics import mean
 
@@ -14,7 +14,8 @@ from benchmarks.forgetting.drift_measures import (
     few_samples,
 )
 from benchmarks.forgetting.fronts import kept_on, table_of_sets
-from flowdata.report.markdown import count, spread, table
+from benchmarks.forgetting.several import Studies, counts
+from flowdata.report.markdown import spread, table
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.choices import Rule, on_whole_seeds
 from flowdata.study.runs import whole_seeds
@@ -26,7 +27,6 @@ PROBES = (PROBE, "noise", "inverted")
 HELD = ("output anchor", "FLOW + output anchor")
 # Within larger rates all runs have lost all that they can.
 LARGEST_RATE = 0.03
-Studies = Mapping[str, list[Record]]  # the runs of each target
 
 
 def can_tell(records: list[Record]) -> bool:
@@ -38,16 +38,11 @@ def can_tell(records: list[Record]) -> bool:
 def drift_page(studies: Studies) -> str:
     """Return a Markdown page on the drift in the studies of vision."""
     studies = {name: with_all_drifts(records) for name, records in studies.items()}
-    seeds = {name: len({r["seed"] for r in records}) for name, records in studies.items()}
-    counts = ", ".join(
-        f"{name} ({len(records)} runs, {count(seeds[name], 'seed')})"
-        for name, records in studies.items()
-    )
     lines = [
         "# Drift: does it tell what was forgotten, and what does choosing by it give?",
         "",
-        f"CIFAR-10's ResNet-20 learns another task: {counts}. Drift never sees CIFAR-10. What was "
-        "predicted before the runs: benchmarks/forgetting/registered.md.",
+        f"CIFAR-10's ResNet-20 learns another task: {counts(studies)}. Drift never sees CIFAR-10. "
+        "What was predicted before the runs: benchmarks/forgetting/registered.md.",
         "",
         *_what_it_tells(studies),
         "",
@@ -140,13 +135,13 @@ def _coefficients(studies: Studies, drift: str, lost: Callable[[Record], float])
 
 def _few(studies: Studies) -> list[str]:
     coefficients = [few_samples(records, _lost) for records in studies.values()]
-    counts = list(next(iter(coefficients[0].values())))
+    sizes = list(next(iter(coefficients[0].values())))
     rows = []
     for probe in coefficients[0]:
         for name in OF_DRIFT:
-            means = (mean(each[probe][few][name] for each in coefficients) for few in counts)
+            means = (mean(each[probe][size][name] for each in coefficients) for size in sizes)
             rows.append([f"{name}, {probe}", *(f"{value:.3f}" for value in means)])
-    return table(["probe and measure", *counts], rows)
+    return table(["probe and measure", *sizes], rows)
 
 
 def _choices(studies: Studies) -> list[str]:

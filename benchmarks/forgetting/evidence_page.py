@@ -19,12 +19,12 @@ from benchmarks.forgetting.evidence import (
     TARGETS,
 )
 from benchmarks.forgetting.fronts import Kepts, kept_on, table_of_sets
-from flowdata.report.markdown import count, table
+from benchmarks.forgetting.several import Studies, counts
+from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Kept, Record
 from flowdata.study.runs import records_by, whole_seeds
 from flowdata.study.table import difference
 
-Studies = Mapping[str, list[Record]]  # the runs of each set
 _LARGE_RATE = 0.03  # from which on the readouts of BatchNorm are compared
 _HOLDS, _FAILS, _OPEN = "holds", "fails", "open"
 
@@ -42,17 +42,19 @@ def evidence_page(studies: Studies) -> str:
     Args:
         studies: the runs of each set; sets of `TARGETS` that are missing are left out.
     """
-    by_seed = {name: whole_seeds(studies[name]) for name in TARGETS if name in studies}
-    studies = {name: list(chain.from_iterable(runs.values())) for name, runs in by_seed.items()}
+    studies = {
+        name: list(chain.from_iterable(whole_seeds(studies[name]).values()))
+        for name in TARGETS
+        if name in studies
+    }
     standard = {name: kept_on(records) for name, records in studies.items()}
     flow = {name: kept_on(records, FLOW) for name, records in studies.items()}
-    seeds = ", ".join(f"{name} {count(len(runs), 'seed')}" for name, runs in by_seed.items())
     return "\n".join(
         [
             "# When do weights help beyond a smaller rate?",
             "",
-            f"CIFAR-10's ResNet-20 learns other images: {seeds}. What is measured and what was "
-            "predicted before the runs: benchmarks/forgetting/registered_evidence.md.",
+            f"CIFAR-10's ResNet-20 learns other images: {counts(studies)}. What is measured "
+            "and what was predicted before the runs: benchmarks/forgetting/registered_evidence.md.",
             "",
             "Old accuracy at equal new accuracy, the mean difference from standard fine-tuning in "
             "points, and where 95 % of the draws of seeds and test items lie:",

@@ -1,0 +1,24 @@
+"""Several studies on one page: the runs of each, and what a page says of their number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from flowdata.report.markdown import count
+from flowdata.study import Record
+
+Studies: TypeAlias = Mapping[str, list[Record]]  # the runs of each, by the name of its data
+
+
+def counts(studies: Studies) -> str:
+    """Return each study's name with the number of its runs and seeds, for a sentence.
+
+    Example:
+        >>> counts({"letters": [{"seed": 0}, {"seed": 1}], "digits": [{"seed": 0}]})
+        'letters (2 runs, 2 seeds), digits (1 run, 1 seed)'
+    """
+    return ", ".join(
+        f"{name} ({count(len(records), 'run')}, {count(len({r['seed'] for r in records}), 'seed')})"
+        for name, records in studies.items()
+    )
