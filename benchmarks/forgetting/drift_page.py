@@ -13,6 +13,7 @@ from benchmarks.forgetting.drift_measures import (
     agreement_with,
     few_samples,
 )
+from benchmarks.forgetting.evidence import ANCHOR, FLOW_AND_ANCHOR
 from benchmarks.forgetting.fronts import kept_on, table_of_sets
 from benchmarks.forgetting.several import Studies, counts
 from flowdata.report.markdown import spread, table
@@ -24,7 +25,7 @@ OLD = "CIFAR-10 accuracy"
 LEAST = 5  # methods and rates that a coefficient takes
 PROBE = "new task"  # the probe that was registered to be chosen by
 PROBES = (PROBE, "noise", "inverted")
-HELD = ("output anchor", "FLOW + output anchor")
+ANCHORED = (ANCHOR, FLOW_AND_ANCHOR)
 # Within larger rates all runs have lost all that they can.
 LARGEST_RATE = 0.03
 
@@ -109,7 +110,7 @@ def with_all_drifts(records: list[Record]) -> list[Record]:
 
 
 def _without_anchor(studies: Studies) -> Studies:
-    return _only(studies, lambda record: record["method"] not in HELD)
+    return _only(studies, lambda record: record["method"] not in ANCHORED)
 
 
 def _only(studies: Studies, is_taken: Callable[[Record], bool]) -> Studies:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flowdata.report.page import (
@@ -18,15 +17,13 @@ from flowdata.report.page import (
     sample_list,
     tiles,
 )
-from flowdata.report.pictures import BLUE, GREEN, ORANGE, bins, mark
+from flowdata.report.pictures import BLUE, GREEN, IN_VIEW, ORANGE, bins, mark, sample_points
 from flowdata.report.samples import SampleText
 from flowdata.report.table import Column, table
 
 if TYPE_CHECKING:
     from flowdata.scores import Scores
 
-_TAILS = 0.995  # differences beyond this quantile of their sizes share the outer bars
-_MOST_POINTS = 5000  # of the picture of losses before and after
 _COLOURS = {"learned": GREEN, "forgotten": ORANGE, "unchanged": BLUE}
 
 
@@ -142,7 +139,7 @@ def _draw_changes(axes: Any, differences: Tensor) -> None:
     """Draw how the changes (n,) are distributed: what fell in one colour, what rose in another."""
     values = differences.double().numpy()
     sizes = np.abs(values)
-    top = float(np.quantile(sizes, _TAILS)) or float(sizes.max()) or 1.0
+    top = float(np.quantile(sizes, IN_VIEW)) or float(sizes.max()) or 1.0
     clipped = np.clip(values, -top, top)
     # As many bars on either side of 0, so that each has one colour.
     edges = np.linspace(-top, top, 2 * (len(bins(len(values), 0.0, top)) - 1) + 1)
@@ -171,12 +168,11 @@ def _draw_changes(axes: Any, differences: Tensor) -> None:
 
 def _draw_pairs(axes: Any, before: Tensor, after: Tensor) -> None:
     """Draw each sample's loss after against that before; the line is where nothing changed."""
-    places = torch.linspace(0, len(before) - 1, min(len(before), _MOST_POINTS)).long()
+    places, size = sample_points(len(before))
     x, y = before[places].double().numpy(), after[places].double().numpy()
-    top = 1.05 * float(np.quantile(np.concatenate([x, y]), _TAILS)) or 1.0
+    top = 1.05 * float(np.quantile(np.concatenate([x, y]), IN_VIEW)) or 1.0
     low = min(0.0, float(x.min()), float(y.min()))
     axes.axline((low, low), slope=1, color=BLUE, zorder=1, linewidth=1.2, linestyle="--")
-    size = float(np.clip(9000 / len(x), 6, 24))
     parts = {"learned": y < x, "forgotten": y > x, "unchanged": y == x}
     for name, is_part in parts.items():
         axes.scatter(

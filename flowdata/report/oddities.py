@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowdata.report.samples import SampleText
 
-_FAR = 5.0  # robust standard deviations above the median that make a loss suspicious
+_SUSPICIOUS = 5.0  # robust standard deviations above the median from which on a loss is a suspect
 _FEWEST = 20  # samples of like length that a suspicion needs
 _MOST_GROUPS = 10  # by length
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
@@ -100,7 +100,7 @@ def _suspects(losses: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArra
             continue
         above = losses[samples] - np.median(losses[samples])
         deviation = _TO_DEVIATION * np.median(np.abs(above))
-        is_suspect[samples] = above > np.maximum(_FAR * deviation, 1e-6)
+        is_suspect[samples] = above > np.maximum(_SUSPICIOUS * deviation, 1e-6)
     return is_suspect
 
 

@@ -22,8 +22,8 @@ COLOURS: dict[str, dict[str, str]] = {
     "dark": {"paper": "#14171f", "ink": "#e6e8ee", "faint": "#343a47", "muted": "#9aa2b1"},
 }
 BLUE, ORANGE, GREEN = "#3b82c4", "#e07b39", "#2f9e77"
-_TAIL = 0.995  # losses beyond this quantile share the last bar
-_MOST_POINTS = 5000  # of the picture of losses against lengths
+IN_VIEW = 0.995  # the quantile where pictures end: what lies beyond is drawn at their edge
+_MOST_POINTS = 5000
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def png(drawing: Any) -> bytes:
 def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
     """Draw how the losses (N,) are distributed, with the temperature and the weight it gives."""
     values = losses.double().cpu().numpy()
-    top = max(np.quantile(values, _TAIL), 1.5 * temperature)
+    top = max(np.quantile(values, IN_VIEW), 1.5 * temperature)
     clipped = np.minimum(values, top)
     axes.hist(clipped, bins=bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
     mark(axes, temperature, "temperature")
@@ -148,10 +148,9 @@ def draw_weights(axes: Any, weights: Tensor) -> None:
 
 def draw_lengths(axes: Any, losses: Tensor, counts: Tensor) -> None:
     """Draw the losses (N,) against the numbers of targets (N,), and the median over each length."""
-    places = torch.linspace(0, len(losses) - 1, min(len(losses), _MOST_POINTS)).long()
+    places, size = sample_points(len(losses))
     y, x = losses[places].double().numpy(), counts[places].clamp(min=1).double().numpy()
-    top = max(float(np.quantile(y, _TAIL)), 1e-6) * 1.05
-    size = float(np.clip(9000 / len(x), 6, 24))
+    top = max(float(np.quantile(y, IN_VIEW)), 1e-6) * 1.05
     axes.scatter(x, np.minimum(y, top), s=size, color=BLUE, alpha=0.4, linewidths=0)
     edges = np.unique(np.quantile(x, np.linspace(0, 1, 13)))
     groups = np.searchsorted(edges[1:-1], x, side="right")
@@ -188,6 +187,19 @@ def mark(axes: Any, value: float, name: str, *, color: str = ORANGE) -> None:
         va="top",
         color=color,
     )
+
+
+def sample_points(samples: int) -> tuple[Tensor, float]:
+    """Return which of the samples a picture shows as points, evenly spread, and the points' size.
+
+    Args:
+        samples: how many there are.
+
+    Returns:
+        (n,) int64 places, all of them up to 5,000, and an area in square points.
+    """
+    places = torch.linspace(0, samples - 1, min(samples, _MOST_POINTS)).long()
+    return places, float(np.clip(9000 / len(places), 6, 24))
 
 
 def bins(samples: int, low: float, high: float) -> Any:

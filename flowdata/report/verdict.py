@@ -23,8 +23,8 @@ RULES = ("median", "mean", "ess0.5", "ess0.9")  # the temperatures that a page o
 _ALIKE = 0.9  # effective share of the samples from which weights change little
 _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
+_HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
 _CAUSES = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
-_TAIL = 0.01  # share of the samples that far that makes a tail
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def judge(
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, "Take ess0.5, whose largest weight is 1."])
-    if num_far >= max(1, _TAIL * present):
+    if num_far >= max(1, _HEAVY * present):
         title = "The losses have a heavy tail: FLOW will act."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
         text = [

@@ -47,7 +47,8 @@ class Items(NamedTuple):
     old: _Floats
 
 
-Runs: TypeAlias = Mapping[tuple[str, float], Mapping[int, Items]]  # method and rate, then seed
+# By method and rate, then by seed.
+ItemsOfRuns: TypeAlias = Mapping[tuple[str, float], Mapping[int, Items]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _in_percent(answers: str, accuracy: float) -> _Floats:
 
 
 def kept_at_equal_learning(
-    runs: Runs, reference: str, start: str, *, draws: int = _DRAWS, seed: int = 0
+    runs: ItemsOfRuns, reference: str, start: str, *, draws: int = _DRAWS, seed: int = 0
 ) -> list[Kept]:
     """Return what each method keeps at equal learning, the reference first.
 
@@ -151,7 +152,7 @@ def kept_at_equal_learning(
     ]
 
 
-def _check_items(runs: Runs, seeds: Sequence[int]) -> None:
+def _check_items(runs: ItemsOfRuns, seeds: Sequence[int]) -> None:
     """Raise ValueError for items that can't be compared on a seed, or are no numbers."""
     for seed in seeds:
         first = next(iter(runs.values()))[seed]
@@ -171,7 +172,7 @@ def _check_items(runs: Runs, seeds: Sequence[int]) -> None:
                     )
 
 
-def _drawn_scores(runs: Runs, seeds: Sequence[int], draws: int, seed: int) -> _Floats:
+def _drawn_scores(runs: ItemsOfRuns, seeds: Sequence[int], draws: int, seed: int) -> _Floats:
     """The runs' means over seeds and items, (1 + draws, runs, 2): as they are, then as drawn."""
     generator = np.random.default_rng(seed)
     counts = _counts(generator, draws, len(seeds)) / len(seeds)  # of each seed in each draw
