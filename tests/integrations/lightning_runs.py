@@ -1,6 +1,6 @@
 """Lightning trainers that record batches and gradients, and the same by hand.
 
-Run in the tests' own process, or on two ranks: torchrun -m tests.integrations.lightning_runs FILE.
+Run in the tests' own process, or by torchrun, where each rank runs all of `on_two_ranks`.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from flowdata import FlowSampler, FlowWeightedDataset
 from flowdata.integrations.lightning import FlowDataModule, FlowGuard
 from flowdata.losses import weighted_mean
-from tests.leave_ranks import leave_ranks
+from tests.launched import run_cases
 
 N = 23
 WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(5))
@@ -135,14 +135,13 @@ def on_two_ranks():
     yield fit(("module", "resample"), Classifier("plain"), drawn)
 
 
-def main(file):
+def main(case, folder):
     results = [
         (name, normalize, module.gradients, module.steps, getattr(module, "error", None))
         for name, normalize, module in on_two_ranks()
     ]
-    torch.save(results, f"{file}.{torch.distributed.get_rank()}")
-    leave_ranks()
+    torch.save(results, folder / f"{case}.{torch.distributed.get_rank()}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(main, *sys.argv[1:])

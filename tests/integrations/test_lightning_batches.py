@@ -1,8 +1,5 @@
 """A step's denominator under whatever a Lightning trainer does, against a loop by hand."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -20,6 +17,7 @@ from flowdata import FlowSampler, FlowWeightedDataset
 from flowdata.accumulation import AccumulatedBatches
 from flowdata.integrations.lightning import FlowDataModule, FlowGuard
 from flowdata.losses import weighted_mean
+from tests.integrations import lightning_runs
 from tests.integrations.lightning_runs import (
     WEIGHTS,
     Classifier,
@@ -30,6 +28,7 @@ from tests.integrations.lightning_runs import (
     make_trainer,
     numbers,
 )
+from tests.launched import launch
 
 TRAINERS = {
     "plain": {},
@@ -459,18 +458,9 @@ def test_the_guard_lets_sound_loaders_pass_twice():
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What lightning_runs.py recorded on two ranks: name -> its two ranks' results."""
-    file = tmp_path_factory.mktemp("ranks") / "results"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.integrations.lightning_runs", str(file)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [torch.load(f"{file}.{rank}", weights_only=False) for rank in range(2)]
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(lightning_runs.__name__, folder, ["fits"])
+    ranks = [torch.load(folder / f"fits.{rank}", weights_only=False) for rank in range(2)]
     return {(one[0], one[1]): (one, other) for one, other in zip(*ranks, strict=True)}
 
 
