@@ -26,6 +26,7 @@ _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 _WEIGHTS = ("weight", "loss_weight", "loss_scale", "train", "training", "loss")
 _CONTENTS = ("content", "value", "text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_NAMES = ("tool_calls", "function_call", *_WEIGHTS, *_REASONING)  # read beside the content
 _PAIR_NAMES = (
     *(("human", "assistant"), ("user", "assistant"), ("input", "output")),
     *(("question", "answer"), ("query", "response")),
@@ -107,27 +108,31 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 
 def _add(turns: list[Turn], item: Any, number: int) -> None:
-    """Append what one item of a chat says."""
+    """Append what one item of a chat says: a text, a message, or a pair of prompt and reply."""
     if isinstance(item, str):  # texts in turn, the user's first
         role = "assistant" if number % 2 else "user"
         turns.append(({"role": role, "content": item}, role == "assistant"))
-        return
-    if not isinstance(item, Mapping):
+    elif not isinstance(item, Mapping):
         raise ValueError(f"should be an object, it is a {type(item).__name__}")
-    role_name, usual = ("from", "value") if "from" in item else ("role", "content")
-    if role_name in item:
-        content_name = _content_name(item, usual)
-        _add_message(turns, item, role_name, content_name)
-        return
-    for prompt, reply in _PAIR_NAMES:
-        if prompt in item and reply in item:
-            if item.get("system"):
-                turns.append(({"role": "system", "content": _text(item["system"])}, False))
-            turns.append(({"role": "user", "content": _text(item[prompt])}, False))
-            is_target = _is_target(_flags(item), "assistant")
-            turns.append(({"role": "assistant", "content": _text(item[reply])}, is_target))
-            return
-    raise ValueError(f"has no role; there are {', '.join(map(repr, item)) or 'no names'}")
+    elif "from" in item:
+        _add_message(turns, item, "from", "value")
+    elif "role" in item:
+        _add_message(turns, item, "role", "content")
+    else:
+        _add_pair(turns, item)
+
+
+def _add_pair(turns: list[Turn], item: Mapping[str, Any]) -> None:
+    """Append a prompt and its reply, which one object holds, and its system message if any."""
+    pair = next((names for names in _PAIR_NAMES if item.keys() >= {*names}), None)
+    if pair is None:
+        raise ValueError(f"has no role; there are {', '.join(map(repr, item)) or 'no names'}")
+    prompt, reply = pair
+    if item.get("system"):
+        turns.append(({"role": "system", "content": _text(item["system"])}, False))
+    turns.append(({"role": "user", "content": _text(item[prompt])}, False))
+    is_target = _is_target(_flags(item), "assistant")
+    turns.append(({"role": "assistant", "content": _text(item[reply])}, is_target))
 
 
 def _content_name(item: Mapping[str, Any], usual: str) -> str:
@@ -140,43 +145,81 @@ def _content_name(item: Mapping[str, Any], usual: str) -> str:
     return name
 
 
-def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, content: str) -> None:
-    kind = _ROLE_OF.get(str(item[role_name]).lower().replace("-", "_"))
-    if kind is None:
-        raise ValueError(f"role {item[role_name]!r} is not known; there are {', '.join(_ROLE_OF)}")
-    if kind == "user" and _is_list(item.get(content)) and item[content]:
-        item = {**item, content: _without_results(turns, item[content])}
-        if not item[content]:
+def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, usual: str) -> None:
+    """Append a message.
+
+    Args:
+        turns: the chat so far.
+        item: the message.
+        role_name: the name of its role.
+        usual: the name that its content has beside this one.
+    """
+    content_name = _content_name(item, usual)
+    role, content = _role(item[role_name]), item.get(content_name)
+    if role == "user" and _is_list(content) and content:
+        content = _without_results(turns, content)
+        if not content:  # it held nothing else
             return
-    left_out = {role_name, content, "tool_calls", "function_call", *_WEIGHTS, *_REASONING}
-    message: Message = {"role": "assistant" if kind == "call" else kind}
-    if kind == "call":
-        message |= {"content": "", "tool_calls": _calls(item.get(content))}
+    message = _for_templates(role, content, item)
+    if content is None and len(message) == 2:  # no more than a role and empty content
+        raise ValueError(f"has no content; there are {', '.join(map(repr, item))}")
+    if item.get("train_detail"):
+        raise ValueError("train_detail trains parts of a text; whole replies are scored alone")
+    flags = _flags_of_parts(content) | _flags(item)
+    is_target = _is_target(flags, message["role"])
+    if role == "call" and turns and turns[-1][0]["role"] == "assistant":
+        _join_call(turns[-1], message, is_target=is_target, says_so=bool(flags))
+        return
+    names = {role_name, content_name, *_NAMES}
+    rest = {name: value for name, value in item.items() if name not in names and value is not None}
+    turns.append((rest | message, is_target))
+
+
+def _role(name: Any) -> str:
+    """The role by its name in any format: one of `_ROLES`."""
+    role = _ROLE_OF.get(str(name).lower().replace("-", "_"))
+    if role is None:
+        raise ValueError(f"role {name!r} is not known; there are {', '.join(_ROLE_OF)}")
+    return role
+
+
+def _for_templates(role: str, content: Any, item: Mapping[str, Any]) -> Message:
+    """What chat templates read of a message: role and content, and a reply's calls and reasoning.
+
+    Args:
+        role: one of `_ROLES`.
+        content: what is left of its content.
+        item: the message, which may hold calls and reasoning beside its content.
+    """
+    message: Message
+    if role == "call":
+        message = {"role": "assistant", "content": "", "tool_calls": _calls(content)}
     else:
-        _put_content(message, item.get(content))
+        message = {"role": role}
+        _put_content(message, content)
         if calls := item.get("tool_calls") or item.get("function_call"):
             message["tool_calls"] = message.get("tool_calls", []) + _calls(calls)
     reasoning = next((item[name] for name in _REASONING if item.get(name)), None)
     if reasoning is not None:
         message["reasoning_content"] = _text(reasoning)
-    if item.get(content) is None and len(message) == 2:  # no more than a role and empty content
-        raise ValueError(f"has no content; there are {', '.join(map(repr, item))}")
-    others = {name: value for name, value in item.items() if name not in left_out}
-    message = {**{name: value for name, value in others.items() if value is not None}, **message}
-    if item.get("train_detail"):
-        raise ValueError("train_detail trains parts of a text; whole replies are scored alone")
-    flags = _flags_of_parts(item.get(content)) | _flags(item)
-    is_target = _is_target(flags, message["role"])
-    last = turns[-1] if turns else None
-    if kind == "call" and last and last[0]["role"] == "assistant":
-        # A call beside a text or another call is one reply, as models write it.
-        if last[1] != is_target and flags:
-            raise ValueError("is one reply with the message before, and only one is to be learned")
-        for name in ("tool_calls", "reasoning_content"):
-            if name in message:
-                last[0][name] = last[0].get(name, type(message[name])()) + message[name]
-        return
-    turns.append((message, is_target))
+    return message
+
+
+def _join_call(reply: Turn, call: Message, *, is_target: bool, says_so: bool) -> None:
+    """Add a call to the reply before it: models write a text and its calls as one reply.
+
+    Args:
+        reply: the last turn, a text or another call.
+        call: the message that holds the call alone.
+        is_target: whether the call is to be learned.
+        says_so: whether a weight or flag of the call says that, and not the rule for all replies.
+    """
+    message, is_target_before = reply
+    if is_target != is_target_before and says_so:
+        raise ValueError("is one reply with the message before, and only one is to be learned")
+    for name in ("tool_calls", "reasoning_content"):
+        if name in call:
+            message[name] = message.get(name, type(call[name])()) + call[name]
 
 
 def _without_results(turns: list[Turn], parts: list[Any]) -> list[Any]:

@@ -33,25 +33,10 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         ({'role': 'user', 'content': 'Add.\\n2, 2'}, ('Add.\\n2, 2', '4'))
     """
     _refuse_unread(row, fields)
-    with _naming(fields.tools):
-        tools = read_tools(_optional(row, fields.tools))
-    plain: tuple[str, str] | None = None
-    if fields.messages:
-        chat = _required(row, fields.messages)
-        if isinstance(chat, Mapping) and "messages" in chat:  # OpenAI's preference sets
-            tools = tools or read_tools(chat.get("tools"))
-            chat = chat["messages"]
-        turns = read_turns(chat)
-        if fields.completion:
-            turns = [*_context(turns), *_reply(_required(row, fields.completion))]
-        elif fields.rejected:
-            turns = _after_common_beginning(turns, row.get(fields.rejected))
-        elif fields.label:
-            turns = _last_reply(turns)
-    else:
-        turns, plain = _pair(row, fields)
-    turns = _history(row, fields) + turns
+    tools, documents = _tools(row, fields), _documents(row, fields)
     system = _optional(row, fields.system)
+    turns, plain = (_chat(row, fields), None) if fields.messages else _pair(row, fields)
+    turns = _history(row, fields) + turns
     if _holds(system):
         turns = _with_system(turns, system, fields.system or "")
     if not any(is_target for _, is_target in turns):
@@ -59,18 +44,35 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
             "the chat has no message with role 'assistant' that is to be learned, so it has no "
             "target"
         )
-    documents = _documents(row, fields)
-    is_apart = not fields.messages and fields.prompt and not isinstance(row[fields.prompt], str)
-    num_completion = len(_reply(row[fields.completion or ""])) if is_apart else len(turns)
+    needs_template = len(turns) > 2 or _holds(system) or tools or documents
     return Conversation(
         messages=tuple(message for message, _ in turns),
         is_target=tuple(is_target for _, is_target in turns),
         tools=tools,
         template_options=_template_options(row),
-        num_prompt=len(turns) - num_completion,
-        plain=plain if len(turns) <= 2 and not (_holds(system) or tools or documents) else None,
+        num_prompt=_num_prompt(row, fields, turns),
+        plain=None if needs_template else plain,
         documents=documents,
     )
+
+
+def _tools(row: Row, fields: Fields) -> list[dict[str, Any]] | None:
+    """The functions that the model may call: those of their column, or those within the chat."""
+    with _naming(fields.tools):
+        tools = read_tools(_optional(row, fields.tools))
+    chat = _optional(row, fields.messages)
+    return tools or (read_tools(chat.get("tools")) if _is_wrapped(chat) else None)
+
+
+def _is_wrapped(chat: Any) -> bool:
+    """Whether a chat is an object with messages and tools, as in OpenAI's preference sets."""
+    return isinstance(chat, Mapping) and "messages" in chat
+
+
+def _num_prompt(row: Row, fields: Fields, turns: Sequence[Turn]) -> int:
+    """How many turns are the prompt, in a row that has prompt and completion apart, as messages."""
+    is_apart = not fields.messages and fields.prompt and not isinstance(row[fields.prompt], str)
+    return len(turns) - len(_reply(row[fields.completion or ""])) if is_apart else 0
 
 
 def _template_options(row: Row) -> dict[str, Any]:
@@ -146,35 +148,55 @@ def _unread(names: tuple[str, ...], fields: Fields) -> list[tuple[str, str | Non
     return unread
 
 
+def _chat(row: Row, fields: Fields) -> list[Turn]:
+    """The turns of a column that holds a chat, alone or beside other replies to it."""
+    chat = _required(row, fields.messages or "")
+    turns = read_turns(chat["messages"] if _is_wrapped(chat) else chat)
+    if fields.completion:
+        return [*_context(turns), *_reply(_required(row, fields.completion))]
+    if fields.rejected:
+        return _after_common_beginning(turns, row.get(fields.rejected))
+    return _last_reply(turns) if fields.label else turns
+
+
 def _pair(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
     """A prompt and its completion, as messages and, where both are text, as text."""
-    completion = _required(row, fields.completion or "")
-    rejected = row.get(fields.rejected) if fields.rejected else None
     if not fields.prompt:
-        if not isinstance(completion, str):
-            return _after_common_beginning(read_turns(completion), rejected), None
-        plain = _split(completion, rejected) if isinstance(rejected, str) else ("", completion)
-        return _messages(*plain), plain
-    prompt = _required(row, fields.prompt)
+        return _completion_alone(row, fields)
+    completion, prompt = _required(row, fields.completion or ""), _required(row, fields.prompt)
     for column in (fields.prompt, fields.completion):
         _refuse_texts(row, column or "")
-    if isinstance(prompt, str):
-        prompt = _with_input(row, prompt, fields)
-        if isinstance(completion, str):
-            return _messages(prompt, completion, always=True), (prompt, completion)
-        turns = read_turns(completion)
-        questions = [message["content"] for message, _ in turns if message["role"] == "user"]
-        if questions:  # the reply is a whole chat, with the prompt in it
-            if prompt not in questions:
-                raise ValueError(
-                    f"column {fields.completion!r} holds a chat without the text of "
-                    f"{fields.prompt!r}; name one of them (--messages-column {fields.completion})"
-                )
-            return _after_common_beginning(turns, rejected), None
-        return [({"role": "user", "content": prompt}, False), *turns], None
-    if _holds(_optional(row, fields.input)):
-        raise ValueError(f"column {fields.input!r} holds something, and the prompt is a chat")
-    return [*_context(read_turns(prompt)), *_reply(completion)], None
+    if not isinstance(prompt, str):
+        if _holds(_optional(row, fields.input)):
+            raise ValueError(f"column {fields.input!r} holds something, and the prompt is a chat")
+        return [*_context(read_turns(prompt)), *_reply(completion)], None
+    prompt = _with_input(row, prompt, fields)
+    if isinstance(completion, str):
+        return [_question(prompt), _answer(completion)], (prompt, completion)
+    return _chat_to(prompt, read_turns(completion), row, fields), None
+
+
+def _completion_alone(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, str] | None]:
+    """The same of a row without a prompt's column: what a rejected reply shares is the prompt."""
+    completion = _required(row, fields.completion or "")
+    rejected = _optional(row, fields.rejected)
+    if not isinstance(completion, str):
+        return _after_common_beginning(read_turns(completion), rejected), None
+    prompt, reply = _split(completion, rejected) if isinstance(rejected, str) else ("", completion)
+    return [_question(prompt)] * bool(prompt) + [_answer(reply)], (prompt, reply)
+
+
+def _chat_to(prompt: str, turns: list[Turn], row: Row, fields: Fields) -> list[Turn]:
+    """A prompt that is text, and its completion's turns, which may be a whole chat with it."""
+    questions = [message["content"] for message, _ in turns if message["role"] == "user"]
+    if not questions:
+        return [_question(prompt), *turns]
+    if prompt not in questions:
+        raise ValueError(
+            f"column {fields.completion!r} holds a chat without the text of {fields.prompt!r}; "
+            f"name one of them (--messages-column {fields.completion})"
+        )
+    return _after_common_beginning(turns, _optional(row, fields.rejected))
 
 
 def _refuse_texts(row: Row, column: str) -> None:
@@ -201,9 +223,12 @@ def _split(chosen: str, rejected: str) -> tuple[str, str]:
     return chosen[:end], chosen[end:]
 
 
-def _messages(prompt: str, completion: str, *, always: bool = False) -> list[Turn]:
-    reply: Turn = ({"role": "assistant", "content": completion}, True)
-    return [({"role": "user", "content": prompt}, False), reply] if prompt or always else [reply]
+def _question(text: str) -> Turn:
+    return {"role": "user", "content": text}, False
+
+
+def _answer(text: str) -> Turn:
+    return {"role": "assistant", "content": text}, True
 
 
 def _with_input(row: Row, prompt: str, fields: Fields) -> str:
@@ -220,8 +245,7 @@ def _context(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _reply(value: Any) -> list[Turn]:
-    is_text = isinstance(value, str)
-    return [({"role": "assistant", "content": value}, True)] if is_text else read_turns(value)
+    return [_answer(value)] if isinstance(value, str) else read_turns(value)
 
 
 def _after_common_beginning(turns: list[Turn], rejected: Any) -> list[Turn]:
