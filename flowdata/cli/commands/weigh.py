@@ -132,16 +132,21 @@ def _check_not_the_data(output: Path, source: str) -> None:
     if hub_id(source) is not None:
         return
     data, place = Path(source).expanduser().resolve(), output.resolve()
-    if place in (data, *data.parents):
+    if place == data or place in data.parents:  # a folder is replaced with all that is in it
         raise ValueError(f"--output {output} is the data itself; name another file")
-    folder, is_deep, _ = str(data).partition("**")
-    is_matched = place.match(str(data)) or (
-        bool(is_deep) and Path(folder) in place.parents and fnmatch(place.name, data.name)
-    )
-    if data in place.parents or is_matched:
+    if data in place.parents or _is_named_by(data, place):
         raise ValueError(
             f"--output {output} would be read as part of the data, {source}; name another place"
         )
+
+
+def _is_named_by(pattern: Path, place: Path) -> bool:
+    """Whether a path is one of those that a pattern stands for, as in data/*.jsonl."""
+    if place.match(str(pattern)):
+        return True
+    # `match` takes "**" for one folder, and it stands for any number of them.
+    folder, is_deep, _ = str(pattern).partition("**")
+    return bool(is_deep) and Path(folder) in place.parents and fnmatch(place.name, pattern.name)
 
 
 def _say_what_lacks(weighing: Weighing, *, drop: bool) -> None:
