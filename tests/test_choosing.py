@@ -108,8 +108,8 @@ def test_an_accuracy_is_as_certain_as_its_samples_are_many():
     [
         ([], {}, "runs is empty"),
         ([("a", 1.0, drift())] * 2, {}, "two runs are named 'a'"),
-        ([("a", 1.0, drift())], {"exchange": -1}, "exchange must be a finite number"),
-        ([("a", 1.0, drift())], {"exchange": "1"}, "exchange must be a finite number"),
+        ([("a", 1.0, drift())], {"exchange": -1}, "exchange must be finite and >= 0"),
+        ([("a", 1.0, drift())], {"exchange": "1"}, "exchange must be finite and >= 0"),
         ([("a", 1.0, drift())], {"validation_samples": -3}, "validation_samples must be"),
         ([("a", 1.0, drift())], {"validation": "f1"}, "'auto', 'loss' or 'accuracy', got 'f1'"),
         ([("a", -1.0, drift())], {"validation": "accuracy"}, "accuracies lie in"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from decimal import Decimal
 from typing import Any, SupportsFloat, TypeAlias
 
@@ -37,6 +38,23 @@ def real_number(value: Any, requirement: str, lowest: float, highest: float) -> 
     if number is None or not lowest <= number <= highest:
         raise ValueError(f"{requirement}, got {value!r}")
     return number
+
+
+def check_factor(name: str, value: Any) -> float:
+    """Return what a user lets a term count, as a float: any finite number from 0 on.
+
+    Args:
+        name: of the argument, for messages.
+        value: see `real_number`.
+
+    Raises:
+        ValueError: it is no finite real number, or is below 0.
+
+    Example:
+        >>> check_factor("strength", np.float32(0.5))
+        0.5
+    """
+    return real_number(value, f"{name} must be finite and >= 0", 0, sys.float_info.max)
 
 
 def as_float(value: object) -> float | None:

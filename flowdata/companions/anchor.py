@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.real_numbers import RealNumber, real_number
+from flowdata._common.real_numbers import RealNumber, check_factor
 from flowdata.companions.penalty import distance
 from flowdata.companions.reference import ReferenceLike
 from flowdata.companions.starts import Starts
@@ -78,9 +77,7 @@ class ParameterAnchor:
             hint = f"; for a penalty of that size pass strength={kind!r}" if is_number else ""
             raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}{hint}")
         self.kind = kind
-        self.strength = real_number(
-            strength, "strength must be finite and >= 0", 0, sys.float_info.max
-        )
+        self.strength = check_factor("strength", strength)
         self._starts = Starts(model, reference, None if device is None else torch.device(device))
 
     def __call__(self) -> Tensor:

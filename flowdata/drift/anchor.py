@@ -25,13 +25,12 @@ body harder than the loss does, by the ratio of their weights: c is smaller by a
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.real_numbers import RealNumber, real_number
+from flowdata._common.real_numbers import RealNumber, check_factor
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
 from flowdata.drift.several import kl_to_answers
@@ -102,7 +101,7 @@ class OutputAnchor:
     ) -> None:
         if not isinstance(meter, DriftMeter):
             raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
-        self.strength = _strength(strength)
+        self.strength = check_factor("strength", strength)
         self.meter = meter
         self.batch_size = check_natural("batch_size", batch_size, least=1)
         self.seed = check_natural("seed", seed)
@@ -194,12 +193,12 @@ def output_penalty(
         >>> for (inputs, targets), weights, reference in DataLoader(train, batch_size=6):
         ...     features = body(inputs)
         ...     losses = nn.functional.cross_entropy(new_head(features), targets, reduction="none")
-        ...     held = output_penalty(old_head(features), reference, strength=0.1)
-        ...     loss = weighted_mean(losses, weights) + held
-        >>> abs(round(held.item(), 6))
+        ...     penalty = output_penalty(old_head(features), reference, strength=0.1)
+        ...     loss = weighted_mean(losses, weights) + penalty
+        >>> abs(round(penalty.item(), 6))
         0.0
     """
-    strength = _strength(strength)
+    strength = check_factor("strength", strength)
     if outputs.dim() != 2 or outputs.shape != reference.shape:
         raise ValueError(
             f"outputs and reference must both be (n, C), or with head (n, d), got "
@@ -222,10 +221,6 @@ def output_penalty(
     return _bounded(divergence, strength).mean()
 
 
-def _strength(strength: RealNumber) -> float:
-    return real_number(strength, "strength must be finite and >= 0", 0, sys.float_info.max)
-
-
 def _bounded(divergence: Tensor, strength: float, ratio: Tensor | float = 1.0) -> Tensor:
     """The penalty of each target from its KL, (n,); see the file's docstring."""
     strength, pull = min(strength, _SHARPEST), _PULL * ratio
@@ -235,11 +230,11 @@ def _bounded(divergence: Tensor, strength: float, ratio: Tensor | float = 1.0) -
 @torch.no_grad()
 def _ratio(module: nn.Module, frozen: Head | nn.Module) -> Tensor | float:
     """How much smaller the weights of a class are in the model's own layer, at most 1."""
-    own, old = (next(iter(_weights(layer)), None) for layer in (module, frozen))
-    if own is None or old is None:
+    new, old = (next(iter(_weights(layer)), None) for layer in (module, frozen))
+    if new is None or old is None:
         return 1.0
-    sizes = [weight.float().square().mean().sqrt() for weight in (own, old)]
-    ratio: Tensor = (sizes[0] / sizes[1]).nan_to_num(1.0).clamp(_SMALLEST_RATIO, 1.0)  # of zeros
+    new_size, old_size = (weight.float().square().mean().sqrt() for weight in (new, old))
+    ratio: Tensor = (new_size / old_size).nan_to_num(1.0).clamp(_SMALLEST_RATIO, 1.0)  # of zeros
     return ratio
 
 

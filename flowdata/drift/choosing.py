@@ -15,19 +15,18 @@ on the new task counts as much as a hundredth of the old accuracy.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from flowdata._common.notices import logger
-from flowdata._common.real_numbers import as_float, real_number
+from flowdata._common.real_numbers import as_float, check_factor
 from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
 
-Validation = Literal["auto", "loss", "accuracy"]
+Kind = Literal["loss", "accuracy"]
+Validation = Literal["auto", Kind]
 Run = tuple[str, float, Drift]  # name, validation score, drift
-_EXCHANGE = "exchange must be a finite number, 0 or more"
 _ROUNDING = 1e-6  # below 0, of a loss in float32 of what is certain
 _MOST_NATS = 15.0  # log of three million tokens: who guesses among all of a vocabulary loses less
 _LEAST_PERCENT = 12.0  # accuracies in % up to here look like the losses of classifiers
@@ -74,9 +73,9 @@ def choose(
         TypeError, ValueError: see `rank`.
 
     Example:
-        >>> kept = Drift(0.01, 0.01, 0.99, 0.98, samples=64, head="own", of="tokens")
-        >>> lost = Drift(0.90, 0.95, 0.70, 0.60, samples=64, head="own", of="tokens")
-        >>> choose([("1e-5", 0.99, kept), ("1e-3", 0.95, lost)], validation="loss")
+        >>> near = Drift(0.01, 0.01, 0.99, 0.98, samples=64, head="own", of="tokens")
+        >>> far = Drift(0.90, 0.95, 0.70, 0.60, samples=64, head="own", of="tokens")
+        >>> choose([("1e-5", 0.99, near), ("1e-3", 0.95, far)], validation="loss")
         '1e-5'
     """
     ranking = rank(
@@ -115,24 +114,23 @@ def rank(
     """
     runs = [_checked(run) for run in runs]
     _check_runs(runs)
-    exchange = real_number(exchange, _EXCHANGE, 0, sys.float_info.max)
+    exchange = check_factor("exchange", exchange)
     if validation_samples is not None:
         check_natural("validation_samples", validation_samples, least=1)
-    kind = _kind_of(validation, runs)
-    costs = [_cost(score, drift, kind, exchange, _unit(runs, kind)) for _, score, drift in runs]
-    order = sorted(range(len(runs)), key=lambda place: costs[place])
-    best = order[0]
-    if math.isinf(costs[best]):
+    terms = _Terms(*_kind_and_unit(validation, runs), exchange, validation_samples)
+    points = [terms.point(run) for run in runs]
+    ranking = sorted(zip(runs, points, strict=True), key=lambda pair: terms.cost(pair[1]))
+    best, lowest = ranking[0][0], terms.cost(ranking[0][1])
+    if math.isinf(lowest):
         raise ValueError("all runs diverged: none has a finite validation score and drift")
-    errors = [_error(runs, place, best, kind, exchange, validation_samples) for place in order]
     return [
         Candidate(
-            *runs[place],
-            cost=costs[place],
-            is_on_front=_is_on_front(runs, place, kind),
-            is_tied=costs[place] - costs[best] <= _CERTAIN * error,
+            *run,
+            cost=terms.cost(point),
+            is_on_front=_is_on_front(point, points),
+            is_tied=terms.cost(point) - lowest <= _CERTAIN * terms.error(run, best),
         )
-        for place, error in zip(order, errors, strict=True)
+        for run, point in ranking
     ]
 
 
@@ -165,11 +163,12 @@ def _check_runs(runs: Sequence[Run]) -> None:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
 
 
-def _kind_of(validation: Validation, runs: Sequence[Run]) -> Literal["loss", "accuracy"]:
+def _kind_and_unit(validation: Validation, runs: Sequence[Run]) -> tuple[Kind, float]:
+    """What scores are, and by what they are divided: accuracies are in % if one is above 1."""
     scores = [score for _, score, _ in runs if math.isfinite(score)]
     if validation not in ("auto", "loss", "accuracy"):
         raise ValueError(f"validation must be 'auto', 'loss' or 'accuracy', got {validation!r}")
-    kind: Literal["loss", "accuracy"]
+    kind: Kind
     if validation != "auto":
         kind = validation
     else:
@@ -189,10 +188,10 @@ def _kind_of(validation: Validation, runs: Sequence[Run]) -> Literal["loss", "ac
             f"losses in nats are at least 0, got {min(scores)}; give the losses themselves, not "
             "what is the better the larger, or pass validation='accuracy' if they are accuracies"
         )
-    return kind
+    return kind, 100.0 if kind == "accuracy" and max(scores, default=0.0) > 1 else 1.0
 
 
-def _check_guess(kind: str, scores: Sequence[float]) -> None:
+def _check_guess(kind: Kind, scores: Sequence[float]) -> None:
     """Raise ValueError if even the best score is hardly one of the kind that it is taken for."""
     best = min(scores, default=0.0) if kind == "loss" else max(scores, default=0.0)
     if kind == "loss" and best > _MOST_NATS:
@@ -223,56 +222,57 @@ def _check_accuracies(scores: Sequence[float]) -> None:
         )
 
 
-def _unit(runs: Sequence[Run], kind: str) -> float:
-    """What a score of 1 is: accuracies are in % if one of them is above 1."""
-    scores = [score for _, score, _ in runs if math.isfinite(score)]
-    return 100.0 if kind == "accuracy" and max(scores, default=0.0) > 1 else 1.0
+@dataclass(frozen=True)
+class _Terms:
+    """What runs are weighed in.
 
+    Attributes:
+        kind: of the validation scores.
+        unit: a score of 1, in those that the user gave.
+        exchange: see `rank`.
+        validation_samples: see `rank`.
+    """
 
-def _cost(score: float, drift: Drift, kind: str, exchange: float, unit: float) -> float:
-    if not (math.isfinite(score) and math.isfinite(drift.kl)):
-        return math.inf
-    if kind == "loss":
-        return score + exchange * drift.kl
-    return -(score / unit + exchange * drift.kept)
+    kind: Kind
+    unit: float
+    exchange: float
+    validation_samples: int | None
 
+    def point(self, run: Run) -> tuple[float, float]:
+        """Return what a run lacks of the new and of the old, less for better; inf if it diverged.
 
-def _is_on_front(runs: Sequence[Run], place: int, kind: str) -> bool:
-    """Whether no other run has learned and kept at least as much, and more of one."""
-
-    def losses(run: Run) -> tuple[float, float]:
+        Both are in nats, or they are shares below 0.
+        """
         _, score, drift = run
         if not (math.isfinite(score) and math.isfinite(drift.kl)):
             return math.inf, math.inf
-        return (score, drift.kl) if kind == "loss" else (-score, -drift.kept)
+        return (score, drift.kl) if self.kind == "loss" else (-score / self.unit, -drift.kept)
 
-    point = losses(runs[place])
-    others = (losses(run) for number, run in enumerate(runs) if number != place)
+    def cost(self, point: tuple[float, float]) -> float:
+        """Return what the choice minimises."""
+        new, old = point
+        return new + self.exchange * old if math.isfinite(new) else math.inf
+
+    def error(self, run: Run, other: Run) -> float:
+        """Return the standard error of the difference of two runs' costs."""
+        (_, score, drift), (_, other_score, other_drift) = run, other
+        name, factor = ("kl", 1.0) if self.kind == "loss" else part_of_kept(drift)
+        variance = 0.0
+        if name in drift.per_sample and name in other_drift.per_sample:
+            # Both are measured on the same samples, so the error is that of their differences.
+            differences = factor * (drift.per_sample[name] - other_drift.per_sample[name])
+            differences = differences[differences.isfinite()]
+            if len(differences) > 1:
+                variance += self.exchange**2 * float(differences.var()) / len(differences)
+        if self.kind == "accuracy" and self.validation_samples:
+            scores = filter(math.isfinite, (score, other_score))
+            shares = [min(each / self.unit, 1.0) for each in scores]
+            variance += sum(share * (1 - share) for share in shares) / self.validation_samples
+        return math.sqrt(variance)
+
+
+def _is_on_front(point: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:
+    """Whether no other run has learned and kept at least as much, and more of one."""
     return math.isfinite(point[0]) and not any(
-        other[0] <= point[0] and other[1] <= point[1] and other != point for other in others
+        other[0] <= point[0] and other[1] <= point[1] and other != point for other in points
     )
-
-
-def _error(
-    runs: Sequence[Run],
-    place: int,
-    best: int,
-    kind: str,
-    exchange: float,
-    validation_samples: int | None,
-) -> float:
-    """The standard error of the difference of two runs' costs."""
-    (_, score, drift), (_, best_score, best_drift) = runs[place], runs[best]
-    name, factor = ("kl", 1.0) if kind == "loss" else part_of_kept(drift)
-    variance = 0.0
-    if name in drift.per_sample and name in best_drift.per_sample:
-        # Both are measured on the same samples, so that the error is that of their differences.
-        differences = factor * (drift.per_sample[name] - best_drift.per_sample[name])
-        differences = differences[differences.isfinite()]
-        if len(differences) > 1:
-            variance += exchange**2 * float(differences.var()) / len(differences)
-    if kind == "accuracy" and validation_samples:
-        unit = _unit(runs, kind)
-        shares = [min(each / unit, 1.0) for each in (score, best_score) if math.isfinite(each)]
-        variance += sum(share * (1 - share) for share in shares) / validation_samples
-    return math.sqrt(variance)

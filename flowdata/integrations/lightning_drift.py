@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from flowdata._common.notices import logger
+from flowdata._common.real_numbers import check_factor
 from flowdata.drift import Drift, DriftMeter
 
 
@@ -31,6 +32,10 @@ class DriftCallback(Callback):  # type: ignore[misc]
 
     Attributes:
         drifts: the drift of every validation, by the number of steps before it.
+
+    Raises:
+        TypeError: `meter` is none.
+        ValueError: `exchange` is no finite number ≥ 0.
     """
 
     def __init__(
@@ -43,9 +48,8 @@ class DriftCallback(Callback):  # type: ignore[misc]
     ) -> None:
         if not isinstance(meter, DriftMeter):
             raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
-        if not 0 <= exchange < float("inf"):
-            raise ValueError(f"exchange must be finite and >= 0, got {exchange!r}")
-        self.meter, self.model, self.loss, self.exchange = meter, model, loss, exchange
+        self.meter, self.model, self.loss = meter, model, loss
+        self.exchange = check_factor("exchange", exchange)
         self.drifts: dict[int, Drift] = {}
         self._before: dict[str, Tensor] = {}
 

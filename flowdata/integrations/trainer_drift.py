@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flowdata._common.notices import logger
+from flowdata._common.real_numbers import check_factor
 from flowdata.drift import Drift, DriftMeter
 
 _PREFIX, _LOSS = "eval_", "_loss"
@@ -30,6 +31,10 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         drifts: the drift of every evaluation, by the number of steps before it.
 
+    Raises:
+        TypeError: `meter` is none.
+        ValueError: `exchange` is no finite number ≥ 0.
+
     Example:
         >>> from flowdata.drift import DriftMeter
         >>> drift = DriftCallback(DriftMeter(model, probe))  # doctest: +SKIP
@@ -40,9 +45,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, meter: DriftMeter, *, exchange: float = 1.0) -> None:
         if not isinstance(meter, DriftMeter):
             raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
-        if not 0 <= exchange < float("inf"):
-            raise ValueError(f"exchange must be finite and >= 0, got {exchange!r}")
-        self.meter, self.exchange = meter, exchange
+        self.meter, self.exchange = meter, check_factor("exchange", exchange)
         self.drifts: dict[int, Drift] = {}
         self._state: object = None  # of the model that was measured last
 

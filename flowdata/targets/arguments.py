@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.real_numbers import real_number
+from flowdata._common.real_numbers import check_factor
 from flowdata.models.tensors import to_device
 
 
@@ -93,7 +92,7 @@ def check_kl(strength: Any, reference: Any, needs: str) -> float:
                 "divergence to it (0.1 in ASFT)"
             )
         return 0.0
-    number = real_number(strength, "kl_to_reference must be finite and >= 0", 0, sys.float_info.max)
+    number = check_factor("kl_to_reference", strength)
     if reference is None:
         raise ValueError(f"kl_to_reference={number:g} needs reference=, {needs}")
     return number
