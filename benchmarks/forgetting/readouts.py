@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from flowdata import LossScorer
 from flowdata.drift import Drift, DriftMeter, inverted_images, smooth_images
+from flowdata.models.batch_norm import batch_norm_layers
 from flowdata.study import Outcome, Record, accuracy, as_old_network, fit_new_head
 from flowdata.study.hits import autocast
 
@@ -127,10 +128,9 @@ def retake_statistics(body: nn.Module, data: Any) -> None:
         body: left in eval mode.
         data: samples (input, class).
     """
-    for module in body.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # the mean over all batches
+    for layer in batch_norm_layers(body).values():
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches
     body.train()
     for inputs, _ in DataLoader(data, batch_size=250):
         body(inputs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from flowdata.models.batch_norm import batch_norm_layers
+
 
 def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of all BatchNorm parameters and statistics, by their state dict names.
@@ -22,7 +24,6 @@ def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         f"{path}.{name}".lstrip("."): value.detach().clone()
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for name, value in module.state_dict().items()
+        for path, layer in batch_norm_layers(model).items()
+        for name, value in layer.state_dict().items()
     }

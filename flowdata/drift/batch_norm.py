@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowdata.models.batch_norm import batch_norm_layers
 from flowdata.models.placement import is_sharded
 
 
@@ -21,7 +22,7 @@ class BatchNormState:
     def __init__(self, model: nn.Module) -> None:
         self._layers = [
             {name: value.detach().clone() for _, name, value in _tensors(layer)}
-            for layer in _batch_norm_layers(model)
+            for layer in batch_norm_layers(model).values()
         ]
 
     @contextmanager
@@ -33,7 +34,7 @@ class BatchNormState:
         Raises:
             ValueError: the model has other BatchNorm layers.
         """
-        layers = _batch_norm_layers(model)
+        layers = list(batch_norm_layers(model).values())
         self._check(model, layers)
         old = [(table, name, value) for layer in layers for table, name, value in _tensors(layer)]
         try:
@@ -61,11 +62,6 @@ class BatchNormState:
                 "the model is sharded, so that the frozen model's BatchNorm layers can't be put "
                 "in the place of its own; pass batch_norm='own'"
             )
-
-
-def _batch_norm_layers(model: nn.Module) -> list[nn.Module]:
-    kind = nn.modules.batchnorm._BatchNorm
-    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def _tensors(layer: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:

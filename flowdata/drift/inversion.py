@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
 from flowdata.drift.probes import smooth_images
+from flowdata.models.batch_norm import batch_norm_layers
 from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
@@ -174,5 +175,5 @@ def _norm(difference: Tensor) -> Tensor:
 
 
 def _layers_of(model: nn.Module) -> list[nn.Module]:
-    kind = nn.modules.batchnorm._BatchNorm
-    return [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
+    """The BatchNorm layers that keep statistics."""
+    return [each for each in batch_norm_layers(model).values() if each.running_mean is not None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowdata.integrations.trainer_loss import RunLoss, Unit, counts_of_samples
 from flowdata.losses import Normalize, weighted_mean
+from flowdata.models.batch_norm import batch_norm_layers
 from flowdata.models.calling import innermost
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import describe_batch, split_batch
@@ -32,8 +33,7 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
     Raises:
         ValueError: the model makes no loss, or the batch's is no mean over samples.
     """
-    norm = nn.modules.batchnorm._BatchNorm  # of all dimensions, and SyncBatchNorm
-    if size > 1 and any(isinstance(m, norm) and m.training for m in model.modules()):
+    if size > 1 and any(layer.training for layer in batch_norm_layers(model).values()):
         raise ValueError(
             "loss='own' runs samples one at a time, and the model has BatchNorm layers in training "
             "mode, which take their statistics from the batch; pass loss=(outputs, batch) -> (B,) "

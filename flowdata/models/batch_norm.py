@@ -1,10 +1,21 @@
-"""BatchNorm without running statistics, which makes samples depend on each other."""
+"""A model's BatchNorm layers, and those whose statistics make samples depend on each other."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from flowdata._common.notices import logger
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's BatchNorm layers by their names, those of all dimensions and SyncBatchNorm.
+
+    Example:
+        >>> list(batch_norm_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
+        ['1']
+    """
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
 
 
 def check_batch_norm(model: nn.Module) -> None:
@@ -14,9 +25,9 @@ def check_batch_norm(model: nn.Module) -> None:
         ValueError: one of them can't run on one sample.
     """
     layers = {
-        name or type(module).__name__: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        name or type(layer).__name__: layer
+        for name, layer in batch_norm_layers(model).items()
+        if layer.running_mean is None
     }
     if not layers:
         return

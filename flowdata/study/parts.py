@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from flowdata.companions.anchor import ParameterAnchor
 from flowdata.companions.averaging import wise_ft
 from flowdata.drift import DriftMeter, OutputAnchor
+from flowdata.models.batch_norm import batch_norm_layers
 from flowdata.study.extras import load_extra
 from flowdata.study.training import Hooks, Part
 
@@ -54,9 +55,8 @@ def weight_averaging(alpha: float) -> Part:
 @contextmanager
 def fixed_batch_norm(model: nn.Module, steps: int, seed: int) -> Iterator[Hooks]:
     """Train with BatchNorm in evaluation mode: its statistics stay as they were before."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for layer in batch_norm_layers(model).values():
+        layer.eval()
     yield Hooks()
 
 
