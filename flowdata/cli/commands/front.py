@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.real_numbers import check_factor
 from flowdata.cli.begin import begin
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.front_models import check_front, models_of_front, write_model
 from flowdata.cli.output import print_result
 from flowdata.cli.probe_options import add_probe_options, describe_probe, make_probe, read_probe
 from flowdata.cli.text_samples import text_samples
-from flowdata.drift import Candidate, DriftMeter, draw_front, rank
+from flowdata.drift import Candidate, Drift, DriftMeter, draw_front, rank
 from flowdata.scoring.scorer import LossScorer
 from flowdata.text.models import load_model
 
@@ -44,33 +44,15 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     begin(options, options.base, options.tuned)
     check_front(options.tuned)
-    if options.write is not None and options.write.exists():
-        raise ValueError(f"--write must name a new folder, and {options.write} is there already")
-    trust, device = options.trust_remote_code, options.device
-    samples = text_samples(options, options.valid, options.base)[0].readable()
-    probe = read_probe(options)
-    base = load_model(options.base, trust_remote_code=trust, device=device)
-    meter = DriftMeter(base, make_probe(options, base, probe), dtype=options.dtype)
-    del base
-    gc.collect()
-    runs = []
-    models = models_of_front(
-        options.base, options.tuned, options.alphas, trust_remote_code=trust, device=device
-    )
-    for alpha, model in models:
-        runs.append((_name(alpha), _loss(options, model, samples), meter(model)))
-        del model  # before the next one is loaded
-    candidates = rank(runs, validation="loss", exchange=options.exchange)
-    best = candidates[0]
+    candidates = rank(_runs(options), validation="loss", exchange=options.exchange)
+    chosen, trust = float(candidates[0].name), options.trust_remote_code
     options.picture.write_bytes(draw_front(candidates))
     if options.write is not None:
-        write_model(
-            options.base, options.tuned, float(best.name), options.write, trust_remote_code=trust
-        )
+        write_model(options.base, options.tuned, chosen, options.write, trust_remote_code=trust)
     facts = {
         "base": options.base,
         "tuned": options.tuned,
-        "chosen": float(best.name),
+        "chosen": chosen,
         "front": [
             {
                 "alpha": float(c.name),
@@ -78,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
                 "cost": c.cost,
                 **c.drift.to_dict(),
             }
-            for c in sorted(candidates, key=lambda c: float(c.name))
+            for c in _by_alpha(candidates)
         ],
     }
     print_result(options, facts, _text(options, candidates))
@@ -86,15 +68,36 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for numbers that would only be seen to be wrong at the end."""
+    """Raise ValueError for options that would only be seen to be wrong at the end."""
     for alpha in options.alphas:
         if not 0 <= alpha <= 1:
             raise ValueError(f"--alphas must lie between 0 and 1, got {alpha}")
     twice = [alpha for alpha in options.alphas if options.alphas.count(alpha) > 1]
     if twice:
         raise ValueError(f"--alphas must be several numbers, got {twice[0]} twice")
-    if not 0 <= options.exchange < math.inf:
-        raise ValueError(f"--exchange must be finite and >= 0, got {options.exchange}")
+    check_factor("--exchange", options.exchange)
+    if options.write is not None and options.write.exists():
+        raise ValueError(f"--write must name a new folder, and {options.write} is there already")
+
+
+def _runs(options: argparse.Namespace) -> list[tuple[str, float, Drift]]:
+    """Each α's name, validation loss and drift; one model is in memory at a time."""
+    how = {"trust_remote_code": options.trust_remote_code, "device": options.device}
+    samples = text_samples(options, options.valid, options.base)[0].readable()
+    probe = read_probe(options)
+    base = load_model(options.base, **how)
+    meter = DriftMeter(base, make_probe(options, base, probe), dtype=options.dtype)
+    del base
+    gc.collect()
+    runs = []
+    for alpha, model in models_of_front(options.base, options.tuned, options.alphas, **how):
+        runs.append((_name(alpha), _loss(options, model, samples), meter(model)))
+        del model  # before the next one is loaded
+    return runs
+
+
+def _by_alpha(candidates: list[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=lambda candidate: float(candidate.name))
 
 
 def _name(alpha: float) -> str:
@@ -115,14 +118,13 @@ def _loss(options: argparse.Namespace, model: Any, samples: Any) -> float:
 
 
 def _text(options: argparse.Namespace, candidates: list[Candidate]) -> str:
-    best, number = candidates[0], candidates[0].drift.samples
-    tied = [c.name for c in candidates[1:] if c.is_tied]
+    best = candidates[0]
     rows = [
         f"{c.name:>5}  {c.validation:10.4f}  {c.drift.kl:9.4f}  {c.cost:9.4f}"
         + ("  ← chosen" if c is best else "  (can't be told apart)" if c.is_tied else "")
-        for c in sorted(candidates, key=lambda c: float(c.name))
+        for c in _by_alpha(candidates)
     ]
-    probe = describe_probe(options, number)
+    probe = describe_probe(options, best.drift.samples)
     lines = [
         f"from {options.base} (0) to {options.tuned} (1); drift on {probe}",
         f"{'α':>5}  {'validation':>10}  {'drift':>9}  {'sum':>9}",
@@ -133,6 +135,6 @@ def _text(options: argparse.Namespace, candidates: list[Candidate]) -> str:
     ]
     if options.write is not None:
         lines.append(f"written: {options.write}")
-    elif not tied or best.name != "1":
+    elif best.name != "1":  # α = 1 is the tuned model as it is
         lines.append("--write FOLDER writes the chosen weights")
     return "\n".join(lines)
