@@ -32,7 +32,7 @@ from flowdata.scoring.suspects import in_largest_pack
 from flowdata.scoring.truth import Truth
 from flowdata.targets.target_losses import TargetLosses, Way
 
-_LOGITS = 1 << 22  # at once
+_LOGITS = 1 << 22  # of the rows whose signs are taken at once
 _GOLDEN = 0.6180339887498949  # multiples of it, less whole numbers, lie evenly in [0, 1)
 
 
@@ -54,8 +54,8 @@ def right_way(job: Job, plan: Plan, model: nn.Module, head: str | None) -> Candi
     reshard(model)  # else a sharded head would look like a whole one
     reasons: list[tuple[str, str]] = []
     for candidate in ways_to_rows(job, plan, model, head):
-        by_signs = replace(candidate, way=_as_judged(job, candidate.way, head))
-        reason = disagreement(by_signs, truth, evidence, plan)
+        to_signs = replace(candidate, way=_way_to_signs(job, candidate.way, head))
+        reason = disagreement(to_signs, truth, evidence, plan)
         if not reason:
             for name, why in reasons:
                 logger.warning("not reading %s: %s", name, why)
@@ -129,14 +129,14 @@ def _truth(job: Job, plan: Plan, model: nn.Module, head: str | None, batches: li
     return Truth(job, plan.options, model, plain_of, in_nats=True, batches=batches)
 
 
-def _as_judged(job: Job, way: Way, head: str | None) -> Way:
+def _way_to_signs(job: Job, way: Way, head: str | None) -> Way:
     """The way to signs of the predictions that an output layer makes of a way's rows."""
 
-    def judged(model: nn.Module, batch: Any) -> TargetLosses:
+    def signs(model: nn.Module, batch: Any) -> TargetLosses:
         rows = way(model, batch)
         return _signs(Predictions(rows.values, output_layer(model, job.loss, head)), rows.counts)
 
-    return judged
+    return signs
 
 
 def _signs(predictions: Predictions, counts: Tensor) -> TargetLosses:

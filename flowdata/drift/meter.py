@@ -112,7 +112,7 @@ class DriftMeter:
         classes = count_classes(Predictions(rows.values[:1], rows.layer))
         _check_logits(rows, classes)
         self.has_several_labels = not self.reader.is_of_language and has_several_labels(
-            model, self.reader.few(), classes
+            model, self.reader.first_batch(), classes
         )
         with torch.inference_mode(False):  # else no gradient could go through what is kept
             self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
@@ -246,7 +246,7 @@ class DriftMeter:
         )
 
     def is_own(self, layer: Head | nn.Module) -> bool:
-        """Whether a layer is a later state of the frozen one, and no other in its place.
+        """Return whether a layer is a later state of the frozen one, and no other in its place.
 
         The output layer of a language model is one if it has as many tokens. A classifier's may
         have been replaced by that of a new task with as many classes, unless the frozen one holds

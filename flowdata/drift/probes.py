@@ -94,8 +94,8 @@ def _beginning(tokenizer: Any, model: Any) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": _USER_WORDS}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        before, found, _ = text.partition(_USER_WORDS)
-        if found and before:
+        before, words, _ = text.partition(_USER_WORDS)
+        if words and before:
             ids: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
             return ids
     config = getattr(model, "generation_config", None)
@@ -184,9 +184,9 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
 def _ends_of(model: Any) -> list[int]:
     """The tokens that end a text."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    return (
-        [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
-    )
+    if ends is None:
+        return []
+    return [int(end) for end in ends] if isinstance(ends, list) else [int(ends)]
 
 
 def _cut(tokens: Tensor, beginning: Tensor, model: Any) -> list[dict[str, Tensor]]:

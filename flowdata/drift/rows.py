@@ -115,9 +115,9 @@ class Reader:
         """Whether rows are those of a language model's targets."""
         return self._job.loss in LANGUAGE_LOSSES
 
-    def few(self) -> Any:
+    def first_batch(self) -> Any:
         """Return a batch of the probe's first sample."""
-        return self._first(self._job)
+        return self._job.collate([self._job.dataset[0]])
 
     def read(self, model: nn.Module) -> Rows:
         """Return a model's rows; the model comes back as it was.
@@ -186,14 +186,11 @@ class Reader:
         return name
 
     def _name_of_head(self, model: nn.Module) -> str | None:
-        return name_of_head(model, self._first(self._job), home(model))
+        return name_of_head(model, self.first_batch(), home(model))
 
     def _job_of(self, model: nn.Module) -> Job:
         dtype = resolve_dtype("auto", model, home(model)) if is_placed(model) else self.dtype
         return replace(self._job, model=model, device=home(model), dtype=dtype)
-
-    def _first(self, job: Job) -> Any:
-        return job.collate([job.dataset[0]])
 
     def _right_way(self, job: Job, model: nn.Module, head: str | None) -> Candidate:
         """The fastest way to the rows that samples have alone, looked for once a structure."""

@@ -22,7 +22,7 @@ def kl_of_logits(reference: Tensor, logits: Tensor) -> Tensor:
         any number of times.
 
     Raises:
-        ValueError: the two have not as many classes.
+        ValueError: the two have not as many rows and classes.
 
     Example:
         >>> import torch
@@ -31,8 +31,10 @@ def kl_of_logits(reference: Tensor, logits: Tensor) -> Tensor:
         tensor([0.0000, 0.4338])
     """
     if reference.shape != logits.shape:
-        one, other = reference.shape[1], logits.shape[1]
-        raise ValueError(f"predictions of {one} and of {other} classes can't be compared")
+        shapes = " and ".join(str(tuple(each.shape)) for each in (reference, logits))
+        raise ValueError(
+            f"reference and logits must be predictions of the same rows and classes, got {shapes}"
+        )
     values: Tensor = _KL.apply(logits, reference.detach())  # type: ignore[no-untyped-call]
     return values
 
