@@ -1,5 +1,7 @@
 """token_rule="eaft" and the divergence to a reference, against autograd on full logits."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -283,6 +285,12 @@ def test_classes_that_both_rule_out_do_not_differ():
     (gradient,) = torch.autograd.grad(values.sum(), logits)
     torch.testing.assert_close(gradient, (q - p).detach())
     assert kl_of_logits(logits, base).isinf().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 4)])
+def test_predictions_of_other_rows_or_classes_are_refused_by_their_shapes(shape):
+    with pytest.raises(ValueError, match=rf"got \(2, 4\) and {re.escape(str(shape))}"):
+        kl_of_logits(torch.zeros(2, 4), torch.zeros(shape))
 
 
 def test_gradients_of_the_divergence_can_be_differentiated_again():

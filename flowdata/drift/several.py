@@ -53,14 +53,30 @@ def _loss_of_labels(batch: Any, classes: int) -> str | None:
 
 
 def divergences_of_answers(base: Predictions, tuned: Predictions) -> Divergences:
-    """Return how far apart two predictions of several labels are, (n,) each: means over classes."""
+    """Return how far apart two predictions of several labels are: means over a sample's classes.
+
+    Args:
+        base: of the frozen model, n samples.
+        tuned: of the other one.
+
+    Returns:
+        (n,) float64 each, nats an answer.
+    """
     count = len(base.rows)
     one, other = (Predictions(_answers(each), nn.Identity()) for each in (base, tuned))
     return Divergences(*(values.view(count, -1).mean(1) for values in divergences(one, other)))
 
 
 def kl_to_answers(base: Predictions, tuned: Predictions) -> Tensor:
-    """Return KL(base ‖ tuned) of each row, (n,) float32, with gradients through `tuned`."""
+    """Return KL(base ‖ tuned) of each sample, with gradients through `tuned`.
+
+    Args:
+        base: of the frozen model, n samples.
+        tuned: of the model in training.
+
+    Returns:
+        (n,) float32, nats an answer.
+    """
     with torch.no_grad():
         reference = _answers(base)
     return kl_of_logits(reference, _answers(tuned)).view(len(base.rows), -1).mean(1)

@@ -123,7 +123,15 @@ class Sums:
 
     @classmethod
     def of(cls, base: Predictions, tuned: Predictions) -> tuple[Sums, Sums]:
-        """Return the sums of both predictions."""
+        """Return the sums of both predictions, those of p and those of q.
+
+        Args:
+            base: gives p.
+            tuned: gives q, with as many rows and classes.
+
+        Raises:
+            ValueError: they have not as many classes.
+        """
         if all(isinstance(e.layer, Head) and e.layer.kernel == "triton" for e in (base, tuned)):
             from flowdata.head.kl_triton import partial_sums
 
@@ -140,7 +148,12 @@ class Sums:
 
     @classmethod
     def begin(cls, count: int, device: torch.device) -> Sums:
-        """Return the sums over no classes."""
+        """Return the sums over no classes, to which `add` adds.
+
+        Args:
+            count: n, the number of rows.
+            device: where the sums are.
+        """
         total = torch.zeros(count, dtype=torch.float64, device=device)
         classes = torch.zeros(count, dtype=torch.long, device=device)
         return cls(torch.full_like(total, -_LARGEST), total, total.clone(), classes)
@@ -160,7 +173,14 @@ class Sums:
         return cls(top, total, difference, likeliest.gather(0, place[None])[0])
 
     def add(self, rows: slice, logits: Tensor, difference: Tensor, first_class: int) -> None:
-        """Take a tile of logits into account; it is written over."""
+        """Take a tile of logits into account; it is written over.
+
+        Args:
+            rows: the tile's rows among all.
+            logits: (rows, classes) float32.
+            difference: to the other's logits, (rows, classes) float32.
+            first_class: the number of the tile's first class.
+        """
         top, place = logits.max(1)
         is_higher = top > self.top[rows]
         self.likeliest[rows] = torch.where(is_higher, place + first_class, self.likeliest[rows])
@@ -182,7 +202,12 @@ class Sums:
 
 
 def divergences_of(p: Sums, q: Sums) -> Divergences:
-    """Return the divergences that the sums of two predictions give."""
+    """Return the divergences that the sums of two predictions give.
+
+    Args:
+        p: of the base, n rows.
+        q: of the tuned.
+    """
     gap = p.log_sum() - q.log_sum()
     kl = _finite_or_infinite(p.mean_difference() - gap)
     reverse_kl = _finite_or_infinite(q.mean_difference() + gap)
@@ -247,6 +272,13 @@ def tiles(base: Predictions, tuned: Predictions) -> Iterator[Tile]:
     """Yield all tiles, slice after slice. The next one overwrites the one before.
 
     On a CPU new memory for each would take longer to get than the tile to make.
+
+    Args:
+        base: gives a.
+        tuned: gives b, with as many rows and classes.
+
+    Raises:
+        ValueError: they have not as many classes.
     """
     pair, count, device = (base, tuned), len(base.rows), base.rows.device
     classes = _count_classes(base, tuned)
@@ -276,7 +308,7 @@ def _count_classes(base: Predictions, tuned: Predictions) -> int:
 
 
 def count_classes(predictions: Predictions) -> int:
-    """Return how many classes predictions are of."""
+    """Return how many classes predictions are of; a layer that has to be called runs on one row."""
     if isinstance(predictions.layer, Head):
         return len(predictions.layer.weight)
     return int(predictions.layer(predictions.rows[:1]).shape[-1])

@@ -69,7 +69,7 @@ def kl_to_called(base: Predictions, hidden: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _of_called(base: Predictions, p_rows: Tensor, q_rows: Tensor, layer: nn.Module) -> Tensor:
-    """The same from the logits of some rows."""
+    """KL(p ‖ q) of some rows from their logits, all classes at once."""
     with torch.no_grad():
         reference = logits_of(Predictions(p_rows, base.layer))
     return kl_of_logits(reference, layer(q_rows)).float()
