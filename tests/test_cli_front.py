@@ -64,6 +64,7 @@ def test_the_front_of_two_models_is_measured_drawn_and_written(
     assert code == 0
     assert f"chosen: α = {facts['chosen']:g}" in out
     assert "← chosen" in out
+    assert ("--write FOLDER writes" in out) == (facts["chosen"] != 1)  # 1 is there already
 
 
 def test_one_model_is_in_memory_at_a_time(

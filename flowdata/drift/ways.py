@@ -266,7 +266,9 @@ def output_module(model: nn.Module, loss: Any, head: str | None) -> OutputModule
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """The sum of two biases, each of which may be missing."""
-    return other if one is None else one if other is None else one + other
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
 
 
 def _whole(parameter: Any) -> Any:

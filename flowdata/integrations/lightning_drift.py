@@ -70,7 +70,11 @@ class DriftCallback(Callback):  # type: ignore[misc]
         losses = self._losses(trainer)
         for name, value in losses.items():
             if value is self._before.get(name):
-                self._say_late(name)
+                logger.warning(
+                    "the module logged no %s before its validation ended, so that there is no sum "
+                    "of it and the drift; log it in validation_step",
+                    name,
+                )
                 continue
             # Lightning adds the words "dataloader_idx" itself, and takes no name that has them.
             both = f"{self.loss}_and_drift" + name[len(self.loss) :].replace("dataloader_idx_", "")
@@ -84,13 +88,6 @@ class DriftCallback(Callback):  # type: ignore[misc]
             for name, value in trainer.callback_metrics.items()
             if name == self.loss or name.startswith(beginning)
         }
-
-    def _say_late(self, name: str) -> None:
-        logger.warning(
-            "the module logged no %s before its validation ended, so that there is no sum of it "
-            "and the drift; log it in validation_step",
-            name,
-        )
 
 
 def _model_of(module: LightningModule) -> nn.Module:

@@ -90,8 +90,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
             f"{_PREFIX}drift_cosine": drift.cosine,
             f"{_PREFIX}drift_agreement": drift.agreement,
         }
-        for name in (name for name in names if name.endswith(_LOSS)):
-            measures[f"{name}_and_drift"] = logs[name] + self.exchange * drift.kl
+        losses = [name for name in names if name.endswith(_LOSS)]
+        measures |= {f"{name}_and_drift": logs[name] + self.exchange * drift.kl for name in losses}
         # The Trainer chooses the best model by this very mapping, and has a copy in its history.
         logs.update(measures)
         if state.log_history:

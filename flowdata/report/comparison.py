@@ -70,16 +70,9 @@ def render_comparison(
         ),
     ):
         body.append(f"<h2>{title}</h2><p>{note if indices else 'None.'}</p>")
-        body.append(
-            sample_list(
-                [
-                    _item(index, before, after, largest, texts[index], colour=colour)
-                    for index in indices
-                ]
-            )
-            if indices
-            else ""
-        )
+        if indices:
+            items = [_item(i, before, after, largest, texts[i], colour=colour) for i in indices]
+            body.append(sample_list(items))
     for title, scores in (("Before", before), ("After", after)):
         if scores.metadata:
             body += [f"<h2>{title}: how the losses were made</h2>", definitions(scores.metadata)]

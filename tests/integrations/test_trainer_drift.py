@@ -178,3 +178,10 @@ def test_training_is_the_same_with_the_callback(tmp_path):
 def test_what_is_no_meter_is_refused():
     with pytest.raises(TypeError, match="meter must be a DriftMeter, got LlamaForCausalLM"):
         DriftCallback(tiny_llama())
+
+
+@pytest.mark.parametrize("exchange", [-1, float("nan"), float("inf"), "1"])
+def test_what_is_no_exchange_is_refused(exchange):
+    meter = DriftMeter(torch.nn.Linear(4, 3), torch.randn(2, 4))
+    with pytest.raises(ValueError, match="exchange must be finite and >= 0"):
+        DriftCallback(meter, exchange=exchange)
