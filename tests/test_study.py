@@ -167,8 +167,8 @@ def test_differences_are_paired_by_seed_and_tested():
         return {"seed": seed, "target": {"nll": value}, "retained": {"perplexity": 2 * value}}
 
     ours, theirs = [run(0, 1.0), run(2, 3.0), run(1, 2.5)], [run(1, 2.0), run(0, 1.0)]
-    assert tables.compare(ours, theirs, "perplexity").startswith("+0.50 ± 0.71 (p 0.5")
-    assert tables.compare(ours[:1], theirs, "perplexity") == "+0.00"
+    assert tables.paired_difference(ours, theirs, "perplexity").startswith("+0.50 ± 0.71 (p 0.5")
+    assert tables.paired_difference(ours[:1], theirs, "perplexity") == "+0.00"
 
 
 def test_a_grid_that_may_end_too_early_is_told(tmp_path):

@@ -92,7 +92,7 @@ def report(options: Mapping[str, Any], records: list[Record]) -> str:
     return "\n".join([*lines, ""])
 
 
-def compare(runs: list[Record], others: list[Record], name: str) -> str:
+def paired_difference(runs: list[Record], others: list[Record], name: str) -> str:
     """Return the difference of a measure, paired by seed: mean ± standard deviation (p)."""
     values = {record["seed"]: measures(record)[name] for record in runs}
     other_values = {record["seed"]: measures(record)[name] for record in others}
@@ -226,7 +226,7 @@ def _comparisons(runs: Runs) -> list[str]:
         summands = method.split(" + ") if " + " in method else []
         for other in [STANDARD, *summands]:
             if other in runs and other != method:
-                cells = [compare(records, runs[other], name) for name in names]
+                cells = [paired_difference(records, runs[other], name) for name in names]
                 rows.append([method, other, *cells])
     return table(["method", "against", *names], rows, words=("against",))
 
