@@ -4,9 +4,8 @@ blind        the highest validation score, whatever it cost
 by drift     validation weighed against the drift on a probe (flowdata.drift.choose)
 best         the highest average of old and new, which takes the old data to know
 
-A rule chooses on a seed by itself, among all methods and rates. A seed that lacks some of its runs,
-as the last one of a study that goes on does, would let a rule choose among others than it chose
-among elsewhere; it is left out.
+A rule chooses among all methods and rates of one seed. A seed that lacks runs, as the last one of
+a study that goes on does, is left out: there a rule would have fewer to choose from.
 """
 
 from __future__ import annotations
