@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from statistics import mean
 
 from benchmarks.forgetting.choosing_rules import POINTS, average, rules
@@ -15,11 +14,10 @@ from benchmarks.forgetting.drift_measures import (
 )
 from benchmarks.forgetting.evidence import ANCHOR, FLOW_AND_ANCHOR
 from benchmarks.forgetting.fronts import kept_on, table_of_sets
-from benchmarks.forgetting.several import Studies, counts
+from benchmarks.forgetting.several import Studies, counts, of_whole_seeds
 from flowdata.report.markdown import spread, table
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.choices import Rule, on_whole_seeds
-from flowdata.study.runs import whole_seeds
 
 OLD = "CIFAR-10 accuracy"
 LEAST = 5  # methods and rates that a coefficient takes
@@ -170,10 +168,7 @@ def _held(studies: Studies) -> list[str]:
     """What each method holds of the old task, where the answers to each item were kept."""
     if not all("hits" in record for records in studies.values() for record in records):
         return []
-    kept = {
-        name: kept_on(list(chain.from_iterable(whole_seeds(records).values())))
-        for name, records in studies.items()
-    }
+    kept = {name: kept_on(records) for name, records in of_whole_seeds(studies).items()}
     return [
         "## What holds the old task?",
         "",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from statistics import mean
 
 from benchmarks.forgetting.evidence import (
@@ -19,10 +18,10 @@ from benchmarks.forgetting.evidence import (
     TARGETS,
 )
 from benchmarks.forgetting.fronts import Kepts, kept_on, table_of_sets
-from benchmarks.forgetting.several import Studies, counts
+from benchmarks.forgetting.several import Studies, counts, of_whole_seeds
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Kept, Record
-from flowdata.study.runs import records_by, whole_seeds
+from flowdata.study.runs import records_by
 from flowdata.study.table import difference
 
 _LARGE_RATE = 0.03  # from which on the readouts of BatchNorm are compared
@@ -42,11 +41,7 @@ def evidence_page(studies: Studies) -> str:
     Args:
         studies: the runs of each set; sets of `TARGETS` that are missing are left out.
     """
-    studies = {
-        name: list(chain.from_iterable(whole_seeds(studies[name]).values()))
-        for name in TARGETS
-        if name in studies
-    }
+    studies = of_whole_seeds({name: studies[name] for name in TARGETS if name in studies})
     standard = {name: kept_on(records) for name, records in studies.items()}
     flow = {name: kept_on(records, FLOW) for name, records in studies.items()}
     return "\n".join(

@@ -1,12 +1,14 @@
-"""Several studies on one page: the runs of each, and what a page says of their number."""
+"""Several studies on one page: the runs of each, those of whole seeds, and how many they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TypeAlias
 
 from flowdata.report.markdown import count
 from flowdata.study import Record
+from flowdata.study.runs import whole_seeds
 
 Studies: TypeAlias = Mapping[str, list[Record]]  # the runs of each, by the name of its data
 
@@ -22,3 +24,11 @@ def counts(studies: Studies) -> str:
         f"{name} ({count(len(records), 'run')}, {count(len({r['seed'] for r in records}), 'seed')})"
         for name, records in studies.items()
     )
+
+
+def of_whole_seeds(studies: Studies) -> Studies:
+    """Return the studies without the runs of seeds that lack some, each in the seeds' order."""
+    return {
+        name: list(chain.from_iterable(whole_seeds(records).values()))
+        for name, records in studies.items()
+    }

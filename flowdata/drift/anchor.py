@@ -37,7 +37,7 @@ from flowdata.drift.several import kl_to_answers
 from flowdata.head.kl import Predictions
 from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.kl_loss import kl_to, kl_to_called
-from flowdata.head.output_layer import Head, OutputModule
+from flowdata.head.output_layer import Head, OutputModule, weight_of
 from flowdata.models.calling import in_evaluation, unwrapped
 
 # The longest gradient of a target's penalty, in the logits; that of a cross-entropy is √2. A longer
@@ -230,16 +230,12 @@ def _bounded(divergence: Tensor, strength: float, ratio: Tensor | float = 1.0) -
 @torch.no_grad()
 def _ratio(module: nn.Module, frozen: Head | nn.Module) -> Tensor | float:
     """How much smaller the weights of a class are in the model's own layer, at most 1."""
-    new, old = (next(iter(_weights(layer)), None) for layer in (module, frozen))
+    new, old = weight_of(module), weight_of(frozen)
     if new is None or old is None:
         return 1.0
     new_size, old_size = (weight.float().square().mean().sqrt() for weight in (new, old))
     ratio: Tensor = (new_size / old_size).nan_to_num(1.0).clamp(_SMALLEST_RATIO, 1.0)  # of zeros
     return ratio
-
-
-def _weights(layer: Head | nn.Module) -> list[Tensor]:
-    return [layer.weight] if isinstance(layer, Head) else list(layer.parameters())
 
 
 def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: bool) -> Tensor:

@@ -27,7 +27,7 @@ from flowdata.drift.drift import Drift
 from flowdata.drift.rows import Reader, Rows
 from flowdata.drift.several import divergences_of_answers, has_several_labels
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
-from flowdata.head.output_layer import Head, kernels
+from flowdata.head.output_layer import Head, kernels, weight_of
 from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
@@ -252,7 +252,7 @@ class DriftMeter:
         have been replaced by that of a new task with as many classes, unless the frozen one holds
         zeros alone: any layer may have come of that, and it tells nothing itself.
         """
-        one, other = _weight_of(self._rows.layer), _weight_of(layer)
+        one, other = weight_of(self._rows.layer), weight_of(layer)
         if one is None or other is None:
             return one is None and other is None  # the rows are logits
         if one.shape != other.shape or self.reader.is_of_language:
@@ -277,14 +277,14 @@ def _check_numbers(rows: Rows) -> None:
         sample = int(torch.searchsorted(rows.counts.cumsum(0), row, right=True))
         what = (
             "its output layer is given inf or NaN"
-            if _weight_of(rows.layer) is not None
+            if weight_of(rows.layer) is not None
             else "it returns inf or NaN; leave out a class that is never meant, instead of −inf"
         )
         raise ValueError(
             f"the model before training gives no numbers for sample {sample} of the probe "
             f"({what}), so that no other can be compared with it"
         )
-    weight = _weight_of(rows.layer)
+    weight = weight_of(rows.layer)
     if weight is not None and not weight.isfinite().all():
         raise ValueError(
             "the output layer of the model before training holds inf or NaN, so that no other can "
@@ -302,7 +302,7 @@ def _check_logits(rows: Rows, classes: int) -> None:
             "1)"
         )
     outputs = rows.values.float()
-    is_given = _weight_of(rows.layer) is None  # by the model itself, and by no linear layer
+    is_given = weight_of(rows.layer) is None  # by the model itself, and by no linear layer
     are_shares = bool(((outputs >= 0) & (outputs <= 1)).all() and outputs.any())
     if is_given and (are_shares or are_probabilities(outputs)):
         raise ValueError(
@@ -331,9 +331,3 @@ def _on(layer: Head | nn.Module, device: torch.device) -> Head | nn.Module:
     bias = None if layer.bias is None else layer.bias.to(device)
     moved = replace(layer, weight=layer.weight.to(device), bias=bias, kernel="eager")
     return kernels(moved, compiled=False)[0][1]
-
-
-def _weight_of(layer: Head | nn.Module) -> Tensor | None:
-    if isinstance(layer, Head):
-        return layer.weight
-    return next(iter(layer.parameters()), None)

@@ -64,6 +64,15 @@ class OutputModule(nn.Module):
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
+def weight_of(layer: Head | nn.Module) -> Tensor | None:
+    """Return an output layer's weight, (V, d); None where rows are logits and no layer makes them.
+
+    Args:
+        layer: a head that is read, or a module that has to be called.
+    """
+    return layer.weight if isinstance(layer, Head) else next(iter(layer.parameters()), None)
+
+
 def read_head(module: nn.Module | None, config: Any) -> Head | None:
     """Return the head that a module and a Hugging Face configuration describe, or None.
 
