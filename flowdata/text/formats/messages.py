@@ -26,7 +26,7 @@ _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 _WEIGHTS = ("weight", "loss_weight", "loss_scale", "train", "training", "loss")
 _CONTENTS = ("content", "value", "text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_NAMES = ("tool_calls", "function_call", *_WEIGHTS, *_REASONING)  # read beside the content
+_BESIDE_CONTENT = ("tool_calls", "function_call", *_WEIGHTS, *_REASONING)
 _PAIR_NAMES = (
     *(("human", "assistant"), ("user", "assistant"), ("input", "output")),
     *(("question", "answer"), ("query", "response")),
@@ -124,7 +124,7 @@ def _add(turns: list[Turn], item: Any, number: int) -> None:
 
 def _add_pair(turns: list[Turn], item: Mapping[str, Any]) -> None:
     """Append a prompt and its reply, which one object holds, and its system message if any."""
-    pair = next((names for names in _PAIR_NAMES if item.keys() >= {*names}), None)
+    pair = next((names for names in _PAIR_NAMES if all(name in item for name in names)), None)
     if pair is None:
         raise ValueError(f"has no role; there are {', '.join(map(repr, item)) or 'no names'}")
     prompt, reply = pair
@@ -170,8 +170,8 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, usu
     if role == "call" and turns and turns[-1][0]["role"] == "assistant":
         _join_call(turns[-1], message, is_target=is_target, says_so=bool(flags))
         return
-    names = {role_name, content_name, *_NAMES}
-    rest = {name: value for name, value in item.items() if name not in names and value is not None}
+    known = {role_name, content_name, *_BESIDE_CONTENT}
+    rest = {name: value for name, value in item.items() if name not in known and value is not None}
     turns.append((rest | message, is_target))
 
 
