@@ -3,14 +3,14 @@
     a batch of the probe ── model in training ── rows, with gradients ──┐
     the frozen model's rows of the same samples, kept by the meter ─────┴→ KL → penalty
 
-or, on the training batch itself, `output_penalty` of outputs that are there anyway and the frozen
-model's, which came with the batch.
+On the training batch itself `output_penalty` does the same, from outputs that the loop has anyway
+and the frozen model's, which come with the batch.
 
 In the logits KL(base ‖ tuned) is a cross-entropy to soft labels: its gradient q − p is never longer
-than that of a cross-entropy, and neither is its curvature greater. So strength · KL diverges for
-no other reason than that it multiplies the learning rate, of which training stood no more. The
-penalty of a target is therefore strength · KL only while it pulls little (a pseudo-Huber function
-of the distance √(2 KL), which is at least ‖q − p‖ by Pinsker's inequality)::
+than that of a cross-entropy, and neither is its curvature greater. Where strength · KL makes
+training diverge, it is because the strength multiplies a learning rate that was as large as
+training stands. The penalty of a target is therefore strength · KL only while it pulls little (a
+pseudo-Huber function of the distance √(2 KL), which is at least ‖q − p‖ by Pinsker's inequality)::
 
     penalty │                  ╱   slope c in √(2 KL)       P = 2 λ KL / (1 + √(1 + 2 KL λ² / c²))
             │              ╱

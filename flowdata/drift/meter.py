@@ -36,7 +36,7 @@ from flowdata.store.kept import keep
 from flowdata.targets.which_loss import are_probabilities
 
 BatchNorm = Literal["reference", "own"]
-# Of the cosine between two output layers' weights: above it one is taken for a later state of the
+# The cosine between two output layers' weights above which one is taken for a later state of the
 # other. A layer that was made anew has a cosine of about 0, one in training of nearly 1.
 _SAME_LAYER = 0.5
 

@@ -26,7 +26,7 @@ def has_several_labels(model: nn.Module, batch: Any, classes: int) -> bool:
 
     Args:
         model: its configuration says, if it is one of Hugging Face's.
-        batch: of the probe; labels for each of a sample's classes say it of other models.
+        batch: of the probe; of other models its labels say it, one for each class of a sample.
         classes: outputs of the model.
 
     Raises:
@@ -42,7 +42,7 @@ def has_several_labels(model: nn.Module, batch: Any, classes: int) -> bool:
 
 
 def _loss_of_labels(batch: Any, classes: int) -> str | None:
-    """The loss that labels call for which have one number for each output; None of all others."""
+    """The loss that labels with one number for each output call for; None for other labels."""
     targets = split_batch(batch)[1]
     if not isinstance(targets, Tensor) or targets.dim() != 2 or targets.shape[1] != classes:
         return None
