@@ -20,6 +20,8 @@ def test_every_set_has_its_start_its_reference_and_trimming_at_the_true_share():
             assert f"{share:.0%}".rstrip("%") in target
     all_rivals = evidence.methods("wrong33_fashion_mnist")
     assert {"trimmed, 16%", "trimmed, 33%", "trimmed, 66%"} <= set(all_rivals)
+    assert all_rivals["FLOW"][-1] == 0.1
+    assert all_rivals["trimmed, 16%"] == all_rivals["l2"] == (0.003, 0.01, 0.03)
     assert {"l2", "l2, 0.03", "l2, 0.1", "LoRA, rank 2", "WiSE-FT, 0.25"} <= set(all_rivals)
 
 
@@ -39,7 +41,7 @@ def test_the_study_runs_what_each_set_needs_and_no_other(tmp_path, monkeypatch):
             runs.append((self.target, method, rate, seed))
             return {"validation": 1.0, "target": {"accuracy": 1.0}, "retained": {}}
 
-    monkeypatch.setattr(vision, "task", lambda assets, target, sizes: Task(target))
+    monkeypatch.setattr(vision, "task", lambda assets, target, *_: Task(target))
     options = argparse.Namespace(
         assets=None, targets=["digits", "wrong20_fashion_mnist"], seeds=[3], results=tmp_path
     )

@@ -3,6 +3,7 @@
     python -m benchmarks forgetting vision [--quick]     # ResNet-20: new images against CIFAR-10
     python -m benchmarks forgetting language [--quick]   # SmolLM2-135M: GSM8K against the rest
     python -m benchmarks forgetting evidence             # vision: when do weights help?
+    python -m benchmarks forgetting evidence-language    # the same of language
     python -m benchmarks forgetting theory               # the closed forms, drawn
     python -m benchmarks forgetting table                # tables, pictures and the README's table
 
@@ -36,8 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         _add_study_options(command)
         module.add_options(command)
         command.set_defaults(module=module)
-    evidence = importlib.import_module("benchmarks.forgetting.evidence")
-    evidence.add_options(commands.add_parser("evidence"))
+    for name in ("evidence", "evidence_language"):
+        module = importlib.import_module(f"benchmarks.forgetting.{name}")
+        command = commands.add_parser(name.replace("_", "-"))
+        module.add_options(command)
+        command.set_defaults(module=module)
     table = commands.add_parser("table")
     theory = commands.add_parser("theory")
     for command in (table, theory):
@@ -46,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.command in ("vision", "language"):
         _study(options)
-    elif options.command == "evidence":
-        evidence.study(options)
+    elif options.command.startswith("evidence"):
+        options.module.study(options)
         _tables(options.results, None)
     elif options.command == "theory":
         from benchmarks.forgetting.theory import draw

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.forgetting import vision
 from benchmarks.forgetting.images import ASSETS
+from benchmarks.forgetting.readouts import readouts
 from benchmarks.rows import RESULTS
 from flowdata.study import LINEAR_PROBE, STANDARD, grids, run_study
 
@@ -21,6 +22,7 @@ EVIDENCE = RESULTS / "evidence"
 SEEDS = range(5)
 # Where rows are wrong, what is learned most is learned at a larger rate.
 RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.1)
+RATES_OF_RIVALS = (0.003, 0.01, 0.03)
 CLEAN = vision.TARGETS
 SHARES = {  # of the training rows that are wrong
     **{f"wrong{percent}_fashion_mnist": percent / 100 for percent in (10, 20, 33, 50)},
@@ -54,9 +56,10 @@ def methods(target: str) -> dict[str, tuple[float, ...]]:
     """
     share = SHARES.get(target, _CLEAN_TRIM)
     shares = (share / 2, share, 2 * share) if target in WITH_ALL_RIVALS else (share,)
-    names = [*CORE, *(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
+    names = [*(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
     names += _RIVALS if target in WITH_ALL_RIVALS else ()
-    return grids(names, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)
+    core = grids(CORE, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)
+    return core | grids(names, RATES_OF_RIVALS, vision.ALL)
 
 
 def runs(
@@ -79,7 +82,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def study(options: argparse.Namespace) -> None:
     """Run what the results files lack."""
     tasks = {
-        target: vision.task(options.assets, target, vision.SIZES) for target in options.targets
+        target: vision.task(options.assets, target, vision.SIZES, readouts)
+        for target in options.targets
     }
     for target, of_target, seed in runs(options.targets, options.seeds):
         run_study(

@@ -18,6 +18,7 @@ from benchmarks.forgetting.evidence import (
     TARGETS,
 )
 from benchmarks.forgetting.fronts import Kepts, kept_on, table_of_sets
+from benchmarks.forgetting.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
 from benchmarks.forgetting.several import Studies, counts, of_whole_seeds
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Kept, Record
@@ -25,7 +26,6 @@ from flowdata.study.runs import records_by
 from flowdata.study.table import difference
 
 _LARGE_RATE = 0.03  # from which on the readouts of BatchNorm are compared
-_HOLDS, _FAILS, _OPEN = "holds", "fails", "open"
 
 
 def can_tell(records: list[Record]) -> bool:
@@ -90,41 +90,21 @@ def _predicted(
     else:
         yield "2", difference(kept[FLOW]), _not_above(kept[FLOW])
         hardest = _hardest_tenth(records, FLOW) - _hardest_tenth(records, STANDARD)
-        yield "2, hardest tenth", f"{hardest:+.1f}", _HOLDS if hardest < 0 else _FAILS
+        yield "2, hardest tenth", f"{hardest:+.1f}", HOLDS if hardest < 0 else FAILS
     yield "3", difference(kept[MEAN_WEIGHT]), on_the_front(kept[MEAN_WEIGHT])
     if name in CLEAN:
         yield "5", difference(kept[ANCHOR]), above(kept[ANCHOR])
         if STRENGTHS["ℓ2"][1] in kept:
             best = {kind: _best(kept, names) for kind, names in STRENGTHS.items()}
             figure = ", ".join(f"{kind} {value:+.1f}" for kind, value in best.items())
-            yield "6", figure, _HOLDS if max(best, key=best.__getitem__) == "WiSE-FT" else _FAILS
+            yield "6", figure, HOLDS if max(best, key=best.__getitem__) == "WiSE-FT" else FAILS
     elif FLOW_AND_ANCHOR in flow:
         yield "5", difference(flow[FLOW_AND_ANCHOR]), no_worse(flow[FLOW_AND_ANCHOR])
     yield from _of_batch_norm(records)
 
 
-def above(kept: Kept) -> str:
-    """Return whether a method is better than the reference, as far as the interval tells."""
-    return _HOLDS if kept.low > 0 else _FAILS if kept.high < 0 else _OPEN
-
-
-def below(kept: Kept) -> str:
-    """Return whether a method is worse than the reference, as far as the interval tells."""
-    return _HOLDS if kept.high < 0 else _FAILS if kept.low > 0 else _OPEN
-
-
-def no_worse(kept: Kept) -> str:
-    """Return whether a method is at least as good: its interval reaches 0 or lies above."""
-    return _HOLDS if kept.high >= 0 else _FAILS
-
-
 def _not_above(kept: Kept) -> str:
-    return _FAILS if kept.low > 0 else _HOLDS
-
-
-def on_the_front(kept: Kept) -> str:
-    """Return whether a method lies on the reference's own front: its interval holds 0."""
-    return _HOLDS if kept.low <= 0 <= kept.high else _FAILS
+    return FAILS if kept.low > 0 else HOLDS
 
 
 def _best(kept: Mapping[str, Kept], names: Iterable[str]) -> float:
@@ -143,7 +123,7 @@ def _of_batch_norm(records: list[Record]) -> Iterable[tuple[str, str, str]]:
     anew = _spread_of_methods(runs, lambda run: run["readouts"]["statistics anew"])
     if not math.isclose(old, 0):
         figure = f"{old:.1f} points apart, {anew:.1f} anew"
-        yield "7", figure, _HOLDS if anew <= old / 2 else _FAILS
+        yield "7", figure, HOLDS if anew <= old / 2 else FAILS
 
 
 def _spread_of_methods(runs: list[Record], accuracy: Callable[[Record], float]) -> float:

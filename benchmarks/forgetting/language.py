@@ -42,16 +42,17 @@ from benchmarks.forgetting.language_readouts import (
     rivals,
     short_list,
 )
-from benchmarks.forgetting.methods import ABLATIONS, AVERAGES, TOKEN_METHODS
+from benchmarks.forgetting.methods import ABLATIONS, AVERAGES, TOKEN_METHODS, clean_rows
 from flowdata.drift import DriftMeter
 from flowdata.study import METHODS, Method, Record, grids, run_study, train
 from flowdata.study.training import passes
 from flowdata.text import Fields, TokenSamples, load_model, load_tokenizer, read_rows, tokenize_rows
 
+CLEAN_ROWS = "clean rows alone"
 _VISION_ALONE = ("linear probe", "output anchor", "FLOW + output anchor")
 MAIN = {name: method for name, method in METHODS.items() if name not in _VISION_ALONE}
 MAIN |= {"pre-trained": Method(trains=False)} | TOKEN_METHODS
-EXTRA = ABLATIONS
+EXTRA = {**ABLATIONS, CLEAN_ROWS: Method(clean_rows)}
 ALL = {**MAIN, **EXTRA}
 RATES = (1e-4, 3e-4, 1e-3)
 PAIR = Fields(prompt="question", completion="answer")
@@ -70,7 +71,8 @@ class Sizes:
         validation: number of rows that the learning rate is chosen by.
         test: number of rows that measure the loss of answers.
         code: number of pieces that measure the loss of code.
-        prose: number of WikiText-2's articles whose beginnings measure its loss.
+        prose: number of WikiText-2's articles whose beginnings measure its loss; 0 takes all of
+            its validation text.
         own_text: number of texts that the model writes as a probe of drift, after the beginning
             of a chat; half as many after the token that begins any text.
         wikitext: number of articles that measure the harness's perplexity.
@@ -135,7 +137,8 @@ class Language:
         self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
         self.code = self._plain_tokens(texts.held_out_code(sizes.code))
         wikitext = (self.folder / "wikitext2_valid.txt").read_text()
-        self.prose = self._plain_tokens(texts.articles(wikitext, sizes.prose))
+        prose = texts.articles(wikitext, sizes.prose) if sizes.prose else texts.whole(wikitext)
+        self.prose = self._plain_tokens(prose)
         self.drift = DriftReadout(self.model, self.tokenizer, sizes.own_text, scores)
         # All methods of a seed share one start, and averages share the training they are made of.
         self.start = lru_cache(maxsize=8)(self._start)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from benchmarks.forgetting.texts import NOISY_EVERY
 from flowdata.scores import Scores
 from flowdata.streaming import FlowWeightedIterable
 from flowdata.study import (
@@ -53,6 +54,15 @@ def trimmed(share: float) -> Callable[[Scores], Tensor]:
         return torch.zeros(len(scores)).index_fill_(0, easiest, len(scores) / kept)
 
     return weights
+
+
+def clean_rows(scores: Scores) -> Tensor:
+    """Return a bound for noisy texts: weight 0 for the rows that `texts.noisy` has shuffled.
+
+    The others' weight is such that an average step is as large as standard fine-tuning's.
+    """
+    is_clean = torch.arange(len(scores)) % NOISY_EVERY != 0
+    return is_clean * (len(scores) / is_clean.sum())
 
 
 def small_losses(share: float) -> Callable[[Tensor, Tensor], Tensor]:

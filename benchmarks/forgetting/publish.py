@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.forgetting import drift_language, drift_page, evidence_page
+from benchmarks.forgetting import drift_language, drift_page, evidence_language_page, evidence_page
 from benchmarks.forgetting.drift_picture import draw_drift
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
 from benchmarks.forgetting.readme import Study, readme_table, with_table
@@ -15,6 +15,10 @@ SHOWN, SHOWN_PROBE = "fashion_mnist", "inverted"  # in the picture of drift
 _PAGES = {  # of several studies together: which of them it can take, and what it makes of them
     "forgetting_drift": (drift_page.can_tell, drift_page.drift_page),
     "forgetting_drift_language": (drift_language.can_tell, drift_language.drift_page),
+    "forgetting_evidence_language": (
+        evidence_language_page.can_tell,
+        evidence_language_page.evidence_page,
+    ),
     "forgetting_evidence": (evidence_page.can_tell, evidence_page.evidence_page),
 }
 

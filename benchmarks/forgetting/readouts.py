@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable
 from functools import lru_cache
 from statistics import mean
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,11 @@ from flowdata.study.hits import autocast
 FEW = (16, 32, 64, 128, 256)  # samples of a probe, to see how many tell enough
 SHARE_OF_HARD = 0.1  # of the new task's test samples, by the loss of the frozen network
 _STRENGTH = 1e-2  # of the ℓ2 penalty of a head that is fitted anew
-_Measure = Callable[[Outcome], Record]
+Measure: TypeAlias = Callable[[Outcome], Record]
 
 
-def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> _Measure:
-    """Return what a `HeadTask` takes as `more`.
+def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> Measure:
+    """Return what a `HeadTask` takes as `more`: readouts, the hard samples, drift on images made.
 
     Args:
         old: body and head of the old task.
@@ -40,21 +40,42 @@ def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> _
         old_train: further such samples, to take statistics and fit heads with.
         dtype: see `Sizes`.
     """
+    meters = {"inverted": DriftMeter(old, inverted_images(old, (3, 32, 32)))}
+
+    def more(outcome: Outcome) -> Record:
+        return {
+            "readouts": _old_accuracies(outcome.network, old, old_test, old_train, dtype),
+            "target of the hardest tenth": _percent(outcome.hits[_hard(outcome)]),
+            "target of the worst class": _worst_class(outcome),
+            **drifts_on_more(outcome.network, outcome.meters, meters),
+        }
+
+    return more
+
+
+def readouts_of_drift(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> Measure:
+    """Return the same with what the study of drift compares: further probes, few samples, rivals.
+
+    Args:
+        old: see `readouts`.
+        old_test: see `readouts`.
+        old_train: see `readouts`.
+        dtype: see `readouts`.
+    """
+    measure = readouts(old, old_test, old_train, dtype)
     probes = {
-        "inverted": inverted_images(old, (3, 32, 32)),
         "white noise": _white_noise(),
         "fine noise": smooth_images((3, 32, 32), 128, cells=12),
     }
     meters = {name: DriftMeter(old, probe) for name, probe in probes.items()}
 
     def more(outcome: Outcome) -> Record:
-        network, drifts = outcome.network, outcome.drifts
+        record, by_probe = measure(outcome), "drift on other probes"
+        drifts = {name: meter(outcome.network).to_dict() for name, meter in meters.items()}
         return {
-            "readouts": _old_accuracies(network, old, old_test, old_train, dtype),
-            "target of the hardest tenth": _percent(outcome.hits[_hard(outcome)]),
-            "target of the worst class": _worst_class(outcome),
-            **drifts_on_more(network, outcome.meters, meters),
-            "drift on few": {name: of_few(drift) for name, drift in drifts.items()},
+            **record,
+            by_probe: record[by_probe] | drifts,
+            "drift on few": {name: of_few(drift) for name, drift in outcome.drifts.items()},
             "rivals": rivals(outcome, dtype),
         }
 

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.forgetting import harness
 
 PIECE, HELD_OUT_PIECE = 600, 1500  # characters of a piece of code or prose
+NOISY_EVERY = 3  # of the noisy rows
 
 
 def mixed(problems: list[Any], rows: int, seed: int) -> list[dict[str, str]]:
@@ -40,7 +41,7 @@ def noisy(problems: list[Any], seed: int) -> list[dict[str, str]]:
     """Return the problems with the words of every third answer in random order."""
     random = np.random.default_rng(seed)
     rows = [dict(row) for row in problems]
-    for row in rows[::3]:
+    for row in rows[::NOISY_EVERY]:
         row["answer"] = " ".join(random.permutation(row["answer"].split()))
     return rows
 
@@ -61,6 +62,13 @@ def articles(wikitext: str, count: int) -> list[str]:
     """Return the beginnings of WikiText's first articles."""
     pages = [page["text"] for page in harness.articles(wikitext)]
     return _cut(pages, HELD_OUT_PIECE)[:count]
+
+
+def whole(wikitext: str) -> list[str]:
+    """Return all of WikiText's articles in pieces, an article's last one as long as it is."""
+    pages = [page["text"] for page in harness.articles(wikitext)]
+    starts = ((page, range(0, len(page), HELD_OUT_PIECE)) for page in pages)
+    return [page[i : i + HELD_OUT_PIECE] for page, places in starts for i in places]
 
 
 def _cut(texts: Iterable[str], size: int) -> list[str]:

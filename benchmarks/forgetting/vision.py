@@ -6,16 +6,19 @@ Words before a target's name change its training set, such as ``noisy_``; see `c
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from benchmarks.forgetting.corruptions import corrupted
 from benchmarks.forgetting.images import ASSETS, Arrays, as_dataset, load_resnet20, read_arrays
 from benchmarks.forgetting.made_images import letters, textures
 from benchmarks.forgetting.methods import ABLATIONS
-from benchmarks.forgetting.readouts import readouts
+from benchmarks.forgetting.readouts import Measure, readouts_of_drift
 from flowdata.drift import smooth_images
 from flowdata.study import METHODS, HeadTask, Sizes, Split, grids, run_study
 
@@ -29,7 +32,12 @@ SIZES = Sizes(images=1500)
 QUICK = Sizes(images=600, epochs=1, validation=300, test=500)
 
 
-def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
+def task(
+    assets: Path,
+    target: str,
+    sizes: Sizes,
+    measures: Callable[[nn.Sequential, Any, Any, str], Measure] = readouts_of_drift,
+) -> HeadTask:
     """Return the task of learning one set of images.
 
     Args:
@@ -37,6 +45,7 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         target: ``fashion_mnist``, ``digits``, ``letters``, ``textures``, or ``NAME=FILE.npz`` with
             `images` and `labels`; before it the words of `corruptions`.
         sizes: see `Sizes`.
+        measures: makes what is measured beside accuracy and drift, see `readouts`.
     """
     old, folder = load_resnet20(assets), assets / "vision"
     old_images = read_arrays(folder / "cifar10_test_dev.npz")
@@ -64,7 +73,7 @@ def task(assets: Path, target: str, sizes: Sizes) -> HeadTask:
         columns=("gradient_norm",),  # one of the ablations weighs by it
         probes={"noise": smooth_images((3, 32, 32))},
         # A quick look does without what takes longer than its runs.
-        more=None if sizes == QUICK else readouts(old, old_test, old_train, sizes.dtype),
+        more=None if sizes == QUICK else measures(old, old_test, old_train, sizes.dtype),
     )
 
 

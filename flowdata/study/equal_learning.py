@@ -76,6 +76,22 @@ class Kept:
     p: float
 
 
+class Difference(NamedTuple):
+    """A method's score less that of another.
+
+    Attributes:
+        difference: of the means over seeds and items.
+        low: end of the interval in which 95 % of the draws' differences lie.
+        high: its other end.
+        p: two-sided, of no difference, corrected for the number of methods.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
 def runs_with_items(records: Iterable[Record]) -> dict[tuple[str, float], dict[int, Items]]:
     """Return the items of runs of `HeadTask`, as `kept_at_equal_learning` takes them."""
     runs: dict[tuple[str, float], dict[int, Items]] = {}
@@ -120,13 +136,7 @@ def kept_at_equal_learning(
             raise ValueError(
                 f"runs have no {name!r}, which all fronts need: run it, or name another method"
             )
-    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
-    if not seeds:
-        raise ValueError(
-            "runs have no seed that all methods and rates were run on: run what is missing, or "
-            "leave out the methods and rates that lack seeds"
-        )
-    _check_items(runs, seeds)
+    seeds = _shared_seeds(runs)
     methods = [reference, *(m for m in rates if m not in (reference, start))]
     places = [[i for i, (m, _) in enumerate(runs) if m in (method, start)] for method in methods]
     scores = _drawn_scores(runs, seeds, draws, seed)
@@ -150,6 +160,60 @@ def kept_at_equal_learning(
         )
         for number, method in enumerate(methods)
     ]
+
+
+def differences(
+    runs: ItemsOfRuns, reference: str, *, draws: int = _DRAWS, seed: int = 0
+) -> dict[str, tuple[Difference, Difference]]:
+    """Return how much each method differs from the reference as it is, on the new and on the old.
+
+    Args:
+        runs: items by method and rate, then by seed; every method at a single rate.
+        reference: the method that others are compared with.
+        draws: number of draws of seeds and items.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a method has several rates, the reference is missing, or see
+            `kept_at_equal_learning`.
+    """
+    methods = [method for method, _ in runs]
+    if len(set(methods)) < len(methods):
+        raise ValueError("runs have several rates of a method: compare them at equal learning")
+    if reference not in methods:
+        raise ValueError(f"runs have no {reference!r}: run it, or name another reference")
+    scores = _drawn_scores(runs, _shared_seeds(runs), draws, seed)
+    off = scores - scores[:, [methods.index(reference)]]
+    others = [place for place, method in enumerate(methods) if method != reference]
+    of_each = [[_difference(off[:, place, kind]) for place in others] for kind in range(2)]
+    corrected = [
+        [
+            each._replace(p=p)
+            for each, p in zip(of_kind, _corrected([d.p for d in of_kind]), strict=True)
+        ]
+        for of_kind in of_each
+    ]
+    return dict(
+        zip([methods[place] for place in others], zip(*corrected, strict=True), strict=True)
+    )
+
+
+def _difference(drawn: _Floats) -> Difference:
+    """A difference as it is, first, and as it was drawn."""
+    low, high = np.percentile(drawn[1:], _INTERVAL)
+    return Difference(float(drawn[0]), float(low), float(high), _p(drawn[1:]))
+
+
+def _shared_seeds(runs: ItemsOfRuns) -> list[int]:
+    """The seeds that all runs have, whose items have been checked."""
+    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
+    if not seeds:
+        raise ValueError(
+            "runs have no seed that all methods and rates were run on: run what is missing, or "
+            "leave out the methods and rates that lack seeds"
+        )
+    _check_items(runs, seeds)
+    return seeds
 
 
 def _check_items(runs: ItemsOfRuns, seeds: Sequence[int]) -> None:

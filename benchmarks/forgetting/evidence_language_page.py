@@ -1,0 +1,111 @@
+"""The page on the evidence in language: each method against standard fine-tuning, text by text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from statistics import mean
+
+import numpy as np
+
+from benchmarks.forgetting.evidence_language import PRE_TRAINED, TRIMMED
+from benchmarks.forgetting.language import CLEAN_ROWS
+from benchmarks.forgetting.language_readouts import OWN_TEXT
+from benchmarks.forgetting.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
+from benchmarks.forgetting.several import Studies
+from flowdata.report.markdown import table
+from flowdata.study import STANDARD, Record
+from flowdata.study.equal_learning import Difference, Items, ItemsOfRuns, differences
+from flowdata.study.runs import records_by
+
+_OLD = "WikiText-2"
+_EXACT = "exact match accuracy"
+_RULES = ("TALR", "DFT", "EAFT")
+Pairs = Mapping[str, tuple[Difference, Difference]]  # by method, of the new and of the old
+
+
+def can_tell(records: list[Record]) -> bool:
+    """Return whether a study is one of the evidence in language."""
+    methods = {record["method"] for record in records}
+    is_one = {PRE_TRAINED, STANDARD} < methods and bool(methods & {CLEAN_ROWS, "EAFT"})
+    return is_one and "item_losses" in records[0]
+
+
+def evidence_page(studies: Studies) -> str:
+    """Return a Markdown page on the studies of `evidence_language`."""
+    lines = [
+        "# When do weights help in language?",
+        "",
+        "SmolLM2-135M-Instruct learns GSM8K at a rate of 1e-4. Losses are means over texts, in "
+        "nats a token. Differences are from standard fine-tuning: the mean, and where 95 % of the "
+        "draws of seeds and texts lie. What was predicted before the runs: "
+        "benchmarks/forgetting/registered_evidence.md.",
+    ]
+    for name, records in studies.items():
+        pairs = differences(runs_of_texts(records), STANDARD)
+        lines += ["", f"## {name}", "", *_table(records, pairs), "", "What was predicted:", ""]
+        words = ("figure", "outcome")
+        rows = [list(row) for row in predicted(records, pairs)]
+        lines += table(["prediction", *words], rows, words=words)
+    return "\n".join([*lines, ""])
+
+
+def runs_of_texts(records: Iterable[Record]) -> ItemsOfRuns:
+    """Return the losses of texts with the sign changed, so that more is better."""
+    runs: dict[tuple[str, float], dict[int, Items]] = {}
+    for record in records:
+        losses = record["item_losses"]
+        items = Items(*(-np.array(losses[name]) for name in ("target", _OLD)))
+        runs.setdefault((record["method"], record["rate"]), {})[record["seed"]] = items
+    return runs
+
+
+def _table(records: list[Record], pairs: Pairs) -> list[str]:
+    rows = []
+    for method, of_method in records_by(records, "method").items():
+        losses = [mean(_mean_loss(r, name) for r in of_method) for name in ("target", _OLD)]
+        new, old = (_cell(each) for each in pairs[method]) if method in pairs else ("–", "–")
+        kl = mean(r["drift"][OWN_TEXT]["kl"] for r in of_method)
+        answers = [r["target"][_EXACT] for r in of_method if _EXACT in r["target"]]
+        right = f"{mean(answers):.1f}" if answers else "–"
+        seeds = str(len(of_method))
+        rows.append(
+            [method, seeds, f"{losses[0]:.3f}", new, f"{losses[1]:.3f}", old, f"{kl:.4f}", right]
+        )
+    headings = ["method", "seeds", "test loss", "difference", f"{_OLD} loss", "difference"]
+    return table([*headings, "KL on own text", "right answers, %"], rows)
+
+
+def _mean_loss(record: Record, name: str) -> float:
+    return float(np.mean(record["item_losses"][name]))
+
+
+def _cell(loss: Difference) -> str:
+    """A difference of losses: that of scores with the sign changed."""
+    return f"{-loss.difference:+.3f} ({-loss.high:+.3f} to {-loss.low:+.3f})"
+
+
+def predicted(records: list[Record], pairs: Pairs) -> Iterable[tuple[str, str, str]]:
+    """Yield the number of each prediction, the figure that it is judged by, and the outcome."""
+    if CLEAN_ROWS in pairs:
+        against_flow = differences(runs_of_texts(records), "FLOW")
+        yield "8, test loss", _cell(pairs["FLOW"][0]), above(pairs["FLOW"][0])
+        yield f"8, {_OLD}", _cell(pairs["FLOW"][1]), no_worse(pairs["FLOW"][1])
+        yield "9", _cell(against_flow[TRIMMED][0]), on_the_front(against_flow[TRIMMED][0])
+        yield "10", _cell(against_flow[CLEAN_ROWS][0]), no_worse(against_flow[CLEAN_ROWS][0])
+        steps = pairs["standard, smaller steps"][0]
+        yield "11", _cell(steps), on_the_front(steps)
+    for rule in set(_RULES) & set(pairs):
+        yield f"12, {rule}, test loss", _cell(pairs[rule][0]), below(pairs[rule][0])
+        yield f"12, {rule}, drift", *_more_drift(records, rule)
+
+
+def _more_drift(records: list[Record], rule: str) -> tuple[str, str]:
+    """The drift of a rule less standard fine-tuning's, and whether it is more on each seed."""
+    by_method = records_by(records, "method")
+    of_rule, of_standard = (
+        {r["seed"]: r["drift"][OWN_TEXT]["kl"] for r in by_method[name]}
+        for name in (rule, STANDARD)
+    )
+    seeds = sorted(of_rule.keys() & of_standard.keys())
+    more = [of_rule[seed] - of_standard[seed] for seed in seeds]
+    return f"{mean(more):+.4f} nats", HOLDS if min(more) > 0 else FAILS
