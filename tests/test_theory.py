@@ -123,6 +123,11 @@ def test_on_other_data_l2_is_best_flow_close_and_averaging_last():
         assert l2 <= flow + 1e-3
         assert flow < mean - 0.01
         assert flow - l2 < 0.5 * (mean - l2)
+    for new, order in (
+        (0.1, ["l2", "FLOW", "standard", "averaging"]),
+        (0.3, ["l2", "standard", "FLOW", "averaging"]),  # stopped early it is ahead of FLOW here
+    ):
+        assert sorted(found, key=lambda name: old_risk_at(new, found[name])) == order
 
 
 def test_l2_and_averaging_are_what_minimising_and_mixing_give():

@@ -137,7 +137,10 @@ def descent_path(x: Tensor, apart: Tensor, weights: Tensor, rate: float, steps: 
 
 
 def l2_minimum(covariance: Tensor, apart: Tensor, strength: float | Tensor) -> Tensor:
-    """Return θ − θ̃*, (…, D), at the minimum of E⟨θ − θ̃*, x⟩² + strength · ‖θ − θ*‖²."""
+    """Return θ − θ̃*, (…, D), at the minimum of E⟨θ − θ̃*, x⟩² + strength · ‖θ − θ*‖².
+
+    For old data N(0, I) the penalty is the old risk itself, so that no method does better.
+    """
     strength = torch.as_tensor(strength, dtype=apart.dtype).unsqueeze(-1)
     return _shrink(covariance, apart, lambda values: strength / (values + strength))
 
