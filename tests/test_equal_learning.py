@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -92,6 +92,7 @@ def test_p_values_are_corrected_for_their_number():
     assert [kept.p for kept in among_five[1:]] == pytest.approx([5 * alone] * 5)
 
 
+@settings(deadline=None)
 @given(arrays(float, st.tuples(st.integers(1, 6), st.just(2)), elements=st.integers(0, 20)))
 def test_a_front_is_the_best_of_what_learns_as_much(points):
     levels = np.linspace(0, 20, 9)

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         options.module.study(options)
         _tables(options.results, None)
     elif options.command == "theory":
-        from benchmarks.forgetting.theory import draw
+        from benchmarks.forgetting.theory_picture import draw
 
         print(draw(options.results / "forgetting_theory.png"))
     else:

@@ -26,7 +26,7 @@ from flowdata.study import (
     lora,
     weight_averaging,
 )
-from flowdata.study.methods import flow
+from flowdata.study.methods import even, flow
 from flowdata.token_weights import selective_token_weights
 from flowdata.weights import flow_weights
 
@@ -35,11 +35,6 @@ def normalised(scores: Scores) -> Tensor:
     """Return FLOW's weights over their mean: the steps are as large as standard fine-tuning's."""
     weights = scores.weights()
     return weights / weights.mean()
-
-
-def even(scores: Scores) -> Tensor:
-    """Return FLOW's mean weight for every sample: the steps are as small as FLOW's, and even."""
-    return torch.full((len(scores),), scores.weights().mean().item())
 
 
 def trimmed(share: float) -> Callable[[Scores], Tensor]:

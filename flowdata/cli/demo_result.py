@@ -1,132 +1,140 @@
-"""The demo's measurements, and their table."""
+"""The demo's measurements, and their tables."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from torch import Tensor
+from flowdata.report.markdown import count
+from flowdata.study import (
+    LINEAR_PROBE,
+    STANDARD,
+    Kept,
+    Record,
+    choices,
+    kept_at_equal_learning,
+    runs_with_items,
+)
+from flowdata.study.runs import records_by
+from flowdata.study.table import measures
 
-STANDARD, FLOW = "standard fine-tuning", "FLOW"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Accuracies in % after one fine-tuning run.
-
-    Attributes:
-        method: `STANDARD` or `FLOW`.
-        learning_rate: the highest one of its schedule.
-        seed: the run's.
-        old: accuracy on the old task's test samples.
-        new: accuracy on the new task's test samples.
-        held_out: accuracy on the samples of the new task that the learning rate is chosen by.
-    """
-
-    method: str
-    learning_rate: float
-    seed: int
-    old: float
-    new: float
-    held_out: float
-
-
-@dataclass(frozen=True)
-class Start:
-    """The figures of one seed before fine-tuning.
-
-    Attributes:
-        seed: the run's.
-        old: accuracy in % of the pre-trained network on the old task.
-        probe: accuracy in % of the probed network on the new task.
-        losses: (N,) losses of the new task's training samples under the probed network, nats.
-        temperature: their median, nats.
-    """
-
-    seed: int
-    old: float
-    probe: float
-    losses: Tensor
-    temperature: float
+FLOW, MEAN_WEIGHT = "FLOW", "mean weight"
+WRONG, RIGHT = "a third of the new labels wrong", "all labels right"
+OLD = "old task"  # in the records, with "accuracy" behind it
+BLIND, BY_DRIFT, BEST = "blind", "by drift", "best possible"
+_COLUMN = 20
+_RULES = {"blind": BLIND, "by drift, new task": BY_DRIFT, "best": BEST}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All measurements of the demo; `str()` gives the table.
+    """All measurements of the demo; `str()` gives the tables.
 
     Attributes:
-        starts: one for each seed.
-        outcomes: one for each method, learning rate and seed.
+        before: accuracy in % on the old task before fine-tuning, the mean over the seeds.
+        records: the runs of each case, as a study has them.
         picture: path of the PNG.
     """
 
-    starts: list[Start]
-    outcomes: list[Outcome]
+    before: float
+    records: dict[str, list[Record]]
     picture: Path
 
-    @property
-    def rates(self) -> list[float]:
-        """The learning rates of the runs, the smallest first."""
-        return sorted({outcome.learning_rate for outcome in self.outcomes})
+    def kept(self, case: str) -> dict[str, Kept]:
+        """Return what each method of a case keeps at equal learning, by its name."""
+        runs = runs_with_items(self.records[case])
+        return {each.method: each for each in kept_at_equal_learning(runs, STANDARD, LINEAR_PROBE)}
 
-    def learning_rate(self, method: str) -> float:
-        """Return the rate with the best held-out accuracy on the new task."""
-        return max(self.rates, key=lambda rate: mean(o.held_out for o in self.runs(method, rate)))
-
-    def runs(self, method: str, rate: float) -> list[Outcome]:
-        """Return a method's runs at a rate, one for each seed."""
-        return [o for o in self.outcomes if (o.method, o.learning_rate) == (method, rate)]
+    def choices(self) -> dict[str, list[Record]]:
+        """Return the run that each rule chooses where all labels are right, by seed."""
+        chosen = choices(self.records[RIGHT], _average)
+        return {name: chosen[rule] for rule, name in _RULES.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures, JSON-like."""
-        starts = [asdict(start) for start in self.starts]
-        for start in starts:
-            del start["losses"]
         return {
-            "starts": starts,
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
-            "chosen": {method: self.learning_rate(method) for method in (STANDARD, FLOW)},
+            "before": self.before,
+            "cases": {case: [_figures(run) for run in runs] for case, runs in self.records.items()},
+            "kept at equal learning": {
+                case: {
+                    name: [each.difference, each.low, each.high]
+                    for name, each in self.kept(case).items()
+                }
+                for case in self.records
+            },
+            "chosen": {
+                rule: [_figures(run) for run in runs] for rule, runs in self.choices().items()
+            },
             "picture": str(self.picture),
         }
 
     def __str__(self) -> str:
-        old = [start.old for start in self.starts]
+        seeds = len({run["seed"] for run in self.records[RIGHT]})
         lines = [
-            "Upright digits first (old task), then turned by a quarter (new task). Accuracy in %,"
-            f"\nmean ± standard deviation of {len(self.starts)} seeds:",
-            "",
-            _row_of(["old task", "new task", "average"]),
-            _row("pre-trained", old),
-            _row("linear probe", old, [start.probe for start in self.starts]),
+            "Upright digits first (the old task), then the same turned by a quarter (the new one).",
+            f"Accuracy in %, new / old, means of {count(seeds, 'seed')}; the old task before "
+            f"fine-tuning: {self.before:.1f}.",
         ]
-        for method in (STANDARD, FLOW):
-            for rate in self.rates:
-                runs = self.runs(method, rate)
-                mark = " (chosen)" if rate == self.learning_rate(method) else ""
-                name = f"{method}, rate {rate:g}{mark}"
-                lines.append(_row(name, [o.old for o in runs], [o.new for o in runs]))
-        lines += [
-            "",
-            "The rate chosen is each method's best on held-out samples of the new task.",
-            "Temperature: the median of the losses under the probed network, "
-            f"{_spread([s.temperature for s in self.starts], '.3f')} nats.",
-            f"Picture: {self.picture}",
-        ]
-        return "\n".join(lines)
+        for case in self.records:
+            lines += ["", *self._table(case)]
+        lines += ["", "Chosen among all of these, each seed for itself:"]
+        names = {
+            BLIND: "blind, by held-out samples of the new task",
+            BY_DRIFT: "by drift, without the old data either",
+            BEST: "best possible, by the average of both",
+        }
+        for rule, runs in self.choices().items():
+            rates = ", ".join(sorted({_name(run) for run in runs}))
+            lines.append(f"  {names[rule]:44}{accuracies(runs):>13}   {rates}")
+        return "\n".join([*lines, "", f"Picture: {self.picture}"])
+
+    def _table(self, case: str) -> list[str]:
+        by_method = records_by(self.records[case], "method")
+        probe = by_method.pop(LINEAR_PROBE)
+        by_rate = {name: records_by(runs, "rate") for name, runs in by_method.items()}
+        order = [name for name in (STANDARD, MEAN_WEIGHT, FLOW) if name in by_rate]
+        lines = [f"{case[:1].upper()}{case[1:]}; the linear probe has {accuracies(probe)}"]
+        lines.append(_row("rate", order))
+        for rate in by_rate[STANDARD]:
+            lines.append(_row(f"{rate:g}", [accuracies(by_rate[name][rate]) for name in order]))
+        for name, each in self.kept(case).items():
+            if name != STANDARD:
+                lines.append(
+                    f"{name} at equal learning: {each.difference:+.1f} of the old task "
+                    f"({each.low:+.1f} to {each.high:+.1f})"
+                )
+        return lines
 
 
-def _row(name: str, old: list[float], new: list[float] | None = None) -> str:
-    if new is None:
-        return _row_of([_spread(old)], name)
-    average = [(a + b) / 2 for a, b in zip(old, new, strict=True)]
-    return _row_of([_spread(values) for values in (old, new, average)], name)
+def accuracies(runs: list[Record]) -> str:
+    """Return the mean accuracies of runs on the new and the old task, in a cell."""
+    return f"{mean(map(new_of, runs)):.1f} / {mean(map(old_of, runs)):.1f}"
 
 
-def _row_of(cells: list[str], name: str = "") -> str:
-    return f"{name:40}" + "".join(f"{cell:>14}" for cell in cells)
+def new_of(run: Record) -> float:
+    """Return a run's accuracy on the new task, in %."""
+    return float(run["target"]["accuracy"])
 
 
-def _spread(values: list[float], form: str = ".1f") -> str:
-    return f"{mean(values):{form}} ± {stdev(values) if len(values) > 1 else 0.0:{form}}"
+def old_of(run: Record) -> float:
+    """Return a run's accuracy on the old task, in %."""
+    return float(run["retained"][f"{OLD} accuracy"])
+
+
+def _average(run: Record) -> float:
+    return measures(run)["average"]
+
+
+def _figures(run: Record) -> dict[str, Any]:
+    key = {name: run[name] for name in ("method", "rate", "seed", "validation")}
+    return key | {"new": new_of(run), "old": old_of(run)}
+
+
+def _name(run: Record) -> str:
+    return f"{run['method']} {run['rate']:g}" if run["rate"] else str(run["method"])
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:8}" + "".join(f"{cell:>{_COLUMN}}" for cell in cells)

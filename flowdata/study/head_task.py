@@ -99,6 +99,7 @@ class HeadTask:
         classes: number of the new task's classes.
         split: seed → the new task's data.
         sizes: see `Sizes`.
+        strength: of the ℓ2 penalty of the heads that are fitted, see `fit_head`.
         workers: number of processes that load samples; 0 suits data in memory.
         methods: methods by the names that `run` takes.
         columns: columns of the scores that methods need beside the losses, see `LossScorer`.
@@ -119,6 +120,7 @@ class HeadTask:
         split: Callable[[int], Split],
         sizes: Sizes,
         *,
+        strength: float = _PROBE_STRENGTH,
         workers: int = 0,
         methods: Mapping[str, Method] = METHODS,
         columns: Sequence[str] = (),
@@ -130,7 +132,7 @@ class HeadTask:
             raise TypeError(f"old must end in an nn.Linear, got {type(head).__name__}")
         self.new_head = partial(nn.Linear, head.in_features, classes, device=head.weight.device)
         self.old, self.old_test, self.old_name = old, old_test, old_name
-        self.split, self.sizes, self.workers = split, sizes, workers
+        self.split, self.sizes, self.strength, self.workers = split, sizes, strength, workers
         self.methods, self.columns, self.probes, self.more = methods, columns, probes, more
         self.begin = lru_cache(maxsize=8)(self._begin)  # all methods of a seed share one beginning
 
@@ -143,7 +145,7 @@ class HeadTask:
             self.old[0],
             self.new_head(),
             split.scored,
-            strength=_PROBE_STRENGTH,
+            strength=self.strength,
             dtype=self.sizes.dtype,
             columns=self.columns,
             workers=self.workers,
@@ -205,7 +207,7 @@ class HeadTask:
             fit_new_head(
                 network,
                 split.scored,
-                strength=_PROBE_STRENGTH,
+                strength=self.strength,
                 dtype=sizes.dtype,
                 workers=self.workers,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from flowdata.scores import Scores
@@ -20,6 +21,11 @@ _HOLD = 0.1
 def flow(scores: Scores, temperature: str = "median", column: str = "loss") -> Tensor:
     """Return FLOW's sample weights, (N,)."""
     return scores.weights(temperature, column=column)
+
+
+def even(scores: Scores) -> Tensor:
+    """Return FLOW's mean weight for every sample, (N,): steps as small as FLOW's, and even."""
+    return torch.full((len(scores),), scores.weights().mean().item())
 
 
 def dro(scores: Scores) -> Tensor:
