@@ -13,7 +13,7 @@ from benchmarks.forgetting.choosing_rules import rules
 from benchmarks.forgetting.drift_measures import agreement_table, agreement_with, few_samples
 from benchmarks.forgetting.language_readouts import OWN_TEXT
 from benchmarks.forgetting.several import Studies, counts
-from flowdata.report.markdown import table
+from flowdata.report.markdown import count, table
 from flowdata.study import STANDARD, Record
 from flowdata.study.choices import on_whole_seeds
 from flowdata.study.runs import validation_of
@@ -56,6 +56,11 @@ def drift_page(studies: Studies) -> str:
         "",
         *_coefficients(studies),
         "",
+        "The same over the runs whose loss of the text rose: those that lowered it have forgotten "
+        "nothing, and no divergence tells by how much.",
+        "",
+        *_coefficients(studies, of_rises=True),
+        "",
         "KL on a probe's first texts, over all runs, with the rise of WikiText-2:",
         "",
         *_few(studies),
@@ -74,14 +79,16 @@ def drift_page(studies: Studies) -> str:
     return "\n".join([*lines, ""])
 
 
-def _coefficients(studies: Studies) -> list[str]:
-    return agreement_table(
-        {
-            f"{name}, {text}": agreement_with(_trained(records), rise(records, text))
-            for name, records in studies.items()
-            for text in TEXTS
-        }
-    )
+def _coefficients(studies: Studies, *, of_rises: bool = False) -> list[str]:
+    """A table of coefficients, of all runs or of those alone that raise a text's loss."""
+    columns = {}
+    for name, records in studies.items():
+        for text in TEXTS:
+            lost = rise(records, text)
+            runs = [run for run in _trained(records) if not of_rises or lost(run) > 0]
+            heading = f"{name}, {text}" + f" ({count(len(runs), 'run')})" * of_rises
+            columns[heading] = agreement_with(runs, lost)
+    return agreement_table(columns)
 
 
 def _few(studies: Studies) -> list[str]:

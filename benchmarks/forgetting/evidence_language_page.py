@@ -11,7 +11,7 @@ from benchmarks.forgetting.evidence_language import PRE_TRAINED, TRIMMED
 from benchmarks.forgetting.language import CLEAN_ROWS
 from benchmarks.forgetting.language_readouts import OWN_TEXT
 from benchmarks.forgetting.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
-from benchmarks.forgetting.several import Studies
+from benchmarks.forgetting.several import Studies, of_whole_seeds
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Record
 from flowdata.study.equal_learning import Difference, Items, ItemsOfRuns, differences
@@ -40,7 +40,7 @@ def evidence_page(studies: Studies) -> str:
         "draws of seeds and texts lie. What was predicted before the runs: "
         "benchmarks/forgetting/registered_evidence.md.",
     ]
-    for name, records in studies.items():
+    for name, records in of_whole_seeds(studies).items():
         pairs = differences(runs_of_texts(records), STANDARD)
         lines += ["", f"## {name}", "", *_table(records, pairs), "", "What was predicted:", ""]
         words = ("figure", "outcome")
