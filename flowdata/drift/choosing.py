@@ -20,11 +20,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flowdata._common.notices import logger
+from flowdata._common.notices import say_once
 from flowdata._common.real_numbers import as_float, real_number
 from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
 
+Kind = Literal["loss", "accuracy"]
 Validation = Literal["auto", "loss", "accuracy"]
 Run = tuple[str, float, Drift]  # name, validation score, drift
 _EXCHANGE = "exchange must be a finite number, 0 or more"
@@ -45,6 +46,7 @@ class Candidate:
         cost: what the choice minimises, inf for a run that diverged.
         is_on_front: whether no other run is at least as good in both and better in one.
         is_tied: whether it can't be told apart from the best.
+        kind: what `validation` is: ``"loss"`` or ``"accuracy"``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Candidate:
     cost: float
     is_on_front: bool
     is_tied: bool
+    kind: Kind
 
 
 def choose(
@@ -63,6 +66,8 @@ def choose(
     validation_samples: int | None = None,
 ) -> str:
     """Return the name of the run that learned most for what it forgot.
+
+    It says which runs the best can't be told apart from, and what it took the scores for.
 
     Args:
         runs: (name, validation, drift) of each; see `rank`.
@@ -84,7 +89,7 @@ def choose(
     )
     tied = [candidate.name for candidate in ranking[1:] if candidate.is_tied]
     if tied:
-        logger.info("%s can't be told apart from %s", ranking[0].name, ", ".join(tied))
+        say_once(f"{ranking[0].name} can't be told apart from {', '.join(tied)}")
     return ranking[0].name
 
 
@@ -104,7 +109,9 @@ def rank(
         validation: whether scores are losses in nats, of which less is better, or accuracies.
             ``"auto"`` takes those of language models for losses and others for accuracies, says
             so, and refuses scores that could hardly be these.
-        exchange: what the old counts beside the new, see above; 0 chooses by validation alone.
+        exchange: what the old counts beside the new; 0 chooses by validation alone. The best run
+            has the least of validation loss + exchange · KL, in nats a target, or the most of
+            accuracy + exchange · `Drift.kept`, both shares.
         validation_samples: how many samples an accuracy rests on, so that its own error counts
             when runs are told apart; None takes it as exact.
 
@@ -131,6 +138,7 @@ def rank(
             cost=costs[place],
             is_on_front=_is_on_front(runs, place, kind),
             is_tied=costs[place] - costs[best] <= _CERTAIN * error,
+            kind=kind,
         )
         for place, error in zip(order, errors, strict=True)
     ]
@@ -165,22 +173,21 @@ def _check_runs(runs: Sequence[Run]) -> None:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
 
 
-def _kind_of(validation: Validation, runs: Sequence[Run]) -> Literal["loss", "accuracy"]:
+def _kind_of(validation: Validation, runs: Sequence[Run]) -> Kind:
     scores = [score for _, score, _ in runs if math.isfinite(score)]
     if validation not in ("auto", "loss", "accuracy"):
         raise ValueError(f"validation must be 'auto', 'loss' or 'accuracy', got {validation!r}")
-    kind: Literal["loss", "accuracy"]
+    kind: Kind
     if validation != "auto":
         kind = validation
     else:
         kind = "loss" if runs[0][2].of == "tokens" else "accuracy"
         _check_guess(kind, scores)
-        direction = "less is better" if kind == "loss" else "more is better"
-        logger.info(
-            "validation scores are taken for %s (%s); pass validation=%r to say otherwise",
-            "losses in nats" if kind == "loss" else "accuracies",
-            direction,
-            "accuracy" if kind == "loss" else "loss",
+        taken = "losses in nats (less" if kind == "loss" else "accuracies (more"
+        other = "accuracy" if kind == "loss" else "loss"
+        say_once(
+            f"validation scores are taken for {taken} is better); pass validation={kind!r} to "
+            f"confirm it, or {other!r} where they are of the other kind"
         )
     if kind == "accuracy":
         _check_accuracies(scores)
