@@ -4,8 +4,9 @@
 
 Replace `load` by your own: it gives the pre-trained model, what to train on, what to choose the
 learning rate by, and the tests of the new task and of an old one. Here a network that was trained
-on upright digits learns them turned by a quarter. Every run is a line of `--output`.jsonl, so a
-study that was stopped goes on; the table and the picture are written beside it.
+on upright digits learns them turned by a quarter. The drift, which needs no old data, is measured
+too, so that the page says what it would choose beside the blind choice. Every run is a line of
+`--output`.jsonl, so a study that was stopped goes on; table and picture are written beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     """A model with what it is to learn and what it should not forget."""
 
     model: nn.Module
+    meter: flowdata.DriftMeter
     train: Any
     validation: Any
     test: Any
@@ -51,7 +53,7 @@ def load(seed: int) -> Task:
     model, old, new = pretrain()
     order = torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))
     parts = [Subset(new, part.tolist()) for part in order.tensor_split((900, 1200))]
-    return Task(model, *parts, old)
+    return Task(model, flowdata.DriftMeter(model, parts[0]), *parts, old)
 
 
 def run(name: str, rate: float, seed: int, epochs: int) -> Record:
@@ -64,6 +66,7 @@ def run(name: str, rate: float, seed: int, epochs: int) -> Record:
         "validation": accuracy(model, task.validation),
         "target": {"accuracy": accuracy(model, task.test)},
         "retained": {"old accuracy": accuracy(model, task.old_test)},
+        "drift": {"new task": task.meter(model).to_dict()},  # by the probe's name
         "effective_share": flowdata.effective_sample_size(weights) / len(weights),
     }
 

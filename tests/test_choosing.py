@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowdata.drift import Drift, choose, rank
+from flowdata.drift import Drift, choose, draw_front, rank
 
 
 def drift(kl=0.1, agreement=0.9, cosine=0.9, *, of="tokens", samples=64, per_sample=None):
@@ -51,13 +51,32 @@ def test_what_is_lost_can_not_be_lost_twice():
 
 def test_auto_says_what_it_takes_scores_for(caplog):
     with caplog.at_level(logging.INFO, "flowdata"):
-        choose([("a", 0.5, drift())])
-        choose([("a", 0.5, drift(of="samples"))])
+        for _ in range(2):  # a line that is run again has nothing new to say
+            choose([("a", 0.5, drift())])
+            choose([("a", 0.5, drift(of="samples"))])
         choose([("a", 0.5, drift(of="samples"))], validation="loss")
     said = [record.message for record in caplog.records]
     assert len(said) == 2
     assert "losses in nats (less is better)" in said[0]
     assert "accuracies (more is better)" in said[1]
+
+
+def test_what_was_taken_for_what_is_printed_where_no_logging_is_set_up(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flowdata"), "propagate", False)
+    rank([("a", 0.5, drift())])
+    assert "flowdata: validation scores are taken for losses in nats" in capsys.readouterr().err
+
+
+def test_the_picture_says_which_way_is_better(monkeypatch):
+    monkeypatch.setattr("flowdata.drift.picture.png", lambda drawing: drawing)
+    for kind, way in (("loss", "less is better"), ("accuracy", "more is better")):
+        ranking = rank([("a", 0.5, drift())], validation=kind)
+        axes = draw_front(ranking, measure="kl" if kind == "loss" else "kept").axes[0]
+        assert kind in axes.get_ylabel()
+        assert way in axes.get_ylabel()
+        assert way in axes.get_xlabel()
+    with pytest.raises(TypeError, match=r"must be what rank\(runs\) returns, got tuple"):
+        draw_front([("a", 0.5, drift())])
 
 
 def test_the_front_has_what_nothing_beats():

@@ -69,7 +69,7 @@ def test_models_and_adapters_are_compared_on_what_the_base_writes(
     command = (*command, "--dtype", "float32")
     code, out, _ = run(capsys, *command)
     assert code == 0
-    assert f"drift from {model_folder} on 6 texts that it wrote itself" in out
+    assert f"drift from {model_folder} on 6 texts that the base wrote itself" in out
     assert "the loss has risen" in out
     code, out, _ = run(capsys, *command, "--json")
     facts = json.loads(out)["drift"]
@@ -88,6 +88,36 @@ def test_a_file_can_be_the_probe(capsys, model_folder, tuned_folders, data):
     assert facts[model_folder]["kl"] == 0
     assert facts[tuned_folders[0]]["kl"] > 0
     assert facts[tuned_folders[0]]["samples"] == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (("--limit", 3), "--limit"),
+        (("--no-template",), "--no-template"),
+        (("--prompt-column", "q"), "--prompt-column"),
+        (("--template-option", "thinking=false"), "--template-option"),
+        (("--on-error", "skip", "--tokenizer", "t"), "--on-error"),
+    ],
+    ids=str,
+)
+def test_options_of_text_are_refused_where_none_is_read(options, flag, capsys):
+    code, _, err = run(capsys, "drift", "no-base", "no-tuned", *options)
+    assert code == 2
+    assert f"{flag} has no effect: the base model writes the text itself" in err
+
+
+@pytest.mark.parametrize("flag", ["--samples", "--length", "--seed"])
+@pytest.mark.parametrize("command", ["drift", "front"])
+def test_options_of_own_text_are_refused_where_a_file_is_read(
+    command, flag, capsys, model_folder, data
+):
+    valid = ("--valid", data) if command == "front" else ()
+    given = (command, model_folder, model_folder, *valid, "--probe", data, flag, 8)
+    code, _, err = run(capsys, *given)
+    assert code == 2
+    assert f"{flag} has no effect on --probe {data}" in err
+    assert "--limit takes the first rows of a file" in err
 
 
 def test_what_is_no_model_is_one_line(capsys, model_folder, tmp_path):

@@ -1,6 +1,7 @@
 """`flowdata front`, on folders as users have them."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def tuned_folder(tmp_path, data, tokenizer):
 def test_the_front_of_two_models_is_measured_drawn_and_written(
     capsys, model_folder, tuned_folder, data, tmp_path, tokenizer
 ):
-    written, picture = tmp_path / "chosen", tmp_path / "front.png"
+    written, picture = tmp_path / "chosen", tmp_path / "new" / "front.png"
     command = ("front", model_folder, tuned_folder, "--valid", data, *SMALL, "--alphas", 0, 0.5, 1)
     command = (*command, "--picture", picture)
     code, out, _ = run(capsys, *command, "--json", "--write", written)
@@ -120,6 +121,7 @@ def test_adapters_that_do_not_scale_are_refused(
         (("--alphas", "nan"), "--alphas must lie between 0 and 1, got nan"),
         (("--alphas", 0.5, 0.5), "--alphas must be several numbers, got 0.5 twice"),
         (("--exchange", -1), "--exchange must be finite and >= 0, got -1.0"),
+        (("--picture", "."), "--picture must name a file, and . is a folder"),
     ],
     ids=str,
 )
@@ -127,6 +129,13 @@ def test_numbers_that_are_wrong_are_refused_before_anything_is_run(options, mess
     code, _, err = run(capsys, "front", "no-base", "no-tuned", "--valid", data, *options)
     assert code == 2
     assert message in err
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_run(capsys, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(capsys, "front", "no-base", "no-tuned", "--valid", data)
+    assert code == 2
+    assert "pictures need matplotlib: " in err
 
 
 def test_what_was_written_is_what_was_measured(capsys, tmp_path, data, tokenizer):

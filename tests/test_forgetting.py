@@ -186,6 +186,8 @@ def test_the_study_runs_on_a_model_of_ones_own_in_one_script(tmp_path, capsys):
     assert all(kept["FLOW", seed] > kept["standard", seed] + 2 for seed in (0, 1))
     assert (tmp_path / "mine.png").read_bytes()[:4] == b"\x89PNG"
     assert "| FLOW | standard |" in (tmp_path / "mine.md").read_text()
+    assert "| blind |" in page
+    assert "| by drift, new task |" in page
 
 
 # --- the paper's image folders ---------------------------------------------------------------

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flowdata._common.notices import logger
+from flowdata._common.notices import say_once
 from flowdata._common.real_numbers import as_float, check_factor
 from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
@@ -44,6 +44,7 @@ class Candidate:
         cost: what the choice minimises, inf for a run that diverged.
         is_on_front: whether no other run is at least as good in both and better in one.
         is_tied: whether it can't be told apart from the best.
+        kind: what `validation` is: ``"loss"`` or ``"accuracy"``.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Candidate:
     cost: float
     is_on_front: bool
     is_tied: bool
+    kind: Kind
 
 
 def choose(
@@ -62,6 +64,8 @@ def choose(
     validation_samples: int | None = None,
 ) -> str:
     """Return the name of the run that learned most for what it forgot.
+
+    It says which runs the best can't be told apart from, and what it took the scores for.
 
     Args:
         runs: (name, validation, drift) of each; see `rank`.
@@ -83,7 +87,7 @@ def choose(
     )
     tied = [candidate.name for candidate in ranking[1:] if candidate.is_tied]
     if tied:
-        logger.info("%s can't be told apart from %s", ranking[0].name, ", ".join(tied))
+        say_once(f"{ranking[0].name} can't be told apart from {', '.join(tied)}")
     return ranking[0].name
 
 
@@ -103,7 +107,9 @@ def rank(
         validation: whether scores are losses in nats, of which less is better, or accuracies.
             ``"auto"`` takes those of language models for losses and others for accuracies, says
             so, and refuses scores that could hardly be these.
-        exchange: what the old counts beside the new, see above; 0 chooses by validation alone.
+        exchange: what the old counts beside the new; 0 chooses by validation alone. The best run
+            has the least of validation loss + exchange · KL, in nats a target, or the most of
+            accuracy + exchange · `Drift.kept`, both shares.
         validation_samples: how many samples an accuracy rests on, so that its own error counts
             when runs are told apart; None takes it as exact.
 
@@ -129,6 +135,7 @@ def rank(
             cost=terms.cost(point),
             is_on_front=_is_on_front(point, points),
             is_tied=terms.cost(point) - lowest <= _CERTAIN * terms.error(run, best),
+            kind=terms.kind,
         )
         for run, point in ranking
     ]
@@ -174,12 +181,11 @@ def _kind_and_unit(validation: Validation, runs: Sequence[Run]) -> tuple[Kind, f
     else:
         kind = "loss" if runs[0][2].of == "tokens" else "accuracy"
         _check_guess(kind, scores)
-        direction = "less is better" if kind == "loss" else "more is better"
-        logger.info(
-            "validation scores are taken for %s (%s); pass validation=%r to say otherwise",
-            "losses in nats" if kind == "loss" else "accuracies",
-            direction,
-            "accuracy" if kind == "loss" else "loss",
+        taken = "losses in nats (less" if kind == "loss" else "accuracies (more"
+        other = "accuracy" if kind == "loss" else "loss"
+        say_once(
+            f"validation scores are taken for {taken} is better); pass validation={kind!r} to "
+            f"confirm it, or {other!r} where they are of the other kind"
         )
     if kind == "accuracy":
         _check_accuracies(scores)

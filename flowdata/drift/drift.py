@@ -49,9 +49,9 @@ class Drift:
     def kept(self) -> float:
         """About what share of the old task's accuracy is left, from 0 to 1.
 
-        For a classifier it is 1 − `LOST_PER_COSINE` · (1 − cosine), at least 0: a line through what
-        a ResNet-20 lost in five fine-tunings, not a law (the page forgetting_drift of the
-        benchmarks). For a language model it is the agreement.
+        For a classifier it is 1 − 2 · (1 − cosine), at least 0: a line through what a ResNet-20
+        lost in five fine-tunings, not a law (the page forgetting_drift of the benchmarks). For a
+        language model it is the agreement.
         """
         if self.of == "tokens":
             return self.agreement

@@ -8,6 +8,15 @@ from collections.abc import Sequence
 from flowdata.drift.choosing import Candidate
 from flowdata.report.pictures import BLUE, ORANGE, figure, png
 
+_MEASURES = {
+    "kl": "drift: KL(base ‖ tuned), nats a target (less is better)",
+    "kept": "share of the old accuracy kept, by the drift (more is better)",
+}
+_SCORES = {
+    "loss": "validation loss, nats a target (less is better)",
+    "accuracy": "validation accuracy (more is better)",
+}
+
 
 def draw_front(candidates: Sequence[Candidate], *, measure: str = "kl") -> bytes:
     """Return a picture of runs as PNG: validation against drift, the chosen one marked.
@@ -16,18 +25,21 @@ def draw_front(candidates: Sequence[Candidate], *, measure: str = "kl") -> bytes
 
     Args:
         candidates: as `rank` returns them, the best first.
-        measure: of the drift, along the horizontal axis: ``"kl"``, or ``"kept"``.
+        measure: of the drift, along the horizontal axis: ``"kl"``, or ``"kept"``, which is what
+            accuracies were weighed against.
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: `candidates` are runs that were not ranked.
         ValueError: an unknown measure, or no run with finite figures.
     """
-    labels = {
-        "kl": "drift: KL(base ‖ tuned), nats",
-        "kept": "share of the old accuracy kept, by the drift",
-    }
-    if measure not in labels:
+    if measure not in _MEASURES:
         raise ValueError(f"measure must be 'kl' or 'kept', got {measure!r}")
+    for candidate in candidates:
+        if not isinstance(candidate, Candidate):
+            raise TypeError(
+                f"candidates must be what rank(runs) returns, got {type(candidate).__name__}"
+            )
     finite = [c for c in candidates if math.isfinite(c.cost)]
     if not finite:
         raise ValueError("no candidate has finite figures: there is nothing to draw")
@@ -56,8 +68,8 @@ def draw_front(candidates: Sequence[Candidate], *, measure: str = "kl") -> bytes
             )
         axes.set(
             title="What was learned and what was forgotten",
-            xlabel=labels[measure],
-            ylabel="validation",
+            xlabel=_MEASURES[measure],
+            ylabel=_SCORES[best.kind],
         )
         axes.grid(True, axis="both")
         axes.margins(0.08)

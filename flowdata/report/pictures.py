@@ -26,6 +26,23 @@ IN_VIEW = 0.995  # the quantile where pictures end: what lies beyond is drawn at
 _MOST_POINTS = 5000
 
 
+def load_matplotlib() -> tuple[Any, Any, Any]:
+    """Return matplotlib's settings, canvas and figure; who draws at the end calls it first, too.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            'pictures need matplotlib: pip install "flowdata-torch[plotting]"'
+        ) from None
+    return rc_context, FigureCanvasAgg, Figure
+
+
 @contextmanager
 def figure(
     width: float, height: float, panels: int = 1, *, theme: Theme = "light", **options: Any
@@ -42,14 +59,7 @@ def figure(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            'pictures need matplotlib: pip install "flowdata-torch[plotting]"'
-        ) from None
+    rc_context, canvas_of, figure_of = load_matplotlib()
     colours = COLOURS[theme]
     style = {
         "font.family": "sans-serif",
@@ -76,8 +86,8 @@ def figure(
     # The style holds until the caller has drawn and saved. `Figure` is made without pyplot, which
     # would choose a backend for the whole program and keep the figure in memory.
     with rc_context(style):
-        drawing = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(drawing)
+        drawing = figure_of(figsize=(width, height), layout="constrained")
+        canvas_of(drawing)
         yield drawing, drawing.subplots(1, panels, **options)
 
 

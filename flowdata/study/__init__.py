@@ -12,6 +12,7 @@
             "validation": study.accuracy(model, validation),      # the rate is chosen by it
             "target": {"accuracy": study.accuracy(model, test)},
             "retained": {"old accuracy": study.accuracy(model, old_test)},
+            "drift": {"new task": meter(model).to_dict()},        # meter: DriftMeter(pretrained, …)
         }
 
     methods = study.grids(["standard", "FLOW", "l2"], [0.01, 0.03, 0.1])

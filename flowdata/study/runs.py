@@ -46,7 +46,8 @@ def run_study(
         run: takes method, rate and seed, and returns ``validation`` (higher is better), ``target``
             and ``retained`` (mappings of measures by name) and whatever else is worth a note. A
             measure whose name ends in ``accuracy`` is in %, and more is better; of all other
-            measures less is better.
+            measures less is better. With ``drift``, `Drift.to_dict()` by the names of probes, the
+            page says what each probe would choose, without the old data, beside the blind choice.
         methods: the methods' names, each with the learning rates to run it at, see `grids`.
         seeds: the seeds of the runs.
 

@@ -10,6 +10,7 @@ from flowdata.cli.exit_codes import DONE
 from flowdata.cli.output import print_result
 from flowdata.cli.probe_options import (
     add_probe_options,
+    check_text_is_read,
     describe_probe,
     is_own,
     make_probe,
@@ -30,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure how far fine-tuned models have moved from their base, without the old data."""
+    check_text_is_read(options)
     begin(options, options.base, *options.tuned)
     how = {"trust_remote_code": options.trust_remote_code, "device": options.device}
     samples = read_probe(options)

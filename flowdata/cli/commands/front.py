@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flowdata.cli.output import print_result
 from flowdata.cli.probe_options import add_probe_options, describe_probe, make_probe, read_probe
 from flowdata.cli.text_samples import text_samples
 from flowdata.drift import Candidate, Drift, DriftMeter, draw_front, rank
+from flowdata.report.pictures import load_matplotlib
 from flowdata.scoring.scorer import LossScorer
 from flowdata.text.models import load_model
 
@@ -26,8 +28,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("base", help="hub id or folder of the model before fine-tuning")
     add("tuned", help="hub id or folder of the model after it, or of LoRA adapters")
-    add("--valid", required=True, metavar="DATA", help="validation data of the new task")
-    add("--alphas", nargs="+", type=float, default=_ALPHAS, help="default: 0, 0.1, … 1")
+    add(
+        "--valid",
+        required=True,
+        metavar="DATA",
+        help="validation data of the new task; it is read as the options below say, and so is a "
+        "--probe that is data",
+    )
+    add(
+        "--alphas",
+        nargs="+",
+        type=float,
+        default=_ALPHAS,
+        help="shares of the fine-tuning (default: 0, 0.1, … 1)",
+    )
     add(
         "--exchange",
         type=float,
@@ -35,18 +49,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what a nat of drift counts beside a nat of validation loss (default: %(default)s)",
     )
     add("--write", type=Path, metavar="FOLDER", help="write the chosen weights there")
-    add("--picture", type=Path, default=Path("front.png"), help="default: %(default)s")
+    add(
+        "--picture",
+        type=Path,
+        default=Path("front.png"),
+        metavar="FILE",
+        help="write the picture of the front there, as PNG (default: %(default)s)",
+    )
     add_probe_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Weigh what a fine-tuning learned against what it forgot; choose how much to keep."""
     _check(options)
+    load_matplotlib()  # what is missing is told before anything is measured
     begin(options, options.base, options.tuned)
     check_front(options.tuned)
     candidates = rank(_runs(options), validation="loss", exchange=options.exchange)
     chosen, trust = float(candidates[0].name), options.trust_remote_code
-    options.picture.write_bytes(draw_front(candidates))
+    named = [replace(candidate, name=f"α = {candidate.name}") for candidate in candidates]
+    options.picture.write_bytes(draw_front(named))
     if options.write is not None:
         write_model(options.base, options.tuned, chosen, options.write, trust_remote_code=trust)
     facts = {
@@ -68,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that would only be seen to be wrong at the end."""
+    """Raise ValueError for what would only be seen to be wrong at the end."""
     for alpha in options.alphas:
         if not 0 <= alpha <= 1:
             raise ValueError(f"--alphas must lie between 0 and 1, got {alpha}")
@@ -78,6 +100,8 @@ def _check(options: argparse.Namespace) -> None:
     check_factor("--exchange", options.exchange)
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
+    if options.picture.is_dir():
+        raise ValueError(f"--picture must name a file, and {options.picture} is a folder")
 
 
 def _runs(options: argparse.Namespace) -> list[tuple[str, float, Drift]]:
@@ -85,6 +109,7 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, float, Drift]]:
     how = {"trust_remote_code": options.trust_remote_code, "device": options.device}
     samples = text_samples(options, options.valid, options.base)[0].readable()
     probe = read_probe(options)
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
     base = load_model(options.base, **how)
     meter = DriftMeter(base, make_probe(options, base, probe), dtype=options.dtype)
     del base
