@@ -72,6 +72,6 @@ def draw_front(candidates: Sequence[Candidate], *, measure: str = "kl") -> bytes
             ylabel=_SCORES[best.kind],
         )
         axes.grid(True, axis="both")
-        axes.margins(0.08)
+        axes.margins(x=0.14, y=0.08)  # room for the names
         axes.legend(loc="best", fontsize=9)
         return png(drawing)
