@@ -67,3 +67,19 @@ def test_a_sign_in_the_order_of_what_was_lost_has_coefficient_one():
     assert cells["weight distance"] == ["0.60 / nan", "0.60 / nan"]
     assert cells["validation loss"] == ["-0.80 / nan", "-0.80 / nan"]
     assert cells["own text"] == ["4", "1.000"]
+
+
+def test_runs_that_lower_the_loss_have_no_part_in_the_order_of_those_that_forgot():
+    lower = {"loss": 1.02, "kl": 0.8, "wikitext": -0.02, "distance": 1.0}
+    records = [*study(), *(record("WiSE-FT", 1e-4, seed, **lower) for seed in (0, 1))]
+    lines = page.drift_page({"mine": records}).splitlines()
+    (all_runs,), (rises,) = (
+        [line for line in lines if line.startswith("| kl, own text") and part in line]
+        for part in ("0.4", "1.00")
+    )
+    assert lines.index(all_runs) < lines.index(rises)
+    assert "mine, WikiText-2 (8 runs)" in lines[lines.index(rises) - 2]
+    nothing_lost = [r for r in records if r["method"] in ("pre-trained", "WiSE-FT", "standard")]
+    for each in nothing_lost:
+        each["retained"] = BEFORE
+    assert "Too few." in page.drift_page({"mine": nothing_lost})

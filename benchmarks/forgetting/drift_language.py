@@ -87,8 +87,9 @@ def _coefficients(studies: Studies, *, of_rises: bool = False) -> list[str]:
             lost = rise(records, text)
             runs = [run for run in _trained(records) if not of_rises or lost(run) > 0]
             heading = f"{name}, {text}" + f" ({count(len(runs), 'run')})" * of_rises
-            columns[heading] = agreement_with(runs, lost)
-    return agreement_table(columns)
+            if len(runs) > 2:  # of fewer the order tells nothing
+                columns[heading] = agreement_with(runs, lost)
+    return agreement_table(columns) if columns else ["Too few."]
 
 
 def _few(studies: Studies) -> list[str]:
