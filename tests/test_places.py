@@ -22,7 +22,6 @@ from flowdata.store.kept import keep
 from flowdata.store.lock import lock
 from flowdata.store.parts import PartWriter
 from flowdata.store.places import (
-    RemotePath,
     beginning_of,
     files_in,
     names_in,
@@ -30,6 +29,7 @@ from flowdata.store.places import (
     remove_folder,
     write_whole,
 )
+from flowdata.store.remote import RemotePath
 from flowdata.store.verify import verify_store
 from tests.forks import bits
 from tests.test_lock import quick

@@ -36,7 +36,8 @@ from time import monotonic, sleep
 from typing import Any
 
 from flowdata._common.notices import logger
-from flowdata.store.places import Place, RemotePath
+from flowdata.store.places import Place
+from flowdata.store.remote import RemotePath
 
 # Seconds. A shared file system may show a touch to other hosts a minute late, so a lock counts as
 # stale only some beats after that.
