@@ -17,6 +17,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import Scorer
 from flowdata.store.identity import content_identity
+from flowdata.store.places import place_of
 
 
 def score_views(
@@ -43,8 +44,8 @@ def score_views(
             generators.
         views: how many draws of each sample, >= 1.
         seed: of the draws.
-        store: a folder that keeps the losses of view k in ``view-k``; see `LossScorer.score`.
-            Interrupted work goes on where it stopped.
+        store: a folder or URL that keeps the losses of view k in ``view-k``; see
+            `LossScorer.score`. Interrupted work goes on where it stopped.
         options: for `LossScorer.score`. With ``on_error="skip"`` a sample that one of its views
             can't be read from has no loss, and its reason stands in the metadata, `skipped`.
 
@@ -81,7 +82,7 @@ def score_views(
     scores_of_views = [
         scorer.score(
             _View(dataset, seed, view),
-            store=None if store is None else Path(store) / f"view-{view}",
+            store=None if store is None else place_of(store) / f"view-{view}",
             # A name stands for content: each view's draws are content of their own.
             dataset_id=None if name is None else f"{name}, view {view} of seed {seed}",
             **options,

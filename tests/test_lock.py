@@ -104,7 +104,7 @@ def test_another_hosts_lock_is_taken_once_nobody_touches_it(path, quick):
 
     foreign(path)
     stop = threading.Event()
-    beats = threading.Thread(target=locks._beat, args=(path, stop))
+    beats = threading.Thread(target=locks._beat, args=(path, path.read_bytes(), stop))
     beats.start()
     timer = threading.Timer(1.6, stop.set)
     timer.start()

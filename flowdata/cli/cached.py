@@ -20,6 +20,7 @@ from flowdata.errors import StoreError
 from flowdata.scores import Scores
 from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.store.folder import SCORES, read_manifest
+from flowdata.store.places import Place
 from flowdata.text.models import is_adapter, load_transformers
 from flowdata.text.tokens import TokenSamples
 
@@ -50,7 +51,7 @@ def loaded_with(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def cached_scores(
-    samples: TokenSamples, store: Path, loaded: dict[str, Any] | None, *, shown: bool
+    samples: TokenSamples, store: Place, loaded: dict[str, Any] | None, *, shown: bool
 ) -> Scores | None:
     """Return a store's scores of samples; None where it has not all of them, or not surely these.
 
@@ -74,7 +75,7 @@ def cached_scores(
     return scores
 
 
-def _is_cached(samples: TokenSamples, store: Path, loaded: dict[str, Any] | None) -> bool:
+def _is_cached(samples: TokenSamples, store: Place, loaded: dict[str, Any] | None) -> bool:
     with suppress(StoreError):  # the scorer says what is wrong with it, or repairs it
         manifest = read_manifest(store)
         if manifest is None or loaded is None or not (store / SCORES).exists():

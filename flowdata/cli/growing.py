@@ -8,9 +8,7 @@ Once all new samples are scored, both become one file, which takes the place of 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +29,16 @@ from flowdata.store.format import (
     write_manifest,
 )
 from flowdata.store.parts import PARTS
+from flowdata.store.places import Place, names_in, remove_folder
 from flowdata.text.tokens import TokenSamples
 
 REPORT = "report"  # the folder in a store that `flowdata report` writes
 _NEW = "new"
 
 
-def score_growing(scorer: LossScorer, samples: TokenSamples, store: Path, **options: Any) -> Scores:
+def score_growing(
+    scorer: LossScorer, samples: TokenSamples, store: Place, **options: Any
+) -> Scores:
     """Return the scores of samples; a store that has the first of them is extended by the others.
 
     Args:
@@ -72,7 +73,7 @@ def score_growing(scorer: LossScorer, samples: TokenSamples, store: Path, **opti
     return joined
 
 
-def remove_store(store: Path) -> None:
+def remove_store(store: Place) -> None:
     """Remove the losses that a store keeps, and the report on them.
 
     Raises:
@@ -88,21 +89,21 @@ def remove_store(store: Path) -> None:
         ranks.leave()
 
 
-def _remove_files(store: Path) -> None:
+def _remove_files(store: Place) -> None:
     folders, files = (PARTS, _NEW, REPORT), (SCORES, MANIFEST)
-    others = {path.name for path in store.iterdir()} - {*folders, *files, LOCK}
+    others = set(names_in(store)) - {*folders, *files, LOCK}
     if others:
         raise ValueError(
             f"--overwrite removes a store's own files, and {store} holds {min(others)} too; move "
             "that, or score into another folder"
         )
     for folder in folders:
-        shutil.rmtree(store / folder, ignore_errors=True)
+        remove_folder(store / folder)
     for file in files:
         (store / file).unlink(missing_ok=True)
 
 
-def _count_kept(store: Path, samples: TokenSamples, ranks: Ranks) -> int:
+def _count_kept(store: Place, samples: TokenSamples, ranks: Ranks) -> int:
     """How many samples, from the first, a store of some but not all of them has; 0: it is none."""
     if not ranks.is_first:
         return 0
@@ -115,11 +116,11 @@ def _count_kept(store: Path, samples: TokenSamples, ranks: Ranks) -> int:
         identity["dataset"] == samples.part(0, count).identity()
     )
     if store.name == _NEW and manifest is not None and not is_beginning:
-        shutil.rmtree(store)  # the draft of another extension that was stopped
+        remove_folder(store)  # the draft of another extension that was stopped
     return count if is_beginning and count < len(samples) else 0
 
 
-def _check_whole(store: Path) -> None:
+def _check_whole(store: Place) -> None:
     """Raise StoreError for a store that grew and is damaged: its packs are not known any more."""
     try:
         Scores.load(store)
@@ -131,7 +132,7 @@ def _check_whole(store: Path) -> None:
 
 
 def _score(
-    scorer: LossScorer, samples: TokenSamples, store: Path, options: Mapping[str, Any]
+    scorer: LossScorer, samples: TokenSamples, store: Place, options: Mapping[str, Any]
 ) -> Scores:
     return scorer.score(
         samples, store=store, dataset_id=samples.identity(), lengths=samples.lengths, **options
@@ -161,9 +162,9 @@ def _joined(old: Scores, new: Scores, dataset_id: str, details: Mapping[str, Any
     )
 
 
-def _write(scores: Scores, store: Path) -> None:
+def _write(scores: Scores, store: Place) -> None:
     """Put joined scores in the place of a store's own; the file is replaced whole."""
     with locked(store):
         write_file(store / SCORES, scores.to_tensors(), scores.manifest())
         write_manifest(store, {**scores.manifest(), "layout": layout_of(store / SCORES)})
-        shutil.rmtree(store / _NEW, ignore_errors=True)
+        remove_folder(store / _NEW)

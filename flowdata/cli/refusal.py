@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.store.folder import read_manifest
+from flowdata.store.places import Place
 
 _OPTIONS = ("max_length", "truncation", "chat_template", "template_options")
 _OF_DATA = ("source", "split", "configuration", "revision", "limit")
 
 
 @contextmanager
-def explained_refusal(store: Path, details: Mapping[str, Any]) -> Iterator[None]:
+def explained_refusal(store: Place, details: Mapping[str, Any]) -> Iterator[None]:
     """Add to a refusal what the identity doesn't tell: it holds the tokens, not what made them.
 
     Args:
@@ -30,7 +30,7 @@ def explained_refusal(store: Path, details: Mapping[str, Any]) -> Iterator[None]
         raise ScoreMismatchError(f"{error}, as --overwrite does{told}") from error
 
 
-def _changes(store: Path, details: Mapping[str, Any]) -> list[str]:
+def _changes(store: Place, details: Mapping[str, Any]) -> list[str]:
     """The options that the store's run had otherwise, in words."""
     try:
         manifest = read_manifest(store)

@@ -57,7 +57,7 @@ def inverted_images(
         samples: how many images; 32 or more, as statistics of few say little.
         seed: of the noise.
         steps: how often the images are changed.
-        store: a file, ``*.safetensors``, that keeps the images.
+        store: a file, ``*.safetensors``, or its URL, that keeps the images.
 
     Returns:
         (samples, channels, height, width) float32, on the CPU.
@@ -107,7 +107,7 @@ def inverted_images(
         "seed": seed,
         "steps": steps,
     }
-    return keep(Path(store), identity, lambda: {"image": make()})["image"]
+    return keep(store, identity, lambda: {"image": make()})["image"]
 
 
 def _invert(model: nn.Module, images: Tensor, steps: int) -> Tensor:

@@ -53,7 +53,8 @@ class DriftMeter:
             sample has one for each class, that a model says yes or no to each.
         collate_fn: list of samples -> batch, as a DataLoader takes it; None pads token samples and
             stacks others.
-        store: a file, ``*.safetensors``, that keeps what the frozen model makes of the probe.
+        store: a file, ``*.safetensors``, or its URL, that keeps what the frozen model makes of
+            the probe.
         batch_norm: ``"reference"`` measures with the frozen model's BatchNorm parameters and
             statistics, as the old task would be served (Sanyal et al., arXiv:2502.02797, section
             5); ``"own"`` with the tuned model's.
@@ -142,7 +143,7 @@ class DriftMeter:
             rows = self.reader.read(model)
             return {"row": rows.values, "count": rows.counts}
 
-        tensors = keep(Path(store), identity, make)
+        tensors = keep(store, identity, make)
         return Rows(tensors["row"], tensors["count"], self.reader.layer(model))
 
     def __call__(self, model: nn.Module, *, batch_norm: BatchNorm | None = None) -> Drift:

@@ -46,7 +46,7 @@ def own_text(
         samples: how many texts.
         length: tokens of each that count; a text that the model ends earlier is shorter.
         seed: of the draws. The same seed gives the same texts on machines of one kind.
-        store: a file, ``*.safetensors``, that keeps the texts.
+        store: a file, ``*.safetensors``, or its URL, that keeps the texts.
 
     Returns:
         `input_ids`, (T,) int64, and `labels`, −100 where the text's beginning was given.
@@ -86,7 +86,7 @@ def own_text(
         "length": length,
         "seed": seed,
     }
-    return _cut(keep(Path(store), identity, write)["token"], beginning, model)
+    return _cut(keep(store, identity, write)["token"], beginning, model)
 
 
 def _beginning(tokenizer: Any, model: Any) -> list[int]:

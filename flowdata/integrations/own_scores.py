@@ -62,7 +62,7 @@ def score_batches(trainer: Any, dataset: Any, collator: Any, store: str | Path |
         trainer: a Trainer on the weights, made but not trained; its `loss` is what is scored.
         dataset: what it reads, map-style.
         collator: list of samples -> batch.
-        store: the folder that keeps the losses, or None.
+        store: the folder or URL that keeps the losses, or None.
 
     Raises:
         ValueError: the collator draws at random.

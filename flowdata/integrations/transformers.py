@@ -87,8 +87,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         scores: `Scores`, or (N,) weights, of `train_dataset`; None if it carries them. ``"auto"``
             scores, before training, what the Trainer itself will feed: its tokens, its columns, its
             collator, one sample at a time (kept as `trainer.scores`).
-        store: the folder in which ``scores="auto"`` keeps its losses; it goes on there, or finds
-            them. None scores anew each time.
+        store: the folder or URL where ``scores="auto"`` keeps its losses; it goes on there, or
+            finds them. None scores anew each time.
         temperature: as in `resolve_temperature`.
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.

@@ -46,8 +46,8 @@ def compute_features(
         batch_size: samples in one forward pass.
         dtype: see `flowdata.linear_probe`.
         num_workers: as for `torch.utils.data.DataLoader`.
-        store: a file, ``*.safetensors``, that keeps the features. The same call again reads them
-            without running the body; another body, data set or dtype is refused.
+        store: a file, ``*.safetensors``, or its URL, that keeps the features. The same call again
+            reads them without running the body; another body, data set or dtype is refused.
         dataset_id: names the data set's content for `store`; None fingerprints its samples.
         progress: shows a bar.
 
@@ -99,7 +99,7 @@ def compute_features(
                 collate_fn=collate_fn,
                 dtype=name_of(body_dtype),
             )
-        tensors = keep(Path(store), identity, compute)
+        tensors = keep(store, identity, compute)
     return tensors["feature"].to(device), tensors["target"].to(device)
 
 

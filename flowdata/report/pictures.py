@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowdata.report.summary import drop_missing
+from flowdata.store.places import local_path
 from flowdata.weights import Temperature, resolve_temperature, weigh
 
 Theme = Literal["light", "dark"]
@@ -109,7 +110,7 @@ def plot_losses(losses: Tensor, path: str | Path, *, temperature: Temperature = 
         draw_losses(left, values, temperature_value)
         draw_weights(right, weigh(values, temperature_value))
         content = png(drawing)
-    path = Path(path)
+    path = local_path(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path

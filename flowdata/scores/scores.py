@@ -21,6 +21,7 @@ from flowdata.scores.shapes import check_shapes, finite_float32
 from flowdata.scores.table import part_of, row_of, to_frame, to_html
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
+from flowdata.store.places import Place, place_of
 from flowdata.targets.columns import SMALL_WHERE_EASY
 from flowdata.weights import (
     Missing,
@@ -287,18 +288,25 @@ class Scores:
         return plot_losses(self.losses, path, temperature=temperature)
 
     @classmethod
-    def load(cls, path: str | Path) -> Scores:
+    def load(cls, path: str | Place) -> Scores:
         """Return the scores kept in a store folder or a `.safetensors` file.
+
+        Args:
+            path: on a disk, or a URL (see `flowdata.store.places`).
 
         Raises:
             FileNotFoundError: nothing is there.
             ValueError: it is no finished store, or its content is damaged.
         """
-        return cls.from_tensors(*read_store(Path(path)))
+        return cls.from_tensors(*read_store(place_of(path)))
 
-    def save(self, path: str | Path) -> Path:
-        """Write the scores into a folder, or a file if the name ends in `.safetensors`."""
-        return write_store(self.to_tensors(), self.manifest(), Path(path))
+    def save(self, path: str | Place) -> Place:
+        """Write the scores into a folder, or a file if the name ends in `.safetensors`.
+
+        Args:
+            path: on a disk, or a URL (see `flowdata.store.places`).
+        """
+        return write_store(self.to_tensors(), self.manifest(), place_of(path))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> Scores:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import join, reorder, split
 from flowdata.store.parts import FinishedPacks, PartWriter, parts_of
+from flowdata.store.places import Place
 from flowdata.store.repair import read_finished_packs, repair_manifest
 
 _SECONDS_TO_SHOW = 60  # that a shared file system may take to show one host another's files
@@ -65,7 +65,7 @@ def _exchange_packs(packs: FinishedPacks, plan: Plan, ranks: Ranks) -> None:
         packs.add(dict(zip(others, cut_packs, strict=True)), skipped)
 
 
-def score_into_store(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Scores:
+def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     """Return the scores that a store has, or will have once the packs it lacks are scored.
 
     Args:
@@ -90,7 +90,7 @@ def score_into_store(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> S
     return _once_visible(lambda: Scores.load(folder), ranks) if scores is None else scores
 
 
-def _finished_scores(folder: Path, draft: Manifest) -> Scores | None:
+def _finished_scores(folder: Place, draft: Manifest) -> Scores | None:
     """The scores of a finished and whole store; None where there are none yet."""
     try:
         scores = Scores.load(folder)
@@ -102,7 +102,7 @@ def _finished_scores(folder: Path, draft: Manifest) -> Scores | None:
     return scores
 
 
-def _score_the_rest(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Scores | None:
+def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> Scores | None:
     """Score the packs that a store lacks, and finish it on rank 0, which gets the scores.
 
     Rank 0 reads the store and tells the others what is to be done; each rank writes parts of its
@@ -126,7 +126,7 @@ def _score_the_rest(folder: Path, job: Job, draft: Manifest, ranks: Ranks) -> Sc
     return scores
 
 
-def _begun_manifest(folder: Path, draft: Manifest) -> Manifest | None:
+def _begun_manifest(folder: Place, draft: Manifest) -> Manifest | None:
     begun = read_manifest(folder)
     if begun is not None:
         check_identity(begun["identity"], draft["identity"], f"the store {folder}")
@@ -134,7 +134,7 @@ def _begun_manifest(folder: Path, draft: Manifest) -> Manifest | None:
     return begun
 
 
-def _without_wrong_parts(folder: Path, begun: Manifest) -> Manifest:
+def _without_wrong_parts(folder: Place, begun: Manifest) -> Manifest:
     """Remove the parts of a run that a checked sample proved wrong; it is known once, by its name.
 
     The sample stays in the manifest, so that every later call checks it before its run.
@@ -154,7 +154,7 @@ def _without_wrong_parts(folder: Path, begun: Manifest) -> Manifest:
     return manifest
 
 
-def _begin(folder: Path, plan: Plan, manifest: Manifest) -> list[int]:
+def _begin(folder: Place, plan: Plan, manifest: Manifest) -> list[int]:
     """Write the manifest, without which parts mean nothing; return the packs that are lacking."""
     write_manifest(folder, manifest)
     packs = read_finished_packs(folder, manifest, plan.order, plan.sizes).packs
@@ -162,7 +162,7 @@ def _begin(folder: Path, plan: Plan, manifest: Manifest) -> list[int]:
 
 
 def _write_parts(
-    folder: Path,
+    folder: Place,
     job: Job,
     plan: Plan,
     manifest: Manifest,
@@ -194,7 +194,7 @@ def _write_parts(
         raise
 
 
-def _read_all_packs(folder: Path, plan: Plan, manifest: Manifest) -> FinishedPacks:
+def _read_all_packs(folder: Place, plan: Plan, manifest: Manifest) -> FinishedPacks:
     packs = read_finished_packs(folder, manifest, plan.order, plan.sizes)
     if len(packs.packs) < len(plan):
         raise StoreError(

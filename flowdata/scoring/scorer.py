@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -46,6 +45,7 @@ from flowdata.store.identity import (
     sampling_note,
     scores_identity,
 )
+from flowdata.store.places import Place, place_of
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
@@ -168,7 +168,7 @@ class LossScorer:
         dataset: Any,
         *,
         collate_fn: Collate | None = None,
-        store: str | Path | None = None,
+        store: str | Place | None = None,
         dataset_id: str | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         num_workers: int = 0,
@@ -188,8 +188,8 @@ class LossScorer:
             dataset: map-style: `__len__` and `__getitem__`.
             collate_fn: list of samples -> batch, as a DataLoader takes it; None pads token
                 samples and stacks others.
-            store: folder in which losses are kept as they are made. The same call again returns
-                them without running the model; after an interruption it goes on.
+            store: folder, or URL (s3://, gs://, hf://buckets/), where losses are kept as they are
+                made. The same call returns them without running the model, or goes on.
             dataset_id: names the data set's content; None fingerprints its samples: all of lists,
                 tensors and Hugging Face data sets, 512 of a larger one that only code can read.
             lengths: (N,) tokens in each sample; None reads them off the samples.
@@ -210,9 +210,10 @@ class LossScorer:
         with preserved_rng(), ranks.failing_together():
             check_call(dataset, collate_fn, on_error)
             skip = on_error == "skip"
+            place = None if store is None else place_of(store)
             self._is_shown = self.progress and ranks.is_first
             readable = Readable(dataset, skip=skip)
-            job = self._job(readable, collate_fn, lengths, num_workers, store, dataset_id)
+            job = self._job(readable, collate_fn, lengths, num_workers, place, dataset_id)
             remark_on_random_samples(dataset, dataset_id, skip_unreadable=skip)
             if dataset_id is None:
                 fields = fields_given(self.model, dataset, collate_fn, job.loss)
@@ -222,10 +223,10 @@ class LossScorer:
             draft = make_manifest(identity, {}, details or {})
             check_same_call(ranks, draft["identity"], has_store=store is not None)
             try:
-                if store is None:
+                if place is None:
                     scores = score_in_memory(job, draft, ranks)
                 else:
-                    scores = score_into_store(Path(store), job, draft, ranks)
+                    scores = score_into_store(place, job, draft, ranks)
             except DisagreementError as error:
                 self._suspects = (*self._suspects, error.sample)
                 raise
@@ -238,7 +239,7 @@ class LossScorer:
         collate_fn: Collate | None,
         lengths: Any,
         num_workers: int,
-        store: str | Path | None = None,
+        store: Place | None = None,
         dataset_id: str | None = None,
     ) -> Job:
         check_batch_norm(self.model)
@@ -274,7 +275,7 @@ class LossScorer:
         dataset: Any,
         first: Any,
         collate_fn: Collate | None,
-        store: str | Path | None,
+        store: Place | None,
         dataset_id: str | None,
     ) -> str | LossFunction:
         """The loss that the user named; for "auto" that which equals the model's own.
@@ -286,7 +287,7 @@ class LossScorer:
             return self.loss
         if collate_fn is None:
             check_stackable(first)
-        begun = None if store is None else read_manifest(Path(store))
+        begun = None if store is None else read_manifest(store)
         if begun is not None:
             model, loss = (str(begun["identity"].get(name)) for name in ("model", "loss"))
             if loss in LOSSES and is_model_identity(model, self._model_identity(fresh=True)):
@@ -330,9 +331,8 @@ class LossScorer:
 
         PyTorch counts the writes to each tensor. Unless the fingerprint has to be `fresh`, the last
         one is returned where no count has risen and no tensor lies elsewhere since. This spares
-        streams, which score one window after another, a pass over all parameters for each. A store
-        outlives the process, so its fingerprint is taken afresh: writes through `tensor.data` are
-        not counted.
+        streams a pass over all parameters for each window. A store outlives the process, so its
+        fingerprint is taken afresh: writes through `tensor.data` are not counted.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         # Writes to tensors of inference mode, and to those inside a quantised one, aren't counted.

@@ -2,6 +2,8 @@
 
 format.py     the specification; files and manifests written and read
 folder.py     the folder as a whole: read, written, finished, locked
+places.py     where it lies: on a disk or on object storage
+remote.py     objects of object storage, with the words of paths
 identity.py   what must agree for losses to be reused
 fingerprint/  digests of models, data sets and functions, of which identities are made
 packs.py      the samples of one pack in the columns of all

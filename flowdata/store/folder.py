@@ -1,4 +1,4 @@
-"""The folder of a store: its checks, reading, writing, finishing and locking.
+"""The folder of a store, on a disk or at a URL: its checks, reading, writing and locking.
 
 format.py specifies what lies in it.
 """
@@ -29,11 +29,12 @@ from flowdata.store.format import (
 from flowdata.store.lock import lock
 from flowdata.store.packs import Columns, checksums, reorder
 from flowdata.store.parts import PARTS, parts_of
+from flowdata.store.places import Place, check_takes_parts, names_in
 
 SCORES, LOCK = "scores.safetensors", ".lock"
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Place) -> Manifest | None:
     """Return the manifest of a store, None for a folder that is empty or not there yet.
 
     Raises:
@@ -55,7 +56,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     return None
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Place) -> None:
     """Raise StoreError unless a store is at `folder`, or could be begun there.
 
     A folder that holds other things is refused, so that no file of the user's is ever mixed with,
@@ -66,7 +67,7 @@ def check_folder(folder: Path) -> None:
             raise StoreError(f"{path} is a file; a store is a folder: pass another path")
     if (folder / PARTS).is_symlink():
         raise StoreError(f"{folder / PARTS} is a link: a store keeps its parts in itself")
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = names_in(folder)
     # A process that was killed before it wrote a manifest may have left a lock and drafts.
     leftovers = (LOCK, f".{SCORES}", f".{MANIFEST}")
     contents = [name for name in names if not name.startswith(leftovers)]
@@ -78,7 +79,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def read_store(path: Path) -> tuple[Columns, Manifest]:
+def read_store(path: Place) -> tuple[Columns, Manifest]:
     """Return the tensors and the manifest of a finished store, or of one file of scores.
 
     Raises:
@@ -102,7 +103,7 @@ def read_store(path: Path) -> tuple[Columns, Manifest]:
     return tensors, manifest
 
 
-def _check_shapes(tensors: Columns, file: Path) -> None:
+def _check_shapes(tensors: Columns, file: Place) -> None:
     """Refuse tensors that are not one value for each sample, or one for each target."""
     shape, count = tuple(tensors["loss"].shape), tensors["count"]
     if len(shape) != 1 or shape[0] == 0 or count.dtype != torch.int64:
@@ -119,7 +120,7 @@ def _check_shapes(tensors: Columns, file: Path) -> None:
             )
 
 
-def write_store(tensors: Columns, manifest: Manifest, path: Path) -> Path:
+def write_store(tensors: Columns, manifest: Manifest, path: Place) -> Place:
     """Write tensors as a finished store, or as one file if `path` ends in `.safetensors`.
 
     Args:
@@ -146,7 +147,7 @@ def write_store(tensors: Columns, manifest: Manifest, path: Path) -> Path:
 
 
 def finish(
-    folder: Path, tensors: Columns, manifest: Manifest, order: Tensor, sizes: Tensor
+    folder: Place, tensors: Columns, manifest: Manifest, order: Tensor, sizes: Tensor
 ) -> None:
     """Write the complete tensors, then remove the parts they were merged from.
 
@@ -169,7 +170,7 @@ def finish(
         (folder / PARTS).rmdir()
 
 
-def update_details(folder: Path, details: Mapping[str, Any]) -> None:
+def update_details(folder: Place, details: Mapping[str, Any]) -> None:
     """Replace the notes for readers in a finished store, if they differ; all else stays."""
     tensors, manifest = read_file(folder / SCORES)
     as_read = make_manifest({}, {}, details)["details"]
@@ -183,16 +184,21 @@ def update_details(folder: Path, details: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Place) -> Iterator[None]:
     """Hold the store's lock for a block.
 
     Drafts that a killed process left half written are removed first: under the lock nobody else
     writes.
+
+    Raises:
+        StoreError: other things are there, or the place can't take parts.
     """
+    check_takes_parts(folder)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / LOCK, what=f"scoring into {folder}"):
-        for name in (f".{SCORES}.*", f".{MANIFEST}.*", f"{PARTS}/.*.safetensors.*"):
-            for draft in folder.glob(name):
-                draft.unlink(missing_ok=True)
+        if isinstance(folder, Path):  # object storage has no drafts
+            for name in (f".{SCORES}.*", f".{MANIFEST}.*", f"{PARTS}/.*.safetensors.*"):
+                for draft in folder.glob(name):
+                    draft.unlink(missing_ok=True)
         yield

@@ -42,14 +42,22 @@ JSON of the others. manifest.json holds the same, indented.
     layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
                scores.safetensors, bytes counted from the file's beginning
 
+**Where.** A store is a folder, or a URL on object storage: ``s3://bucket/scores``, ``gs://…``,
+``hf://buckets/owner/name/…`` (places.py). The objects are the files above, by the same names and
+with the same bytes, so that copying them makes one of the other. Parts are put there as they are
+done, each whole, which lets ranks on machines without a shared folder share a job; the lock is an
+object too (lock.py). A repository of the Hub, ``hf://owner/name``, where each write is a commit,
+takes finished scores alone.
+
 **What survives what.** The *store digest*, SHA-256 over format, identity and plan, says what
-belongs together. Every file is written under another name, synced and renamed, so a reader sees
-all of it or nothing. A part that is torn, truncated, changed, duplicated or foreign is left out,
-with a warning, and only its packs are scored again. A lost manifest.json is taken from any whole
-file. Of a damaged scores.safetensors those packs are kept whose `pack_checksum` agrees: the first
-8 bytes, little-endian, of BLAKE2b keyed with the store digest over the pack's number (8 bytes,
-little-endian) and the bytes of its samples' values, column by column in name order. The plan says
-which samples a pack has. Files are data: nothing in them is run, no name in them is a path.
+belongs together. Every file is written under another name, synced and renamed, or put as one
+object, so a reader sees all of it or nothing. A part that is torn, truncated, changed, duplicated
+or foreign is left out, with a warning, and only its packs are scored again. A lost manifest.json is
+taken from any whole file. Of a damaged scores.safetensors those packs are kept whose
+`pack_checksum` agrees: the first 8 bytes, little-endian, of BLAKE2b keyed with the store digest
+over the pack's number (8 bytes, little-endian) and the bytes of its samples' values, column by
+column in name order. The plan says which samples a pack has. Files are data: nothing in them is
+run, no name in them is a path.
 """
 
 from __future__ import annotations
@@ -57,17 +65,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
-from flowdata._common.atomic import replacing
 from flowdata._common.excerpts import excerpt_of
 from flowdata._version import __version__
 from flowdata.errors import StoreError
 from flowdata.store.packs import Columns, octets
+from flowdata.store.places import Place, beginning_of, local_copy, write_whole
 
 FORMAT, MANIFEST = 2, "manifest.json"
 FIELDS = ("identity", "plan", "details", "skipped")  # the manifest's fields that are objects
@@ -142,10 +149,10 @@ def skipped_in(manifest: Manifest) -> dict[int, str]:
     return {int(index): reason for index, reason in manifest["skipped"].items()}
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Place, manifest: Manifest) -> None:
     """Write manifest.json, whole or not at all."""
-    with replacing(folder / MANIFEST) as file:
-        file.write(json.dumps(_signed(manifest), indent=1, sort_keys=True).encode())
+    content = json.dumps(_signed(manifest), indent=1, sort_keys=True).encode()
+    write_whole(folder / MANIFEST, content)
 
 
 def store_digest(manifest: Manifest) -> str:
@@ -154,13 +161,12 @@ def store_digest(manifest: Manifest) -> str:
     return hashlib.sha256(_canonical(fields)).hexdigest()
 
 
-def write_file(path: Path, tensors: Columns, manifest: Manifest) -> None:
+def write_file(path: Place, tensors: Columns, manifest: Manifest) -> None:
     """Write tensors and manifest as one safetensors file, checksummed, whole or not at all."""
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as file:
-        file.write(save(tensors, {"flowdata": _metadata(tensors, manifest)}))
+    write_whole(path, save(tensors, {"flowdata": _metadata(tensors, manifest)}))
 
 
 def _metadata(tensors: Columns, manifest: Manifest) -> str:
@@ -168,7 +174,7 @@ def _metadata(tensors: Columns, manifest: Manifest) -> str:
     return _canonical({"manifest": signed, "content": _content(tensors, signed)}).decode()
 
 
-def read_file(path: Path) -> tuple[Columns, Manifest]:
+def read_file(path: Place) -> tuple[Columns, Manifest]:
     """Return a file's tensors and manifest, both verified by checksums.
 
     Raises:
@@ -177,7 +183,7 @@ def read_file(path: Path) -> tuple[Columns, Manifest]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with local_copy(path) as copy, safe_open(str(copy), framework="pt") as file:
             text = (file.metadata() or {}).get("flowdata", "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError, ValueError, KeyError, RuntimeError) as error:
@@ -188,7 +194,7 @@ def read_file(path: Path) -> tuple[Columns, Manifest]:
     return tensors, manifest
 
 
-def _parse_metadata(text: str, path: Path) -> tuple[Manifest, Any]:
+def _parse_metadata(text: str, path: Place) -> tuple[Manifest, Any]:
     """The manifest in a safetensors file's header, verified, and the checksum of the file."""
     metadata = _parse_json(text, path)
     if isinstance(metadata, dict) and "manifest" in metadata:
@@ -199,7 +205,7 @@ def _parse_metadata(text: str, path: Path) -> tuple[Manifest, Any]:
     return _verify(metadata if is_format_1 else None, path), None
 
 
-def _parse_json(text: str | bytes, path: Path) -> Any:
+def _parse_json(text: str | bytes, path: Place) -> Any:
     if not text:
         raise StoreError(f"{path} was not written by flowdata, or is damaged: it holds no manifest")
     try:
@@ -208,7 +214,7 @@ def _parse_json(text: str | bytes, path: Path) -> Any:
         raise StoreError(f"{path} is damaged: {error}") from None
 
 
-def _verify(parsed: Any, path: Path) -> Manifest:
+def _verify(parsed: Any, path: Place) -> Manifest:
     """A signed manifest without its checksum, once that and the fields' types are verified."""
     if not isinstance(parsed, dict) or "format" not in parsed:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
@@ -241,7 +247,7 @@ def _content(tensors: Mapping[str, Tensor], signed: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def manifest_in(file: Path) -> Manifest:
+def manifest_in(file: Place) -> Manifest:
     """Return the manifest in manifest.json or in a safetensors file's header.
 
     The manifest is verified, the tensors beside it are not read.
@@ -255,7 +261,7 @@ def manifest_in(file: Path) -> Manifest:
     return _parse_metadata(str(metadata.get("flowdata", "")), file)[0]
 
 
-def layout_of(file: Path) -> dict[str, list[Any]]:
+def layout_of(file: Place) -> dict[str, list[Any]]:
     """Return where the tensors of a safetensors file lie: dtype, first byte and end of each.
 
     Raises:
@@ -272,23 +278,22 @@ def layout_of(file: Path) -> dict[str, list[Any]]:
         raise StoreError(f"{file} is damaged: its header tells of no tensors") from error
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
+def _header(path: Place) -> tuple[int, dict[str, Any]]:
     """The byte at which a safetensors file's tensors begin, and what its header says.
 
     | length: 8 bytes | header: JSON of so many bytes | the tensors' bytes … |
                                                       ^ begin, from which data_offsets count
     """
-    with path.open("rb") as file:
-        # A damaged length may be any number: no more is read than the file holds.
-        length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-        content = file.read(length)
+    # A damaged length may be any number: no more is read than the file holds.
+    length = int.from_bytes(beginning_of(path, 8), "little")
+    content = beginning_of(path, 8 + length)[8:]
     try:
         header = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: its header is {error}") from None
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise StoreError(f"{path} is damaged: its header should be an object")
-    return 8 + length, header
+    return 8 + len(content), header
 
 
 def tensors_at(content: bytes, layout: Mapping[str, Any]) -> Columns:

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from flowdata.store.format import make_manifest, read_file, write_file
 from flowdata.store.identity import check_identity
+from flowdata.store.places import place_of
 
 _REMEDY = "Name another file, or delete this one if what it keeps is unwanted"
 
 
 def keep(
-    file: Path, identity: dict[str, Any], make: Callable[[], Mapping[str, Tensor]]
+    store: str | Path, identity: dict[str, Any], make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
     """Return tensors by name from their file, or make them and write the file.
 
     Args:
-        file: ``*.safetensors``.
+        store: the file, ``*.safetensors``, by its path or its URL.
         identity: what the tensors depend on, JSON-like.
         make: called if there is no file.
 
@@ -28,6 +29,7 @@ def keep(
         ValueError: the file has another ending.
         ScoreMismatchError: the file's tensors have another identity.
     """
+    file = place_of(store)
     if file.suffix != ".safetensors":
         raise ValueError(f"store must name a file *.safetensors, got {str(file)!r}")
     if file.exists():

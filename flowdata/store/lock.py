@@ -1,4 +1,4 @@
-"""A lock that one process holds on a folder, on one host or over a shared file system.
+"""A lock that one process holds on a store: on one host, over a shared file system, or at a URL.
 
     1. Take     create the lock file with O_EXCL, which succeeds for one process alone; write the
                 holder into it. NFS honours O_EXCL, flock it may not.
@@ -14,6 +14,12 @@
 A process that was stopped for `STALE` seconds loses its lock although it goes on later. Two
 processes then do the same work. That costs time and nothing else, because files are replaced whole
 and hold the same content whoever writes them.
+
+**On object storage** the lock is an object. Creating it is a conditional write, which succeeds for
+one process alone (S3, GCS; the Hub has none, so two that begin at once may both take the lock).
+Touching is writing the same content again, which renews the time that the storage notes. There is
+no renaming, so breaking is a look and a removal: two processes that wait for the same stale lock
+may both take it, if one looks just before the other removes. Both times the two do the same work.
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ from time import monotonic, sleep
 from typing import Any
 
 from flowdata._common.notices import logger
+from flowdata.store.places import Place
+from flowdata.store.remote import RemotePath
 
 # Seconds. A shared file system may show a touch to other hosts a minute late, so a lock counts as
 # stale only some beats after that.
@@ -41,7 +49,7 @@ _Sighting = tuple[bytes, int]  # a lock's content, and when it was last touched,
 
 
 @contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
+def lock(path: Place, what: str) -> Iterator[None]:
     """Hold the lock file `path` for a block; wait, and say so, while another process has it.
 
     Args:
@@ -57,19 +65,19 @@ def lock(path: Path, what: str) -> Iterator[None]:
     content = json.dumps(holder).encode()
     _wait_for(path, content, what)
     released = threading.Event()
-    beats = threading.Thread(target=_beat, args=(path, released), daemon=True)
+    beats = threading.Thread(target=_beat, args=(path, content, released), daemon=True)
     beats.start()
     try:
         yield
     finally:
         released.set()
         beats.join()
-        sighting = _look(path)
-        if sighting is not None and sighting[0] == content:
-            path.unlink(missing_ok=True)
+        with suppress(ConnectionError):  # the storage is out of reach: the lock is stale soon
+            if _holds(path, content):
+                path.unlink(missing_ok=True)
 
 
-def _wait_for(path: Path, content: bytes, what: str) -> None:
+def _wait_for(path: Place, content: bytes, what: str) -> None:
     """Create the lock file with this content, as soon as no other process has it."""
     has_spoken, unchanged_since = False, monotonic()
     last_sighting: _Sighting | None = None
@@ -89,8 +97,10 @@ def _wait_for(path: Path, content: bytes, what: str) -> None:
         sleep(_POLL)
 
 
-def _create(path: Path, content: bytes) -> bool:
+def _create(path: Place, content: bytes) -> bool:
     """Create the lock file; False if it is there already."""
+    if isinstance(path, RemotePath):
+        return path.create(content)
     try:
         with path.open("xb") as file:
             file.write(content)
@@ -99,20 +109,26 @@ def _create(path: Path, content: bytes) -> bool:
     return True
 
 
-def _look(path: Path) -> _Sighting | None:
+def _look(path: Place) -> _Sighting | None:
     try:
+        if isinstance(path, RemotePath):
+            return path.beginning(_MOST_BYTES), path.modified()
         with path.open("rb") as file:  # opening makes NFS ask its server anew
             return file.read(_MOST_BYTES), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
 
 
-def _break(path: Path, stale: bytes) -> None:
+def _break(path: Place, stale: bytes) -> None:
     """Take a stale lock away; put it back if it is a fresh one by now.
 
     Deleting it would not do: between the look and the deletion another process may break the
     stale lock and take a fresh one, which would then be deleted.
     """
+    if isinstance(path, RemotePath):
+        if _holds(path, stale):
+            path.unlink(missing_ok=True)
+        return
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):  # another process was faster
         path.rename(aside)
@@ -122,10 +138,19 @@ def _break(path: Path, stale: bytes) -> None:
         aside.unlink()
 
 
-def _beat(path: Path, released: threading.Event) -> None:
+def _holds(path: Place, content: bytes) -> bool:
+    """Whether the lock is the one with this content."""
+    sighting = _look(path)
+    return sighting is not None and sighting[0] == content
+
+
+def _beat(path: Place, content: bytes, released: threading.Event) -> None:
     while not released.wait(BEAT):
         with suppress(OSError):
-            os.utime(path)
+            if not isinstance(path, RemotePath):
+                os.utime(path)
+            elif _holds(path, content):
+                path.write(content)
 
 
 def _is_gone(content: bytes) -> bool:

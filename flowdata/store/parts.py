@@ -14,7 +14,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
 from types import TracebackType
 
@@ -25,6 +24,7 @@ from flowdata._common.notices import logger
 from flowdata.errors import StoreError
 from flowdata.store.format import Manifest, read_file, skipped_in, store_digest, write_file
 from flowdata.store.packs import Columns, join, split
+from flowdata.store.places import Place, files_in
 
 PARTS = "parts"
 
@@ -62,7 +62,7 @@ class PartWriter:
         manifest: its manifest, already written.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Place, manifest: Manifest) -> None:
         self.parts = folder / PARTS
         self.parts.mkdir(exist_ok=True)
         self.manifest = manifest
@@ -108,13 +108,14 @@ class PartWriter:
             logger.warning("the last %d packs could not be kept: %s", count, write_error)
 
 
-def parts_of(folder: Path) -> list[Path]:
+def parts_of(folder: Place) -> list[Place]:
     """Return the files of a store's parts; drafts, whose names begin with a dot, are none."""
-    return [file for file in sorted((folder / PARTS).glob("[!.]*.safetensors")) if file.is_file()]
+    files = files_in(folder / PARTS)
+    return [file for file in files if file.suffix == ".safetensors" and file.name[0] != "."]
 
 
 def packs_of_part(
-    file: Path, store: str, sizes: Tensor
+    file: Place, store: str, sizes: Tensor
 ) -> tuple[dict[int, Columns], dict[int, str]]:
     """Return a part's packs by number, and why samples of them were skipped, by index.
 
@@ -142,7 +143,7 @@ def packs_of_part(
     return dict(zip(packs.tolist(), columns, strict=True)), skipped_in(manifest)
 
 
-def _check_columns(columns: Columns, samples: int, file: Path) -> None:
+def _check_columns(columns: Columns, samples: int, file: Place) -> None:
     """Refuse columns that are not one value for each sample, or one for each target."""
     targets = int(columns["count"].sum())
     for name, values in columns.items():

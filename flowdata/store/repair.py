@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -22,9 +20,10 @@ from flowdata.store.format import (
 )
 from flowdata.store.packs import Columns, checksums, places, reorder, split
 from flowdata.store.parts import FinishedPacks, packs_of_part, parts_of
+from flowdata.store.places import Place
 
 
-def repair_manifest(folder: Path) -> None:
+def repair_manifest(folder: Place) -> None:
     """Write manifest.json anew from a whole scores.safetensors if it is missing or damaged."""
     try:
         manifest_in(folder / MANIFEST)
@@ -34,7 +33,7 @@ def repair_manifest(folder: Path) -> None:
 
 
 def read_finished_packs(
-    folder: Path, manifest: Manifest, order: Tensor, sizes: Tensor
+    folder: Place, manifest: Manifest, order: Tensor, sizes: Tensor
 ) -> FinishedPacks:
     """Return every pack that earlier runs finished and that can be trusted.
 
@@ -48,6 +47,8 @@ def read_finished_packs(
     for file in parts_of(folder):
         try:
             finished_packs.add(*packs_of_part(file, store_digest(manifest), sizes))
+        except ConnectionError:  # of object storage: the part may well be whole
+            raise
         except (StoreError, OSError) as error:
             logger.warning("%s; what it held is scored again", error)
     file = folder / SCORES
@@ -59,7 +60,7 @@ def read_finished_packs(
 
 
 def _whole_packs(
-    file: Path, manifest: Manifest, order: Tensor, sizes: Tensor
+    file: Place, manifest: Manifest, order: Tensor, sizes: Tensor
 ) -> dict[int, Columns]:
     """The packs of a damaged scores.safetensors whose checksum agrees.
 
@@ -70,6 +71,8 @@ def _whole_packs(
     try:
         # The header may be what is damaged, so manifest.json says once more where tensors lie.
         tensors = tensors_at(file.read_bytes(), manifest.get("layout") or layout_of(file))
+    except ConnectionError:
+        raise
     except (StoreError, OSError):
         return {}
     stored_sums = tensors.pop("pack_checksum", torch.empty(0))

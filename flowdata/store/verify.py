@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from flowdata.errors import StoreError
 from flowdata.store.folder import SCORES, check_folder, read_manifest, read_store
 from flowdata.store.format import MANIFEST, manifest_in, read_file, store_digest
-from flowdata.store.parts import parts_of
+from flowdata.store.parts import PARTS, parts_of
+from flowdata.store.places import Place
 
 _WHOLE = "whole"
 
 
-def verify_store(folder: Path) -> dict[str, str]:
+def verify_store(folder: Place) -> dict[str, str]:
     """Return, for each file of a store by its name, ``"whole"`` or what is wrong with it.
 
     Raises:
@@ -29,13 +29,13 @@ def verify_store(folder: Path) -> dict[str, str]:
     if (folder / MANIFEST).exists():
         states[MANIFEST] = _state_of_manifest(folder / MANIFEST, folder / SCORES)
     for part in parts_of(folder):
-        states[str(part.relative_to(folder))] = _state_of_part(part, folder)
+        states[f"{PARTS}/{part.name}"] = _state_of_part(part, folder)
     if SCORES not in states:
         states[SCORES] = "not there yet: scoring is not finished" if states else "not there"
     return states
 
 
-def _state_of_scores(file: Path) -> str:
+def _state_of_scores(file: Place) -> str:
     try:
         read_store(file)
     except (StoreError, OSError) as error:
@@ -43,7 +43,7 @@ def _state_of_scores(file: Path) -> str:
     return _WHOLE
 
 
-def _state_of_manifest(file: Path, scores: Path) -> str:
+def _state_of_manifest(file: Place, scores: Place) -> str:
     try:
         identity = manifest_in(file)["identity"]
     except (StoreError, OSError) as error:
@@ -53,7 +53,7 @@ def _state_of_manifest(file: Path, scores: Path) -> str:
     return _WHOLE
 
 
-def _identity_of_scores(file: Path) -> Any:
+def _identity_of_scores(file: Place) -> Any:
     """The identity that a file of scores tells; None if it is damaged or not there."""
     try:
         return manifest_in(file)["identity"]
@@ -61,7 +61,7 @@ def _identity_of_scores(file: Path) -> Any:
         return None
 
 
-def _state_of_part(file: Path, folder: Path) -> str:
+def _state_of_part(file: Place, folder: Place) -> str:
     try:
         manifest = read_file(file)[1]
         if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):

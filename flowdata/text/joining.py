@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ from torch import Tensor
 from flowdata.errors import ScoreMismatchError
 from flowdata.scores import Scores
 from flowdata.store.folder import read_manifest
+from flowdata.store.places import Place
 from flowdata.text.tokens import TokenSamples
 
 REPLIES = "replies"  # the folder within a store that has the samples' own store
 
 
-def check_can_join(samples: TokenSamples, columns: Sequence[str], store: Path) -> None:
+def check_can_join(samples: TokenSamples, columns: Sequence[str], store: Place) -> None:
     """Check, before hours of scoring, that rows can have one score each in the end.
 
     Raises:

@@ -12,12 +12,13 @@ from flowdata.cli.output import list_figures, print_result
 from flowdata.drift.comparing import compare
 from flowdata.report.report import write_report
 from flowdata.scores import Scores
+from flowdata.store.places import local_path
 from flowdata.text.row_texts import read_rows_of, row_targets, row_texts
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    parser.add_argument("store", help="folder with finished scores")
+    parser.add_argument("store", help="folder or URL with finished scores")
     parser.add_argument(
         "--after",
         metavar="STORE",
@@ -33,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write a store's report: a verdict, pictures, what is odd, and a table of all samples."""
     scores = Scores.load(options.store)
-    folder = Path(options.output or Path(options.store) / REPORT)
+    folder = local_path(options.output or f"{options.store}/{REPORT}", "--output")
     if options.after is not None:
         return _compare(options, scores, folder)
     rows = read_rows_of(scores)

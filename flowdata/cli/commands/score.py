@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from flowdata._common.notices import is_first_rank, say
@@ -24,6 +23,7 @@ from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import SCORES, update_details
 from flowdata.store.format import write_file
+from flowdata.store.places import place_of
 from flowdata.text.joining import REPLIES, check_can_join, join_replies
 from flowdata.text.models import load_model
 from flowdata.text.tokens import TokenSamples
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="hub id, folder, or GGUF file or folder")
     add("data", help="file, folder or pattern of files, saved data set, or hub id")
-    add("--store", default="scores", help="folder for the losses (default: %(default)s)")
+    add("--store", default="scores", help="folder or URL for the losses (default: %(default)s)")
     add("--overwrite", action="store_true", help="remove the losses that the folder keeps, first")
     add("--preview", action="store_true", help="print what is recognised in the data, and stop")
     add_text_options(parser)
@@ -71,9 +71,9 @@ def run(options: argparse.Namespace) -> int:
         if is_first_rank():  # all ranks have all scores; one tells of them
             if samples.is_split:
                 scores = join_replies(scores, samples.rows)
-                write_file(Path(options.store) / SCORES, scores.to_tensors(), scores.manifest())
+                write_file(place_of(options.store) / SCORES, scores.to_tensors(), scores.manifest())
             # Losses that were there may be of another file with the same rows.
-            update_details(Path(options.store), details)
+            update_details(place_of(options.store), details)
             _print_scores(options, scores, explanation, cuts_of(samples))
     return DONE
 
@@ -82,7 +82,7 @@ def _scores(
     options: argparse.Namespace, samples: TokenSamples, details: dict[str, Any], device: str | None
 ) -> tuple[Scores, str]:
     """The samples' scores, and how they were made."""
-    store = Path(options.store)
+    store = place_of(options.store)
     if options.overwrite:
         remove_store(store)
         remove_store(store / REPLIES)

@@ -16,6 +16,7 @@ from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.weighing import Weighing
 from flowdata.scores import Scores
 from flowdata.scores.matching import rows_identity
+from flowdata.store.places import local_path
 from flowdata.text.files.places import hub_id
 from flowdata.text.files.writing import check_output
 from flowdata.text.formats import Fields
@@ -28,7 +29,7 @@ _NULL = "get null for a weight, which no trainer should meet (--missing drop lea
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     add = parser.add_argument
-    add("store", help="folder with finished scores of `flowdata score`")
+    add("store", help="folder or URL with finished scores of `flowdata score`")
     add("--output", required=True, type=Path, metavar="FILE", help=".jsonl, .parquet, or a folder")
     add("--overwrite", action="store_true", help="replace what is at the output's place")
     add("--data", help="where the data is now (default: where it was scored)")
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     check_temperature(options.temperature)
     if options.keep_above is not None and isnan(options.keep_above):
         raise ValueError("--keep-above should be a weight, it is nan")
-    check_output(options.output, overwrite=options.overwrite)
+    check_output(local_path(options.output, "--output"), overwrite=options.overwrite)
     scores = Scores.load(options.store)
     data = _data_of(scores, options.store)
     source = options.data or data["source"]
