@@ -2,9 +2,8 @@
 
     python -m examples.site.pictures
 
-The network of examples/custom_loop.py, which knows upright digits, gets a new output layer for turned
-ones, as the recipe says; the pictures show the losses that this gives, and are written beside the
-guides.
+The network of examples/custom_loop.py knows upright digits. It gets a new output layer for turned
+ones, as the paper's recipe says. The pictures show the losses that this gives.
 """
 
 from __future__ import annotations
