@@ -11,6 +11,7 @@ REPLACEMENTS = (
     (r"^Example:$", "Examples:"),
     (r"^Raises \(when called\):$", "Raises:"),
     (r"::$", ":"),  # before an indented block, which Markdown takes for code without a second colon
+    (r"^( *\w+: )>=", r"\1≥"),  # which would begin a quotation
     # A table of reStructuredText is set as it stands.
     (r"(?ms)^(={4,}[ =]*\n.*^={4,}[ =]*)$", r"```text\n\1\n```"),
 )
