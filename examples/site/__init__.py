@@ -1,0 +1,1 @@
+"""The site of guides and reference: its configuration, its pictures and its links."""
