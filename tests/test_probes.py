@@ -60,6 +60,15 @@ def test_texts_begin_where_a_users_words_would_and_end_where_the_model_ends_them
     assert any(len(t["input_ids"]) < 32 for t in texts)
 
 
+def test_texts_of_a_chat_model_begin_as_any_text_where_that_is_asked_for(tmp_path):
+    model, file = tiny_llama(), tmp_path / "texts.safetensors"
+    options = {"samples": 5, "length": 9, "store": file}
+    texts = own_text(model, Tokenizer("a template"), template=False, **options)
+    assert same(texts, own_text(model, Tokenizer(), samples=5, length=9))
+    with pytest.raises(ScoreMismatchError):
+        own_text(model, Tokenizer("a template"), **options)
+
+
 def test_the_same_seed_gives_the_same_texts_and_touches_nothing(tmp_path):
     model = tiny_llama().train()
     state, file = torch.get_rng_state(), tmp_path / "texts.safetensors"

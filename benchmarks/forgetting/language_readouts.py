@@ -38,14 +38,13 @@ class DriftReadout:
     """
 
     def __init__(self, model: Any, tokenizer: Any, samples: int, folder: Path) -> None:
-        # Without a chat template a text begins with the token that begins any text.
-        plain_tokenizer = copy.copy(tokenizer)
-        plain_tokenizer.chat_template = None
-        kinds = {OWN_TEXT: (tokenizer, samples), AFTER_BOS: (plain_tokenizer, -(-samples // 2))}
+        kinds = {OWN_TEXT: (True, samples), AFTER_BOS: (False, -(-samples // 2))}
         self.meters, self.counts = {}, {}
-        for name, (each, number) in kinds.items():
+        for name, (template, number) in kinds.items():
             file = folder / f"{name.replace(' ', '_')}.safetensors"
-            probe = own_text(model, each, number, _TOKENS_OF_OWN_TEXT, store=file)
+            probe = own_text(
+                model, tokenizer, number, _TOKENS_OF_OWN_TEXT, template=template, store=file
+            )
             self.meters[name] = DriftMeter(model, probe)
             self.counts[name] = torch.tensor(
                 [int((sample["labels"] != IGNORE_INDEX).sum()) for sample in probe]

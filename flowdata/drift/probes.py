@@ -31,6 +31,7 @@ def own_text(
     length: int = 128,
     seed: int = 0,
     *,
+    template: bool = True,
     store: str | Path | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return texts that a language model writes itself, as samples for a `DriftMeter`.
@@ -46,6 +47,9 @@ def own_text(
         samples: how many texts.
         length: tokens of each that count; a text that the model ends earlier is shorter.
         seed: of the draws. The same seed gives the same texts on machines of one kind.
+        template: False lets all texts begin with the token that begins any text. Of a chat model
+            that was tuned on problems these told a little better what it forgot of other text
+            (benchmarks/results/drift/forgetting_drift_language.md).
         store: a file, ``*.safetensors``, or its URL, that keeps the texts.
 
     Returns:
@@ -70,7 +74,7 @@ def own_text(
             f"own_text needs a model that goes on with a text, and {type(model).__name__} answers "
             "one; pass other samples as the probe, such as the new task's"
         )
-    beginning = torch.tensor(_beginning(tokenizer, model), dtype=torch.long)
+    beginning = torch.tensor(_beginning(tokenizer, model, template), dtype=torch.long)
     _check_positions(model, len(beginning), length)
 
     def write() -> dict[str, Tensor]:
@@ -89,9 +93,9 @@ def own_text(
     return _cut(keep(store, identity, write)["token"], beginning, model)
 
 
-def _beginning(tokenizer: Any, model: Any) -> list[int]:
+def _beginning(tokenizer: Any, model: Any, template: bool) -> list[int]:
     """The tokens with which all texts begin, at least one."""
-    if getattr(tokenizer, "chat_template", None):
+    if template and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": _USER_WORDS}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         before, words, _ = text.partition(_USER_WORDS)
