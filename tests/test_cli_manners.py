@@ -350,7 +350,7 @@ HONEY = [{"prompt": "What do bees make?", "completion": "Honey; a lot"}]
         ("bar.csv", b"sep=|\nprompt|completion\nWhat do bees make?|Honey; a lot\n"),
         ("windows.jsonl", json.dumps(HONEY[0]).encode() + b"\r\n"),
         ("held.json", json.dumps({"version": 1, "data": HONEY}, indent=1).encode()),
-        ("lines.jsonl.gz", gzip.compress(json.dumps(HONEY[0]).encode())),
+        ("lines.jsonl.gz", gzip.compress(json.dumps(HONEY[0]).encode(), mtime=0)),
     ],
 )
 def test_files_as_people_have_them_are_scored_from_the_command_line(
