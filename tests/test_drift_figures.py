@@ -1,4 +1,4 @@
-"""The figures of benchmarks/README.md on drift are those of the pages that were made of the runs."""
+"""What benchmarks/README.md says of drift is what the pages say that were made of the runs."""
 
 import json
 import re
