@@ -63,6 +63,7 @@ def test_auto_says_what_it_takes_scores_for(caplog):
 
 def test_what_was_taken_for_what_is_printed_where_no_logging_is_set_up(capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flowdata"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("flowdata"), "handlers", [])
     rank([("a", 0.5, drift())])
     assert "flowdata: validation scores are taken for losses in nats" in capsys.readouterr().err
 

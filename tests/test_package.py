@@ -108,7 +108,8 @@ def test_pages_name_only_files_and_commands_that_exist(page):
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
     scripts = re.findall(r"`(\w+\.py)`", text.partition("| loop | file |")[2].partition("\n\n")[0])
-    scripts += [f"{name}.py" for name in re.findall(r"-m examples\.(\w+)", text)]
+    modules = re.findall(r"-m examples\.([\w.]+)", text)
+    scripts += [f"{name.replace('.', '/')}.py" for name in modules]
     assert [script for script in scripts if not (ROOT / "examples" / script).exists()] == []
     commands = set(re.findall(r"^flowdata (\w+)|-m flowdata (\w+)|`flowdata (\w+)`", text, re.M))
     assert {name for names in commands for name in names if name} <= set(COMMANDS)

@@ -265,6 +265,7 @@ def test_the_rooms_example_runs_as_it_stands(tmp_path, monkeypatch):
     names = {
         "pretrained": model,
         "scores": flowdata.LossScorer(model, progress=False).score(data),
+        "meter": flowdata.DriftMeter(model, inputs),
         **dict.fromkeys(("train", "validation", "test", "old_test"), data),
     }
     exec(re.sub(r"^    ", "", code, flags=re.MULTILINE), names)

@@ -48,7 +48,7 @@ def test_the_study_is_in_the_wheel(environment, tmp_path):
 def test_the_demo_runs_from_the_wheel(environment, tmp_path):
     command = environment / "bin" / "flowdata"
     printed = run(command, "demo", "--seeds", "1", **elsewhere(tmp_path))
-    assert "standard fine-tuning, rate" in printed
+    assert "at equal learning" in printed
     assert (tmp_path / "flowdata-demo.png").stat().st_size > 10_000
 
 
