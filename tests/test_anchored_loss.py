@@ -328,7 +328,7 @@ def test_a_strength_of_zero_is_no_divergence():
         ({"kl_to_reference": "0.1", "reference": torch.zeros(B, T, V)}, ValueError, "got '0.1'"),
         ({"kl_to_reference": 0.1, "reference": "base"}, TypeError, "logits .*got 'base'"),
         ({"kl_to_reference": 0.1, "reference": torch.zeros(B, 2, V)}, ValueError, "same positions"),
-        ({"kl_to_reference": 0.1, "reference": torch.zeros(B, T, 9)}, ValueError, "24, 9.* and .24, 53"),
+        ({"kl_to_reference": 0.1, "reference": torch.zeros(B, T, 9)}, ValueError, r"24, 9\) and"),
         ({"token_rule": "Eaft"}, ValueError, "must be one of 'talr', 'dft', 'dro', 'eaft' or"),
     ],
 )
