@@ -85,6 +85,6 @@ def test_the_seeds_that_are_whole_count(page):
     ],
 )
 def test_an_interval_tells(low, high, outcomes):
-    kept = Kept("FLOW", 4, 5, (), (low + high) / 2, low, high, 0.5)
+    kept = Kept((low + high) / 2, low, high, 0.5, "FLOW", 4, 5, ())
     judges = ("above", "below", "no_worse", "on_the_front")
     assert tuple(getattr(evidence_page, judge)(kept) for judge in judges) == outcomes

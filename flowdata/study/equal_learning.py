@@ -52,32 +52,8 @@ ItemsOfRuns: TypeAlias = Mapping[tuple[str, float], Mapping[int, Items]]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a method keeps of the old at equal learning.
-
-    Attributes:
-        method: its name.
-        rates: at how many rates it was run.
-        seeds: on how many seeds each.
-        at: the old score at each of `SHARES`, NaN where the method does not learn as much.
-        difference: from the reference's old score, the mean over the levels that both reach.
-        low: end of the interval in which 95 % of the draws' differences lie.
-        high: its other end.
-        p: two-sided, of no difference, corrected for the number of methods.
-    """
-
-    method: str
-    rates: int
-    seeds: int
-    at: tuple[float, ...]
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
-class Difference(NamedTuple):
-    """A method's score less that of another.
+class Difference:
+    """A method's score less that of the reference.
 
     Attributes:
         difference: of the means over seeds and items.
@@ -90,6 +66,25 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
+
+
+@dataclass(frozen=True)
+class Kept(Difference):
+    """What a method keeps of the old at equal learning, beside the reference.
+
+    The difference is that of the old scores, the mean over the levels that both reach.
+
+    Attributes:
+        method: its name.
+        rates: at how many rates it was run.
+        seeds: on how many seeds each.
+        at: the old score at each of `SHARES`, NaN where the method does not learn as much.
+    """
+
+    method: str
+    rates: int
+    seeds: int
+    at: tuple[float, ...]
 
 
 def runs_with_items(records: Iterable[Record]) -> dict[tuple[str, float], dict[int, Items]]:
@@ -145,20 +140,16 @@ def kept_at_equal_learning(
     at, over_levels = old[:, :, : len(SHARES)], old[:, :, len(SHARES) :]
     # Every front reaches the first level; beyond its end there is nothing to compare.
     differences = np.nanmean(over_levels - over_levels[:, :1], axis=-1)
-    p_values = [1.0, *_corrected([_p(of_method) for of_method in differences[1:, 1:].T])]
-    low, high = np.nanpercentile(differences[1:], _INTERVAL, axis=0)
+    of_methods = [Difference(0.0, 0.0, 0.0, 1.0), *_differences_of(differences[:, 1:])]
     return [
         Kept(
-            method,
-            rates[method],
-            len(seeds),
-            tuple(at[0, number].tolist()),
-            difference=float(differences[0, number]),
-            low=float(low[number]),
-            high=float(high[number]),
-            p=p_values[number],
+            **vars(of_method),
+            method=method,
+            rates=rates[method],
+            seeds=len(seeds),
+            at=tuple(levels.tolist()),
         )
-        for number, method in enumerate(methods)
+        for of_method, method, levels in zip(of_methods, methods, at[0], strict=True)
     ]
 
 
@@ -185,23 +176,17 @@ def differences(
     scores = _drawn_scores(runs, _shared_seeds(runs), draws, seed)
     off = scores - scores[:, [methods.index(reference)]]
     others = [place for place, method in enumerate(methods) if method != reference]
-    of_each = [[_difference(off[:, place, kind]) for place in others] for kind in range(2)]
-    corrected = [
-        [
-            each._replace(p=p)
-            for each, p in zip(of_kind, _corrected([d.p for d in of_kind]), strict=True)
-        ]
-        for of_kind in of_each
-    ]
-    return dict(
-        zip([methods[place] for place in others], zip(*corrected, strict=True), strict=True)
-    )
+    new, old = (_differences_of(off[:, others, kind]) for kind in range(2))
+    pairs = zip(new, old, strict=True)
+    return {methods[place]: pair for place, pair in zip(others, pairs, strict=True)}
 
 
-def _difference(drawn: _Floats) -> Difference:
-    """A difference as it is, first, and as it was drawn."""
-    low, high = np.percentile(drawn[1:], _INTERVAL)
-    return Difference(float(drawn[0]), float(low), float(high), _p(drawn[1:]))
+def _differences_of(drawn: _Floats) -> list[Difference]:
+    """Those of several methods, from what they are, first, and as drawn: (1 + draws, methods)."""
+    p_values = _corrected([_p(of_method) for of_method in drawn[1:].T])
+    low, high = np.nanpercentile(drawn[1:], _INTERVAL, axis=0)
+    columns = (drawn[0].tolist(), low.tolist(), high.tolist(), p_values)
+    return [Difference(*values) for values in zip(*columns, strict=True)]
 
 
 def _shared_seeds(runs: ItemsOfRuns) -> list[int]:
