@@ -123,6 +123,8 @@ def test_a_third_of_the_labels_are_wrong_and_all_are_digits():
 def test_bad_input_and_a_missing_package_are_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         demo_run.run_demo(tmp_path / "demo.png", seeds=0)
+    with pytest.raises(ValueError, match=r"output must name a file, and .* is a folder"):
+        demo_run.run_demo(tmp_path, seeds=1)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r'pip install "flowdata-torch\[demo\]"'):
         demo_run.run_demo(tmp_path / "demo.png", seeds=1, progress=False)

@@ -33,6 +33,13 @@ POINTS = {
 }
 
 
+def test_a_reference_without_others_keeps_what_it_keeps():
+    points = {key: value for key, value in POINTS.items() if key[0] in (START, STANDARD)}
+    (standard,) = kept_at_equal_learning(runs(points), STANDARD, START, draws=50)
+    assert standard.at == pytest.approx((70, 55, 46, 40))
+    assert (standard.difference, standard.low, standard.high, standard.p) == (0, 0, 0, 1)
+
+
 def test_what_is_kept_is_read_off_the_fronts():
     standard, better, slow = kept_at_equal_learning(runs(POINTS), STANDARD, START, draws=50)
     assert (standard.method, better.method, slow.method) == (STANDARD, "better", "slow")

@@ -101,6 +101,7 @@ def test_differences_are_those_of_means_paired_by_seed_and_item():
     assert (new.low, new.difference, new.high) == pytest.approx((0.5, 0.5, 0.5))
     assert old.difference == pytest.approx(-0.25)
     assert new.p < 0.01
+    assert differences({("a", 1.0): base}, "a") == {}
     with pytest.raises(ValueError, match="several rates"):
         differences({("a", 1.0): base, ("a", 2.0): better}, "a")
     with pytest.raises(ValueError, match="no 'c'"):

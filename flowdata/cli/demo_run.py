@@ -59,10 +59,12 @@ def run_demo(output: str | Path, *, seeds: int = 4, progress: bool = True) -> De
 
     Raises:
         ImportError: scikit-learn or matplotlib is not installed.
-        ValueError: `seeds` is not positive.
+        ValueError: `seeds` is not positive, or `output` is a folder.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if Path(output).is_dir():  # told before the training
+        raise ValueError(f"output must name a file, and {output} is a folder")
     images, labels = _digits()
     # The figure is opened first, so that a missing matplotlib is reported before the training.
     with figure(11, 4.6, panels=2, sharey=True) as (drawing, panels):

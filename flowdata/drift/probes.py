@@ -111,8 +111,9 @@ def _beginning(tokenizer: Any, model: Any, template: bool) -> list[int]:
     first = next((each for each in ids_of_ends if isinstance(each, int)), None)
     if first is None:
         raise ValueError(
-            "the tokenizer has neither a chat template nor a token that begins or ends a text, so "
-            "that the model has nothing to begin with; pass other samples as the probe"
+            f"the tokenizer has {'neither a chat template nor a' if template else 'no'} token that "
+            "begins or ends a text, so that the model has nothing to begin with; pass other "
+            "samples as the probe"
         )
     return [first]
 

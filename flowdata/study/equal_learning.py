@@ -183,6 +183,8 @@ def differences(
 
 def _differences_of(drawn: _Floats) -> list[Difference]:
     """Those of several methods, from what they are, first, and as drawn: (1 + draws, methods)."""
+    if not drawn.shape[1]:  # no percentiles are taken of nothing
+        return []
     p_values = _corrected([_p(of_method) for of_method in drawn[1:].T])
     low, high = np.nanpercentile(drawn[1:], _INTERVAL, axis=0)
     columns = (drawn[0].tolist(), low.tolist(), high.tolist(), p_values)
