@@ -40,7 +40,7 @@ def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> M
         old_train: further such samples, to take statistics and fit heads with.
         dtype: see `Sizes`.
     """
-    meters = {"inverted": DriftMeter(old, inverted_images(old, (3, 32, 32)))}
+    meters = {"inverted": _meter_on_inverted(old)}
 
     def more(outcome: Outcome) -> Record:
         return {
@@ -51,6 +51,11 @@ def readouts(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> M
         }
 
     return more
+
+
+@lru_cache(maxsize=1)  # the images take a minute
+def _meter_on_inverted(old: nn.Sequential) -> DriftMeter:
+    return DriftMeter(old, inverted_images(old, (3, 32, 32)))
 
 
 def readouts_of_drift(old: nn.Sequential, old_test: Any, old_train: Any, dtype: str) -> Measure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def task(
         sizes: see `Sizes`.
         measures: makes what is measured beside accuracy and drift, see `readouts`.
     """
-    old, folder = load_resnet20(assets), assets / "vision"
+    old, folder = _old_network(assets), assets / "vision"
     old_images = read_arrays(folder / "cifar10_test_dev.npz")
     old_test = as_dataset(*(part[: sizes.test] for part in old_images))
     old_train = as_dataset(*(part[-OLD_TRAIN:] for part in old_images))
@@ -75,6 +76,12 @@ def task(
         # A quick look does without what takes longer than its runs.
         more=None if sizes == QUICK else measures(old, old_test, old_train, sizes.dtype),
     )
+
+
+@cache
+def _old_network(assets: Path) -> nn.Sequential:
+    """The network that all targets begin with, one object, so that what is made of it is kept."""
+    return load_resnet20(assets)
 
 
 def _cut(pool: Arrays, sizes: Sizes, seed: int, *, gives_test: bool) -> tuple[Arrays, ...]:
