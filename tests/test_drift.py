@@ -279,6 +279,41 @@ def test_a_sample_without_rounding_by_luck_is_no_cause_of_alarm(caplog):
     assert not caplog.text
 
 
+class Scaled(nn.Module):
+    """Multiplies by a factor in bfloat16."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor if x.dtype == torch.bfloat16 else x
+
+
+class Compensating(transformers.LlamaForCausalLM):
+    """In bfloat16 its hidden states are off by a factor, and its logits are not, as by chance."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if output.logits.dtype == torch.bfloat16:
+            output.logits = output.logits / self.model.norm[1].factor
+        return output
+
+
+@pytest.mark.parametrize(("factor", "is_rounding"), [(1.012, True), (1.06, False)])
+def test_rounding_that_is_larger_by_chance_than_the_known_one_refuses_no_model(factor, is_rounding):
+    model = tiny_llama()
+    model.__class__ = Compensating
+    model.model.norm = nn.Sequential(model.model.norm, Scaled(factor))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    if is_rounding:
+        assert DriftMeter(model, TOKENS, dtype="bfloat16")(model).kl == 0
+    else:
+        with pytest.raises(ValueError, match="not what its output layer makes of a row"):
+            DriftMeter(model, TOKENS, dtype="bfloat16")
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_adapters_are_measured_as_they_are_merged_or_not(targets):
     base = tiny_llama()
