@@ -2,25 +2,20 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RESULTS = BENCHMARKS / "results" / "drift"
-TEXT = " ".join((BENCHMARKS / "README.md").read_text("utf-8").split())
+from tests import result_pages
+
+RESULTS = result_pages.RESULTS / "drift"
+TEXT = result_pages.text(result_pages.BENCHMARKS / "README.md")
 
 
 def tables(page):
     """A page's tables, in order, each as its rows' cells by the rows' names."""
-    all_tables = []
-    for line in (RESULTS / page).read_text("utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            all_tables.append({})
-        elif not set(line) <= set("|-: "):
-            all_tables[-1][cells[0]] = cells[1:]
-    return [table for table in all_tables if table]
+    return [
+        {cells[0]: cells[1:] for cells in table} for table in result_pages.tables(RESULTS / page)
+    ]
 
 
 def span(table, *rows, part=0):

@@ -1,7 +1,5 @@
 """The closed forms that FLOW's theory rests on, against samples and against gradient descent."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch
 from benchmarks import forgetting
 from benchmarks.forgetting import theory, theory_picture
 from flowdata import flow_weights
-from tests import reference
+from tests import reference, result_pages
 
 APART = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64)
 ACROSS = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
@@ -19,7 +17,6 @@ ALONG_E = torch.outer(APART, APART) / APART.square().sum()
 ACROSS_E = torch.outer(ACROSS, ACROSS) / ACROSS.square().sum()
 MIXED = torch.outer(APART, ACROSS) / APART.norm() / ACROSS.norm()
 RHO = 0.5
-README = Path(__file__).parents[1] / "benchmarks" / "README.md"
 CORRELATED = EYE + RHO * (MIXED + MIXED.T)  # the Σ̃ of Theorem 7.2
 
 
@@ -331,7 +328,7 @@ def test_the_readme_gives_these_figures():
         f"stays {low:.0%} of the way behind",
         f"as much noise as error {high:.0%}",
     ):
-        assert text.replace("%", " %") in " ".join(README.read_text("utf-8").split())
+        assert text.replace("%", " %") in result_pages.text(result_pages.BENCHMARKS / "README.md")
 
 
 def test_the_picture_is_drawn(tmp_path, capsys):

@@ -37,11 +37,11 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts[word])
         + f"; {len(rows)} in all.",
         "",
-        f"Made by `python -m benchmarks sweep` at commit {machine['commit']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}. Tiny random models; what "
-        "is compared, and how far a score may be off, stands in `benchmarks/sweep/__init__.py`. "
-        "Errors are the largest of the samples, in nats; in bfloat16 the plain forward's own in "
-        "brackets.",
+        f"Made by `python -m benchmarks sweep` at commit {machine['commit']}, "
+        f"{machine['processor']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Tiny random models; what is compared, and how far a score "
+        "may be off, stands in `benchmarks/sweep/__init__.py`. Errors are the largest of the "
+        "samples, in nats; in bfloat16 the plain forward's own in brackets.",
         "",
         "| kind | " + " | ".join(_ORDER) + " |",
         "| --- " * (len(_ORDER) + 1) + "|",

@@ -1,0 +1,36 @@
+"""Results files and the pages that tell of them, as the tests of figures read them."""
+
+import functools
+import json
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+def text(path):
+    """A page on one line, so that it does not matter where its lines break."""
+    return " ".join(path.read_text("utf-8").split())
+
+
+def tables(path):
+    """A page's tables, in order, each as the list of its rows' cells; the first row names them."""
+    all_tables = []
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("|"):
+            all_tables.append([])
+        elif not set(line) <= set("|-: "):
+            all_tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+    return [table for table in all_tables if table]
+
+
+@functools.cache
+def runs(name):
+    """The runs that benchmarks/results/NAME.json keeps, the oldest first."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def run(name, mark):
+    """The one run of a file whose command holds `mark`."""
+    (only,) = [run for run in runs(name) if mark in run["command"]]
+    return only

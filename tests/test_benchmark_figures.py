@@ -1,0 +1,395 @@
+"""What benchmarks/README.md says of speed, memory and correctness is what the results files hold.
+
+A section's function yields fragments of its text and the figures of the results files that stand in
+them, rounded as the fragment rounds them; … stands for any words between. A section must have every
+fragment, and no other figure: each is a result, which a command has written, or one of `SIZES`.
+
+`PAGES` says which function holds which section of which page. The section of another page is one
+entry more there.
+"""
+
+import re
+
+import pytest
+
+from tests.result_pages import BENCHMARKS, RESULTS, run, runs, tables, text
+
+# What the benchmarks set: sizes of models and samples, and a goal.
+SIZES = (
+    "model of 12 layers",
+    "Llama of 1.2 billion random parameters, 1,024 samples",
+    "The goal of 60 %",
+    "trace, of 400 samples",
+    "at 1, 8 and 70 billion parameters",
+)
+CODE_OR_LINK = re.compile(r"`[^`]*`|\]\([^)]*\)")
+FIGURE = re.compile(r"(?<![\w.,^-])\d[\d.,]*(?![\w^-])")
+
+LOOPS = USUAL, SORTED, OURS = "usual loop", "sorted, logits of targets only", "flowdata"
+EAGER, COMPILED = "flowdata, eager", "flowdata, compiled"
+CUT, FULL = "cut-cross-entropy", "full logits, float32 cross-entropy"
+SAMPLERS = {
+    "FlowSampler systematic": "`FlowSampler`",
+    "WeightedRandomSampler": "`WeightedRandomSampler`",
+    "numpy Generator.choice": "NumPy's `Generator.choice`",
+}
+# Files and, where a file has several runs, a part of the run's command that the others lack.
+GSM8K, PROFILE, CASES = [("scoring", mark) for mark in ("--samples 128", "--profile", "resnet-50")]
+GPU_1, GPU_2, GPU_3 = [("gpu", f"gpu {mark}") for mark in ("--minutes 3", "--minutes 4", "--parts")]
+HEAD, SCALE, DRIFT, SAMPLER = [(name, "") for name in ("head", "scale", "drift", "sampler")]
+GPU_CASE = "llama-1b, 128k, 50% completions: {}"
+GPU_HEAD = "{}, 8192 x 2048 x 128256"
+
+
+def figures(place, form, *whats, field="median"):
+    """A field of those rows of a run that the form names with each of `whats`."""
+    rows = {row["what"]: row for row in run(*place)["rows"]}
+    return [rows[form.format(what)][field] for what in whats]
+
+
+def ratio(place, form, *two):
+    above, below = figures(place, form, *two)
+    return above / below
+
+
+def span(values):
+    return [min(values), max(values)]
+
+
+def kind(processor):
+    """A processor as the page names it."""
+    maker = re.search("Intel.*Xeon|AMD EPYC", processor)[0].replace("(R)", "")
+    return f"{maker} {'with' if 'amx' in processor else 'without'} AMX"
+
+
+def machine(*names):
+    """The one machine of all runs of some files as the page names it."""
+    (place,) = {
+        (run["machine"]["cores"], kind(run["machine"]["processor"]))
+        for name in names
+        for run in runs(name)
+    }
+    return "{} of an {}".format({1: "one core", 2: "two cores"}[place[0]], place[1])
+
+
+def machines():
+    yield (
+        "medians on {}, where no other machine is named",
+        [machine("scoring", "head", "scale", "training", "sampler")],
+    )
+
+
+def scoring():
+    gsm8k = run(*GSM8K)["rows"]
+    ours, others = (
+        [
+            row["memory_mib"]
+            for row in gsm8k
+            if ("flowdata" in row["what"]) == is_ours and row["dtype"] == "bfloat16"
+        ]
+        for is_ours in (True, False)
+    )
+    yield (
+        "padded loop … {:,.0f} tokens/s, lm-eval's {:,.0f}, … sorted … only {:,.0f}, flowdata "
+        "{:,.0f}, and {:,.0f} with compiled layers",
+        figures(GSM8K, "gsm8k: {}", USUAL, "lm-eval", SORTED, OURS, COMPILED),
+    )
+    yield (
+        "({:.0%} of what the machine's matrix products allow), in {:.0%} of the others' memory",
+        [
+            *figures(GSM8K, "gsm8k: {}", COMPILED, field="share_of_matmul"),
+            max(ours) / min(others),
+        ],
+    )
+    yield (
+        "one template, … {:,.0f} tokens/s, the sorted one {:,.0f}, flowdata {:,.0f}",
+        figures(CASES, "template: {}", *LOOPS),
+    )
+    yield (
+        "four answers … sorted one {:,.0f} and flowdata {:,.0f}",
+        figures(CASES, "answers: {}", SORTED, OURS),
+    )
+    yield (
+        "at a width of 2,048 the three score {:,.0f}, {:,.0f} and {:,.0f} ({:.0%})",
+        figures(CASES, "wide-32k: {}", *LOOPS)
+        + figures(CASES, "wide-32k: {}", OURS, field="share_of_matmul"),
+    )
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    yield (
+        "{:.0%} into the products, {:.0%} into the attention kernel",
+        figures(PROFILE, "gsm8k: aten::{}", "mm", attention),
+    )
+    for model, name in (("resnet-20", "ResNet-20"), ("resnet-50", "ResNet-50"), ("vit", "ViT")):
+        yield (
+            f"{name} {{:,.0f}} and {{:,.0f}}",
+            figures(CASES, model + ": {}", "plain loop, autocast", "flowdata, bfloat16"),
+        )
+
+
+def head():
+    def spread(width, *ways, field="ratio_to_floor"):
+        rows = [
+            row
+            for row in run(*HEAD)["rows"]
+            if row["what"].rpartition(", ")[0] in ways and f" x {width}" in row["what"]
+        ]
+        return span([row[field] for row in rows])
+
+    sizes = {int(row["what"].split(" x ")[2]) // 1000 for row in run(*HEAD)["rows"]}
+    yield "at vocabularies from {}k to {}k:", span(sizes)
+    yield (
+        "at a width of 2,048 … {:.1f} to {:.1f} times as long; at 576, {:.1f} to {:.1f} compiled "
+        "and {:.1f} to {:.1f} not",
+        [*spread(2048, EAGER, COMPILED), *spread(576, COMPILED), *spread(576, EAGER)],
+    )
+    yield (
+        "Cut-cross-entropy's … {:.1f} to {:.1f} and {:.1f} to {:.1f}, full logits {:.1f} to {:.1f} "
+        "and {:.1f} to {:.1f},",
+        [ratio for way in (CUT, FULL) for width in (2048, 576) for ratio in spread(width, way)],
+    )
+    errors = [
+        spread("", *ways, field="largest_error")[1] for ways in ((CUT, FULL), (EAGER, COMPILED))
+    ]
+    yield (
+        "errors of {:.0e} (flowdata {:.0e}) and {:,.0f} to {:,.0f} MiB of memory",
+        [*errors, *spread("", CUT, FULL, field="memory_mib")],
+    )
+
+
+def processes():
+    yield (
+        "two of one thread … {:.1f} times as fast",
+        [ratio(SCALE, "{} processes of one thread", 2, 1)],
+    )
+    yield (
+        "a claim of a pack costs {:.0f} µs ({:.0f} µs with",
+        figures(SCALE, "claim of a pack, {} DataLoader workers", "without", "with"),
+    )
+    yield (
+        "losses safely {:.1f} % of the time of scoring",
+        figures(SCALE, "{}", "keeping losses safely, of scoring"),
+    )
+    yield "{:.0f} bytes a sample", figures(SCALE, "{}", "store, 10,000,000 samples")
+
+
+def training():
+    yield (
+        "{:.2f} (plain loop), {:.2f} (Trainer), {:.2f} (SFTTrainer) and {:.2f} (Lightning) of",
+        [
+            ratio(("training", f"--routes {route}"), route + ": {}", "weighted", "plain")
+            for route in ("loop", "trainer", "sft", "lightning")
+        ],
+    )
+    yield (
+        "at a vocabulary of 128k, … by hand: {:.0%} of the memory, {:.2f} of the time; against "
+        "`causal_lm_loss`, {:.0%} and {:.2f}",
+        [
+            ratio(("training", "131072"), f"131072: {{}} {quantity}", "fused", way)
+            for way in ("by hand", "full")
+            for quantity in ("memory", "time")
+        ],
+    )
+
+
+def drift():
+    whats = "drift at one evaluation in 100 steps", "measurement", "step"
+    yield (
+        "{:.1f} % of the training of a SmolLM2-shaped model ({:.1f} s beside steps of {:.1f} s)",
+        figures(DRIFT, "language model: {}", *whats),
+    )
+    yield (
+        "{:.1f} % of that of ResNet-20 ({:.3f} s beside {:.3f} s; {})",
+        [
+            *figures(DRIFT, "resnet-20: {}", *whats),
+            machine("drift"),
+        ],
+    )
+
+
+def loading():
+    def spread(what, *samples, unit="µs/batch"):
+        names = {f"{sample}, 0 workers: {what} adds" for sample in samples}
+        rows = [row for run in runs("loader") for row in run["rows"] if row["unit"] == unit]
+        rows = [row for row in rows if row["what"] in names]
+        if what == "FlowSampler":
+            assert all(row["spread"][0] < 0 < row["spread"][1] for row in rows)
+        batch = 1 if "%" in unit else rows[0]["batch"]
+        return span([row["median"] / batch for row in rows])
+
+    samples = row, tokenised, image = "tensor row", "text row", "image"
+    yield (
+        "in two runs on {}: `FlowSampler` adds {:.1f} % to a DataLoader at most",
+        [machine("loader"), spread("FlowSampler", *samples, unit="% of bare")[1]],
+    )
+    yield (
+        "`FlowWeightedDataset` adds {:.0f} to {:.0f} µs a sample, which is {:.0f} to {:.0f} % of a "
+        "tokenised row or",
+        spread("FlowWeightedDataset", *samples)
+        + spread("FlowWeightedDataset", tokenised, image, unit="% of bare"),
+    )
+    yield (
+        "by hand adds {:.0f} to {:.0f} µs to a tensor's row or an image, and {:.0f} to {:.0f} µs",
+        spread("a weight by hand", row, image) + spread("a weight by hand", tokenised),
+    )
+
+
+def probe():
+    page = text(RESULTS / "probe.md")
+    names, *rows = tables(RESULTS / "probe.md")[0]
+    sets = [dict(zip(names, row, strict=True)) for row in rows]
+    worse = max(float(row["scikit-learn"]) - float(row["flowdata"]) for row in sets)
+    losses = [(row["log-loss, flowdata"], row["log-loss, scikit-learn"]) for row in sets]
+    classes = [pair for pair in losses if all(pair)]
+    assert all(float(ours) < float(theirs) for ours, theirs in classes)
+    bound = re.search(r"The bound is (\S+ points and \S+ nats); it holds", page)[1]
+    yield (
+        "on none of the {} sets is the probe worse by more than {:.2f} points, … on all {} sets of "
+        "classes ({}). The bound is {}",
+        [len(sets), worse, len(classes), kind(re.search("AMD[^,]*", page)[0]), bound],
+    )
+
+
+def gpu():
+    (name, version), *others = [
+        (run["machine"]["gpu"], run["machine"]["versions"]["torch"]) for run in runs("gpu")
+    ]
+    assert others == [(name, version)] * 2
+    limits = [re.search(r"--minutes (\S+)", run["command"])[1] for run in runs("gpu")]
+    yield (
+        "three times on an {} (torch {}), with limits of {}, {} and {} minutes",
+        [name, version.removesuffix(".0"), *limits],
+    )
+    (count,) = [row for row in run(*GPU_3)["rows"] if "passed" in row]
+    assert count["what"] == "test_gpu.py"
+    cut = {row["part"] for row in run(*GPU_3)["rows"] if row.get("error") == "stopped at its limit"}
+    assert cut == {"scoring", "checks"}  # so the other loops and the Triton kernels' tests lack
+    yield "the third run: {} passed, {} failed", [count["passed"], count["failed"]]
+    after, before = (ratio(place, "loop: {}", "weighted", "plain") for place in (GPU_3, GPU_2))
+    yield "takes {:.2f} of the unweighted one's time. It took {:.2f} until", [after, before]
+
+
+def gpu_scoring():
+    case = GPU_3, GPU_CASE, OURS, COMPILED
+    (eager, compiled), shares = figures(*case), figures(*case, field="share_of_matmul")
+    (rate, _), first_runs = (
+        figures(*case, field=name) for name in ("matmul_tflops", "first_run_s")
+    )
+    yield (
+        "{:.0f} thousand tokens/s, {:.0%} of the matrix products' rate ({:.0f} TFLOP/s); {:.0f} "
+        "thousand with compiled layers ({:.0%}), whose compiling took {:.1f} s",
+        [eager / 1e3, shares[0], rate, compiled / 1e3, shares[1], first_runs[1] - first_runs[0]],
+    )
+    kinds = "matrix products", "norms, activations and the like", "copies", "head", "attention"
+    trace = figures(GPU_2, GPU_CASE, *kinds)
+    (busy,) = figures(GPU_2, GPU_CASE, "busy")
+    yield (
+        "busy {:.0%} are products, {:.0%} norms, rotations and activations, {:.0%} copies, {:.0%} "
+        "the head, {:.0%} attention, and it idles for {:.0%} of the time",
+        [*trace, 1 - busy],
+    )
+    at_1b, *above = (cells for cells in tables(RESULTS / "roofline.md")[1] if cells[1] == "H200")
+    *_, plain, fused, host = at_1b
+    assert at_1b[0] == "1B"
+    assert all(int(cells[-1].strip("%")) < int(host.strip("%")) for cells in above)
+    yield (
+        "At 1B an H200 leaves {} of the products' rate to layers as they are written, and {} to "
+        "fused ones; {:.0f} and {:.0%} were measured",
+        [plain, fused, 100 * shares[0], shares[1]],
+    )
+    yield (
+        "the {:.0%} of the time in which the GPU idled and the {:.0%} of its work that were "
+        "copies. Launches take the host {} of",
+        [1 - busy, trace[2], host],
+    )
+
+
+def gpu_losses():
+    whats = "the matrix product alone", "flowdata, Triton", "Liger", CUT, FULL
+    _, *times = figures(GPU_2, GPU_HEAD, *whats, field="ratio_to_floor")
+    ours, *errors = figures(GPU_2, GPU_HEAD, *whats[1:], field="largest_error")
+    (memory,) = figures(GPU_2, GPU_HEAD, FULL, field="memory_mib")
+    yield (
+        "8,192 rows, a width of 2,048, 128k classes, … ({:.1f} ms): the Triton kernel {:.2f}, "
+        "Liger {:.2f}, cut-cross-entropy {:.2f}, full logits {:.2f} with {:.0f} GiB; errors "
+        "{:.0e} against {:.0e} to {:.0e}",
+        [
+            *figures(GPU_2, GPU_HEAD, whats[0]),
+            *[*times, memory / 1024, ours, *span(errors)],
+        ],
+    )
+    tiles = re.search(r"tiles of (\d+ x \d+)", run(*GPU_1)["machine"]["commit"])[1]
+    yield (
+        "first draft, with tiles of {} … took {:.2f}",
+        [
+            tiles.replace("x", "×"),
+            *figures(GPU_1, GPU_HEAD, "flowdata, Triton", field="ratio_to_floor"),
+        ],
+    )
+    ways = "fused", "full", "by hand", "Liger, without weights"
+    milliseconds = [1e3 * time for time in figures(GPU_3, "32000: {} time", *ways)]
+    mebibytes = figures(GPU_3, "32000: {} memory", *ways)
+    yield (
+        "8,192 tokens, a width of 2,048, 32k classes, … {:.1f} ms and {:,.0f} MiB; full logits by "
+        "`causal_lm_loss` {:.1f} ms and {:,.0f} MiB, by hand {:.0f} ms and {:,.0f} MiB; Liger's, … "
+        "{:.1f} ms and {:,.0f} MiB",
+        [figure for pair in zip(milliseconds, mebibytes, strict=True) for figure in pair],
+    )
+
+
+def sampler():
+    whats = "set-up", "first index", "indices, set-up included", "memory over the weights"
+    for size, size_name in ((10**6, "10^6 "), (2**24, "2^24 "), (10**8, "10^8 ")):
+        for sampler_name, name in SAMPLERS.items():
+            form = f"{sampler_name}, {size}: {{}}"
+            line = f"| {size_name if name == '`FlowSampler`' else ''}| {name} |"
+            ready, first, speed, memory = figures(SAMPLER, form, *whats)
+            if ready is None:
+                (why,) = figures(SAMPLER, form, "set-up", field="why")
+                yield line + " fails above {} | | |", [why.split()[-1]]
+            else:
+                yield (
+                    line + " {:.3g} s | {:.1f} million/s | {:,.0f} MiB |",
+                    [ready + first, speed / 1e6, memory],
+                )
+
+
+def sweep():
+    by_kind, *kinds = tables(RESULTS / "sweep.md")
+    rows = [row for rows_of_kind in kinds for row in rows_of_kind[1:]]
+    right = sum(a.startswith("right") and b.startswith("right") for _, a, b in rows)
+    refused = sum(a.startswith("right") and b.startswith("refused") for _, a, b in rows)
+    missing = [first for _, first, _ in rows if first.startswith("not buildable")]
+    assert right + refused + len(missing) == len(rows)
+    yield (
+        "Of {} architectures none is wrong without a word: {} are right in both dtypes, {} are "
+        "refused in bfloat16 alone … of {} no tiny model",
+        [len(rows), right, refused, len(missing)],
+    )
+    with_images = next(row[-1] for row in by_kind if row[0] == "image_text_to_text")
+    layouts = sum("no layout of samples" in first for first in missing)
+    yield "{} of these are models of images and text, for {} of which", [with_images, layouts]
+
+
+PAGE = BENCHMARKS / "README.md"
+PAGES = {
+    (PAGE, "What was measured"): [machines],
+    (PAGE, "Scoring, training, loading"): [scoring, head, processes, training, drift, loading],
+    (PAGE, "The linear probe"): [probe],
+    (PAGE, "On a GPU"): [gpu, gpu_scoring, gpu_losses],
+    (PAGE, "The sampler at scale"): [sampler],
+    (PAGE, "Every architecture against the truth"): [sweep],
+}
+
+
+@pytest.mark.parametrize(("page", "title"), PAGES, ids=[title for _, title in PAGES])
+def test_every_figure_of_a_section_is_one_of_the_results(page, title):
+    rest = re.search(rf"# {title} (.*?)(?= ## |$)", text(page))[1]
+    for fragment, values in (pair for function in PAGES[page, title] for pair in function()):
+        written = re.sub(r"(?<=\d)%", " %", fragment.format(*values)).replace("e-0", "e-")
+        pattern = "(.*?)".join(map(re.escape, written.split("…")))
+        places = list(re.finditer(pattern, rest))
+        assert len(places) == 1, f"not there once, as the results have it: {written}"
+        rest = " ".join([rest[: places[0].start()], *places[0].groups(), rest[places[0].end() :]])
+    for size in SIZES:
+        rest = rest.replace(size, "")
+    assert FIGURE.findall(CODE_OR_LINK.sub("", rest)) == [], "figures that no results file holds"
