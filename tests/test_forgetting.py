@@ -1,6 +1,7 @@
 """The studies of forgetting: their tables, and tiny runs of vision."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 from torch import nn
 
 from benchmarks import forgetting
-from benchmarks.forgetting import folders, publish, readme, vision
+from benchmarks.forgetting import folders, publish, vision
 from flowdata.study import HeadTask, Sizes
 from flowdata.study import runs as study
-from tests.pretend import NAMES, Pretend, pretend
+from tests.pretend import pretend
 
 # --- tables ----------------------------------------------------------------------------------
 
@@ -22,46 +23,23 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_tables_and_pictures_are_written_beside_the_results(results):
-    file = results / "README.md"
-    file.write_text(f"before\n{readme.BEGIN}\nwhat stood there\n{readme.END}\nafter\n")
-    forgetting.main(["table", "--results", str(results), "--readme", str(file)])
+def test_a_page_and_a_picture_are_written_beside_the_results(results):
+    forgetting.main(["table", "--results", str(results)])
     assert (results / "forgetting_pretend.png").read_bytes()[:4] == b"\x89PNG"
-    assert "# Forgetting: vision, pretend" in (results / "forgetting_pretend.md").read_text()
-    text = file.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "what stood there" not in text
-    assert "| FLOW + l2 | 81.0 / 66.2 |" in text
-    forgetting.main(["table", "--results", str(results), "--readme", str(file)])
-    assert file.read_text() == text
+    page = (results / "forgetting_pretend.md").read_text()
+    assert "# Forgetting: vision, pretend" in page
+    assert "| FLOW + l2 |" in page
+    forgetting.main(["table", "--results", str(results)])
+    assert (results / "forgetting_pretend.md").read_text() == page
 
 
-def test_the_readme_shows_studies_side_by_side_and_links_further_ones(results):
+def test_a_further_study_of_a_results_file_is_named_by_its_options(results):
     pretend(results / "forgetting_short.jsonl", names=("FLOW",), options={"target": "short"})
     further = {"target": "short", "images": 20}
     pretend(results / "forgetting_short.jsonl", names=("FLOW",), seeds=[0], options=further)
-    text = readme.readme_table(publish.read_studies(results))
-    assert "[pretend](benchmarks/results/forgetting_pretend.md) (4 methods, 3 seeds" in text
-    file = "benchmarks/results/forgetting_short_2.md"
-    assert f"[short, images 20]({file}) (1 method, 1 seed, " in text
-    header, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
-    assert header == "| method | pretend at 0.03 | short |"
-    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in NAMES]
-    assert rows[1] == "| FLOW | 81.0 / 65.1 | (0.03: 81.0 / 65.1) |"
-    assert [row.count("–") for row in rows] == [1, 0, 1, 1]
-
-
-def test_the_readme_tells_the_rate_of_a_method_that_takes_another(tmp_path):
-    def run(method, rate, seed):
-        better = 20 if (method, rate) == ("FLOW", 0.1) else 0
-        record = Pretend()(method, rate, seed)
-        return record | {"validation": record["validation"] + better}
-
-    pretend(tmp_path / "forgetting_pretend.jsonl", run, names=("standard", "FLOW"))
-    text = readme.readme_table(publish.read_studies(tmp_path))
-    assert "| standard | 81.0 / 61.0 |" in text
-    assert "| FLOW | 81.0 / 65.1 (0.1: 75.8 / 65.1) |" in text
+    names = {each.stem: each.name() for each in publish.read_studies(results)}
+    assert names["forgetting_short"] == "short"
+    assert names["forgetting_short_2"] == "short, images 20"
 
 
 def test_a_folder_without_runs_is_named(tmp_path):
@@ -69,15 +47,10 @@ def test_a_folder_without_runs_is_named(tmp_path):
         forgetting.main(["table", "--results", str(tmp_path)])
 
 
-def test_a_text_without_the_marks_is_refused(results):
-    with pytest.raises(ValueError, match="the table goes between"):
-        readme.with_table("no marks", "table")
-
-
-def test_the_readme_says_what_the_results_files_say():
-    text = forgetting.README.read_text()
-    studies = publish.read_studies(forgetting.RESULTS)
-    assert text == readme.with_table(text, readme.readme_table(studies))
+def test_every_study_of_the_results_has_its_page_and_picture():
+    for each in publish.read_studies(forgetting.RESULTS):
+        for kind in ("md", "png"):
+            assert (forgetting.RESULTS / f"{each.stem}.{kind}").is_file(), each.stem
 
 
 def test_unknown_methods_and_missing_assets_are_named(tmp_path):
@@ -173,9 +146,7 @@ def test_the_command_runs_a_set_given_by_path_and_writes_its_table(tmp_path, cap
 def test_the_study_runs_on_a_model_of_ones_own_in_one_script(tmp_path, capsys):
     from examples import measure_forgetting
 
-    assert (
-        len((forgetting.README.parent / "examples/measure_forgetting.py").open().readlines()) < 100
-    )
+    assert len(Path(measure_forgetting.__file__).read_text().splitlines()) < 100
     given = ["--methods", "standard", "FLOW", "FLOW, sampler", "--rates", "0.1", "--seeds", "2"]
     given += ["--epochs", "5", "--output", str(tmp_path / "mine")]
     page = measure_forgetting.main(given)

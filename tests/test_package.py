@@ -8,15 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, default_collate
 
 import flowdata
 from flowdata.cli.commands import COMMANDS
-from tests.models import TinyResNet, images, tiny_llama, token_samples
-from tests.test_probes import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,9 +101,9 @@ def test_pages_name_only_files_and_commands_that_exist(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
-    scripts = re.findall(r"`(\w+\.py)`", text.partition("| loop | file |")[2].partition("\n\n")[0])
-    modules = re.findall(r"-m examples\.([\w.]+)", text)
-    scripts += [f"{name.replace('.', '/')}.py" for name in modules]
+    scripts = [
+        f"{name.replace('.', '/')}.py" for name in re.findall(r"-m examples\.([\w.]+)", text)
+    ]
     assert [script for script in scripts if not (ROOT / "examples" / script).exists()] == []
     commands = set(re.findall(r"^flowdata (\w+)|-m flowdata (\w+)|`flowdata (\w+)`", text, re.M))
     assert {name for names in commands for name in names if name} <= set(COMMANDS)
@@ -159,70 +153,6 @@ def test_doctests_of_the_package():
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ passed", done.stdout)
-
-
-def readme_blocks():
-    """The README's Python: the five lines, the one in a trainer, the companions."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
-    code = readme_blocks()[0]
-    monkeypatch.chdir(tmp_path)
-    model = TinyResNet()
-    names = {
-        "flowdata": flowdata,
-        "DataLoader": DataLoader,
-        "model": model,
-        "dataset": images(),
-        "collate": default_collate,
-        "per_sample_loss": lambda model, batch: F.cross_entropy(
-            model(batch[0]), batch[1], reduction="none"
-        ),
-    }
-    exec(code, names)
-    names["loss"].backward()
-    assert model.head.weight.grad is not None
-    assert sum(len(labels) for _, labels in names["loader"]) == 20
-    assert len(flowdata.Scores.load("scores")) == 20
-
-
-def test_the_readmes_one_line_runs(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
-    model = tiny_llama()
-    before = model.lm_head.weight.clone()
-    args = transformers.TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
-    samples = [{name: row[:4] for name, row in sample.items()} for sample in token_samples(8)]
-    exec(readme_blocks()[1], {"model": model, "args": args, "dataset": samples})
-    assert not model.lm_head.weight.equal(before)
-    assert len(flowdata.Scores.load("scores")) == 8
-
-
-def test_the_readmes_companions_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    models = [tiny_llama(), tiny_llama()]
-    nn.init.normal_(models[1].lm_head.weight)
-    for model, folder in zip(models, ("pretrained", "finetuned"), strict=True):
-        model.save_pretrained(folder)
-    network = TinyResNet()
-    head, network.head = network.head, nn.Identity()
-    before = head.weight.clone()
-    names = {"flowdata": flowdata, "body": network, "head": head, "model": head}
-    exec(readme_blocks()[2], {**names, "dataset": images()})
-    assert not head.weight.equal(before)
-    averaged = type(models[0]).from_pretrained("averaged").lm_head.weight
-    expected = (models[0].lm_head.weight + models[1].lm_head.weight) / 2
-    torch.testing.assert_close(averaged, expected)
-
-
-def test_the_readmes_drift_runs():
-    model = tiny_llama()
-    names = {"flowdata": flowdata, "model": model, "tokenizer": Tokenizer()}
-    exec(readme_blocks()[3], names)
-    assert len(readme_blocks()) == 4
-    assert names["drift"].kl == 0
-    assert names["hold"](model).item() < 1e-5  # the meter reads in bfloat16 where that is fast
 
 
 def repository_texts():

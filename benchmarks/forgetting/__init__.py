@@ -5,7 +5,7 @@
     python -m benchmarks forgetting evidence             # vision: when do weights help?
     python -m benchmarks forgetting evidence-language    # the same of language
     python -m benchmarks forgetting theory               # the closed forms, drawn
-    python -m benchmarks forgetting table                # tables, pictures and the README's table
+    python -m benchmarks forgetting table                # the pages and pictures of what was run
 
 A study that was stopped goes on where it was. Each of the paper's full-size runs is one command:
 see `folders` (ImageNet ResNets on folders of images) and `metamath` (Gemma 2, Llama 3.2).
@@ -21,12 +21,11 @@ from types import ModuleType
 
 from benchmarks.rows import RESULTS
 
-README = Path(__file__).parents[2] / "README.md"
 QUICK_RESULTS = Path("runs/forgetting")  # not in the repository
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a study, or write pages, pictures and the README's table from the results files."""
+    """Run a study, or write the pages and pictures of the results files."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks forgetting", description=__doc__.splitlines()[0]
     )
@@ -46,19 +45,18 @@ def main(argv: list[str] | None = None) -> None:
     theory = commands.add_parser("theory")
     for command in (table, theory):
         command.add_argument("--results", type=Path, default=RESULTS)
-    table.add_argument("--readme", type=Path, help="default: the repository's, for its own results")
     options = parser.parse_args(argv)
     if options.command in ("vision", "language"):
         _study(options)
     elif options.command.startswith("evidence"):
         options.module.study(options)
-        _tables(options.results, None)
+        _tables(options.results)
     elif options.command == "theory":
         from benchmarks.forgetting.theory_picture import draw
 
         print(draw(options.results / "forgetting_theory.png"))
     else:
-        _tables(options.results, options.readme)
+        _tables(options.results)
 
 
 def _study(options: argparse.Namespace) -> None:
@@ -66,7 +64,7 @@ def _study(options: argparse.Namespace) -> None:
     default = "quick" if options.quick else "main"
     options.methods = _method_names(options.methods or [default], options.module)
     options.module.study(options)
-    _tables(options.results, None)
+    _tables(options.results)
 
 
 def _method_names(words: list[str], module: ModuleType) -> list[str]:
@@ -80,12 +78,10 @@ def _method_names(words: list[str], module: ModuleType) -> list[str]:
     return names
 
 
-def _tables(results: Path, readme: Path | None) -> None:
+def _tables(results: Path) -> None:
     from benchmarks.forgetting.publish import publish
 
-    if readme is None and results == RESULTS:
-        readme = README
-    files = publish(results, readme)
+    files = publish(results)
     if not files:
         sys.exit(
             f"{results} holds no runs (forgetting_*.jsonl): run a study first, or see --results"

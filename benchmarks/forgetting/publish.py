@@ -1,15 +1,16 @@
-"""The pages and pictures of the results files, and the README's tables, written from the runs."""
+"""The pages and pictures of the results files, written from the runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.forgetting import drift_language, drift_page, evidence_language_page, evidence_page
 from benchmarks.forgetting.drift_picture import draw_drift
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
-from benchmarks.forgetting.readme import Study, readme_table, with_table
-from flowdata.study import draw_picture, read_records, report, studies
+from flowdata.study import Record, draw_picture, read_records, report, studies
 
 SHOWN, SHOWN_PROBE = "fashion_mnist", "inverted"  # in the picture of drift
 _PAGES = {  # of several studies together: which of them it can take, and what it makes of them
@@ -23,6 +24,31 @@ _PAGES = {  # of several studies together: which of them it can take, and what i
 }
 
 
+@dataclass(frozen=True)
+class Study:
+    """Runs under the same options, and the names of their page and picture.
+
+    Attributes:
+        stem: the files' name in ``benchmarks/results``.
+        options: of all runs.
+        records: the runs.
+        first: options of the results file's first study.
+    """
+
+    stem: str
+    options: Mapping[str, Any]
+    records: list[Record]
+    first: Mapping[str, Any]
+
+    def name(self) -> str:
+        """Return the target's name, and the options by which a further study differs."""
+        options = self.options.items()
+        differences = [
+            f"{name} {value}" for name, value in options if self.first.get(name) != value
+        ]
+        return ", ".join([str(self.options["target"]).split(" on ")[-1], *differences])
+
+
 def read_studies(folder: Path) -> list[Study]:
     """Return the studies of a folder's results files; a file's second one has the stem NAME_2."""
     all_studies = []
@@ -34,8 +60,8 @@ def read_studies(folder: Path) -> list[Study]:
     return all_studies
 
 
-def publish(folder: Path, readme: Path | None) -> list[Path]:
-    """Write a page and a picture of each study beside its results file, and the README's tables.
+def publish(folder: Path) -> list[Path]:
+    """Write a page and a picture of each study beside its results file, and of several together.
 
     Returns:
         The files written.
@@ -46,11 +72,7 @@ def publish(folder: Path, readme: Path | None) -> list[Path]:
         page.write_text(report(study.options, study.records))
         drawing.write_bytes(draw_picture(study.records, variants=ABLATIONS))
         files += [page, drawing]
-    files += _publish_together(folder, all_studies)
-    if readme is not None:
-        readme.write_text(with_table(readme.read_text(), readme_table(all_studies)))
-        files.append(readme)
-    return files
+    return files + _publish_together(folder, all_studies)
 
 
 def _publish_together(folder: Path, all_studies: Iterable[Study]) -> list[Path]:

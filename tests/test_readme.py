@@ -1,0 +1,84 @@
+"""The README: its blocks run as they stand, in order, in an empty folder."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowdata
+from flowdata.cli import main
+from flowdata.text import load_model
+from tests.chat_templates import tokenizer_with
+from tests.models import tiny_llama
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of this name stands in for the hub's
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def section(title):
+    """The blocks under a heading: (language, code)."""
+    text = README.partition(f"\n## {title}")[2].partition("\n## ")[0]
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def run_shell(code):
+    """Run a block in bash; the commands of flowdata in this process, which has it loaded."""
+    others = [line for line in code.splitlines() if not line.startswith("flowdata ")]
+    subprocess.run(["bash", "-euc", "\n".join(others)], check=True)
+    for line in code.splitlines():
+        if line.startswith("flowdata "):
+            assert main(line.partition("#")[0].split()[1:]) == 0
+
+
+def test_it_fits_on_a_page_and_every_block_is_tried():
+    assert len(README.splitlines()) <= 170
+    tried = ["Install", "A language model", "An image model, in a loop of your own", "More"]
+    blocks = [block for title in tried for block in section(title)]
+    assert len(blocks) == README.count("\n```") / 2
+
+
+def test_the_language_models_blocks_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tokenizer_with(TEMPLATE)
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(MODEL)
+    tokenizer.save_pretrained(MODEL)
+    (_, shell), (_, python) = section("A language model")
+    assert MODEL in shell
+    assert MODEL in python
+    run_shell(shell)
+    assert len(flowdata.Scores.load("scores")) == 40
+    assert Path("scores/report/report.html").is_file()
+    names = {"__name__": "readme"}
+    exec(compile(python, "README.md", "exec"), names)
+    log = names["trainer"].state.log_history
+    assert any("eval_loss_and_drift" in entry for entry in log)
+    assert names["meter"](load_model(MODEL)).kl == pytest.approx(0, abs=1e-6)
+    assert "Drift(kl=" in capsys.readouterr().out
+
+
+def test_the_image_models_block_runs_and_shows_what_a_rate_costs(capsys):
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    ((_, python),) = section("An image model, in a loop of your own")
+    exec(compile(python, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    old = {
+        name: float(share)
+        for name, share in re.findall(r"^(.*): new task .*, old task (.*)%$", printed, re.M)
+    }
+    assert len(old) == 6
+    assert old["plain, rate 0.03"] < old["FLOW, rate 0.03"] - 10
+    assert old["plain, rate 0.03"] < old["plain, rate 0.003"] - 50
+    assert re.search(r"^choose (plain|FLOW), rate 0.003$", printed, re.M)
+
+
+def test_a_fresh_environment_gets_the_extras_that_the_blocks_need():
+    ((_, shell),) = section("Install")
+    assert '".[demo,transformers]"' in shell
+    assert "flowdata demo" in shell
