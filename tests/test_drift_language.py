@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.forgetting import drift_language as page
+from benchmarks.forgetting.pages import drift_language as page
 
 PROBE = "own text"
 BEFORE = {"WikiText-2 nll": 3.0, "code nll": 2.0}

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.forgetting import choosing_rules, drift_measures, drift_page
 from benchmarks.forgetting.made_images import TEXTURES, letters, textures
+from benchmarks.forgetting.pages import choosing_rules, drift_measures
+from benchmarks.forgetting.pages import drift as drift_page
 from benchmarks.forgetting.readouts import retake_statistics
 from flowdata.drift import DriftMeter
 from flowdata.study import hits, packed, unpacked
@@ -101,7 +102,7 @@ def test_the_page_shows_every_part(records):
 
 
 def test_the_picture_marks_the_two_choices(records):
-    from benchmarks.forgetting.drift_picture import draw_drift
+    from benchmarks.forgetting.pages.drift_picture import draw_drift
 
     assert draw_drift(records, "new task", drift_page.OLD)[:4] == b"\x89PNG"
 

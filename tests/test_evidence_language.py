@@ -5,13 +5,8 @@ import argparse
 import numpy as np
 import pytest
 
-from benchmarks.forgetting import (
-    evidence_language,
-    evidence_language_page,
-    language,
-    methods,
-    texts,
-)
+from benchmarks.forgetting import evidence_language, language, methods, texts
+from benchmarks.forgetting.pages import evidence_language as pages
 from flowdata.study.equal_learning import Items, differences
 
 
@@ -81,8 +76,8 @@ def page():
         "EAFT": (1.2, 3.1, 0.3),
     }
     records = [record(name, seed, *of) for name, of in losses.items() for seed in (0, 1)]
-    assert evidence_language_page.can_tell(records)
-    return evidence_language_page.evidence_page({"SmolLM2 on noisy": records})
+    assert pages.can_tell(records)
+    return pages.evidence_page({"SmolLM2 on noisy": records})
 
 
 def test_predictions_are_judged_by_their_figures(page):

@@ -1,4 +1,4 @@
-"""The page on the evidence: its figures and outcomes, on runs whose answers are known."""
+"""The pages on the evidence: their figures and outcomes, on runs whose answers are known."""
 
 import re
 
@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.forgetting import evidence_page
 from benchmarks.forgetting.evidence import methods
+from benchmarks.forgetting.pages import evidence as evidence_page
+from benchmarks.forgetting.pages.batch_norm import batch_norm_page
+from benchmarks.forgetting.pages.choices import choices_page
+from benchmarks.forgetting.pages.fronts import at_equal_learning
+from benchmarks.forgetting.pages.hard_samples import hard_samples_page
 from flowdata.study import Kept, packed
 
 RATES = {0.0: 0, 0.001: 0.25, 0.003: 0.5, 0.01: 0.75, 0.03: 1.0, 0.1: 1.0}
@@ -23,20 +27,27 @@ def run(name, method, rate, seed):
     step = RATES[rate] * (0.5 if method == "standard, smaller steps" else 1)
     new, old = answers(60 + 20 * step), answers(80 - (30 if helps else 40) * step)
     accuracies = [100 * each.double().mean().item() for each in (new, old)]
+    cosine = 1 - (80 - accuracies[1]) / 160
+    drift = dict.fromkeys(("kl", "reverse_kl"), 1 - cosine)
+    drift |= {"cosine": cosine, "agreement": cosine, "samples": 9, "head": "frozen", "of": "items"}
     return {
         "method": method,
         "rate": rate,
         "seed": seed,
+        "validation": accuracies[0],
         "target": {"accuracy": accuracies[0]},
         "retained": {"CIFAR-10 accuracy": accuracies[1]},
-        "readouts": {"statistics anew": 70 + accuracies[1] / 100},
+        "readouts": {"statistics anew": 70 + accuracies[1] / 100, "head anew": 79.0},
         "target of the hardest tenth": 30.0 - 10 * (method == "FLOW"),
+        "target of the worst class": accuracies[0] - 20,
+        "drift": dict.fromkeys(("noise", "new task"), drift),
+        "drift on other probes": {"inverted": drift},
         "hits": {"target": packed(new), "retained": packed(old)},
     }
 
 
 @pytest.fixture(scope="module")
-def page():
+def studies():
     studies = {
         name: [
             run(name, method, rate, seed)
@@ -47,6 +58,11 @@ def page():
         for name in ("wrong20_fashion_mnist", "letters")
     }
     studies["letters"].append(run("letters", "standard", 0.01, 2))  # of a seed just begun
+    return studies
+
+
+@pytest.fixture(scope="module")
+def page(studies):
     return evidence_page.evidence_page(studies)
 
 
@@ -88,3 +104,38 @@ def test_an_interval_tells(low, high, outcomes):
     kept = Kept((low + high) / 2, low, high, 0.5, "FLOW", 4, 5, ())
     judges = ("above", "below", "no_worse", "on_the_front")
     assert tuple(getattr(evidence_page, judge)(kept) for judge in judges) == outcomes
+
+
+def cells(page, row):
+    """The cells of the last row of a page that begins so."""
+    return [line for line in page.splitlines() if line.startswith(f"| {row} |")][-1].split(" | ")
+
+
+def test_each_readout_of_batch_norm_is_compared_at_equal_learning(studies):
+    page = batch_norm_page(studies)
+    assert cells(page, "standard, 0.01")[1:] == ["50.0 / 70.5 / 79.0", "50.0 / 70.5 / 79.0 |"]
+    assert cells(page, "FLOW, old statistics")[1].startswith("+5.0 (")
+    assert cells(page, "FLOW, statistics anew")[1].startswith("+0.1 (")
+    assert cells(page, "FLOW, head anew")[1:] == ["+0.0 (+0.0 to +0.0)", "+0.0 (+0.0 to +0.0) |"]
+
+
+def test_hard_samples_are_compared_at_one_rate_and_at_equal_learning(studies):
+    page = hard_samples_page(studies)
+    assert cells(page, "FLOW, 0.01")[1] == "75.0 / 20.0 / 55.0"
+    assert cells(page, "FLOW, hardest tenth")[1] == "-7.4 ± 0.0"  # from the probe's 30 on
+    assert cells(page, "FLOW, worst class")[1] == "+0.0 ± 0.0"
+
+
+def test_a_value_at_equal_learning_is_a_line_between_rates(studies):
+    def old(record):
+        return record["retained"]["CIFAR-10 accuracy"]
+
+    (first, _) = at_equal_learning(studies["wrong20_fashion_mnist"], "FLOW", old)
+    assert first == pytest.approx(5.0)  # of 80 − 30 x against 80 − 40 x, the mean over x
+
+
+def test_drift_that_tells_chooses_the_best_run(studies):
+    page = choices_page(studies)
+    best = cells(page.partition("Among the rates")[0], "best possible")[1:]
+    assert cells(page.partition("Among the rates")[0], "by drift, noise")[1:] == best
+    assert cells(page, "kl, inverted")[1].startswith("1.00")

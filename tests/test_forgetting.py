@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import forgetting
-from benchmarks.forgetting import folders, publish, vision
+from benchmarks.forgetting import folders, vision
+from benchmarks.forgetting.pages import publish
 from flowdata.study import HeadTask, Sizes
 from flowdata.study import runs as study
 from tests.pretend import pretend

@@ -79,7 +79,7 @@ def _method_names(words: list[str], module: ModuleType) -> list[str]:
 
 
 def _tables(results: Path) -> None:
-    from benchmarks.forgetting.publish import publish
+    from benchmarks.forgetting.pages.publish import publish
 
     files = publish(results)
     if not files:

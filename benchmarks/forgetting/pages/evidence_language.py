@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.forgetting.evidence_language import PRE_TRAINED, TRIMMED
 from benchmarks.forgetting.language import CLEAN_ROWS
 from benchmarks.forgetting.language_readouts import OWN_TEXT
-from benchmarks.forgetting.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
-from benchmarks.forgetting.several import Studies, of_whole_seeds
+from benchmarks.forgetting.pages.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
+from benchmarks.forgetting.pages.several import Studies, of_whole_seeds
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Record
 from flowdata.study.equal_learning import Difference, Items, ItemsOfRuns, differences

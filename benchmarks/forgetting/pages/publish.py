@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forgetting import drift_language, drift_page, evidence_language_page, evidence_page
-from benchmarks.forgetting.drift_picture import draw_drift
 from benchmarks.forgetting.methods import ABLATIONS, ORDER
+from benchmarks.forgetting.pages import drift, drift_language, evidence, evidence_language
+from benchmarks.forgetting.pages.batch_norm import batch_norm_page
+from benchmarks.forgetting.pages.choices import choices_page
+from benchmarks.forgetting.pages.drift_picture import draw_drift
+from benchmarks.forgetting.pages.hard_samples import hard_samples_page
 from flowdata.study import Record, draw_picture, read_records, report, studies
 
 SHOWN, SHOWN_PROBE = "fashion_mnist", "inverted"  # in the picture of drift
-_PAGES = {  # of several studies together: which of them it can take, and what it makes of them
-    "forgetting_drift": (drift_page.can_tell, drift_page.drift_page),
+PAGES = {  # one a question, of several studies: which of them it can take, and what it makes of it
+    "forgetting_drift": (drift.can_tell, drift.drift_page),
     "forgetting_drift_language": (drift_language.can_tell, drift_language.drift_page),
     "forgetting_evidence_language": (
-        evidence_language_page.can_tell,
-        evidence_language_page.evidence_page,
+        evidence_language.can_tell,
+        evidence_language.evidence_page,
     ),
-    "forgetting_evidence": (evidence_page.can_tell, evidence_page.evidence_page),
+    "forgetting_evidence": (evidence.can_tell, evidence.evidence_page),
+    "forgetting_batch_norm": (evidence.can_tell, batch_norm_page),
+    "forgetting_hard_samples": (evidence.can_tell, hard_samples_page),
+    "forgetting_choices": (evidence.can_tell, choices_page),
 }
 
 
@@ -61,33 +67,32 @@ def read_studies(folder: Path) -> list[Study]:
 
 
 def publish(folder: Path) -> list[Path]:
-    """Write a page and a picture of each study beside its results file, and of several together.
+    """Write the pages and pictures of a folder's results files beside them.
+
+    Each question has a page, of all studies that answer it. A study that answers none of them has a
+    page and a picture of its own.
 
     Returns:
         The files written.
     """
     all_studies, files = read_studies(folder), []
     for study in all_studies:
-        page, drawing = (folder / f"{study.stem}.{kind}" for kind in ("md", "png"))
-        page.write_text(report(study.options, study.records))
-        drawing.write_bytes(draw_picture(study.records, variants=ABLATIONS))
-        files += [page, drawing]
-    return files + _publish_together(folder, all_studies)
-
-
-def _publish_together(folder: Path, all_studies: Iterable[Study]) -> list[Path]:
-    """Write the pages of several studies, and the picture of vision's drift."""
-    files = []
-    for stem, (can_tell, page) in _PAGES.items():
+        if not any(can_tell(study.records) for can_tell, _ in PAGES.values()):
+            page, drawing = (folder / f"{study.stem}.{kind}" for kind in ("md", "png"))
+            page.write_text(report(study.options, study.records))
+            drawing.write_bytes(draw_picture(study.records, variants=ABLATIONS))
+            files += [page, drawing]
+    for stem, (can_tell, make_page) in PAGES.items():
         records = {each.name(): each.records for each in all_studies if can_tell(each.records)}
-        if not records:
-            continue
-        files.append(folder / f"{stem}.md")
-        files[-1].write_text(page(records))
-        if page is drift_page.drift_page:
-            shown = records.get(SHOWN, next(iter(records.values())))
-            files.append(folder / f"{stem}.png")
-            files[-1].write_bytes(
-                draw_drift(drift_page.with_all_drifts(shown), SHOWN_PROBE, drift_page.OLD)
-            )
+        if records:
+            files.append(folder / f"{stem}.md")
+            files[-1].write_text(make_page(records))
+            if make_page is drift.drift_page:
+                files.append(_draw_drift(folder / f"{stem}.png", records))
     return files
+
+
+def _draw_drift(path: Path, records: Mapping[str, list[Record]]) -> Path:
+    shown = drift.with_all_drifts(records.get(SHOWN, next(iter(records.values()))))
+    path.write_bytes(draw_drift(shown, SHOWN_PROBE, drift.OLD))
+    return path

@@ -17,9 +17,9 @@ from benchmarks.forgetting.evidence import (
     STRENGTHS,
     TARGETS,
 )
-from benchmarks.forgetting.fronts import Kepts, kept_on, table_of_sets
-from benchmarks.forgetting.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
-from benchmarks.forgetting.several import Studies, counts, of_whole_seeds
+from benchmarks.forgetting.pages.fronts import Kepts, kept_on, table_of_sets
+from benchmarks.forgetting.pages.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
+from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Kept, Record
 from flowdata.study.runs import records_by

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import mean
 
-from benchmarks.forgetting.choosing_rules import POINTS, average, rules
-from benchmarks.forgetting.drift_measures import (
+from benchmarks.forgetting.evidence import ANCHOR, FLOW_AND_ANCHOR
+from benchmarks.forgetting.pages.choosing_rules import POINTS, average, rules
+from benchmarks.forgetting.pages.drift_measures import (
     OF_DRIFT,
     agreement_table,
     agreement_with,
     few_samples,
 )
-from benchmarks.forgetting.evidence import ANCHOR, FLOW_AND_ANCHOR
-from benchmarks.forgetting.fronts import kept_on, table_of_sets
-from benchmarks.forgetting.several import Studies, counts, of_whole_seeds
+from benchmarks.forgetting.pages.fronts import kept_on, table_of_sets
+from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
 from flowdata.report.markdown import spread, table
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.choices import Rule, on_whole_seeds
@@ -31,7 +31,8 @@ LARGEST_RATE = 0.03
 def can_tell(records: list[Record]) -> bool:
     """Return whether a study has all that the page shows: enough runs of vision, with the probe."""
     methods = {(record["method"], record["rate"]) for record in records}
-    return "readouts" in records[0] and len(methods) >= LEAST and (LINEAR_PROBE, 0.0) in methods
+    has_measures = {"readouts", "rivals", "drift on few"} <= records[0].keys()
+    return has_measures and len(methods) >= LEAST and (LINEAR_PROBE, 0.0) in methods
 
 
 def drift_page(studies: Studies) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import mean
 
-from benchmarks.forgetting.choosing_rules import rules
-from benchmarks.forgetting.drift_measures import agreement_table, agreement_with, few_samples
 from benchmarks.forgetting.language_readouts import OWN_TEXT
-from benchmarks.forgetting.several import Studies, counts
+from benchmarks.forgetting.pages.choosing_rules import rules
+from benchmarks.forgetting.pages.drift_measures import agreement_table, agreement_with, few_samples
+from benchmarks.forgetting.pages.several import Studies, counts
 from flowdata.report.markdown import count, table
 from flowdata.study import STANDARD, Record
 from flowdata.study.choices import on_whole_seeds

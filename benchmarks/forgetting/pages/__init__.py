@@ -1,0 +1,1 @@
+"""Pages and pictures of the studies, one for each question, written from the results files."""
