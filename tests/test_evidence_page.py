@@ -12,6 +12,7 @@ from benchmarks.forgetting.pages.batch_norm import batch_norm_page
 from benchmarks.forgetting.pages.choices import choices_page
 from benchmarks.forgetting.pages.fronts import at_equal_learning
 from benchmarks.forgetting.pages.hard_samples import hard_samples_page
+from benchmarks.forgetting.pages.rule import rule_page
 from flowdata.study import Kept, packed
 
 RATES = {0.0: 0, 0.001: 0.25, 0.003: 0.5, 0.01: 0.75, 0.03: 1.0, 0.1: 1.0}
@@ -34,6 +35,7 @@ def run(name, method, rate, seed):
         "method": method,
         "rate": rate,
         "seed": seed,
+        "options": {"target": name},
         "validation": accuracies[0],
         "target": {"accuracy": accuracies[0]},
         "retained": {"CIFAR-10 accuracy": accuracies[1]},
@@ -139,3 +141,21 @@ def test_drift_that_tells_chooses_the_best_run(studies):
     best = cells(page.partition("Among the rates")[0], "best possible")[1:]
     assert cells(page.partition("Among the rates")[0], "by drift, noise")[1:] == best
     assert cells(page, "kl, inverted")[1].startswith("1.00")
+
+
+def test_each_clause_of_the_rule_is_judged_on_every_set_it_speaks_of(studies):
+    sections = dict(part.split("\n\n", 1) for part in rule_page(studies).split("\n## ")[1:])
+    outcomes = {
+        title: dict(re.findall(r"^\| (\w+) \| .* \| (holds|fails|open) \|$", text, re.M))
+        for title, text in sections.items()
+    }
+    noisy, clean = "wrong20_fashion_mnist", "letters"
+    assert outcomes["All rows right: leave the weights out"] == {clean: "holds"}
+    assert outcomes["A tenth of the rows wrong, or more: take the weights"] == {noisy: "holds"}
+    # Trimming is standard fine-tuning here, and so is FLOW with ℓ2; all classes fare alike.
+    assert outcomes["Their share known: trimming does as well"] == {noisy: "fails"}
+    assert outcomes["A large rate needed: FLOW with ℓ2"] == {noisy: "fails", clean: "fails"}
+    assert outcomes["Hard rows that are right and matter: not FLOW"] == {clean: "fails"}
+    assert len(sections) == 6
+    assert f"| **{clean}** |" in sections["Choose the rate by drift"]
+    assert f"| {noisy} |" in sections["Choose the rate by drift"]

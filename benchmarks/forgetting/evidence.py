@@ -31,6 +31,7 @@ SHARES = {  # of the training rows that are wrong
 }
 TARGETS = (*CLEAN, *SHARES, "rare_fashion_mnist")
 WITH_ALL_RIVALS = ("fashion_mnist", "wrong33_fashion_mnist", "digits")
+WITH_SUM = ("letters", "textures", "wrong20_fashion_mnist")  # on which FLOW + ℓ2 is checked
 FLOW, MEAN_WEIGHT, ANCHOR = "FLOW", "standard, smaller steps", "output anchor"
 FLOW_AND_ANCHOR = "FLOW + output anchor"
 STRENGTHS = {  # names of each rival, at three strengths
@@ -58,6 +59,7 @@ def methods(target: str) -> dict[str, tuple[float, ...]]:
     shares = (share / 2, share, 2 * share) if target in WITH_ALL_RIVALS else (share,)
     names = [*(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
     names += _RIVALS if target in WITH_ALL_RIVALS else ()
+    names += ("l2", "FLOW + l2") if target in WITH_SUM else ()
     core = grids(CORE, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)
     return core | grids(names, RATES_OF_RIVALS, vision.ALL)
 

@@ -13,6 +13,7 @@ from benchmarks.forgetting.pages.batch_norm import batch_norm_page
 from benchmarks.forgetting.pages.choices import choices_page
 from benchmarks.forgetting.pages.drift_picture import draw_drift
 from benchmarks.forgetting.pages.hard_samples import hard_samples_page
+from benchmarks.forgetting.pages.rule import rule_page
 from flowdata.study import Record, draw_picture, read_records, report, studies
 
 SHOWN, SHOWN_PROBE = "fashion_mnist", "inverted"  # in the picture of drift
@@ -27,6 +28,7 @@ PAGES = {  # one a question, of several studies: which of them it can take, and 
     "forgetting_batch_norm": (evidence.can_tell, batch_norm_page),
     "forgetting_hard_samples": (evidence.can_tell, hard_samples_page),
     "forgetting_choices": (evidence.can_tell, choices_page),
+    "forgetting_rule": (evidence.can_tell, rule_page),
 }
 
 
