@@ -1,5 +1,6 @@
 """The study of language on a small model: everything but the size is real."""
 
+import copy
 import json
 import os
 import re
@@ -152,6 +153,32 @@ def test_the_loss_of_a_batch_is_weighted_and_divided_by_its_targets(task):
     found = [reference.causal_lm_sample_loss(task.model, samples[i]) for i in (0, 1)]
     total = sum(mean * count * weights[i][0].item() for i, (mean, count) in enumerate(found))
     assert loss.item() == pytest.approx(total / sum(count for _, count in found), rel=0.01)
+
+
+def test_a_batch_is_held_to_the_frozen_models_predictions(task):
+    samples, scores = task.start(0)[:2]
+    data = batches.Weighted(samples, batches.target_weights(language.ALL["standard"], scores))
+    batch, tuned = batches.collate([data[0], data[1]]), copy.deepcopy(task.model)
+    plain = batches.batch_loss(tuned, batch)
+    same = batches.batch_loss(tuned, batch, hold=3.0, reference=task.model)
+    assert same.item() == pytest.approx(plain.item(), abs=1e-4)
+    with torch.no_grad():
+        tuned.get_output_embeddings().weight.mul_(1.5)
+    loss = batches.batch_loss(tuned, batch)
+    held = batches.batch_loss(tuned, batch, hold=3.0, reference=task.model)
+    rows = [
+        reference.divergences(*(logits_of_targets(m, samples[i]) for m in (task.model, tuned)))
+        for i in (0, 1)
+    ]
+    divergence = torch.cat([row["kl"] for row in rows]).mean().item()
+    assert held.item() - loss.item() == pytest.approx(3 * divergence, rel=0.03)
+
+
+def logits_of_targets(model, sample):
+    """The logits at the positions before a sample's targets, (targets, V) float64."""
+    with torch.no_grad():
+        logits = model(input_ids=sample["input_ids"][None]).logits[0, :-1].double()
+    return logits[sample["labels"][1:] != -100]
 
 
 @pytest.mark.parametrize("name", list(language.MAIN))

@@ -79,14 +79,38 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: F.pad(v, (0, width), value=fill.get(name, 0)) for name, v in batch.items()}
 
 
-def batch_loss(model: nn.Module, batch: dict[str, Tensor], rule: Any = None) -> Tensor:
+def batch_loss(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    rule: Any = None,
+    hold: float = 0.0,
+    reference: nn.Module | None = None,
+) -> Tensor:
     """Return Σ weight · loss over the batch's target tokens, divided by their number.
 
     The padding is on the right, where no token of a causal model attends to it, so that no
     attention mask is needed.
+
+    Args:
+        model: the model that is trained.
+        batch: as `collate` makes it.
+        rule: weights from the model's own losses, see `flowdata.losses`.
+        hold: strength of the KL to the reference's predictions of the batch's targets.
+        reference: the frozen model; needed where `hold` is not 0.
     """
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        decoder = model.get_decoder()
-        hidden = decoder(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-        return fused_causal_lm_loss(hidden, head, batch["labels"], batch["weight"], token_rule=rule)
+        hidden, head = _hidden_states(model, batch)
+        held: dict[str, Any] = {}
+        if hold:
+            assert reference is not None
+            with torch.no_grad():
+                held = {"kl_to_reference": hold, "reference": _hidden_states(reference, batch)}
+        weight = batch["weight"]
+        return fused_causal_lm_loss(hidden, head, batch["labels"], weight, token_rule=rule, **held)
+
+
+def _hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, nn.Module]:
+    """What a model's output layer is given, (B, T, d), and the layer."""
+    decoder: Any = model.get_decoder()
+    hidden = decoder(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    return hidden, model.get_output_embeddings()

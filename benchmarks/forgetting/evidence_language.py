@@ -28,7 +28,7 @@ STUDIES = {
 }
 METHODS = {
     "noise": (PRE_TRAINED, STANDARD, "FLOW", "standard, smaller steps", TRIMMED, CLEAN_ROWS),
-    "rules": (PRE_TRAINED, STANDARD, "FLOW", "TALR", "DFT", "EAFT"),
+    "rules": (PRE_TRAINED, STANDARD, "FLOW", "TALR", "DFT", "EAFT", "ASFT"),
 }
 SEEDS = {"noise": range(8), "rules": range(2)}
 

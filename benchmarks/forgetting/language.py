@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,7 +252,9 @@ class Language:
             collate_fn=collate,
         )
         adam = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0, fused=True)
-        loss = partial(batch_loss, model, rule=method.rule)
+        held = {"hold": method.hold, "reference": self.model}
+        loss = partial(batch_loss, model, rule=method.rule, **held)
+        method = replace(method, hold=0.0)  # which the loss has taken over
         epochs = self.sizes.epochs
         steps = epochs * len(batches)
         train(model, passes(batches, epochs), steps, loss, adam, method, seed=seed, warmup=0.03)

@@ -130,6 +130,7 @@ TOKEN_METHODS: dict[str, Method] = {
     "TALR": Method(rule="talr"),
     "DFT": Method(rule="dft"),
     "EAFT": Method(rule="eaft"),
+    "ASFT": Method(rule="dft", hold=0.1),
     "FLOW, tokens": Method(flow_tokens),
     "FLOW, both": Method(flow_both),
     "token masking": Method(easy_tokens),

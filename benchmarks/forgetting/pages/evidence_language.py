@@ -19,7 +19,7 @@ from flowdata.study.runs import records_by
 
 _OLD = "WikiText-2"
 _EXACT = "exact match accuracy"
-_RULES = ("TALR", "DFT", "EAFT")
+_RULES = ("TALR", "DFT", "EAFT", "ASFT")
 Pairs = Mapping[str, tuple[Difference, Difference]]  # by method, of the new and of the old
 
 
