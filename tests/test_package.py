@@ -197,3 +197,8 @@ def test_the_distribution_and_its_extras_have_one_name():
     assert len(re.findall(r'"flowdata-torch\[', project)) == len(
         re.findall(r'"flowdata.*?\[', project)
     )
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == flowdata.__version__
