@@ -131,9 +131,7 @@ class Language:
         self.folder, self.sizes, self.scores = assets / "language", sizes, scores
         if not (self.folder / "gsm8k_train.jsonl").is_file():
             raise SystemExit(f"{self.folder} holds no gsm8k_train.jsonl: see --assets")
-        # transformers refuses `.float()` on a model that it has read from a GGUF file, though the
-        # weights are plain tensors by then. The method of `nn.Module` itself casts them.
-        self.model, self.tokenizer = nn.Module.float(load_model(model)), load_tokenizer(model)
+        self.model, self.tokenizer = load_model(model).float(), load_tokenizer(model)
         self.test = self._tokens(self._problems("gsm8k_test.jsonl")[: sizes.test])
         self.code = self._plain_tokens(texts.held_out_code(sizes.code))
         wikitext = (self.folder / "wikitext2_valid.txt").read_text()
@@ -267,7 +265,7 @@ class Language:
         }
         if not any(limits.values()):
             return {}
-        low_model = nn.Module.bfloat16(copy.deepcopy(model))
+        low_model = copy.deepcopy(model).bfloat16()
         return harness.evaluate(low_model, self.tokenizer, files, limits=limits)
 
 

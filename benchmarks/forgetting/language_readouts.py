@@ -95,7 +95,7 @@ def item_losses(model: nn.Module, sets: Sequence[TokenSamples]) -> list[tuple[Te
     `LossScorer` would compare its ways with samples run alone, again for every model, which takes
     longer than these few samples do.
     """
-    low_model = nn.Module.bfloat16(copy.deepcopy(model)).eval()
+    low_model = copy.deepcopy(model).bfloat16().eval()
     all_losses = []
     for samples in sets:
         rows = [_losses_of(low_model, samples[index]) for index in range(len(samples))]

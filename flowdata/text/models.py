@@ -38,7 +38,21 @@ def load_model(source: str, *, trust_remote_code: bool = False, device: str | No
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code, **options
     )
+    _forget_quantisation(model)
     return model if device is None else model.to(device)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Let a model whose file was quantised, and whose weights are plain now, be what it is.
+
+    transformers would refuse to cast, train and save a model that it has read from a GGUF file.
+    """
+    method = getattr(model, "quantization_method", None)
+    if method != "gguf" or not all(p.is_floating_point() for p in model.parameters()):
+        return
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def load_tuned_model(
