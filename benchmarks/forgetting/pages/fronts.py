@@ -7,7 +7,7 @@ from statistics import mean
 
 import numpy as np
 
-from flowdata.report.markdown import table
+from flowdata.report.markdown import spread, table
 from flowdata.study import (
     LINEAR_PROBE,
     STANDARD,
@@ -67,6 +67,11 @@ def at_equal_learning(
         ours, theirs = (np.interp(levels, *line.T) for line in lines)
         differences.append(float((ours - theirs).mean()))
     return differences
+
+
+def signed_spread(differences: list[float]) -> str:
+    """Return differences of the seeds in a cell: the mean with its sign ± standard deviation."""
+    return ("+" if mean(differences) >= 0 else "") + spread(differences, 1)
 
 
 def _line(records: list[Record], method: str, value: Callable[[Record], float]) -> np.ndarray:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from statistics import mean
 
 from benchmarks.forgetting.evidence import ANCHOR, FLOW, MEAN_WEIGHT
-from benchmarks.forgetting.pages.fronts import at_equal_learning
+from benchmarks.forgetting.pages.fronts import at_equal_learning, signed_spread
 from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
-from flowdata.report.markdown import spread, table
+from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Record
 
 MEASURES = {
@@ -93,8 +93,4 @@ def _at_equal_learning(studies: Studies) -> list[str]:
 def _difference(records: list[Record], method: str, key: str) -> str:
     if method not in {record["method"] for record in records}:
         return "–"
-    return _signed(at_equal_learning(records, method, lambda record: float(record[key])))
-
-
-def _signed(differences: list[float]) -> str:
-    return ("+" if mean(differences) >= 0 else "") + spread(differences, 1)
+    return signed_spread(at_equal_learning(records, method, lambda record: float(record[key])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
@@ -35,3 +36,14 @@ def no_worse(difference: Interval) -> str:
 def on_the_front(difference: Interval) -> str:
     """Return whether a method does as the reference does: its interval holds 0."""
     return HOLDS if difference.low <= 0 <= difference.high else FAILS
+
+
+def of_all_seeds(differences: Sequence[float]) -> str:
+    """Return whether a difference lies above 0 on every seed, below 0 on every seed, or neither.
+
+    Args:
+        differences: one for each seed.
+    """
+    if all(each > 0 for each in differences):
+        return HOLDS
+    return FAILS if all(each < 0 for each in differences) else OPEN
