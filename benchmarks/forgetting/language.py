@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ EXTRA = {**ABLATIONS, CLEAN_ROWS: Method(clean_rows)}
 ALL = {**MAIN, **EXTRA}
 RATES = (1e-4, 3e-4, 1e-3)
 PAIR = Fields(prompt="question", completion="answer")
+_SETS = ("validation", "target", "WikiText-2", "code")  # of which losses are kept item by item
+ItemLosses: TypeAlias = tuple[Tensor, Tensor]  # losses, and counts of tokens
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Language:
         # All methods of a seed share one start, and averages share the training they are made of.
         self.start = lru_cache(maxsize=8)(self._start)
         self.tuned = lru_cache(maxsize=_MOST_TUNED)(self._tuned)
+        self.frozen_losses = cache(self._losses_of_others)
 
     def _start(self, seed: int) -> Start:
         rows, sizes = self._problems("gsm8k_train.jsonl"), self.sizes
@@ -190,9 +193,7 @@ class Language:
         start = self.start(seed)
         weights = target_weights(ALL[name], start.scores)
         model = self.model_of(name, rate, seed)
-        sets = {"validation": start.validation, "target": self.test}
-        sets |= {"WikiText-2": self.prose, "code": self.code}
-        losses = dict(zip(sets, item_losses(model, list(sets.values())), strict=True))
+        losses = dict(zip(_SETS, self._item_losses(model, start.validation), strict=True))
         nll = {name: mean_loss(*items) for name, items in losses.items()}
         limits = {"wikitext": self.sizes.wikitext, "piqa": self.sizes.piqa}
         exact = self._harness(model, {"gsm8k": self.sizes.exact_match})
@@ -214,6 +215,14 @@ class Language:
             "mean_weight": means.mean().item(),
             "effective_share": flowdata.effective_sample_size(means) / len(means),
         }
+
+    def _item_losses(self, model: nn.Module, validation: TokenSamples) -> list[ItemLosses]:
+        """The losses of each set; the frozen model has its own read once for all seeds."""
+        others = self.frozen_losses() if model is self.model else self._losses_of_others(model)
+        return [*item_losses(model, [validation]), *others]
+
+    def _losses_of_others(self, model: nn.Module | None = None) -> list[ItemLosses]:
+        return item_losses(model or self.model, [self.test, self.prose, self.code])
 
     def model_of(self, name: str, rate: float, seed: int) -> nn.Module:
         """Return the model that a method makes of the pre-trained one."""
