@@ -27,7 +27,7 @@ def fit_head(
     strength: float | Literal["held_out"] = "held_out",
     folds: int = 5,
 ) -> nn.Linear:
-    """Fit a linear head to features by L-BFGS on all samples at once, in float64, and return it.
+    """Fit a linear head to features on all samples at once, in float64, and return it.
 
     Minimises mean loss + strength / 2 · ‖W‖², where W acts on features of mean 0 and variance 1,
     each column by itself, and the bias is free; the values of a regression are standardised too.

@@ -1,8 +1,14 @@
-"""The convex problem of a linear head on fixed features, and its solver."""
+"""The convex problem of a linear head on fixed features, and its solvers.
+
+A head of few parameters is solved by Newton's method: where the classes are nearly told apart the
+problem is so ill-conditioned that L-BFGS needs a thousand steps, and Newton's method ten. Larger
+heads, whose second derivatives would not fit, are solved by L-BFGS.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -10,13 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowdata._common.notices import logger
+from flowdata.probe.descent import minimize_by_lbfgs, minimize_by_newton
 from flowdata.probe.scaling import ROWS
 
 HeadLoss: TypeAlias = Literal["auto", "cross_entropy", "binary_cross_entropy", "mse"]
 LossAndSlope: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Curvature: TypeAlias = Callable[[Tensor], Tensor]
 
 _CURVATURE = 0.25  # of a loss by a standardised feature's weight, about
 _LEAST_SLOPE = 1e-5  # a start this flat is a solution: what is left of its gradient is rounding
+_MOST_FOR_NEWTON = 1024  # parameters: second derivatives of 8 MiB
+_MOST_OUTPUTS_FOR_NEWTON = 64
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +57,28 @@ LOSSES: dict[str, LossAndSlope] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy": _binary_cross_entropy,
     "mse": _mse,
+}
+
+
+def _cross_entropy_curvature(logits: Tensor) -> Tensor:
+    shares = logits.softmax(1)
+    return shares.diag_embed() - shares[:, :, None] * shares[:, None]
+
+
+def _binary_cross_entropy_curvature(logits: Tensor) -> Tensor:
+    shares = logits.sigmoid()
+    return (shares * (1 - shares) / logits.shape[1]).diag_embed()
+
+
+def _mse_curvature(logits: Tensor) -> Tensor:
+    return torch.full_like(logits, 2 / logits.shape[1]).diag_embed()
+
+
+# Second derivatives of each sample's loss by its logits, (N, C) → (N, C, C).
+CURVATURES: dict[LossAndSlope, Curvature] = {
+    _cross_entropy: _cross_entropy_curvature,
+    _binary_cross_entropy: _binary_cross_entropy_curvature,
+    _mse: _mse_curvature,
 }
 
 
@@ -110,7 +142,7 @@ class HeadProblem:
         """Return the parameters of least objective; a warning says where they were not reached.
 
         Args:
-            start: where L-BFGS begins.
+            start: where the solver begins.
             strength: of the penalty.
             tolerance: the largest entry of the gradient at the solution, as a share of the one at
                 parameters of 0.
@@ -120,7 +152,6 @@ class HeadProblem:
         stretch = start.new_ones(start.shape[1])
         stretch[:-1] = (1 + strength / _CURVATURE) ** -0.5
         parameters, gradient = start / stretch, torch.zeros_like(start)
-        parameters.grad = gradient
 
         def objective(parameters: Tensor) -> float:
             value = self.objective(parameters * stretch, strength, gradient)
@@ -129,16 +160,12 @@ class HeadProblem:
 
         objective(self.start())
         flat_enough = tolerance * max(gradient.abs().max().item(), _LEAST_SLOPE)
-        optimizer = torch.optim.LBFGS(
-            [parameters],
-            max_iter=5000,
-            max_eval=10000,
-            history_size=20,
-            tolerance_grad=flat_enough,
-            tolerance_change=0,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(lambda: objective(parameters))
+        is_small = start.numel() <= _MOST_FOR_NEWTON and len(start) <= _MOST_OUTPUTS_FOR_NEWTON
+        if is_small:
+            curvature = partial(self._curvature, strength, stretch)
+            minimize_by_newton(objective, curvature, parameters, gradient, flat_enough)
+        else:
+            minimize_by_lbfgs(objective, parameters, gradient, flat_enough)
         # The line search leaves the gradient of the last point tried, not that of the best one.
         objective(parameters)
         # Rounding may end the descent a little short of the tolerance; that does no harm.
@@ -151,3 +178,21 @@ class HeadProblem:
                 flat_enough,
             )
         return parameters * stretch
+
+    def _curvature(self, strength: float, stretch: Tensor, parameters: Tensor) -> Tensor:
+        """The objective's second derivatives by W / stretch and the bias, (C, D + 1, C, D + 1)."""
+        outputs, width = parameters.shape
+        weight = parameters * stretch
+        total = weight.new_zeros(outputs, width, outputs, width)
+        for part in self.features.split(ROWS):
+            rows = F.pad(part.double(), (0, 1), value=float(self.bias))
+            curvature = CURVATURES[self.loss](rows @ weight.T) / len(self.features)
+            rows = rows * stretch
+            for a in range(outputs):
+                for b in range(a + 1):
+                    total[a, :, b] += (rows * curvature[:, a, b, None]).T @ rows
+        for a in range(outputs):
+            for b in range(a):
+                total[b, :, a] = total[a, :, b].T
+            total[a, :, a].diagonal()[:-1] += strength * stretch[:-1] ** 2
+        return total
