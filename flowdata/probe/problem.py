@@ -189,8 +189,9 @@ class HeadProblem:
             curvature = CURVATURES[self.loss](rows @ weight.T) / len(self.features)
             rows = rows * stretch
             for a in range(outputs):
-                for b in range(a + 1):
-                    total[a, :, b] += (rows * curvature[:, a, b, None]).T @ rows
+                of_earlier = curvature[:, a, : a + 1, None] * rows[:, None]
+                products = of_earlier.flatten(1).T @ rows  # of each earlier output's rows with a's
+                total[a, :, : a + 1] += products.view(a + 1, width, width).transpose(0, 1)
         for a in range(outputs):
             for b in range(a):
                 total[b, :, a] = total[a, :, b].T

@@ -22,6 +22,7 @@ from flowdata.report.page import (
     tiles,
 )
 from flowdata.report.pictures import draw_lengths, draw_losses, draw_weights
+from flowdata.report.rule import FIGURES
 from flowdata.report.samples import SampleText
 from flowdata.report.summary import drop_missing, extremes
 from flowdata.report.table import Column, Tokens, table
@@ -92,6 +93,11 @@ def render(
 
 def _verdict(verdict: Verdict) -> str:
     text = "".join(f"<p>{escape(part)}</p>" for part in verdict.text)
+    figures = "".join(
+        f"<li>{escape(clause.advice)} {escape(clause.figure)}</li>" for clause in verdict.clauses
+    )
+    if figures:
+        text += f"<details><summary>{escape(FIGURES)}</summary><ul>{figures}</ul></details>"
     return f'<div class="verdict"><b>{escape(verdict.title)}</b>{text}</div>'
 
 

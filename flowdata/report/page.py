@@ -171,6 +171,8 @@ pre span.target::before { content: attr(data-role) " · target"; color: var(--ac
   border-radius: .3rem .6rem .6rem .3rem; background: var(--card); }
 .verdict b { display: block; margin-bottom: .3rem; font-size: 1.15rem; line-height: 1.35; }
 .verdict p:last-child { margin: 0; }
+.verdict summary { cursor: pointer; color: var(--accent); }
+.verdict ul { margin: .5rem 0 0; padding-left: 1.2rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 """

@@ -1,7 +1,8 @@
-"""A verdict in words: whether weights will change a training, on what they act, and which to take.
+"""A verdict in words: on what weights would act, and what to do, by the rule (`rule`).
 
-The bounds are ours. Losses that lie as close as GSM8K's under an instruction-tuned model leave
-95 % of the samples in effect, and weighing them changed nothing there.
+Losses alone can't tell rows that are wrong from rows that are hard: the verdict says which to read.
+The bounds are ours. Losses that lie as close as GSM8K's under an instruction-tuned model leave 95 %
+of the samples in effect.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata.report.oddities import Oddities
+from flowdata.report.rule import HARD, LARGE, RATE, RIGHT, SHARE, WRONG, Clause
 from flowdata.weights import RelativeTemperature, effective_sample_size, resolve_temperature, weigh
 
 Mask: TypeAlias = "NDArray[np.bool_]"
@@ -23,6 +25,7 @@ RULES = ("median", "mean", "ess0.5", "ess0.9")  # the temperatures that a page o
 _ALIKE = 0.9  # effective share of the samples from which weights change little
 _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
+_FEW = 0.1  # effective share of the samples below which few of them decide
 _HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
 _CAUSES = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
 
@@ -34,10 +37,12 @@ class Verdict:
     Attributes:
         title: in one sentence.
         text: the reasons and the advice, a paragraph each.
+        clauses: those of the rule that the advice is taken from.
     """
 
     title: str
     text: list[str]
+    clauses: tuple[Clause, ...] = ()
 
 
 def judge(
@@ -65,18 +70,18 @@ def judge(
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, "Take ess0.5, whose largest weight is 1."])
     if num_far >= max(1, _HEAVY * present):
-        title = "The losses have a heavy tail: FLOW will act."
+        title = "Some samples are far harder than the rest: read them before you weigh."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
         text = [
             f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at the "
             f"median their weights lie below a twentieth of the largest possible one.{about}"
         ]
-        return Verdict(title, [*text, _advice_for_tail(share), _STEPS])
+        return _by_rule(title, text + _at_few(share), WRONG, SHARE, HARD, RATE)
     if share >= _ALIKE:
-        title = "Nearly all losses are alike: FLOW changes little."
-        return Verdict(title, [effect, _ADVICE_WHERE_ALIKE])
-    title = "The losses differ, without a heavy tail: FLOW will act mildly, on the harder half."
-    return Verdict(title, [effect, _ADVICE_WHERE_MILD, _STEPS])
+        title = "Nearly all losses are alike: weights would only make each step smaller."
+        return _by_rule(title, [effect], RIGHT, RATE)
+    title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
+    return _by_rule(title, [effect], RIGHT, WRONG, RATE, LARGE)
 
 
 def _by_the_median(losses: Tensor, summary: Mapping[str, Any]) -> tuple[float, float, int]:
@@ -92,31 +97,19 @@ def _by_the_median(losses: Tensor, summary: Mapping[str, Any]) -> tuple[float, f
     return usual, size / len(present), len(present)
 
 
-_STEPS = (
-    "Weights below 1 make steps smaller, which by itself forgets less and learns less: compare "
-    "with plain training at a rate smaller by the mean weight before you credit the choice of "
-    "samples."
-)
-_ADVICE_WHERE_ALIKE = (
-    "Every sample would get nearly the same weight, as if the learning rate were smaller. Train "
-    "without weights; if the model forgets too much, ess0.5 leaves out half of the data in effect."
-)
-_ADVICE_WHERE_MILD = (
-    "Take the median. The mean is milder and keeps more of the new task; ess0.5 is stronger and "
-    "keeps more of what the model could do."
-)
+def _by_rule(title: str, reasons: list[str], *clauses: Clause) -> Verdict:
+    advice = " ".join(clause.advice for clause in clauses)
+    return Verdict(title, [*reasons, advice], clauses)
 
 
-def _advice_for_tail(share: float) -> str:
-    if share < 0.1:
-        return (
-            "Few samples carry nearly all of the weight: take ess0.5, or a temperature whose "
-            "effective sample size suits you (the slider below)."
-        )
-    return (
-        "Take the median. If these samples are noise, weighing helps the new task too; if they are "
-        "what is to be learned, a higher temperature (mean, ess0.9) keeps more of them: read some."
-    )
+def _at_few(share: float) -> list[str]:
+    """What to do where few samples carry nearly all of the weight."""
+    if share >= _FEW:
+        return []
+    return [
+        "Few samples carry nearly all of the weight: if you weigh, take ess0.5, or a temperature "
+        "whose effective sample size suits you (the slider below)."
+    ]
 
 
 def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> str:
