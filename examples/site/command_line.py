@@ -54,7 +54,9 @@ def forms_of(action: argparse.Action) -> Iterable[str]:
         return [f"{action.dest.upper()} …" if action.nargs == "+" else action.dest.upper()]
     if action.nargs == 0:
         return action.option_strings
-    return [f"{flag} {value}{' …' if action.nargs == '+' else ''}" for flag in action.option_strings]
+    return [
+        f"{flag} {value}{' …' if action.nargs == '+' else ''}" for flag in action.option_strings
+    ]
 
 
 def help_of(action: argparse.Action) -> str:
