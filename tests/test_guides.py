@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 import flowdata
+from examples.site.command_line import on_page_markdown
 from flowdata import study
 from flowdata.cli import main
+from flowdata.cli.commands import COMMANDS
 from flowdata.cli.parser import make_parser
+from flowdata.cli.shell.wording import actions_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -127,6 +130,18 @@ def test_every_guide_and_page_of_the_reference_is_on_the_first_page_and_in_the_m
         name = page.relative_to(folder).as_posix()
         assert f"- {name}\n" in menu
         assert name == "README.md" or f"]({name})" in first_page
+
+
+def test_the_page_of_the_command_line_has_every_option_of_every_command():
+    page = on_page_markdown((REFERENCE / "command_line.md").read_text())
+    of_all = page.partition("## Every command\n")[2]
+    for name in COMMANDS:
+        section = page.partition(f"## flowdata {name}\n")[2].partition("\n## ")[0] + of_all
+        for action in actions_of(make_parser(), name):
+            for word in action.option_strings or [action.dest.upper()]:
+                assert re.search(f"`{word}[ `]", section), (name, word)
+    assert "- `--store STORE`  \n  folder or URL for the losses (default: scores)\n" in page
+    assert "- `--valid DATA` (required)  \n  validation data" in page
 
 
 def test_pictures_of_guides_are_small():

@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 GUIDES = Path(__file__).parent.parent / "guides"
 ROOT = GUIDES.parent.parent
 LINK = re.compile(r"(?<=\]\()(?!\w+:)[^)#\s]+")  # the path of a link or picture, no address
+FOLDER = re.compile(r"\[([^]]+)\]\((?!\w+:)[^)#\s]*/\)")  # a link to a folder, which has no page
 SHOWN_AS_CODE = {".py": "python", ".yaml": "yaml", ".jsonl": "json"}
 MOST_SHOWN = 50_000  # characters of a file; the rest of a long list of results tells no more
 
@@ -47,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match.group()
         return os.path.relpath(uri_of(target), Path(page.file.src_uri).parent)
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, FOLDER.sub(r"\1", markdown))
 
 
 def generated(config: Any, path: Path) -> File:
