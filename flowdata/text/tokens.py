@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -76,9 +77,9 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         unreadable: Mapping[int, str] | None = None,
     ) -> None:
         self.unreadable = {} if unreadable is None else unreadable
-        ids: list[NDArray[np.int32]] = []
-        targets: list[NDArray[np.bool_]] = []
-        rows: list[int] = []
+        # They grow in place: ten million small arrays, to be joined at the end, would take
+        # gigabytes.
+        ids, is_targets, lengths, rows = array("i"), bytearray(), array("q"), array("q")
         self.truncation = truncation
         self.replies: Form | None = None
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
@@ -86,12 +87,15 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
             for tokens, is_target in samples:
                 part = _part(len(tokens), max_length, truncation)
                 self._count(len(tokens), is_target, part)
-                ids.append(np.asarray(tokens[part], dtype=np.int32))
-                targets.append(is_target[part])
+                tokens, is_target = tokens[part], is_target[part]
+                ids.fromlist(tokens)
+                is_targets += is_target.tobytes()
+                lengths.append(len(tokens))
                 rows.append(row)
-        self.input_ids = np.concatenate(ids)
-        self.is_target = np.concatenate(targets)
-        self.offsets = offsets_of(torch.tensor([len(sample) for sample in ids])).numpy()
+        # Views of what has grown, without a copy.
+        self.input_ids = np.asarray(ids, dtype=np.int32)
+        self.is_target = np.asarray(is_targets).view(np.bool_)
+        self.offsets = offsets_of(torch.from_numpy(np.asarray(lengths, dtype=np.int64))).numpy()
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
@@ -121,7 +125,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     @property
     def is_split(self) -> bool:
         """Whether some row is several samples, one for each of its replies."""
-        return len(self) > len(np.unique(self.rows))
+        return bool((self.rows[1:] == self.rows[:-1]).any())  # they ascend
 
     @property
     def num_targets(self) -> int:
