@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowdata._common.notices import is_first_rank, say
-from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
 from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.store.fingerprint.rows import digest_tokens
@@ -77,9 +76,8 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         unreadable: Mapping[int, str] | None = None,
     ) -> None:
         self.unreadable = {} if unreadable is None else unreadable
-        # They grow in place: ten million small arrays, to be joined at the end, would take
-        # gigabytes.
-        ids, is_targets, lengths, rows = array("i"), bytearray(), array("q"), array("q")
+        # They grow in place: small arrays of ten million samples would take gigabytes until joined.
+        ids, is_targets, offsets, rows = array("i"), bytearray(), array("q", [0]), array("q")
         self.truncation = truncation
         self.replies: Form | None = None
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
@@ -87,15 +85,13 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
             for tokens, is_target in samples:
                 part = _part(len(tokens), max_length, truncation)
                 self._count(len(tokens), is_target, part)
-                tokens, is_target = tokens[part], is_target[part]
-                ids.fromlist(tokens)
-                is_targets += is_target.tobytes()
-                lengths.append(len(tokens))
+                ids.fromlist(tokens[part])
+                is_targets += is_target[part].tobytes()
+                offsets.append(len(ids))
                 rows.append(row)
-        # Views of what has grown, without a copy.
         self.input_ids = np.asarray(ids, dtype=np.int32)
         self.is_target = np.asarray(is_targets).view(np.bool_)
-        self.offsets = offsets_of(torch.from_numpy(np.asarray(lengths, dtype=np.int64))).numpy()
+        self.offsets = np.asarray(offsets, dtype=np.int64)
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
