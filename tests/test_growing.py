@@ -1,7 +1,6 @@
 """`flowdata score` on data that grows, rows that can't be read, previews and columns by name."""
 
 import json
-import shutil
 from copy import deepcopy
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ from tokenizers.decoders import Fuse
 
 import flowdata.scoring.run as scoring_run
 from flowdata import Scores
+from flowdata.store.places import names_in, place_of, remove_folder, write_whole
 from flowdata.text import load_tokenizer, read_rows, tokenize_rows
 from tests.models import tiny_llama
 from tests.test_cli import run
@@ -19,6 +19,7 @@ from tests.test_text import tokenizer
 
 __all__ = ["tokenizer"]  # the fixture
 COUNT = 12
+FILES = ["manifest.json", "scores.safetensors"]  # of a finished store
 
 
 def rows_of(count, start=0):
@@ -39,6 +40,13 @@ def model_folder(tmp_path_factory, tokenizer):
     exact.backend_tokenizer.decoder = Fuse()
     exact.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(params=["folder", "url"])
+def store(request, tmp_path):
+    """Where nothing is yet, on the disk and at a URL."""
+    yield place_of(tmp_path / "store" if request.param == "folder" else "memory://grown/scores")
+    remove_folder(place_of("memory://grown"))
 
 
 @pytest.fixture
@@ -67,8 +75,8 @@ def score(capsys, model_folder, data, store, *options):
     return json.loads(out), err
 
 
-def test_a_store_grows_with_its_data(capsys, model_folder, data, tmp_path, scored):
-    store, options = tmp_path / "store", ("--token-losses", "--columns", "entropy")
+def test_a_store_grows_with_its_data(capsys, model_folder, data, tmp_path, store, scored):
+    options = ("--token-losses", "--columns", "entropy")
     score(capsys, model_folder, data, store, *options, "--limit", 5)
     facts, err = score(capsys, model_folder, data, store, *options, "--limit", 9)
     assert "has the first 5 of 9 samples; 4 new ones are scored" in err
@@ -80,7 +88,7 @@ def test_a_store_grows_with_its_data(capsys, model_folder, data, tmp_path, score
     _, err = score(capsys, model_folder, data, store, *options)
     assert "losses of 15 samples found" in err
     assert len(scored) == 4
-    assert not (store / "new").exists()
+    assert names_in(store) == FILES
 
     grown = Scores.load(store)
     score(capsys, model_folder, data, tmp_path / "at once", *options)
@@ -91,13 +99,12 @@ def test_a_store_grows_with_its_data(capsys, model_folder, data, tmp_path, score
     assert torch.allclose(grown.token_losses(13), at_once.token_losses(13), atol=1e-5)
     assert grown.metadata["identity"] == at_once.metadata["identity"]
     assert run(capsys, "verify", store)[0] == 0
-    assert run(capsys, "report", store)[0] == 0
+    assert run(capsys, "report", store, "--output", tmp_path / "page")[0] == 0
 
 
 def test_an_unfinished_store_and_an_unfinished_growth_go_on(
-    capsys, model_folder, data, tmp_path, scored
+    capsys, model_folder, data, store, scored
 ):
-    store = tmp_path / "store"
     small_packs = ("--max-tokens", 24)
     run_packs = scoring_run.run_packs
     packs_left = [2]
@@ -125,7 +132,7 @@ def test_an_unfinished_store_and_an_unfinished_growth_go_on(
     score(capsys, model_folder, data, store, *small_packs)
     assert len(Scores.load(store)) == COUNT + 2
     assert scored == [3, 2]  # of the new ones those that were lacking; what was scored is kept
-    assert not (store / "new").exists()
+    assert names_in(store) == FILES
 
 
 def test_another_change_is_still_refused(capsys, model_folder, data, tmp_path):
@@ -150,11 +157,12 @@ def test_another_change_is_still_refused(capsys, model_folder, data, tmp_path):
     assert len(Scores.load(store)) == COUNT
 
 
-def test_overwriting_begins_anew(capsys, model_folder, data, tmp_path, scored):
-    store = tmp_path / "store"
+def test_overwriting_begins_anew(capsys, model_folder, data, tmp_path, store, scored):
     score(capsys, model_folder, data, store)
-    run(capsys, "report", store)
-    (store / "notes").touch()
+    for folder in ("report", "new", "parts"):
+        (store / folder).mkdir()
+        write_whole(store / folder / "page.html", b"of the losses that were there")
+    write_whole(store / "notes", b"mine")
     write(data, rows_of(4))
     code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--overwrite")
     assert code == 2
@@ -164,22 +172,20 @@ def test_overwriting_begins_anew(capsys, model_folder, data, tmp_path, scored):
     facts, _ = score(capsys, model_folder, data, store, "--overwrite")
     assert facts["samples"] == 4
     assert scored == [COUNT, 4]
+    assert names_in(store) == FILES
     code, _, err = run(capsys, "score", model_folder, data, "--store", tmp_path, "--overwrite")
     assert code == 2
     assert "is not a flowdata store" in err
     assert data.exists()
 
 
-def test_a_grown_store_that_is_damaged_is_scored_anew_on_request(
-    capsys, model_folder, data, tmp_path
-):
-    store = tmp_path / "store"
+def test_a_grown_store_that_is_damaged_is_scored_anew_on_request(capsys, model_folder, data, store):
     score(capsys, model_folder, data, store, "--limit", 4)
     score(capsys, model_folder, data, store)
     file = store / "scores.safetensors"
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
-    file.write_bytes(content)
+    write_whole(file, bytes(content))
     code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--dtype", "float32")
     assert code == 2
     assert "no part of it can be repaired; --overwrite scores all samples again" in err
@@ -187,12 +193,10 @@ def test_a_grown_store_that_is_damaged_is_scored_anew_on_request(
     assert facts["samples"] == COUNT
 
 
-def test_a_stale_draft_of_a_growth_is_no_hindrance(capsys, model_folder, data, tmp_path):
-    store = tmp_path / "store"
+def test_a_stale_draft_of_a_growth_is_no_hindrance(capsys, model_folder, data, tmp_path, store):
     score(capsys, model_folder, data, store, "--limit", 4)
     other = write(tmp_path / "other.jsonl", rows_of(30, 20))
-    score(capsys, model_folder, other, tmp_path / "draft")
-    shutil.move(tmp_path / "draft", store / "new")
+    score(capsys, model_folder, other, store / "new")
     facts, _ = score(capsys, model_folder, data, store)
     assert facts["samples"] == COUNT
 

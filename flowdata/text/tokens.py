@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -14,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowdata._common.notices import is_first_rank, say
-from flowdata._common.offsets import offsets_of
 from flowdata._common.unreadable import Unreadable
 from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.store.fingerprint.rows import digest_tokens
@@ -76,9 +76,8 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         unreadable: Mapping[int, str] | None = None,
     ) -> None:
         self.unreadable = {} if unreadable is None else unreadable
-        ids: list[NDArray[np.int32]] = []
-        targets: list[NDArray[np.bool_]] = []
-        rows: list[int] = []
+        # They grow in place: small arrays of ten million samples would take gigabytes until joined.
+        ids, is_targets, offsets, rows = array("i"), bytearray(), array("q", [0]), array("q")
         self.truncation = truncation
         self.replies: Form | None = None
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
@@ -86,12 +85,13 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
             for tokens, is_target in samples:
                 part = _part(len(tokens), max_length, truncation)
                 self._count(len(tokens), is_target, part)
-                ids.append(np.asarray(tokens[part], dtype=np.int32))
-                targets.append(is_target[part])
+                ids.fromlist(tokens[part])
+                is_targets += is_target[part].tobytes()
+                offsets.append(len(ids))
                 rows.append(row)
-        self.input_ids = np.concatenate(ids)
-        self.is_target = np.concatenate(targets)
-        self.offsets = offsets_of(torch.tensor([len(sample) for sample in ids])).numpy()
+        self.input_ids = np.asarray(ids, dtype=np.int32)
+        self.is_target = np.asarray(is_targets).view(np.bool_)
+        self.offsets = np.asarray(offsets, dtype=np.int64)
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
@@ -121,7 +121,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     @property
     def is_split(self) -> bool:
         """Whether some row is several samples, one for each of its replies."""
-        return len(self) > len(np.unique(self.rows))
+        return bool((self.rows[1:] == self.rows[:-1]).any())  # they ascend
 
     @property
     def num_targets(self) -> int:

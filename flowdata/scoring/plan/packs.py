@@ -82,8 +82,9 @@ class Plan:
     @functools.cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the order and the cuts."""
-        content = self.order.numpy().tobytes() + self.offsets.numpy().tobytes()
-        return hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(self.order.numpy().data)  # as they lie in memory, without a copy
+        digest.update(self.offsets.numpy().data)
+        return digest.hexdigest()
 
     def to_manifest(self) -> dict[str, Any]:
         """Return the `plan` field of a store's manifest: the options, and what was made of them."""

@@ -135,8 +135,10 @@ def digest_tokens(
         offsets: (N + 1,) int64, where each sample begins and the last one ends.
         is_target: (Σ T,) bool; None leaves the targets out.
     """
-    arrays = (input_ids, offsets) if is_target is None else (input_ids, is_target, offsets)
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    digest = hashlib.sha256()
+    for array in (input_ids, offsets) if is_target is None else (input_ids, is_target, offsets):
+        digest.update(np.ascontiguousarray(array).data)  # as they lie in memory, without a copy
+    return digest.hexdigest()
 
 
 def _content(value: Any) -> Any:
