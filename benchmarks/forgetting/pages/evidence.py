@@ -64,7 +64,8 @@ def evidence_page(studies: Studies) -> str:
             "# When do weights help beyond a smaller rate?",
             "",
             f"CIFAR-10's ResNet-20 learns other images: {counts(studies)}. What is measured "
-            "and what was predicted before the runs: benchmarks/forgetting/registered_evidence.md.",
+            "and what was predicted before the runs: benchmarks/forgetting/registered_evidence.md. "
+            "The runs of misjudged20 are those of wrong20, with other validation labels.",
             "",
             "Old accuracy at equal new accuracy, the mean difference from standard fine-tuning in "
             "points, and where 95 % of the draws of seeds and test items lie:",
