@@ -2,10 +2,13 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+CODE_OR_LINK = re.compile(r"`[^`]*`|\]\([^)]*\)")
+FIGURE = re.compile(r"(?<![\w.,^-])\d[\d.,]*(?![\w^-])")
 
 
 def text(path):
@@ -34,3 +37,20 @@ def run(name, mark):
     """The one run of a file whose command holds `mark`."""
     (only,) = [run for run in runs(name) if mark in run["command"]]
     return only
+
+
+def check_section(page, title, fragments, sizes=()):
+    """Check that a section of a page has all fragments once, and no other figure but some sizes.
+
+    A fragment is text with places for figures, and the figures; … stands for any words between.
+    """
+    rest = re.search(rf"# {re.escape(title)} (.*?)(?= ## |$)", text(page))[1]
+    for fragment, values in fragments:
+        written = re.sub(r"(?<=\d)%", " %", fragment.format(*values)).replace("e-0", "e-")
+        pattern = "(.*?)".join(map(re.escape, written.split("…")))
+        places = list(re.finditer(pattern, rest))
+        assert len(places) == 1, f"not there once, as the results have it: {written}"
+        rest = " ".join([rest[: places[0].start()], *places[0].groups(), rest[places[0].end() :]])
+    for size in sizes:
+        rest = rest.replace(size, "")
+    assert FIGURE.findall(CODE_OR_LINK.sub("", rest)) == [], "figures that no results file holds"

@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from tests.result_pages import BENCHMARKS, RESULTS, run, runs, tables, text
+from tests.result_pages import BENCHMARKS, RESULTS, check_section, run, runs, tables, text
 
 # What the benchmarks set: sizes of models and samples, and a goal.
 SIZES = (
@@ -22,8 +22,6 @@ SIZES = (
     "trace, of 400 samples",
     "at 1, 8 and 70 billion parameters",
 )
-CODE_OR_LINK = re.compile(r"`[^`]*`|\]\([^)]*\)")
-FIGURE = re.compile(r"(?<![\w.,^-])\d[\d.,]*(?![\w^-])")
 
 LOOPS = USUAL, SORTED, OURS = "usual loop", "sorted, logits of targets only", "flowdata"
 EAGER, COMPILED = "flowdata, eager", "flowdata, compiled"
@@ -383,13 +381,5 @@ PAGES = {
 
 @pytest.mark.parametrize(("page", "title"), PAGES, ids=[title for _, title in PAGES])
 def test_every_figure_of_a_section_is_one_of_the_results(page, title):
-    rest = re.search(rf"# {title} (.*?)(?= ## |$)", text(page))[1]
-    for fragment, values in (pair for function in PAGES[page, title] for pair in function()):
-        written = re.sub(r"(?<=\d)%", " %", fragment.format(*values)).replace("e-0", "e-")
-        pattern = "(.*?)".join(map(re.escape, written.split("…")))
-        places = list(re.finditer(pattern, rest))
-        assert len(places) == 1, f"not there once, as the results have it: {written}"
-        rest = " ".join([rest[: places[0].start()], *places[0].groups(), rest[places[0].end() :]])
-    for size in SIZES:
-        rest = rest.replace(size, "")
-    assert FIGURE.findall(CODE_OR_LINK.sub("", rest)) == [], "figures that no results file holds"
+    fragments = [pair for function in PAGES[page, title] for pair in function()]
+    check_section(page, title, fragments, SIZES)
