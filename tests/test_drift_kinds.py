@@ -11,7 +11,7 @@ from torch import nn
 
 from flowdata.drift import DriftMeter, OutputAnchor
 from tests import reference
-from tests.models import TinyResNet, tiny_llama, token_samples
+from tests.models import TinyResNet, images, tiny_llama, token_samples
 from tests.test_drift import (
     SIZES,
     TOKENS,
@@ -533,3 +533,29 @@ def test_a_base_that_diverged_is_refused():
     samples[5] = torch.inf
     with pytest.raises(ValueError, match="gives no numbers for sample 5 of the probe"):
         DriftMeter(Body(), samples)
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.randn(3, 8, 8), 0
+
+
+def test_a_probe_that_the_model_does_not_take_or_that_is_random_is_named():
+    with pytest.raises(ValueError, match=r"fails on the probe's first sample \(.*channels"):
+        DriftMeter(TinyResNet(), torch.randn(6, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"probe\[0\] differs from reading to reading"):
+        DriftMeter(TinyResNet(), Augmented())
+
+
+def test_a_head_that_is_taken_for_a_new_tasks_is_said(caplog):
+    caplog.set_level(logging.INFO, "flowdata")
+    base = TinyResNet()
+    meter, tuned = DriftMeter(base, images(12)), copy.deepcopy(base)
+    assert meter(tuned).head == "own"
+    with torch.no_grad():
+        tuned.head.weight.neg_()
+    assert meter(tuned).head == "frozen"
+    assert "is taken for a new task's, and drift is measured through the old" in caplog.text

@@ -8,7 +8,8 @@ import pandas
 import pytest
 import torch
 
-from flowdata import FlowWeightedDataset, ScoreMismatchError, Scores
+from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
+from tests.models import TinyResNet, images
 
 
 def table():
@@ -155,3 +156,11 @@ def test_a_notebook_shows_the_ends_of_the_table():
     assert page.count("<th>…</th><td>…</td><td>…</td><td>…</td>") == 1
     assert "<th>1999</th>" in page
     assert "none" in Scores(torch.tensor([torch.nan]))._repr_html_()
+
+
+def test_a_part_says_that_it_cannot_be_checked(caplog):
+    caplog.set_level("INFO", "flowdata")
+    dataset = images(12)
+    scores = LossScorer(TinyResNet(), progress=False).score(dataset)
+    FlowWeightedDataset([dataset[i] for i in (3, 1)], scores[[1, 3]])
+    assert "a part of others" in caplog.text

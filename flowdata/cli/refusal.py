@@ -27,7 +27,7 @@ def explained_refusal(store: Place, details: Mapping[str, Any]) -> Iterator[None
     except ScoreMismatchError as error:
         changes = _changes(store, details)
         told = f". Since then changed: {'; '.join(changes)}" if changes else ""
-        raise ScoreMismatchError(f"{error}, as --overwrite does{told}") from error
+        raise ScoreMismatchError(f"{error} (--overwrite does that){told}") from error
 
 
 def _changes(store: Place, details: Mapping[str, Any]) -> list[str]:

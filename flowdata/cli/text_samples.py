@@ -32,6 +32,8 @@ _COLUMNS = {
     "rejected": "column of replies that were not preferred (default: rejected)",
 }
 
+_MOST_REASONS = 5  # why rows can't be read, in one message
+
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which text is read, and how it becomes tokens."""
@@ -211,11 +213,13 @@ def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
     if samples.num_cut:
         logger.warning(_cut(samples, options.max_length))
     if samples.unreadable:
+        reasons = list(samples.unreadable.values())
         logger.warning(
-            "%d of %d rows can't be read and have no loss; the first: %s",
-            len(samples.unreadable),
+            "%d of %d rows can't be read and have no loss: %s%s",
+            len(reasons),
             int(samples.rows[-1]) + 1,
-            next(iter(samples.unreadable.values())),
+            "; ".join(reasons[:_MOST_REASONS]),
+            "; …" if len(reasons) > _MOST_REASONS else "",
         )
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata._common.data_sets import check_map_style
+from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
 from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
@@ -262,7 +263,14 @@ class DriftMeter:
             return True
         other = other.to(one.device)
         cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
-        return not bool(cosine <= _SAME_LAYER)  # a layer that diverged is no number
+        if not bool(cosine <= _SAME_LAYER):  # a layer that diverged is no number
+            return True
+        say_once(
+            "the model's output layer points another way than that of the model before training "
+            f"(cosine below {_SAME_LAYER}): it is taken for a new task's, and drift is measured "
+            "through the old one, as the old task would be served (Drift.head is 'frozen')"
+        )
+        return False
 
 
 def _check_model(model: object) -> None:

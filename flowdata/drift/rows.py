@@ -35,6 +35,7 @@ from flowdata.scoring.job import Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.planning import make_plan
+from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.packs import reorder
 from flowdata.targets.labels import IGNORE_INDEX, split_batch
 from flowdata.targets.target_losses import TargetLosses, joined
@@ -72,6 +73,11 @@ class Reader:
         self, model: nn.Module, probe: Any, collate_fn: Collate | None, dtype: str | torch.dtype
     ) -> None:
         check_batch_norm(model)
+        if (random := random_sample(probe)) is not None:
+            raise ValueError(
+                f"probe[{random[0]}] differs from reading to reading, as random augmentation makes "
+                "it, so that no two models can be compared on it: give the samples without it"
+            )
         dataset = Readable(probe, skip=False)
         first = dataset[0]
         loss = _language_loss(model, first)
@@ -102,7 +108,7 @@ class Reader:
         self._frozen_head: str | None = None
         if not self.is_of_language:
             with lent_model(self._job, self._plan.options) as lent:
-                self._frozen_head = self._name_of_head(lent)
+                self._frozen_head = self._first_head(lent)
         self._job = replace(self._job, model=nn.Module())  # the first model may go
 
     @property
@@ -184,6 +190,19 @@ class Reader:
                 "meter of the model that this one was tuned from"
             )
         return name
+
+    def _first_head(self, model: nn.Module) -> str | None:
+        """The head's name; the first run of all, which tells whether the model takes the probe."""
+        try:
+            return self._name_of_head(model)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"the model fails on the probe's first sample ({reason}); give samples of the "
+                "shape and dtype that it takes"
+            ) from error
 
     def _name_of_head(self, model: nn.Module) -> str | None:
         return name_of_head(model, self.first_batch(), home(model))

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowdata._common.notices import say_once
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.errors import ScoreMismatchError
 from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens, first_difference
 from flowdata.store.identity import (
     CONTENT_PREFIX,
+    PART_PREFIX,
     content_identity,
     dataset_difference,
     fields_of,
@@ -52,6 +54,11 @@ def check_match(metadata: Mapping[str, Any], dataset: Any, *, view: bool) -> Non
         _check_rows(rows, identity, dataset, skips)
     elif identity.startswith(CONTENT_PREFIX):
         _check_content(identity, dataset, skips, view=view)
+    elif identity.startswith(PART_PREFIX):
+        say_once(
+            "these scores are a part of others, and that they are of this data set's samples, in "
+            "this order, can't be checked: select both by the same indices"
+        )
     # Else it is a name of the user's own, which no content can be compared with.
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.offsets import offsets_of
+from flowdata.store.identity import PART_PREFIX
 
 if TYPE_CHECKING:
     from flowdata.scores.scores import Scores
@@ -161,7 +162,7 @@ def _metadata_of_part(metadata: Mapping[str, Any], indices: Tensor) -> dict[str,
     if "identity" in metadata:
         identity = metadata["identity"]
         digest = hashlib.sha256(indices.numpy().tobytes()).hexdigest()
-        name = f"part {digest[:16]} of {identity.get('dataset', '')}"
+        name = f"{PART_PREFIX}{digest[:16]} of {identity.get('dataset', '')}"
         part["identity"] = {**identity, "dataset": name, "num_samples": len(indices)}
     details = metadata.get("details", {})
     if isinstance(details.get("data"), Mapping):

@@ -33,6 +33,7 @@ from flowdata.store.fingerprint.model import fingerprint_model
 from flowdata.store.fingerprint.values import class_name
 
 CONTENT_PREFIX = "content:"  # of a data set's identity that was read off its samples
+PART_PREFIX = "part "  # of the identity of a selection, which no data set has
 _SCHEME = "2:"
 _EARLIER = (
     "it was made by an earlier version of flowdata, whose fingerprints saw neither a model's "
