@@ -145,7 +145,7 @@ def test_another_change_is_still_refused(capsys, model_folder, data, tmp_path):
         code, _, err = run(capsys, *command)
         assert code == 2
         assert "was made with another dataset" in err
-        assert "as --overwrite does" in err
+        assert "--overwrite does that" in err
         assert "Since then changed" not in err  # the options are the same
     write(data, rows_of(COUNT + 1))
     code, _, err = run(capsys, *command, "--max-length", 20, "--truncation", "keep_end")
@@ -211,7 +211,7 @@ def test_rows_that_can_not_be_read_keep_their_place(capsys, model_folder, data, 
     assert "data.jsonl, line 3: not JSON" in err
     store = tmp_path / "store"
     facts, err = score(capsys, model_folder, data, store, "--on-error", "skip", "--limit", 9)
-    assert "2 of 9 rows can't be read and have no loss; the first: " in err
+    assert "2 of 9 rows can't be read and have no loss: " in err
     assert facts["samples"] == 9
     facts, _ = score(capsys, model_folder, data, store, "--on-error", "skip")
     scores = Scores.load(store)
@@ -270,7 +270,7 @@ def test_what_is_recognised_is_told_before_the_second_row_is_read(
         assert code == 2
         assert "row 1: column 'completion' should hold text" in err
         assert "target > b</s>" in caplog.text
-        assert "each is what it adds to the chat before it" in caplog.text
+        assert "each is what it adds to the chat" in caplog.text
     assert run(capsys, "score", model_folder, data, "--preview")[0] == 0
     broken = tmp_path / "broken.jsonl"
     broken.write_text('no row\n{"id": 7}\n' + data.read_text())

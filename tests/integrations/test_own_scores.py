@@ -301,3 +301,11 @@ def test_the_pre_trained_model_is_scored_beneath_new_adapters(tmp_path, kind):
     plain = sft(tmp_path, store=tmp_path / "plain")
     assert torch.allclose(trainer.scores.losses, plain.scores.losses, rtol=1e-3)
     trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["list", "table"])
+def test_rows_of_text_are_refused_with_what_tokenises_them(tmp_path, kind):
+    rows = [{"messages": [{"role": "assistant", "content": "yes"}]}] * 4
+    data = rows if kind == "list" else Dataset.from_list(rows)
+    with pytest.raises(ValueError, match="columns messages, and none that the model takes: token"):
+        flow(tmp_path, data, data_collator=tiny.collate).train()

@@ -11,7 +11,7 @@ from statistics import mean
 
 from benchmarks.forgetting.evidence import ANCHOR, FLOW, MEAN_WEIGHT
 from benchmarks.forgetting.pages.fronts import kept_on
-from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
+from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds, table_by_rate
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Record
 from flowdata.study.table import difference
@@ -36,7 +36,7 @@ def batch_norm_page(studies: Studies) -> str:
             "/ with statistics taken anew on 1,000 old images / with a head fitted anew as well. "
             "The last two take old data, which nobody has who asks what is forgotten.",
             "",
-            *_accuracies(studies),
+            *table_by_rate(studies, (STANDARD, FLOW, *FIXED), _cell),
             "",
             "At equal learning, the difference from standard fine-tuning in points, by each of the "
             "three, and where 95 % of the draws lie (of seeds and items; where statistics are "
@@ -54,24 +54,9 @@ def old_accuracies(record: Record) -> tuple[float, ...]:
     return old, *(record["readouts"].get(name, float("nan")) for name in (ANEW, HEAD))
 
 
-def _accuracies(studies: Studies) -> list[str]:
-    runs = dict.fromkeys(
-        (record["method"], record["rate"])
-        for records in studies.values()
-        for record in records
-        if record["method"] in (STANDARD, FLOW, *FIXED)
-    )
-    rows = [
-        [f"{method}, {rate:g}", *(_cell(records, method, rate) for records in studies.values())]
-        for method, rate in sorted(runs, key=lambda each: (each[0] != STANDARD, *each))
-    ]
-    return table(["method, rate", *studies], rows)
-
-
-def _cell(records: list[Record], method: str, rate: float) -> str:
-    runs = [run for run in records if (run["method"], run["rate"]) == (method, rate)]
+def _cell(runs: list[Record]) -> str:
     columns = zip(*map(old_accuracies, runs), strict=True)
-    return " / ".join(f"{mean(column):.1f}" for column in columns) or "–"
+    return " / ".join(f"{mean(column):.1f}" for column in columns)
 
 
 def _differences(studies: Studies) -> list[str]:

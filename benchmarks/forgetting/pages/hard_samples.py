@@ -11,7 +11,7 @@ from statistics import mean
 
 from benchmarks.forgetting.evidence import ANCHOR, FLOW, MEAN_WEIGHT
 from benchmarks.forgetting.pages.fronts import at_equal_learning, signed_spread
-from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
+from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds, table_by_rate
 from flowdata.report.markdown import table
 from flowdata.study import STANDARD, Record
 
@@ -39,7 +39,7 @@ def hard_samples_page(studies: Studies) -> str:
             "At one rate, accuracy in %, means over the seeds: all test images / the hardest tenth "
             "/ the worst class.",
             "",
-            *_at_rates(studies),
+            *table_by_rate(studies, (STANDARD, FLOW), _cell),
             "",
             "At equal learning, where a method has learned as much of all test images together: "
             "the difference from standard fine-tuning in points, mean ± standard deviation over "
@@ -51,24 +51,7 @@ def hard_samples_page(studies: Studies) -> str:
     )
 
 
-def _at_rates(studies: Studies) -> list[str]:
-    runs = dict.fromkeys(
-        (record["method"], record["rate"])
-        for records in studies.values()
-        for record in records
-        if record["method"] in (STANDARD, FLOW)
-    )
-    rows = [
-        [f"{method}, {rate:g}", *(_cell(records, method, rate) for records in studies.values())]
-        for method, rate in sorted(runs, key=lambda each: (each[0] != STANDARD, *each))
-    ]
-    return table(["method, rate", *studies], rows)
-
-
-def _cell(records: list[Record], method: str, rate: float) -> str:
-    runs = [run for run in records if (run["method"], run["rate"]) == (method, rate)]
-    if not runs:
-        return "–"
+def _cell(runs: list[Record]) -> str:
     new = mean(mean(run["target"].values()) for run in runs)
     parts = (mean(run[name] for run in runs) for name in MEASURES.values())
     return " / ".join(f"{value:.1f}" for value in (new, *parts))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import TypeAlias
 
-from flowdata.report.markdown import count
+from flowdata.report.markdown import count, table
 from flowdata.study import Record
 from flowdata.study.runs import whole_seeds
 
@@ -32,3 +32,26 @@ def of_whole_seeds(studies: Studies) -> Studies:
         name: list(chain.from_iterable(whole_seeds(records).values()))
         for name, records in studies.items()
     }
+
+
+def table_by_rate(
+    studies: Studies, methods: Sequence[str], cell: Callable[[list[Record]], str]
+) -> list[str]:
+    """Return a Markdown table with a row for each method and rate, and a column for each study.
+
+    Args:
+        studies: the runs of each.
+        methods: whose runs are shown, in this order.
+        cell: the runs of a method at a rate in one study, one or more → what stands in its cell.
+    """
+    by_run: dict[tuple[int, float], dict[str, list[Record]]] = {}
+    for name, records in studies.items():
+        for record in records:
+            if record["method"] in methods:
+                row = by_run.setdefault((methods.index(record["method"]), record["rate"]), {})
+                row.setdefault(name, []).append(record)
+    rows = [
+        [f"{methods[place]}, {rate:g}", *(cell(row[n]) if n in row else "–" for n in studies)]
+        for (place, rate), row in sorted(by_run.items())
+    ]
+    return table(["method, rate", *studies], rows)
