@@ -26,7 +26,9 @@ def outcomes(rows):
     """How many sets hold, for a sentence: of all, and of those that the clause was not made on."""
     new = [outcome == "holds" for _, is_known, _, outcome in rows if not is_known]
     known = [outcome == "holds" for _, is_known, _, outcome in rows if is_known]
-    return f"so on {sum(known)} of {len(known)} sets known before, {sum(new)} of {len(new)} others"
+    return (
+        f"held on {sum(known)} of {len(known)} sets known before, {sum(new)} of {len(new)} others"
+    )
 
 
 def rate():
