@@ -34,7 +34,9 @@ SAMPLERS = {
 # Files and, where a file has several runs, a part of the run's command that the others lack.
 GSM8K, PROFILE, CASES = [("scoring", mark) for mark in ("--samples 128", "--profile", "resnet-50")]
 GPU_1, GPU_2, GPU_3 = [("gpu", f"gpu {mark}") for mark in ("--minutes 3", "--minutes 4", "--parts")]
-HEAD, SCALE, DRIFT, SAMPLER = [(name, "") for name in ("head", "scale", "drift", "sampler")]
+HEAD, SCALE, DRIFT, SAMPLER, BUSY = [
+    (name, "") for name in ("head", "scale", "drift", "sampler", "busy")
+]
 GPU_CASE = "llama-1b, 128k, 50% completions: {}"
 GPU_HEAD = "{}, 8192 x 2048 x 128256"
 
@@ -151,6 +153,18 @@ def head():
     yield (
         "errors of {:.0e} (flowdata {:.0e}) and {:,.0f} to {:,.0f} MiB of memory",
         [*errors, *spread("", CUT, FULL, field="memory_mib")],
+    )
+
+
+def busy():
+    alone, beside = (f"ratio, beside {count} others" for count in (0, 2))
+    yield (
+        "{}: alone scoring is {:.1f} times as fast … {:.1f} times, and {:.1f} in the worst",
+        [
+            machine("busy"),
+            *figures(BUSY, "{}", alone, beside),
+            *figures(BUSY, "{}", beside, field="worst"),
+        ],
     )
 
 
@@ -371,7 +385,15 @@ def sweep():
 PAGE = BENCHMARKS / "README.md"
 PAGES = {
     (PAGE, "What was measured"): [machines],
-    (PAGE, "Scoring, training, loading"): [scoring, head, processes, training, drift, loading],
+    (PAGE, "Scoring, training, loading"): [
+        scoring,
+        head,
+        busy,
+        processes,
+        training,
+        drift,
+        loading,
+    ],
     (PAGE, "The linear probe"): [probe],
     (PAGE, "On a GPU"): [gpu, gpu_scoring, gpu_losses],
     (PAGE, "The sampler at scale"): [sampler],
