@@ -110,7 +110,7 @@ class LossScorer:
         >>> scorer.score(data)
         Scores(6 samples, 0 without a loss)
         >>> print(scorer.explain())  # doctest: +ELLIPSIS
-        cross_entropy in float32 on cpu; 1 pack of at most 64 samples; 6 samples checked alone, ...
+        cross_entropy in float32 on cpu; 1 pack of at most 64 samples; ...6 samples checked ...
     """
 
     def __init__(
