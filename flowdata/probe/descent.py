@@ -38,7 +38,10 @@ def minimize_by_newton(
         if step and gradient.abs().max() <= flat_enough:
             return
         slope = gradient.flatten()
-        direction = -_solve(curvature(parameters).reshape(len(slope), -1), slope)
+        second = curvature(parameters).reshape(len(slope), -1)
+        if not second.isfinite().all():
+            return
+        direction = -_solve(second, slope)
         promised = float(slope @ direction)
         share = 1.0
         while True:

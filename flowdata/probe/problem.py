@@ -169,7 +169,7 @@ class HeadProblem:
         # The line search leaves the gradient of the last point tried, not that of the best one.
         objective(parameters)
         # Rounding may end the descent a little short of the tolerance; that does no harm.
-        if (steepest := gradient.abs().max().item()) > 100 * flat_enough:
+        if not (steepest := gradient.abs().max().item()) <= 100 * flat_enough:  # NaN neither
             logger.warning(
                 "the probe did not converge at strength=%g: gradient %.1e, wanted %.1e; "
                 "a larger strength is easier to solve",
