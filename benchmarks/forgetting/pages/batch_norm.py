@@ -6,6 +6,7 @@ statistics taken anew on old images, or with a head fitted anew on top of that.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from statistics import mean
 
@@ -55,8 +56,9 @@ def old_accuracies(record: Record) -> tuple[float, ...]:
 
 
 def _cell(runs: list[Record]) -> str:
-    columns = zip(*map(old_accuracies, runs), strict=True)
-    return " / ".join(f"{mean(column):.1f}" for column in columns)
+    means = map(mean, zip(*map(old_accuracies, runs), strict=True))
+    # No head is fitted to a body that diverged.
+    return " / ".join("–" if math.isnan(value) else f"{value:.1f}" for value in means)
 
 
 def _differences(studies: Studies) -> list[str]:
