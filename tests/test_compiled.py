@@ -103,9 +103,13 @@ def test_compiling_pays_on_long_jobs_alone():
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
-def test_compiling_gains_on_the_kind_of_machine_where_it_was_measured(has_amx, monkeypatch):
+@pytest.mark.parametrize("has_avx", [False, True])
+def test_compiling_gains_on_the_kinds_of_machine_where_it_was_measured(
+    has_amx, has_avx, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    assert compiled.gains(torch.bfloat16, CPU) is has_amx
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx)
+    assert compiled.gains(torch.bfloat16, CPU) is (has_amx or has_avx)
     assert compiled.gains(torch.bfloat16, torch.device("cuda"))
     assert not compiled.gains(torch.float32, torch.device("cuda"))
     assert not compiled.gains(torch.float64, CPU)

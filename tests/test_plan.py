@@ -89,6 +89,7 @@ def test_a_manifest_keeps_the_options_and_what_was_made_of_them():
         "shared_prompts": 0,
         "compile": True,
         "threads": 2,
+        "attention_by_products": False,
         "packs": 3,
         "digest": "1be2b99531d0572097c02df861b58df6ce129937eb241d00707188af9e21ba77",
     }

@@ -38,9 +38,9 @@ def test_no_way_to_score_tokens_looks_at_what_the_device_has(make, way, columns,
     samples = prompted(token_samples(6), prefix)
     packing = Packing(padded("causal_lm"), prefix, device=META)
     model = on_meta(make())
-    packing = packing if way == "packed" else None
+    packings = [("samples packed", packing)] if way == "packed" else []
     tiled, through_head, *_ = ways_of(
-        model, "causal_lm", packing=packing, columns=columns, device=META
+        model, "causal_lm", packings=packings, columns=columns, device=META
     )
     for name, method in [tiled] if columns else [tiled, through_head]:
         with torch.no_grad():

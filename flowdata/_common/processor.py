@@ -1,4 +1,4 @@
-"""The kind of processor that figures were measured on."""
+"""The processor: its kind, which figures are told with, and what it is fast at."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ def cpu() -> str:
     facts = {key.strip(): value.strip() for key, value in fields.items()}
     extensions = [name for name in _EXTENSIONS if name in facts.get("flags", "").split()]
     return " ".join([facts.get("model name", platform.processor()), *extensions])
+
+
+def has_amx() -> bool:
+    """Return whether the CPU has tiles for matrix products (Intel's AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def has_bfloat16() -> bool:
+    """Return whether the CPU multiplies in bfloat16, by AMX or by AVX-512's extension."""
+    return has_amx() or bool(torch.cpu._is_avx512_bf16_supported())

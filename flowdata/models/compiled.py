@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from flowdata._common.notices import logger
+from flowdata._common.processor import has_bfloat16
 from flowdata.models.placement import home
 
 # Graphs of one layer's code before Dynamo gives up and runs it eagerly: kinds of layers (sliding
@@ -29,14 +30,13 @@ _PAYS_FROM = {"cpu": 240 * 6e11, "cuda": 240 * 4e14}
 def gains(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether compiled layers were measured to be faster on this kind of machine.
 
-    In half precision they are on GPUs, by 11 % (a Llama of a billion parameters on an H200), and
-    on Intel CPUs with AMX in bfloat16, by 9 %. On AMD CPUs with AVX512-BF16 the gain is about 1 %.
-    `python -m benchmarks gpu` and `scoring` measure it.
+    In half precision they are on GPUs, by 11 % (a Llama of a billion parameters on an H200). In
+    bfloat16 they are on Intel CPUs with AMX, by 9 %, and on AMD CPUs with AVX-512's bfloat16, by
+    18 %. `python -m benchmarks gpu` and `scoring` measure it.
     """
     if device.type == "cuda":
         return dtype in (torch.bfloat16, torch.float16)
-    has_amx = device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-    return has_amx and dtype == torch.bfloat16
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16()
 
 
 def pays(model: nn.Module, tokens: int, device: torch.device) -> bool:

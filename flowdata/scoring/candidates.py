@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -57,13 +58,16 @@ def _language_ways(
     # Packs are cut by lengths without the prefix. A pack whose samples don't share it after all is
     # larger than planned, and is run in slices. Without a prefix no pack is larger than planned.
     max_tokens = plan.options.max_tokens if len(prefix) else None
-    packing = None
+    packings: list[tuple[str, Packing]] = []
     if not _why_padded(model, loss, batches):
-        packing = Packing(padded(loss, max_tokens), prefix, max_tokens, job.device)
+        pack = partial(Packing, padded(loss, max_tokens), prefix, max_tokens, job.device)
+        if plan.options.attention_by_products:
+            packings.append(("samples packed, attention by products", pack(by_products=True)))
+        packings.append(("samples packed", pack()))
     return ways_of(
         model,
         loss,
-        packing=packing,
+        packings=packings,
         max_tokens=max_tokens,
         columns=job.columns,
         compiled=is_compiled(model),

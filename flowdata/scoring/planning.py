@@ -11,6 +11,7 @@ from torch import Tensor
 from flowdata.models.compiled import gains, pays
 from flowdata.scoring.job import Job
 from flowdata.scoring.language.packable import why_not_packed
+from flowdata.scoring.language.products import products_gain
 from flowdata.scoring.plan.lengths import sample_lengths
 from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
 from flowdata.scoring.plan.prompts import shared_prompts
@@ -46,9 +47,9 @@ def shared_plan(
     # Rank 0 speaks for all machines here: ranks that choose for themselves could differ.
     is_chosen_here = ranks.is_first and begun is None
     own = choose_threads(job.dtype, job.device) if is_chosen_here else torch.get_num_threads()
-    machine = [own, gains(job.dtype, job.device)]
-    threads, compiling_gains = ranks.from_first("machine", machine)
-    plan = make_plan(job, threads, begun, compiling_gains=compiling_gains)
+    machine = [own, gains(job.dtype, job.device), products_gain(job.dtype, job.device)]
+    threads, compiling, by_products = ranks.from_first("machine", machine)
+    plan = make_plan(job, threads, begun, compiling_gains=compiling, by_products=by_products)
     if begun is not None:
         check_identity(begun["plan"], plan.to_manifest(), "the store")
     manifest: Manifest = begun or {**draft, "plan": plan.to_manifest()}
@@ -58,7 +59,12 @@ def shared_plan(
 
 
 def make_plan(
-    job: Job, threads: int, begun: Manifest | None, *, compiling_gains: bool = False
+    job: Job,
+    threads: int,
+    begun: Manifest | None,
+    *,
+    compiling_gains: bool = False,
+    by_products: bool = False,
 ) -> Plan:
     """Return how the job's data set is cut into packs.
 
@@ -68,6 +74,7 @@ def make_plan(
         begun: the manifest of a store that goes on. Its options go before the job's and
             `threads`, since losses of one store have to be made in one way.
         compiling_gains: whether compiled layers are faster on the machine that scores.
+        by_products: whether attention by products is.
     """
     lengths = sample_lengths(job.dataset, job.lengths)
     options = PlanOptions(
@@ -76,6 +83,7 @@ def make_plan(
         prefix=len(job.prefix),
         compile=_compiles(job, lengths, compiling_gains),
         threads=threads,
+        attention_by_products=by_products and _can_pack(job),
     )
     if begun is not None:
         options = options.as_begun(begun["plan"])
@@ -102,14 +110,18 @@ def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
 
     Nothing is looked for where the user gave the lengths: that was to spare reading all samples.
     """
-    can_share = job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
-    sharing = shared_prompts(job.dataset) if can_share and job.lengths is None else None
+    can_share = _can_pack(job) and job.lengths is None
+    sharing = shared_prompts(job.dataset) if can_share else None
     if sharing is None:
         return None, torch.zeros(1, dtype=torch.long)
     groups, prompt_lengths = sharing
     group_sizes = groups.bincount()[groups]
     # A prompt that k samples share is run once instead of k times: each saves (k − 1)/k of it.
     return groups, (prompt_lengths - prefix).clamp_min(0) * (group_sizes - 1) // group_sizes
+
+
+def _can_pack(job: Job) -> bool:
+    return job.loss == "causal_lm" and not why_not_packed(job.model, job.loss)
 
 
 def _compiles(job: Job, lengths: Tensor | None, compiling_gains: bool) -> bool:

@@ -32,7 +32,7 @@ JSON of the others. manifest.json holds the same, indented.
     flowdata   the version that wrote it
     identity   what must agree for losses to be reused: model, dataset, loss, dtype, … (identity.py)
     plan       how the data set is cut into packs: max_tokens, batch_size, packs, digest, …; and
-               threads, the number with which each process computes: last bits depend on both
+               how each is run: threads, compile, attention_by_products: last bits depend on both
     details    anything a reader may want to know (the data file, …)
     skipped    {"index": reason} of samples that could not be read; in a part, of its samples
     checked    in a complete store alone: {"samples": how many were compared with the model run on

@@ -21,9 +21,9 @@ from flowdata.scoring.language.blocks import (
     AttentionOptions,
     Block,
     KeysAndValues,
-    Masks,
     attend_by_block,
 )
+from flowdata.scoring.language.masks import Masks
 from flowdata.scoring.language.varlen import has_varlen, varlen
 
 NAME = "flowdata_blocks"
@@ -38,6 +38,7 @@ class Pass:
         prefix: keys and values that every sample sees before its own, layer by layer; empty
             without a prefix.
         record: takes the pass's own keys and values, layer by layer; None to keep none.
+        by_products: whether a CPU makes plain attention by products (products.py).
         layers: attention layers run so far.
         masks: of its blocks.
     """
@@ -45,6 +46,7 @@ class Pass:
     blocks: list[Block]
     prefix: list[KeysAndValues] = field(default_factory=list)
     record: list[KeysAndValues] | None = None
+    by_products: bool = False
     layers: int = 0
     masks: Masks = field(default_factory=Masks)
 
@@ -120,7 +122,9 @@ def _over_blocks(
     options = AttentionOptions(scaling, sliding_window, softcap, sinks)
     if options.is_plain and has_varlen(query):
         return varlen(run.blocks, query, key, value, before, scaling, sliding_window)[None]
-    return attend_by_block(run.blocks, query, key, value, before, options, run.masks)
+    return attend_by_block(
+        run.blocks, query, key, value, before, options, run.masks, by_products=run.by_products
+    )
 
 
 @_over_blocks.register_fake

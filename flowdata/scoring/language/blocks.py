@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdata.scoring.language.masks import Masks
+from flowdata.scoring.language.products import attend_by_products
+
 # Scores of explicit attention that are held at once: 64 MiB in float32, whatever the samples.
 _SCORES_AT_ONCE = 2**24
 # Numbers of keys are multiples of this for the CPU's bfloat16 kernel. For numbers between, it took
@@ -68,41 +71,6 @@ class AttentionOptions(NamedTuple):
         return self.softcap is None and self.sinks is None
 
 
-class Masks:
-    """The masks of one pass, each made once: layers of a kind and blocks of a length share them.
-
-    Three queries behind two keys of a prefix or prompt (p), in rows of eight keys of which the
-    last three are padding (0), without a window and with one of three keys; · is −inf:
-
-              p p a b c 0 0 0          p p a b c 0 0 0
-        a     x x x · · · · ·          x x x · · · · ·
-        b     x x x x · · · ·          · x x x · · · ·
-        c     x x x x x · · ·          · · x x x · · ·
-    """
-
-    def __init__(self) -> None:
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-
-    def mask(self, length: int, before: int, window: int | None, keys: Tensor) -> Tensor:
-        """Return what is added to a block's scores, (length, keys): 0, or −inf for unseen keys.
-
-        Args:
-            length: queries of a sample.
-            before: keys before a sample's own.
-            window: keys that a query sees at most, itself included.
-            keys: (samples, H_kv, keys, d), for their number, dtype and device.
-        """
-        if (length, before, window) not in self._masks:
-            queries = torch.arange(before, before + length, device=keys.device)
-            distances = queries[:, None] - torch.arange(keys.shape[2], device=keys.device)
-            is_unseen = distances < 0  # keys of later tokens, padding among them
-            if window is not None:
-                is_unseen |= distances >= window
-            mask = torch.zeros(is_unseen.shape, dtype=keys.dtype, device=keys.device)
-            self._masks[length, before, window] = mask.masked_fill_(is_unseen, -torch.inf)
-        return self._masks[length, before, window]
-
-
 def attend_by_block(
     blocks: Sequence[Block],
     query: Tensor,
@@ -111,6 +79,8 @@ def attend_by_block(
     before: KeysAndValues | None,
     options: AttentionOptions,
     masks: Masks,
+    *,
+    by_products: bool = False,
 ) -> Tensor:
     """Return the causal attention of all samples, one block after another, (1, T, H, d).
 
@@ -122,6 +92,7 @@ def attend_by_block(
         before: keys and values that every sample sees before its own, (1, H_kv, P, d) each.
         options: of the layer.
         masks: of the pass.
+        by_products: whether plain attention is made by products.py instead of PyTorch's kernel.
     """
     outputs: list[Tensor] = []
     of_blocks: list[KeysAndValues] = []
@@ -133,7 +104,7 @@ def attend_by_block(
         earlier = [] if before is None else [before]
         if after is not None:
             earlier.append(of_blocks[after])
-        output = _attend_block(q, k, v, earlier, options, masks)
+        output = _attend_block(q, k, v, earlier, options, masks, by_products=by_products)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
     return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None].contiguous()
@@ -152,19 +123,26 @@ def _attend_block(
     earlier: Sequence[KeysAndValues],
     options: AttentionOptions,
     masks: Masks,
+    *,
+    by_products: bool,
 ) -> Tensor:
     """One block's attention, behind what all its samples see before: (samples, H, length, d)."""
     length, before = q.shape[2], sum(keys.shape[2] for keys, _ in earlier)
-    multiple = _KEYS if options.is_plain and q.is_cpu and q.dtype == torch.bfloat16 else 1
+    uses_kernel = options.is_plain and not by_products
+    multiple = _KEYS if uses_kernel and q.is_cpu and q.dtype == torch.bfloat16 else 1
     k = _behind([keys for keys, _ in earlier], k, multiple)
     v = _behind([values for _, values in earlier], v, multiple)
     # A window that reaches over all keys hides none: without it the kernel may need no mask.
     is_windowed = options.window is not None and before + length > options.window
     window = options.window if is_windowed else None
     if not options.is_plain:
-        return _attend_explicitly(q, k, v, masks.mask(length, before, window, k), options)
+        unseen = masks.mask(length, before, window, k.shape[2], k)
+        return _attend_explicitly(q, k, v, unseen, options)
+    if by_products:
+        return attend_by_products(q, k, v, options.scaling, window, masks)
     # `is_causal` lets query i see keys 0 to i: right where each sample's own keys come first.
-    mask = masks.mask(length, before, window, k) if before or is_windowed else None
+    needs_mask = before or is_windowed
+    mask = masks.mask(length, before, window, k.shape[2], k) if needs_mask else None
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=options.scaling, enable_gqa=True
     )

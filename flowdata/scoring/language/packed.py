@@ -45,6 +45,7 @@ class Packing:
         max_tokens: a batch that was planned with the prefix, but does not share it, can be far
             larger; beyond twice as many tokens it is left to `otherwise`.
         device: where the model takes its inputs.
+        by_products: whether a CPU makes plain attention by products (products.py).
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Packing:
         prefix: Tensor | None = None,
         max_tokens: int | None = None,
         device: torch.device = CPU,
+        *,
+        by_products: bool = False,
     ) -> None:
-        self.otherwise, self.device = otherwise, device
+        self.otherwise, self.device, self.by_products = otherwise, device, by_products
         self.most_tokens = math.inf if max_tokens is None else 2 * max_tokens
         self.prefix = torch.empty(0, dtype=torch.long) if prefix is None else prefix
         self._prefix_keys_and_values: list[KeysAndValues] = []
@@ -73,7 +76,8 @@ class Packing:
             return self.otherwise(model, batch)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         packed = {"input_ids": flatten(ids, pieces), "position_ids": flatten(positions, pieces)}
-        run = Pass(_blocks(pieces), self._prefix_part(model, skipped))
+        prefix = self._prefix_part(model, skipped)
+        run = Pass(_blocks(pieces), prefix, by_products=self.by_products)
         around = functools.partial(_all_layers_attending, model, run)
         return [make_work(packed, flatten(targets, pieces), is_target.sum(1), around)]
 
@@ -104,7 +108,7 @@ class Packing:
             "input_ids": self.prefix[None].to(self.device),
             "position_ids": torch.arange(length, device=self.device)[None],
         }
-        alone = Pass([Block(1, length)], record=[])
+        alone = Pass([Block(1, length)], record=[], by_products=self.by_products)
         with _all_layers_attending(model, alone):
             call_with(model, inputs, use_cache=False, logits_to_keep=1)
         return alone.record or []

@@ -37,7 +37,7 @@ def ways_of(
     model: nn.Module,
     loss: str,
     *,
-    packing: Packing | None = None,
+    packings: Sequence[tuple[str, Packing]] = (),
     max_tokens: int | None = None,
     columns: Sequence[str] = (),
     compiled: bool = False,
@@ -48,7 +48,7 @@ def ways_of(
     Args:
         model: the model as it is run.
         loss: the language loss's name.
-        packing: packs batches, where they can be packed.
+        packings: pack batches, where they can be packed, each named; fastest first.
         max_tokens: beyond this a padded batch is run in slices.
         columns: names of further columns, see flowdata/targets/columns.py.
         compiled: the head may be compiled as well.
@@ -58,8 +58,8 @@ def ways_of(
     sliced = padded(loss, max_tokens)
     way = partial(way_of, model, loss, device=device)
     ways: list[tuple[str, Way]] = []
-    if packing is not None:
-        ways += [(f"{name}, samples packed", way(packing, run)) for name, run in fast]
+    for laid_out, packing in packings:
+        ways += [(f"{name}, {laid_out}", way(packing, run)) for name, run in fast]
     ways += [(name, way(sliced, run)) for name, run in fast]
     return [*ways, (plain_name, way(sliced, plain))]
 

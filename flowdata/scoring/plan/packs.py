@@ -32,6 +32,8 @@ class PlanOptions:
         shared_prompts: tokens that are saved by running shared prompts once.
         compile: whether the model's layers are compiled.
         threads: with which PyTorch computes on a CPU.
+        attention_by_products: whether a CPU makes the attention of packed samples by products
+            (flowdata/scoring/language/products.py) instead of by PyTorch's kernel.
     """
 
     max_tokens: int | None = None
@@ -40,6 +42,7 @@ class PlanOptions:
     shared_prompts: int = 0
     compile: bool = False
     threads: int = 1
+    attention_by_products: bool = False
 
     def as_begun(self, plan_field: Mapping[str, Any]) -> PlanOptions:
         """Return the options that a store was begun with, from the `plan` field of its manifest.
