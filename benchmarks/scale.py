@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import flowdata
 from benchmarks import rows
-from benchmarks.scoring import language
+from benchmarks.scoring import cases
 from flowdata.scoring import resume
 from flowdata.scoring import scorer as scorer_module
 from flowdata.scoring.plan.packs import plan_padded
@@ -144,8 +144,8 @@ def stopwatch(results: list[Row], samples: int) -> Callable[[str, Callable[[], A
 
 def overhead(model_path: str | None, count: int) -> list[Row]:
     """Return rows of the share of scoring a language model that storing the losses takes."""
-    case = language.Case(width=None if model_path else 576, layers=30)
-    model, samples = language.make(case, count, model_path or "")
+    case = cases.Case(width=None if model_path else 576, layers=30)
+    model, samples = cases.make(case, count, model_path or "")
     scorer = flowdata.LossScorer(model, "causal_lm", progress=False)
     parts: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, timing(parts):
@@ -231,7 +231,7 @@ def _run_ranks(size: int, samples: int, folder: Path) -> float:
 def score_as_rank(samples: int, folder: Path) -> None:
     """Score as one of the processes that `_run_ranks` starts; rank 0 writes its seconds."""
     dist.init_process_group("gloo")
-    model, data = language.make(language.Case(layers=2), samples, "")
+    model, data = cases.make(cases.Case(layers=2), samples, "")
     scorer = flowdata.LossScorer(
         model, "causal_lm", dtype="float32", max_tokens=1024, progress=False
     )

@@ -9,7 +9,7 @@ from flowdata.cli import bench_run
 from flowdata.cli.bench_inputs import lognormal_lengths, random_samples
 from flowdata.cli.bench_yardsticks import flops, usual_loop
 from flowdata.cli.main import main
-from tests import reference
+from tests import reference, zoo
 from tests.models import tiny_llama, token_samples
 
 
@@ -32,6 +32,22 @@ def test_operations_are_those_that_torch_counts():
     assert flops(model, [sample]) == expected
     prompt = {**sample, "labels": torch.where(torch.arange(20) < 15, -100, torch.arange(20))}
     assert flops(model, [prompt]) == expected - 14 * head_of_one
+
+
+def test_a_token_counts_the_experts_that_it_runs_through():
+    model = zoo.decoder("mixtral").eval()
+    model.config._experts_implementation = "eager"  # torch does not count a grouped product
+    model.config._attn_implementation = "eager"
+    sample = {"input_ids": torch.arange(20), "labels": torch.arange(20)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=sample["input_ids"][None])
+    config = model.config
+    width = config.num_attention_heads * config.head_dim
+    attention = 2 * 2 * width * config.num_hidden_layers * 20**2
+    head_of_one = 2 * model.lm_head.weight.numel()
+    routers = 2 * 20 * config.num_local_experts * config.hidden_size * config.num_hidden_layers
+    expected = counter.get_total_flops() - attention / 2 - head_of_one - routers
+    assert flops(model, [sample]) == expected
 
 
 def test_samples_share_a_template_and_have_the_lengths_asked_for():

@@ -33,7 +33,7 @@ import torch
 from benchmarks import rows
 from benchmarks.gpu import checks, drift, fused_loss, goals, head, scoring, steps, trace
 from benchmarks.gpu.parts import Measure, Setting, run_part
-from benchmarks.scoring.language import ASSETS
+from benchmarks.scoring.cases import ASSETS
 
 # Each part's share of the minutes. What a part leaves over is the next one's.
 PARTS: dict[str, tuple[Measure, float]] = {

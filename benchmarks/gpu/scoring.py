@@ -10,7 +10,8 @@ import torch
 from benchmarks.gpu.parts import Row, Setting
 from benchmarks.gpu.shapes import SHAPES, make_model, make_samples
 from benchmarks.scoring import peers
-from benchmarks.scoring.language import EXACT, compare, is_installed
+from benchmarks.scoring.cases import EXACT
+from benchmarks.scoring.language import compare, is_installed
 
 OURS = ("flowdata", "flowdata, compiled")
 PEERS = ("sorted, logits of targets only", "usual loop", "TRL", "lm-eval")

@@ -15,12 +15,13 @@ import torch
 
 from benchmarks import rows
 from benchmarks.scoring import images, language
+from benchmarks.scoring.cases import CASES
 
 
 def main(argv: list[str]) -> None:
     """Measure the cases asked for, print rows as they come, and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*language.CASES, *images.CASES]
+    names = [*CASES, *images.CASES]
     usual = [name for name in names if name != "billion"]
     parser.add_argument("--cases", nargs="+", choices=names, default=usual, metavar="CASE")
     parser.add_argument("--loops", nargs="+", choices=list(language.LOOPS), metavar="LOOP")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,42 +16,14 @@ from torch import Tensor
 from torch.profiler import profile
 
 from benchmarks import rows
-from benchmarks.forgetting.images import ASSETS as ALL_ASSETS
 from benchmarks.scoring import peers
-from flowdata.cli.bench_inputs import Samples, lognormal_lengths, random_llama, random_samples
+from benchmarks.scoring.cases import CASES, make
+from flowdata.cli.bench_inputs import Samples
 from flowdata.cli.bench_yardsticks import flops, matmul_rate, usual_loop
-from flowdata.targets.labels import IGNORE_INDEX
 
-ASSETS = ALL_ASSETS / "language"
-CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
-EXACT = 12  # samples whose losses are compared, and that the float32 loops are timed on
 LARGEST_ERRORS = {"float32": 1e-4, "bfloat16": 0.1}
 
 Loop = Callable[[Any, Samples], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its data and the loops to run on them.
-
-    Attributes:
-        width, layers, vocabulary: the random Llama's; `width` None means SmolLM2 itself.
-        lengths: where the samples' lengths come from, ``"gsm8k"`` or ``"lognormal"``.
-        samples: number of samples, as a share of ``--samples``.
-        template: whether all samples begin with one template, a third of all tokens.
-        answers: number of samples that share a prompt.
-        loops: names among `LOOPS`.
-    """
-
-    width: int | None = 576
-    layers: int = 12
-    vocabulary: int = 49152
-    lengths: str = "gsm8k"
-    samples: float = 1.0
-    template: bool = False
-    answers: int = 1
-    loops: tuple[str, ...] = ("usual loop", "sorted, logits of targets only", "flowdata")
-
 
 LOOPS: dict[str, Loop] = {
     "usual loop, float32": usual_loop,
@@ -66,23 +37,7 @@ LOOPS: dict[str, Loop] = {
     "flowdata, prompts apart": peers.prompts_apart,
     "flowdata, compiled": lambda m, s: peers.scored(m, s, dtype="bfloat16", compile=True),
 }
-PACKAGES = {"lm-eval": "lm_eval", "TRL": "trl"}
-CASES = {
-    "gsm8k": Case(loops=tuple(loop for loop in LOOPS if loop != "flowdata, prompts apart")),
-    "template": Case(template=True, samples=0.5),
-    "answers": Case(
-        answers=4,
-        samples=0.5,
-        loops=("sorted, logits of targets only", "flowdata, prompts apart", "flowdata"),
-    ),
-    "lognormal": Case(lengths="lognormal", samples=0.5),
-    "vocabulary-32k": Case(vocabulary=32000, samples=0.33),
-    "vocabulary-128k": Case(vocabulary=128256, samples=0.33),
-    "wide-32k": Case(width=2048, layers=3, vocabulary=32000, samples=0.33),
-    "wide-128k": Case(width=2048, layers=3, vocabulary=128256, samples=0.33),
-    "smollm2": Case(width=None, samples=0.33),
-    "billion": Case(width=2048, layers=20, vocabulary=128256),  # for GPUs: 1.2 billion weights
-}
+PACKAGES = {"lm-eval": "lm_eval", "TRL": "trl", "8-bit weights": "torchao"}
 
 
 def measure(
@@ -93,9 +48,11 @@ def measure(
     if case.width is None and not Path(smollm2).exists():
         print(f"smollm2 is left out: there is no {smollm2}; pass --smollm2 FILE")
         return
-    model, data = make(case, max(EXACT, round(samples * case.samples)), smollm2)
+    if case.kind == "8-bit" and not is_installed("8-bit weights"):
+        return
+    model, data = make(case, case.count(samples), smollm2)
     model = model.to(device)
-    low_model, few_samples = copy.deepcopy(model).bfloat16(), data[:EXACT]
+    low_model, few_samples = copy.deepcopy(model).bfloat16(), data[: case.compared]
     exact = peers.one_at_a_time(model, few_samples)
     loops = [loop for loop in case.loops if (not only or loop in only) and is_installed(loop)]
     pairs = {
@@ -117,7 +74,7 @@ def compare(
     Args:
         name: the case's name.
         pairs: a model and samples for each loop, by its name among `LOOPS`.
-        exact: the losses of the first `EXACT` samples.
+        exact: the losses of the first samples, which all loops' are compared with.
         repeats: timed runs of each loop.
         device: where the models are.
     """
@@ -149,7 +106,7 @@ def compare(
 
 
 def is_installed(loop: str) -> bool:
-    """Return whether the package that a loop needs is installed; where it is not, say so."""
+    """Return whether the package that a loop, or case, needs is installed; if not, say so."""
     if loop in PACKAGES and find_spec(PACKAGES[loop]) is None:
         print(f"{loop} is left out: {PACKAGES[loop]} is not installed")
         return False
@@ -164,7 +121,7 @@ def check(
     start = perf_counter()
     memory = rows.peak_memory(lambda: losses.append(run()), device.type)
     seconds = perf_counter() - start  # the first run's, compiling included
-    error = (losses[0][:EXACT] - exact).abs().max().item()
+    error = (losses[0][: len(exact)] - exact).abs().max().item()
     if not error <= LARGEST_ERRORS[dtype_of(loop)]:
         raise SystemExit(f"{loop} gives other losses, by up to {error:.2g}")
     return {"largest_error": error, "memory_mib": memory, "first_run_s": seconds}
@@ -187,7 +144,7 @@ def profile_case(
     name: str, samples: int, smollm2: str, device: torch.device, most: int = 12
 ) -> Iterator[dict[str, Any]]:
     """Yield the operations that take most of the library's time on a case, in eager bfloat16."""
-    model, data = make(CASES[name], max(EXACT, round(samples * CASES[name].samples)), smollm2)
+    model, data = make(CASES[name], CASES[name].count(samples), smollm2)
     model = model.to(device).bfloat16()
     LOOPS["flowdata"](model, data)
     with profile() as profiler:
@@ -200,68 +157,6 @@ def profile_case(
     total = sum(times.values())
     for key in sorted(times, key=times.__getitem__, reverse=True)[:most]:
         yield rows.row(f"{name}: {key}", [times[key] / total], "share of the time")
-
-
-def make(case: Case, count: int, smollm2: str) -> tuple[Any, Samples]:
-    """Return a case's model in float32, and its samples."""
-    if case.width is None:
-        return smollm2_itself(count, smollm2)
-    generator = torch.Generator().manual_seed(0)
-    lengths = gsm8k_lengths(count) if case.lengths == "gsm8k" else None
-    lengths = lengths or lognormal_lengths(count, generator)
-    mean_length = sum(map(sum, lengths)) / count
-    model = random_llama(layers=case.layers, width=case.width, vocabulary=case.vocabulary)
-    samples = random_samples(
-        lengths,
-        generator=generator,
-        vocabulary=case.vocabulary,
-        template=round(mean_length / 2) if case.template else 0,
-    )
-    firsts = range(0, count, case.answers)
-    return model, [s for first in firsts for s in answers(samples[first : first + case.answers])]
-
-
-def answers(samples: Samples) -> Samples:
-    """Return the samples with the first one's prompt in place of their own."""
-    prompt_lengths = [sample["labels"].eq(IGNORE_INDEX).sum() for sample in samples]
-    prompt = {name: values[: prompt_lengths[0]] for name, values in samples[0].items()}
-    return [
-        {name: torch.cat([prompt[name], values[length:]]) for name, values in sample.items()}
-        for sample, length in zip(samples, prompt_lengths, strict=True)
-    ]
-
-
-def gsm8k_lengths(count: int, folder: Path = ASSETS) -> list[list[int]]:
-    """Return the tokens of GSM8K's questions and answers; empty if the data is missing."""
-    file = folder / "gsm8k_train.jsonl"
-    if not file.exists():
-        print(f"{file} is missing: lognormal lengths stand in for it")
-        return []
-    from flowdata.text import read_rows
-
-    texts = [(row["question"], row["answer"]) for row in read_rows(str(file), limit=count)]
-    return [[int(len(text) / CHARACTERS_PER_TOKEN) for text in pair] for pair in texts]
-
-
-def smollm2_itself(count: int, file: str) -> tuple[Any, Samples]:
-    """Return SmolLM2-135M-Instruct, and GSM8K's questions and answers by its tokenizer."""
-    from flowdata.text import (
-        Fields,
-        find_fields,
-        load_model,
-        load_tokenizer,
-        read_rows,
-        tokenize_rows,
-    )
-
-    questions = read_rows(str(ASSETS / "gsm8k_train.jsonl"), limit=count)
-    fields = find_fields(questions[0], Fields(None, "question", "answer"))
-    samples = tokenize_rows(questions, load_tokenizer(file), fields, template=False)
-    tensors = [
-        {name: torch.as_tensor(sample[name]) for name in ("input_ids", "labels")}
-        for sample in (samples[index] for index in range(len(samples)))
-    ]
-    return load_model(file).eval(), tensors
 
 
 def dtype_of(loop: str) -> str:

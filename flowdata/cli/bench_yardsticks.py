@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -56,11 +56,12 @@ def flops(model: Any, samples: Samples) -> float:
     the head at target positions only. Norms and the like are not counted.
     """
     config = model.config
-    body = sum(
+    body: float = sum(
         module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not model.lm_head
     )
+    body += sum(parameter.numel() * _share_run(config) for parameter in _experts(model))
     attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     total = 0.0
     for sample in samples:
@@ -69,6 +70,17 @@ def flops(model: Any, samples: Samples) -> float:
         total += 2 * body * length + 2 * attention * length**2
         total += 2 * model.lm_head.weight.numel() * targets
     return total
+
+
+def _experts(model: torch.nn.Module) -> Iterator[Tensor]:
+    """The weights of experts, which transformers keeps in one tensor for all of a layer."""
+    return (parameter for parameter in model.parameters() if parameter.ndim == 3)
+
+
+def _share_run(config: Any) -> float:
+    """The share of a layer's experts that one token runs through."""
+    share: float = config.num_experts_per_tok / config.num_local_experts
+    return share
 
 
 def seconds_of(run: Callable[[], object]) -> float:

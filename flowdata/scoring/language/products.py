@@ -1,14 +1,14 @@
 """Attention by plain matrix products, for CPUs on which PyTorch's attention kernel is slow.
 
-On an AMD EPYC with AVX-512's bfloat16 the kernel takes 2 to 3.3 times as long as these products,
-at any length from 16 to 4,096 tokens (9 heads over 3, a width of 64, two threads). Queries are
+On an AMD EPYC with AVX-512's bfloat16 the kernel takes twice as long as these products at 96 to 320
+tokens, and 1.4 times at 32 and at 1,024 (9 heads over 3, a width of 64, two threads). Queries are
 taken a few rows at a time, all samples and heads in one product, so that a row meets no keys that
 lie wholly behind it:
 
-            keys  0 .. 63    64 .. 127   128 ..
-    rows  0 .. 63   masked
-    rows 64 .. 127  whole     masked
-    rows 128 ..     whole     whole      masked
+            keys  0 .. 31    32 .. 63    64 ..
+    rows  0 .. 31   masked
+    rows 32 .. 63   whole     masked
+    rows 64 ..      whole     whole      masked
 
 Heads that share keys lie in one product with them, and no key is copied for each of its heads.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 from flowdata._common.processor import has_amx, has_bfloat16
 from flowdata.scoring.language.masks import Masks
 
-_ROWS = 64  # queries of a sample in one product
-_SCORES = 2**21  # in one product, 4 MiB in bfloat16: more does not gain, fewer cost calls
+_ROWS = 32  # queries of a sample in one product
+_SCORES = 2**20  # in one product, 4 MiB in float32: more does not gain, fewer cost calls
+_KEYS = range(32, 2049)  # of a sample: with fewer, or more, the kernel is as fast or faster
 
 
 def products_gain(dtype: torch.dtype, device: torch.device) -> bool:
@@ -36,13 +37,18 @@ def products_gain(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16() and not has_amx()
 
 
+def gain_for(keys: int) -> bool:
+    """Return whether products are faster for samples that have so many keys."""
+    return keys in _KEYS
+
+
 def attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, masks: Masks
 ) -> Tensor:
     """Return the causal attention of samples of one length, (samples, H, length, d_v).
 
-    Scores are rounded to the dtype of the queries, as models without a kernel do; the softmax is
-    computed in float32.
+    Scores and their softmax are float32, as in the kernel: rounded to bfloat16, scores of 16 and
+    more, which trained models have, would be off by 0.06. The values' shares are in their dtype.
 
     Args:
         query: (samples, H, length, d).
@@ -55,22 +61,22 @@ def attend_by_products(
     samples, heads, length, _ = query.shape
     groups, before = key.shape[1], key.shape[2] - length
     all_rows = query.unflatten(1, (groups, -1))  # (samples, groups, heads, length, d)
-    key, value = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    key, value = key.float().flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
     output = query.new_empty(samples * groups, heads // groups, length, value.shape[2])
     # New memory for each product would cost as much as the product.
     most = max(_SCORES, heads // groups * _ROWS * key.shape[2])
-    memory = query.new_empty(2, most)
+    memory = key.new_empty(most), value.new_empty(most)
     for start in range(0, length, _ROWS):
         stop = min(start + _ROWS, length)
         first = 0 if window is None else max(0, before + start + 1 - window)
         seen = slice(first, before + stop)
-        rows = all_rows[:, :, :, start:stop].flatten(0, 1)
+        rows = all_rows[:, :, :, start:stop].flatten(0, 1).float() * scaling
         heads_and_rows = rows.shape[1:3]
-        mask = _mask(stop - start, seen.stop - seen.start, window, masks, query)
+        mask = _mask(stop - start, seen.stop - seen.start, window, masks, rows)
         step = max(1, _SCORES // (heads_and_rows.numel() * (seen.stop - seen.start)))
         for part in (slice(i, i + step) for i in range(0, len(rows), step)):
-            weights = _weights(rows[part], key[part, :, seen], scaling, mask, memory)
-            output[part, :, start:stop] = (weights @ value[part, seen]).unflatten(1, heads_and_rows)
+            shares = _shares(rows[part], key[part, :, seen], mask, memory)
+            output[part, :, start:stop] = (shares @ value[part, seen]).unflatten(1, heads_and_rows)
     return output.view(samples, heads, length, -1)
 
 
@@ -84,18 +90,18 @@ def _mask(queries: int, keys: int, window: int | None, masks: Masks, like: Tenso
     return masks.mask(queries, masked - queries, window, masked, like)
 
 
-def _weights(rows: Tensor, keys: Tensor, scaling: float, mask: Tensor, memory: Tensor) -> Tensor:
+def _shares(rows: Tensor, keys: Tensor, mask: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
     """The softmax of the products of rows and keys, (B, heads · queries, keys).
 
     Args:
-        rows: (B, heads, queries, d).
-        keys: (B, d, keys).
-        scaling: factor on the products.
+        rows: (B, heads, queries, d) float32.
+        keys: (B, d, keys) float32.
         mask: (queries, masked keys), added to the scores of the last keys.
-        memory: (2, most) for scores and weights.
+        memory: for the scores in float32, and for the shares in the dtype of the result.
     """
     shape = len(rows), rows.shape[1:3].numel(), keys.shape[2]
-    scores, weights = memory[:, : math.prod(shape)].view(2, *shape)
-    torch.baddbmm(scores, rows.flatten(1, 2), keys, beta=0, alpha=scaling, out=scores)
+    scores, shares = (each[: math.prod(shape)].view(shape) for each in memory)
+    torch.bmm(rows.flatten(1, 2), keys, out=scores)
     scores.unflatten(1, rows.shape[1:3])[..., -mask.shape[1] :].add_(mask)
-    return torch.softmax(scores, -1, out=weights)
+    torch.softmax(scores, -1, out=scores)
+    return shares.copy_(scores)
