@@ -1,8 +1,8 @@
 """Millions of rows through `flowdata score`: python -m benchmarks many_rows [--rows N]
 
 Short rows are written to a file of JSON lines, and the command itself scores them by a tiny random
-model, streaming: a process of its own for a tenth of the rows, and one for all. What the peak of
-the one is above that of the other, a row, is the memory that grows with the data.
+model, streaming: a process of its own for a tenth of the rows, and one for all. What the memory of
+the one is above that of the other, a row, is the memory that grows with the data. Linux tells it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,22 @@ from flowdata import Scores
 
 _DIGITS = "0123456789abcdef"
 _SPECIAL = ("<pad>", "<end>")
+_LOOK_EVERY = 0.05  # seconds, at a process's memory
 
 
 class Cost(NamedTuple):
-    """What a process took: seconds, seconds of all its cores, and MiB at its peak."""
+    """What a process took.
+
+    Attributes:
+        wall: seconds.
+        cpu: seconds of all its cores.
+        own: MiB of memory of its own at the peak, which the system can't take back.
+        peak: MiB at the peak with the files that it has mapped, which the system can take back.
+    """
 
     wall: float
     cpu: float
+    own: float
     peak: float
 
 
@@ -74,16 +83,26 @@ def run_score(model: Path, data: Path, store: Path, count: int) -> Cost:
     """Score the first rows by the command, in a process of its own."""
     command = [sys.executable, "-m", "flowdata", "score", str(model), str(data), "--streaming"]
     command += ["--limit", str(count), "--store", str(store), "--json"]
-    start = time.perf_counter()
+    start, own, ended = time.perf_counter(), 0.0, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        facts: dict[str, Any] = json.loads(process.stdout.read() or "{}")
-        _, status, usage = os.wait4(process.pid, 0)  # of this process alone
+        while not ended:
+            own = max(own, _own_memory(process.pid))
+            time.sleep(_LOOK_EVERY)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # of this process alone
         process.returncode = os.waitstatus_to_exitcode(status)
+        facts: dict[str, Any] = json.loads(process.stdout.read() or "{}")
     wall = time.perf_counter() - start
     if process.returncode or facts["samples"] != count:
         sys.exit(f"flowdata score ended with {process.returncode} and {facts}: nothing reported")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**10)
+    return Cost(wall, usage.ru_utime + usage.ru_stime, own, usage.ru_maxrss / 2**10)
+
+
+def _own_memory(process: int) -> float:
+    """The MiB that a process holds beside the files that it has mapped, 0 where it has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    fields = dict(each.split(":", 1) for each in status.splitlines())
+    return int(fields.get("RssAnon", "0").split()[0]) / 2**10
 
 
 def measure(count: int) -> list[dict[str, Any]]:
@@ -105,8 +124,8 @@ def measure(count: int) -> list[dict[str, Any]]:
             costs[part] = cost = run_score(model, data, store, part)
             add(f"scoring {part:,} rows", [cost.wall], "s", us_each=cost.wall / part * 1e6)
             add(f"its CPU time, {part:,} rows", [cost.cpu], "s", us_each=cost.cpu / part * 1e6)
-            add(f"its peak memory, {part:,} rows", [cost.peak], "MiB")
-        growth = (costs[count].peak - costs[count // 10].peak) * 2**20 / (count - count // 10)
+            add(f"its memory, {part:,} rows", [cost.own], "MiB", with_mapped_files=cost.peak)
+        growth = (costs[count].own - costs[count // 10].own) * 2**20 / (count - count // 10)
         add("memory that grows with the rows", [growth], "bytes/row")
         size = sum(file.stat().st_size for file in store.iterdir())
         add(f"store, {count:,} rows", [size / count], "bytes/row", MiB=size / 2**20)

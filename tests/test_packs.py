@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from flowdata.store.packs import checksums, join, places, reorder, split
+from flowdata.store.packs import checksums, join, places, reorder, restore, split
 from tests import reference
 
 COUNTS = torch.tensor([2, 0, 3, 1, 1])
@@ -23,6 +23,7 @@ def test_reordering_takes_every_samples_values_along():
     ordered = reorder(COLUMNS, ORDER)
     assert equal(ordered, reference.reordered_columns(COLUMNS, ORDER.tolist()))
     assert equal(reorder(ordered, ORDER.argsort()), COLUMNS)
+    assert equal(restore(ordered, ORDER), COLUMNS)
 
 
 def test_packs_are_cut_and_joined():

@@ -59,6 +59,21 @@ def reorder(columns: Mapping[str, Tensor], order: Tensor) -> Columns:
     return ordered
 
 
+def restore(columns: Mapping[str, Tensor], order: Tensor) -> Columns:
+    """Return the columns of which sample ``order[i]`` is the i-th given; undoes `reorder`."""
+    counts = torch.empty_like(columns["count"])
+    counts[order] = columns["count"]
+    restored = {"count": counts}
+    for name in columns.keys() - {"count", "token_loss"}:
+        restored[name] = torch.empty_like(columns[name])
+        restored[name][order] = columns[name]
+    if "token_loss" in columns:
+        starts = offsets_of(counts)[:-1][order]
+        restored["token_loss"] = torch.empty_like(columns["token_loss"])
+        restored["token_loss"][places(starts, columns["count"])] = columns["token_loss"]
+    return restored
+
+
 def places(starts: Tensor, counts: Tensor) -> Tensor:
     """Return the indices starts[i], …, starts[i] + counts[i] − 1 of all i, one after another.
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowdata._common.growing_array import GrowingArray
 from flowdata._common.notices import is_first_rank, say
 from flowdata._common.unreadable import Unreadable
 from flowdata.scores.matching import TOKENS_PREFIX
@@ -62,7 +63,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     """
 
     # The arrays are flat because a million small tensors would take more memory for themselves
-    # than for their tokens, in every worker of a DataLoader again:
+    # than for their tokens, in every worker of a DataLoader again. Large ones lie in files:
     #
     #   input_ids   5 6 7 8 | 5 9 | 5 6 4
     #   is_target   0 0 1 1 | 0 1 | 0 1 1
@@ -76,8 +77,9 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         unreadable: Mapping[int, str] | None = None,
     ) -> None:
         self.unreadable = {} if unreadable is None else unreadable
-        # They grow in place: small arrays of ten million samples would take gigabytes until joined.
-        ids, is_targets, offsets, rows = array("i"), bytearray(), array("q", [0]), array("q")
+        ids, is_targets = GrowingArray("i"), GrowingArray("b")
+        offsets, rows = GrowingArray("q"), GrowingArray("q")
+        offsets.extend([0])
         self.truncation = truncation
         self.replies: Form | None = None
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
@@ -85,14 +87,12 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
             for tokens, is_target in samples:
                 part = _part(len(tokens), max_length, truncation)
                 self._count(len(tokens), is_target, part)
-                ids.fromlist(tokens[part])
-                is_targets += is_target[part].tobytes()
-                offsets.append(len(ids))
-                rows.append(row)
-        self.input_ids = np.asarray(ids, dtype=np.int32)
-        self.is_target = np.asarray(is_targets).view(np.bool_)
-        self.offsets = np.asarray(offsets, dtype=np.int64)
-        self.rows = np.asarray(rows, dtype=np.int64)
+                ids.extend(tokens[part])
+                is_targets.extend(array("b", is_target[part].tobytes()))
+                offsets.extend([len(ids)])
+                rows.extend([row])
+        self.input_ids, self.is_target = ids.finish(), is_targets.finish().view(np.bool_)
+        self.offsets, self.rows = offsets.finish(), rows.finish()
 
     def _count(self, length: int, is_target: NDArray[np.bool_], part: slice) -> None:
         rest = is_target[part]
