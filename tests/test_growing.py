@@ -173,6 +173,14 @@ def test_overwriting_begins_anew(capsys, model_folder, data, tmp_path, store, sc
     assert facts["samples"] == 4
     assert scored == [COUNT, 4]
     assert names_in(store) == FILES
+    for file in (store / "manifest.json", store / "scores.safetensors"):
+        file.unlink()
+    write_whole(store / "manifest.json", b'{"format": 1}')
+    for command in (("verify", store), ("score", model_folder, data, "--store", store)):
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert "reads format 2; score into another folder" in err
+    assert score(capsys, model_folder, data, store, "--overwrite")[0]["samples"] == 4
     code, _, err = run(capsys, "score", model_folder, data, "--store", tmp_path, "--overwrite")
     assert code == 2
     assert "is not a flowdata store" in err

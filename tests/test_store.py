@@ -189,8 +189,8 @@ def test_manifests_that_can_not_be_trusted_are_refused(tmp_path):
         (signed({"format": 2}), "'identity' should be an object"),
         (signed(MANIFEST | {"plan": []}), "'plan' should be an object"),
         (signed(MANIFEST | {"skipped": {"../x": "?"}}), "'skipped' should name indices"),
-        (b'{"format": 1}', "has format 1, this version of flowdata .* reads format 2; use the"),
-        (b'{"format": 3}', "has format 3, this version of flowdata .* reads format 2; use the"),
+        (b'{"format": 1}', "has format 1, this version of flowdata .* reads format 2; score into"),
+        (b'{"format": 3}', "has format 3, this version of flowdata .* reads format 2; upgrade"),
     ):
         file.write_bytes(content)
         with pytest.raises(StoreError, match=message):

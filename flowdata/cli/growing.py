@@ -22,6 +22,7 @@ from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import LOCK, SCORES, locked, read_manifest
 from flowdata.store.format import (
     MANIFEST,
+    OldFormatError,
     layout_of,
     make_manifest,
     skipped_in,
@@ -77,16 +78,23 @@ def remove_store(store: Place) -> None:
     """Remove the losses that a store keeps, and the report on them.
 
     Raises:
-        StoreError: there is something else at `store`.
+        StoreError: there is something else at `store`, or a damaged one.
         ValueError: the folder holds other files beside the store's; nothing is removed.
     """
     ranks = ranks_of_this_call(shared=True)
     with ranks.failing_together():
-        if ranks.is_first and read_manifest(store) is not None:
+        if ranks.is_first and _is_there(store):
             with locked(store):
                 _remove_files(store)
         ranks.from_first("removed", True)
         ranks.leave()
+
+
+def _is_there(store: Place) -> bool:
+    try:
+        return read_manifest(store) is not None
+    except OldFormatError:
+        return True
 
 
 def _remove_files(store: Place) -> None:

@@ -83,6 +83,10 @@ _DTYPES = {"F32": torch.float32, "I64": torch.int64}  # those of a store, in saf
 _MOST_DIGITS = 19  # of an index: those of 2^63
 
 
+class OldFormatError(StoreError):
+    """A store of an earlier format, whose losses have to be made anew."""
+
+
 class _ManifestFields(TypedDict):
     format: int
     flowdata: str
@@ -219,10 +223,16 @@ def _verify(parsed: Any, path: Place) -> Manifest:
     if not isinstance(parsed, dict) or "format" not in parsed:
         raise StoreError(f"{path} is damaged: it should hold an object with a 'format'")
     if parsed["format"] != FORMAT:
-        raise StoreError(
+        formats = (
             f"{path} has format {excerpt_of(parsed, 'format')}, this version of flowdata "
-            f"({__version__}) reads format {FORMAT}; use the version that wrote it"
+            f"({__version__}) reads format {FORMAT}"
         )
+        if parsed["format"] in range(1, FORMAT):
+            raise OldFormatError(
+                f"{formats}; score into another folder, or delete this one if its losses are "
+                "unwanted"
+            )
+        raise StoreError(f"{formats}; upgrade flowdata")
     if parsed.pop("checksum", None) != _signed(parsed)["checksum"]:
         raise StoreError(f"{path} is damaged: its checksum does not agree with its content")
     for name in FIELDS:

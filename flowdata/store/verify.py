@@ -6,7 +6,13 @@ from typing import Any
 
 from flowdata.errors import StoreError
 from flowdata.store.folder import SCORES, check_folder, read_manifest, read_store
-from flowdata.store.format import MANIFEST, manifest_in, read_file, store_digest
+from flowdata.store.format import (
+    MANIFEST,
+    OldFormatError,
+    manifest_in,
+    read_file,
+    store_digest,
+)
 from flowdata.store.parts import PARTS, parts_of
 from flowdata.store.places import Place
 
@@ -18,7 +24,7 @@ def verify_store(folder: Place) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no folder.
-        StoreError: it is not a store.
+        StoreError: it is not a store, or one of an earlier format.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no store at {folder}")
@@ -38,6 +44,8 @@ def verify_store(folder: Place) -> dict[str, str]:
 def _state_of_scores(file: Place) -> str:
     try:
         read_store(file)
+    except OldFormatError:
+        raise
     except (StoreError, OSError) as error:
         return str(error)
     return _WHOLE
@@ -46,6 +54,8 @@ def _state_of_scores(file: Place) -> str:
 def _state_of_manifest(file: Place, scores: Place) -> str:
     try:
         identity = manifest_in(file)["identity"]
+    except OldFormatError:
+        raise
     except (StoreError, OSError) as error:
         return str(error)
     if _identity_of_scores(scores) not in (None, identity):
@@ -66,6 +76,8 @@ def _state_of_part(file: Place, folder: Place) -> str:
         manifest = read_file(file)[1]
         if store_digest(manifest) != store_digest(read_manifest(folder) or manifest):
             return f"{file} belongs to another store"
+    except OldFormatError:
+        raise
     except (StoreError, OSError) as error:
         return str(error)
     return _WHOLE
