@@ -22,11 +22,10 @@ from flowdata.study.runs import records_by
 _GREY, _RED = "#9aa2b1", "#c0392b"
 _COLOURS = {STANDARD: BLUE, MEAN_WEIGHT: _GREY, FLOW: GREEN}
 _NAMES = {
-    STANDARD: "standard fine-tuning",
-    MEAN_WEIGHT: "every sample at FLOW's mean weight",
-    FLOW: "FLOW",
+    STANDARD: "standard fine-tuning (rates below its points)",
+    MEAN_WEIGHT: "every sample at FLOW's mean weight, same rates",
+    FLOW: "FLOW, same rates",
 }
-_RATES_BESIDE = {STANDARD: (4.0, 4.0), FLOW: (-8.0, -12.0)}  # points off the mark
 _CHOICES = {  # the shape, colour and name of their marks
     BY_DRIFT: ("*", ORANGE, "chosen by drift, without old data"),
     BLIND: ("X", _RED, "chosen by new accuracy alone"),
@@ -42,8 +41,8 @@ def draw_demo(panels: Sequence[Any], result: DemoResult) -> None:
         axes.set_ylim(0, 103)
         axes.grid(True, axis="both")
         axes.annotate(
-            "before fine-tuning", (0.02, result.before - 4), xycoords=("axes fraction", "data"),
-            fontsize=8, color=_GREY,
+            "before fine-tuning", (0.98, result.before + 1.5), xycoords=("axes fraction", "data"),
+            ha="right", fontsize=8, color=_GREY,
         )  # fmt: skip
         axes.annotate("better ↗", (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=9)
     chosen = result.choices()
@@ -70,18 +69,15 @@ def _draw_fronts(axes: Any, records: list[Record]) -> None:
             label=_NAMES[method],
         )  # fmt: skip
         axes.scatter(*zip(*points, strict=True), s=18, color=colour)
-        if method in _RATES_BESIDE:
+        if method == STANDARD:
             for rate, point in zip(by_rate, points, strict=True):
-                _write_beside(axes, f"{rate:g}", point, _RATES_BESIDE[method], colour)
+                axes.annotate(
+                    f"{rate:g}", point, color=colour, fontsize=8, ha="center",
+                    xytext=(0, -13), textcoords="offset points",
+                )  # fmt: skip
     axes.scatter(*start, marker="s", s=40, color="black", zorder=3, label="linear probe")
     # A run far below the probe has diverged: its point would press all others together.
     axes.set_xlim(start[0] - 5, 100)
-
-
-def _write_beside(
-    axes: Any, text: str, point: tuple[float, float], off: tuple[float, float], colour: str
-) -> None:
-    axes.annotate(text, point, color=colour, fontsize=8, xytext=off, textcoords="offset points")
 
 
 def _middle(runs: list[Record]) -> tuple[float, float]:

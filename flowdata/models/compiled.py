@@ -31,8 +31,8 @@ def gains(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether compiled layers were measured to be faster on this kind of machine.
 
     In half precision they are on GPUs, by 11 % (a Llama of a billion parameters on an H200). In
-    bfloat16 they are on Intel CPUs with AMX, by 9 %, and on AMD CPUs with AVX-512's bfloat16, by
-    18 %. `python -m benchmarks gpu` and `scoring` measure it.
+    bfloat16 they are on Intel CPUs with AMX and on AMD CPUs with AVX-512's bfloat16, by 9 %.
+    `python -m benchmarks gpu` and `scoring` measure it.
     """
     if device.type == "cuda":
         return dtype in (torch.bfloat16, torch.float16)
