@@ -21,6 +21,7 @@ from flowdata.weights import (
     Temperature,
     resolve_temperature,
     shape_weights,
+    warn_of_likely_losses,
     warn_of_useless_weights,
 )
 
@@ -198,6 +199,9 @@ def gather_weights(
         losses, weights = (_join(tensors) for tensors in zip(*pairs, strict=True))
         is_normalized = normalize == "mean"
         warn_of_useless_weights(losses, weights, temperature, is_normalized=is_normalized)
+    given = [w for s, w in zip(several, parts, strict=True) if not isinstance(s, Scores)]
+    if given:
+        warn_of_likely_losses(_join(given))
     return shape_weights(_join(parts), normalize=normalize, max_weight=max_weight)
 
 

@@ -116,6 +116,28 @@ def test_runs_that_can_not_be_told_apart_are_said(caplog):
     assert f"{best} can't be told apart from {'b' if best == 'a' else 'a'}" in caplog.text
 
 
+def test_the_choice_gives_its_reason_in_words_and_numbers(caplog):
+    runs = [("1e-5", 0.99, drift(0.001)), ("1e-4", 0.95, drift(0.012)), ("1e-3", 0.90, drift(1.5))]
+    with caplog.at_level(logging.INFO, "flowdata"):
+        choose(runs, validation="loss", exchange=2)
+    (record,) = caplog.records
+    assert record.message == (
+        "1e-4 has the least validation loss + 2 · KL: 0.95 + 2 · 0.012 = 0.974 nats a target; next "
+        "come 1e-5 with 0.99 + 2 · 0.001 = 0.992 and 1e-3 with 0.9 + 2 · 1.5 = 3.9"
+    )
+    ranking = rank([*runs, ("far", math.nan, drift())], validation="loss")
+    assert ranking[1].reason == (
+        "1e-5 comes behind 1e-4: 0.99 + 0.001 = 0.991 to 0.95 + 0.012 = 0.962"
+    )
+    assert ranking[3].reason.startswith("far diverged")
+    shares = [("a", 60.0, drift(agreement=0.99)), ("b", 80.0, drift(agreement=0.9))]
+    assert rank(shares, validation="accuracy")[0].reason == (
+        "b has the most accuracy + kept: 0.8 + 0.9 = 1.7; next comes a with 0.6 + 0.99 = 1.59"
+    )
+    alone = rank([("a", 0.5, drift()), ("far", 0.5, drift(math.inf))], validation="loss")
+    assert alone[0].reason.endswith("= 0.6 nats a target; all others diverged")
+
+
 def test_an_accuracy_is_as_certain_as_its_samples_are_many():
     runs = [(name, score, drift(of="samples")) for name, score in (("a", 0.81), ("b", 0.80))]
     for samples, is_tied in ((None, False), (100, True), (1_000_000, False)):

@@ -45,8 +45,9 @@ def test_the_front_of_two_models_is_measured_drawn_and_written(
     written, picture = tmp_path / "chosen", tmp_path / "new" / "front.png"
     command = ("front", model_folder, tuned_folder, "--valid", data, *SMALL, "--alphas", 0, 0.5, 1)
     command = (*command, "--picture", picture)
-    code, out, _ = run(capsys, *command, "--json", "--write", written)
+    code, out, err = run(capsys, *command, "--json", "--quiet", "--write", written)
     assert code == 0
+    assert "front:" not in err
     facts = json.loads(out)
     points = {point["alpha"]: point for point in facts["front"]}
     assert list(points) == [0, 0.5, 1]
@@ -61,8 +62,9 @@ def test_the_front_of_two_models_is_measured_drawn_and_written(
     model = AutoModelForCausalLM.from_pretrained(written)
     assert meter(model).kl == pytest.approx(points[facts["chosen"]]["kl"], rel=1e-4, abs=1e-9)
 
-    code, out, _ = run(capsys, *command)
+    code, out, err = run(capsys, *command)
     assert code == 0
+    assert "front: 4 of 4 models (100%)" in err  # the base and three shares
     assert f"chosen: α = {facts['chosen']:g}" in out
     assert "← chosen" in out
     assert ("--write FOLDER writes" in out) == (facts["chosen"] != 1)  # 1 is there already

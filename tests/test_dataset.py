@@ -1,6 +1,8 @@
+import copy
 import io
 import pickle
 from collections import namedtuple
+from functools import partial
 
 import datasets
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
+from flowdata._common import notices
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
 from flowdata.errors import ScoreMismatchError
+from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from flowdata.store.identity import content_identity
 from tests import reference
@@ -233,6 +237,37 @@ def test_missing_losses_are_refused_or_weigh_nothing():
 def test_bad_weights_are_refused_by_index(bad, message):
     with pytest.raises(ValueError, match=message):
         FlowWeightedDataset(range(2), torch.tensor(bad))
+
+
+@pytest.mark.parametrize("takes", [partial(FlowWeightedDataset, range(40)), FlowSampler])
+def test_losses_in_the_place_of_weights_are_refused_or_warned_of(takes, caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())  # each line warns once in a process
+    losses = 2 + torch.rand(40, generator=torch.Generator().manual_seed(0))
+    scores = Scores(0.1 * losses)
+    for given in (scores.losses, [scores.losses], copy.deepcopy(scores).losses):
+        with pytest.raises(ValueError, match="the losses of scores, where weights belong"):
+            takes(given)
+    takes(0.1 * losses)  # the caller's own tensor is no part of the scores that are made of it
+    assert caplog.records == []
+    takes(losses.tolist())
+    (record,) = caplog.records
+    assert "the 40 weights given have a mean of 2.46, as losses have" in record.message
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Scores(torch.linspace(0, 3, 40)).weights(normalize="mean"),  # up to 3 or so, 1 in the mean
+        torch.tensor([10.0, 1.25]).repeat(20),  # of two classes
+        torch.tensor([1.0, 2.0, 3.5]),  # written by hand
+        torch.ones(40),
+    ],
+)
+def test_weights_of_other_rules_are_not_taken_for_losses(weights, caplog):
+    FlowWeightedDataset(range(len(weights)), weights)
+    FlowSampler(weights)
+    FlowSampler(Scores(torch.linspace(0, 1, 40)).losses.clone())  # on purpose
+    assert caplog.records == []
 
 
 def test_several_data_sets_get_a_temperature_each_or_one_together():

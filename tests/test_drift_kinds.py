@@ -493,6 +493,28 @@ def test_a_dependence_that_training_brought_about_is_seen(count):
     check(base, tuned, MANY[:count], of_tensor)
 
 
+def test_a_network_may_return_a_dictionary():
+    class Named(nn.Module):
+        def __init__(self, more):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            self.more = more
+
+        def forward(self, x):
+            return {"out": self.network(x), **self.more}
+
+    probe = torch.randn(9, 4)
+    model = Named({"count": torch.tensor(3)})
+    tuned = copy.deepcopy(model)
+    nn.init.normal_(tuned.network[0].weight)
+    drift, plain = DriftMeter(model, probe)(tuned), DriftMeter(model.network, probe)(tuned.network)
+    assert drift == plain
+    assert drift.kl > 0
+    assert drift.head == "own"
+    with pytest.raises(ValueError, match=r"2 tensors, out of shape \(1, 3\), aux .* put it into"):
+        DriftMeter(Named({"aux": torch.zeros(1, 3)}), probe)
+
+
 def test_models_that_can_not_be_measured_are_refused_by_name():
     class Random(Body):
         def features(self, x):

@@ -1,12 +1,14 @@
 """Probes that need no data."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flowdata._common import progress
 from flowdata.drift import DriftMeter, inverted_images, own_text, smooth_images
 from flowdata.errors import ScoreMismatchError
 from tests.models import TinyResNet, tiny_gpt2, tiny_llama
@@ -45,6 +47,22 @@ def test_texts_are_drawn_from_the_models_own_distribution():
     noise = (expected * (1 - expected) / 3000).sqrt().sum() / 2  # of a total variation
     assert (counts / 3000 - expected).abs().sum() / 2 < 1.5 * noise
     assert model.generation_config.top_k == 3
+
+
+def test_writing_and_measuring_that_take_long_show_their_progress(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 5).__next__)  # seconds
+    model = tiny_llama()
+    for options in ({}, {"progress": False}):
+        texts = own_text(model, Tokenizer(), samples=70, length=6, **options)
+        err = capsys.readouterr().err
+        assert ("writing: 420 of 420 tokens (100%)" in err) == (not options)
+        assert "writing: 64 of 420 tokens (15%)" in err or options
+        meter = DriftMeter(model, texts, **options)
+        shown = capsys.readouterr().err, (meter(model), capsys.readouterr().err)[1]
+        assert all(("probe: 70 of 70 samples (100%)" in err) == (not options) for err in shown)
+    monkeypatch.setenv("RANK", "1")
+    DriftMeter(model, own_text(model, Tokenizer(), samples=2, length=2))
+    assert capsys.readouterr().err == ""
 
 
 def test_texts_begin_where_a_users_words_would_and_end_where_the_model_ends_them():

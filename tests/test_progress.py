@@ -28,6 +28,14 @@ def test_a_line_at_the_very_end_is_the_last_one(capsys, monkeypatch):
     assert capsys.readouterr().err == "scoring: 40 of 40 samples (100%), 10/s\n"
 
 
+def test_patience_shows_work_that_lasts_and_none_that_does_not(capsys, monkeypatch):
+    for seconds, lines in ((2.0, 0), (4.0, 1)):
+        monkeypatch.setattr(progress, "monotonic", iter([0.0, seconds, seconds]).__next__)
+        with progress_bar(40, "probe", "samples", patient=True) as advance:
+            advance(40)
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_nothing_is_shown_where_nothing_is_asked_for(capsys):
     with progress_bar(2, "scoring", "samples", shown=False) as advance:
         advance(2)

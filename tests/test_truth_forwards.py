@@ -1,16 +1,20 @@
 """Forwards of the user's own: what they return, and how they take their labels."""
 
 import logging
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers.utils import ModelOutput
 
 from flowdata import LossScorer
 from flowdata.errors import DisagreementError
 from flowdata.scoring.collate import pad_collate
+from flowdata.targets.predictions import logits_of
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.arange(12) % 3
@@ -46,6 +50,7 @@ class Regressor(nn.Module):
         lambda prediction, hidden: (prediction,),
         lambda prediction, hidden: [prediction.squeeze(1)],
         lambda prediction, hidden: (prediction, hidden.sum()),
+        lambda prediction, hidden: {"price": prediction, "last_hidden_state": hidden},
     ],
 )
 @pytest.mark.parametrize("layout", ["pairs", "fields"])
@@ -55,9 +60,33 @@ def test_a_prediction_of_one_number_is_no_loss(give, layout):
     if layout == "fields":
         data = [{"x": x, "labels": y} for x, y in data]
     losses, how = scored(model, data)
-    expected = (model(X)[0].flatten() - NUMBERS).square()
+    output = model(X)
+    prediction = output["price"] if isinstance(output, dict) else output[0]
+    expected = (prediction.flatten() - NUMBERS).square()
     torch.testing.assert_close(losses, expected.detach())
     assert how.startswith("mse")
+
+
+@dataclass
+class Judgement:
+    classes: torch.Tensor
+    evidence: torch.Tensor | None = None
+
+
+def test_the_one_tensor_that_logits_can_be_is_taken_under_any_name():
+    logits, many = torch.zeros(2, 3), torch.zeros(2, 8)
+    found = [
+        {"out": logits, "place": torch.arange(2), "aux_loss": torch.zeros(2), "cache": (many,)},
+        OrderedDict(logits=logits, out=many),
+        ModelOutput(out=logits, hidden_states=many),
+        Judgement(logits),
+        namedtuple("Judged", ["classes", "sure"])(logits, True),
+    ]
+    assert all(logits_of(output) is logits for output in found)
+    with pytest.raises(ValueError, match=r"2 tensors, classes of shape \(2, 3\), evidence of"):
+        logits_of(Judgement(logits, many))
+    with pytest.raises(ValueError, match="dict of last_hidden_state, in which no logits"):
+        logits_of({"last_hidden_state": many})
 
 
 def test_a_prediction_beside_features_is_asked_for():

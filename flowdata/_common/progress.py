@@ -20,7 +20,13 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bar(
-    total: int, name: str, unit: str, *, initial: int = 0, shown: bool = True
+    total: int,
+    name: str,
+    unit: str,
+    *,
+    initial: int = 0,
+    shown: bool = True,
+    patient: bool = False,
 ) -> Iterator[Advance]:
     """Show the progress of a piece of work; the context is a function that moves the display on.
 
@@ -31,6 +37,8 @@ def progress_bar(
         initial: number of units that an earlier run has done; the share includes them, the speed
             does not.
         shown: False shows nothing.
+        patient: show nothing of work that ends within a few seconds, as of what is done again and
+            again and is long only where models are large.
     """
     if not shown:
         yield lambda amount, /: None
@@ -38,13 +46,19 @@ def progress_bar(
         from tqdm import tqdm
 
         with tqdm(
-            total=total, initial=initial, desc=name, unit=f" {unit}", unit_scale=total > 9999
+            total=total,
+            initial=initial,
+            desc=name,
+            unit=f" {unit}",
+            unit_scale=total > 9999,
+            delay=_FIRST_LINE if patient else 0,
         ) as bar:
             yield lambda amount, /: (bar.update(amount), None)[1]
     else:
         lines = _Lines(total, name, unit, initial)
         yield lines.advance
-        lines.end()
+        if not patient or lines.written >= 0:
+            lines.end()
 
 
 class _Lines:

@@ -91,7 +91,7 @@ def make_probe(options: argparse.Namespace, base: Any, samples: TokenSamples | N
     given = ((getattr(options, name), default) for name, (default, _) in _OF_OWN.items())
     number, length, seed = (default if value is None else value for value, default in given)
     say(f"{options.base} writes {number:,} texts of {length:,} tokens", shown=not options.quiet)
-    return own_text(base, tokenizer, number, length, seed)
+    return own_text(base, tokenizer, number, length, seed, progress=not options.quiet)
 
 
 def describe_probe(options: argparse.Namespace, samples: int) -> str:

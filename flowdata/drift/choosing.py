@@ -30,6 +30,7 @@ Run = tuple[str, float, Drift]  # name, validation score, drift
 _ROUNDING = 1e-6  # below 0, of a loss in float32 of what is certain
 _MOST_NATS = 15.0  # log of three million tokens: who guesses among all of a vocabulary loses less
 _LEAST_PERCENT = 12.0  # accuracies in % up to here look like the losses of classifiers
+_NEXT = 2  # runs that the best is compared with in words
 _CERTAIN = 2.0  # standard errors from which on two runs can be told apart
 
 
@@ -45,6 +46,8 @@ class Candidate:
         is_on_front: whether no other run is at least as good in both and better in one.
         is_tied: whether it can't be told apart from the best.
         kind: what `validation` is: ``"loss"`` or ``"accuracy"``.
+        reason: why it has its place: a sentence with the sums of the best and of the next ones, or
+            with its own beside the best.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Candidate:
     is_on_front: bool
     is_tied: bool
     kind: Kind
+    reason: str = ""
 
 
 def choose(
@@ -65,7 +69,8 @@ def choose(
 ) -> str:
     """Return the name of the run that learned most for what it forgot.
 
-    It says which runs the best can't be told apart from, and what it took the scores for.
+    It says why, with the figures of the best and of the next ones (`Candidate.reason`), which runs
+    the best can't be told apart from, and what it took the scores for.
 
     Args:
         runs: (name, validation, drift) of each; see `rank`.
@@ -85,6 +90,8 @@ def choose(
     ranking = rank(
         runs, validation=validation, exchange=exchange, validation_samples=validation_samples
     )
+    if len(ranking) > 1:
+        say_once(ranking[0].reason)
     tied = [candidate.name for candidate in ranking[1:] if candidate.is_tied]
     if tied:
         say_once(f"{ranking[0].name} can't be told apart from {', '.join(tied)}")
@@ -136,8 +143,9 @@ def rank(
             is_on_front=_is_on_front(point, points),
             is_tied=terms.cost(point) - lowest <= _CERTAIN * terms.error(run, best),
             kind=terms.kind,
+            reason=terms.reason(place, [run for run, _ in ranking]),
         )
-        for run, point in ranking
+        for place, (run, point) in enumerate(ranking)
     ]
 
 
@@ -258,6 +266,31 @@ class _Terms:
         """Return what the choice minimises."""
         new, old = point
         return new + self.exchange * old if math.isfinite(new) else math.inf
+
+    def reason(self, place: int, runs: Sequence[Run]) -> str:
+        """Return the sentence on why a run has its place among those that are ordered by cost."""
+        best, name = runs[0], runs[place][0]
+        if math.isinf(self.cost(self.point(runs[place]))):
+            return f"{name} diverged: its validation score or its drift is no finite number"
+        if place:
+            return f"{name} comes behind {best[0]}: {self._sum(runs[place])} to {self._sum(best)}"
+        most, nats = ("least", " nats a target") if self.kind == "loss" else ("most", "")
+        new, old = ("validation loss", "KL") if self.kind == "loss" else ("accuracy", "kept")
+        reason = f"{name} has the {most} {new} + {self._factor}{old}: {self._sum(best)}{nats}"
+        others = [run for run in runs[1:] if math.isfinite(self.cost(self.point(run)))]
+        if not others:
+            return reason + "; all others diverged" * (len(runs) > 1)
+        sums = [f"{run[0]} with {self._sum(run)}" for run in others[:_NEXT]]
+        return f"{reason}; next {'comes' if len(sums) == 1 else 'come'} {' and '.join(sums)}"
+
+    @property
+    def _factor(self) -> str:
+        return "" if self.exchange == 1 else f"{self.exchange:g} · "
+
+    def _sum(self, run: Run) -> str:
+        """What a run's cost is made of; of accuracies, which are costs below 0, their sum."""
+        new, old = map(abs, self.point(run))
+        return f"{new:.4g} + {self._factor}{old:.4g} = {abs(self.cost(self.point(run))):.4g}"
 
     def error(self, run: Run, other: Run) -> float:
         """Return the standard error of the difference of two runs' costs."""

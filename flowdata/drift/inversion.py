@@ -26,6 +26,7 @@ from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home
 from flowdata.store.fingerprint import fingerprint_model
 from flowdata.store.kept import keep
+from flowdata.targets.predictions import logits_of
 
 _AT_ONCE = 128  # images whose statistics are compared with the kept ones
 _RATE = 0.05  # of Adam, in standard deviations of a pixel
@@ -136,8 +137,11 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             f"shape must be that of an image as the model takes it, got {tuple(images.shape[1:])}, "
             f"of which the model says: {str(error).strip().splitlines()[0]}"
         ) from error
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    try:
+        logits = logits_of(output)
+    except ValueError:
+        logits = None
+    if logits is None or logits.dim() != 2:
         raise TypeError(
             f"the model must return logits (B, C) for images {tuple(images.shape)}, got "
             f"{type(output).__name__}"

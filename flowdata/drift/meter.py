@@ -61,6 +61,7 @@ class DriftMeter:
             5); ``"own"`` with the tuned model's.
         dtype: see `LossScorer`; ``"auto"`` as there.
         dataset_id: names the probe's content for `store`; None fingerprints its samples.
+        progress: show it, on the first rank, where reading the probe takes more than a few seconds.
 
     Raises:
         TypeError, ValueError: an argument that is none of these; a probe without targets; a model
@@ -97,6 +98,7 @@ class DriftMeter:
         batch_norm: BatchNorm = "reference",
         dtype: str | torch.dtype = "auto",
         dataset_id: str | None = None,
+        progress: bool = True,
     ) -> None:
         _check_model(model)
         _check_batch_norm(batch_norm)
@@ -106,7 +108,7 @@ class DriftMeter:
         model = unwrapped(model)
         self.batch_norm: BatchNorm = batch_norm
         with preserved_rng():
-            self.reader = Reader(model, probe, collate_fn, dtype)
+            self.reader = Reader(model, probe, collate_fn, dtype, progress=progress)
             rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
         if not len(rows.values):
             raise ValueError("probe has no target: all its labels are −100")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from flowdata._common.notices import is_first_rank
+from flowdata._common.progress import progress_bar
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
 from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
+from flowdata.models.hooks import told_of_calls
 from flowdata.models.placement import home
 from flowdata.models.precision import resolve_dtype
 from flowdata.store.fingerprint import fingerprint_model
@@ -33,6 +39,7 @@ def own_text(
     *,
     template: bool = True,
     store: str | Path | None = None,
+    progress: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Return texts that a language model writes itself, as samples for a `DriftMeter`.
 
@@ -51,6 +58,7 @@ def own_text(
             that was tuned on problems these told a little better what it forgot of other text
             (benchmarks/results/drift/forgetting_drift_language.md).
         store: a file, ``*.safetensors``, or its URL, that keeps the texts.
+        progress: show it, on the first rank, where writing takes more than a few seconds.
 
     Returns:
         `input_ids`, (T,) int64, and `labels`, −100 where the text's beginning was given.
@@ -78,7 +86,7 @@ def own_text(
     _check_positions(model, len(beginning), length)
 
     def write() -> dict[str, Tensor]:
-        return {"token": _write_texts(model, beginning, samples, length, seed)}
+        return {"token": _write_texts(model, beginning, samples, length, seed, progress)}
 
     if store is None:
         return _cut(write()["token"], beginning, model)
@@ -129,17 +137,41 @@ def _check_positions(model: Any, beginning: int, length: int) -> None:
         )
 
 
-def _write_texts(model: Any, beginning: Tensor, samples: int, length: int, seed: int) -> Tensor:
+def _write_texts(
+    model: Any, beginning: Tensor, samples: int, length: int, seed: int, progress: bool
+) -> Tensor:
     """Sample texts, (samples, beginning + length) int64."""
     device = home(model)
     dtype = resolve_dtype("auto", model, device)
-    parts = []
-    with preserved_rng(seed), frozen_model(model, dtype, device) as frozen:
+    parts, is_shown = [], progress and is_first_rank()
+    with (
+        preserved_rng(seed),
+        frozen_model(model, dtype, device) as frozen,
+        progress_bar(samples * length, "writing", "tokens", shown=is_shown, patient=True) as bar,
+    ):
         for start in range(0, samples, _AT_ONCE):
             rows = min(_AT_ONCE, samples - start)
             ids = beginning.to(device).expand(rows, -1)
-            parts.append(_sample(frozen, ids, length))
+            with _counted(frozen, length, partial(bar, rows)):
+                parts.append(_sample(frozen, ids, length))
     return torch.cat(parts)
+
+
+@contextmanager
+def _counted(model: nn.Module, most: int, count: Callable[[], None]) -> Iterator[None]:
+    """Count a model's calls in a block, one for each token of a text, as `most` of them."""
+    calls = 0
+
+    def tell() -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= most:
+            count()
+
+    with told_of_calls(model, tell):
+        yield
+    for _ in range(calls, most):  # all texts have ended before
+        count()
 
 
 def _sample(model: Any, ids: Tensor, length: int) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.notices import logger
+from flowdata._common.notices import is_first_rank, logger
+from flowdata._common.progress import progress_bar
 from flowdata._common.unreadable import Readable
 from flowdata.drift.check import find_suspect, right_way
 from flowdata.drift.ways import (
@@ -67,10 +68,17 @@ class Reader:
         probe: map-style, not empty.
         collate_fn: list of samples -> batch; None pads token samples and stacks others.
         dtype: see `LossScorer`.
+        progress: whether that of readings is shown, on the first rank, where they take long.
     """
 
     def __init__(
-        self, model: nn.Module, probe: Any, collate_fn: Collate | None, dtype: str | torch.dtype
+        self,
+        model: nn.Module,
+        probe: Any,
+        collate_fn: Collate | None,
+        dtype: str | torch.dtype,
+        *,
+        progress: bool,
     ) -> None:
         check_batch_norm(model)
         if (random := random_sample(probe)) is not None:
@@ -99,7 +107,7 @@ class Reader:
             collate=_with_labels(collate) if loss == "masked_lm" else collate,
             lengths=None,
             num_workers=0,
-            progress=False,
+            progress=progress and is_first_rank(),
             announce=logger.info,
         )
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
@@ -241,9 +249,15 @@ class Reader:
         return self._read(replace(job, suspects=(*job.suspects, suspect)), model, head)
 
     def _by_way(self, job: Job, model: nn.Module, way: Candidate) -> TargetLosses:
-        packs = (self._plan.pack(number).tolist() for number in range(len(self._plan)))
-        groups = (way.grouping([job.dataset[index] for index in pack]) for pack in packs)
-        rows = joined([way.way(model, job.collate(group)) for pack in groups for group in pack])
+        parts: list[TargetLosses] = []
+        size = len(job.dataset)
+        with progress_bar(size, "probe", "samples", shown=job.progress, patient=True) as advance:
+            for number in range(len(self._plan)):
+                pack = self._plan.pack(number).tolist()
+                groups = way.grouping([job.dataset[index] for index in pack])
+                parts += [way.way(model, job.collate(group)) for group in groups]
+                advance(len(pack))
+        rows = joined(parts)
         columns = {"count": rows.counts, "token_loss": rows.values}
         columns = reorder(columns, self._plan.order.argsort())
         return TargetLosses(columns["token_loss"], columns["count"])

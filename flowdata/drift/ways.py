@@ -189,8 +189,9 @@ def name_of_head(model: nn.Module, batch: Any, device: torch.device) -> str | No
         logits = logits_of(output)
     except ValueError as error:
         raise ValueError(
-            f"{type(model).__name__} returns no logits by which it could be compared; put it into "
-            "a module that returns them, of shape (B, …, C), under the name `logits`"
+            f"{type(model).__name__} returns no logits by which it could be compared "
+            f"({str(error).partition(';')[0]}); put it into a module that returns them, of shape "
+            "(B, …, C), under the name `logits`"
         ) from error
     names = [
         name

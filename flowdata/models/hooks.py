@@ -69,3 +69,13 @@ def replaced_input(layer: nn.Module, replace: Callable[[Tensor], Tensor]) -> Ite
         yield originals
     finally:
         handle.remove()
+
+
+@contextmanager
+def told_of_calls(model: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
+    """Call a function after each call of a model in a block."""
+    handle = model.register_forward_hook(lambda *_: tell())
+    try:
+        yield
+    finally:
+        handle.remove()

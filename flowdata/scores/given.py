@@ -26,7 +26,7 @@ def weights_of(
 
     Raises:
         TypeError, ValueError: weights of a wrong dtype or shape, negative or non-finite (first
-            index named), and every error of `Scores.weights`.
+            index named), the `losses` of scores, and every error of `Scores.weights`.
     """
     if isinstance(scores_or_weights, Scores):
         return weigh_present(scores_or_weights.losses, temperature, missing=missing)
@@ -40,5 +40,11 @@ def weights_of(
         raise TypeError(
             "scores_or_weights must be scores or weights, got "
             f"{type(scores_or_weights).__name__}; pass what its score(dataset) returns"
+        )
+    if getattr(scores_or_weights, "are_losses", False):
+        raise ValueError(
+            "scores_or_weights is the losses of scores, where weights belong, so that the hardest "
+            "samples would count most; pass the scores themselves, or flow_weights(losses); "
+            "weights that are to grow with the loss are a tensor of their own, losses.clone()"
         )
     return check_values(scores_or_weights, name="weights")

@@ -78,6 +78,8 @@ class Scores:
         counts = torch.ones_like(losses) if counts is None else torch.as_tensor(counts).cpu()
         check_shapes(losses, counts, token_losses, columns or {})
         self.losses = finite_float32(losses)
+        # So that they are recognised where weights belong: a tensor of losses looks like one.
+        self.losses.are_losses = True  # type: ignore[attr-defined]
         self.counts = counts.long()
         self.metadata = dict(metadata or {})
         self.flat_token_losses = (

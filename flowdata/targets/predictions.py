@@ -7,6 +7,7 @@ own, in flowdata/scoring/language.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import first_argument
+
+# How names end under which outputs hold no logits: losses, and what a model without a head returns.
+_NO_LOGITS = ("loss", "losses", "hidden_state", "hidden_states", "pooler_output")
 
 
 def prediction_way(
@@ -161,7 +165,7 @@ def callable_way(
 
 
 def predict(model: nn.Module, inputs: Any) -> Tensor:
-    """Return a model's predictions: its output, or its output's `logits`."""
+    """Return a model's predictions: the logits in its output (`logits_of`)."""
     if isinstance(inputs, Mapping):
         output = call_with(model, inputs)
     else:
@@ -170,29 +174,55 @@ def predict(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: itself, its `logits`, or the one tensor in a tuple."""
+    """Return the logits of a model's output: itself, its `logits`, or the one tensor they can be.
+
+    Args:
+        output: a tensor; or a mapping, a tuple, a list or a dataclass of several things.
+
+    Raises:
+        ValueError: there is no such tensor, or more than one.
+
+    Example:
+        >>> logits_of({"scores": torch.zeros(2, 3), "loss": torch.zeros(2)}).shape
+        torch.Size([2, 3])
+    """
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list):
-        tensors = [
-            each
-            for each in output
-            if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 0
-        ]
-        if len(tensors) > 1:
-            raise ValueError(
-                f"the model returned {len(tensors)} tensors, of shapes "
-                f"{', '.join(str(tuple(each.shape)) for each in tensors)}, and does not say which "
-                "are its logits; return them under the name `logits`, or pass loss=callable"
-            )
-        output = tensors[0] if tensors else output
-    if not isinstance(output, Tensor):
+    parts = _parts_of(output)
+    logits = parts.get("logits", getattr(output, "logits", None))
+    if isinstance(logits, Tensor):
+        return logits
+    tensors = {
+        name: each
+        for name, each in parts.items()
+        if isinstance(each, Tensor)
+        and each.is_floating_point()
+        and each.dim() > 0
+        and not name.endswith(_NO_LOGITS)
+    }
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if tensors:
         raise ValueError(
-            f"the model returned {type(output).__name__}, in which no logits were found; "
-            "pass loss=callable(model, batch)"
+            f"the model returned {len(tensors)} tensors, "
+            f"{', '.join(f'{name} of shape {tuple(t.shape)}' for name, t in tensors.items())}, and "
+            "does not say which are its logits; return them under the name `logits`, or pass "
+            "loss=callable"
         )
-    return output
+    names = f" of {', '.join(parts)}" if parts else ""
+    raise ValueError(
+        f"the model returned {type(output).__name__}{names}, in which no logits were found; "
+        "pass loss=callable(model, batch)"
+    )
+
+
+def _parts_of(output: Any) -> dict[str, Any]:
+    """What an output holds, by name, or by place in a tuple."""
+    if isinstance(output, Mapping):
+        return {str(name): each for name, each in output.items()}
+    if is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in fields(output)}
+    if isinstance(output, tuple | list):
+        names = getattr(output, "_fields", map(str, range(len(output))))
+        return dict(zip(names, output, strict=True))
+    return {}

@@ -1,4 +1,4 @@
-"""The warning where a rule's weights are of no use for the losses at hand."""
+"""Warnings of a rule's weights that are of no use for the losses, and of given ones like losses."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _FEW = 10  # so few equal losses, of a toy or a single batch, say nothing about 
 # The rules that may do better, the one that users are best served by first.
 _RULES = ("ess0.5", "median", "mean", "ess0.9", "ess0.99", "ess0.999")
 _REMEDIES = MappingProxyType({rule: rule for rule in _RULES})
+_LARGE_MEAN = 1.5  # FLOW's weights are at most 1, and normalised ones 1 in the mean
+_LOOKED_AT = 1000  # weights among which equal ones are looked for
 
 
 def warn_of_useless_weights(
@@ -71,6 +73,26 @@ def warn_of_useless_weights(
     better = _better_rule(losses, remedies)
     remedy = f"; pass temperature={better!r}, whose weights {cure}" if better else ""
     warn_once(f"temperature={rule}: the weights of the {units} {what}{remedy}", about=about)
+
+
+def warn_of_likely_losses(weights: Tensor) -> None:
+    """Warn where the weights that a user gives look like losses.
+
+    Those of classes or of sources may have any scale, and are told by the few values they repeat.
+
+    Args:
+        weights: (N,) floating, finite, non-negative.
+    """
+    mean = weights.mean(dtype=torch.float64).item()
+    first = weights[:_LOOKED_AT]
+    if len(weights) < _FEW or mean < _LARGE_MEAN or 2 * len(first.unique()) < len(first):
+        return
+    warn_once(
+        f"the {len(weights):,} weights given have a mean of {mean:.3g}, as losses have, where "
+        "FLOW's are at most 1; if they are losses, so that the hardest samples would count most, "
+        "pass the scores themselves, or flow_weights(losses)",
+        about="weights that look like losses",
+    )
 
 
 def _trouble_of(

@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
     how = {"trust_remote_code": options.trust_remote_code, "device": options.device}
     samples = read_probe(options)
     base = load_model(options.base, **how)
-    meter = DriftMeter(base, make_probe(options, base, samples), dtype=options.dtype)
+    probe, is_shown = make_probe(options, base, samples), not options.quiet
+    meter = DriftMeter(base, probe, dtype=options.dtype, progress=is_shown)
     del base
     drifts = {}
     for source in options.tuned:

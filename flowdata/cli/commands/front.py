@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.notices import is_first_rank
+from flowdata._common.progress import progress_bar
 from flowdata._common.real_numbers import check_factor
 from flowdata.cli.begin import begin
 from flowdata.cli.exit_codes import DONE
@@ -111,13 +113,17 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, float, Drift]]:
     probe = read_probe(options)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     base = load_model(options.base, **how)
-    meter = DriftMeter(base, make_probe(options, base, probe), dtype=options.dtype)
-    del base
-    gc.collect()
-    runs = []
-    for alpha, model in models_of_front(options.base, options.tuned, options.alphas, **how):
-        runs.append((_name(alpha), _loss(options, model, samples), meter(model)))
-        del model  # before the next one is loaded
+    probe = make_probe(options, base, probe)
+    runs, is_shown = [], is_first_rank() and not options.quiet
+    with progress_bar(1 + len(options.alphas), "front", "models", shown=is_shown) as advance:
+        meter = DriftMeter(base, probe, dtype=options.dtype, progress=False)
+        del base
+        gc.collect()
+        advance(1)
+        for alpha, model in models_of_front(options.base, options.tuned, options.alphas, **how):
+            runs.append((_name(alpha), _loss(options, model, samples), meter(model)))
+            del model  # before the next one is loaded
+            advance(1)
     return runs
 
 
