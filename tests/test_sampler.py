@@ -10,20 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    DistributedSampler,
-    Sampler,
-    Subset,
-    TensorDataset,
-)
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, TensorDataset
 from torchdata.nodes import Batcher, Loader, ParallelMapper, SamplerWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata import LossScorer
 from flowdata.dataset import FlowWeightedDataset
-from flowdata.errors import ScoreMismatchError
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from tests import reference
@@ -631,43 +623,6 @@ def test_weights_that_vanish_are_warned_of_once_over_epochs(caplog):
         assert set(sampler) == {0}
     (record,) = caplog.records
     assert "the weights of the 2,001 samples have a mean of 0.0005" in record.message
-
-
-@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_set_of_another_length_is_refused_by_both_numbers(loader, workers):
-    batches = loader(range(12), 4, sampler=FlowSampler(WEIGHTS[:9]), num_workers=workers)
-    with pytest.raises(ScoreMismatchError, match=r"has 9 weights, .* draws from it 12 samples"):
-        list(batches)
-
-
-def test_weights_that_act_twice_are_warned_of_where_loader_and_data_set_meet(caplog):
-    weights, order = WEIGHTS[:9], {"replacement": False}
-    weighted = FlowWeightedDataset(range(9), weights)
-    for data, sampler in (
-        (range(9), FlowSampler(weights)),
-        (weighted, FlowSampler(torch.ones(9))),  # a shuffle
-        (weighted, FlowSampler(weights, **order)),  # each sample once
-        (Subset(range(9), range(9)), FlowSampler(weights)),
-    ):
-        assert len(list(DataLoader(data, 3, sampler=sampler))) == 3
-    assert caplog.records == []
-    for data in (weighted, Subset(weighted, range(9))):
-        list(DataLoader(data, 3, sampler=FlowSampler(weights)))
-    (record,) = caplog.records
-    assert "the weights act twice where the loss is weighted, too" in record.message
-
-
-def test_a_sampler_of_the_users_own_may_make_other_indices_of_those_that_are_drawn():
-    class Even(Sampler):
-        def __init__(self, sampler):
-            self.sampler = sampler
-
-        def __iter__(self):
-            return (2 * index for index in self.sampler)
-
-    batches = list(DataLoader(range(18), 9, sampler=Even(FlowSampler(WEIGHTS[:9]))))
-    assert set(torch.cat(batches).tolist()) <= set(range(0, 18, 2))
 
 
 def test_an_epoch_that_is_drawn_again_is_warned_of_once(caplog):

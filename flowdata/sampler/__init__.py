@@ -2,7 +2,6 @@
 
 flow_sampler.py is the sampler that a loader takes: one rank's share of an epoch, resumed anywhere.
 epoch_orders.py draws the order that all ranks share.
-drawn_from.py looks at the data set of the loader that draws.
 sharing.py knows who shares it out: the sampler, or the loader that Accelerate prepared.
 """
 

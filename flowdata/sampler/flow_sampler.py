@@ -14,7 +14,6 @@ from flowdata._common.notices import logger, warn_once
 from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_state
 from flowdata.dataset import gather_weights
-from flowdata.sampler.drawn_from import check_drawn_from
 from flowdata.sampler.epoch_orders import EpochOrders
 from flowdata.sampler.sharing import Share
 from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
@@ -29,8 +28,7 @@ class FlowSampler(DistributedSampler[int]):
     """Draws samples ∝ weight, in an order that depends on (seed, epoch, position) alone.
 
     Resampling by w and averaging the plain loss estimates Σwℓ / Σw: leave the training loop's
-    loss as it is. To weigh it as well would apply the weights twice, which is warned of where a
-    loader draws from a `FlowWeightedDataset`; a data set of another length is refused there.
+    loss as it is. To weigh it as well would apply the weights twice.
 
     Rank r of R takes positions r, r + R, r + 2R, … of the one global order. No position is
     padded, doubled or lost, so ranks differ by one index where R does not divide the draws:
@@ -322,8 +320,6 @@ class FlowSampler(DistributedSampler[int]):
             start               _next, while the loop takes the first block
         """
         self._share.check_pass(self)  # at the first draw, when a process group exists if ever
-        is_choosy = self.replacement or self.num_samples < len(self.weights)
-        check_drawn_from(self.weights, by_weight=is_choosy and np.ptp(self.weights) > 0)
         if self._is_finished:
             warn_once(
                 f"FlowSampler draws epoch {self.epoch} again, the same samples in the same order: "
