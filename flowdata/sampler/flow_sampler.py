@@ -28,7 +28,7 @@ class FlowSampler(DistributedSampler[int]):
     """Draws samples ∝ weight, in an order that depends on (seed, epoch, position) alone.
 
     Resampling by w and averaging the plain loss estimates Σwℓ / Σw: leave the training loop's
-    loss as it is. To weigh it as well would apply the weights twice.
+    loss as it is. To weigh it as well, by a `FlowWeightedDataset`, would apply the weights twice.
 
     Rank r of R takes positions r, r + R, r + 2R, … of the one global order. No position is
     padded, doubled or lost, so ranks differ by one index where R does not divide the draws:
