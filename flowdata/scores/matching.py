@@ -147,10 +147,10 @@ def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> N
     if identity != here and (view or not same_rows(identity, here)):
         raise ScoreMismatchError(
             "the scores were made from another data set of the same length: "
-            f"{dataset_difference(identity, here)}. If they are the same samples in the same "
-            "order, differently transformed, score with dataset_id='a-name' or pass "
-            "scores.weights() instead of scores. If only a column was added that the model is "
-            "not given, pass scores.weights() too"
+            f"{dataset_difference(identity, here)}. Score this data set; or, if its samples are "
+            "those that were scored, in the same order, and only transformed otherwise or with a "
+            "column more that the model is not given, pass scores.weights() instead of scores. "
+            "Scores made with dataset_id='a-name' are not compared by content at all"
         )
 
 
