@@ -372,8 +372,16 @@ def test_files_as_people_have_them_are_scored_from_the_command_line(
         ("a.zip", b"PK", "Unpack it, and name the folder"),
         ("a", b"{}", "Give it the ending of what it holds"),
         ("a.jsonl", b"", "a.jsonl holds no rows"),
-        ("a.jsonl", b'{"prompt": "a", "completion": null}\n', "it holds null; --on-error skip"),
-        ("a.jsonl", b'{"prompt": "a", "completion": 4}\n', "it holds an int; --on-error skip"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "completion": null}\n',
+            "it holds null; rows count from 0; --on",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "completion": 4}\n',
+            "it holds an int; rows count from 0; --on",
+        ),
         ("a.jsonl", b'{"prompt": "a",\n', "--on-error skip leaves such rows without a loss"),
         ("a.csv", b"prompt,completion\na,b,c\n", "--on-error skip leaves such rows"),
         ("a.csv", "prompt,completion\na,é\n".encode("cp1252"), "--encoding cp1252"),
