@@ -123,7 +123,7 @@ def _one_fails(rank, folder):
 def other_arguments_on_one_rank_are_an_error_on_all():
     for told in in_ranks(3, _mismatched):
         assert told["data"].startswith("ScoreMismatchError: rank "), told
-        assert "made with another dataset" in told["data"], told
+        assert "made with another data set" in told["data"], told
         assert "store must be given on all ranks or none" in told["store"], told
         assert "dataset is empty" in told["early"], told
 

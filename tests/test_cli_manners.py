@@ -21,7 +21,7 @@ from flowdata.cli.shell.completion import completion_script
 from flowdata.cli.shell.wording import flags_of, in_flags
 from flowdata.text import read_rows, tokenize_rows
 from tests.models import tiny_llama
-from tests.test_cli import data, model_folder, run
+from tests.test_cli import data, model_folder, run, without_warning
 from tests.test_text import tokenizer
 
 __all__ = ["data", "model_folder", "tokenizer"]  # the fixtures
@@ -69,7 +69,7 @@ def test_a_cached_run_says_so_and_loads_no_model(capsys, model_folder, data, tmp
     said = f"losses of 30 samples found in {tmp_path / 's'}; the model is not loaded"
     assert (said in second[2]) == (flag is None)
     if flag:
-        assert second[2] == ""
+        assert without_warning(second[2]) == ""
 
 
 @pytest.mark.parametrize(
@@ -372,8 +372,16 @@ def test_files_as_people_have_them_are_scored_from_the_command_line(
         ("a.zip", b"PK", "Unpack it, and name the folder"),
         ("a", b"{}", "Give it the ending of what it holds"),
         ("a.jsonl", b"", "a.jsonl holds no rows"),
-        ("a.jsonl", b'{"prompt": "a", "completion": null}\n', "it holds null; --on-error skip"),
-        ("a.jsonl", b'{"prompt": "a", "completion": 4}\n', "it holds an int; --on-error skip"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "completion": null}\n',
+            "it holds null; rows count from 0; --on",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "completion": 4}\n',
+            "it holds an int; rows count from 0; --on",
+        ),
         ("a.jsonl", b'{"prompt": "a",\n', "--on-error skip leaves such rows without a loss"),
         ("a.csv", b"prompt,completion\na,b,c\n", "--on-error skip leaves such rows"),
         ("a.csv", "prompt,completion\na,é\n".encode("cp1252"), "--encoding cp1252"),

@@ -253,7 +253,7 @@ def test_columns_are_part_of_a_stores_identity(tmp_path):
     assert set(Scores.load(tmp_path).columns) == set(COLUMNS)
     for name in COLUMNS:
         assert torch.equal(loaded.columns[name], scores.columns[name])
-    with pytest.raises(ScoreMismatchError, match="made with another columns"):
+    with pytest.raises(ScoreMismatchError, match="made with another set of columns"):
         LossScorer(model, **options).score(data, store=tmp_path)
 
 

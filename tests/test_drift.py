@@ -439,7 +439,7 @@ def test_a_file_keeps_what_the_frozen_model_makes_of_the_probe(tmp_path, monkeyp
     assert meter(tuned) == expected
     with pytest.raises(ScoreMismatchError, match="another body"):
         DriftMeter(tuned, TOKENS, store=file)
-    with pytest.raises(ScoreMismatchError, match="another dataset"):
+    with pytest.raises(ScoreMismatchError, match="another data set"):
         DriftMeter(base, TOKENS[1:], store=file)
     with pytest.raises(ScoreMismatchError, match="another dtype"):
         DriftMeter(base, TOKENS, store=file, dtype="float16")

@@ -193,7 +193,7 @@ def test_features_of_another_body_data_set_or_dtype_are_refused(tmp_path):
         features_kept_in(file, nn.Linear(3, 2), dtype="float32")
     with pytest.raises(ScoreMismatchError, match="another dtype"):
         features_kept_in(file, body, dtype="bfloat16")
-    with pytest.raises(ScoreMismatchError, match="another dataset"):
+    with pytest.raises(ScoreMismatchError, match="another data set"):
         compute_features(body, TensorDataset(x, y), store=file, dtype="float32", progress=False)
     assert file.read_bytes() == before
 

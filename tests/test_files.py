@@ -233,7 +233,11 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
         ("a.json", '[{"a": 1}]'.encode("utf-16-le"), r"a.json, line 1: .*--encoding utf-16-le"),
         ("a.csv", "a,b\n1,2".encode("utf-16-be"), r"a.csv, line 1: .*--encoding utf-16-be"),
         ("a.txt", "fine words".encode("utf-16-le"), r"a.txt, line 1: .*--encoding utf-16-le"),
-        ("a.json", b'[{"a": 1},\n 7]', "a.json, item 1: should be a JSON object, is int"),
+        (
+            "a.json",
+            b'[{"a": 1},\n 7]',
+            r"a.json, item 1 \(counted from 0\): should be a JSON object",
+        ),
         ("a.json", b'{"a": 1,\n', "a.json, line 1: not JSON"),
         (
             "a.jsonl",

@@ -126,7 +126,7 @@ def test_a_store_of_another_transform_is_refused_and_one_of_the_same_is_reused(t
     again = scorer().score(rows().with_transform(scaling(1)), collate_fn=collate, store=tmp_path)
     assert torch.equal(first.losses, again.losses)
     other = rows().with_transform(scaling(2))
-    with pytest.raises(ScoreMismatchError, match=r"another dataset .*the transform differs"):
+    with pytest.raises(ScoreMismatchError, match=r"another data set.*the transform differs"):
         scorer().score(other, collate_fn=collate, store=tmp_path)
     with pytest.raises(ScoreMismatchError, match="the transform differs"):
         FlowWeightedDataset(other, first)
@@ -345,7 +345,7 @@ def test_scores_of_an_earlier_scheme_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ScoreMismatchError, match=reason):
         FlowWeightedDataset(data, old)
     old.save(tmp_path / "then")
-    with pytest.raises(ScoreMismatchError, match=f"another dataset and model .*{reason}"):
+    with pytest.raises(ScoreMismatchError, match=f"another data set and model.*{reason}"):
         scorer().score(data, store=tmp_path / "then")
 
 
@@ -391,7 +391,7 @@ def test_a_column_that_the_model_is_given_makes_another_data_set(tmp_path, name)
     other = token_rows(**{name: GIVEN[name](token_rows())})
     with pytest.raises(ScoreMismatchError, match="samples differ in content or order"):
         FlowWeightedDataset(other, scores)
-    with pytest.raises(ScoreMismatchError, match="another dataset"):
+    with pytest.raises(ScoreMismatchError, match="another data set"):
         lm.score(other, store=tmp_path)
 
 
@@ -419,5 +419,5 @@ def test_what_may_read_any_column_is_held_to_all_of_them():
     ):
         scores = lm.score(data, **options)
         wider = token_rows(note=note()).with_format(**data.format)
-        with pytest.raises(ScoreMismatchError, match=r"If only a column was added.*weights\(\)"):
+        with pytest.raises(ScoreMismatchError, match=r"with a column more.*weights\(\)"):
             FlowWeightedDataset(wider, scores)

@@ -144,16 +144,16 @@ def test_another_change_is_still_refused(capsys, model_folder, data, tmp_path):
         command = ("score", model_folder, data, "--store", store, "--dtype", "float32")
         code, _, err = run(capsys, *command)
         assert code == 2
-        assert "was made with another dataset" in err
-        assert "--overwrite does that" in err
-        assert "Since then changed" not in err  # the options are the same
+        assert "was made with another data set" in err
+        assert "or pass --overwrite if its losses are unwanted" in err
+        assert "changed since" not in err  # the options are the same
     write(data, rows_of(COUNT + 1))
     code, _, err = run(capsys, *command, "--max-length", 20, "--truncation", "keep_end")
     assert code == 2
     assert "max length was None, is 20; truncation was keep_start, is keep_end" in err
     code, _, err = run(capsys, "score", model_folder, data, "--store", store, "--token-losses")
     assert code == 2
-    assert "was made with another token_losses" in err
+    assert "was made with another choice of token_losses" in err
     assert len(Scores.load(store)) == COUNT
 
 

@@ -357,10 +357,10 @@ def test_anything_that_changes_losses_is_refused_by_name(tmp_path):
             scorer.score(data, store=tmp_path, **options)
 
     refused("dtype", quiet(model, dtype="bfloat16"), samples)
-    refused("token_losses", quiet(model, token_losses=True), samples)
-    refused("dataset", quiet(model), token_samples(seed=1))
-    refused("dataset and num_samples", quiet(model), samples[:-1])
-    refused("dataset", quiet(model), samples, dataset_id="mine")
+    refused("choice of token_losses", quiet(model, token_losses=True), samples)
+    refused("data set", quiet(model), token_samples(seed=1))
+    refused("data set and number of samples", quiet(model), samples[:-1])
+    refused("data set", quiet(model), samples, dataset_id="mine")
     refused("collate_fn", quiet(model), samples, collate_fn=lambda batch: batch)
     refused("loss", quiet(model, lambda model, batch: torch.ones(1)), samples)
     with torch.no_grad():

@@ -167,11 +167,41 @@ def test_what_differs_is_named():
     kept = {"model": "a", "dataset": "d", "dtype": "bfloat16"}
     check_identity(kept, dict(kept), "the store s")
     with pytest.raises(
-        ScoreMismatchError, match=r"another dtype \(dtype: the store s has \"bfloat16\""
+        ScoreMismatchError,
+        match=r"another dtype: \"bfloat16\" there, \"float32\" here\. Score into",
     ):
         check_identity(kept, kept | {"dtype": "float32"}, "the store s")
-    with pytest.raises(ScoreMismatchError, match="another model and dataset"):
+    with pytest.raises(ScoreMismatchError, match="another model and data set: model: "):
         check_identity(kept, {"model": "b", "dataset": "e", "dtype": "bfloat16"}, "the store s")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("model", "2:{}", "2:{}", "its weights, code or settings differ"),
+        ("model", "{}", "2:{}", "it was made by an earlier version of flowdata"),
+        ("dataset", "content:2:{}", "content:2:{}", "its samples differ in content or order"),
+        ("dataset", "tokens:{}", "tokens:{}", "its samples differ in content or order"),
+        ("dataset", "content:2:{} sampled:2/5", "content:2:{} sampled:2/6", "its samples differ"),
+        ("loss", "callable:{}", "callable:{}", "the function differs, or a value that it uses"),
+        ("collate_fn", "{}", "{}", "the function differs, or a value that it uses"),
+        ("digest", "{}", "{}", "its content differs"),
+        ("loss", "mse", "callable:{}", '"mse" there, "callable:bbbbbbbbbbbb…" here'),
+        ("dataset", "tokens:{}", "mine", '"tokens:aaaaaaaaaaaa…" there, "mine" here'),
+    ],
+)
+def test_words_and_remedy_come_before_fingerprints_and_these_are_short(name, old, new, words):
+    stored, expected = {name: old.format("a" * 64)}, {name: new.format("b" * 64)}
+    with pytest.raises(ScoreMismatchError) as caught:
+        check_identity(stored, expected, "the store s")
+    message = str(caught.value)
+    assert message.startswith("the store s was made with another ")
+    told, remedy, last = message.partition("Score into another folder")
+    assert words in told
+    assert remedy
+    assert ("(fingerprints: " in last) == ("{}" in old and "{}" in new)
+    assert "a" * 13 not in message
+    assert "b" * 13 not in message
 
 
 def signed(manifest):

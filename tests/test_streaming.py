@@ -617,7 +617,7 @@ def test_a_share_that_is_lost_or_repeated_is_said_at_resumption(kind, caplog):
     stream = build(SHUFFLED[kind]())
     list(islice(stream, 11))
     state = json.loads(json.dumps(stream.state_dict()))
-    assert not caplog.messages
+    assert "where it stood" not in caplog.text
     resumed = build(SHUFFLED[kind]())
     resumed.load_state_dict(state)
     list(resumed)
@@ -1002,12 +1002,13 @@ def test_weights_that_vanish_are_warned_of_once_with_a_rule_for_streams(caplog):
     stream = build(temperature=1e-3)
     for _ in range(2):
         list(stream)
-    (record,) = caplog.records
+    guess, record = caplog.records  # the first one is on the model, which is random
+    assert "no better than a guess" in guess.message
     assert "temperature=0.001: the weights of the 8 samples of the stream's" in record.message
     assert "pass temperature='running_median', whose weights do not vanish" in record.message
     caplog.clear()
     list(build())
-    assert caplog.records == []
+    assert "vanish" not in caplog.text
 
 
 def test_a_callable_is_no_temperature_of_a_stream():

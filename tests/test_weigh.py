@@ -187,11 +187,14 @@ def test_rows_without_a_loss_are_said_and_null_or_left_out(capsys, score, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[::-1], "same in another order; the first is row 0."),
-        (lambda rows: [*rows[:4], rows[6], rows[5], rows[4], *rows[7:]], "the first is row 4."),
+        (lambda rows: rows[::-1], "same in another order; the first is row 0 (rows count from 0)."),
+        (
+            lambda rows: [*rows[:4], rows[6], rows[5], rows[4], *rows[7:]],
+            "the first is row 4 (rows count",
+        ),
         (
             lambda rows: [*rows[:3], {**rows[3], "answer": "no"}, *rows[4:]],
-            "rows are others, or hold something else in 'answer', 'question'; the first is row 3.",
+            "rows are others, or hold something else in 'answer', 'question'; the first is row 3 ",
         ),
         (lambda rows: rows[:-1], "it has 8 rows, 9 were scored"),
         (lambda rows: [*rows, rows[0]], "more than the 9 rows scored"),

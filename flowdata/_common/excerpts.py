@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+FROM_0 = "rows count from 0"  # said wherever a message numbers rows: lines of files count from 1
 _MOST_CHARACTERS, _BEGINNING = 60, 44  # so that a message with two values takes a few lines
 
 

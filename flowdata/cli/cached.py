@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from flowdata._common.notices import say
+from flowdata._common.notices import logger, say
 from flowdata._version import __version__
 from flowdata.errors import StoreError
+from flowdata.report.guessing import guessing_remark
 from flowdata.scores import Scores
 from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.store.folder import SCORES, read_manifest
@@ -72,6 +73,8 @@ def cached_scores(
             f"losses of {len(scores):,} samples found in {store}; the model is not loaded",
             shown=shown and ranks.is_first,
         )
+        if ranks.is_first and (remark := guessing_remark(scores.losses, scores.metadata)):
+            logger.warning(remark)
     return scores
 
 

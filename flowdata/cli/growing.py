@@ -154,6 +154,8 @@ def _joined(old: Scores, new: Scores, dataset_id: str, details: Mapping[str, Any
     skipped = skipped_in(first) | {len(old) + i: why for i, why in skipped_in(then).items()}
     checks = [manifest.get("checked", {}) for manifest in (first, then)]
     checked = {
+        **checks[0],
+        **checks[1],
         "samples": sum(check.get("samples", 0) for check in checks),
         "largest_difference": max(check.get("largest_difference", 0.0) for check in checks),
     }

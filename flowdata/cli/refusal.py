@@ -1,4 +1,4 @@
-"""A store that refuses a run: its message, with the options that differ and the flag that helps."""
+"""A store that refuses a run: its message, with the options that were changed before it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def explained_refusal(store: Place, details: Mapping[str, Any]) -> Iterator[None
         yield
     except ScoreMismatchError as error:
         changes = _changes(store, details)
-        told = f". Since then changed: {'; '.join(changes)}" if changes else ""
-        raise ScoreMismatchError(f"{error} (--overwrite does that){told}") from error
+        told = f"changed since {store} was made: {'; '.join(changes)}. " if changes else ""
+        raise ScoreMismatchError(f"{told}{error}") from error
 
 
 def _changes(store: Place, details: Mapping[str, Any]) -> list[str]:

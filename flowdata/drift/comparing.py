@@ -16,6 +16,7 @@ from flowdata.report.comparison import render_comparison
 from flowdata.report.samples import SampleText
 from flowdata.scores import Scores
 from flowdata.scores.matching import stores_difference
+from flowdata.store.identity import field_difference
 
 _SHARED = ("dataset", "num_samples", "loss", "collate_fn")  # of both identities
 
@@ -148,7 +149,7 @@ def compare(before: Scores, after: Scores) -> Comparison:
     different = [name for name in _SHARED if name in old and name in new and old[name] != new[name]]
     if different:
         of_rows = "dataset" in different and stores_difference(before.metadata, after.metadata)
-        details = of_rows or f"before has {old[different[0]]!r}, after {new[different[0]]!r}"
+        details = of_rows or field_difference(old, new, different[0], "before", "after")
         raise ScoreMismatchError(
             f"the scores differ in {', '.join(different)}: {details}; score the same data set by "
             "both models, with the same loss"

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata.report.guessing import guessing_remark
 from flowdata.report.oddities import MARKS, Oddities, find_oddities
 from flowdata.report.page import (
     definitions,
@@ -65,8 +66,9 @@ def render(
     losses, temperature = drop_missing(scores.losses), summary["temperature"]
     texts = None if samples is None else [samples(index) for index in range(len(scores))]
     oddities = find_oddities(scores.losses, scores.counts, texts, is_cut)
+    guessing = guessing_remark(scores.losses, scores.metadata)
     body = [
-        _verdict(judge(scores.losses, scores.counts, summary, oddities)),
+        _verdict(judge(scores.losses, scores.counts, summary, oddities, guessing)),
         tiles(_figures(summary)),
         *_pictures(scores, losses, temperature),
         "<h2>What is odd</h2>",

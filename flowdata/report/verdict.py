@@ -46,7 +46,11 @@ class Verdict:
 
 
 def judge(
-    losses: Tensor, counts: Tensor, summary: Mapping[str, Any], oddities: Oddities
+    losses: Tensor,
+    counts: Tensor,
+    summary: Mapping[str, Any],
+    oddities: Oddities,
+    guessing: str = "",
 ) -> Verdict:
     """Return the verdict on weighing a data set.
 
@@ -55,7 +59,11 @@ def judge(
         counts: (N,) int64, targets of each sample.
         summary: as `summarize` returns it.
         oddities: as `find_oddities` returns them.
+        guessing: as `guessing_remark` returns it.
     """
+    if guessing:
+        title = "The model does no better than guessing: check it before you weigh by its losses."
+        return Verdict(title, [f"{guessing[0].upper()}{guessing[1:]}."])
     usual, share, present = _by_the_median(losses, summary)
     is_far = (losses - origin_of(usual) > _FAR * usual).numpy()  # NaN is not
     num_far = int(is_far.sum())

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowdata._common.excerpts import FROM_0
 from flowdata._common.notices import say_once
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
@@ -91,7 +92,7 @@ def rows_difference(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         ...     first.add({"text": str(number)})
         ...     second.add({"text": str(3 - number)})
         >>> rows_difference(first.identity(), second.identity())
-        'its rows are the same in another order; the first is row 0'
+        'its rows are the same in another order; the first is row 0 (rows count from 0)'
     """
     if rows["scheme"] != other["scheme"]:
         return "they were scored by another version of flowdata, which told rows apart otherwise"
@@ -139,7 +140,8 @@ def _where(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     if place is None:
         return ""
     first, last = place
-    return f"; the first is row {first:,}" + (f" to {last:,}" if last > first else "")
+    end = f" to {last:,}" if last > first else ""
+    return f"; the first is row {first:,}{end} ({FROM_0})"
 
 
 def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> None:
@@ -147,10 +149,10 @@ def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> N
     if identity != here and (view or not same_rows(identity, here)):
         raise ScoreMismatchError(
             "the scores were made from another data set of the same length: "
-            f"{dataset_difference(identity, here)}. If they are the same samples in the same "
-            "order, differently transformed, score with dataset_id='a-name' or pass "
-            "scores.weights() instead of scores. If only a column was added that the model is "
-            "not given, pass scores.weights() too"
+            f"{dataset_difference(identity, here)}. Score this data set; or, if its samples are "
+            "those that were scored, in the same order, and only transformed otherwise or with a "
+            "column more that the model is not given, pass scores.weights() instead of scores. "
+            "Scores made with dataset_id='a-name' are not compared by content at all"
         )
 
 

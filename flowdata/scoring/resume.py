@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import sleep
 from typing import Any, TypeVar
 
 from flowdata._common.notices import logger, say
 from flowdata.errors import DisagreementError, StoreError
 from flowdata.models.placement import is_sharded
+from flowdata.report.guessing import guessing_remark
 from flowdata.scores import Scores
 from flowdata.scoring.job import Job
 from flowdata.scoring.plan.packs import Plan
@@ -44,15 +45,19 @@ def score_in_memory(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     manifest["checked"] = _gather_checks(report, ranks)
     if ranks.size > 1 and not is_sharded(job.model):
         _exchange_packs(packs, plan, ranks)
-    return merge_packs(plan, packs, manifest)
+    scores = merge_packs(plan, packs, manifest)
+    _warn_of_guessing(scores, ranks)
+    return scores
 
 
 def _gather_checks(report: CheckReport, ranks: Ranks) -> dict[str, Any]:
     """What all ranks have checked, once each of them is done."""
     whole = CheckReport()
-    for samples, largest in ranks.gather("done", [report.samples, report.largest_difference]):
+    mine = [report.samples, report.largest_difference, report.num_classes]
+    for samples, largest, num_classes in ranks.gather("done", mine):
         whole.add(samples, largest)
-    return {"samples": whole.samples, "largest_difference": whole.largest_difference}
+        whole.num_classes = num_classes  # the same on every rank: each checks the same samples
+    return asdict(whole)
 
 
 def _exchange_packs(packs: FinishedPacks, plan: Plan, ranks: Ranks) -> None:
@@ -87,7 +92,10 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
             scores = _score_the_rest(folder, job, draft, ranks)
-    return _once_visible(lambda: Scores.load(folder), ranks) if scores is None else scores
+    if scores is None:
+        scores = _once_visible(lambda: Scores.load(folder), ranks)
+    _warn_of_guessing(scores, ranks)
+    return scores
 
 
 def _finished_scores(folder: Place, draft: Manifest) -> Scores | None:
@@ -247,3 +255,9 @@ def _warn_of_missing(scores: Scores) -> None:
             int((has_no_loss & (scores.counts > 0)).sum()),
             int(has_no_loss.int().argmax()),
         )
+
+
+def _warn_of_guessing(scores: Scores, ranks: Ranks) -> None:
+    remark = guessing_remark(scores.losses, scores.metadata)
+    if remark and ranks.is_first:
+        logger.warning(remark)

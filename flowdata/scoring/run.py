@@ -56,10 +56,14 @@ class FinishedPack(NamedTuple):
 
 @dataclass
 class CheckReport:
-    """What was checked: how many samples, alone, and the largest difference of their losses."""
+    """What was checked: how many samples, alone, and the largest difference of their losses.
+
+    `num_classes` is what their logits told apart, classes or tokens; 0 where that is not known.
+    """
 
     samples: int = 0
     largest_difference: float = 0.0
+    num_classes: int = 0
 
     def add(self, samples: int, largest: float) -> None:
         """Take further samples into account."""
@@ -88,6 +92,7 @@ def run_packs(
     with lent_model(job, plan.options) as model, _progress(job, plan, todo) as show:
         agreed = agreed_way(job, plan, model, ranks)
         report.add(agreed.truth.samples, agreed.truth.largest)
+        report.num_classes = agreed.truth.num_classes
         way = [job.name, agreed.description, _describe_packs(plan), threads]
         job.announce("; ".join(filter(None, [*way, _describe_check(report)])))
         share = _Share(job, plan, todo, ranks, agreed)

@@ -54,6 +54,7 @@ class Truth:
         is_last_look: whether nothing more can be learned of the errors.
         samples: how many samples were compared.
         largest: by column, the largest difference between an agreed way and the truth.
+        classes: how many classes, or tokens, the samples' logits told apart.
     """
 
     job: Job
@@ -66,6 +67,12 @@ class Truth:
     is_last_look: bool = False
     samples: int = 0
     largest: float = 0.0
+    classes: set[int] = field(default_factory=set)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, or tokens, if all samples have the same; 0 where none is known."""
+        return max(self.classes) if len(self.classes) == 1 else 0
 
     @property
     def is_exact(self) -> bool:
@@ -81,7 +88,9 @@ class Truth:
         """
         model = self.model if model is None else model
         with as_written(model), loaded_frequencies(model):
-            columns = self.plain_of(model)(model, batch).columns(token_losses=False)
+            losses = self.plain_of(model)(model, batch)
+        self.classes.add(losses.num_classes)
+        columns = losses.columns(token_losses=False)
         check_size(columns, 1)
         return columns
 

@@ -36,7 +36,8 @@ JSON of the others. manifest.json holds the same, indented.
     details    anything a reader may want to know (the data file, …)
     skipped    {"index": reason} of samples that could not be read; in a part, of its samples
     checked    in a complete store alone: {"samples": how many were compared with the model run on
-               them alone, "largest_difference": of their losses}
+               them alone, "largest_difference": of their losses, "num_classes": classes, or
+               tokens, that their logits told apart, 0 or absent where that is not known}
     suspects   in manifest.json while scoring: samples that some way gave a wrong loss; is_wrong:
                the parts were made by it
     layout     in manifest.json of a complete store alone: {tensor: [dtype, first byte, end]} of
@@ -126,7 +127,8 @@ def make_manifest(
         plan: how the data set is cut into packs; empty where there are none.
         details: JSON-like notes for readers.
         skipped: why samples could not be read, by index.
-        checked: how many samples were compared with the truth, and the largest difference.
+        checked: how many samples were compared with the truth, the largest difference, and the
+            number of classes.
 
     Raises:
         TypeError: `details` holds what JSON can't.

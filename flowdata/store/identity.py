@@ -18,6 +18,7 @@ by another name plays no part, whether it was there or is added later.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,21 @@ _PARTS = {  # of a data set's identity, as a message names them
     "sampled": "its number of samples differs",
     "fields": "the fields that the model takes differ, or another collate_fn may read others",
 }
+_NAMES = {  # of an identity's fields, as a message names them, where its own name is no word
+    "dataset": "data set",
+    "num_samples": "number of samples",
+    "columns": "set of columns",
+    "token_losses": "choice of token_losses",
+    "digest": "plan of packs",
+}
+_OTHERWISE = {  # what differs where digests do
+    "model": "its weights, code or settings differ",
+    "body": "its weights, code or settings differ",
+    "dataset": "its samples differ in content or order",
+    "loss": "the function differs, or a value that it uses",
+    "collate_fn": "the function differs, or a value that it uses, or one of both had none",
+}
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{4,}…?")
 _remarks: set[str] = set()  # that were made in this program: once is enough
 _CALLABLE_PREFIX = "callable:"  # of a loss that is the user's own function
 
@@ -249,7 +265,9 @@ def check_identity(
     what: str,
     remedy: str = "Score into another folder, or delete this one if its losses are unwanted",
 ) -> None:
-    """Raise ScoreMismatchError with what differs unless both identities are the same.
+    """Raise ScoreMismatchError unless both identities are the same.
+
+    The message says what differs in words, then what to do; fingerprints come last, shortened.
 
     Args:
         stored: the identity that `what` has.
@@ -258,24 +276,55 @@ def check_identity(
         remedy: a sentence on what the user can do.
     """
     names = [name for name in {**expected, **stored} if stored.get(name) != expected.get(name)]
-    if names:
-        differences = "; ".join(
-            f"{name}: {what} has {excerpt_of(stored, name)}, this run {excerpt_of(expected, name)}"
-            f"{_explanation(name, stored, expected)}"
-            for name in names
-        )
-        raise ScoreMismatchError(
-            f"{what} was made with another {' and '.join(names)} ({differences}). {remedy}"
-        )
+    if not names:
+        return
+    words = [_NAMES.get(name, name) for name in names]
+    texts = [field_difference(stored, expected, name, "there", "here") for name in names]
+    if len(names) > 1:  # else the sentence has named the field
+        texts = [f"{word}: {text}" for word, text in zip(words, texts, strict=True)]
+    pairs = [(_short(stored, name), _short(expected, name)) for name in names]
+    digests = "; ".join(
+        f"{word} {old} there, {new} here"
+        for name, word, (old, new) in zip(names, words, pairs, strict=True)
+        if _has_digests(stored, expected, name) and old != new
+    )
+    raise ScoreMismatchError(
+        f"{what} was made with another {' and '.join(words)}: {'; '.join(texts)}. {remedy}"
+        f"{digests and f' (fingerprints: {digests})'}"
+    )
 
 
-def _explanation(name: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """What a message adds to a field that differs, where more can be said than both values."""
-    if name not in stored or name not in expected:
-        return ""
+def field_difference(
+    stored: Mapping[str, Any], expected: Mapping[str, Any], name: str, first: str, second: str
+) -> str:
+    """Return how a field of two identities differs, in words; values where they are readable.
+
+    Args:
+        stored: one identity.
+        expected: the other.
+        name: of the field.
+        first: names the owner of `stored`, or its place.
+        second: that of `expected`.
+
+    Example:
+        >>> field_difference({"dtype": "float32"}, {"dtype": "bfloat16"}, "dtype", "there", "here")
+        '"float32" there, "bfloat16" here'
+    """
+    if not _has_digests(stored, expected, name):
+        return f"{_short(stored, name)} {first}, {_short(expected, name)} {second}"
     old, new = str(stored[name]), str(expected[name])
-    if name in ("model", "body"):
-        return f", since {_EARLIER}" if _is_earlier(old) and not _is_earlier(new) else ""
-    difference = dataset_difference(old, new) if name == "dataset" else ""
+    if name in ("model", "body") and _is_earlier(old) and not _is_earlier(new):
+        return _EARLIER
     is_content = old.startswith(CONTENT_PREFIX) and new.startswith(CONTENT_PREFIX)
-    return f": {difference}" if is_content else ""
+    words = dataset_difference(old, new) if name == "dataset" and is_content else ""
+    return words or _OTHERWISE.get(name, "its content differs")
+
+
+def _has_digests(stored: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> bool:
+    """Whether both values hold digests, which tell a reader nothing but that they differ."""
+    return all(_DIGEST.search(str(each.get(name, ""))) for each in (stored, expected))
+
+
+def _short(identity: Mapping[str, Any], name: str) -> str:
+    """A field's value; of a digest the beginning."""
+    return _DIGEST.sub(r"\1…", excerpt_of(identity, name))

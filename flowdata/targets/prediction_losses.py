@@ -63,7 +63,7 @@ def cross_entropy(
         rows = logits.movedim(1, -1).flatten(0, -2)[places]
         inputs = None if hidden is None else hidden.reshape(targets.numel(), -1)[places]
         further = columns_of_logits(rows, targets.flatten()[places], columns, inputs)
-    return TargetLosses(losses.flatten()[places], counts, further)
+    return TargetLosses(losses.flatten()[places], counts, further, logits.shape[1])
 
 
 def _cross_entropy_of_probabilities(
@@ -74,7 +74,8 @@ def _cross_entropy_of_probabilities(
     _check_shapes("cross_entropy", logits, targets, logits.shape)
     losses = F.cross_entropy(logits, targets.float(), reduction="none")
     further = columns_of_logits(logits, targets.float(), columns, hidden)
-    return TargetLosses(losses, torch.ones(len(losses), dtype=torch.long), further)
+    counts = torch.ones(len(losses), dtype=torch.long)
+    return TargetLosses(losses, counts, further, logits.shape[1])
 
 
 def _classes_second(logits: Tensor, targets: Tensor, *, classes_last: bool) -> Tensor:
@@ -115,7 +116,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
     answers, places = to_device([targets.flatten()[places].float(), places], logits.device)
     rows = logits.flatten()[places]
     losses = F.binary_cross_entropy_with_logits(rows, answers, reduction="none")
-    return TargetLosses(losses, counts)
+    return TargetLosses(losses, counts, num_classes=2)  # yes or no
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:

@@ -22,11 +22,14 @@ class TargetLosses:
         values: (n,) float32, in nats for cross-entropies, sample after sample.
         counts: (B,) int64, targets of each sample.
         further: further columns by name (see columns.py), (n,) float32 each.
+        num_classes: classes, or tokens, that the logits tell apart; 0 where the values are no
+            cross-entropies in nats, or no logits were there to tell.
     """
 
     values: Tensor
     counts: Tensor
     further: Mapping[str, Tensor] = field(default_factory=dict)
+    num_classes: int = 0
 
     def columns(self, *, token_losses: bool) -> dict[str, Tensor]:
         """Return what the store keeps of the batch, on the host.
@@ -87,6 +90,7 @@ def joined(parts: list[TargetLosses]) -> TargetLosses:
         torch.cat([part.values for part in parts]),
         torch.cat([part.counts for part in parts]),
         {name: torch.cat([part.further[name] for part in parts]) for name in parts[0].further},
+        parts[0].num_classes,
     )
 
 

@@ -6,9 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowdata._common.excerpts import FROM_0
+
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 LEFT_OUT = "; on_error='skip' leaves such rows without a loss"  # ends a message on one of them
+
+
+def why_unreadable(number: int, error: Exception) -> str:
+    """Return which row can't be read, and why.
+
+    Example:
+        >>> why_unreadable(3, ValueError("it holds nothing"))
+        'row 3: it holds nothing; rows count from 0'
+    """
+    return f"row {number}: {error}; {FROM_0}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from flowdata._common.excerpts import FROM_0
 from flowdata._common.notices import logger
 from flowdata.text.conversation import Conversation, Row
 from flowdata.text.formats import Fields
@@ -17,11 +18,11 @@ _MEDIA_TAG = re.compile(
 _WHAT_A_REPLY_SAYS = ("content", "reasoning_content", "tool_calls")
 _TAGS = (
     "tags of images, sound or video are in the text of rows, of %d in all, and the first is %s: "
-    "they are scored as text, and nothing is looked at or heard"
+    f"they are scored as text, and nothing is looked at or heard; {FROM_0}"
 )
 _EMPTY = (
     "replies are empty, in rows of which there are %d, and the first is %s: what is scored of "
-    "them is that they end"
+    f"them is that they end; {FROM_0}"
 )
 
 
@@ -76,4 +77,4 @@ def lacking_template(row: Row, number: int, fields: Fields) -> str:
         what = " and ".join(map(repr, columns.values()))
         flags = " ".join(f"--{name}-column ''" for name in columns)
         remedy += f"; or score the pairs without that ({flags})"
-    return f"row {number} holds {what}, and the tokenizer has no chat template: {remedy}"
+    return f"row {number} holds {what}, and the tokenizer has no chat template: {remedy}; {FROM_0}"

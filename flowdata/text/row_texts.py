@@ -16,7 +16,7 @@ from flowdata.report.samples import Piece, SampleText
 from flowdata.scores import Scores
 from flowdata.scores.matching import identity_of_rows, rows_difference, rows_identity
 from flowdata.text.completeness import content_text
-from flowdata.text.conversation import Message
+from flowdata.text.conversation import Message, why_unreadable
 from flowdata.text.formats import Fields, read_conversation
 from flowdata.text.models import load_tokenizer
 from flowdata.text.read import read_rows
@@ -97,7 +97,7 @@ def row_texts(scores: Scores, rows: Any) -> Callable[[int], SampleText] | None:
         try:
             conversation = read_conversation(row, columns)
         except (KeyError, TypeError, ValueError) as error:
-            return f"row {index}: {error}"
+            return why_unreadable(index, error)
         if conversation.plain is not None and not is_chat:
             prompt, completion = conversation.plain
             return [*([Piece(prompt, "prompt")] if prompt else []), _completion(completion)]

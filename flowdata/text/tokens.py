@@ -21,7 +21,7 @@ from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.store.fingerprint.rows import digest_tokens
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
-from flowdata.text.conversation import LEFT_OUT, Conversation, Row
+from flowdata.text.conversation import LEFT_OUT, Conversation, Row, why_unreadable
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
 from flowdata.text.remarks import RowRemarks, lacking_template
@@ -289,7 +289,7 @@ def _rendered(
                 fields, is_found = find_fields(row, fields), True
             conversation = read_conversation(row, fields or Fields())
         except (KeyError, TypeError, ValueError) as error:
-            yield Unreadable(f"row {number}: {error}")
+            yield Unreadable(why_unreadable(number, error))
             continue
         if conversation.plain is None and not renderer.tokenizer.chat_template:
             raise ValueError(lacking_template(row, number, fields or Fields()))
@@ -297,7 +297,7 @@ def _rendered(
         try:
             renderings = renderer.render(conversation, template)
         except ValueError as error:
-            yield Unreadable(f"row {number}: {error}")
+            yield Unreadable(why_unreadable(number, error))
             continue
         renderer.rows.look_at(number, conversation, renderings)
         yield renderings

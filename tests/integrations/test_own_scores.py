@@ -76,7 +76,7 @@ def test_a_second_trainer_finds_the_losses_of_the_first(tmp_path):
     assert torch.equal(first.scores.losses, again.scores.losses)
     assert not torch.equal(first.train_dataset.weights, again.train_dataset.weights)
     other = [{**s, "input_ids": s["input_ids"].roll(1)} for s in tiny.make_samples()]
-    with pytest.raises(ScoreMismatchError, match="another dataset"):
+    with pytest.raises(ScoreMismatchError, match="another data set"):
         flow(tmp_path, tiny.as_hf_dataset(other), data_collator=pad)
 
 
@@ -89,7 +89,7 @@ def test_columns_that_the_trainer_removes_change_nothing(tmp_path):
     wider = hf(note=["a"] * tiny.N, difficulty=list(range(tiny.N)))
     again = flow(tmp_path, wider, data_collator=pad)
     assert torch.equal(first.scores.losses, again.scores.losses)
-    with pytest.raises(ScoreMismatchError, match="another dataset"):  # forward takes it
+    with pytest.raises(ScoreMismatchError, match="another data set"):  # forward takes it
         flow(
             tmp_path,
             hf(position_ids=[list(range(len(s["input_ids"]))) for s in hf()]),
@@ -260,7 +260,7 @@ def test_sft_scores_survive_new_columns_and_other_settings_of_training(tmp_path)
     again = sft(tmp_path, {"learning_rate": 1.0}, chats(note=["x"] * 12), normalize="weights")
     assert torch.equal(first.scores.losses, again.scores.losses)
     assert len(read_manifest(tmp_path / "scores")["identity"]) > 3
-    with pytest.raises(ScoreMismatchError, match="another dataset"):
+    with pytest.raises(ScoreMismatchError, match="another data set"):
         sft(tmp_path, {"max_length": 8})
 
 

@@ -9,6 +9,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.excerpts import FROM_0
 from flowdata._common.notices import logger
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.options import add_temperature
@@ -154,13 +155,15 @@ def _say_what_lacks(weighing: Weighing, *, drop: bool) -> None:
     """Say how many rows have no weight, or are not there."""
     if weighing.without_loss:
         reason = weighing.first_reason.removeprefix("ValueError: ")  # a sentence without it
+        reason = reason.removesuffix(f"; {FROM_0}")  # which is said at the end
         logger.warning(
-            "%d of %d rows have no loss%s and %s; the first is row %d",
+            "%d of %d rows have no loss%s and %s; the first is row %d (%s)",
             weighing.without_loss,
             weighing.rows,
             f" ({reason})" if reason else "",
             "are left out" if drop else _NULL,
             weighing.first_without_loss,
+            FROM_0,
         )
     if weighing.no_rows:
         logger.warning(

@@ -163,7 +163,7 @@ def _losses_of_logits(
         losses = F.cross_entropy(few, targets, reduction="none")
         parts.append(TargetLosses(losses, work.counts[:0], further))
     whole = joined(parts)
-    return TargetLosses(whole.values, work.counts, whole.further)
+    return TargetLosses(whole.values, work.counts, whole.further, logits.shape[-1])
 
 
 def _check_logit_options(

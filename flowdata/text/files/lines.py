@@ -22,6 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
+from flowdata._common.excerpts import FROM_0
 from flowdata._common.unreadable import Unreadable
 from flowdata.text.conversation import LEFT_OUT, Row
 from flowdata.text.files.arrays import begin_of, is_array, read_array
@@ -89,7 +90,8 @@ class LineFiles:
                         if not self.skip:
                             raise ValueError(row.reason + LEFT_OUT)
                     elif self.skip and _is_no_text(row):
-                        row = Unreadable(f"{file}, row {number}: holds bytes that are no text")
+                        reason = f"{file}, row {number}: holds bytes that are no text; {FROM_0}"
+                        row = Unreadable(reason)
                     yield row
             except UnicodeDecodeError as error:
                 raise ValueError(self._wrong_encoding(file, error)) from None
@@ -194,7 +196,7 @@ def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
         try:
             for index, (row, content) in enumerate(read_array(begin, text)):
                 halves = _may_hold_halves(content)
-                yield _checked(row, f"{file}, item {index}", may_hold_halves=halves)
+                yield _checked(row, _item(file, index), may_hold_halves=halves)
         except UnicodeError:
             raise
         except ValueError as error:
@@ -213,7 +215,11 @@ def _json_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
         return
     may_hold_halves = _may_hold_halves(content)
     for index, row in enumerate(rows_below(whole) or [whole]):
-        yield _checked(row, f"{file}, item {index}", may_hold_halves=may_hold_halves)
+        yield _checked(row, _item(file, index), may_hold_halves=may_hold_halves)
+
+
+def _item(file: Path, index: int) -> str:
+    return f"{file}, item {index} (counted from 0)"
 
 
 def _lines(begin: str, text: TextIO) -> Iterator[str]:

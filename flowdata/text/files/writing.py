@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdata._common.atomic import replacing
+from flowdata._common.excerpts import FROM_0
 from flowdata._common.notices import logger
 from flowdata.text.conversation import Row
 from flowdata.text.files.places import is_saved
@@ -66,7 +67,7 @@ def write_lines(rows: Iterable[Row], path: Path) -> None:
             except TypeError as error:
                 raise ValueError(
                     f"row {number} holds what JSON can't ({error}); write {PARQUET}, which keeps "
-                    "types"
+                    f"types; {FROM_0}"
                 ) from None
             file.write(line.encode() + b"\n")
 
