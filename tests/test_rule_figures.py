@@ -58,7 +58,12 @@ def right():
 
 def wrong():
     rows = section("A tenth of the rows wrong")
-    return f"FLOW kept {differences(rows)} beside plain fine-tuning ({outcomes(rows)})."
+    (half,) = [numbers(row[2])[0] for row in rows if row[0].startswith("wrong50")]
+    few = [row for row in rows if not row[0].startswith("wrong50")]
+    return (
+        f"FLOW kept {differences(few)} beside plain fine-tuning where a tenth to a third were "
+        f"wrong, {half:+.1f} where half were ({outcomes(rows)})."
+    )
 
 
 def share():
