@@ -42,7 +42,7 @@ WRONG = Clause(
     "wrong, -13.7 where half were (held on 1 of 1 sets known before, 3 of 4 others).",
 )
 SHARE = Clause(
-    "Where you know how many are wrong, leaving out as many of the hardest rows does as well.",
+    "Where you know how many are wrong, leave out as many of the hardest: as good, or better.",
     "Trimming kept -1.9 to +26.6 points beside FLOW (held on 1 of 1 sets known before, 4 of "
     "4 others).",
 )
