@@ -306,7 +306,7 @@ def test_a_model_that_returns_features_beside_its_logits_is_asked_which():
             return features, self.head(features)
 
     data = TensorDataset(torch.randn(6, 4), torch.arange(6) % CLASSES)
-    with pytest.raises(ValueError, match=r"2 tensors, of shapes \(1, 6\), \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"2 tensors, item 0 of shape \(1, 6\), item 1 of"):
         scored(Both(), data)
 
 

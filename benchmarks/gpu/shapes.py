@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.parts import Setting
-from benchmarks.scoring.language import gsm8k_lengths
+from benchmarks.scoring.cases import gsm8k_lengths
 from flowdata.cli.bench_inputs import Samples, lognormal_lengths, random_samples
 
 

@@ -223,6 +223,6 @@ def _parts_of(output: Any) -> dict[str, Any]:
     if is_dataclass(output):
         return {field.name: getattr(output, field.name) for field in fields(output)}
     if isinstance(output, tuple | list):
-        names = getattr(output, "_fields", map(str, range(len(output))))
+        names = getattr(output, "_fields", [f"item {place}" for place in range(len(output))])
         return dict(zip(names, output, strict=True))
     return {}
