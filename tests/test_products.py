@@ -57,12 +57,6 @@ def test_memory_that_is_used_again_leaves_nothing_behind(dtype):
     assert out.isfinite().all()
 
 
-@pytest.fixture
-def products_for_all(monkeypatch):
-    monkeypatch.setattr(products, "_KEYS", range(10**6))
-
-
-@pytest.mark.usefixtures("products_for_all")
 @pytest.mark.parametrize("window", [None, 6])
 def test_blocks_behind_a_prefix_and_a_prompt(window):
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +89,6 @@ def scored(samples, gain, patch, **options):
     return scorer.score(samples, dataset_id="products", **options).losses, scorer.explain()
 
 
-@pytest.mark.usefixtures("products_for_all")
 def test_losses_by_products(monkeypatch):
     samples = token_samples(30)
     by_products, how = scored(samples, True, monkeypatch)
@@ -107,7 +100,6 @@ def test_losses_by_products(monkeypatch):
     assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.usefixtures("products_for_all")
 def test_wrong_products_are_not_taken(monkeypatch, caplog):
     def unmasked(q, k, v, *_):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -140,24 +132,6 @@ def test_a_store_keeps_the_way_that_it_was_begun_with(tmp_path, monkeypatch):
     assert torch.equal(losses, scored(samples, True, monkeypatch, lengths=options["lengths"])[0])
 
 
-@pytest.mark.parametrize("length", [31, 32, 2048, 2049])
-def test_products_are_made_where_they_gain(length, monkeypatch):
-    lengths = []
-
-    def spy(q, k, v, *_):
-        lengths.append(k.shape[2])
-        return q.clone()
-
-    monkeypatch.setattr(blocks, "attend_by_products", spy)
-    q = torch.randn(1, 1, length, 2)
-    run = attention.Pass([Block(1, length)], by_products=True)
-    token = attention._running.set(run)
-    attention._over_blocks(q, q, q, 0.3, None, None, None)
-    attention._running.reset(token)
-    assert lengths == ([length] if 32 <= length <= 2048 else [])
-
-
-@pytest.mark.usefixtures("products_for_all")
 def test_models_whose_attention_is_capped_do_without(monkeypatch):
     def refuse(*_):
         raise AssertionError

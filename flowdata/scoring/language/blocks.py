@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowdata.scoring.language.masks import Masks
-from flowdata.scoring.language.products import attend_by_products, gain_for
+from flowdata.scoring.language.products import attend_by_products
 
 # Scores of explicit attention that are held at once: 64 MiB in float32, whatever the samples.
 _SCORES_AT_ONCE = 2**24
@@ -92,8 +92,7 @@ def attend_by_block(
         before: keys and values that every sample sees before its own, (1, H_kv, P, d) each.
         options: of the layer.
         masks: of the pass.
-        by_products: whether plain attention is made by products.py, where it gains, instead of
-            by PyTorch's kernel.
+        by_products: whether plain attention is made by products.py instead of PyTorch's kernel.
     """
     outputs: list[Tensor] = []
     of_blocks: list[KeysAndValues] = []
@@ -129,7 +128,6 @@ def _attend_block(
 ) -> Tensor:
     """One block's attention, behind what all its samples see before: (samples, H, length, d)."""
     length, before = q.shape[2], sum(keys.shape[2] for keys, _ in earlier)
-    by_products = by_products and options.is_plain and gain_for(before + length)
     uses_kernel = options.is_plain and not by_products
     multiple = _KEYS if uses_kernel and q.is_cpu and q.dtype == torch.bfloat16 else 1
     k = _behind([keys for keys, _ in earlier], k, multiple)

@@ -1,9 +1,9 @@
 """Attention by plain matrix products, for CPUs on which PyTorch's attention kernel is slow.
 
-On an AMD EPYC with AVX-512's bfloat16 the kernel takes twice as long as these products at 96 to 320
-tokens, and 1.4 times at 32 and at 1,024 (9 heads over 3, a width of 64, two threads). Queries are
-taken a few rows at a time, all samples and heads in one product, so that a row meets no keys that
-lie wholly behind it:
+On an AMD EPYC with AVX-512's bfloat16 the kernel takes 1.8 to 2.1 times as long as these products
+at 96 to 320 tokens, and 1.2 times at 4,096 (`python -m benchmarks attention`). Queries are taken a
+few rows at a time, all samples and heads in one product, so that a row meets no keys that lie
+wholly behind it:
 
             keys  0 .. 31    32 .. 63    64 ..
     rows  0 .. 31   masked
@@ -25,7 +25,6 @@ from flowdata.scoring.language.masks import Masks
 
 _ROWS = 32  # queries of a sample in one product
 _SCORES = 2**20  # in one product, 4 MiB in float32: more does not gain, fewer cost calls
-_KEYS = range(32, 2049)  # of a sample: with fewer, or more, the kernel is as fast or faster
 
 
 def products_gain(dtype: torch.dtype, device: torch.device) -> bool:
@@ -35,11 +34,6 @@ def products_gain(dtype: torch.dtype, device: torch.device) -> bool:
     product of each sample and head alone took 2 to 5 times as long as it.
     """
     return device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16() and not has_amx()
-
-
-def gain_for(keys: int) -> bool:
-    """Return whether products are faster for samples that have so many keys."""
-    return keys in _KEYS
 
 
 def attend_by_products(
@@ -61,7 +55,8 @@ def attend_by_products(
     samples, heads, length, _ = query.shape
     groups, before = key.shape[1], key.shape[2] - length
     all_rows = query.unflatten(1, (groups, -1))  # (samples, groups, heads, length, d)
-    key, value = key.float().flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    # There are fewer keys than queries, so that the factor is theirs.
+    key, value = (key.float() * scaling).flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
     output = query.new_empty(samples * groups, heads // groups, length, value.shape[2])
     # New memory for each product would cost as much as the product.
     most = max(_SCORES, heads // groups * _ROWS * key.shape[2])
@@ -70,7 +65,7 @@ def attend_by_products(
         stop = min(start + _ROWS, length)
         first = 0 if window is None else max(0, before + start + 1 - window)
         seen = slice(first, before + stop)
-        rows = all_rows[:, :, :, start:stop].flatten(0, 1).float() * scaling
+        rows = all_rows[:, :, :, start:stop].flatten(0, 1).float()
         heads_and_rows = rows.shape[1:3]
         mask = _mask(stop - start, seen.stop - seen.start, window, masks, rows)
         step = max(1, _SCORES // (heads_and_rows.numel() * (seen.stop - seen.start)))
