@@ -6,17 +6,16 @@ and the gradient of the validation loss are what somebody without a probe could 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.forgetting.batches import Weighted, batch_loss, collate
+from flowdata import LossScorer
 from flowdata.drift import Drift, DriftMeter, own_text
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text import TokenSamples
@@ -90,28 +89,10 @@ def of_few(drift: Drift, counts: Tensor) -> dict[str, dict[str, float]]:
 
 
 def item_losses(model: nn.Module, sets: Sequence[TokenSamples]) -> list[tuple[Tensor, Tensor]]:
-    """Return each set's losses in nats a token, (N,), and counts of tokens, by plain forwards.
-
-    `LossScorer` would compare its ways with samples run alone, again for every model, which takes
-    longer than these few samples do.
-    """
-    low_model = copy.deepcopy(model).bfloat16().eval()
-    all_losses = []
-    for samples in sets:
-        rows = [_losses_of(low_model, samples[index]) for index in range(len(samples))]
-        losses = torch.tensor([row.mean().item() for row in rows], dtype=torch.float64)
-        all_losses.append((losses, torch.tensor([len(row) for row in rows])))
-    return all_losses
-
-
-@torch.no_grad()
-def _losses_of(model: Any, sample: dict[str, Tensor]) -> Tensor:
-    """The losses of a sample's targets, in float32 from the logits on."""
-    labels = sample["labels"][1:]
-    hidden = model.get_decoder()(input_ids=sample["input_ids"][None], use_cache=False)[0][0, :-1]
-    is_target = labels != IGNORE_INDEX
-    logits = model.get_output_embeddings()(hidden[is_target]).float()
-    return F.cross_entropy(logits, labels[is_target], reduction="none")
+    """Return each set's losses in nats a token, (N,), and counts of tokens, of a bfloat16 copy."""
+    scorer = LossScorer(model, "causal_lm", dtype="bfloat16", compile=False, progress=False)
+    scores = [scorer.score(samples, dataset_id=samples.digest()) for samples in sets]
+    return [(each.losses.double(), each.counts) for each in scores]
 
 
 def mean_loss(losses: Tensor, counts: Tensor) -> float:

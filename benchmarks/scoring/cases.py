@@ -62,9 +62,11 @@ CASES = {
     "template": Case(template=True, samples=0.5),
     "answers": Case(answers=4, samples=0.5, loops=(STRONG, "flowdata, prompts apart", OURS)),
     "lognormal": Case(lengths="lognormal", samples=0.5),
-    "long-4k": Case(lengths=(2048, 2048), samples=0.1, compared=2, loops=(STRONG, OURS)),
+    "long-4k": Case(
+        layers=4, lengths=(2048, 2048), samples=0.33, compared=2, loops=(STRONG, OURS)
+    ),
     "long-16k": Case(
-        layers=4, lengths=(8192, 8192), samples=0.02, compared=2, loops=(STRONG, OURS)
+        layers=2, lengths=(8192, 8192), samples=0.17, compared=2, loops=(STRONG, OURS)
     ),
     "experts": Case(kind="mixtral", layers=4, samples=0.5),
     "8-bit": Case(kind="8-bit", samples=0.5),

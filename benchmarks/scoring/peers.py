@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdata.cli.bench_inputs import Samples
+from flowdata.cli.bench_inputs import Samples, guesses_expected
 from flowdata.scoring.collate import pad_collate
 from flowdata.scoring.plan.packs import plan_padded
 from flowdata.scoring.scorer import LossScorer
@@ -22,7 +22,8 @@ def scored(
 ) -> Tensor:
     """Return the losses by the library, whose fingerprint, plan and self-check count as well."""
     scorer = LossScorer(model, "causal_lm", progress=False, **options)
-    return scorer.score(samples, dataset_id="benchmark", lengths=lengths).losses
+    with guesses_expected():
+        return scorer.score(samples, dataset_id="benchmark", lengths=lengths).losses
 
 
 def prompts_apart(model: Any, samples: Samples) -> Tensor:

@@ -95,7 +95,7 @@ class LossScorer:
             gradient with respect to the last layer's weight. `Scores.weights` takes any of them
             in place of the loss.
         compile: ``True`` runs the model's layers through `torch.compile`, ``False`` doesn't,
-            ``"auto"`` does in long jobs on CPUs with AMX, where it was measured to pay.
+            ``"auto"`` does in long jobs on devices where it was measured to pay.
         progress: show a progress bar and say what was chosen.
 
     Raises:
