@@ -66,7 +66,7 @@ CASES = {
         layers=4, lengths=(2048, 2048), samples=0.33, compared=2, loops=(STRONG, OURS)
     ),
     "long-16k": Case(
-        layers=2, lengths=(8192, 8192), samples=0.17, compared=2, loops=(STRONG, OURS)
+        layers=2, lengths=(14336, 2048), samples=0.19, compared=2, loops=(STRONG, OURS)
     ),
     "experts": Case(kind="mixtral", layers=4, samples=0.5),
     "8-bit": Case(kind="8-bit", samples=0.5),

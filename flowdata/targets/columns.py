@@ -80,6 +80,8 @@ def columns_of_logits(
         ValueError: `gradient_norm` without `hidden`.
     """
     values: dict[str, Tensor] = {}
+    if not names:
+        return values
     probabilities = logits.softmax(1)
     has_probabilities = targets.is_floating_point()
     if "entropy" in names:
