@@ -10,6 +10,7 @@ entry more there.
 
 import re
 
+import numpy as np
 import pytest
 
 from tests.result_pages import BENCHMARKS, RESULTS, check_section, run, runs, tables, text
@@ -17,6 +18,11 @@ from tests.result_pages import BENCHMARKS, RESULTS, check_section, run, runs, ta
 # What the benchmarks set: sizes of models and samples, and a goal.
 SIZES = (
     "model of 12 layers",
+    "AMD EPYC without AMX, 1,024 samples",
+    "1,024 samples: the sorted",
+    "two of eight",
+    "weights in 8 bits",
+    "at 320 tokens, with",
     "Llama of 1.2 billion random parameters, 1,024 samples",
     "The goal of 60 %",
     "trace, of 400 samples",
@@ -33,9 +39,12 @@ SAMPLERS = {
 }
 # Files and, where a file has several runs, a part of the run's command that the others lack.
 GSM8K, PROFILE, CASES = [("scoring", mark) for mark in ("--samples 128", "--profile", "resnet-50")]
+ELSEWHERE = ON_AMD, LONG_4K, OTHERS = [
+    ("scoring", mark) for mark in ("--samples 1024", "--cases long-4k", "--cases experts")
+]
 GPU_1, GPU_2, GPU_3 = [("gpu", f"gpu {mark}") for mark in ("--minutes 3", "--minutes 4", "--parts")]
-HEAD, SCALE, DRIFT, SAMPLER, BUSY = [
-    (name, "") for name in ("head", "scale", "drift", "sampler", "busy")
+HEAD, SCALE, DRIFT, SAMPLER, BUSY, ATTENTION = [
+    (name, "") for name in ("head", "scale", "drift", "sampler", "busy", "attention")
 ]
 GPU_CASE = "llama-1b, 128k, 50% completions: {}"
 GPU_HEAD = "{}, 8192 x 2048 x 128256"
@@ -62,12 +71,14 @@ def kind(processor):
     return f"{maker} {'with' if 'amx' in processor else 'without'} AMX"
 
 
-def machine(*names):
-    """The one machine of all runs of some files as the page names it."""
+def machine(*names, but=()):
+    """The one machine of all runs of some files, but those named by `but`, as the page names it."""
+    others = [run(*place) for place in but]
     (place,) = {
-        (run["machine"]["cores"], kind(run["machine"]["processor"]))
+        (each["machine"]["cores"], kind(each["machine"]["processor"]))
         for name in names
-        for run in runs(name)
+        for each in runs(name)
+        if each not in others
     }
     return "{} of an {}".format({1: "one core", 2: "two cores"}[place[0]], place[1])
 
@@ -75,7 +86,7 @@ def machine(*names):
 def machines():
     yield (
         "medians on {}, where no other machine is named",
-        [machine("scoring", "head", "scale", "training", "sampler")],
+        [machine(*("scoring", "head", "scale", "training", "sampler"), but=ELSEWHERE)],
     )
 
 
@@ -124,6 +135,54 @@ def scoring():
             f"{name} {{:,.0f}} and {{:,.0f}}",
             figures(CASES, model + ": {}", "plain loop, autocast", "flowdata, bfloat16"),
         )
+
+
+def scoring_without_amx():
+    rows = figures(ON_AMD, "gsm8k: {}", SORTED, OURS, COMPILED)
+    errors = figures(ON_AMD, "gsm8k: {}", COMPILED, SORTED, field="largest_error")
+    yield (
+        "sorted loop scores {:,.0f} tokens/s, flowdata {:,.0f}, and {:,.0f} with compiled layers "
+        "({:.0%} of what the products allow, {:.2f} times the sorted loop; errors of {:.1e} and "
+        "{:.1e})",
+        [
+            *rows,
+            *figures(ON_AMD, "gsm8k: {}", COMPILED, field="share_of_matmul"),
+            rows[2] / rows[0],
+            *errors,
+        ],
+    )
+    sizes = "96 tokens x 42", "176 tokens x 23", "320 tokens x 12"
+    by_products = figures(ATTENTION, "{}: products", *sizes, field="kernel_by_this")
+    at_4k = figures(ATTENTION, "{}: products", "4096 tokens x 1", field="kernel_by_this")
+    yield (
+        "takes {:.1f} to {:.1f} times as long at 96 to 320 tokens, and {:.1f} times at 4,096",
+        [*span(by_products), *at_4k],
+    )
+    ways = "products, rounded scores", "PyTorch's kernel", "products"
+    rounded = "320 tokens x 12: {}"
+    yield (
+        "take {:.1f} times the kernel's time at 320 tokens, with {:.0f} times the error",
+        [
+            ratio(ATTENTION, rounded, *ways[:2]),
+            np.divide(*figures(ATTENTION, rounded, ways[0], ways[2], field="error")),
+        ],
+    )
+    yield (
+        "q, k and v as one product {:.2f} of their time alone, gate and up {:.2f}",
+        [
+            ratio(ATTENTION, what + ", {}", "joined", "alone")
+            for what in ("q, k and v", "gate and up")
+        ],
+    )
+    yield (
+        "experts, two of eight, score {:,.0f} tokens/s … {:,.0f} by flowdata",
+        figures(OTHERS, "experts: {}", SORTED, OURS),
+    )
+    yield "(torchao) {:,.0f} and {:,.0f}", figures(OTHERS, "8-bit: {}", SORTED, OURS)
+    yield (
+        "samples of 4,096 tokens {:,.0f} and {:,.0f}",
+        figures(LONG_4K, "long-4k: {}", SORTED, OURS),
+    )
 
 
 def head():
@@ -387,6 +446,7 @@ PAGES = {
     (PAGE, "What was measured"): [machines],
     (PAGE, "Scoring, training, loading"): [
         scoring,
+        scoring_without_amx,
         head,
         busy,
         processes,
