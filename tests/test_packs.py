@@ -23,7 +23,12 @@ def test_reordering_takes_every_samples_values_along():
     ordered = reorder(COLUMNS, ORDER)
     assert equal(ordered, reference.reordered_columns(COLUMNS, ORDER.tolist()))
     assert equal(reorder(ordered, ORDER.argsort()), COLUMNS)
-    assert equal(restore(ordered, ORDER), COLUMNS)
+
+
+def test_packs_are_put_in_the_order_of_the_data_set():
+    sizes = torch.tensor([2, 0, 3])
+    packs = split(reorder(COLUMNS, ORDER), sizes)
+    assert equal(restore(packs, ORDER.split(sizes.tolist())), COLUMNS)
 
 
 def test_packs_are_cut_and_joined():

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-_IN_MEMORY = 64 * 2**20  # bytes of one array
+_IN_MEMORY = 16 * 2**20  # bytes of one array
 
 
 class GrowingArray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.notices import logger
+from flowdata._common.offsets import offsets_of
 from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.store.format import (
     MANIFEST,
@@ -32,6 +33,7 @@ from flowdata.store.parts import PARTS, parts_of
 from flowdata.store.places import Place, check_takes_parts, names_in
 
 SCORES, LOCK = "scores.safetensors", ".lock"
+_PACKS_AT_ONCE = 4096  # whose samples are copied to make their checksums
 
 
 def read_manifest(folder: Place) -> Manifest | None:
@@ -159,7 +161,7 @@ def finish(
         sizes: (packs,) int64, the plan's samples in each pack.
     """
     columns = {name: tensors[name] for name in tensors.keys() - {"token_offset"}}
-    sums = checksums(reorder(columns, order), sizes, store_digest(manifest))
+    sums = _sums_of_packs(columns, order, sizes, store_digest(manifest))
     # In this order a crash at any point leaves a store that is whole or can be gone on with: the
     # parts are removed last, and the layout describes a file that is there.
     write_file(folder / SCORES, {**tensors, "pack_checksum": sums}, manifest)
@@ -168,6 +170,20 @@ def finish(
         part.unlink()
     with suppress(OSError):  # the folder isn't there, or holds files of somebody else
         (folder / PARTS).rmdir()
+
+
+def _sums_of_packs(columns: Columns, order: Tensor, sizes: Tensor, key: str) -> Tensor:
+    """The packs' checksums, (packs,) int64, of a few packs' samples at a time.
+
+    The arguments are those of `finish`, and of `checksums`.
+    """
+    bounds = offsets_of(sizes).tolist()
+    sums = []
+    for first in range(0, len(sizes), _PACKS_AT_ONCE):
+        last = min(first + _PACKS_AT_ONCE, len(sizes))
+        few = reorder(columns, order[bounds[first] : bounds[last]])
+        sums.append(checksums(few, sizes[first:last], key, first))
+    return torch.cat(sums)
 
 
 def update_details(folder: Place, details: Mapping[str, Any]) -> None:
