@@ -17,38 +17,15 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowdata._common.atomic import replacing
+from flowdata._common.safetensors_file import header_of, octets
 from flowdata.companions.averages import averages, check_no_factors
 from flowdata.companions.checkpoints import INDEX, WEIGHTS, Checkpoint
 from flowdata.companions.state import Match, match_entries
 from flowdata.companions.ties import check_same_scaling
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}
 
 
 def average_checkpoints(pretrained: Path, finetuned: Path, alpha: float, output: Path) -> Path:
@@ -167,29 +144,11 @@ def _is_untied(old: Checkpoint, new: Checkpoint, matches: list[Match]) -> bool:
 def _write(
     path: Path, old: Mapping[str, Tensor], new: Checkpoint, matches: list[Match], alpha: float
 ) -> None:
-    header = _header(new, matches)
+    tensors = {match.name: new[match.end] for match in matches}
     with replacing(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(header_of(tensors, {"format": "pt", **_notes(new)}))
         for _, average in averages(old, new, matches, alpha):
-            file.write(average.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _header(new: Checkpoint, matches: list[Match]) -> bytes:
-    """The header of a safetensors file with the entries of `matches`, as they are in `new`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **_notes(new)}}
-    end = 0
-    for match in matches:
-        tensor = new[match.end]
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{match.name!r} is {tensor.dtype}, which safetensors can't hold")
-        start, end = end, end + tensor.nbytes
-        header[match.name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    return text + b" " * (-len(text) % 8)  # the data start at a multiple of 8, as readers map them
+            file.write(octets(average.contiguous()))
 
 
 def _notes(new: Checkpoint) -> dict[str, str]:

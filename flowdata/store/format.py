@@ -72,9 +72,10 @@ import torch
 from torch import Tensor
 
 from flowdata._common.excerpts import excerpt_of
+from flowdata._common.safetensors_file import header_of, octets
 from flowdata._version import __version__
 from flowdata.errors import StoreError
-from flowdata.store.packs import Columns, octets
+from flowdata.store.packs import Columns
 from flowdata.store.places import Place, beginning_of, local_copy, write_whole
 
 FORMAT, MANIFEST = 2, "manifest.json"
@@ -169,10 +170,11 @@ def store_digest(manifest: Manifest) -> str:
 
 def write_file(path: Place, tensors: Columns, manifest: Manifest) -> None:
     """Write tensors and manifest as one safetensors file, checksummed, whole or not at all."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(tensors, {"flowdata": _metadata(tensors, manifest)}))
+    # The widest come first, so that each lies at a multiple of its width, as readers map it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    tensors = {name: tensors[name].contiguous() for name in names}
+    header = header_of(tensors, {"flowdata": _metadata(tensors, manifest)})
+    write_whole(path, header, *map(octets, tensors.values()))
 
 
 def _metadata(tensors: Columns, manifest: Manifest) -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.offsets import offsets_of
+from flowdata._common.safetensors_file import octets
 
 Columns = dict[str, Tensor]
 
@@ -142,10 +143,3 @@ def checksums(columns: Mapping[str, Tensor], sizes: Tensor, key: str, first: int
 def _target_bounds(counts: Tensor, sizes: Tensor) -> Tensor:
     """Where the targets of each pack begin and the last one's end: (packs + 1,) int64."""
     return offsets_of(counts)[offsets_of(sizes)]
-
-
-def octets(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor, without a copy."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

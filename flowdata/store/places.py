@@ -133,13 +133,13 @@ def local_copy(file: Place) -> Iterator[Path]:
         yield copy
 
 
-def write_whole(file: Place, content: bytes) -> None:
-    """Write a file so that all of the new content is there, or all of the old."""
+def write_whole(file: Place, *pieces: bytes | memoryview) -> None:
+    """Write a file so that all of the new content, in pieces, is there, or all of the old."""
     if isinstance(file, RemotePath):
-        file.write(content)
+        file.write(b"".join(pieces))
         return
     with replacing(file) as draft:
-        draft.write(content)
+        draft.writelines(pieces)
 
 
 def remove_folder(folder: Place) -> None:
