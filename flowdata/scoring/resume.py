@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from time import sleep
 from typing import Any, TypeVar
 
@@ -127,8 +128,9 @@ def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> S
     checked = _gather_checks(report, ranks)
     scores = None
     if ranks.is_first:
-        packs = _once_visible(lambda: _read_all_packs(folder, plan, manifest), ranks)
-        scores = merge_packs(plan, packs, {**manifest, "checked": checked})
+        # Nothing else holds the packs, so that they are gone before the file is written.
+        read = partial(_read_all_packs, folder, plan, manifest)
+        scores = merge_packs(plan, _once_visible(read, ranks), {**manifest, "checked": checked})
         finish(folder, scores.to_tensors(), scores.manifest(), plan.order, plan.sizes)
     ranks.from_first("merged", True)
     return scores
