@@ -43,9 +43,10 @@ ELSEWHERE = ON_AMD, LONG_4K, OTHERS = [
     ("scoring", mark) for mark in ("--samples 1024", "--cases long-4k", "--cases experts")
 ]
 GPU_1, GPU_2, GPU_3 = [("gpu", f"gpu {mark}") for mark in ("--minutes 3", "--minutes 4", "--parts")]
-HEAD, SCALE, DRIFT, SAMPLER, BUSY, ATTENTION = [
-    (name, "") for name in ("head", "scale", "drift", "sampler", "busy", "attention")
+HEAD, SCALE, DRIFT, SAMPLER, BUSY, ATTENTION, ROWS = [
+    (name, "") for name in ("head", "scale", "drift", "sampler", "busy", "attention", "many_rows")
 ]
+MOST = "10,000,000"
 GPU_CASE = "llama-1b, 128k, 50% completions: {}"
 GPU_HEAD = "{}, 8192 x 2048 x 128256"
 
@@ -224,6 +225,24 @@ def busy():
             *figures(BUSY, "{}", alone, beside),
             *figures(BUSY, "{}", beside, field="worst"),
         ],
+    )
+
+
+def many_rows():
+    yield (
+        "{}, beside other work: {:.0f} µs of CPU a row",
+        [machine("many_rows"), *figures(ROWS, "its CPU time, {} rows", MOST, field="us_each")],
+    )
+    yield (
+        "{:.0f} MiB of memory, {:.0f} bytes for each row",
+        [
+            *figures(ROWS, "its memory, {} rows", MOST),
+            *figures(ROWS, "memory that grows with the rows", ""),
+        ],
+    )
+    yield (
+        "a store of {:.0f} bytes a row, read and weighed in {:.1f} s",
+        [*figures(ROWS, "store, {} rows", MOST), *figures(ROWS, "load and weights, {} rows", MOST)],
     )
 
 
@@ -449,6 +468,7 @@ PAGES = {
         scoring_without_amx,
         head,
         busy,
+        many_rows,
         processes,
         training,
         drift,
