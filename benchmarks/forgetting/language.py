@@ -141,7 +141,8 @@ class Language:
         self.prose = self._plain_tokens(prose)
         self.drift = DriftReadout(self.model, self.tokenizer, sizes.own_text, scores)
         # All methods of a seed share one start, and averages share the training they are made of.
-        self.start = lru_cache(maxsize=8)(self._start)
+        # Seeds come one after another, and a start holds gigabytes.
+        self.start = lru_cache(maxsize=1)(self._start)
         self.tuned = lru_cache(maxsize=_MOST_TUNED)(self._tuned)
         self.frozen_losses = cache(self._losses_of_others)
 
