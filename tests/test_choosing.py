@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -193,6 +194,52 @@ def test_scores_that_were_said_to_be_odd_are_taken_as_said():
     assert choose(scored(0.0, 90.0)) == "1"
     assert choose(scored(-1e-8, 0.1, of="tokens")) == "0"
     assert choose(scored(math.nan, math.inf, 0.7)) == "2"
+
+
+@pytest.mark.parametrize(
+    ("scores", "kind", "message"),
+    [
+        ((5.4,), "accuracy", "read as accuracies in %, .* the largest, 5.4, as 5.4 % right"),
+        ((2.3, 9.1), "accuracy", "pass validation='loss' if they are losses in nats"),
+        ((55.2, 61.0), "loss", "the least, 55.2, .* pass validation='accuracy' if"),
+        ((0.6, 0.9), "accuracy", None),
+        ((61.0, 5.4), "accuracy", None),
+        ((0.6, 5.4), "loss", None),
+    ],
+)
+def test_scores_that_could_hardly_be_what_was_said_are_warned_of(scores, kind, message, caplog):
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        rank(scored(*scores), validation=kind)
+    if message is None:
+        assert not caplog.text
+    else:
+        assert re.search(message, caplog.text)
+
+
+def test_runs_that_diverged_are_named_with_what_is_no_number(caplog):
+    runs = [
+        ("a", 0.5, drift()),
+        ("b", math.nan, drift()),
+        ("c", 0.6, drift(math.inf)),
+        ("d", math.inf, drift(math.inf)),
+    ]
+    with caplog.at_level(logging.INFO, "flowdata"):
+        assert choose(runs, validation="loss") == "a"
+    assert (
+        "left out: b diverged: its validation loss is nan; c diverged: its drift (kl) is inf; "
+        "d diverged: its validation loss is inf and its drift (kl) is inf"
+    ) in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "flowdata"):
+        choose([runs[0]], validation="loss")
+    assert "left out" not in caplog.text
+
+
+def test_what_accuracies_are_weighed_with_is_in_a_drifts_repr():
+    assert repr(drift(0.0123, cosine=0.98, of="samples")) == (
+        "Drift(kl=0.0123, cosine=0.98, agreement=0.9, kept=0.96, samples=64)"
+    )
+    assert "agreement=0.7, kept=0.7, " in repr(drift(agreement=0.7))
 
 
 def test_a_number_in_the_place_of_a_drift_is_refused():

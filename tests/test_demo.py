@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from flowdata.cli import demo_run
+from flowdata.cli.demo_picture import draw_demo
 from flowdata.cli.demo_result import BEST, BLIND, BY_DRIFT, RIGHT, WRONG
+from flowdata.report.pictures import figure
 from flowdata.study import LINEAR_PROBE, STANDARD, kept_at_equal_learning, runs_with_items
 
 pytest.importorskip("sklearn")
@@ -89,6 +91,29 @@ def test_the_picture_is_written_and_the_figures_are_json(short):
     assert len(figures["cases"][WRONG]) == 2 * (1 + 3 * len(RATES))
     assert len(figures["chosen"][BY_DRIFT]) == 2
     assert figures["picture"] == str(short.picture)
+
+
+def test_both_panels_show_the_choices_and_the_legend_covers_neither(short):
+    with figure(11, 4.6, panels=2, sharey=True) as (drawing, panels):
+        draw_demo(panels, short)
+        drawing.draw_without_rendering()
+        (legend,) = drawing.legends
+        top = legend.get_window_extent().y1
+        for axes, case in zip(panels, short.records, strict=True):
+            assert axes.get_legend() is None
+            assert axes.get_window_extent().y0 > top
+            assert axes.get_xlabel() == "accuracy on the old task (%)"
+            marks = {mark.get_label(): mark.get_offsets().tolist() for mark in axes.collections}
+            for rule, name in ((BY_DRIFT, "chosen by drift, without"), (BLIND, "chosen by new")):
+                (places,) = (found for label, found in marks.items() if label.startswith(name))
+                expected = [
+                    [run["retained"]["old task accuracy"], run["target"]["accuracy"]]
+                    for run in short.choices(case)[rule]
+                ]
+                assert places == expected
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert len(texts) == len(set(texts)) == 6
+    assert panels[0].get_ylabel() == "accuracy on the new task (%)"
 
 
 def test_the_same_seed_measures_the_same(monkeypatch, tmp_path):

@@ -344,6 +344,19 @@ def test_another_head_is_measured_through_the_frozen_one():
     assert meter(tuned).cosine == own.cosine
 
 
+def test_a_new_output_layer_is_told_once_for_a_meter_and_as_no_alarm(caplog):
+    base = TinyResNet()
+    meter = DriftMeter(base, images(12))
+    tuned = copy.deepcopy(base)
+    tuned.head = nn.Linear(16, 5)
+    with caplog.at_level(logging.INFO, "flowdata"):
+        meter(tuned)
+        meter(tuned)  # another line of the same program
+    (record,) = [record for record in caplog.records if "output layer" in record.message]
+    assert record.message.startswith("new output layer: drift is read through the old one")
+    assert record.levelno == logging.INFO
+
+
 def test_a_language_model_with_more_tokens_is_measured_through_the_frozen_head():
     base = tiny_llama()
     meter = DriftMeter(base, TOKENS)

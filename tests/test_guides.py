@@ -5,6 +5,8 @@ import json
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,13 @@ def test_a_guides_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, caps
             ast.parse(code)
         else:
             exec(compile(code, str(page), "exec"), names)
+    assert_the_model_before_competes(names)
+
+
+def assert_the_model_before_competes(names):
+    """Where runs are chosen among, one of them has forgotten nothing."""
+    if "runs" in names:
+        assert names["runs"][0][2].kl == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -74,11 +83,12 @@ def test_a_notebook_runs_and_holds_no_output(path, tmp_path, monkeypatch, capsys
     names = {"__name__": "notebook"}
     for cell in cells:
         exec(compile("".join(cell["source"]), str(path), "exec"), names)
+    assert_the_model_before_competes(names)
     printed = capsys.readouterr().out
     assert f"chosen: {names['best']}" in printed
     assert names["best"] in names["models"]
     table = [line for line in printed.splitlines() if ", rate " in line and "chosen:" not in line]
-    assert len(table) == 6
+    assert len(table) == 7  # six fine-tunings, and the model without one
     assert sum(line.endswith("<- chosen") for line in table) == 1
 
 
@@ -142,6 +152,21 @@ def test_the_page_of_the_command_line_has_every_option_of_every_command():
                 assert re.search(f"`{word}[ `]", section), (name, word)
     assert "- `--store STORE`  \n  folder or URL for the losses (default: scores)\n" in page
     assert "- `--valid DATA` (required)  \n  validation data" in page
+
+
+def test_every_page_of_the_reference_says_how_to_read_it_in_a_clone():
+    for page in REFERENCE.glob("*.md"):
+        first = page.read_text().split("\n\n")[1]
+        if page.stem == "command_line":
+            assert "`flowdata score --help`" in first
+        else:
+            name = re.search(r"`python -m pydoc (\S+)`", first)[1]
+            assert f"\n::: {name}\n" in page.read_text()
+            done = subprocess.run(
+                [sys.executable, "-m", "pydoc", name], capture_output=True, text=True, check=True
+            )
+            docstring = pkgutil.resolve_name(name).__doc__
+            assert docstring.splitlines()[0] in done.stdout
 
 
 def test_pictures_of_guides_are_small():

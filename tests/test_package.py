@@ -40,6 +40,29 @@ def test_importing_brings_no_framework():
     assert done.stdout.strip() == "[]"
 
 
+def test_modules_that_texts_name_are_there_after_the_import_and_not_loaded_by_it():
+    texts = [
+        ROOT / "README.md",
+        *(ROOT / "examples").rglob("*.md"),
+        *ROOT.rglob("flowdata/**/*.py"),
+    ]
+    rooms = {path.stem for path in (ROOT / "flowdata").iterdir() if not path.stem.startswith("_")}
+    written = "\n".join(path.read_text("utf-8") for path in texts)
+    named = {
+        name for name in re.findall(r"\bflowdata\.(\w+)\.\w", written) if name in rooms - {"cli"}
+    }
+    assert {"views", "study", "text", "drift"} <= named
+    code = (
+        "import sys, flowdata; "
+        "print([n for n in ('study', 'text', 'views') if f'flowdata.{n}' in sys.modules]); "
+        f"print([n for n in {sorted(named)} if n not in dir(flowdata) or not getattr(flowdata, n)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+    with pytest.raises(AttributeError, match="module 'flowdata' has no attribute 'vews'"):
+        flowdata.vews  # noqa: B018
+
+
 def test_every_public_name_is_there_and_documented():
     for name in flowdata.__all__:
         assert getattr(flowdata, name).__doc__

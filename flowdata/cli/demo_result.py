@@ -47,9 +47,9 @@ class DemoResult:
         runs = runs_with_items(self.records[case])
         return {each.method: each for each in kept_at_equal_learning(runs, STANDARD, LINEAR_PROBE)}
 
-    def choices(self) -> dict[str, list[Record]]:
-        """Return the run that each rule chooses where all labels are right, by seed."""
-        chosen = choices(self.records[RIGHT], _average)
+    def choices(self, case: str = RIGHT) -> dict[str, list[Record]]:
+        """Return the run that each rule chooses in a case, by seed."""
+        chosen = choices(self.records[case], _average)
         return {name: chosen[rule] for rule, name in _RULES.items()}
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,19 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from flowdata._common.notices import say_once
 from flowdata._common.real_numbers import as_float, check_factor
 from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
+from flowdata.drift.validation import Kind, Validation, kind_and_unit
 
-Kind = Literal["loss", "accuracy"]
-Validation = Literal["auto", Kind]
 Run = tuple[str, float, Drift]  # name, validation score, drift
-_ROUNDING = 1e-6  # below 0, of a loss in float32 of what is certain
-_MOST_NATS = 15.0  # log of three million tokens: who guesses among all of a vocabulary loses less
-_LEAST_PERCENT = 12.0  # accuracies in % up to here look like the losses of classifiers
 _NEXT = 2  # runs that the best is compared with in words
 _CERTAIN = 2.0  # standard errors from which on two runs can be told apart
 
@@ -70,7 +65,8 @@ def choose(
     """Return the name of the run that learned most for what it forgot.
 
     It says why, with the figures of the best and of the next ones (`Candidate.reason`), which runs
-    the best can't be told apart from, and what it took the scores for.
+    the best can't be told apart from, which are left out because they diverged, and what it took
+    the scores for.
 
     Args:
         runs: (name, validation, drift) of each; see `rank`.
@@ -92,6 +88,9 @@ def choose(
     )
     if len(ranking) > 1:
         say_once(ranking[0].reason)
+    out = [candidate.reason for candidate in ranking if math.isinf(candidate.cost)]
+    if out:
+        say_once(f"left out: {'; '.join(out)}")
     tied = [candidate.name for candidate in ranking[1:] if candidate.is_tied]
     if tied:
         say_once(f"{ranking[0].name} can't be told apart from {', '.join(tied)}")
@@ -111,9 +110,9 @@ def rank(
         runs: (name, validation, drift) of each, all drifts by one meter. Accuracies are shares or
             in %, those of all runs alike; a run whose score is no number has diverged and comes
             last.
-        validation: whether scores are losses in nats, of which less is better, or accuracies.
-            ``"auto"`` takes those of language models for losses and others for accuracies, says
-            so, and refuses scores that could hardly be these.
+        validation: whether scores are losses in nats, of which less is better, or accuracies;
+            scores that could hardly be what it says are warned of. ``"auto"`` takes those of
+            language models for losses and others for accuracies, says so, and refuses such scores.
         exchange: what the old counts beside the new; 0 chooses by validation alone. The best run
             has the least of validation loss + exchange · KL, in nats a target, or the most of
             accuracy + exchange · `Drift.kept`, both shares.
@@ -130,7 +129,9 @@ def rank(
     exchange = check_factor("exchange", exchange)
     if validation_samples is not None:
         check_natural("validation_samples", validation_samples, least=1)
-    terms = _Terms(*_kind_and_unit(validation, runs), exchange, validation_samples)
+    scores = [score for _, score, _ in runs]
+    kind, unit = kind_and_unit(validation, scores, is_of_language=runs[0][2].of == "tokens")
+    terms = _Terms(kind, unit, exchange, validation_samples)
     points = [terms.point(run) for run in runs]
     ranking = sorted(zip(runs, points, strict=True), key=lambda pair: terms.cost(pair[1]))
     best, lowest = ranking[0][0], terms.cost(ranking[0][1])
@@ -178,64 +179,6 @@ def _check_runs(runs: Sequence[Run]) -> None:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
 
 
-def _kind_and_unit(validation: Validation, runs: Sequence[Run]) -> tuple[Kind, float]:
-    """What scores are, and by what they are divided: accuracies are in % if one is above 1."""
-    scores = [score for _, score, _ in runs if math.isfinite(score)]
-    if validation not in ("auto", "loss", "accuracy"):
-        raise ValueError(f"validation must be 'auto', 'loss' or 'accuracy', got {validation!r}")
-    kind: Kind
-    if validation != "auto":
-        kind = validation
-    else:
-        kind = "loss" if runs[0][2].of == "tokens" else "accuracy"
-        _check_guess(kind, scores)
-        taken = "losses in nats (less" if kind == "loss" else "accuracies (more"
-        other = "accuracy" if kind == "loss" else "loss"
-        say_once(
-            f"validation scores are taken for {taken} is better); pass validation={kind!r} to "
-            f"confirm it, or {other!r} where they are of the other kind"
-        )
-    if kind == "accuracy":
-        _check_accuracies(scores)
-    elif any(score < -_ROUNDING for score in scores):
-        raise ValueError(
-            f"losses in nats are at least 0, got {min(scores)}; give the losses themselves, not "
-            "what is the better the larger, or pass validation='accuracy' if they are accuracies"
-        )
-    return kind, 100.0 if kind == "accuracy" and max(scores, default=0.0) > 1 else 1.0
-
-
-def _check_guess(kind: Kind, scores: Sequence[float]) -> None:
-    """Raise ValueError if even the best score is hardly one of the kind that it is taken for."""
-    best = min(scores, default=0.0) if kind == "loss" else max(scores, default=0.0)
-    if kind == "loss" and best > _MOST_NATS:
-        raise ValueError(
-            f"validation scores of language models are taken for losses, and {best} would be one "
-            "of a model that knows nothing; pass validation='accuracy' if they are accuracies in "
-            "%, or validation='loss'"
-        )
-    if kind == "accuracy" and 1 < best <= _LEAST_PERCENT:
-        raise ValueError(
-            f"validation scores can't be told: the largest, {best}, is a low accuracy in % or an "
-            "ordinary loss in nats; pass validation='accuracy' or validation='loss'"
-        )
-
-
-def _check_accuracies(scores: Sequence[float]) -> None:
-    """Raise ValueError unless all are shares, or all in %."""
-    if any(score < 0 or score > 100 for score in scores):
-        raise ValueError(
-            f"accuracies lie in [0, 1] or, in %, in [0, 100], got {max(scores, key=abs)}; pass "
-            "validation='loss' if scores are losses in nats"
-        )
-    low = [score for score in scores if 0 < score <= 1]
-    if low and max(scores) > 1:
-        raise ValueError(
-            f"accuracies must be all shares or all in %, got {low[0]} beside {max(scores)}; give "
-            "shares, from 0 to 1"
-        )
-
-
 @dataclass(frozen=True)
 class _Terms:
     """What runs are weighed in.
@@ -271,7 +214,7 @@ class _Terms:
         """Return the sentence on why a run has its place among those that are ordered by cost."""
         best, name = runs[0], runs[place][0]
         if math.isinf(self.cost(self.point(runs[place]))):
-            return f"{name} diverged: its validation score or its drift is no finite number"
+            return f"{name} diverged: {self._no_numbers(runs[place])}"
         if place:
             return f"{name} comes behind {best[0]}: {self._sum(runs[place])} to {self._sum(best)}"
         most, nats = ("least", " nats a target") if self.kind == "loss" else ("most", "")
@@ -282,6 +225,14 @@ class _Terms:
             return reason + "; all others diverged" * (len(runs) > 1)
         sums = [f"{run[0]} with {self._sum(run)}" for run in others[:_NEXT]]
         return f"{reason}; next {'comes' if len(sums) == 1 else 'come'} {' and '.join(sums)}"
+
+    def _no_numbers(self, run: Run) -> str:
+        """Which of a run's measures are no finite numbers."""
+        _, score, drift = run
+        values = {f"validation {self.kind}": score, "drift (kl)": drift.kl}
+        return " and ".join(
+            f"its {name} is {value}" for name, value in values.items() if not math.isfinite(value)
+        )
 
     @property
     def _factor(self) -> str:

@@ -31,7 +31,7 @@ class Drift:
     Example:
         >>> drift = Drift(0.0123, 0.0119, 0.98, 0.97, samples=64, head="own", of="samples")
         >>> drift
-        Drift(kl=0.0123, cosine=0.98, agreement=0.97, samples=64)
+        Drift(kl=0.0123, cosine=0.98, agreement=0.97, kept=0.96, samples=64)
         >>> round(drift.kept, 2)
         0.96
     """
@@ -49,9 +49,10 @@ class Drift:
     def kept(self) -> float:
         """About what share of the old task's accuracy is left, from 0 to 1.
 
-        For a classifier it is 1 − 2 · (1 − cosine), at least 0: a line through what a ResNet-20
-        lost in five fine-tunings, not a law (the page forgetting_drift of the benchmarks). For a
-        language model it is the agreement.
+        It puts runs in order; do not report it as a percentage. For a classifier it is
+        1 − 2 · (1 − cosine), at least 0: a line through what a ResNet-20 lost in five
+        fine-tunings, not a law (the page forgetting_drift of the benchmarks). For a language model
+        it is the agreement.
         """
         if self.of == "tokens":
             return self.agreement
@@ -59,7 +60,7 @@ class Drift:
 
     def __repr__(self) -> str:
         values = f"kl={self.kl:.4g}, cosine={self.cosine:.4g}, agreement={self.agreement:.4g}"
-        return f"Drift({values}, samples={self.samples})"
+        return f"Drift({values}, kept={self.kept:.4g}, samples={self.samples})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measures by name, JSON-like, without those of single samples."""

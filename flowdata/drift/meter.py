@@ -121,6 +121,7 @@ class DriftMeter:
         with torch.inference_mode(False):  # else no gradient could go through what is kept
             self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
             self._batch_norm_state = BatchNormState(model)
+        self._has_told = False  # of a new output layer
 
     def _reference_rows(
         self,
@@ -267,11 +268,12 @@ class DriftMeter:
         cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
         if not bool(cosine <= _SAME_LAYER):  # a layer that diverged is no number
             return True
-        say_once(
-            "the model's output layer points another way than that of the model before training "
-            f"(cosine below {_SAME_LAYER}): it is taken for a new task's, and drift is measured "
-            "through the old one, as the old task would be served (Drift.head is 'frozen')"
-        )
+        if not self._has_told:
+            self._has_told = True
+            say_once(
+                "new output layer: drift is read through the old one, as the old task would be "
+                "served (Drift.head is 'frozen')"
+            )
         return False
 
 
