@@ -53,6 +53,15 @@ def test_quiet_is_quiet(model_folder, data, tmp_path):
     assert without_warning(done.stderr) == ""
 
 
+def test_how_a_run_is_scored_is_said_once(capsys, model_folder, data, tmp_path):
+    command = ("score", model_folder, data, "--store", tmp_path / "s")
+    code, out, err = run(capsys, *command)
+    assert code == 0
+    assert (out + err).count("causal_lm in ") == 1
+    assert out.startswith(f"30 samples scored into {tmp_path / 's'}\n")
+    assert f"scored into {tmp_path / 's'} (all were there)" in run(capsys, *command)[1]
+
+
 def test_every_command_is_quiet_on_a_store(capsys, model_folder, data, tmp_path):
     store = tmp_path / "s"
     score = ("score", model_folder, data, "--store", store)

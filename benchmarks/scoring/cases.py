@@ -62,9 +62,7 @@ CASES = {
     "template": Case(template=True, samples=0.5),
     "answers": Case(answers=4, samples=0.5, loops=(STRONG, "flowdata, prompts apart", OURS)),
     "lognormal": Case(lengths="lognormal", samples=0.5),
-    "long-4k": Case(
-        layers=4, lengths=(2048, 2048), samples=0.33, compared=2, loops=(STRONG, OURS)
-    ),
+    "long-4k": Case(layers=4, lengths=(2048, 2048), samples=0.33, compared=2, loops=(STRONG, OURS)),
     "long-16k": Case(
         layers=2, lengths=(14336, 2048), samples=0.19, compared=2, loops=(STRONG, OURS)
     ),

@@ -135,6 +135,8 @@ def text_samples(
     rows = _counted(digest.watch(text.rows), total, shown=is_shown)
     samples = text.samples(rows, lambda recognised: say(recognised.text(), shown=is_shown))
     _warn(options, samples)
+    if not samples.num_targets:
+        raise ValueError(f"none of the {len(samples):,} samples has a target: nothing is scored")
     return samples, {
         "model": model,
         "data": {
@@ -210,7 +212,7 @@ def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tup
 
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
     """Say how many samples are not whole."""
-    if samples.num_cut:
+    if samples.num_targets and samples.num_cut:  # without targets `tokenize_rows` has said it
         logger.warning(_cut(samples, options.max_length))
     if samples.unreadable:
         reasons = list(samples.unreadable.values())
