@@ -29,7 +29,7 @@ from flowdata.text.models import load_model
 from flowdata.text.tokens import TokenSamples
 from flowdata.weights import check_temperature
 
-_PREVIEW_ROWS = 16  # looked at for a preview: the first may be one that can't be read
+_PREVIEW_ROWS = 1024  # checked by a preview: what the first row lacks, a later one may have
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("data", help="file, folder or pattern of files, saved data set, or hub id")
     add("--store", default="scores", help="folder or URL for the losses (default: %(default)s)")
     add("--overwrite", action="store_true", help="remove the losses that the folder keeps, first")
-    add("--preview", action="store_true", help="print what is recognised in the data, and stop")
+    add(
+        "--preview",
+        action="store_true",
+        help="print what is recognised in the data, and stop",
+    )
     add_text_options(parser)
     add_dtype(parser)
     add("--device", help="default: where the model loads")
@@ -116,12 +120,14 @@ def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
 
 
 def _print_preview(options: argparse.Namespace) -> None:
-    """Print what is recognised; few rows are read."""
+    """Print what is recognised; the first rows are checked."""
     options.limit = _PREVIEW_ROWS if options.limit is None else min(options.limit, _PREVIEW_ROWS)
     options.streaming = True
-    recognised = preview_text(options, options.data, options.model)
+    recognised, num_rows = preview_text(options, options.data, options.model)
     options.quiet = False  # a preview is asked for to be read
-    print_result(options, asdict(recognised), recognised.text(whole=True))
+    checked = f"checked: the first {num_rows:,} rows" if num_rows > 1 else "checked: the first row"
+    facts = {**asdict(recognised), "checked_rows": num_rows}
+    print_result(options, facts, f"{recognised.text(whole=True)}\n{checked}")
 
 
 def _print_scores(
