@@ -15,6 +15,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.errors import ScoreMismatchError
 from flowdata.scores.counting import compare_counts
+from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens, first_difference
 from flowdata.store.identity import (
     CONTENT_PREFIX,
@@ -158,14 +159,25 @@ def _where(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> None:
     here = content_identity(dataset, fields=fields_of(identity), skip_unreadable=skips)
-    if identity != here and (view or not same_rows(identity, here)):
-        raise ScoreMismatchError(
-            "the scores were made from another data set of the same length: "
-            f"{dataset_difference(identity, here)}. Score this data set; or, if its samples are "
-            "those that were scored, in the same order, and only transformed otherwise or with a "
-            "column more that the model is not given, pass scores.weights() instead of scores. "
-            "Scores made with dataset_id='a-name' are not compared by content at all"
-        )
+    if identity == here or (not view and same_rows(identity, here)):
+        return
+    difference = dataset_difference(identity, here)
+    found = f"the scores were made from another data set of the same length: {difference}. "
+    score = "score this data set"
+    weights = (
+        "if its samples are those that were scored, in the same order, and only augmented or "
+        "transformed otherwise, or with a column more that the model is not given, pass "
+        "scores.weights() instead of scores"
+    )
+    if random_sample(dataset, skip_unreadable=skips) is not None:
+        remedy = f"It gives other samples at each reading, as augmentation does: {weights}"
+    elif same_rows(identity, here):
+        remedy = f"{weights.capitalize()}; else {score}"
+    else:
+        remedy = f"{score.capitalize()}; or, {weights}"
+    raise ScoreMismatchError(
+        f"{found}{remedy}. Scores made with dataset_id='a-name' are not compared by content at all"
+    )
 
 
 def _check_rows(rows: Mapping[str, Any], identity: str, dataset: Any, skips: bool) -> None:
