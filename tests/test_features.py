@@ -154,7 +154,7 @@ def test_bad_batches_are_named():
 
 def test_a_model_left_mid_pass_by_an_error_gets_its_flags_back():
     body = Body()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="the model fails on the first samples"):
         quiet(nn.Linear(8, 3), TensorDataset(torch.zeros(4, 5), torch.zeros(4).long()), body)
     assert all(module.training for module in body.modules())
 
