@@ -15,6 +15,23 @@ class SampleError(ValueError):
     """A data set raised an exception when one of its samples was read; the message names it."""
 
 
+class OutOfRangeError(ValueError):
+    """A target, or a token, is none that the model has; the message names its sample.
+
+    Args:
+        message: what the model has, and what came.
+        field: ``"labels"``, whatever the batch calls its targets, or ``"input_ids"``.
+        low: the smallest value that the model has.
+        high: the largest.
+    """
+
+    def __init__(
+        self, message: str, *, field: str = "labels", low: float = 0, high: float = 0
+    ) -> None:
+        super().__init__(message)
+        self.field, self.low, self.high = field, low, high
+
+
 class DisagreementError(ValueError):
     """A sample checked during a run has another loss alone; nothing made that way is used.
 

@@ -53,6 +53,15 @@ def test_quiet_is_quiet(model_folder, data, tmp_path):
     assert without_warning(done.stderr) == ""
 
 
+def test_how_a_run_is_scored_is_said_once(capsys, model_folder, data, tmp_path):
+    command = ("score", model_folder, data, "--store", tmp_path / "s")
+    code, out, err = run(capsys, *command)
+    assert code == 0
+    assert (out + err).count("causal_lm in ") == 1
+    assert out.startswith(f"30 samples scored into {tmp_path / 's'}\n")
+    assert f"scored into {tmp_path / 's'} (all were there)" in run(capsys, *command)[1]
+
+
 def test_every_command_is_quiet_on_a_store(capsys, model_folder, data, tmp_path):
     store = tmp_path / "s"
     score = ("score", model_folder, data, "--store", store)
@@ -93,10 +102,15 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     assert "losses of 30 samples found" in err
 
     code, out, _ = run(capsys, "report", store)
+    verdict, *_, page, picture = out.splitlines()
+    assert verdict.startswith("The model does no better than guessing")  # it is random
+    assert "samples: " not in out  # `score` has printed the figures
+    assert (page, picture) == tuple(
+        f"{store}/report/{name}" for name in ("report.html", "losses.png")
+    )
+    assert json.loads(run(capsys, "report", store, "--json")[1])["verdict"] == verdict
     assert code == 0
     page = (store / "report" / "report.html").read_text()
-    assert "effective sample size" in out
-    assert "  loss: mean " in out
     assert "+1=" in page  # the samples' own text
 
     code, out, _ = run(capsys, "verify", store)

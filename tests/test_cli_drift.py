@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -147,8 +150,39 @@ def test_local_names_of_models_are_not_sent_to_the_hub(
     assert hints.get(name, "") in err
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("HF_ENDPOINT", "http://localhost:1", "http://localhost:1, can't be reached (["),
+        ("HF_HUB_OFFLINE", "1", "the hub is not asked, since HF_HUB_OFFLINE is set: unset it"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(
+    variable, value, reason, model_folder, tmp_path
+):
+    settings = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), variable: value}
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    for command in (
+        ("score", "owner/name", data, "--store", tmp_path / "s"),
+        ("score", model_folder, data, "--store", tmp_path / "s", "--tokenizer", "owner/name"),
+        ("drift", model_folder, "owner/name"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "flowdata", *map(str, command)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **settings},
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert ": owner/name is not on this machine, and the hub" in line
+        assert reason in line
+        assert line.endswith("; or name a folder or GGUF file here")
+
+
 def test_models_of_the_hub_that_are_here_go_by_their_names(tmp_path, monkeypatch):
-    known = {"gpt2": str(tmp_path)}
+    known = {"gpt2": str(tmp_path), "owner/name": str(tmp_path)}
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache", lambda name, file: known.get(name)
     )

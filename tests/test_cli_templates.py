@@ -213,6 +213,17 @@ def test_lost_targets_are_counted_and_the_prompt_can_be_cut_instead(score, tmp_p
     assert scores.metadata["details"]["truncation"] == "keep_end"
 
 
+def test_rows_that_all_lost_their_targets_are_refused_before_the_model_loads(score, tmp_path):
+    rows = [{"prompt": "ask " * 30, "completion": "reply"}] * 3
+    data = write(tmp_path / "pairs.jsonl", rows)
+    code, _, err = score(data, "--no-template", "--max-length", 20)
+    assert code == 2
+    assert "all of the 3 that had one lost it at --max-length 20; take a greater length" in err
+    assert "or --truncation keep_end" in err
+    assert err.endswith("none of the 3 samples has a target: nothing is scored\n")
+    assert "causal_lm" not in err
+
+
 def test_a_template_that_is_wrong_for_all_rows_is_no_reason_to_skip_them(score, tmp_path):
     data = write(tmp_path / "chats.jsonl", [{"messages": SINGLE}])
     broken = tmp_path / "broken.jinja"

@@ -8,15 +8,24 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from flowdata._common import notices
 from flowdata.dataset import FlowWeightedDataset, joint_temperature
 from flowdata.errors import ScoreMismatchError
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
+from flowdata.scoring.scorer import LossScorer
 from flowdata.store.identity import content_identity
 from tests import reference
+from tests.models import TinyResNet, images
 
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625])
 LABELLED = namedtuple("LABELLED", ["image", "label"])
@@ -446,3 +455,27 @@ def test_a_weighted_data_set_is_not_weighted_again(layout):
     weighted = FlowWeightedDataset(rows(), torch.rand(5), layout=layout)
     with pytest.raises(ValueError, match="dataset carries weights already"):
         FlowWeightedDataset(weighted, torch.rand(5), layout=layout)
+
+
+class Brightened(Dataset):
+    """Images that are brighter or darker at random, or not."""
+
+    def __init__(self, is_random):
+        self.images, self.is_random = images(12), is_random
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return image + torch.randn(()) * self.is_random, label
+
+
+def test_scores_of_plain_images_say_first_what_to_do_with_augmented_ones():
+    scores = LossScorer(TinyResNet(), progress=False).score(Brightened(False))
+    remedy = "as augmentation does: if its samples are those .* pass scores.weights.. instead"
+    with pytest.raises(ScoreMismatchError, match=remedy):
+        FlowWeightedDataset(Brightened(True), scores)
+    assert len(FlowWeightedDataset(Brightened(True), scores.weights())) == 12
+    with pytest.raises(ScoreMismatchError, match=r"content or order. Score this data set; or, if"):
+        FlowWeightedDataset(images(12, seed=1), scores)

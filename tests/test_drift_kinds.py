@@ -568,6 +568,8 @@ class Augmented(torch.utils.data.Dataset):
 def test_a_probe_that_the_model_does_not_take_or_that_is_random_is_named():
     with pytest.raises(ValueError, match=r"fails on the probe's first sample \(.*channels"):
         DriftMeter(TinyResNet(), torch.randn(6, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"first sample .* pixels of uint8: convert"):
+        DriftMeter(TinyResNet(), torch.randint(0, 256, (6, 3, 8, 8)).byte())
     with pytest.raises(ValueError, match=r"probe\[0\] differs from reading to reading"):
         DriftMeter(TinyResNet(), Augmented())
 

@@ -65,6 +65,15 @@ def test_a_body_that_does_not_run_in_a_dtype_is_told_which_it_runs_in():
         compute_features(FailsAtLast(3, 2), data, dtype="bfloat16", **options)
 
 
+def test_images_of_bytes_are_refused_with_what_to_do():
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    pixels = torch.randint(0, 256, (6, 3, 8, 8)).byte()
+    message = r"fails on the first samples .* pixels of uint8: convert .*as by \.float\(\) / 255"
+    for dtype in ("auto", "float32", "bfloat16"):
+        with pytest.raises(ValueError, match=message):
+            compute_features(body, TensorDataset(pixels, torch.zeros(6)), dtype=dtype)
+
+
 def test_features_in_bfloat16_are_float32_and_close():
     torch.manual_seed(0)
     x, y = blobs()
@@ -145,7 +154,7 @@ def test_bad_batches_are_named():
 
 def test_a_model_left_mid_pass_by_an_error_gets_its_flags_back():
     body = Body()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="the model fails on the first samples"):
         quiet(nn.Linear(8, 3), TensorDataset(torch.zeros(4, 5), torch.zeros(4).long()), body)
     assert all(module.training for module in body.modules())
 

@@ -241,7 +241,6 @@ def test_a_preview_prints_what_is_recognised_and_loads_no_model(
     )
     row = {"instruction": "Add.", "input": "2, 2", "output": "4", "id": "7"}
     data = write(tmp_path / "data.jsonl", [row] * 40)
-    data.write_text(data.read_text() + "broken\n")  # it is never read
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
     command = ("score", model_folder, data, "--store", tmp_path / "store", "--preview")
     code, out, err = run(capsys, *command)
@@ -256,9 +255,10 @@ def test_a_preview_prints_what_is_recognised_and_loads_no_model(
         "  prompt | 2, 2</s>",
         "  prompt | <assistant>",
         "  target > 4</s>",
+        "checked: the first 40 rows",
     ]
     parquet = [tmp_path / "data.parquet" if part == data else part for part in command]
-    assert run(capsys, *parquet)[1] == out
+    assert run(capsys, *parquet)[1] == out.replace("40 rows", "row")
     code, out, _ = run(capsys, *command, "--json")
     assert json.loads(out)["first_sample"][1] == ["4</s>", True]
     assert not (tmp_path / "store").exists()
@@ -279,12 +279,29 @@ def test_what_is_recognised_is_told_before_the_second_row_is_read(
         assert "row 1: column 'completion' should hold text" in err
         assert "target > b</s>" in caplog.text
         assert "each is what it adds to the chat" in caplog.text
-    assert run(capsys, "score", model_folder, data, "--preview")[0] == 0
+    assert run(capsys, "score", model_folder, data, "--preview", "--limit", 1)[0] == 0
     broken = tmp_path / "broken.jsonl"
     broken.write_text('no row\n{"id": 7}\n' + data.read_text())
     assert run(capsys, "score", model_folder, broken, "--preview")[0] == 2
     code, out, _ = run(capsys, "score", model_folder, broken, "--preview", "--on-error", "skip")
     assert (code, out.count("target > b</s>")) == (0, 1)
+
+
+def test_a_preview_refuses_what_the_run_would_refuse_in_a_later_row(capsys, model_folder, tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"conversations": turns}] * 50
+    tools = '[{"name": "weather", "parameters": {}}]'
+    for row in ({"tools": tools}, {"conversations": [{"from": "human", "value": "a"}]}):
+        data = write(tmp_path / "data.jsonl", [*rows, {**rows[0], **row}])
+        code, out, err = run(capsys, "score", model_folder, data, "--preview")
+        assert (code, out) == (2, "")
+        assert "row 50" in err
+        refusal = err.splitlines()[-1]
+        code, _, err = run(capsys, "score", model_folder, data, "--store", tmp_path / "s")
+        assert (code, err.splitlines()[-1]) == (2, refusal)
+    write(data, rows * 30)
+    code, out, _ = run(capsys, "score", model_folder, data, "--preview", "--json")
+    assert (code, json.loads(out)["checked_rows"]) == (0, 1024)
 
 
 def test_a_run_says_what_it_recognised(capsys, model_folder, tmp_path):

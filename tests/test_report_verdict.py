@@ -26,7 +26,9 @@ def noise(count=1000):
 def test_losses_that_lie_close_together_are_said_to_be_alike():
     verdict = verdict_on(1.4 + 0.2 * noise())
     assert verdict.title.startswith("Nearly all losses are alike: weights would only make")
-    assert verdict.text[1] == f"{RIGHT.advice} {RATE.advice}"
+    assert verdict.text[1].startswith("That does not say that all rows are right: if some are")
+    assert RIGHT not in verdict.clauses
+    assert verdict.plain_text().endswith(f"would help.\n{RATE.advice}")
 
 
 def test_a_heavy_tail_is_told_with_what_is_in_it():
@@ -38,6 +40,26 @@ def test_a_heavy_tail_is_told_with_what_is_in_it():
     assert "4 targets in the median, the others 40" in verdict.text[0]
     assert verdict.clauses == (WRONG, SHARE, HARD, RATE)
     assert verdict.text[1].startswith(WRONG.advice)
+    assert verdict.text[2].endswith("leaves out the 50 hardest; put your number:")
+
+
+def test_the_line_of_python_leaves_out_the_hardest_rows_and_those_without_a_loss(tmp_path):
+    losses = (0.5 + 0.1 * noise(40)).abs()
+    losses[[3, 9]], losses[7] = 6.0, torch.nan
+    rows, scores = [str(number) for number in range(40)], Scores(losses)
+    report = write_report(scores, tmp_path)
+    assert "the 2 hardest; put your number, and the 1 without a loss:" in report.verdict.text[-1]
+    assert f"<code>{report.verdict.code}</code>" in report.page.read_text("utf-8")
+    assert report.verdict.plain_text().endswith(f":\n  {report.verdict.code}")
+    names = {"rows": rows, "scores": scores}
+    exec(report.verdict.code, names)
+    assert names["rows"] == [row for row in rows if row not in ("3", "7", "9")]
+    assert names["scores"].losses.max() < 1
+
+
+def test_lists_and_tables_say_where_rows_count_from(tmp_path):
+    page = write_report(Scores(torch.rand(50) + 1), tmp_path).page.read_text("utf-8")
+    assert page.count("Rows count from 0.") == 3  # all samples, the easiest, the hardest
 
 
 def test_losses_between_both_and_weights_that_vanish_have_words_of_their_own():

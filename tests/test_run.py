@@ -70,12 +70,12 @@ def test_progress_counts_the_packs_that_are_behind(workers):
 def test_an_error_names_the_samples_of_its_pack():
     with (
         pytest.raises(KeyError, match=r"lost \(while scoring samples 0, 1, 2, 3, 4, …\)"),
-        run._naming_samples(plan_fixed(9, batch_size=7), 0),
+        run._naming_samples(None, plan_fixed(9, batch_size=7), 0),
     ):
         raise KeyError("lost")
     with (
         pytest.raises(OSError, match=r"lost \(while scoring samples 7, 8\)"),
-        run._naming_samples(plan_fixed(9, batch_size=7), 1),
+        run._naming_samples(None, plan_fixed(9, batch_size=7), 1),
     ):
         raise OSError("lost")
 

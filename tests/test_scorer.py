@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from flowdata import LossScorer, ScoreMismatchError, Scores
-from flowdata.errors import SampleError
+from flowdata.errors import OutOfRangeError, SampleError
 from tests import reference
 from tests.models import (
     VOCABULARY,
@@ -490,11 +490,40 @@ def test_labels_that_are_no_tokens_are_refused_wherever_they_are(at):
         quiet(tiny_gpt2()).score(samples)
 
 
-def test_an_error_in_the_model_says_which_samples_it_was_given():
+def test_a_label_that_is_no_token_is_located_within_its_pack():
     samples = token_samples(17)
     samples[11]["labels"][-1] = -2
-    with pytest.raises(ValueError, match=r"got -2 \(while scoring samples (\d+, )*11\b"):
+    with pytest.raises(ValueError, match=r"got -2 \(sample 11, the only one among \d+ looked at"):
         quiet(tiny_gpt2(), batch_size=2).score(samples)
+
+
+class Yes(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze(-1)
+
+
+@pytest.mark.parametrize("loss", ["auto", "cross_entropy", "binary_cross_entropy"])
+@pytest.mark.parametrize("at", [0, 17])
+def test_a_target_that_the_model_does_not_have_is_located(loss, at):
+    values = torch.arange(120) % (2 if loss == "binary_cross_entropy" else 10)
+    values[at] = 10
+    values[99] = -3
+    rows = torch.randn(120, 4)
+    model = Yes(4, 1) if loss == "binary_cross_entropy" else nn.Linear(4, 10)
+    targets = values.float() if loss == "binary_cross_entropy" else values
+    message = rf"got (10|-3) \(sample {at}, the (first of 2|only one) among .* from 0\)"
+    with pytest.raises(OutOfRangeError, match=message):
+        quiet(model, loss, batch_size=120).score(TensorDataset(rows, targets))
+
+
+@pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
+def test_images_of_bytes_are_refused_with_what_to_do(loss):
+    data = [((image * 40 + 99).byte(), label) for image, label in images(8)]
+    remedy = r"a sample of the data set \(.*\); give samples of .* pixels of uint8: convert them to"
+    with pytest.raises(ValueError, match=remedy + r" floating numbers, as by \.float\(\) / 255"):
+        quiet(TinyResNet(), loss).score(data)
+    with pytest.raises(ValueError, match=r"fails on a sample .* shape and dtype that it takes$"):
+        quiet(TinyResNet(), loss).score([(image[:1], label) for image, label in images(8)])
 
 
 @pytest.mark.parametrize(("field", "place"), [("input_ids", 0), ("labels", -1)])

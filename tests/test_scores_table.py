@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
-from tests.models import TinyResNet, images
+from flowdata.scores.counting import compare_counts
+from tests.models import TinyResNet, images, tiny_llama, token_samples
 
 
 def table():
@@ -75,7 +76,7 @@ def test_a_part_has_the_rows_that_are_selected(selection, chosen):
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
-        (5, IndexError, "sample 5 of 5"),
+        (5, IndexError, "sample 5 of 5: the scores have 5 rows, numbered 0 to 4"),
         (-6, IndexError, "sample -6 of 5"),
         ([0, 7], IndexError, "sample 7 of 5"),
         ([True, False], IndexError, "5 booleans, one for each sample, got 2"),
@@ -158,9 +159,79 @@ def test_a_notebook_shows_the_ends_of_the_table():
     assert "none" in Scores(torch.tensor([torch.nan]))._repr_html_()
 
 
-def test_a_part_says_that_it_cannot_be_checked(caplog):
+def test_a_part_says_that_it_cannot_be_checked_for_each_data_set(caplog):
     caplog.set_level("INFO", "flowdata")
     dataset = images(12)
     scores = LossScorer(TinyResNet(), progress=False).score(dataset)
-    FlowWeightedDataset([dataset[i] for i in (3, 1)], scores[[1, 3]])
-    assert "a part of others" in caplog.text
+    for _ in range(2):
+        FlowWeightedDataset([dataset[i] for i in (3, 1)], scores[[1, 3]])
+    assert caplog.text.count("a part of others") == 2
+
+
+KEPT = [5, 2, 7, 11]
+
+
+@pytest.fixture(scope="module")
+def scored_tokens():
+    samples = token_samples(12, longest=20)
+    return samples, LossScorer(tiny_llama(), progress=False).score(samples)
+
+
+def test_a_part_fits_the_same_rows_alone(scored_tokens, caplog):
+    caplog.set_level("INFO", "flowdata")
+    samples, scores = scored_tokens
+    part, rows = scores[KEPT], [samples[i] for i in KEPT]
+    assert len(FlowWeightedDataset(rows, part)) == 4
+    assert "but for the numbers of targets, which agree in 4 of 4" in caplog.text
+    here, scored = (int(scores.counts[i]) for i in (7, 2))
+    message = f"row 1 has {here} targets, its score was made of {scored} .rows count from 0."
+    with pytest.raises(ScoreMismatchError, match=message):
+        FlowWeightedDataset([rows[0], rows[2], rows[1], rows[3]], part)
+
+
+def test_a_part_refuses_rows_that_lost_their_targets(scored_tokens):
+    samples, scores = scored_tokens
+    rows = [{**samples[i], "labels": torch.full_like(samples[i]["labels"], -100)} for i in KEPT]
+    with pytest.raises(ScoreMismatchError, match=r"row 0 has 0 targets.* select rows and scores"):
+        FlowWeightedDataset(rows, scores[KEPT])
+
+
+def test_samples_that_do_not_tell_their_targets_are_not_compared(scored_tokens):
+    samples, scores = scored_tokens
+    without = [{"input_ids": samples[i]["input_ids"]} for i in KEPT]
+    FlowWeightedDataset(without, scores[KEPT])
+    padded = [
+        {
+            name: torch.cat([values, torch.full((3,), 1)])
+            for name, values in {**samples[i], "attention_mask": torch.ones(1)}.items()
+        }
+        for i in KEPT
+    ]
+    for sample, i in zip(padded, KEPT, strict=True):
+        size = len(samples[i]["input_ids"])
+        sample["attention_mask"] = (torch.arange(size + 3) < size).long()
+    FlowWeightedDataset(padded, scores[KEPT])
+
+
+def test_a_bounded_number_of_samples_is_compared():
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    rows = Counted([{"labels": [1, 2, 3]}] * 10_000)
+    counts = torch.full((10_000,), 2)
+    assert compare_counts(counts, "causal_lm", rows, skips=False) == rows.reads == 4096
+    counts[-1] = 5
+    with pytest.raises(ScoreMismatchError, match=r"row 9,999 has 2 targets, .* made of 5"):
+        compare_counts(counts, "causal_lm", rows, skips=False)
+    assert compare_counts(counts, "callable:ab", rows, skips=False) == 0
+    assert compare_counts(counts + 1, "masked_lm", rows[:9_000], skips=False) == 4096
+
+
+def test_scores_of_more_rows_say_how_to_select_them(scored_tokens):
+    samples, scores = scored_tokens
+    with pytest.raises(ScoreMismatchError, match=r"of 12 samples.* has 4.* scores\[keep\]"):
+        FlowWeightedDataset([samples[i] for i in KEPT], scores)

@@ -71,6 +71,15 @@ def test_long_samples_are_cut_and_counted(tokenizer):
     assert samples.digest() != other.digest()
 
 
+def test_rows_that_all_lost_their_targets_are_told_of(tokenizer, caplog):
+    rows = [{"prompt": "long " * 9, "completion": "short"}, {"prompt": "", "completion": "x"}]
+    tokenize_rows(rows, tokenizer, template=False, max_length=4)
+    assert caplog.text == ""
+    tokenize_rows(rows[:1], tokenizer, template=False, max_length=4)
+    assert "no sample has a target left" in caplog.text
+    assert "max_length=4; take a greater length, or truncation='keep_end'" in caplog.text
+
+
 def test_fields_are_found_by_name():
     assert find_fields({"question": "", "answer": ""}, Fields()).completion == "answer"
     assert find_fields({"messages": []}, Fields()).messages == "messages"

@@ -34,7 +34,7 @@ def add_template_options(parser: argparse.ArgumentParser) -> None:
         default="keep_start",
         help="which tokens a cut sample keeps; keep_end cuts the prompt (default: %(default)s)",
     )
-    add("--tokenizer", help="hub id or folder (default: the model's)")
+    add("--tokenizer", help="hub id, folder or GGUF file (default: the model's)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 from flowdata._common.notices import is_first_rank, logger, say
@@ -101,8 +101,10 @@ class _Text:
         return samples
 
 
-def preview_text(options: argparse.Namespace, source: str, model: str) -> Recognised:
-    """Return what is recognised in a source; no row behind the first readable one is read.
+def preview_text(options: argparse.Namespace, source: str, model: str) -> tuple[Recognised, int]:
+    """Return what is recognised in a source's first row, and how many rows were made samples of.
+
+    What a run would refuse in one of these rows is refused.
 
     Args:
         options: those of `add_text_options`.
@@ -111,8 +113,8 @@ def preview_text(options: argparse.Namespace, source: str, model: str) -> Recogn
     """
     text = _Text(options, source, model)
     results: list[Recognised] = []
-    text.samples(takewhile(lambda _: not results, text.rows), results.append)
-    return results[0]
+    samples = text.samples(text.rows, results.append)
+    return results[0], int(samples.rows[-1]) + 1
 
 
 def text_samples(
@@ -135,6 +137,8 @@ def text_samples(
     rows = _counted(digest.watch(text.rows), total, shown=is_shown)
     samples = text.samples(rows, lambda recognised: say(recognised.text(), shown=is_shown))
     _warn(options, samples)
+    if not samples.num_targets:
+        raise ValueError(f"none of the {len(samples):,} samples has a target: nothing is scored")
     return samples, {
         "model": model,
         "data": {
@@ -210,7 +214,7 @@ def _recognise_first(rows: Any, source: str, options: argparse.Namespace) -> tup
 
 def _warn(options: argparse.Namespace, samples: TokenSamples) -> None:
     """Say how many samples are not whole."""
-    if samples.num_cut:
+    if samples.num_targets and samples.num_cut:  # without targets `tokenize_rows` has said it
         logger.warning(_cut(samples, options.max_length))
     if samples.unreadable:
         reasons = list(samples.unreadable.values())

@@ -28,6 +28,7 @@ from flowdata.drift.ways import (
 from flowdata.head.output_layer import Head
 from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import innermost, output_layer_of
+from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home, is_placed, reshard
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.scoring.candidates import Candidate
@@ -203,14 +204,9 @@ class Reader:
         """The head's name; the first run of all, which tells whether the model takes the probe."""
         try:
             return self._name_of_head(model)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"the model fails on the probe's first sample ({reason}); give samples of the "
-                "shape and dtype that it takes"
-            ) from error
+            explain_failure(error, self.first_batch(), "the probe's first sample")
+            raise
 
     def _name_of_head(self, model: nn.Module) -> str | None:
         return name_of_head(model, self.first_batch(), home(model))

@@ -88,29 +88,14 @@ def feed_of(trainer: Any) -> tuple[Any, Any]:
         trainer: a Trainer, with what it prepared as `train_dataset`.
 
     Raises:
-        ValueError: the training data is a stream, or has nothing that the model takes.
+        ValueError: the training data is a stream.
     """
     check_not_a_stream(trainer.train_dataset, "scores='auto'")
-    _check_model_inputs(trainer)
     dataset, collator = trainer.train_dataset, trainer.data_collator
     # As the Trainer's own loader does it: off the table where there is one, else off each sample.
     if isinstance(dataset, Dataset):
         return trainer._remove_unused_columns(dataset, description="training"), collator
     return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
-
-
-def _check_model_inputs(trainer: Any) -> None:
-    """Refuse samples of which the Trainer would leave no column, as those of text."""
-    sample = trainer.train_dataset[0]
-    if not trainer.args.remove_unused_columns or not isinstance(sample, Mapping):
-        return
-    trainer._set_signature_columns_if_needed()
-    if not sample.keys() & set(trainer._signature_columns):
-        raise ValueError(
-            f"train_dataset has the columns {', '.join(map(str, sample))}, and none that the model "
-            "takes: tokenise text first (flowdata.text.tokenize_rows), or train with TRL, whose "
-            "trainers take text (flowdata.integrations.trl.FlowSFTTrainer)"
-        )
 
 
 def weights_of_targets(scores: Scores, temperature: Temperature) -> Tensor:

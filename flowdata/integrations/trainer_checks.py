@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from flowdata._common.data_sets import is_map_style
+from flowdata._common.rng import preserved_rng
+from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import (
     check_loader,
@@ -13,9 +17,12 @@ from flowdata.integrations.checks import (
 )
 from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
+from flowdata.models.adapters import check_base
 from flowdata.sampler import FlowSampler
+from flowdata.scores.counting import targets_of
 from flowdata.streaming import FlowWeightedIterable
 from flowdata.targets.arguments import check_kl
+from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.targets.which_loss import LOSSES, first_argument
 from flowdata.token_weights import TokenRule
 
@@ -244,8 +251,60 @@ def check_arguments(trainer: Any) -> None:
             "context and sequence parallelism cut sequences after their weights are laid "
             "along them; use data parallelism (DDP, FSDP)"
         )
+    if trainer.kl_to_reference:
+        check_base(trainer.model)
     if not hasattr(trainer, "loss_is_scaled_for_ga"):
         raise ImportError("this transformers divides accumulated losses; install 5.19 or newer")
+
+
+def check_rows(trainer: Any) -> None:
+    """Refuse training rows that hold nothing for the model, or of which none has a target.
+
+    Args:
+        trainer: a Trainer, with what it prepared as `train_dataset`.
+
+    Raises:
+        ValueError: the Trainer would leave none of their columns, as of text; or no label of any
+            row counts.
+    """
+    dataset = trainer.train_dataset
+    if dataset is None or not is_map_style(dataset) or len(dataset) == 0:
+        return
+    with preserved_rng(seed=0):
+        if trainer.args.remove_unused_columns:
+            _check_columns(trainer, dataset[0])
+        if _lacks_targets(dataset):
+            raise ValueError(
+                f"none of the {len(dataset):,} rows of train_dataset has a target: their labels "
+                f"are {IGNORE_INDEX} throughout, so nothing would be learned. Rows that are cut "
+                "too short lose their targets: take a greater max_length, or truncation='keep_end'"
+            )
+
+
+def _check_columns(trainer: Any, sample: Any) -> None:
+    if not isinstance(sample, Mapping):
+        return
+    trainer._set_signature_columns_if_needed()
+    names = [name for name in sample if name != trainer.weight_key]
+    if names and not set(names) & set(trainer._signature_columns):
+        raise ValueError(
+            f"train_dataset has the columns {', '.join(map(str, names))}, and none that the model "
+            "takes: tokenise text first (flowdata.text.tokenize_rows), or train with TRL, whose "
+            "trainers take text (flowdata.integrations.trl.FlowSFTTrainer)"
+        )
+
+
+def _lacks_targets(dataset: Any) -> bool:
+    """Whether every row says that it has no target; the first that says otherwise ends the look."""
+    readable = Readable(dataset, skip=True)
+    for index in range(len(dataset)):
+        sample = readable[index]
+        rows = sample if isinstance(sample, tuple | list) else [sample]
+        if isinstance(sample, Unreadable):
+            continue
+        if targets_of(rows[0] if rows else None, is_shifted=False) != 0:
+            return False
+    return True
 
 
 def lost_weight(key: str) -> ValueError:

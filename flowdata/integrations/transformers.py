@@ -38,6 +38,7 @@ from flowdata.integrations.trainer_checks import (
     check_arguments,
     check_data,
     check_drawn_data,
+    check_rows,
     check_run_loss,
     check_train_loader,
     lost_weight,
@@ -51,7 +52,6 @@ from flowdata.integrations.trainer_loss import (
     weighted_loss,
 )
 from flowdata.losses import Normalize
-from flowdata.models.adapters import check_base
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from flowdata.targets.own_loss import named_terms
@@ -154,6 +154,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self._given_data = None
         self.add_callback(LoaderCheck(self))
+        check_rows(self)
         if self._replaces_loss:
             self._check_arguments()
         if is_auto:
@@ -205,8 +206,6 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def _check_arguments(self) -> None:
         """Refuse the Trainer's own options under which weights would be dropped or cut wrongly."""
         check_arguments(self)
-        if self.kl_to_reference:
-            check_base(self.model)
 
     def _score(self, store: str | Path | None) -> Scores:
         """Return the scores of the data set that the Trainer has made ready."""

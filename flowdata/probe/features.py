@@ -17,6 +17,7 @@ from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
 from flowdata.models.calling import call_in_order, call_with
 from flowdata.models.copies import frozen_model
+from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
@@ -59,7 +60,7 @@ def compute_features(
         TypeError: `dataset` is a stream, a batch is not made of inputs and targets, or the body
             returns no tensor.
         ValueError: `dataset` is empty, the features are not (B, D), or the body does not run in
-            the dtype.
+            the dtype, or fails on samples.
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
@@ -124,6 +125,8 @@ def _run_body(
             feature = _call(body, inputs)
         except RuntimeError as error:
             explain(inputs, error)
+            if not features:
+                explain_failure(error, inputs, "the first samples of the data set")
             raise
         _check_feature(feature, target)
         _check_width(feature, features, "model must return features")

@@ -6,13 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from flowdata.report.guessing import guessing_remark
-from flowdata.report.oddities import MARKS, Oddities, find_oddities
+from flowdata.report.oddities import MARKS, Oddities
 from flowdata.report.page import (
     definitions,
     number,
@@ -27,7 +24,7 @@ from flowdata.report.rule import FIGURES
 from flowdata.report.samples import SampleText
 from flowdata.report.summary import drop_missing, extremes
 from flowdata.report.table import Column, Tokens, table
-from flowdata.report.verdict import Verdict, judge, origin_of, temperatures
+from flowdata.report.verdict import Verdict, origin_of, temperatures
 from flowdata.weights import weigh
 
 if TYPE_CHECKING:
@@ -47,28 +44,27 @@ _QUANTILE_NAMES = {
 def render(
     scores: Scores,
     summary: Mapping[str, Any],
-    samples: Callable[[int], SampleText] | None,
+    texts: Sequence[SampleText] | None,
     top: int,
     *,
+    oddities: Oddities,
+    verdict: Verdict,
     words: Callable[[int], Sequence[str]] | None = None,
-    is_cut: NDArray[np.bool_] | None = None,
 ) -> str:
     """Return the HTML page.
 
     Args:
         scores: of N samples.
         summary: as `summarize` returns it.
-        samples: gives the text of sample i; None shows numbers alone.
+        texts: of all samples; None shows numbers alone.
         top: how many of the easiest and of the hardest samples to list.
+        oddities: as `find_oddities` returns them.
+        verdict: as `judge` returns it.
         words: gives the texts of sample i's targets, for scores that hold token losses.
-        is_cut: (N,) which samples were cut before they were scored; None where it is not known.
     """
     losses, temperature = drop_missing(scores.losses), summary["temperature"]
-    texts = None if samples is None else [samples(index) for index in range(len(scores))]
-    oddities = find_oddities(scores.losses, scores.counts, texts, is_cut)
-    guessing = guessing_remark(scores.losses, scores.metadata)
     body = [
-        _verdict(judge(scores.losses, scores.counts, summary, oddities, guessing)),
+        _verdict(verdict),
         tiles(_figures(summary)),
         *_pictures(scores, losses, temperature),
         "<h2>What is odd</h2>",
@@ -95,6 +91,8 @@ def render(
 
 def _verdict(verdict: Verdict) -> str:
     text = "".join(f"<p>{escape(part)}</p>" for part in verdict.text)
+    if verdict.code:
+        text += f"<p><code>{escape(verdict.code)}</code></p>"
     figures = "".join(
         f"<li>{escape(clause.advice)} {escape(clause.figure)}</li>" for clause in verdict.clauses
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from flowdata._common.excerpts import FROM_0
 from flowdata.report.pictures import figure, png
 from flowdata.report.samples import Piece, SampleText, shorten
 
@@ -65,8 +66,8 @@ def sample_item(
 
 
 def sample_list(items: Sequence[str]) -> str:
-    """Return items as a list."""
-    return f'<ol class="samples">{"".join(items)}</ol>'
+    """Return items as a list, below a line on how they are numbered."""
+    return f'<p>{FROM_0.capitalize()}.</p><ol class="samples">{"".join(items)}</ol>'
 
 
 def picture(label: str, draw: Callable[[Any], None]) -> str:

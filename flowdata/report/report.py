@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowdata.report.guessing import guessing_remark
 from flowdata.report.html import render
+from flowdata.report.oddities import find_oddities
 from flowdata.report.pictures import plot_losses
 from flowdata.report.samples import SampleText
+from flowdata.report.verdict import Verdict, judge
 from flowdata.weights import Temperature
 
 if TYPE_CHECKING:
@@ -27,11 +30,13 @@ class Report:
         page: path of the HTML page.
         picture: path of the PNG.
         summary: the figures, as `summarize` returns them.
+        verdict: what to do, as the page says it first.
     """
 
     page: Path
     picture: Path
     summary: dict[str, Any]
+    verdict: Verdict
 
 
 def write_report(
@@ -62,7 +67,7 @@ def write_report(
         is_cut: (N,) which samples were cut before they were scored; None where it is not known.
 
     Returns:
-        The paths of the page and the picture, and the summary.
+        The paths of the page and the picture, the summary and the verdict.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -72,7 +77,11 @@ def write_report(
         raise ValueError(f"top must be >= 0, got {top}")
     summary = scores.summary(temperature)
     picture = plot_losses(scores.losses, Path(folder) / "losses.png", temperature=temperature)
-    html = render(scores, summary, samples, top, words=words, is_cut=is_cut)
+    texts = None if samples is None else [samples(index) for index in range(len(scores))]
+    oddities = find_oddities(scores.losses, scores.counts, texts, is_cut)
+    guessing = guessing_remark(scores.losses, scores.metadata)
+    verdict = judge(scores.losses, scores.counts, summary, oddities, guessing)
+    html = render(scores, summary, texts, top, oddities=oddities, verdict=verdict, words=words)
     page = Path(folder) / "report.html"
     page.write_text(html, encoding="utf-8")
-    return Report(page, picture, summary)
+    return Report(page, picture, summary, verdict)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata._common.excerpts import FROM_0
 from flowdata.report.oddities import MARKS, Oddities
 from flowdata.report.samples import SampleText, shorten
 
@@ -98,6 +99,7 @@ def table(
     script = Path(__file__).with_name("table.js").read_text(encoding="utf-8")
     style = Path(__file__).with_name("table.css").read_text(encoding="utf-8")
     return _TEMPLATE.format(
+        numbers=f"{FROM_0.capitalize()}.",
         note=_note(texts, num_texts, limit, payload["tokens"]),
         data=base64.b64encode(content).decode(),
         script=script,
@@ -176,7 +178,7 @@ def _token_losses(tokens: Tokens, samples: Sequence[int]) -> dict[str, Any]:
 
 _TEMPLATE = """<style>{style}</style>
 <p id="waiting">The table appears in browsers that run scripts, of 2023 or later.</p>
-<p>A click on a heading sorts, one on a row shows the sample. {note}</p>
+<p>A click on a heading sorts, one on a row shows the sample. {numbers} {note}</p>
 <section id="explorer" hidden>
 <div class="temperature" hidden>
 <label>temperature <input type="range" id="temperature" min="0" max="1" step="any"></label>

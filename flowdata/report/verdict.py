@@ -8,7 +8,7 @@ of the samples in effect.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +27,10 @@ _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
 _FEW = 0.1  # effective share of the samples below which few of them decide
 _HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
+_ALIKE_WRONG_OR_RIGHT = (
+    "That does not say that all rows are right: if some are wrong, these losses don't tell them "
+    "from the others, so neither weights nor leaving out the hardest would help."
+)
 _CAUSES = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
 
 
@@ -38,11 +42,17 @@ class Verdict:
         title: in one sentence.
         text: the reasons and the advice, a paragraph each.
         clauses: those of the rule that the advice is taken from.
+        code: a line of Python that does what the last paragraph says; "" where there is none.
     """
 
     title: str
     text: list[str]
     clauses: tuple[Clause, ...] = ()
+    code: str = ""
+
+    def plain_text(self) -> str:
+        """Return the verdict for a terminal: title, paragraphs and code, one below the other."""
+        return "\n".join(filter(None, [self.title, *self.text, f"  {self.code}".rstrip()]))
 
 
 def judge(
@@ -84,12 +94,32 @@ def judge(
             f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at the "
             f"median their weights lie below a twentieth of the largest possible one.{about}"
         ]
-        return _by_rule(title, text + _at_few(share), WRONG, SHARE, HARD, RATE)
+        verdict = _by_rule(title, text + _at_few(share), WRONG, SHARE, HARD, RATE)
+        leave_out = "Once you have read them: this line of Python leaves out the "
+        leave_out += "hardest one" if num_far == 1 else f"{num_far:,} hardest; put your number"
+        missing = len(losses) - present
+        leave_out += f", and the {missing:,} without a loss" if missing else ""
+        return replace(
+            verdict,
+            text=[*verdict.text, f"{leave_out}:"],
+            code=leaving_out(num_far + missing),
+        )
     if share >= _ALIKE:
         title = "Nearly all losses are alike: weights would only make each step smaller."
-        return _by_rule(title, [effect], RIGHT, RATE)
+        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], RATE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
     return _by_rule(title, [effect], RIGHT, WRONG, RATE, LARGE)
+
+
+def leaving_out(number: int) -> str:
+    """Return the line of Python that leaves out so many of the hardest rows, and their scores.
+
+    Rows without a loss are taken for the hardest, as PyTorch sorts them.
+    """
+    return (
+        f"keep = scores.losses.argsort()[:-{number}].sort().values.tolist(); "
+        "rows, scores = [rows[i] for i in keep], scores[keep]"
+    )
 
 
 def _by_the_median(losses: Tensor, summary: Mapping[str, Any]) -> tuple[float, float, int]:
@@ -116,7 +146,7 @@ def _at_few(share: float) -> list[str]:
         return []
     return [
         "Few samples carry nearly all of the weight: if you weigh, take ess0.5, or a temperature "
-        "whose effective sample size suits you (the slider below)."
+        "whose effective sample size suits you (the report has a slider for it)."
     ]
 
 
@@ -130,7 +160,7 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
     marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _CAUSES}
     if any(marks.values()):
         numbers = ", ".join(f"{number:,} as {name}" for name, number in marks.items() if number)
-        text += f" Marked among them, as listed below: {numbers}."
+        text += f" Marked among them, as the report lists them: {numbers}."
     return text
 
 

@@ -3,6 +3,7 @@
 scores.py    the class
 given.py     scores, or weights that a caller passes in their place
 matching.py  whether a data set is the one that was scored
+counting.py  whether a part of them fits samples, by their numbers of targets
 table.py     scores as a table: rows, parts, a data frame, HTML
 shapes.py    the shapes of their values
 """

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowdata._common.excerpts import FROM_0
-from flowdata._common.notices import say_once
+from flowdata._common.notices import is_first_rank, say
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.errors import ScoreMismatchError
+from flowdata.scores.counting import compare_counts
+from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens, first_difference
 from flowdata.store.identity import (
     CONTENT_PREFIX,
@@ -36,17 +39,19 @@ _TOKEN_OPTIONS = {  # of a store's details, what makes tokens of rows, as a mess
 _REMEDY = "score this data set, or pass scores.weights() if its rows are those that were scored"
 
 
-def check_match(metadata: Mapping[str, Any], dataset: Any, *, view: bool) -> None:
+def check_match(metadata: Mapping[str, Any], counts: Tensor, dataset: Any, *, view: bool) -> None:
     """Check that a data set is the one that scores are of; its length has been compared already.
 
     Args:
         metadata: the scores'.
+        counts: (N,) int64, the scores'.
         dataset: map-style.
         view: whether the transform, format and columns of a Hugging Face data set must be the same
             too; False compares the rows alone.
 
     Raises:
-        ScoreMismatchError: other content, another order, or another view of it.
+        ScoreMismatchError: other content, another order, or another view of it; of a part of other
+            scores, other numbers of targets.
     """
     identity = str(metadata.get("identity", {}).get("dataset", ""))
     rows = rows_identity(metadata)
@@ -56,11 +61,19 @@ def check_match(metadata: Mapping[str, Any], dataset: Any, *, view: bool) -> Non
     elif identity.startswith(CONTENT_PREFIX):
         _check_content(identity, dataset, skips, view=view)
     elif identity.startswith(PART_PREFIX):
-        say_once(
-            "these scores are a part of others, and that they are of this data set's samples, in "
-            "this order, can't be checked: select both by the same indices"
-        )
+        loss = metadata["identity"].get("loss")
+        _say_of_part(compare_counts(counts, loss, dataset, skips=skips), len(dataset))
     # Else it is a name of the user's own, which no content can be compared with.
+
+
+def _say_of_part(compared: int, size: int) -> None:
+    """Say, for each data set, what a part of scores could not be compared in."""
+    agree = f", but for the numbers of targets, which agree in {compared:,} of {size:,}"
+    say(
+        "these scores are a part of others, and that they are of this data set's samples, in this "
+        f"order, can't be checked{agree if compared else ''}: select both by the same indices",
+        shown=is_first_rank(),
+    )
 
 
 def rows_identity(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -146,14 +159,25 @@ def _where(rows: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> None:
     here = content_identity(dataset, fields=fields_of(identity), skip_unreadable=skips)
-    if identity != here and (view or not same_rows(identity, here)):
-        raise ScoreMismatchError(
-            "the scores were made from another data set of the same length: "
-            f"{dataset_difference(identity, here)}. Score this data set; or, if its samples are "
-            "those that were scored, in the same order, and only transformed otherwise or with a "
-            "column more that the model is not given, pass scores.weights() instead of scores. "
-            "Scores made with dataset_id='a-name' are not compared by content at all"
-        )
+    if identity == here or (not view and same_rows(identity, here)):
+        return
+    difference = dataset_difference(identity, here)
+    found = f"the scores were made from another data set of the same length: {difference}. "
+    score = "score this data set"
+    weights = (
+        "if its samples are those that were scored, in the same order, and only augmented or "
+        "transformed otherwise, or with a column more that the model is not given, pass "
+        "scores.weights() instead of scores"
+    )
+    if random_sample(dataset, skip_unreadable=skips) is not None:
+        remedy = f"It gives other samples at each reading, as augmentation does: {weights}"
+    elif same_rows(identity, here):
+        remedy = f"{weights.capitalize()}; else {score}"
+    else:
+        remedy = f"{score.capitalize()}; or, {weights}"
+    raise ScoreMismatchError(
+        f"{found}{remedy}. Scores made with dataset_id='a-name' are not compared by content at all"
+    )
 
 
 def _check_rows(rows: Mapping[str, Any], identity: str, dataset: Any, skips: bool) -> None:

@@ -18,7 +18,7 @@ from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize
 from flowdata.scores.matching import check_match
 from flowdata.scores.shapes import check_shapes, finite_float32
-from flowdata.scores.table import part_of, row_of, to_frame, to_html
+from flowdata.scores.table import no_such_row, part_of, row_of, to_frame, to_html
 from flowdata.store.folder import read_store, write_store
 from flowdata.store.format import FIELDS, STORE_TENSORS, Manifest, make_manifest
 from flowdata.store.places import Place, place_of
@@ -109,7 +109,8 @@ class Scores:
         """Return one sample's values by name, or the scores of several samples.
 
         Weights of a part have a temperature of their own; for those of all samples take a part of
-        `weights()`. What a part is of can't be recognised: it is checked for its length alone.
+        `weights()`. What a part is of can't be recognised: its length and numbers of targets are
+        checked alone.
 
         Args:
             index: an integer for one sample; a slice, a list of integers or (N,) booleans for
@@ -166,7 +167,7 @@ class Scores:
                 "these scores hold no token losses; score with LossScorer(..., token_losses=True)"
             )
         if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+            raise no_such_row(index, len(self))
         if self._offsets is None:
             self._offsets = offsets_of(self.counts)
         index %= len(self)
@@ -237,7 +238,8 @@ class Scores:
         Scores that `flowdata score` made are of rows of text: the rows are compared by the columns
         that were read, whatever loaded them and whatever columns they have beside; where they have
         no text any more, by their tokens. Scores made under a `dataset_id` of the user's own, from
-        losses computed elsewhere, or a part of other scores, are checked for their length alone.
+        losses computed elsewhere, are checked for their length alone. A part of other scores is
+        checked for its length and, of samples with labels, for each one's number of targets.
 
         Args:
             dataset: map-style.
@@ -250,9 +252,10 @@ class Scores:
         if len(dataset) != len(self):
             raise ScoreMismatchError(
                 f"the scores are of {len(self)} samples, the data set has {len(dataset)}; "
-                "score this data set, or select its samples before scoring, not after"
+                "score this data set; or, where it is some of the rows that were scored, select "
+                "their scores by the same indices, scores[keep]"
             )
-        check_match(self.metadata, dataset, view=view)
+        check_match(self.metadata, self.counts, dataset, view=view)
 
     def to_column(
         self,

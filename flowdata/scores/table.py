@@ -35,7 +35,7 @@ def row_of(scores: Scores, index: Any) -> dict[str, Any]:
     except TypeError:
         raise _no_index(index) from None
     if not -len(scores) <= position < len(scores):
-        raise IndexError(f"sample {position} of {len(scores)}")
+        raise no_such_row(position, len(scores))
     position %= len(scores)
     row: dict[str, Any] = {"index": position}
     row |= {name: values[position].item() for name, values in _columns(scores).items()}
@@ -106,6 +106,12 @@ def to_html(scores: Scores) -> str:
     )
 
 
+def no_such_row(index: int, size: int) -> IndexError:
+    """Return the error of an index that none of `size` rows has."""
+    rows = "1 row, number 0" if size == 1 else f"{size:,} rows, numbered 0 to {size - 1:,}"
+    return IndexError(f"sample {index} of {size}: the scores have {rows}")
+
+
 def _columns(scores: Scores) -> dict[str, Tensor]:
     return {"loss": scores.losses, "count": scores.counts, **scores.columns}
 
@@ -145,7 +151,7 @@ def _indices(selection: Any, size: int) -> Tensor:
     places = torch.from_numpy(array.astype(np.int64))
     outside = (places < -size) | (places >= size)
     if outside.any():
-        raise IndexError(f"sample {int(places[outside][0])} of {size}")
+        raise no_such_row(int(places[outside][0]), size)
     return places % size
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowdata.models.compiled import give_up, is_compiled
+from flowdata.models.failing import explain_failure
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW
@@ -21,6 +22,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.suspects import disagreement_among_alike, disagreement_among_all
 from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
+from flowdata.targets.labels import split_batch
 from flowdata.targets.target_losses import joined
 
 
@@ -56,12 +58,14 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
         batches: each collated alone.
 
     Raises:
-        ValueError: the model does not run in the run's dtype.
+        ValueError: the model does not run in the run's dtype, or fails on a sample.
     """
     try:
         plain = [truth.columns(batch) for batch in batches]
     except RuntimeError as error:
         truth.check_dtype(batches[0], error)
+        if isinstance(truth.job.loss, str):  # else it may be the user's function that fails
+            explain_failure(error, split_batch(batches[0])[0], "a sample of the data set")
         raise
     evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
     if not truth.is_exact and len(truth.job.dataset) <= FEW:

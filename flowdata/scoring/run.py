@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from flowdata._common.offsets import offsets_of
 from flowdata._common.progress import progress_bar
-from flowdata.errors import DisagreementError
+from flowdata.errors import DisagreementError, OutOfRangeError
 from flowdata.models.placement import is_sharded
 from flowdata.scoring.batches import Batch, load_batches
 from flowdata.scoring.check import AgreedWay, agreed_way
 from flowdata.scoring.grouping import alone
 from flowdata.scoring.job import Job
 from flowdata.scoring.lend import lent_model
+from flowdata.scoring.locating import checked_indices, located
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks, one_rank
 from flowdata.scoring.suspects import in_largest_pack
@@ -90,7 +91,10 @@ def run_packs(
         return
     threads = describe_threads(plan.options.threads, job.device)
     with lent_model(job, plan.options) as model, _progress(job, plan, todo) as show:
-        agreed = agreed_way(job, plan, model, ranks)
+        try:
+            agreed = agreed_way(job, plan, model, ranks)
+        except OutOfRangeError as error:
+            raise located(error, job, checked_indices(job, plan)) from error
         report.add(agreed.truth.samples, agreed.truth.largest)
         report.num_classes = agreed.truth.num_classes
         way = [job.name, agreed.description, _describe_packs(plan), threads]
@@ -235,7 +239,7 @@ def _start_packs(
     """Give the model one batch after another, without waiting for the losses."""
     truth = agreed.truth
     for index, batch in share.batches():
-        with _naming_samples(plan, index):
+        with _naming_samples(job, plan, index):
             losses = Fetched(agreed.way(model, batch.content)) if batch.content else None
             few = {place: (each, truth.start(each)) for place, each in batch.alone.items()}
         samples = plan.pack(index)
@@ -254,10 +258,12 @@ def _finish_packs(started: Iterable[_StartedPack], *, ahead: int) -> Iterator[Fi
 
 
 @contextmanager
-def _naming_samples(plan: Plan, index: int) -> Iterator[None]:
+def _naming_samples(job: Job, plan: Plan, index: int) -> Iterator[None]:
     """Say of an error which samples the model was given."""
     try:
         yield
+    except OutOfRangeError as error:
+        raise located(error, job, plan.pack(index).tolist()) from error
     except Exception as error:
         samples = ", ".join(map(str, plan.pack(index)[:_NAMED].tolist()))
         more = ", …" if len(plan.pack(index)) > _NAMED else ""

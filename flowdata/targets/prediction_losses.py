@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdata.errors import OutOfRangeError
 from flowdata.models.tensors import to_device
 from flowdata.targets.columns import columns_of_logits
 from flowdata.targets.labels import IGNORE_INDEX
@@ -51,9 +52,10 @@ def cross_entropy(
     is_target = targets != IGNORE_INDEX
     strange = targets[is_target & ((targets < 0) | (targets >= logits.shape[1]))]
     if len(strange):
-        raise ValueError(
+        raise OutOfRangeError(
             f"loss='cross_entropy' needs classes from 0 to {logits.shape[1] - 1}, as the model has "
-            f"them, or {IGNORE_INDEX} where nothing counts, got {int(strange[0])}"
+            f"them, or {IGNORE_INDEX} where nothing counts, got {int(strange[0])}",
+            high=logits.shape[1] - 1,
         )
     counts, places = _counts_and_places(is_target)
     targets, places = to_device([targets, places], logits.device)
@@ -108,9 +110,10 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
     is_target = targets != IGNORE_INDEX
     strange = targets[is_target & ((targets < 0) | (targets > 1))]
     if len(strange):
-        raise ValueError(
+        raise OutOfRangeError(
             "loss='binary_cross_entropy' needs targets between 0 and 1, or −100 where nothing "
-            f"counts, got {strange[0].item():g}"
+            f"counts, got {strange[0].item():g}",
+            high=1,
         )
     counts, places = _counts_and_places(is_target)
     answers, places = to_device([targets.flatten()[places].float(), places], logits.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdata.text.files.places import is_local, nothing_at
+from flowdata.text.hub import check_reachable, is_cached
 from flowdata.text.read import first_line
 
 _WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # endings of files, not of hub ids
@@ -30,6 +31,7 @@ def load_model(source: str, *, trust_remote_code: bool = False, device: str | No
 
     Raises:
         FileNotFoundError: `source` names something on this machine that is not there.
+        ConnectionError: it has to come from the hub, which can't be reached.
         ImportError: transformers is not installed.
         ValueError: the folder `source` holds no model or several GGUF files.
     """
@@ -95,6 +97,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: `source` names something on this machine that is not there.
+        ConnectionError: it has to come from the hub, which can't be reached.
         ImportError: transformers is not installed.
         ValueError: there is no tokenizer at `source`.
     """
@@ -123,15 +126,18 @@ def check_model(source: str) -> None:
 
     Raises:
         FileNotFoundError: `source` names something on this machine that is not there.
+        ConnectionError: it has to come from the hub, which can't be reached.
     """
     path = Path(source).expanduser()
-    if path.exists() or not (is_local(source) or path.suffix in _WEIGHTS):
+    if path.exists():
         return
-    from huggingface_hub import try_to_load_from_cache
+    if not (is_local(source) or path.suffix in _WEIGHTS):
+        check_reachable(source)
+        return
     from huggingface_hub.errors import HFValidationError
 
-    with suppress(HFValidationError):  # of a path, which no hub id can be
-        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+    with suppress(HFValidationError):
+        if is_cached(source):
             return
     raise FileNotFoundError(nothing_at(source, "models", f"download it: hf download {source}"))
 

@@ -78,3 +78,26 @@ def lacking_template(row: Row, number: int, fields: Fields) -> str:
         flags = " ".join(f"--{name}-column ''" for name in columns)
         remedy += f"; or score the pairs without that ({flags})"
     return f"row {number} holds {what}, and the tokenizer has no chat template: {remedy}; {FROM_0}"
+
+
+def warn_of_lost_targets(
+    num_left: int, num_lost: int, max_length: int | None, truncation: str
+) -> None:
+    """Warn where no sample has a target left, as cutting can do.
+
+    Args:
+        num_left: targets of all samples.
+        num_lost: samples that lost all of theirs.
+        max_length: the length at which they were cut.
+        truncation: which tokens were kept.
+    """
+    if num_left or not num_lost:
+        return
+    rest = ", or truncation='keep_end', which cuts the prompt instead"
+    logger.warning(
+        "no sample has a target left, so that nothing can be scored or learned: all of the %s that "
+        "had one lost it at max_length=%d; take a greater length%s",
+        f"{num_lost:,}",
+        max_length,
+        rest if truncation == "keep_start" else "",
+    )

@@ -24,7 +24,7 @@ from flowdata.text.chats import render_conversation
 from flowdata.text.conversation import LEFT_OUT, Conversation, Row, why_unreadable
 from flowdata.text.encoding import Encoded, encode
 from flowdata.text.formats import Fields, find_fields, read_conversation
-from flowdata.text.remarks import RowRemarks, lacking_template
+from flowdata.text.remarks import RowRemarks, lacking_template, warn_of_lost_targets
 from flowdata.text.renderings import Rendering
 from flowdata.text.templates import ChatTemplate, Form
 
@@ -214,6 +214,7 @@ def tokenize_rows(
         encoded = _telling(encoded, on_first, max_length, truncation)
     samples = TokenSamples(encoded, max_length, truncation, unreadable)
     samples.replies = renderer.finish(samples.rows)
+    warn_of_lost_targets(samples.num_targets, samples.num_lost_targets, max_length, truncation)
     return samples
 
 

@@ -309,3 +309,26 @@ def test_rows_of_text_are_refused_with_what_tokenises_them(tmp_path, kind):
     data = rows if kind == "list" else Dataset.from_list(rows)
     with pytest.raises(ValueError, match="columns messages, and none that the model takes: token"):
         flow(tmp_path, data, data_collator=tiny.collate).train()
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_rows_of_text_are_refused_with_weights_of_ones_own_too(tmp_path, resample):
+    rows, weights = [{"prompt": "yes", "completion": "no"}] * 4, torch.rand(4)
+    with pytest.raises(ValueError, match=r"columns prompt, completion, and none .* tokenise"):
+        flow(tmp_path, rows, store=None, scores=weights, resample=resample)
+
+
+@pytest.mark.parametrize("kind", ["list", "table"])
+def test_rows_without_any_target_are_refused(tmp_path, kind):
+    rows = [{**sample, "labels": sample["labels"] * 0 - 100} for sample in tiny.make_samples(4)]
+    data = (
+        rows
+        if kind == "list"
+        else Dataset.from_list(
+            [{name: values.tolist() for name, values in row.items()} for row in rows]
+        )
+    )
+    with pytest.raises(ValueError, match=r"none of the 4 rows of train_dataset has a target.*cut"):
+        flow(tmp_path, data, data_collator=tiny.collate, store=None, scores=torch.rand(4))
+    one = [*rows[:3], tiny.make_samples(4)[3]]
+    flow(tmp_path, one, data_collator=tiny.collate, store=None, scores=torch.rand(4))

@@ -22,9 +22,11 @@ from flowdata.text.models import load_model, load_tuned_model
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    parser.add_argument("base", help="hub id or folder of the model before fine-tuning")
+    parser.add_argument("base", help="hub id, folder or GGUF file of the model before fine-tuning")
     parser.add_argument(
-        "tuned", nargs="+", help="hub ids or folders of models after it, PEFT adapters included"
+        "tuned",
+        nargs="+",
+        help="hub ids, folders or GGUF files of models after it, PEFT adapters too",
     )
     add_probe_options(parser)
 

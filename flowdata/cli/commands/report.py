@@ -50,8 +50,14 @@ def run(options: argparse.Namespace) -> int:
     )
     print_result(
         options,
-        {**report.summary, "page": str(report.page), "picture": str(report.picture)},
-        f"{list_figures(report.summary)}\n{report.page}\n{report.picture}",
+        {
+            **report.summary,
+            "verdict": report.verdict.title,
+            "advice": report.verdict.text,
+            "page": str(report.page),
+            "picture": str(report.picture),
+        },
+        f"{report.verdict.plain_text()}\n{report.page}\n{report.picture}",
     )
     return DONE
 

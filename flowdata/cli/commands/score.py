@@ -29,7 +29,7 @@ from flowdata.text.models import load_model
 from flowdata.text.tokens import TokenSamples
 from flowdata.weights import check_temperature
 
-_PREVIEW_ROWS = 16  # looked at for a preview: the first may be one that can't be read
+_PREVIEW_ROWS = 1024  # checked by a preview: what the first row lacks, a later one may have
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("data", help="file, folder or pattern of files, saved data set, or hub id")
     add("--store", default="scores", help="folder or URL for the losses (default: %(default)s)")
     add("--overwrite", action="store_true", help="remove the losses that the folder keeps, first")
-    add("--preview", action="store_true", help="print what is recognised in the data, and stop")
+    add(
+        "--preview",
+        action="store_true",
+        help="print what is recognised in the data, and stop",
+    )
     add_text_options(parser)
     add_dtype(parser)
     add("--device", help="default: where the model loads")
@@ -67,21 +71,21 @@ def run(options: argparse.Namespace) -> int:
         _say_size(options, samples)
         if (loaded := loaded_with(options)) is not None:
             details[LOADED] = loaded
-        scores, explanation = _scores(options, samples, details, device)
+        scores, remark = _scores(options, samples, details, device)
         if is_first_rank():  # all ranks have all scores; one tells of them
             if samples.is_split:
                 scores = join_replies(scores, samples.rows)
                 write_file(place_of(options.store) / SCORES, scores.to_tensors(), scores.manifest())
             # Losses that were there may be of another file with the same rows.
             update_details(place_of(options.store), details)
-            _print_scores(options, scores, explanation, cuts_of(samples))
+            _print_scores(options, scores, remark, cuts_of(samples))
     return DONE
 
 
 def _scores(
     options: argparse.Namespace, samples: TokenSamples, details: dict[str, Any], device: str | None
 ) -> tuple[Scores, str]:
-    """The samples' scores, and how they were made."""
+    """The samples' scores, and what to say of a run that made none."""
     store = place_of(options.store)
     if options.overwrite:
         remove_store(store)
@@ -90,7 +94,7 @@ def _scores(
     folder = store / REPLIES if samples.is_split else store
     cached = cached_scores(samples, folder, details.get(LOADED), shown=not options.quiet)
     if cached is not None:
-        return cached, "all were there"
+        return cached, " (all were there)"
     scorer = LossScorer(
         load_model(options.model, trust_remote_code=options.trust_remote_code),
         "causal_lm",
@@ -103,7 +107,7 @@ def _scores(
     )
     with explained_refusal(folder, details):
         scores = score_growing(scorer, samples, folder, on_error=options.on_error, details=details)
-    return scores, scorer.explain()
+    return scores, ""  # how, the run has said
 
 
 def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
@@ -116,21 +120,22 @@ def _say_size(options: argparse.Namespace, samples: TokenSamples) -> None:
 
 
 def _print_preview(options: argparse.Namespace) -> None:
-    """Print what is recognised; few rows are read."""
+    """Print what is recognised; the first rows are checked."""
     options.limit = _PREVIEW_ROWS if options.limit is None else min(options.limit, _PREVIEW_ROWS)
     options.streaming = True
-    recognised = preview_text(options, options.data, options.model)
+    recognised, num_rows = preview_text(options, options.data, options.model)
     options.quiet = False  # a preview is asked for to be read
-    print_result(options, asdict(recognised), recognised.text(whole=True))
+    checked = f"checked: the first {num_rows:,} rows" if num_rows > 1 else "checked: the first row"
+    facts = {**asdict(recognised), "checked_rows": num_rows}
+    print_result(options, facts, f"{recognised.text(whole=True)}\n{checked}")
 
 
 def _print_scores(
-    options: argparse.Namespace, scores: Scores, explanation: str, cuts: dict[str, int]
+    options: argparse.Namespace, scores: Scores, remark: str, cuts: dict[str, int]
 ) -> None:
     summary = scores.summary(temperature=options.temperature)
     lines = [
-        f"{len(scores):,} sample{'s' * (len(scores) != 1)} scored into {options.store} "
-        f"({explanation})",
+        f"{len(scores):,} sample{'s' * (len(scores) != 1)} scored into {options.store}{remark}",
         list_figures(summary),  # of samples that were cut, a warning tells
         f"next: flowdata report {options.store}",
     ]

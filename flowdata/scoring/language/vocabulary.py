@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowdata.errors import OutOfRangeError
 from flowdata.models.calling import innermost, input_layer_of, output_layer_of
 from flowdata.models.positions import check_positions
 from flowdata.scoring.language.work import Work
@@ -39,7 +40,9 @@ def _check_tokens(field: str, ids: Tensor, layer: nn.Module | None, size_name: s
         return
     outside = ids[(ids < 0) | (ids >= size)]
     if len(outside):
-        raise ValueError(
+        raise OutOfRangeError(
             f"{field} must be tokens of the model, from 0 to {size - 1}, got {int(outside[0])}; "
-            "is the tokenizer the model's own?"
+            "is the tokenizer the model's own?",
+            field=field,
+            high=size - 1,
         )

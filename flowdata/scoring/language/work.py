@@ -5,6 +5,7 @@ It is made on the host, where sizes can be looked at without waiting for a devic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdata.errors import OutOfRangeError
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import IGNORE_INDEX
 
@@ -72,8 +74,9 @@ def make_work(
     places = (flat != IGNORE_INDEX).nonzero().flatten()
     tokens = flat[places]
     if (tokens < 0).any():
-        raise ValueError(
+        raise OutOfRangeError(
             f"labels must be token ids, or {IGNORE_INDEX} where nothing counts, "
-            f"got {int(tokens[tokens < 0][0])}"
+            f"got {int(tokens[tokens < 0][0])}",
+            high=math.inf,
         )
     return Work(inputs, targets.shape, places, tokens, counts, around)
