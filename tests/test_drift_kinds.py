@@ -582,4 +582,4 @@ def test_a_head_that_is_taken_for_a_new_tasks_is_said(caplog):
     with torch.no_grad():
         tuned.head.weight.neg_()
     assert meter(tuned).head == "frozen"
-    assert "is taken for a new task's, and drift is measured through the old" in caplog.text
+    assert "new output layer: drift is read through the old one" in caplog.text

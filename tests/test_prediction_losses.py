@@ -28,6 +28,12 @@ def test_as_many_classes_as_places_are_told_by_the_argument():
     assert not torch.allclose(last, cross_entropy(logits, targets).values)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 2)])
+def test_probabilities_are_one_row_a_sample(shape):
+    with pytest.raises(ValueError, match=r"probabilities of shape \(B, C\)"):
+        cross_entropy(torch.zeros(shape), torch.full(shape, 0.5))
+
+
 def test_probabilities_of_another_shape_than_the_logits_are_refused():
     with pytest.raises(ValueError, match=r"must have shape \(4, 3\), got \(4, 2\)"):
         cross_entropy(torch.randn(4, 3), torch.rand(4, 2))

@@ -50,7 +50,7 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
     Example:
         >>> header_of({"loss": torch.zeros(2)}, {})[8:]
-        b'{"__metadata__":{},"loss":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   '
+        b'{"__metadata__":{},"loss":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}     '
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

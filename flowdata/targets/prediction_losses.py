@@ -74,6 +74,11 @@ def _cross_entropy_of_probabilities(
     """Of (B, C) logits and (B, C) class probabilities: one target for each sample."""
     targets = to_device(targets, logits.device)
     _check_shapes("cross_entropy", logits, targets, logits.shape)
+    if logits.dim() != 2:
+        raise ValueError(
+            "cross_entropy takes class probabilities of shape (B, C), one row a sample, got "
+            f"{tuple(targets.shape)}"
+        )
     losses = F.cross_entropy(logits, targets.float(), reduction="none")
     further = columns_of_logits(logits, targets.float(), columns, hidden)
     counts = torch.ones(len(losses), dtype=torch.long)
