@@ -39,8 +39,8 @@ def _unreachable(source: str, endpoint: str, error: Exception) -> str:
     else:
         first = str(error).partition("\n")[0]
         reason = (
-            f"the hub, {endpoint}, can't be reached ({first}): there is no network, or it doesn't "
-            "lead there. Where there is one, hf download it and copy the folder"
+            f"the hub, {endpoint}, can't be reached ({first}). Download it on a machine that "
+            f"reaches it, by hf download {source} --local-dir FOLDER, and copy the folder"
         )
     return f"{source} is not on this machine, and {reason}; or name a folder or GGUF file here"
 
