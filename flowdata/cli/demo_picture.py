@@ -30,8 +30,6 @@ _CHOICES = {  # the shape, colour and name of their marks
     BY_DRIFT: ("*", ORANGE, "chosen by drift, without old data"),
     BLIND: ("X", _RED, "chosen by new accuracy alone"),
 }
-
-
 _LEGEND_COLUMNS = 3
 
 

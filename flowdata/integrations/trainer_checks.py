@@ -271,7 +271,7 @@ def check_rows(trainer: Any) -> None:
     if dataset is None or not is_map_style(dataset) or len(dataset) == 0:
         return
     with preserved_rng(seed=0):
-        if trainer.args.remove_unused_columns:
+        if trainer.args.remove_unused_columns and not _makes_own_loader(trainer):
             _check_columns(trainer, dataset[0])
         if _lacks_targets(dataset):
             raise ValueError(
@@ -279,6 +279,12 @@ def check_rows(trainer: Any) -> None:
                 f"are {IGNORE_INDEX} throughout, so nothing would be learned. Rows that are cut "
                 "too short lose their targets: take a greater max_length, or truncation='keep_end'"
             )
+
+
+def _makes_own_loader(trainer: Any) -> bool:
+    """Whether a class of the user's makes the training loader, and may tokenise in it."""
+    maker = type(trainer).get_train_dataloader.__module__.partition(".")[0]
+    return maker not in ("transformers", "trl", "flowdata")
 
 
 def _check_columns(trainer: Any, sample: Any) -> None:

@@ -311,6 +311,16 @@ def test_rows_of_text_are_refused_with_what_tokenises_them(tmp_path, kind):
         flow(tmp_path, data, data_collator=tiny.collate).train()
 
 
+def test_rows_of_text_are_taken_where_a_loader_of_ones_own_tokenises_them(tmp_path):
+    class OwnLoader(FlowTrainer):
+        def get_train_dataloader(self):
+            samples = [{**sample, "weight": torch.tensor(1.0)} for sample in tiny.make_samples(4)]
+            return torch.utils.data.DataLoader(samples)
+
+    rows, weights = [{"text": "yes"}] * 4, torch.rand(4)
+    flow(tmp_path, rows, OwnLoader, store=None, scores=weights).train()
+
+
 @pytest.mark.parametrize("resample", [False, True])
 def test_rows_of_text_are_refused_with_weights_of_ones_own_too(tmp_path, resample):
     rows, weights = [{"prompt": "yes", "completion": "no"}] * 4, torch.rand(4)
