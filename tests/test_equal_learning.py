@@ -90,6 +90,22 @@ def test_the_interval_holds_what_items_and_seeds_leave_open():
     assert better.p < 0.01
 
 
+def test_items_that_all_seeds_share_are_few_for_all_of_them():
+    generator = np.random.default_rng(1)
+    once = {
+        key: Items(*(100.0 * (generator.random(300) < share / 100) for share in pair))
+        for key, pair in POINTS.items()
+    }
+
+    def width(seeds):
+        all_runs = {key: dict.fromkeys(range(seeds), items) for key, items in once.items()}
+        kept = kept_at_equal_learning(all_runs, STANDARD, START)[1]
+        return kept.high - kept.low
+
+    # Eight times the same answers tell no more than they tell once.
+    assert width(8) == pytest.approx(width(1), rel=0.1)
+
+
 def test_p_values_are_corrected_for_their_number():
     same = {key: pair for key, pair in POINTS.items() if key[0] in (START, STANDARD, "better")}
     alone = kept_at_equal_learning(runs(same), STANDARD, START, draws=99)[1].p

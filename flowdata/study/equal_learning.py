@@ -11,8 +11,10 @@ forgotten: at the linear probe, which no step has moved.
          └──────────────  new
 
 Between two rates a front is a straight line. What seeds and test items leave open is told by
-drawing both anew, with replacement (Efron, 1979): seeds first, then each seed's items, the same
-for all methods. The p values of several methods are corrected for their number (Holm, 1979).
+drawing both anew, with replacement (Efron, 1979): the same items for all methods, and for all seeds
+that have as many. Seeds that share their test items, as is usual, have no more of them together
+than one has; for others, drawing by place changes nothing. The p values of several methods are
+corrected for their number (Holm, 1979).
 """
 
 from __future__ import annotations
@@ -228,15 +230,14 @@ def _drawn_scores(runs: ItemsOfRuns, seeds: Sequence[int], draws: int, seed: int
     generator = np.random.default_rng(seed)
     counts = _counts(generator, draws, len(seeds)) / len(seeds)  # of each seed in each draw
     total = np.zeros((1 + draws, len(runs), 2))
-    old_counts: dict[int, _Floats] = {}  # seeds whose old items are as many have the same ones
+    item_counts: dict[tuple[int, int], _Floats] = {}  # by kind and number of items
     for place, each in enumerate(seeds):
-        items = [of_seed[each] for of_seed in runs.values()]
-        new, old = (np.stack(part) for part in zip(*items, strict=True))
-        new_counts = _counts(generator, draws, new.shape[1]) / new.shape[1]
-        if old.shape[1] not in old_counts:
-            old_counts[old.shape[1]] = _counts(generator, draws, old.shape[1]) / old.shape[1]
-        total[:, :, 0] += counts[:, place, None] * (new_counts @ new.T)
-        total[:, :, 1] += counts[:, place, None] * (old_counts[old.shape[1]] @ old.T)
+        items_of_runs = [of_seed[each] for of_seed in runs.values()]
+        for kind, items in enumerate(map(np.stack, zip(*items_of_runs, strict=True))):
+            size = items.shape[1]
+            if (kind, size) not in item_counts:
+                item_counts[kind, size] = _counts(generator, draws, size) / size
+            total[:, :, kind] += counts[:, place, None] * (item_counts[kind, size] @ items.T)
     return total
 
 
