@@ -70,6 +70,22 @@ def test_in_low_precision_a_way_may_be_off_by_twice_what_the_plain_one_is():
     assert difference(truth, columns(1.062), columns(1.0)) != ""
 
 
+def test_what_rounding_costs_long_samples_is_more_on_short_ones():
+    truth = truth_of(torch.bfloat16)
+    truth.learn_errors([columns(3.004, 256)], [columns(3.0, 256)])
+    error = truth.errors["loss"]
+    for count, off in ((256, error), (64, 2 * error), (16, 4 * error), (4, 8 * error)):
+        allowed = 2 * off + LEEWAY + 3e-5
+        assert difference(truth, columns(3 + 0.98 * allowed, count), columns(3.0, count)) == ""
+        assert difference(truth, columns(3 + 1.02 * allowed, count), columns(3.0, count)) != ""
+    # No more than what is taken for rounding anyway: 2 % of the loss.
+    assert difference(truth, columns(3.13, 1), columns(3.0, 1)) != ""
+    assert difference(truth, columns(3.12, 1), columns(3.0, 1)) == ""
+    exact = truth_of()
+    exact.learn_errors([columns(3.004, 256)], [columns(3.0, 256)])
+    assert difference(exact, columns(3.02, 1), columns(3.0, 1)) != ""  # nothing is rounded there
+
+
 def test_what_differs_is_said():
     truth = truth_of()
     assert difference(truth, columns(1.0, 2), columns(1.0, 1)) == "it counts 2 targets, not 1"
