@@ -44,6 +44,8 @@ def test_forgetting_is_the_rise_over_the_pre_trained_model():
     assert page.rise(records, "code")(records[2]) == pytest.approx(2.4)
     assert page.can_tell(records)
     assert not page.can_tell(records[1:5])
+    of_one_rate = [record for record in records if record["rate"] < 1e-3]
+    assert not page.can_tell(of_one_rate)  # nothing is there to choose
 
 
 def test_each_rule_chooses_its_run_and_the_page_says_what_it_forgot():

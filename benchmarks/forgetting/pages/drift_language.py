@@ -25,9 +25,11 @@ NEARLY = 0.05  # nats of validation loss that the rivals may give away
 
 
 def can_tell(records: list[Record]) -> bool:
-    """Return whether a study has all that the page shows: runs beside the pre-trained model."""
+    """Return whether a study has what the page shows: the pre-trained model, several rates."""
     methods = {record["method"] for record in records}
-    return f"{TEXTS[0]} nll" in records[0]["retained"] and {PRE_TRAINED, STANDARD} <= methods
+    rates = {record["rate"] for record in _trained(records)}
+    has_texts = f"{TEXTS[0]} nll" in records[0]["retained"]
+    return has_texts and {PRE_TRAINED, STANDARD} <= methods and len(rates) > 1
 
 
 def rise(records: list[Record], text: str) -> Callable[[Record], float]:

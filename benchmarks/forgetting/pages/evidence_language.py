@@ -10,9 +10,10 @@ import numpy as np
 from benchmarks.forgetting.evidence_language import PRE_TRAINED, TRIMMED
 from benchmarks.forgetting.language import CLEAN_ROWS
 from benchmarks.forgetting.language_readouts import OWN_TEXT
+from benchmarks.forgetting.pages.drift_measures import agreement_with
 from benchmarks.forgetting.pages.outcomes import FAILS, HOLDS, above, below, no_worse, on_the_front
 from benchmarks.forgetting.pages.several import Studies, of_whole_seeds
-from flowdata.report.markdown import table
+from flowdata.report.markdown import count, table
 from flowdata.study import STANDARD, Record
 from flowdata.study.equal_learning import Difference, Items, ItemsOfRuns, differences
 from flowdata.study.runs import records_by
@@ -42,7 +43,8 @@ def evidence_page(studies: Studies) -> str:
     ]
     for name, records in of_whole_seeds(studies).items():
         pairs = differences(runs_of_texts(records), STANDARD)
-        lines += ["", f"## {name}", "", *_table(records, pairs), "", "What was predicted:", ""]
+        lines += ["", f"## {name}", "", *_table(records, pairs), "", _drift_tells(records)]
+        lines += ["", "What was predicted:", ""]
         words = ("figure", "outcome")
         rows = [list(row) for row in predicted(records, pairs)]
         lines += table(["prediction", *words], rows, words=words)
@@ -75,6 +77,17 @@ def _table(records: list[Record], pairs: Pairs) -> list[str]:
     return table([*headings, "KL on own text", "right answers, %"], rows)
 
 
+def _drift_tells(records: list[Record]) -> str:
+    """How the order of the runs by drift agrees with that by what was forgotten."""
+    trained = [record for record in records if record["method"] != PRE_TRAINED]
+    coefficients = agreement_with(trained, lambda record: _mean_loss(record, _OLD))
+    words = (f"{probe} {coefficients[f'kl, {probe}'][0]:.2f}" for probe in trained[0]["drift"])
+    return (
+        f"Spearman's coefficient of the drift's KL with {_OLD}'s loss, over the "
+        f"{count(len(trained), 'run')} of this one rate: {', '.join(words)}."
+    )
+
+
 def _mean_loss(record: Record, name: str) -> float:
     return float(np.mean(record["item_losses"][name]))
 
@@ -94,7 +107,7 @@ def predicted(records: list[Record], pairs: Pairs) -> Iterable[tuple[str, str, s
         yield "10", _cell(against_flow[CLEAN_ROWS][0]), no_worse(against_flow[CLEAN_ROWS][0])
         steps = pairs["standard, smaller steps"][0]
         yield "11", _cell(steps), on_the_front(steps)
-    for rule in set(_RULES) & set(pairs):
+    for rule in (rule for rule in _RULES if rule in pairs):
         yield f"12, {rule}, test loss", _cell(pairs[rule][0]), below(pairs[rule][0])
         yield f"12, {rule}, drift", *_more_drift(records, rule)
 
