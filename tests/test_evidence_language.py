@@ -96,6 +96,28 @@ def test_the_page_says_how_well_drift_tells_within_the_one_rate(page):
     assert "over the 14 runs of this one rate: own text 0.9" in line
 
 
+def test_a_study_without_predictions_has_a_part_for_each_rate():
+    records = [
+        {**record(name, seed, new, 3.0, kl), "rate": rate}
+        for seed in (0, 1)
+        for name, rate, new, kl in (
+            ("pre-trained", 0.0, 1.5, 0.0),
+            ("standard", 1e-4, 1.0, 0.1),
+            ("standard", 1e-3, 1.2, 0.4),
+            ("FLOW", 1e-4, 0.9, 0.1),
+            ("FLOW", 1e-3, 1.3, 0.5),
+        )
+    ]
+    lines = pages.evidence_page({"gsm8k": records}).splitlines()
+    places = [lines.index(f"## gsm8k, at a rate of {rate}") for rate in ("0.0001", "0.001")]
+    parts = lines[places[0] : places[1]], lines[places[1] :]
+    for part, cell in zip(parts, ("| -0.100 (-0.100", "| +0.100 (+0.100"), strict=True):
+        (flow,) = [line for line in part if line.startswith("| FLOW")]
+        assert cell in flow
+        assert any(line.startswith("| pre-trained") for line in part)
+    assert "predicted:" not in "".join(lines)
+
+
 def test_differences_are_those_of_means_paired_by_seed_and_item():
     random = np.random.default_rng(0)
     base = {seed: Items(random.normal(size=40), random.normal(size=30)) for seed in (0, 1)}

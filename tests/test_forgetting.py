@@ -48,10 +48,13 @@ def test_a_folder_without_runs_is_named(tmp_path):
         forgetting.main(["table", "--results", str(tmp_path)])
 
 
-def test_every_study_of_the_results_has_its_page_and_picture():
-    for each in publish.read_studies(forgetting.RESULTS):
-        for kind in ("md", "png"):
-            assert (forgetting.RESULTS / f"{each.stem}.{kind}").is_file(), each.stem
+@pytest.mark.parametrize("folder", ["drift", "evidence"])
+def test_every_study_of_the_results_is_on_a_page(folder):
+    for each in publish.read_studies(forgetting.RESULTS / folder):
+        pages = [stem for stem, (can_tell, _) in publish.PAGES.items() if can_tell(each.records)]
+        assert pages, each.stem
+        for stem in pages:
+            assert (forgetting.RESULTS / folder / f"{stem}.md").is_file(), each.stem
 
 
 def test_unknown_methods_and_missing_assets_are_named(tmp_path):

@@ -21,34 +21,55 @@ from flowdata.study.runs import records_by
 _OLD = "WikiText-2"
 _EXACT = "exact match accuracy"
 _RULES = ("TALR", "DFT", "EAFT", "ASFT")
+_REGISTERED = {CLEAN_ROWS, "EAFT"}  # what no study without predictions has
 Pairs = Mapping[str, tuple[Difference, Difference]]  # by method, of the new and of the old
 
 
 def can_tell(records: list[Record]) -> bool:
-    """Return whether a study is one of the evidence in language."""
+    """Return whether a study has all that the page shows: losses of texts, and what to compare."""
     methods = {record["method"] for record in records}
-    is_one = {PRE_TRAINED, STANDARD} < methods and bool(methods & {CLEAN_ROWS, "EAFT"})
-    return is_one and "item_losses" in records[0]
+    has_texts = {"target", _OLD} <= records[0].get("item_losses", {}).keys()
+    return has_texts and {PRE_TRAINED, STANDARD} < methods
 
 
 def evidence_page(studies: Studies) -> str:
-    """Return a Markdown page on the studies of `evidence_language`."""
+    """Return a Markdown page on methods at the rates that they share.
+
+    Args:
+        studies: those of `evidence_language`, of which predictions were registered, or of
+            `language`.
+    """
     lines = [
         "# When do weights help in language?",
         "",
-        "SmolLM2-135M-Instruct learns GSM8K at a rate of 1e-4. Losses are means over texts, in "
-        "nats a token. Differences are from standard fine-tuning: the mean, and where 95 % of the "
-        "draws of seeds and texts lie. What was predicted before the runs: "
+        "SmolLM2-135M-Instruct learns GSM8K. Losses are means over texts, in nats a token. "
+        "Differences are from standard fine-tuning at the same rate: the mean, and where 95 % of "
+        "the draws of seeds and texts lie. What was predicted before the runs: "
         "benchmarks/forgetting/registered_evidence.md.",
     ]
     for name, records in of_whole_seeds(studies).items():
-        pairs = differences(runs_of_texts(records), STANDARD)
-        lines += ["", f"## {name}", "", *_table(records, pairs), "", _drift_tells(records)]
-        lines += ["", "What was predicted:", ""]
-        words = ("figure", "outcome")
-        rows = [list(row) for row in predicted(records, pairs)]
-        lines += table(["prediction", *words], rows, words=words)
+        before = [record for record in records if record["method"] == PRE_TRAINED]
+        for rate, at_rate in records_by(records, "rate").items():
+            if rate:
+                lines += ["", f"## {name}, at a rate of {rate:g}", "", *_part([*before, *at_rate])]
     return "\n".join([*lines, ""])
+
+
+def _part(records: list[Record]) -> list[str]:
+    """Lines on the runs of one rate."""
+    pairs = differences(runs_of_texts(records), STANDARD)
+    lines = [*_table(records, pairs), "", _drift_tells(records)]
+    if not pairs.keys() & _REGISTERED:
+        return lines
+    words = ("figure", "outcome")
+    rows = [list(row) for row in predicted(records, pairs)]
+    return [
+        *lines,
+        "",
+        "What was predicted:",
+        "",
+        *table(["prediction", *words], rows, words=words),
+    ]
 
 
 def runs_of_texts(records: Iterable[Record]) -> ItemsOfRuns:
@@ -62,8 +83,9 @@ def runs_of_texts(records: Iterable[Record]) -> ItemsOfRuns:
 
 
 def _table(records: list[Record], pairs: Pairs) -> list[str]:
-    rows = []
-    for method, of_method in records_by(records, "method").items():
+    rows, by_method = [], records_by(records, "method")
+    for method in dict.fromkeys(record["method"] for record in records):
+        of_method = by_method[method]
         losses = [mean(_mean_loss(r, name) for r in of_method) for name in ("target", _OLD)]
         new, old = (_cell(each) for each in pairs[method]) if method in pairs else ("–", "–")
         kl = mean(r["drift"][OWN_TEXT]["kl"] for r in of_method)
@@ -73,8 +95,8 @@ def _table(records: list[Record], pairs: Pairs) -> list[str]:
         rows.append(
             [method, seeds, f"{losses[0]:.3f}", new, f"{losses[1]:.3f}", old, f"{kl:.4f}", right]
         )
-    headings = ["method", "seeds", "test loss", "difference", f"{_OLD} loss", "difference"]
-    return table([*headings, "KL on own text", "right answers, %"], rows)
+    figures = ["test loss", "test difference", f"{_OLD} loss", f"{_OLD} difference"]
+    return table(["method", "seeds", *figures, "KL on own text", "right answers, %"], rows)
 
 
 def _drift_tells(records: list[Record]) -> str:

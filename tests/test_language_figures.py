@@ -1,0 +1,91 @@
+"""What benchmarks/README.md says of weights in language is what the pages say."""
+
+import re
+
+from tests.result_pages import BENCHMARKS, RESULTS, check_section
+
+SMALL, MIDDLE, LARGE = "0.0001", "0.0003", "0.001"
+OF_STUDY, OF_DRIFT = (
+    RESULTS / folder / "forgetting_evidence_language.md" for folder in ("evidence", "drift")
+)
+
+
+def differences(page):
+    """By data, rate, method and text: the mean, and the ends of the interval."""
+    cells = {}
+    for part in page.read_text("utf-8").split("\n## ")[1:]:
+        title, _, rest = part.partition("\n")
+        data, rate = title.split(", at a rate of ")
+        heading, _, *lines = [line for line in rest.splitlines() if line.startswith("| ")]
+        heading = heading.strip("| ").split(" | ")
+        assert heading[3::2][:2] == ["test difference", "WikiText-2 difference"]
+        for line in lines:
+            row = line.strip("| ").split(" | ")
+            if row[0] == "prediction":
+                break
+            for name, cell in zip(("test", "WikiText-2"), (row[3], row[5]), strict=True):
+                figures = [float(figure) for figure in re.findall(r"[+-]\d\.\d+", cell)]
+                cells[data, rate, row[0], name] = figures
+    return cells
+
+
+def fragments():
+    study, others = differences(OF_STUDY), differences(OF_DRIFT)
+
+    def of_noise(method, name="test"):
+        return study["noisy", SMALL, method, name]
+
+    yield (
+        "{:+.3f} ({:+.3f} to {:+.3f}) on test answers, {:+.3f} ({:+.3f} to {:+.3f}) on WikiText-2,"
+        "… has {:+.3f} and {:+.3f}.",
+        [
+            *of_noise("FLOW"),
+            *of_noise("FLOW", "WikiText-2"),
+            of_noise("pre-trained")[0],
+            of_noise("pre-trained", "WikiText-2")[0],
+        ],
+    )
+    rivals = ("trimmed, 33%", "clean rows alone")
+    yield (
+        "as well on test answers, {:+.3f}, … that nobody has, {:+.3f}; … {:+.3f} and {:+.3f}.",
+        [of_noise(rival, name)[0] for name in ("test", "WikiText-2") for rival in rivals],
+    )
+    yield "changes nothing, {:+.3f}: AdamW", of_noise("standard, smaller steps")[:1]
+    alone, mixed = (
+        [*others[data, SMALL, "FLOW", "test"], others[data, SMALL, "FLOW", "WikiText-2"][0]]
+        for data in ("gsm8k", "mixed")
+    )
+    yield (
+        "weights change nothing**, {:+.3f} ({:+.3f} to {:+.3f}) on test answers and {:+.3f}",
+        alone,
+    )
+    larger = [others["mixed", rate, "FLOW", "test"][0] for rate in (MIDDLE, LARGE)]
+    yield (
+        "{:+.3f} ({:+.3f} to {:+.3f}) and {:+.3f} at 1e-4, … less, {:+.3f} and {:+.3f}.",
+        [*mixed, *larger],
+    )
+    yield (
+        "WikiText-2's loss by {:.3f}. … takes {:.3f} of that back, and learns more, {:+.3f}.",
+        [
+            -others["gsm8k", LARGE, "pre-trained", "WikiText-2"][0],
+            -others["gsm8k", LARGE, "WiSE-FT", "WikiText-2"][0],
+            others["gsm8k", LARGE, "WiSE-FT", "test"][0],
+        ],
+    )
+    data = ("gsm8k", "mixed", "noisy")
+    raised = [others[each, SMALL, rule, "test"][0] for each in data for rule in ("DFT", "TALR")]
+    lowered = [others[each, SMALL, "pre-trained", "test"][0] for each in data]
+    assert min(raised) > max(lowered)  # which is worse than no fine-tuning
+    yield (
+        "by {:.3f} to {:.3f} at 1e-4, where fine-tuning had lowered it by {:.3f} to {:.3f}.",
+        [min(raised), max(raised), min(lowered), max(lowered)],
+    )
+
+
+def test_every_figure_on_language_is_one_of_the_pages():
+    check_section(
+        BENCHMARKS / "README.md",
+        "Language",
+        fragments(),
+        ("95 % of the draws", "at 1e-4", "at 1e-3"),
+    )
