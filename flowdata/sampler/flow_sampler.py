@@ -15,6 +15,7 @@ from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_state
 from flowdata.dataset import gather_weights
 from flowdata.sampler.epoch_orders import EpochOrders
+from flowdata.sampler.loaded_data import check_length
 from flowdata.sampler.sharing import Share
 from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
 
@@ -39,7 +40,8 @@ class FlowSampler(DistributedSampler[int]):
     The ranks are those of the process group when a pass begins, so that the sampler may be made
     before the group. Where an `Accelerator` has several ranks, the loader that `prepare` returns
     deals out the batches of the whole order; a pass that would be shared twice, or not at all, is
-    refused. How to build it, and what calls `set_epoch`:
+    refused, as is a loader's data set of another number of samples. How to build it, and what
+    calls `set_epoch`:
 
     ==================== ============================================== ==================
     loop                 sampler                                        set_epoch
@@ -320,6 +322,7 @@ class FlowSampler(DistributedSampler[int]):
             start               _next, while the loop takes the first block
         """
         self._share.check_pass(self)  # at the first draw, when a process group exists if ever
+        check_length(len(self.weights))
         if self._is_finished:
             warn_once(
                 f"FlowSampler draws epoch {self.epoch} again, the same samples in the same order: "
