@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from flowdata import LossScorer
 from flowdata.models.tensors import CPU
 from flowdata.scoring import planning
-from flowdata.scoring.language import attention, blocks, products
+from flowdata.scoring.language import attention, blocks, packable, products
 from flowdata.scoring.language.blocks import Block
 from flowdata.scoring.language.masks import Masks
 from flowdata.scoring.language.products import attend_by_products, products_gain
 from tests import reference
 from tests.models import tiny_llama, token_samples
+from tests.test_columns import gemma
 
 
 @pytest.fixture
@@ -83,9 +84,10 @@ def test_products_gain_where_it_was_measured(has_amx, has_bfloat16, gain, monkey
     assert not products_gain(torch.bfloat16, torch.device("cuda"))
 
 
-def scored(samples, gain, patch, **options):
+def scored(samples, gain, patch, model=None, **options):
     patch.setattr(planning, "products_gain", lambda *_: gain)
-    scorer = LossScorer(tiny_llama().eval(), "causal_lm", dtype="bfloat16", progress=False)
+    model = tiny_llama().eval() if model is None else model
+    scorer = LossScorer(model, "causal_lm", dtype="bfloat16", progress=False)
     return scorer.score(samples, dataset_id="products", **options).losses, scorer.explain()
 
 
@@ -144,3 +146,18 @@ def test_models_whose_attention_is_capped_do_without(monkeypatch):
     attention._running.reset(token)
     expected = reference.attention(q[0], k[0], v[0], 0.3, softcap=0.8).transpose(0, 1)
     torch.testing.assert_close(capped[0].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [50.0, None])
+def test_products_are_named_where_they_are_made(cap, monkeypatch):
+    model = gemma(attn_logit_softcapping=cap)
+    _, how = scored(token_samples(12), True, monkeypatch, model)
+    assert "samples packed" in how
+    assert ("products" in how) is (cap is None)
+
+
+def test_a_sink_is_no_plain_attention():
+    model = tiny_llama()
+    assert packable.has_plain_attention(model)
+    model.model.layers[0].self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
+    assert not packable.has_plain_attention(model)

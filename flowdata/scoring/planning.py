@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowdata.models.compiled import gains, pays
 from flowdata.scoring.job import Job
-from flowdata.scoring.language.packable import why_not_packed
+from flowdata.scoring.language.packable import has_plain_attention, why_not_packed
 from flowdata.scoring.language.products import products_gain
 from flowdata.scoring.plan.lengths import sample_lengths
 from flowdata.scoring.plan.packs import Plan, PlanOptions, plan_fixed, plan_padded
@@ -83,7 +83,7 @@ def make_plan(
         prefix=len(job.prefix),
         compile=_compiles(job, lengths, compiling_gains),
         threads=threads,
-        attention_by_products=by_products and _can_pack(job),
+        attention_by_products=by_products and _can_pack(job) and has_plain_attention(job.model),
     )
     if begun is not None:
         options = options.as_begun(begun["plan"])

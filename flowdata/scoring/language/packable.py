@@ -1,4 +1,4 @@
-"""What can be packed: which models, which batches, and how many first tokens samples share."""
+"""What can be packed: models and batches, plain attention, and first tokens that samples share."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def why_not_packed(model: nn.Module, loss: str) -> str:
     if kinds:
         return f"{type(inner).__name__} has layers of kind {', '.join(sorted(kinds))}"
     return ""
+
+
+def has_plain_attention(model: nn.Module) -> bool:
+    """Return whether layers weigh keys by a softmax alone, without a cap on scores or a sink.
+
+    The others make their scores one by one, see `blocks.AttentionOptions`.
+    """
+    config = innermost(model).config.get_text_config()
+    has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    return getattr(config, "attn_logit_softcapping", None) is None and not has_sinks
 
 
 def _model_class(model: Any) -> type:
