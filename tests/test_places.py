@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -44,7 +45,7 @@ with torch.random.fork_rng():
 
 
 @pytest.fixture(scope="module")
-def bucket():
+def s3():
     """The URL of a bucket on an S3 server; its address and keys are in the environment."""
     reason = "a local S3 server takes s3fs, moto and flask: pip install -e '.[test]'"
     pytest.importorskip("s3fs", reason=reason)
@@ -64,10 +65,36 @@ def bucket():
     server.stop()
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(scope="module")
+def gs():
+    """The URL of a bucket on an emulator of Google's storage; its address is in the environment."""
+    reason = "an emulator of Google's storage takes gcsfs and gcp-storage-emulator (pip install)"
+    pytest.importorskip("gcsfs", reason=reason)
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
+    for name in ("gcsfs", "google.auth"):  # they ask for what is not emulated
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        yield "gs://bucket"
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request):
+    """The URL of a bucket of each kind."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["memory", "s3", "gs"])
 def url(request):
     """A URL at which nothing is."""
-    root = "memory:/" if request.param == "memory" else request.getfixturevalue("bucket")
+    root = "memory:/" if request.param == "memory" else request.getfixturevalue(request.param)
     yield f"{root}/some/scores"
     remove_folder(place_of(f"{root}/some"))
 
@@ -211,11 +238,11 @@ def test_the_command_line_takes_urls(memory, finished, capsys, tmp_path, monkeyp
 # --- the lock ------------------------------------------------------------------------------------
 
 
-def test_one_of_many_has_the_lock_at_a_time(bucket):
+def test_one_of_many_has_the_lock_at_a_time(s3):
     inside, most = [], []
 
     def work():
-        with lock(place_of(f"{bucket}/.lock"), "scoring"):
+        with lock(place_of(f"{s3}/.lock"), "scoring"):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.05)
@@ -227,7 +254,7 @@ def test_one_of_many_has_the_lock_at_a_time(bucket):
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1]
-    assert names_in(place_of(bucket)) == []
+    assert names_in(place_of(s3)) == []
 
 
 def test_an_object_is_created_once(url):
@@ -237,9 +264,9 @@ def test_an_object_is_created_once(url):
     assert beginning_of(place, 2) == b"fi"
 
 
-def test_s3_itself_refuses_the_second_of_two_that_create(bucket, monkeypatch):
-    """Both looked before either put."""
-    place = place_of(bucket) / "twice"
+def test_s3_itself_refuses_the_second_of_two_that_create(s3, monkeypatch):
+    """Both looked before either put. The emulator of Google's storage knows no such writes."""
+    place = place_of(s3) / "twice"
     looks = iter([False, False, True])
     monkeypatch.setattr(RemotePath, "exists", lambda self: next(looks))
     assert [place.create(b"first"), place.create(b"second")] == [True, False]
@@ -300,6 +327,8 @@ def test_paths_stay_paths(tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    loaded = sys.modules["fsspec.registry"]._registry  # by earlier tests
+    monkeypatch.delitem(loaded, "gs", raising=False)
     with pytest.raises(ImportError, match=r'gs:// needs .*pip install "flowdata-torch\[gs\]"'):
         place_of("gs://bucket/scores")
 
@@ -310,7 +339,7 @@ def test_a_repository_of_the_hub_takes_no_parts():
         pass
 
 
-def test_a_bucket_that_is_not_there_is_named(bucket):
+def test_a_bucket_that_is_not_there_is_named(s3):
     for use in (score, Scores(torch.ones(2)).save):
         with pytest.raises(FileNotFoundError, match=r"s3://none/s/.* its bucket is not there"):
             use("s3://none/s")
@@ -323,7 +352,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket):
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ConnectionError, "Check the address and the"),
     ],
 )
-def test_keys_and_addresses_that_are_wrong_are_named(bucket, monkeypatch, changes, error, message):
+def test_keys_and_addresses_that_are_wrong_are_named(s3, monkeypatch, changes, error, message):
     system = fsspec.get_filesystem_class("s3")
     system.clear_instance_cache()
     monkeypatch.setattr(system, "retries", 1)
@@ -344,7 +373,7 @@ def test_keys_and_addresses_that_are_wrong_are_named(bucket, monkeypatch, change
 def test_a_job_that_is_killed_goes_on_in_two_processes_without_a_shared_folder(bucket, tmp_path):
     """The first process is killed by SIGKILL once it has put a part; two others share the rest."""
     store = f"{bucket}/job"
-    command = [sys.executable, "-m", "tests.s3_job", store, str(tmp_path / "local")]
+    command = [sys.executable, "-m", "tests.remote_job", store, str(tmp_path / "local")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)

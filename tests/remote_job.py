@@ -1,6 +1,6 @@
 """A job in a store at a URL: killed, then gone on with by two ranks that share no folder.
 
-`python -m tests.s3_job URL FOLDER` prints what came of it, beside the bits of a store in a folder.
+`python -m tests.remote_job URL FOLDER` prints what came of it, and the bits of a store in a folder.
 """
 
 import json
@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 
-import s3fs  # noqa: F401 (before the forks: each of them would import it)
+import fsspec
 import torch
 from torch.utils.data import TensorDataset
 
@@ -68,6 +68,8 @@ def scored(rank, store):
 
 def main(url, folder):
     parts._SECONDS = parts._SHARE = 0.0  # a part for every pack
+    # Imported before the forks: each of them would import it.
+    fsspec.get_filesystem_class(url.partition(":")[0])
     [pid], _ = start(1, begun, url)
     end = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     together = in_ranks(2, scored, url)
