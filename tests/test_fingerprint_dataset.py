@@ -17,6 +17,7 @@ from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError
 from flowdata.probe import compute_features
 from flowdata.scores import Scores
 from flowdata.store.fingerprint import fingerprint_dataset
+from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.folder import read_manifest
 from flowdata.store.identity import (
     content_identity,
@@ -261,6 +262,32 @@ def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, mon
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
     assert np.random.get_state()[1].tolist() == state[2]  # noqa: NPY002
+
+
+FLIPS = {
+    "torch": lambda share: torch.rand(1) < share,
+    "numpy": lambda share: np.random.rand() < share,  # noqa: NPY002
+    "python": lambda share: random.random() < share,
+}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
+@pytest.mark.parametrize("draw", FLIPS.values(), ids=FLIPS)
+def test_flips_are_noticed_however_rare_they_are(draw, share):
+    flips = Folder(lambda x: -x if draw(share) else x)
+    index, is_seeded = random_sample(flips)
+    assert is_seeded
+    assert 0 <= index < len(flips)
+
+
+def test_draws_that_change_nothing_are_no_augmentation():
+    assert random_sample(Folder(lambda x: x + 0 * torch.rand(()).item())) is None
+
+
+def test_samples_are_read_three_times_where_nothing_is_drawn():
+    readings = []
+    random_sample(Folder(lambda x: readings.append(float(x[0])) or x))
+    assert max(readings.count(x) for x in readings) == 3
 
 
 @pytest.mark.parametrize("name", STILL)
