@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from flowdata import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 
 
@@ -63,3 +64,21 @@ def test_a_sampler_without_a_loader_and_data_without_a_length_tell_nothing():
 
     assert len(list(flow_sampler(10))) == 10
     assert len(list(DataLoader(Rows(), sampler=flow_sampler(10)))) == 10
+
+
+def test_weights_that_would_act_twice_are_refused():
+    weights = torch.arange(1.0, 11)
+    weighted = FlowWeightedDataset(range(10), weights)
+    loader = DataLoader(weighted, sampler=FlowSampler(3 * weights))
+    with pytest.raises(ValueError, match=r"act twice: load the unweighted data set"):
+        next(iter(loader))
+
+
+def test_other_weights_than_the_samplers_are_taken():
+    for weights in (torch.ones(10), torch.arange(10.0, 0, -1)):
+        loader = DataLoader(FlowWeightedDataset(range(10), weights), sampler=flow_sampler(10))
+        assert len(list(loader)) == 10
+    even = DataLoader(
+        FlowWeightedDataset(range(10), torch.ones(10)), sampler=FlowSampler(torch.ones(10))
+    )
+    assert len(list(even)) == 10

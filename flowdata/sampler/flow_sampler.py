@@ -15,7 +15,7 @@ from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_state
 from flowdata.dataset import gather_weights
 from flowdata.sampler.epoch_orders import EpochOrders
-from flowdata.sampler.loaded_data import check_length
+from flowdata.sampler.loaded_data import check_loaded
 from flowdata.sampler.sharing import Share
 from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
 
@@ -322,7 +322,7 @@ class FlowSampler(DistributedSampler[int]):
             start               _next, while the loop takes the first block
         """
         self._share.check_pass(self)  # at the first draw, when a process group exists if ever
-        check_length(len(self.weights))
+        check_loaded(self.weights)
         if self._is_finished:
             warn_once(
                 f"FlowSampler draws epoch {self.epoch} again, the same samples in the same order: "

@@ -1,7 +1,8 @@
 """The data set that a pass draws for, as far as who asks for its indices tells.
 
 A sampler is not given the data set. Weights of more samples, or of fewer, would be those of other
-rows, without an error unless an index lies beyond the end.
+rows, without an error unless an index lies beyond the end; and a data set that gives the same
+weights to the loss would apply them twice.
 """
 
 from __future__ import annotations
@@ -9,30 +10,49 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from flowdata.dataset import FlowWeightedDataset
+
 # Who hands indices on as they are. What others ask for may be meant for a map of their own.
 _HAND_ON = ("torch.utils.data", "torchdata", "accelerate")
 
 
-def check_length(weights: int) -> None:
-    """Check, within a pass, that the data set of the loader which asks has as many samples.
+def check_loaded(weights: NDArray[Any]) -> None:
+    """Check, within a pass, that the data set of the loader which asks fits a sampler's weights.
 
     Args:
-        weights: how many samples the sampler has weights of.
+        weights: (N,) the sampler's.
 
     Raises:
-        ValueError: the data set has another number of samples.
+        ValueError: the data set has another number of samples, or gives the same weights.
     """
-    samples = _length_of_loaded()
-    if samples is not None and samples != weights:
+    dataset = _loaded_data()
+    if hasattr(dataset, "__len__") and len(dataset) != len(weights):
         raise ValueError(
-            f"FlowSampler has weights of {weights} samples, the loader's data set has {samples}: "
-            "pass the scores of the rows that are loaded, in their order; where rows were left out "
-            "after scoring, scores[keep] with their places before that"
+            f"FlowSampler has weights of {len(weights)} samples, the loader's data set has "
+            f"{len(dataset)}: pass the scores of the rows that are loaded, in their order; where "
+            "rows were left out after scoring, scores[keep] with their places before that"
+        )
+    if isinstance(dataset, FlowWeightedDataset) and _are_alike(weights, dataset.weights.numpy()):
+        raise ValueError(
+            "FlowSampler draws samples by the weights that the loader's FlowWeightedDataset gives "
+            "to the loss, so that they would act twice: load the unweighted data set, or leave the "
+            "sampler out"
         )
 
 
-def _length_of_loaded() -> int | None:
-    """The number of samples of the asking loader's data set; None where nothing tells it."""
+def _are_alike(weights: NDArray[Any], others: NDArray[Any]) -> bool:
+    """Whether weights are those of others, up to a factor, and not all the same."""
+    if not others.any():
+        return False
+    shares, other_shares = (each.astype(np.float64) / each.sum() for each in (weights, others))
+    return bool(np.ptp(shares) > 0 and np.allclose(shares, other_shares, rtol=1e-4, atol=0))
+
+
+def _loaded_data() -> Any:
+    """The asking loader's data set; None where nothing tells it."""
     frame = inspect.currentframe()
     while frame is not None and _module_of(frame).startswith("flowdata.sampler"):
         frame = frame.f_back
@@ -40,7 +60,7 @@ def _length_of_loaded() -> int | None:
         # The iterator of a DataLoader, or of one that is built like it.
         dataset = getattr(frame.f_locals.get("self"), "_dataset", None)
         if dataset is not None:
-            return len(dataset) if hasattr(dataset, "__len__") else None
+            return dataset
         frame = frame.f_back
     return None
 
