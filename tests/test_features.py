@@ -84,6 +84,17 @@ def test_features_in_bfloat16_are_float32_and_close():
     assert not torch.equal(features, body(x).detach())
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float64])
+def test_features_are_of_the_bodys_own_dtype_whatever_the_machine_is_fast_at(monkeypatch, own):
+    monkeypatch.setattr("flowdata.models.precision.is_fast_at_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    x, y = blobs()
+    body = nn.Linear(3, 4).to(own)
+    features, _ = compute_features(body, TensorDataset(x, y), progress=False)
+    expected = body(x.to(own)).detach()
+    assert torch.equal(features, expected if own == torch.float64 else expected.float())
+
+
 class Noisy(Dataset):
     """Draws from every global generator, as an augmenting transform does."""
 

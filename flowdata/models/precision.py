@@ -25,14 +25,14 @@ def resolve_dtype(
     - the device is fast at bfloat16 (`is_fast_at_bfloat16`);
     - the model can be converted: it is not sharded, spread over devices, quantised, nor made of
       parts in several dtypes;
-    - what is computed does not rest on one target, as a classifier's loss does, in which nothing
-      averages rounding errors out.
+    - what is computed does not rest on one target, as a classifier's loss does, nor is it features
+      that a head is fitted to: nothing averages rounding errors out in these.
 
     Args:
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``, or one of these of torch.
         model: the model, in its own dtype.
         device: where it is run.
-        one_target: what is computed of a sample rests on one target.
+        one_target: what is computed of a sample rests on one target, or is features.
 
     Raises:
         ValueError: neither ``"auto"`` nor float32, bfloat16 or float16.

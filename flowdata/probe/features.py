@@ -66,9 +66,7 @@ def compute_features(
     """
     check_map_style(dataset)
     device = home(model)
-    # A body without parameters has no dtype of its own: its features are those of its inputs.
-    has_parameters = any(True for _ in model.parameters())
-    body_dtype = resolve_dtype(dtype, model, device) if has_parameters else torch.float32
+    body_dtype = _dtype_of_body(dtype, model, device)
 
     def compute() -> dict[str, Tensor]:
         # A generator of the loader's own: the default one would advance the global random state.
@@ -102,6 +100,18 @@ def compute_features(
             )
         tensors = keep(store, identity, compute)
     return tensors["feature"].to(device), tensors["target"].to(device)
+
+
+def _dtype_of_body(
+    dtype: str | torch.dtype, model: nn.Module, device: torch.device
+) -> torch.dtype:
+    """The dtype to run a body in; without one that is named its own, wherever it runs.
+
+    A body without parameters has no dtype of its own: its features are those of its inputs.
+    """
+    if next(model.parameters(), None) is None:
+        return torch.float32
+    return resolve_dtype(dtype, model, device, one_target=True)
 
 
 def _run_body(

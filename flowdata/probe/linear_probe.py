@@ -58,8 +58,9 @@ def linear_probe(
         loss: see `fit_head`.
         strength: see `fit_head`.
         folds: see `fit_head`.
-        dtype: of the body's pass: ``"auto"`` is bfloat16 where the device is fast at it, and
-            float32 for a body without parameters. The head is fitted in float64 in any case.
+        dtype: of the body's pass: ``"auto"`` is the body's own dtype, so that the head is the same
+            whatever the machine is fast at, and float32 for a body without parameters. The head is
+            fitted in float64 in any case.
         num_workers: as for `torch.utils.data.DataLoader`.
         store: see `compute_features`.
         dataset_id: see `compute_features`.

@@ -45,8 +45,9 @@ def begin(
         head: D → C, for the new task; its values are replaced in place.
         data: map-style, samples (input, class), without augmentation.
         strength: strength of the probe's ℓ2 penalty, see `fit_head`.
-        dtype: dtype of the body's pass for the probe. Scoring takes the network's own dtype,
-            because a class's loss has one target only and its rounding error is not averaged out.
+        dtype: dtype of the body's pass for the probe; ``"auto"`` is the body's own. Scoring takes
+            the network's own dtype, because a class's loss has one target only and its rounding
+            error is not averaged out.
         columns: further columns of the scores, see `LossScorer`.
         workers: number of processes that load samples.
 
