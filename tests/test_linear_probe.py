@@ -1,8 +1,10 @@
+import logging
+
 import datasets
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from flowdata.probe.linear_probe import linear_probe
 from tests.test_fit import blobs
@@ -75,6 +77,55 @@ def test_integer_values_of_one_output_are_a_regression():
     ages = (10 * x[:, 0]).round().long()
     head = quiet(nn.Linear(3, 1), TensorDataset(x, ages), strength=0.0)
     torch.testing.assert_close(head(x)[:, 0].detach(), ages.float(), atol=2, rtol=0)
+
+
+class Shaken(Dataset):
+    """Augments at random, and counts how often a sample is read."""
+
+    def __init__(self, is_random=True):
+        self.x, self.y = blobs(samples=200)
+        self.is_random, self.readings = is_random, 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.readings += 1
+        return self.x[index] + (torch.rand(()) if self.is_random else 0), self.y[index]
+
+
+def test_a_data_set_that_augments_at_random_is_said_once(caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        for _ in range(2):
+            quiet(nn.Linear(3, 3), Shaken(), strength=0.05)
+        quiet(nn.Linear(3, 3), Shaken(), strength=0.05, store=tmp_path / "f.safetensors")
+    (record,) = caplog.records
+    assert "Shaken differs from reading to reading" in record.message
+    assert "features, and so the head, are those of one draw. Give the probe the" in record.message
+
+
+def test_few_samples_of_one_that_does_not_augment_are_read_again(caplog):
+    still = Shaken(is_random=False)
+    with caplog.at_level(logging.WARNING, "flowdata"):
+        quiet(nn.Linear(3, 3), still, strength=0.05)
+    assert caplog.text == ""
+    assert still.readings < 1.5 * len(still)
+
+
+def test_a_generator_of_its_own_matters_where_features_are_kept(caplog, monkeypatch, tmp_path):
+    generator = torch.Generator()
+
+    class Own(Shaken):
+        def __getitem__(self, index):
+            return self.x[index] + torch.rand((), generator=generator), self.y[index]
+
+    for store, is_named in ((None, False), (tmp_path / "f.safetensors", True)):
+        monkeypatch.setattr("flowdata.store.identity._remarks", set())
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "flowdata"):
+            quiet(nn.Linear(3, 3), Own(), strength=0.05, store=store)
+        assert ("pass dataset_id=" in caplog.text) == is_named
 
 
 def test_fewer_samples_than_folds_are_probed():

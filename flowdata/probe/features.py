@@ -21,9 +21,14 @@ from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
-from flowdata.store.identity import features_identity
+from flowdata.store.identity import features_identity, remark_on_random_samples
 from flowdata.store.kept import keep
 from flowdata.targets.labels import split_batch
+
+_OF_ONE_DRAW = (  # what becomes of samples that differ, and what to do
+    "features, and so the head, are those of one draw. Give the probe the data set with the "
+    "transform of evaluation; the augmented one is for fine-tuning"
+)
 
 
 def compute_features(
@@ -67,6 +72,9 @@ def compute_features(
     check_map_style(dataset)
     device = home(model)
     body_dtype = _dtype_of_body(dtype, model, device)
+    # Content has to be recognised where features are kept alone: a name would do nothing elsewhere.
+    name = "" if store is None else dataset_id
+    remark_on_random_samples(dataset, name, skip_unreadable=True, advice=_OF_ONE_DRAW)
 
     def compute() -> dict[str, Tensor]:
         # A generator of the loader's own: the default one would advance the global random state.
@@ -102,9 +110,7 @@ def compute_features(
     return tensors["feature"].to(device), tensors["target"].to(device)
 
 
-def _dtype_of_body(
-    dtype: str | torch.dtype, model: nn.Module, device: torch.device
-) -> torch.dtype:
+def _dtype_of_body(dtype: str | torch.dtype, model: nn.Module, device: torch.device) -> torch.dtype:
     """The dtype to run a body in; without one that is named its own, wherever it runs.
 
     A body without parameters has no dtype of its own: its features are those of its inputs.

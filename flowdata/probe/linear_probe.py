@@ -52,7 +52,8 @@ def linear_probe(
         dataset: samples that `collate_fn` turns into batches ``(inputs, targets)``; a tuple or
             list of inputs is passed on as positional arguments, a mapping as keyword arguments.
             A mapping with ``"labels"`` among its keys serves as a batch, too. Augment nothing here:
-            give the data set its evaluation transform.
+            give the data set its evaluation transform. One that augments is said, by a few samples
+            that are read a few times.
         collate_fn: as for `torch.utils.data.DataLoader`.
         batch_size: samples in one forward pass.
         loss: see `fit_head`.

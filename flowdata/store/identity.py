@@ -64,6 +64,10 @@ _OTHERWISE = {  # what differs where digests do
     "collate_fn": "the function differs, or a value that it uses, or one of both had none",
 }
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{4,}…?")
+_OF_ONE_DRAW = (  # what becomes of samples that differ, and what to do
+    "each loss is that of one draw. Score with the transform of evaluation, or take the mean over "
+    "draws with flowdata.views.score_views"
+)
 _remarks: set[str] = set()  # that were made in this program: once is enough
 _CALLABLE_PREFIX = "callable:"  # of a loss that is the user's own function
 
@@ -124,7 +128,6 @@ def features_identity(
         collate_fn: as the user gave it.
         dtype: the name of the dtype in which the body runs.
     """
-    remark_on_random_samples(dataset, dataset_id)
     return {
         "kind": "features",
         "body": _SCHEME + fingerprint_model(body),
@@ -231,14 +234,19 @@ def _is_earlier(identity: Any) -> bool:
 
 
 def remark_on_random_samples(
-    dataset: Any, dataset_id: str | None, *, skip_unreadable: bool = False
+    dataset: Any,
+    dataset_id: str | None,
+    *,
+    skip_unreadable: bool = False,
+    advice: str = _OF_ONE_DRAW,
 ) -> None:
     """Say, once, that a sample differs from reading to reading: its loss is that of one draw.
 
     Args:
-        dataset: map-style; a few of its samples are read three times.
+        dataset: map-style; a few of its samples are read a few times.
         dataset_id: the user's name for its content, which then need not be recognised.
         skip_unreadable: pass over samples on which the data set raises.
+        advice: what comes of it and what to do, where it is not losses that are computed.
     """
     sample = random_sample(dataset, skip_unreadable=skip_unreadable)
     if sample is None:
@@ -246,8 +254,7 @@ def remark_on_random_samples(
     index, is_seeded = sample
     remark = (
         f"dataset[{index}] of {class_name(dataset)} differs from reading to reading, as random "
-        "augmentation makes it: each loss is that of one draw. Score with the transform of "
-        "evaluation, or take the mean over draws with flowdata.views.score_views"
+        f"augmentation makes it: {advice}"
     )
     if not is_seeded and dataset_id is None:
         remark += (
