@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
+from flowdata.drift.headless import check_has_head
 from flowdata.drift.probes import smooth_images
 from flowdata.models.batch_norm import batch_norm_layers
 from flowdata.models.calling import unwrapped
@@ -52,8 +53,8 @@ def inverted_images(
     Source: DeepInversion, Yin et al., CVPR 2020, arXiv:1912.08795.
 
     Args:
-        model: a classifier of images (B, C, H, W) with BatchNorm layers, before training; it comes
-            back as it was.
+        model: a classifier of images (B, C, H, W) with BatchNorm layers, before training, with its
+            output layer; it comes back as it was.
         shape: of one image as the model takes it, (channels, height, width).
         samples: how many images; 32 or more, as statistics of few say little.
         seed: of the noise.
@@ -66,7 +67,7 @@ def inverted_images(
     Raises:
         TypeError: the model gives no logits (B, C) for a batch of images.
         ValueError: the model has no BatchNorm layer with statistics, it takes no images of this
-            shape, it gives no numbers, or a number is too small.
+            shape, it gives no numbers, its output layer was cut off, or a number is too small.
         ScoreMismatchError: `store` has images of another model, or others of this one.
 
     Example:
@@ -90,6 +91,7 @@ def inverted_images(
         device = home(model)
         parts = starts.to(device).tensor_split(max(1, samples // _AT_ONCE))
         with preserved_rng(seed), frozen_model(model, torch.float32, device) as frozen:
+            check_has_head(frozen, lambda: _logits(frozen, parts[0][:1]))
             images = torch.cat([_invert(frozen, part, steps) for part in parts]).cpu()
         if not images.isfinite().all():
             raise ValueError(

@@ -48,7 +48,8 @@ class DriftMeter:
     Source: forgetting follows KL(base ‖ tuned): "RL's Razor", arXiv:2509.04259.
 
     Args:
-        model: the model before training. It comes back as it was, and need not be kept.
+        model: the model before training, with its output layer: a body makes no predictions. It
+            comes back as it was, and need not be kept.
         probe: samples to compare models on, map-style: `drift.own_text`, `drift.smooth_images`,
             the new task's own samples, or any others. Labels say which tokens count, or, where a
             sample has one for each class, that a model says yes or no to each.
@@ -65,8 +66,8 @@ class DriftMeter:
 
     Raises:
         TypeError, ValueError: an argument that is none of these; a probe without targets; a model
-            that gives no numbers, probabilities or other things than logits, or other ones each
-            time it is run.
+            that gives no numbers, probabilities or other things than logits, such as features
+            where its output layer was cut off, or other ones each time it is run.
         ScoreMismatchError: `store` is of another model, probe or dtype.
 
     Example:

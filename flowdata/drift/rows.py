@@ -18,6 +18,7 @@ from flowdata._common.notices import is_first_rank, logger
 from flowdata._common.progress import progress_bar
 from flowdata._common.unreadable import Readable
 from flowdata.drift.check import find_suspect, right_way
+from flowdata.drift.headless import check_has_head
 from flowdata.drift.ways import (
     name_of_head,
     output_layer,
@@ -31,6 +32,7 @@ from flowdata.models.calling import innermost, output_layer_of
 from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home, is_placed, reshard
 from flowdata.models.precision import name_of, resolve_dtype
+from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
 from flowdata.scoring.job import Job
@@ -40,6 +42,7 @@ from flowdata.scoring.planning import make_plan
 from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.packs import reorder
 from flowdata.targets.labels import IGNORE_INDEX, split_batch
+from flowdata.targets.predictions import predict
 from flowdata.targets.target_losses import TargetLosses, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, loss_of_model
 
@@ -203,10 +206,14 @@ class Reader:
     def _first_head(self, model: nn.Module) -> str | None:
         """The head's name; the first run of all, which tells whether the model takes the probe."""
         try:
-            return self._name_of_head(model)
+            name = self._name_of_head(model)
         except RuntimeError as error:
             explain_failure(error, self.first_batch(), "the probe's first sample")
             raise
+        if name is None:
+            inputs = to_device(split_batch(self.first_batch())[0], home(model))
+            check_has_head(model, lambda: predict(model, inputs))
+        return name
 
     def _name_of_head(self, model: nn.Module) -> str | None:
         return name_of_head(model, self.first_batch(), home(model))
