@@ -477,5 +477,5 @@ def test_scores_of_plain_images_say_first_what_to_do_with_augmented_ones():
     with pytest.raises(ScoreMismatchError, match=remedy):
         FlowWeightedDataset(Brightened(True), scores)
     assert len(FlowWeightedDataset(Brightened(True), scores.weights())) == 12
-    with pytest.raises(ScoreMismatchError, match=r"content or order. Score this data set; or, if"):
+    with pytest.raises(ScoreMismatchError, match=r"class gives them. Score this data set; or, if"):
         FlowWeightedDataset(images(12, seed=1), scores)

@@ -15,6 +15,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.errors import ScoreMismatchError
 from flowdata.scores.counting import compare_counts
+from flowdata.store.fingerprint.containers import is_of_same_samples
 from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.fingerprint.rows import RowsDigest, digest_tokens, first_difference
 from flowdata.store.identity import (
@@ -24,6 +25,7 @@ from flowdata.store.identity import (
     dataset_difference,
     fields_of,
     same_rows,
+    whole_fingerprint,
 )
 from flowdata.targets.labels import IGNORE_INDEX
 
@@ -161,15 +163,19 @@ def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> N
     here = content_identity(dataset, fields=fields_of(identity), skip_unreadable=skips)
     if identity == here or (not view and same_rows(identity, here)):
         return
+    is_random = random_sample(dataset, skip_unreadable=skips) is not None
+    whole = "" if is_random else whole_fingerprint(identity)
+    if whole and is_of_same_samples(whole, dataset, skip_unreadable=skips):
+        return
     difference = dataset_difference(identity, here)
     found = f"the scores were made from another data set of the same length: {difference}. "
     score = "score this data set"
     weights = (
-        "if its samples are those that were scored, in the same order, and only augmented or "
-        "transformed otherwise, or with a column more that the model is not given, pass "
-        "scores.weights() instead of scores"
+        "if its samples are those that were scored, in the same order, and only held by another "
+        "class, augmented or transformed otherwise, or with a column more that the model is not "
+        "given, pass scores.weights() instead of scores"
     )
-    if random_sample(dataset, skip_unreadable=skips) is not None:
+    if is_random:
         remedy = f"It gives other samples at each reading, as augmentation does: {weights}"
     elif same_rows(identity, here):
         remedy = f"{weights.capitalize()}; else {score}"

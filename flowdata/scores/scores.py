@@ -239,7 +239,9 @@ class Scores:
         that were read, whatever loaded them and whatever columns they have beside; where they have
         no text any more, by their tokens. Scores made under a `dataset_id` of the user's own, from
         losses computed elsewhere, are checked for their length alone. A part of other scores is
-        checked for its length and, of samples with labels, for each one's number of targets.
+        checked for its length and, of samples with labels, for each one's number of targets. What
+        a list, a Subset or a TensorDataset held is recognised in other classes too, by reading all
+        of it; what a class of the user's gave is recognised in that class alone.
 
         Args:
             dataset: map-style.

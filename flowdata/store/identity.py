@@ -41,12 +41,11 @@ _EARLIER = (
     "functions, lists, hooks and code nor a data set's transform and format"
 )
 _PARTS = {  # of a data set's identity, as a message names them
-    CONTENT_PREFIX[:-1]: "its samples differ in content or order",
+    CONTENT_PREFIX[:-1]: "its samples differ in content or order, or another class gives them",
     "format": "the format differs (with_format, set_format)",
     "columns": "the columns that are shown differ (with_format, set_format)",
     "transform": "the transform differs (with_transform, set_transform)",
     "decoding": "the decoding of its features differs (Image, Audio)",
-    "sampled": "its number of samples differs",
     "fields": "the fields that the model takes differ, or another collate_fn may read others",
 }
 _NAMES = {  # of an identity's fields, as a message names them, where its own name is no word
@@ -213,7 +212,26 @@ def dataset_difference(stored: str, expected: str) -> str:
     if _is_earlier(stored):
         return _EARLIER
     old, new = _words_of(stored), _words_of(expected)
+    (number, total), (other, length) = (_reading(words) for words in (old, new))
+    if number and number != other and length in (total, ""):
+        return (
+            f"{number} of {total} samples were fingerprinted there, and {other or 'all'} here, as "
+            "where another class gives them, so that they can't be compared"
+        )
     return ", ".join(words for part, words in _PARTS.items() if old.get(part) != new.get(part))
+
+
+def _reading(words: Mapping[str, str]) -> tuple[str, str]:
+    """How many samples an identity rests on, and of how many; "" where it rests on all."""
+    number, _, total = words.get("sampled", "").partition("/")
+    return number, total
+
+
+def whole_fingerprint(identity: str) -> str:
+    """Return the fingerprint of all samples of a data set, ``""`` where its identity has others."""
+    words = _words_of(identity)
+    is_whole = list(words) == [CONTENT_PREFIX[:-1]] and not _is_earlier(identity)
+    return words[CONTENT_PREFIX[:-1]].removeprefix(_SCHEME) if is_whole else ""
 
 
 def same_rows(stored: str, expected: str) -> bool:
