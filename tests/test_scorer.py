@@ -682,7 +682,7 @@ def test_text_is_to_be_tokenised_first(sample):
         (images(), {"collate_fn": "stack"}, TypeError, "collate_fn must be callable or None"),
         ({"train": images()}, {}, TypeError, "got dict of 'train'; pass one of them"),
         (images(classes=9), {}, ValueError, "classes from 0 to 4, .*, got 7"),
-        ([("a", "b")] * 3, {}, ValueError, r"got a list of 2 \(tuple, tuple\)"),
+        ([("a", "b")] * 3, {}, ValueError, "the targets are strings, such as 'b'"),
         (
             [(torch.randn(3, 8, 8), float(index)) for index in range(5)],
             {},

@@ -115,14 +115,26 @@ class _CollatePack:
             if isinstance(sample, Unreadable)
         }
         readable = [pair for pair in numbered if not isinstance(pair[1], Unreadable)]
-        samples = [sample for _, sample in readable]
-        content = [self.collate(group) for group in self.grouping(samples)] if samples else []
+        content = self._collated(readable) if readable else []
         alone = {
             place: self.collate([sample])
             for place, (index, sample) in enumerate(readable)
             if self.checks and self._is_checked(index, sample)
         }
         return Batch(content, unreadable, alone)
+
+    def _collated(self, numbered: list[tuple[int, Any]]) -> list[Any]:
+        """The groups' batches; an error names the first sample that can't be collated alone."""
+        try:
+            return [self.collate(group) for group in self.grouping([each for _, each in numbered])]
+        except ValueError:
+            for index, sample in numbered:
+                try:
+                    self.collate([sample])
+                except ValueError as error:
+                    place = f"(sample {index:,}; samples count from 0)"
+                    raise ValueError(f"{error} {place}") from error
+            raise
 
     def _is_checked(self, index: int, sample: Any) -> bool:
         if not is_short(sample):

@@ -25,6 +25,7 @@ from flowdata._common.notices import logger
 from flowdata._common.unreadable import Unreadable
 from flowdata.errors import SampleError
 from flowdata.models.compiled import as_written
+from flowdata.models.failing import order_explained
 from flowdata.models.placement import reshard
 from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import candidates_of, describe
@@ -103,10 +104,11 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
     """
     samples = samples_to_check(job, plan)
     batches = [job.collate([sample]) for sample in samples]
-    plain_of = _plain_way(job, model, batches)
-    in_nats = not (callable(job.loss) or job.loss in ("mse", OWN))
-    truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
-    evidence = gather_evidence(truth, samples, batches)
+    with order_explained(batches[0] if isinstance(job.loss, str) else None):
+        plain_of = _plain_way(job, model, batches)
+        in_nats = not (callable(job.loss) or job.loss in ("mse", OWN))
+        truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
+        evidence = gather_evidence(truth, samples, batches)
     _check_loss(truth, evidence)
     reshard(model)  # else a sharded head would look like a whole one
     whole, _ = collate_groups(truth, samples, together)

@@ -122,10 +122,39 @@ def stack_collate(samples: list[Any]) -> Any:
     try:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"samples can't be stacked to a batch ({error}); make them tensors of one shape, as by "
-            "a transform, or pass a collate_fn that makes a batch of them"
-        ) from error
+        reason = _why_not_stacked(samples) or (
+            f" ({error}); make them tensors of one shape, as by a transform, or pass a collate_fn "
+            "that makes a batch of them"
+        )
+        raise ValueError(f"samples can't be stacked to a batch{reason}") from error
+
+
+def _why_not_stacked(samples: list[Any]) -> str:
+    """What to do about samples that hold None, or images of PIL, else ""."""
+    parts = [part for sample in samples for part in _parts_of(sample)]
+    missing = next((name for name, value in parts if value is None), None)
+    if missing is not None:
+        return (
+            f": {missing} is None; give it a value ({IGNORE_INDEX} where no class counts), or "
+            "leave the sample out"
+        )
+    if any(hasattr(value, "mode") and hasattr(value, "tobytes") for _, value in parts):
+        return (
+            ": they hold images of PIL; give the data set the transform of the model's evaluation, "
+            "which ends in tensors, or pass a collate_fn that calls the model's processor"
+        )
+    return ""
+
+
+def _parts_of(sample: Any) -> list[tuple[str, Any]]:
+    """A sample's parts, each with what a message calls it."""
+    if isinstance(sample, Mapping):
+        return [(repr(name), value) for name, value in sample.items()]
+    if not isinstance(sample, tuple | list):
+        return [("a sample", sample)]
+    names = ["the input", "the target"] if len(sample) == 2 else []
+    names = names or [f"part {place} of a sample" for place in range(len(sample))]
+    return list(zip(names, sample, strict=True))
 
 
 def pad_collate(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str, Any]:

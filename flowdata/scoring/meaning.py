@@ -54,7 +54,9 @@ def decide_loss(
         named = loss_of_model(innermost(model)) or name_by_labels(
             batches, many, lambda: logits_of(predict(model, inputs[0]))
         )
-        with suppress(RuntimeError, TypeError):  # the run's own checks say more of these
+        with suppress(
+            IndexError, RuntimeError, TypeError
+        ):  # the run's own checks say more of these
             if named == "binary_cross_entropy":
                 inputs = [to_device(split_batch(many())[0], device)]
             if named in ("cross_entropy", "binary_cross_entropy"):

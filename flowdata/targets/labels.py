@@ -38,10 +38,37 @@ def _as_targets(name: str, values: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         strange = next((v for v in values if isinstance(v, str) or v is None), values)
         raise ValueError(
-            f"{name!r} must be numbers, got {strange!r}: give each class a number from 0 on, "
-            f"{IGNORE_INDEX} where nothing counts; without targets leave the field out"
+            f"{name!r} must be numbers, got {strange!r}: {_numbering(strange)}; without targets "
+            "leave the field out"
         ) from error
     return targets.long() if targets.dtype in UNSIGNED else targets
+
+
+def _numbering(label: Any) -> str:
+    """How to make a class number of a label that is none."""
+    how = f", as by class_names.index({label!r})" if isinstance(label, str) else ""
+    return (
+        f"give each class its number in the model (int64, from 0 on){how}, and {IGNORE_INDEX} "
+        "where nothing counts"
+    )
+
+
+def strings_for_targets(batch: Any) -> str:
+    """Return what to do where the targets of an (inputs, targets) pair are strings, else ``""``.
+
+    Example:
+        >>> strings_for_targets([torch.ones(2, 3), ("cat", "dog")])[:51]
+        "the targets are strings, such as 'cat', and must be"
+    """
+    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+    targets = batch[1] if is_pair else None
+    if not isinstance(targets, tuple | list) or not targets:
+        return ""
+    first = targets[0]
+    if not isinstance(first, str | bytes):
+        return ""
+    first = str(first) if isinstance(first, str) else first  # NumPy's strings are spelt otherwise
+    return f"the targets are strings, such as {first!r}, and must be numbers: {_numbering(first)}"
 
 
 def describe_batch(batch: Any) -> str:

@@ -37,7 +37,8 @@ def cross_entropy(
 
     Args:
         logits: (B, C, …) floating; or (B, …, C), with `classes_last` or where only that fits.
-        targets: (B, …) int64, −100 where nothing counts, or (B, C) class probabilities.
+        targets: (B, …) int64, −100 where nothing counts, or (B, C) class probabilities. Classes
+            of shape (B, 1) are one for each sample, where logits are (B, C).
         columns: names of further columns, see columns.py.
         hidden: (B, …, d), the inputs of the layer that made the logits; for `gradient_norm`.
         classes_last: prefer (B, …, C) where both orders fit.
@@ -48,6 +49,8 @@ def cross_entropy(
     if targets.is_floating_point():
         return _cross_entropy_of_probabilities(logits, targets, columns, hidden)
     targets = targets.long()
+    if logits.dim() == 2 and targets.shape == (len(logits), 1):
+        targets = targets.squeeze(1)  # nothing else can be meant: a sample has one row of logits
     logits = _classes_second(logits, targets, classes_last=classes_last)
     is_target = targets != IGNORE_INDEX
     strange = targets[is_target & ((targets < 0) | (targets >= logits.shape[1]))]
@@ -149,13 +152,22 @@ def _counts_and_places(is_target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_shapes(loss: str, logits: Tensor, targets: Tensor, expected: torch.Size) -> None:
     if targets.shape != expected:
-        binary = loss == "cross_entropy" and targets.shape == logits.shape
-        hint = "; for a yes or no of each class pass loss='binary_cross_entropy'" if binary else ""
-        if loss == "mse" and targets.shape == logits.shape[:1]:
-            hint = "; if they are classes, give them as integers"
-        if logits.dim() == 0:
-            hint = _SQUEEZED
+        hint = _SQUEEZED if logits.dim() == 0 else _hint(loss, logits, targets)
         raise ValueError(
             f"loss={loss!r}: predictions have shape {tuple(logits.shape)}, so targets must have "
             f"shape {tuple(expected)}, got {tuple(targets.shape)}{hint}"
         )
+
+
+def _hint(loss: str, logits: Tensor, targets: Tensor) -> str:
+    """What may be meant by targets whose shape doesn't fit, as the end of a sentence."""
+    is_whole = not targets.is_floating_point() or bool((targets == targets.round()).all())
+    is_one_each = targets.shape in (logits.shape[:1], (*logits.shape[:1], 1))
+    if loss == "cross_entropy" and targets.shape == logits.shape:
+        return "; for a yes or no of each class pass loss='binary_cross_entropy'"
+    if logits.dim() == 2 and is_whole and is_one_each:
+        squeezed = ".squeeze(1)" if targets.dim() == 2 else ""
+        return f"; if they are classes, give them as integers, as by {squeezed}.long()"
+    if targets.shape == (*logits.shape, 1):
+        return "; give one number a sample, as by .squeeze(-1)"
+    return ""

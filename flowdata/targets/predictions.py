@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowdata.models.calling import call_in_order, call_with, innermost
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import CPU, to_device
-from flowdata.targets.labels import describe_batch, split_batch
+from flowdata.targets.labels import describe_batch, split_batch, strings_for_targets
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import first_argument
@@ -44,6 +44,8 @@ def prediction_way(
     def way(model: nn.Module, batch: Any) -> TargetLosses:
         inputs, targets = split_batch(batch)
         if targets is None:
+            if strings := strings_for_targets(batch):
+                raise ValueError(f"loss={loss!r}: {strings}")
             raise ValueError(
                 f"loss={loss!r} needs (input, target) pairs or dicts with 'labels', got "
                 f"{describe_batch(batch)}; pass loss=callable(model, batch) for another layout"

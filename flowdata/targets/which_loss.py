@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.targets.labels import IGNORE_INDEX, describe_batch, split_batch
+from flowdata.targets.labels import (
+    IGNORE_INDEX,
+    describe_batch,
+    split_batch,
+    strings_for_targets,
+)
 
 LANGUAGE_LOSSES = ("causal_lm", "seq2seq_lm", "masked_lm")
 PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
@@ -78,6 +83,8 @@ def loss_of_batch(batch: Any) -> str:
     if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
         if isinstance(inputs, Mapping) and "input_ids" in inputs:
             return "causal_lm"
+        if strings := strings_for_targets(batch):
+            raise ValueError(f"loss='auto': {strings}")
         raise ValueError(
             "loss='auto' found no targets in the batch: samples must be (input, target) pairs or "
             f"dicts with 'labels', got {describe_batch(batch)}; pass loss=callable(model, batch)"
