@@ -83,6 +83,8 @@ def test_a_median_above_the_loss_of_a_guess_is_said_of_cross_entropies_alone(nam
     assert f"the median loss is {median:.3g} nats" in message
     assert f"among {classes} classes costs ln({classes}) = {math.log(classes):.3g}" in message
     assert "the labels number the classes as the model does" in message
+    assert "Check that inputs are what the model was trained on (of images the same mean" in message
+    assert "no pixels from 0 to 255 where it knew 0 to 1" in message
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,7 @@ def test_a_language_model_counts_tokens_and_a_store_and_a_report_tell_it_too(
         (message,) = caplog.messages
         assert f"among {VOCABULARY} tokens costs ln({VOCABULARY}) = 5.29" in message
         assert "that the tokenizer is the model's own" in message
+        assert "pixels" not in message
         caplog.clear()
     assert guessing_remark(scores.losses, Scores.load(store).metadata) == message
     page = write_report(scores, tmp_path / "report").page.read_text()

@@ -22,8 +22,9 @@ _OF_TOKENS = (
     "newly made, and that the labels are not shifted"
 )
 _OF_CLASSES = (
-    "that the checkpoint is the trained one, that its head is not newly made, and that the labels "
-    "number the classes as the model does"
+    "that inputs are what the model was trained on (of images the same mean and deviation, and no "
+    "pixels from 0 to 255 where it knew 0 to 1), that the checkpoint is the trained one, that its "
+    "head is not newly made, and that the labels number the classes as the model does"
 )
 
 
