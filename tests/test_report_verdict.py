@@ -99,6 +99,59 @@ def test_suspects_stand_out_among_samples_as_long_as_they_are():
     assert not find_oddities(few, torch.ones(3)).marks["suspect"].any()
 
 
+def test_samples_of_one_target_are_not_said_to_be_as_long_as_others(tmp_path):
+    losses = (0.5 + 0.1 * noise(200)).abs()
+    losses[:4] = 9.0
+    one = Scores(losses)
+    page = write_report(one, tmp_path).page.read_text("utf-8")
+    assert "suspects for noise: their losses lie far above the others'" in page
+    assert "as long" not in page
+    several = Scores(losses, torch.arange(200) % 2 + 1)
+    assert "far above those of samples as long" in write_report(several, tmp_path).page.read_text()
+
+
+def test_the_verdict_says_plainly_what_is_marked():
+    losses = (0.5 + 0.1 * noise(200)).abs()
+    losses[:4] = 9.0
+    texts = ["same", "same", *map(str, range(198))]
+    odd = find_oddities(losses, torch.ones(200), texts)
+    verdict = judge(losses, torch.ones(200), summarize(losses, torch.ones(200)), odd)
+    marked = " Among them the report marks 4 as suspects for noise, 1 as a copy."
+    assert verdict.text[0].endswith(marked)
+
+
+NAMED = {
+    "Losses of mine.jsonl under org/model": {
+        "details": {"data": {"source": "/home/me/mine.jsonl"}, "model": "org/model"}
+    },
+    "Losses of CIFAR-10 under ResNet-20": {"details": {"data": "CIFAR-10", "model": "ResNet-20"}},
+    "Losses of flowers &lt;1&gt;": {"identity": {"dataset": "flowers <1>", "model": "2:ab"}},
+    "Losses under net": {"identity": {"dataset": "content:2:ab"}, "details": {"model": "./net"}},
+    "Losses and weights": {"identity": {"dataset": "part ab of content:2:cd"}, "details": {}},
+}
+
+
+@pytest.mark.parametrize("title", NAMED)
+def test_the_title_names_data_and_model_where_the_scores_know_them(title, tmp_path):
+    scores = Scores(torch.rand(30), metadata=NAMED[title])
+    page = write_report(scores, tmp_path).page.read_text("utf-8")
+    assert f"<title>flowdata: {title}</title>" in page
+    assert f"<h1>{title}</h1>" in page
+
+
+def test_that_texts_are_cut_is_said_where_one_is(tmp_path):
+    def page(text):
+        samples = ["short", "a\x00", text].__getitem__
+        return write_report(Scores(torch.rand(3)), tmp_path, samples=samples).page.read_text(
+            "utf-8"
+        )
+
+    note = "The first 2,000 characters of each sample are here, for the search too."
+    assert note not in page("b" * 2000)
+    assert note in page("b" * 2001)
+    assert note in page("\x00" * 501)  # spelt out they are longer
+
+
 def test_copies_contradictions_empty_and_missing_samples_are_marked():
     def chat(prompt, target):
         return [Piece(prompt, "user"), Piece(target, "assistant", True)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flowdata.report.oddities import MARKS, Oddities
+from flowdata.report.oddities import Oddities, meaning_of
 from flowdata.report.page import (
     definitions,
     number,
@@ -68,7 +70,7 @@ def render(
         tiles(_figures(summary)),
         *_pictures(scores, losses, temperature),
         "<h2>What is odd</h2>",
-        _odd(oddities, scores.metadata),
+        _odd(oddities, scores),
         '<h2 id="samples">All samples</h2>',
         _table(scores, losses, summary, texts, oddities, words),
         "<h2>From easy to hard</h2>",
@@ -86,7 +88,29 @@ def render(
             ]
     if scores.metadata:
         body += ["<h2>How the losses were made</h2>", definitions(scores.metadata)]
-    return page("Losses and weights", body)
+    return page(_title(scores.metadata), body)
+
+
+def _title(metadata: Mapping[str, Any]) -> str:
+    """What the page is about, with the names of data and model, as far as they are known."""
+    details = metadata.get("details") or {}
+    data, model = details.get("data"), details.get("model")
+    data = data.get("source") if isinstance(data, Mapping) else data
+    if data is None:  # `dataset_id` is a name, and a fingerprint is none
+        identity = str((metadata.get("identity") or {}).get("dataset", ""))
+        data = None if re.match(r"(content|tokens):|part |$", identity) else identity
+    named = [
+        f" {word} {_short_name(name)}"
+        for word, name in (("of", data), ("under", model))
+        if isinstance(name, str) and name
+    ]
+    return "Losses" + "".join(named) if named else "Losses and weights"
+
+
+def _short_name(name: str) -> str:
+    """A path's last part; another name as it is."""
+    is_path = name.startswith((".", "/", "~")) or "\\" in name
+    return PurePath(name).name or name if is_path else name
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -115,16 +139,16 @@ def _pictures(scores: Scores, losses: Tensor, temperature: float) -> list[str]:
     return ['<div class="pictures">', *pictures, "</div>"]
 
 
-def _odd(oddities: Oddities, metadata: Mapping[str, Any]) -> str:
+def _odd(oddities: Oddities, scores: Scores) -> str:
     """How many samples bear each mark, each with a button that shows them in the table."""
     counts = {name: int(marks.sum()) for name, marks in oddities.marks.items()}
     lines = [
-        f"<li><b>{count:,}</b>{MARKS[name]}"
+        f"<li><b>{count:,}</b>{escape(meaning_of(name, scores.counts), quote=False)}"
         f'<button type="button" data-mark="{name}" hidden>show</button></li>'
         for name, count in counts.items()
         if count
     ]
-    details = metadata.get("details") or {}
+    details = scores.metadata.get("details") or {}
     if num_cut := details.get("num_cut", 0):
         lines.append(
             f"<li><b>{num_cut:,}</b>samples were longer than {details.get('max_length'):,} tokens "

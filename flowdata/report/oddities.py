@@ -27,6 +27,20 @@ MARKS = {
 }
 
 
+_SUSPECT_OF_ALL = "suspects for noise: their losses lie far above the others'"
+
+
+def meaning_of(mark: str, counts: Tensor) -> str:
+    """Return what a mark means, as a page lists it.
+
+    Args:
+        mark: one of `MARKS`.
+        counts: (N,) int64, targets of each sample: where all have as many, none is longer.
+    """
+    is_of_all = mark == "suspect" and len(counts[counts > 0].unique()) <= 1
+    return _SUSPECT_OF_ALL if is_of_all else MARKS[mark]
+
+
 @dataclass(frozen=True)
 class Oddities:
     """What is odd in N samples.

@@ -52,7 +52,9 @@ def write_report(
     """Write `report.html` and `losses.png` into a folder; return their paths and the figures.
 
     The page has a verdict in words, pictures, what is odd, and a table of all samples in which they
-    can be sorted, searched, read and weighed at any temperature. It stands alone, in one file.
+    can be sorted, searched, read and weighed at any temperature. It stands alone, in one file. Its
+    title names data and model as far as the scores know them, as by `LossScorer.score(data,
+    details={"data": "CIFAR-10", "model": "ResNet-20"})`.
 
     Args:
         scores: of N samples.

@@ -41,8 +41,7 @@ def shorten(text: SampleText, limit: int) -> list[Piece]:
         >>> [piece.text for piece in shorten([Piece("a" * 50), Piece("Yes.")], 10)]
         ['aaaaaa … (44 more characters)', 'Yes.']
     """
-    whole = [Piece(text)] if isinstance(text, str) else text
-    pieces = [replace(piece, text=_spelt_out(piece.text)) for piece in whole]
+    pieces = _spelt_out(text)
     shares = _shares([len(piece.text) for piece in pieces], limit)
     return [
         replace(piece, text=_beginning(piece.text, share))
@@ -59,8 +58,19 @@ def _shares(lengths: Sequence[int], limit: int) -> list[int]:
     return shares
 
 
-def _spelt_out(text: str) -> str:
-    return _INVISIBLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+def is_longer(text: SampleText, limit: int) -> bool:
+    """Return whether `shorten` would cut a sample's text."""
+    return sum(len(piece.text) for piece in _spelt_out(text)) > limit
+
+
+def _spelt_out(text: SampleText) -> list[Piece]:
+    """A sample's pieces, with what can't be seen spelt out."""
+    whole = [Piece(text)] if isinstance(text, str) else text
+    return [replace(piece, text=_INVISIBLE.sub(_escape, piece.text)) for piece in whole]
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\x{ord(match[0]):02x}"
 
 
 def _beginning(text: str, limit: int) -> str:

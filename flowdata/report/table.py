@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowdata._common.excerpts import FROM_0
 from flowdata.report.oddities import MARKS, Oddities
-from flowdata.report.samples import SampleText, shorten
+from flowdata.report.samples import SampleText, is_longer, shorten
 
 # A page of 100,000 samples should open at once and travel by mail.
 _MOST_CHARACTERS = 20_000_000  # of all texts together
@@ -100,6 +100,7 @@ def table(
     style = Path(__file__).with_name("table.css").read_text(encoding="utf-8")
     return _TEMPLATE.format(
         numbers=f"{FROM_0.capitalize()}.",
+        search="#12" if texts is None else "Search the texts, or #12",
         note=_note(texts, num_texts, limit, payload["tokens"]),
         data=base64.b64encode(content).decode(),
         script=script,
@@ -110,9 +111,13 @@ def table(
 def _note(texts: Any, num_texts: int, limit: int, tokens: Any) -> str:
     """What the table holds of texts and tokens, in words."""
     notes = []
-    if texts is not None:
-        which = f"the hardest {num_texts:,} samples" if num_texts < len(texts) else "each sample"
-        notes.append(f"The first {limit:,} characters of {which} are here, for the search too.")
+    if texts is not None and num_texts < len(texts):
+        notes.append(
+            f"The first {limit:,} characters of the hardest {num_texts:,} samples are here, for "
+            "the search too."
+        )
+    elif texts is not None and any(is_longer(text, limit) for text in texts):
+        notes.append(f"The first {limit:,} characters of each sample are here, for the search too.")
     if tokens is not None:
         notes.append(
             f"Token losses are kept for {len(tokens['samples']):,} samples, the hardest first, and "
@@ -186,7 +191,7 @@ _TEMPLATE = """<style>{style}</style>
 <output id="effect" for="temperature"></output>
 </div>
 <div class="search">
-<input type="search" id="search" placeholder="Search the texts, or #12" aria-label="Search">
+<input type="search" id="search" placeholder="{search}" aria-label="Search">
 <select id="marks" aria-label="Which samples"></select>
 <button type="button" id="save">Save these rows as CSV</button>
 <output id="number"></output>

@@ -31,7 +31,11 @@ _ALIKE_WRONG_OR_RIGHT = (
     "That does not say that all rows are right: if some are wrong, these losses don't tell them "
     "from the others, so neither weights nor leaving out the hardest would help."
 )
-_CAUSES = ("suspect", "copy", "contradiction")  # marks that may explain a large loss
+_CAUSES = {  # marks that may explain a large loss, as words for one sample and for several
+    "suspect": ("a suspect for noise", "suspects for noise"),
+    "copy": ("a copy", "copies"),
+    "contradiction": ("a contradiction", "contradictions"),
+}
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,9 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
         far, near = np.median(lengths[is_far]), np.median(lengths[is_near])
         text += f" They have {far:,.0f} targets in the median, the others {near:,.0f}."
     marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _CAUSES}
-    if any(marks.values()):
-        numbers = ", ".join(f"{number:,} as {name}" for name, number in marks.items() if number)
-        text += f" Marked among them, as the report lists them: {numbers}."
+    named = [f"{size:,} as {_CAUSES[name][size > 1]}" for name, size in marks.items() if size]
+    if named:
+        text += f" Among them the report marks {', '.join(named)}."
     return text
 
 
