@@ -11,6 +11,42 @@ from types import TracebackType
 import torch.distributed as dist
 
 logger = logging.getLogger("flowdata")
+_PREFIX = "flowdata: "  # of what is printed where the program has set up no logging
+_TERMINAL = "flowdata-terminal"
+
+
+class _Terminal(logging.Handler):
+    """Prints warnings where the program has set up no logging, as Python does, but says whose."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning, unless another handler has it."""
+        if not _has_logging():
+            try:
+                print(f"{_PREFIX}{self.format(record)}", file=sys.stderr)
+            except Exception:  # as other handlers do: a sentence that fails stops no work
+                self.handleError(record)
+
+
+def _has_logging() -> bool:
+    """Whether the program has a handler that gets the library's sentences."""
+    place: logging.Logger | None = logger
+    while place is not None:
+        if any(handler.name != _TERMINAL for handler in place.handlers):
+            return True
+        place = place.parent if place.propagate else None
+    return False
+
+
+def _add_terminal() -> None:
+    """Let warnings be printed, by one handler also where this module is loaded again."""
+    for handler in [handler for handler in logger.handlers if handler.name == _TERMINAL]:
+        logger.removeHandler(handler)
+    terminal = _Terminal(logging.WARNING)
+    terminal.name = _TERMINAL
+    logger.addHandler(terminal)
+
+
+_add_terminal()
 
 
 def say(message: str, *, shown: bool = True) -> None:
@@ -24,8 +60,8 @@ def say(message: str, *, shown: bool = True) -> None:
         shown: False logs at level DEBUG and prints nothing.
     """
     logger.log(logging.INFO if shown else logging.DEBUG, message)
-    if shown and not logger.hasHandlers():
-        print(f"flowdata: {message}", file=sys.stderr)
+    if shown and not _has_logging():
+        print(f"{_PREFIX}{message}", file=sys.stderr)
 
 
 def warn_once(message: str, *, about: str) -> None:
