@@ -61,10 +61,11 @@ def resolve_temperature(losses: Values, temperature: Temperature) -> float:
     Args:
         losses: (N,) floating, non-negative, of any size (2^24 elements and more included).
         temperature: a positive real number (any type of one, 0-d tensors and arrays included);
-            ``"median"`` (mean of the two middle values when N is even); ``"mean"``; ``"q0.25"``,
-            any quantile, interpolated linearly; ``"ess0.5"``, the temperature at which the
-            effective sample size of the weights is that share of N, whose weights are relative
-            to the smallest loss; or a callable from the losses to such a number.
+            ``"median"`` (mean of the two middle values when N is even, as in NumPy, where
+            `torch.median` takes the lower one); ``"mean"``; ``"q0.25"``, any quantile,
+            interpolated linearly; ``"ess0.5"``, the temperature at which the effective sample
+            size of the weights is that share of N, whose weights are relative to the smallest
+            loss; or a callable from the losses to such a number.
 
     Returns:
         A finite float > 0, in the unit of the losses; of ``"ess…"`` a `RelativeTemperature`,
