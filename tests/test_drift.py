@@ -242,6 +242,17 @@ def test_bfloat16_is_no_worse_than_its_plain_forward():
     assert abs(drift.kl - expected) <= abs(plain - expected) + 1e-4
 
 
+def test_a_model_is_read_in_its_own_dtype_unless_another_is_named(monkeypatch):
+    monkeypatch.setattr("flowdata.models.precision.is_fast_at_bfloat16", lambda device: True)
+    base = tiny_llama()
+    meter = DriftMeter(base, TOKENS)
+    assert meter.reader.dtype == torch.float32
+    tuned = moved(base, 1e-4)  # so near that rounding in bfloat16 would be most of the KL
+    expected = float(truth(base, tuned, TOKENS, of_causal)["kl"])
+    assert meter(tuned).kl == pytest.approx(expected, rel=0.02)
+    assert DriftMeter(copy.deepcopy(base).bfloat16(), TOKENS).reader.dtype == torch.bfloat16
+
+
 def test_rounding_in_bfloat16_is_judged_by_its_own_size(caplog):
     base = tiny_llama()
     with torch.no_grad():

@@ -36,6 +36,7 @@ from benchmarks.forgetting.batches import (
 )
 from benchmarks.forgetting.images import ASSETS
 from benchmarks.forgetting.language_readouts import (
+    DTYPE,
     DriftReadout,
     item_losses,
     mean_loss,
@@ -167,7 +168,7 @@ class Language:
         folder = self.scores / samples.digest()[:16]
         scores = scorer.score(samples, store=folder, dataset_id=samples.digest())
         validation_samples = self._tokens(validation)
-        meter = DriftMeter(self.model, validation_samples)
+        meter = DriftMeter(self.model, validation_samples, dtype=DTYPE)
         return Start(samples, scores, validation_samples, meter)
 
     def _problems(self, name: str) -> Any:

@@ -22,6 +22,7 @@ from flowdata.text import TokenSamples
 
 _TOKENS_OF_OWN_TEXT = 96
 _GRADIENT_SAMPLES, _GRADIENT_BATCH = 8, 4
+DTYPE = "bfloat16"  # of the drift in these studies
 OWN_TEXT, AFTER_BOS, VALIDATION = "own text", "own text after BOS", "validation targets"
 
 
@@ -44,7 +45,7 @@ class DriftReadout:
             probe = own_text(
                 model, tokenizer, number, _TOKENS_OF_OWN_TEXT, template=template, store=file
             )
-            self.meters[name] = DriftMeter(model, probe)
+            self.meters[name] = DriftMeter(model, probe, dtype=DTYPE)
             self.counts[name] = torch.tensor(
                 [int((sample["labels"] != IGNORE_INDEX).sum()) for sample in probe]
             )

@@ -99,7 +99,7 @@ class Reader:
         self._job = Job(
             model=model,
             loss=loss or _PREDICTIONS,
-            dtype=resolve_dtype(dtype, model, home(model), one_target=loss is None),
+            dtype=resolve_dtype(dtype, model, home(model), one_target=True),
             device=home(model),
             reference="model",
             token_losses=False,

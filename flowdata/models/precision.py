@@ -26,13 +26,15 @@ def resolve_dtype(
     - the model can be converted: it is not sharded, spread over devices, quantised, nor made of
       parts in several dtypes;
     - what is computed does not rest on one target, as a classifier's loss does, nor is it features
-      that a head is fitted to: nothing averages rounding errors out in these.
+      that a head is fitted to, nor predictions that two models are compared by: nothing averages
+      rounding errors out in these.
 
     Args:
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``, or one of these of torch.
         model: the model, in its own dtype.
         device: where it is run.
-        one_target: what is computed of a sample rests on one target, or is features.
+        one_target: what is computed of a sample rests on one target, or is features, or predictions
+            to compare.
 
     Raises:
         ValueError: neither ``"auto"`` nor float32, bfloat16 or float16.
