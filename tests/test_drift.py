@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import re
 import weakref
 
 import pytest
@@ -508,6 +509,8 @@ def test_padding_that_leaks_is_not_read_together(caplog):
         torch.manual_seed(0)
         DriftMeter(leaking(), classified(12))
     assert "not reading samples together" in caplog.text
+    assert re.search("a sample's (prediction|class) differs by", caplog.text)
+    assert "; a slower way is right" in caplog.text
 
 
 def test_a_meter_keeps_no_model_in_memory():

@@ -74,7 +74,7 @@ def right_way(job: Job, plan: Plan, model: nn.Module, head: str | None) -> Candi
                 "layer is given"
             )
     for name, why in reasons[: candidates.index(candidate)]:
-        logger.warning("not reading %s: %s", name, why)
+        logger.warning("not reading %s: %s; a slower way is right", name, why)
     return candidate
 
 
@@ -153,7 +153,8 @@ def _truth(job: Job, plan: Plan, model: nn.Module, head: str | None, batches: li
 
         return signs
 
-    return Truth(job, plan.options, model, plain_of, in_nats=True, batches=batches)
+    noun = "prediction"  # of which the signs, and no losses, are compared
+    return Truth(job, plan.options, model, plain_of, in_nats=True, batches=batches, noun=noun)
 
 
 def _signs_alone(truth: Truth, plan: Plan, head: str | None) -> Way:

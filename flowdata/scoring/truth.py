@@ -63,6 +63,7 @@ class Truth:
         samples: how many samples were compared.
         largest: by column, the largest difference between an agreed way and the truth.
         classes: how many classes, or tokens, the samples' logits told apart.
+        noun: what the losses are, in messages.
     """
 
     job: Job
@@ -77,6 +78,7 @@ class Truth:
     samples: int = 0
     largest: float = 0.0
     classes: set[int] = field(default_factory=set)
+    noun: str = "loss"
 
     @property
     def num_classes(self) -> int:
@@ -227,8 +229,9 @@ def difference(truth: Truth, columns: Columns, true: Columns, times: float = 1.0
         is_nan = bool(value.isnan()), bool(expected.isnan())
         off, allowed = (value - expected).abs(), truth.allowance(name, expected, int(true["count"]))
         if is_nan[0] != is_nan[1] or bool(off > times * allowed):
+            noun = truth.noun if name == "loss" else name
             return (
-                f"a sample's {name} differs by {float(off):.2g} ({float(value):.6g}, alone "
+                f"a sample's {noun} differs by {float(off):.2g} ({float(value):.6g}, alone "
                 f"{float(expected):.6g})"
             )
     return ""

@@ -54,8 +54,7 @@ def weigh_present(
             f"{int(absent.sum())} of {len(losses)} samples have no {column} (no target, or a value "
             f"that is not finite in float32): indices {indices}; drop them (keep = "
             "scores.losses.isfinite().nonzero()[:, 0].tolist(), then [dataset[i] for i in keep] "
-            "with scores[keep]), or pass missing='zero' to give them weight 0, as in "
-            "scores.weights(missing='zero')"
+            "with scores[keep]), or pass scores.weights(missing='zero'), which gives them weight 0"
         )
     # The check is of all samples, so that the index in its message is the sample's own.
     present = check_values(losses.masked_fill(absent, 0.0), plural(column))[~absent]

@@ -100,6 +100,13 @@ def _check(options: argparse.Namespace) -> None:
     if twice:
         raise ValueError(f"--alphas must be several numbers, got {twice[0]} twice")
     check_factor("--exchange", options.exchange)
+    for source in (options.base, options.tuned):
+        if str(source).endswith(".gguf"):
+            raise ValueError(
+                "front averages the weights of two hub ids or folders, and "
+                f"{source} is a GGUF file: write a folder of it first, by "
+                "flowdata.text.load_model(FILE).save_pretrained(FOLDER), with its tokenizer"
+            )
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
     if options.picture.is_dir():
