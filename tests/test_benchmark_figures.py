@@ -43,8 +43,9 @@ ELSEWHERE = ON_AMD, LONG_4K, OTHERS = [
     ("scoring", mark) for mark in ("--samples 1024", "--cases long-4k", "--cases experts")
 ]
 GPU_1, GPU_2, GPU_3 = [("gpu", f"gpu {mark}") for mark in ("--minutes 3", "--minutes 4", "--parts")]
-HEAD, SCALE, DRIFT, SAMPLER, BUSY, ATTENTION, ROWS = [
-    (name, "") for name in ("head", "scale", "drift", "sampler", "busy", "attention", "many_rows")
+DRIFT_OF_TEXT, DRIFT_OF_IMAGES = [("drift", mark) for mark in ("language", "resnet-20")]
+HEAD, SCALE, SAMPLER, BUSY, ATTENTION, ROWS = [
+    (name, "") for name in ("head", "scale", "sampler", "busy", "attention", "many_rows")
 ]
 MOST = "10,000,000"
 GPU_CASE = "llama-1b, 128k, 50% completions: {}"
@@ -285,12 +286,12 @@ def drift():
     whats = "drift at one evaluation in 100 steps", "measurement", "step"
     yield (
         "{:.1f} % of the training of a SmolLM2-shaped model ({:.1f} s beside steps of {:.1f} s)",
-        figures(DRIFT, "language model: {}", *whats),
+        figures(DRIFT_OF_TEXT, "language model: {}", *whats),
     )
     yield (
         "{:.1f} % of that of ResNet-20 ({:.3f} s beside {:.3f} s; {})",
         [
-            *figures(DRIFT, "resnet-20: {}", *whats),
+            *figures(DRIFT_OF_IMAGES, "resnet-20: {}", *whats),
             machine("drift"),
         ],
     )

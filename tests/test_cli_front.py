@@ -168,7 +168,9 @@ def test_a_folder_that_is_there_is_not_written_over(capsys, model_folder, data, 
     assert "--write must name a new folder" in err
 
 
-def test_a_gguf_file_is_refused_before_anything_is_read(capsys, tuned_folder, data):
-    code, _, err = run(capsys, "front", "model.gguf", tuned_folder, "--valid", data, *SMALL)
+def test_a_gguf_file_is_refused_before_anything_is_read(capsys, tuned_folder, data, tmp_path):
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    code, _, err = run(capsys, "front", gguf, tuned_folder, "--valid", data, *SMALL)
     assert code == 2
     assert "model.gguf is a GGUF file: write a folder of it first" in err

@@ -22,9 +22,9 @@ from flowdata.store.folder import read_manifest
 from flowdata.store.identity import (
     content_identity,
     dataset_difference,
-    remark_on_random_samples,
     sampling_note,
 )
+from flowdata.store.random_samples import remark_on_random_samples
 from flowdata.views import score_views
 from tests.integrations import tiny
 
@@ -249,7 +249,7 @@ STILL = {
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_samples_that_differ_on_a_second_reading_are_said_once(name, caplog, monkeypatch):
-    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+    monkeypatch.setattr("flowdata.store.random_samples._remarks", set())
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     with caplog.at_level(logging.WARNING, "flowdata"):
         remark_on_random_samples(DRAWS[name](), None)
@@ -298,7 +298,7 @@ def test_samples_that_stay_the_same_are_not_remarked_on(name, caplog):
 
 
 def test_views_of_random_samples_are_what_was_asked_for(caplog, monkeypatch):
-    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+    monkeypatch.setattr("flowdata.store.random_samples._remarks", set())
 
     def collate_images(samples):
         return torch.tensor(np.stack([s[0] for s in samples])), torch.tensor(
@@ -310,7 +310,7 @@ def test_views_of_random_samples_are_what_was_asked_for(caplog, monkeypatch):
         assert len(FlowWeightedDataset(DRAWS["torch"](), scores)) == 12
     assert "differs from reading" not in caplog.text
     for name in (None, "flowers"):
-        monkeypatch.setattr("flowdata.store.identity._remarks", set())
+        monkeypatch.setattr("flowdata.store.random_samples._remarks", set())
         caplog.clear()
         with caplog.at_level(logging.WARNING, "flowdata"):
             scorer().score(DRAWS["torch"](), collate_fn=collate_images, dataset_id=name)
@@ -318,7 +318,7 @@ def test_views_of_random_samples_are_what_was_asked_for(caplog, monkeypatch):
 
 
 def test_a_data_set_that_has_a_name_need_not_be_recognised(caplog, monkeypatch):
-    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+    monkeypatch.setattr("flowdata.store.random_samples._remarks", set())
     with caplog.at_level(logging.WARNING, "flowdata"):
         remark_on_random_samples(DRAWS["own"](), "flowers")
     assert "differs from reading" in caplog.text

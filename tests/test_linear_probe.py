@@ -95,7 +95,7 @@ class Shaken(Dataset):
 
 
 def test_a_data_set_that_augments_at_random_is_said_once(caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr("flowdata.store.identity._remarks", set())
+    monkeypatch.setattr("flowdata.store.random_samples._remarks", set())
     with caplog.at_level(logging.WARNING, "flowdata"):
         for _ in range(2):
             quiet(nn.Linear(3, 3), Shaken(), strength=0.05)
@@ -121,7 +121,7 @@ def test_a_generator_of_its_own_matters_where_features_are_kept(caplog, monkeypa
             return self.x[index] + torch.rand((), generator=generator), self.y[index]
 
     for store, is_named in ((None, False), (tmp_path / "f.safetensors", True)):
-        monkeypatch.setattr("flowdata.store.identity._remarks", set())
+        monkeypatch.setattr("flowdata.store.random_samples._remarks", set())
         caplog.clear()
         with caplog.at_level(logging.WARNING, "flowdata"):
             quiet(nn.Linear(3, 3), Own(), strength=0.05, store=store)

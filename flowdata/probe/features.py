@@ -21,8 +21,9 @@ from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
-from flowdata.store.identity import features_identity, remark_on_random_samples
+from flowdata.store.identity import features_identity
 from flowdata.store.kept import keep
+from flowdata.store.random_samples import remark_on_random_samples
 from flowdata.targets.labels import split_batch
 
 _OF_ONE_DRAW = (  # what becomes of samples that differ, and what to do

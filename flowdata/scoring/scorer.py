@@ -41,11 +41,11 @@ from flowdata.store.format import make_manifest
 from flowdata.store.identity import (
     content_identity,
     is_model_identity,
-    remark_on_random_samples,
     sampling_note,
     scores_identity,
 )
 from flowdata.store.places import Place, place_of
+from flowdata.store.random_samples import remark_on_random_samples
 from flowdata.targets.columns import check_columns
 from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,

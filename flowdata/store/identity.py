@@ -25,13 +25,11 @@ from typing import Any
 from torch import nn
 
 from flowdata._common.excerpts import excerpt_of
-from flowdata._common.notices import logger
 from flowdata.errors import ScoreMismatchError
 from flowdata.store.fingerprint.callables import fingerprint_callable
-from flowdata.store.fingerprint.dataset import fingerprint_parts, random_sample, sample_count
+from flowdata.store.fingerprint.dataset import fingerprint_parts, sample_count
 from flowdata.store.fingerprint.hugging_face import columns_given
 from flowdata.store.fingerprint.model import fingerprint_model
-from flowdata.store.fingerprint.values import class_name
 
 CONTENT_PREFIX = "content:"  # of a data set's identity that was read off its samples
 PART_PREFIX = "part "  # of the identity of a selection, which no data set has
@@ -63,11 +61,6 @@ _OTHERWISE = {  # what differs where digests do
     "collate_fn": "the function differs, or a value that it uses, or one of both had none",
 }
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{4,}…?")
-_OF_ONE_DRAW = (  # what becomes of samples that differ, and what to do
-    "each loss is that of one draw. Score with the transform of evaluation, or take the mean over "
-    "draws with flowdata.views.score_views"
-)
-_remarks: set[str] = set()  # that were made in this program: once is enough
 _CALLABLE_PREFIX = "callable:"  # of a loss that is the user's own function
 
 
@@ -249,39 +242,6 @@ def _words_of(identity: str) -> dict[str, str]:
 def _is_earlier(identity: Any) -> bool:
     text = str(identity).removeprefix(CONTENT_PREFIX)
     return not text.startswith(_SCHEME)
-
-
-def remark_on_random_samples(
-    dataset: Any,
-    dataset_id: str | None,
-    *,
-    skip_unreadable: bool = False,
-    advice: str = _OF_ONE_DRAW,
-) -> None:
-    """Say, once, that a sample differs from reading to reading: its loss is that of one draw.
-
-    Args:
-        dataset: map-style; a few of its samples are read a few times.
-        dataset_id: the user's name for its content, which then need not be recognised.
-        skip_unreadable: pass over samples on which the data set raises.
-        advice: what comes of it and what to do, where it is not losses that are computed.
-    """
-    sample = random_sample(dataset, skip_unreadable=skip_unreadable)
-    if sample is None:
-        return
-    index, is_seeded = sample
-    remark = (
-        f"dataset[{index}] of {class_name(dataset)} differs from reading to reading, as random "
-        f"augmentation makes it: {advice}"
-    )
-    if not is_seeded and dataset_id is None:
-        remark += (
-            ". No seed fixes it, so its content can't be recognised: pass dataset_id='a name that "
-            "changes when the data does'"
-        )
-    if remark not in _remarks:
-        _remarks.add(remark)
-        logger.warning(remark)
 
 
 def check_identity(

@@ -101,7 +101,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--alphas must be several numbers, got {twice[0]} twice")
     check_factor("--exchange", options.exchange)
     for source in (options.base, options.tuned):
-        if str(source).endswith(".gguf"):
+        if str(source).endswith(".gguf") and Path(source).is_file():
             raise ValueError(
                 "front averages the weights of two hub ids or folders, and "
                 f"{source} is a GGUF file: write a folder of it first, by "
