@@ -125,11 +125,18 @@ def test_messages_speak_of_flags(capsys, model_folder, tmp_path):
         (("--columns", "magic"), "--columns must be among"),
         (("--max-tokens", "0"), "--max-tokens must be"),
         (("--template-option", "x=1"), "the chat template has no variable 'x'"),
-        (("--dtype", "int8"), "--dtype "),
     ):
         code, out, err = run(capsys, "score", model_folder, file, *store, *options)
         assert (code, out) == (2, "")
         assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["score", "drift", "front"])
+def test_a_precision_that_there_is_not_is_refused_before_anything_is_read(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, command, "no-model", "no-data", "--dtype", "fp32")
+    assert stop.value.code == 2
+    assert "--dtype: invalid choice: 'fp32' (choose from " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

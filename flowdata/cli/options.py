@@ -7,7 +7,8 @@ import argparse
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Add `--dtype`, the precision that the model runs in."""
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    names = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="auto", choices=names, help="the precision to run in")
 
 
 def add_temperature(parser: argparse.ArgumentParser, of_what: str) -> None:
