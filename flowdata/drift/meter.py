@@ -61,8 +61,7 @@ class DriftMeter:
             statistics, as the old task would be served (Sanyal et al., arXiv:2502.02797, section
             5); ``"own"`` with the tuned model's.
         dtype: ``"auto"`` is the model's own; else see `LossScorer`. In bfloat16 the KL of models
-            that lie close together is off by a thousandth of a nat or more: 0.0031 where float32
-            has 0.0017.
+            that lie close together is rounding for a good part.
         dataset_id: names the probe's content for `store`; None fingerprints its samples.
         progress: show it, on the first rank, where reading the probe takes more than a few seconds.
 
