@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def _plan_and_store(samples: int) -> list[Row]:
                     writer.add(number, columns, {})
 
         step("parts written", write)
-        step("parts read", lambda: read_finished_packs(folder, manifest, plan.order, plan.sizes))
+        read = partial(read_finished_packs, folder, manifest, plan.order, plan.sizes)
+        step("parts read", lambda: list(read()))
         scores = flowdata.Scores(loss, count, metadata=manifest)
         tensors, manifest = scores.to_tensors(), scores.manifest()
         step("scores written", lambda: finish(folder, tensors, manifest, plan.order, plan.sizes))

@@ -296,9 +296,10 @@ def fuzz(count, templates, folder, seed):
     draw, refused = random.Random(seed), 0
 
     def true_packs(manifest):
-        for index, columns in read_finished_packs(folder, manifest, order, sizes).packs.items():
-            where = slice(index * PACK, (index + 1) * PACK)
-            assert torch.equal(columns["loss"], losses[where]), (seed, index)
+        for finished in read_finished_packs(folder, manifest, order, sizes):
+            for index, columns in finished.packs.items():
+                where = slice(index * PACK, (index + 1) * PACK)
+                assert torch.equal(columns["loss"], losses[where]), (seed, index)
 
     for number in range(count):
         kind = draw.randrange(5)
@@ -320,7 +321,7 @@ def fuzz(count, templates, folder, seed):
                 if kind < 4:
                     true_packs(found)
                 else:
-                    read_finished_packs(folder, manifest, order, sizes)
+                    list(read_finished_packs(folder, manifest, order, sizes))
                 loaded = Scores.load(folder)
                 assert kind == 4 or torch.equal(loaded.losses, losses), (seed, number)
             except (StoreError, FileNotFoundError):

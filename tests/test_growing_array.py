@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from flowdata._common import growing_array
+from flowdata._common import large_array
 from flowdata._common.growing_array import GrowingArray
 from flowdata.text.tokens import TokenSamples
 
@@ -21,7 +21,7 @@ NUMBERS = {"b": np.int8, "i": np.int32, "q": np.int64}
 )
 def test_numbers_stay_as_they_were_added(code, pieces, in_memory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growing_array, "_IN_MEMORY", in_memory)
+        patch.setattr(large_array, "IN_MEMORY", in_memory)
         numbers = GrowingArray(code)
         for piece in pieces:
             numbers.extend(piece)
@@ -40,7 +40,7 @@ def samples_of(count):
 
 def test_samples_in_files_are_the_samples(monkeypatch):
     in_memory = samples_of(50)
-    monkeypatch.setattr(growing_array, "_IN_MEMORY", 16)
+    monkeypatch.setattr(large_array, "IN_MEMORY", 16)
     in_files = samples_of(50)
     assert isinstance(in_files.input_ids, np.memmap)
     assert in_files.identity() == in_memory.identity()
@@ -52,7 +52,7 @@ def test_samples_in_files_are_the_samples(monkeypatch):
 
 
 def test_workers_read_samples_in_files(monkeypatch):
-    monkeypatch.setattr(growing_array, "_IN_MEMORY", 16)
+    monkeypatch.setattr(large_array, "IN_MEMORY", 16)
     samples = samples_of(12)
     loaded = list(DataLoader(samples, batch_size=4, num_workers=2))
     ids = torch.cat([batch["input_ids"] for batch in loaded])

@@ -2,6 +2,7 @@ import hashlib
 
 import torch
 
+from flowdata._common import large_array
 from flowdata.store.packs import checksums, join, places, reorder, restore, split
 from tests import reference
 
@@ -25,10 +26,15 @@ def test_reordering_takes_every_samples_values_along():
     assert equal(reorder(ordered, ORDER.argsort()), COLUMNS)
 
 
-def test_packs_are_put_in_the_order_of_the_data_set():
+def test_packs_are_put_in_the_order_of_the_data_set(monkeypatch):
     sizes = torch.tensor([2, 0, 3])
-    packs = split(reorder(COLUMNS, ORDER), sizes)
-    assert equal(restore(packs, ORDER.split(sizes.tolist())), COLUMNS)
+    packs = list(
+        zip(ORDER.split(sizes.tolist()), split(reorder(COLUMNS, ORDER), sizes), strict=True)
+    )
+    assert equal(restore(lambda: packs, 5), COLUMNS)
+    assert equal(restore(lambda: reversed(packs * 2), 5), COLUMNS)  # some of them twice
+    monkeypatch.setattr(large_array, "IN_MEMORY", 16)
+    assert equal(restore(lambda: packs, 5), COLUMNS)
 
 
 def test_packs_are_cut_and_joined():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowdata.scoring.plan import packs
 from flowdata.scoring.plan.packs import PlanOptions, plan_fixed, plan_padded
 
 lengths_lists = st.lists(st.integers(0, 50), min_size=1, max_size=60)
@@ -100,3 +101,24 @@ def test_a_begun_stores_options_go_before_a_calls_own():
     begun = {"max_tokens": None, "batch_size": 5, "threads": 3, "packs": 7, "digest": "ab"}
     assert options.as_begun(begun) == replace(options, max_tokens=None, batch_size=5, threads=3)
     assert options.as_begun({}) == options
+
+
+def test_sums_are_of_the_samples_of_each_pack(monkeypatch):
+    monkeypatch.setattr(packs, "_AT_ONCE", 7)
+    lengths = torch.randint(1, 99, (300,), generator=torch.Generator().manual_seed(0)).int()
+    plan = plan_padded(lengths, max_tokens=300)
+    sums = [int(lengths[plan.pack(index)].sum()) for index in range(len(plan))]
+    assert plan.sums(lengths).tolist() == sums
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    saved=st.integers(0, 9),
+    at_once=st.integers(1, 20),
+)
+def test_samples_are_sorted_part_by_part_as_all_at_once(lengths, saved, at_once):
+    sizes = [max(length - saved, 1) for length in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packs, "_AT_ONCE", at_once)
+        order = plan_padded(torch.tensor(lengths), max_tokens=64, saved=saved).order
+    assert order.tolist() == sorted(range(len(sizes)), key=lambda index: -sizes[index])

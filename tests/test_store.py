@@ -43,7 +43,10 @@ def begun(tmp_path):
 
 
 def found(folder, manifest=MANIFEST, order=ORDER, sizes=SIZES):
-    return read_finished_packs(folder, manifest, order, sizes).packs
+    packs = {}
+    for finished in read_finished_packs(folder, manifest, order, sizes):
+        packs |= finished.packs
+    return packs
 
 
 def test_parts_give_back_their_packs(begun):
@@ -52,7 +55,8 @@ def test_parts_give_back_their_packs(begun):
     for index, columns in packs.items():
         for name, values in pack(index).items():
             assert torch.equal(columns[name], values)
-    assert read_finished_packs(begun, MANIFEST, ORDER, SIZES).skipped == {4: "lost"}
+    skipped = [finished.skipped for finished in read_finished_packs(begun, MANIFEST, ORDER, SIZES)]
+    assert {4: "lost"} in skipped
 
 
 def test_parts_are_written_as_time_goes_by(tmp_path, monkeypatch):

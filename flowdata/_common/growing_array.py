@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-_IN_MEMORY = 16 * 2**20  # bytes of one array
+from flowdata._common import large_array
 
 
 class GrowingArray:
@@ -36,7 +36,7 @@ class GrowingArray:
     def extend(self, numbers: Iterable[int]) -> None:
         """Add numbers."""
         self._latest.extend(numbers)
-        if len(self._latest) * self._latest.itemsize > _IN_MEMORY:
+        if len(self._latest) * self._latest.itemsize > large_array.IN_MEMORY:
             self._write()
 
     def _write(self) -> None:

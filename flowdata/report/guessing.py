@@ -45,10 +45,9 @@ def guessing_remark(losses: Tensor, metadata: Mapping[str, Any]) -> str:
         ''
     """
     num_classes = (metadata.get("checked") or {}).get("num_classes", 0)
-    present = losses[~losses.isnan()]
-    if num_classes < 2 or not len(present):
+    if num_classes < 2 or losses.isnan().all():
         return ""
-    median, guess = float(np.median(present.numpy())), math.log(num_classes)
+    median, guess = float(np.nanmedian(losses.numpy())), math.log(num_classes)
     if median < guess - _ROUNDING:
         return ""
     is_of_tokens = metadata.get("identity", {}).get("loss") in LANGUAGE_LOSSES

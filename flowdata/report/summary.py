@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.chunks import mean_of
 from flowdata.weights import (
     Temperature,
     effective_sample_size,
@@ -53,29 +55,46 @@ def summarize(
         (1, 1.0, 0.652)
     """
     values = drop_missing(losses)
+    of_losses = dict(zip(QUANTILES, quantiles(values, [*QUANTILES.values()]), strict=True))
     temperature_value = resolve_temperature(values, temperature)
     weights = weigh(values, temperature_value)
     warn_of_useless_weights(values, weights, temperature)
     effective = effective_sample_size(weights) if weights.any() else 0.0
-    quantiles = np.quantile(values.double().numpy(), list(QUANTILES.values()))
     return {
         "samples": len(losses),
         "missing": len(losses) - len(values),
         "targets": int(counts.sum()),
-        "loss": {
-            "mean": values.mean(dtype=torch.float64).item(),
-            **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
-        },
+        "loss": {"mean": mean_of(values), **of_losses},
         "temperature": temperature_value,
         "temperature_rule": _rule_name(temperature),
         "weight": {
-            "mean": weights.mean(dtype=torch.float64).item(),
+            "mean": mean_of(weights),
             "min": weights.min().item(),
             "max": weights.max().item(),
         },
         "effective_sample_size": effective,
         "effective_share": effective / len(values),
     }
+
+
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """Return the quantiles of values, (N,) floating, as NumPy makes them of float64.
+
+    Ten million values are not copied as float64 for it, but the two that lie next to each quantile.
+
+    Example:
+        >>> import torch
+        >>> quantiles(torch.tensor([3.0, 1.0, 2.0, 5.0]), [0.0, 0.5])
+        [1.0, 2.5]
+    """
+    wide = values.dtype in (torch.float32, torch.float64)
+    places = [share * (len(values) - 1) for share in shares]
+    pairs = [(int(place), min(int(place) + 1, len(values) - 1)) for place in places]
+    ordered = np.partition((values if wide else values.float()).numpy(), sorted({*sum(pairs, ())}))
+    return [
+        float(np.quantile(ordered[[*pair]].astype(np.float64), place - pair[0]))
+        for place, pair in zip(places, pairs, strict=True)
+    ]
 
 
 def extremes(losses: Tensor, top: int) -> tuple[list[int], list[int]]:
@@ -102,7 +121,8 @@ def drop_missing(losses: Tensor) -> Tensor:
     Raises:
         ValueError: no sample has a loss.
     """
-    values = losses[~losses.isnan()]
+    is_there = ~losses.isnan()
+    values = losses if is_there.all() else losses[is_there]
     if len(values) == 0:
         raise ValueError(
             f"none of the {len(losses)} samples has a loss: check that the labels are not all "

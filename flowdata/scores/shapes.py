@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.chunks import CHUNK
 from flowdata.store.format import STORE_TENSORS
 
 
@@ -33,6 +34,8 @@ def check_shapes(
 
 
 def finite_float32(values: Tensor) -> Tensor:
-    """Return values as float32, NaN where that is not finite; on the CPU, detached."""
-    single = torch.as_tensor(values).detach().cpu().float()
-    return torch.where(single.isfinite(), single, torch.nan)
+    """Return a copy of values as float32, NaN where that is not finite; on the CPU, detached."""
+    single = torch.as_tensor(values).detach().to("cpu", torch.float32, copy=True)
+    for part in single.split(CHUNK):
+        part.masked_fill_(~part.isfinite(), torch.nan)
+    return single

@@ -95,25 +95,29 @@ def make_plan(
         return replace(plan, options=options)
     max_tokens = options.max_tokens or _MAX_TOKENS[kind]
     groups, savings = _prompt_groups(job, options.prefix)
-    options = replace(options, max_tokens=max_tokens, shared_prompts=int(savings.sum()))
+    num_saved = 0 if savings is None else int(savings.sum())
+    options = replace(options, max_tokens=max_tokens, shared_prompts=num_saved)
     plan = plan_padded(
-        lengths - options.prefix - savings,
+        lengths,
         max_tokens=max_tokens,
         batch_size=options.batch_size,
         groups=groups,
+        saved=options.prefix if savings is None else options.prefix + savings,
     )
     return replace(plan, options=options)
 
 
-def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor]:
+def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor | None]:
     """Return which samples share a prompt, and how many tokens that saves each on average.
+
+    Both are None where none is shared.
 
     Nothing is looked for where the user gave the lengths: that was to spare reading all samples.
     """
     can_share = _can_pack(job) and job.lengths is None
     sharing = shared_prompts(job.dataset) if can_share else None
     if sharing is None:
-        return None, torch.zeros(1, dtype=torch.long)
+        return None, None
     groups, prompt_lengths = sharing
     group_sizes = groups.bincount()[groups]
     # A prompt that k samples share is run once instead of k times: each saves (k − 1)/k of it.

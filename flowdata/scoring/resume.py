@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from time import sleep
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from flowdata._common.notices import logger, say
 from flowdata.errors import DisagreementError, StoreError
@@ -22,7 +25,7 @@ from flowdata.scoring.run import CheckReport, run_packs
 from flowdata.store.folder import finish, locked, read_manifest
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
-from flowdata.store.packs import join, restore, split
+from flowdata.store.packs import Columns, join, restore, split
 from flowdata.store.parts import FinishedPacks, PartWriter, parts_of
 from flowdata.store.places import Place
 from flowdata.store.repair import read_finished_packs, repair_manifest
@@ -46,7 +49,7 @@ def score_in_memory(job: Job, draft: Manifest, ranks: Ranks) -> Scores:
     manifest["checked"] = _gather_checks(report, ranks)
     if ranks.size > 1 and not is_sharded(job.model):
         _exchange_packs(packs, plan, ranks)
-    scores = merge_packs(plan, packs, manifest)
+    scores = merge_packs(plan, lambda: [packs], manifest)
     _warn_of_guessing(scores, ranks)
     return scores
 
@@ -128,9 +131,9 @@ def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> S
     checked = _gather_checks(report, ranks)
     scores = None
     if ranks.is_first:
-        # Nothing else holds the packs, so that they are gone before the file is written.
-        read = partial(_read_all_packs, folder, plan, manifest)
-        scores = merge_packs(plan, _once_visible(read, ranks), {**manifest, "checked": checked})
+        read = partial(_all_packs, folder, plan, manifest)
+        merge = partial(merge_packs, plan, read, {**manifest, "checked": checked})
+        scores = _once_visible(merge, ranks)
         finish(folder, scores.to_tensors(), scores.manifest(), plan.order, plan.sizes)
     ranks.from_first("merged", True)
     return scores
@@ -167,8 +170,11 @@ def _without_wrong_parts(folder: Place, begun: Manifest) -> Manifest:
 def _begin(folder: Place, plan: Plan, manifest: Manifest) -> list[int]:
     """Write the manifest, without which parts mean nothing; return the packs that are lacking."""
     write_manifest(folder, manifest)
-    packs = read_finished_packs(folder, manifest, plan.order, plan.sizes).packs
-    return [index for index in range(len(plan)) if index not in packs]
+    is_there = torch.zeros(len(plan), dtype=torch.bool)
+    for finished in read_finished_packs(folder, manifest, plan.order, plan.sizes):
+        is_there[list(finished.packs)] = True
+    lacking: list[int] = (~is_there).nonzero().flatten().tolist()
+    return lacking
 
 
 def _write_parts(
@@ -204,14 +210,17 @@ def _write_parts(
         raise
 
 
-def _read_all_packs(folder: Place, plan: Plan, manifest: Manifest) -> FinishedPacks:
-    packs = read_finished_packs(folder, manifest, plan.order, plan.sizes)
-    if len(packs.packs) < len(plan):
+def _all_packs(folder: Place, plan: Plan, manifest: Manifest) -> Iterator[FinishedPacks]:
+    """Yield all packs of a store, part by part; at the end raise StoreError if some are lacking."""
+    is_there = torch.zeros(len(plan), dtype=torch.bool)
+    for finished in read_finished_packs(folder, manifest, plan.order, plan.sizes):
+        is_there[list(finished.packs)] = True
+        yield finished
+    if not is_there.all():
         raise StoreError(
-            f"{len(plan) - len(packs.packs)} packs that were just written are not in {folder}; all "
+            f"{int((~is_there).sum())} packs that were just written are not in {folder}; all "
             "ranks have to write into one folder, on a file system that they share. Call again"
         )
-    return packs
 
 
 def _once_visible(read: Callable[[], T], ranks: Ranks) -> T:
@@ -223,17 +232,30 @@ def _once_visible(read: Callable[[], T], ranks: Ranks) -> T:
     return read()
 
 
-def merge_packs(plan: Plan, packs: FinishedPacks, manifest: Manifest) -> Scores:
-    """Return all packs' losses in data set order, and say how many samples have none."""
-    numbers = range(len(plan))
-    columns = restore([packs.packs[pack] for pack in numbers], list(map(plan.pack, numbers)))
+def merge_packs(
+    plan: Plan, read: Callable[[], Iterable[FinishedPacks]], manifest: Manifest
+) -> Scores:
+    """Return all packs' losses in data set order, and say how many samples have none.
+
+    Args:
+        plan: the packs.
+        read: gives the finished packs, all of them, anew each time it is called.
+        manifest: the store's.
+    """
+    skipped: dict[int, str] = {}
+
+    def packs() -> Iterator[tuple[Tensor, Columns]]:
+        for finished in read():
+            skipped.update(finished.skipped)
+            for number, columns in finished.packs.items():
+                yield plan.pack(number), columns
+
+    columns = restore(packs, len(plan.order))
     fields = {name: manifest[name] for name in ("identity", "plan", "details")}
     scores = Scores(
         columns.pop("loss"),
         columns.pop("count"),
-        metadata=dict(
-            make_manifest(**fields, skipped=packs.skipped, checked=manifest.get("checked"))
-        ),
+        metadata=dict(make_manifest(**fields, skipped=skipped, checked=manifest.get("checked"))),
         token_losses=columns.pop("token_loss", None),
         columns=columns,
     )

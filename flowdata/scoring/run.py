@@ -167,8 +167,7 @@ def _sizes(job: Job, plan: Plan) -> tuple[Tensor, str]:
         return plan.costs, "samples"
     if job.lengths is None:  # they were read off the samples, and the costs alone were kept
         return plan.costs, "tokens with padding"
-    tokens = offsets_of(torch.as_tensor(job.lengths).long()[plan.order])
-    return tokens[plan.offsets].diff(), "tokens"
+    return plan.sums(torch.as_tensor(job.lengths)), "tokens"
 
 
 @dataclass(frozen=True)

@@ -188,10 +188,10 @@ def _sums_of_packs(columns: Columns, order: Tensor, sizes: Tensor, key: str) -> 
 
 def update_details(folder: Place, details: Mapping[str, Any]) -> None:
     """Replace the notes for readers in a finished store, if they differ; all else stays."""
-    tensors, manifest = read_file(folder / SCORES)
     as_read = make_manifest({}, {}, details)["details"]
-    if manifest["details"] == as_read:
+    if manifest_in(folder / SCORES)["details"] == as_read:
         return
+    tensors, manifest = read_file(folder / SCORES)
     # A folder that can only be read keeps the notes that it has, which are of the same losses.
     with suppress(PermissionError), locked(folder):
         manifest = {**manifest, "details": as_read}

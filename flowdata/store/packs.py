@@ -18,12 +18,13 @@ the sizes of the packs tell the place in those, and the offsets tell the place i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.large_array import large_array
 from flowdata._common.offsets import offsets_of
 from flowdata._common.safetensors_file import octets
 
@@ -60,30 +61,37 @@ def reorder(columns: Mapping[str, Tensor], order: Tensor) -> Columns:
     return ordered
 
 
-def restore(packs: Sequence[Mapping[str, Tensor]], samples: Sequence[Tensor]) -> Columns:
+def restore(read: Callable[[], Iterable[tuple[Tensor, Columns]]], total: int) -> Columns:
     """Return the columns of packs in the order of the data set.
 
-    They are put where they belong pack by pack: of ten million samples, packs joined first would be
-    120 MB more.
+    They are put where they belong pack by pack, so that no more than a few packs are in memory at
+    once; large columns lie in files (`large_array`).
 
     Args:
-        packs: their columns, `count` among them; all have the same ones.
-        samples: the indices of each pack's samples, (n,) int64 each; all of them are 0 to N − 1.
+        read: yields the packs, anew each time it is called: the indices of a pack's samples, (n,)
+            int64, and its columns, `count` among them. All packs have the same columns.
+        total: samples of all packs, whose indices are 0 to total − 1.
     """
-    total = sum(map(len, samples))
-    restored = {
-        name: values.new_empty(total) for name, values in packs[0].items() if name != "token_loss"
-    }
-    for pack, indices in zip(packs, samples, strict=True):
-        for name, values in restored.items():
-            values[indices] = pack[name]
-    if "token_loss" in packs[0]:
+    restored: Columns = {}
+    has_token_losses = False
+    for indices, columns in read():
+        for name in columns.keys() - {"token_loss"}:
+            if name not in restored:
+                restored[name] = _zeros(total, like=columns[name])
+            restored[name][indices] = columns[name]
+        has_token_losses = "token_loss" in columns
+    if has_token_losses:
+        # Where a sample's targets belong, the counts of all samples before it say.
         offsets = offsets_of(restored["count"])
-        restored["token_loss"] = packs[0]["token_loss"].new_empty(int(offsets[-1]))
-        for pack, indices in zip(packs, samples, strict=True):
-            targets = places(offsets[indices], pack["count"])
-            restored["token_loss"][targets] = pack["token_loss"]
+        restored["token_loss"] = _zeros(int(offsets[-1]), like=columns["token_loss"])
+        for indices, columns in read():
+            targets = places(offsets[indices], columns["count"])
+            restored["token_loss"][targets] = columns["token_loss"]
     return restored
+
+
+def _zeros(length: int, *, like: Tensor) -> Tensor:
+    return torch.from_numpy(large_array(length, like.numpy().dtype))
 
 
 def places(starts: Tensor, counts: Tensor) -> Tensor:

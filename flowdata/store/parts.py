@@ -114,10 +114,8 @@ def parts_of(folder: Place) -> list[Place]:
     return [file for file in files if file.suffix == ".safetensors" and file.name[0] != "."]
 
 
-def packs_of_part(
-    file: Place, store: str, sizes: Tensor
-) -> tuple[dict[int, Columns], dict[int, str]]:
-    """Return a part's packs by number, and why samples of them were skipped, by index.
+def packs_of_part(file: Place, store: str, sizes: Tensor) -> FinishedPacks:
+    """Return a part's packs.
 
     Args:
         file: the part.
@@ -140,7 +138,8 @@ def packs_of_part(
     sizes_here = sizes[packs]
     _check_columns(tensors, int(sizes_here.sum()), file)
     columns = split(tensors, sizes_here)
-    return dict(zip(packs.tolist(), columns, strict=True)), skipped_in(manifest)
+    by_number = dict(zip(packs.tolist(), columns, strict=True))
+    return FinishedPacks(by_number, skipped_in(manifest))
 
 
 def _check_columns(columns: Columns, samples: int, file: Place) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,10 @@ def repair_manifest(folder: Place) -> None:
 
 def read_finished_packs(
     folder: Place, manifest: Manifest, order: Tensor, sizes: Tensor
-) -> FinishedPacks:
-    """Return every pack that earlier runs finished and that can be trusted.
+) -> Iterator[FinishedPacks]:
+    """Yield every pack that earlier runs finished and that can be trusted, file by file.
+
+    A pack that two ranks scored comes twice, and is the same from both.
 
     Args:
         folder: the store.
@@ -43,20 +47,20 @@ def read_finished_packs(
         order: (N,) int64, the plan's order: sample ``order[i]`` is the i-th of the packs' samples.
         sizes: (packs,) int64, the plan's samples in each pack.
     """
-    finished_packs = FinishedPacks()
     for file in parts_of(folder):
         try:
-            finished_packs.add(*packs_of_part(file, store_digest(manifest), sizes))
+            packs = packs_of_part(file, store_digest(manifest), sizes)
         except ConnectionError:  # of object storage: the part may well be whole
             raise
         except (StoreError, OSError) as error:
             logger.warning("%s; what it held is scored again", error)
+        else:
+            yield packs
     file = folder / SCORES
     if file.exists():  # it must be damaged: a whole one would have been loaded instead
         whole_packs = _whole_packs(file, manifest, order, sizes)
         logger.warning("%d of %d packs of %s are whole", len(whole_packs), len(sizes), file)
-        finished_packs.add(whole_packs, skipped_in(manifest))
-    return finished_packs
+        yield FinishedPacks(whole_packs, skipped_in(manifest))
 
 
 def _whole_packs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flowdata.text.renderings import Rendering, common_length
 
 Encoded = tuple[list[int], NDArray[np.bool_]]  # tokens, and which of them are targets
+Truncation = Literal["keep_start", "keep_end"]  # TRL's words
 
 
 def encode(renderings: Sequence[Rendering], tokenizer: Any) -> list[Encoded]:
@@ -68,3 +69,15 @@ def _tokens_between(batch: Any, number: int, start: int, end: int) -> tuple[int,
     tokens = (batch.char_to_token(number, character) for character in range(end - 1, start - 1, -1))
     last = next((token for token in tokens if token is not None), first - 1)
     return first, last + 1
+
+
+def kept_part(length: int, max_length: int | None, truncation: Truncation) -> slice:
+    """Return which tokens of a sample are kept where it may have at most `max_length`.
+
+    Example:
+        >>> kept_part(5, 3, "keep_end")
+        slice(2, None, None)
+    """
+    if max_length is None or length <= max_length:
+        return slice(None)
+    return slice(max_length) if truncation == "keep_start" else slice(length - max_length, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowdata._common.growing_array import GrowingArray
+from flowdata._common.large_array import large_array
 from flowdata._common.notices import is_first_rank, say
 from flowdata._common.unreadable import Unreadable
 from flowdata.scores.matching import TOKENS_PREFIX
@@ -22,15 +23,14 @@ from flowdata.store.fingerprint.rows import digest_tokens
 from flowdata.targets.labels import IGNORE_INDEX
 from flowdata.text.chats import render_conversation
 from flowdata.text.conversation import LEFT_OUT, Conversation, Row, why_unreadable
-from flowdata.text.encoding import Encoded, encode
+from flowdata.text.encoding import Encoded, Truncation, encode, kept_part
 from flowdata.text.formats import Fields, find_fields, read_conversation
 from flowdata.text.remarks import RowRemarks, lacking_template, warn_of_lost_targets
 from flowdata.text.renderings import Rendering
 from flowdata.text.templates import ChatTemplate, Form
 
-Truncation = Literal["keep_start", "keep_end"]  # TRL's words
-
 _NO_TOKENS: Encoded = ([], np.zeros(0, dtype=np.bool_))  # the sample of a row that can't be read
+_SAMPLES_AT_ONCE = 1 << 20  # of which targets are counted
 _ROWS_AT_ONCE = 4096  # given to the tokenizer in one call, which runs them on all cores
 
 
@@ -85,7 +85,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         self.num_cut = self.num_cut_targets = self.num_lost_targets = 0
         for row, samples in enumerate(samples_of_rows):
             for tokens, is_target in samples:
-                part = _part(len(tokens), max_length, truncation)
+                part = kept_part(len(tokens), max_length, truncation)
                 self._count(len(tokens), is_target, part)
                 ids.extend(tokens[part])
                 is_targets.extend(array("b", is_target[part].tobytes()))
@@ -126,13 +126,19 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     @property
     def num_targets(self) -> int:
         """Targets of all samples; a sample's first token has nothing before it, and is none."""
-        starts = self.offsets[:-1][np.diff(self.offsets) > 0] - self.offsets[0]
-        return int(self.is_target.sum() - self.is_target[starts].sum())
+        count = int(self.is_target.sum())
+        for first in range(0, len(self), _SAMPLES_AT_ONCE):
+            offsets = self.offsets[first : first + _SAMPLES_AT_ONCE + 1] - self.offsets[0]
+            starts = offsets[:-1][np.diff(offsets) > 0]
+            count -= int(self.is_target[starts].sum())
+        return count
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens in each sample, (N,) int64."""
-        return torch.from_numpy(np.diff(self.offsets))
+        """Tokens in each sample, (N,) int32."""
+        lengths = large_array(len(self), np.int32)
+        np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
+        return torch.from_numpy(lengths)
 
     def part(self, start: int, stop: int) -> TokenSamples:
         """Return the samples from `start` up to `stop`, whose arrays are views of these."""
@@ -337,14 +343,7 @@ def _telling(
     for samples in samples_of_rows:
         tokens, is_target = samples[0]
         if tokens and not is_told:
-            part = _part(len(tokens), max_length, truncation)
+            part = kept_part(len(tokens), max_length, truncation)
             on_first((tokens[part], is_target[part]))
             is_told = True
         yield samples
-
-
-def _part(length: int, max_length: int | None, truncation: Truncation) -> slice:
-    """The tokens of a sample that are kept."""
-    if max_length is None or length <= max_length:
-        return slice(None)
-    return slice(max_length) if truncation == "keep_start" else slice(length - max_length, None)

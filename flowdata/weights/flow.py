@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
+from flowdata._common.chunks import mean_of
 from flowdata._common.real_numbers import real_number
 from flowdata._common.values import Values, check_values
 from flowdata.weights.formula import weigh
@@ -97,5 +97,5 @@ def shape_weights(
         # The mean of small float32 weights may lie below what float32 holds, and the sum of large
         # ones above; relative to the largest weight it lies between 1 / N and 1.
         weights = weights / largest
-        weights = weights / weights.mean(dtype=torch.float64)
+        weights = weights / mean_of(weights)
     return weights if max_weight is None else weights.clamp(max=max_weight)

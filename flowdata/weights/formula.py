@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowdata.weights.sample_size import CHUNK
+from flowdata._common.chunks import CHUNK
 from flowdata.weights.temperature import RelativeTemperature
 
 

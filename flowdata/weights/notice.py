@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowdata._common.chunks import mean_of
 from flowdata._common.notices import warn_once
 from flowdata.weights.formula import weigh
 from flowdata.weights.temperature import Temperature, resolve_temperature, rule_name
@@ -52,7 +53,7 @@ def warn_of_useless_weights(
     if not present.all():
         losses, weights = losses[present], weights[present]
     trouble = _trouble_of(losses, weights)
-    mean = weights.mean(dtype=torch.float64).item()
+    mean = mean_of(weights)
     if trouble is None or (trouble == "vanish" and is_normalized and mean > _TINY):
         return
     rule, units = rule_name(temperature), f"{len(losses):,} {unit}"
@@ -83,7 +84,7 @@ def warn_of_likely_losses(weights: Tensor) -> None:
     Args:
         weights: (N,) floating, finite, non-negative.
     """
-    mean = weights.mean(dtype=torch.float64).item()
+    mean = mean_of(weights)
     first = weights[:_LOOKED_AT]
     if len(weights) < _FEW or mean < _LARGE_MEAN or 2 * len(first.unique()) < len(first):
         return
@@ -99,7 +100,7 @@ def _trouble_of(
     losses: Tensor, weights: Tensor
 ) -> Literal["vanish", "same weights", "same losses"] | None:
     """What is wrong with weights, if anything is."""
-    if weights.mean(dtype=torch.float64).item() < _SMALLEST_MEAN:
+    if mean_of(weights) < _SMALLEST_MEAN:
         return "vanish"
     if len(weights) == 1 or weights.min() < weights.max():
         return None

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flowdata._common.chunks import CHUNK
 from flowdata._common.values import Values, check_values
-
-CHUNK = 1 << 22  # elements per float64 temporary: 32 MiB, whatever the number of samples
 
 
 def effective_sample_size(weights: Values) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.chunks import mean_of
 from flowdata._common.real_numbers import as_float
 from flowdata._common.values import Values, check_values
 from flowdata.weights.sample_size import log_sample_size
@@ -187,10 +188,10 @@ def _in_order(losses: Tensor) -> Tensor:
 def _mean(losses: Tensor) -> float:
     """The mean, which is positive and finite wherever one of the losses is positive."""
     losses = _in_order(losses)
-    mean = losses.mean(dtype=torch.float64).item()
+    mean = mean_of(losses)
     if math.isinf(mean):  # the sum overflows, not the mean
         largest = losses.max().item()
-        mean = largest * (losses / largest).mean(dtype=torch.float64).item()
+        mean = largest * mean_of(losses / largest)
     if mean == 0 and losses.any():  # it lies below the smallest float
         mean = math.ulp(0.0)
     return mean

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata._common.large_array import large_array
 from flowdata._common.unreadable import Unreadable, first_readable
 
 _CHARACTERS_PER_TOKEN = 3  # of raw text, whose tokens only a collate function knows
@@ -18,11 +19,11 @@ _MEDIA = ("image", "audio", "video")  # whose files a sample may name
 _LABELS = ("labels", "label")  # where floating-point numbers are targets, of many classes
 _SIGNALS = ("pixel", "image", "video", "audio", "input_features", "input_values")
 _PLAIN = (str, bytes, numbers.Number, list, tuple, Mapping, Tensor, np.ndarray, np.generic)
-_Integers = np.ndarray[Any, np.dtype[np.int64]]
+_Integers = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
-    """Return every sample's length in tokens, (N,) int64, or None where tokens don't tell its size.
+    """Return every sample's length in tokens, (N,) int32, or None where tokens don't tell its size.
 
     A sample of tokens is as long as its `input_ids`. An encoder-decoder's is as long as these and
     its `labels` together: they are another sequence, as their number shows. Raw text has a token
@@ -43,14 +44,14 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
         return None
     if _shows_its_lists(dataset):
         return torch.from_numpy(_lengths_of_fields(dataset))
-    counts = []
+    counts = large_array(len(dataset), np.int32)
     for index in range(len(dataset)):
         sample = dataset[index]
         length = 0 if isinstance(sample, Unreadable) else length_of(sample)
         if length is None:
             return None
-        counts.append(length)
-    return torch.tensor(counts)
+        counts[index] = length
+    return torch.from_numpy(counts)
 
 
 def _check_lengths(lengths: Any, num_samples: int) -> Tensor:
@@ -62,7 +63,7 @@ def _check_lengths(lengths: Any, num_samples: int) -> Tensor:
         )
     if tensor.is_floating_point() or (tensor < 0).any():
         raise ValueError("lengths must be non-negative integers: tokens in each sample")
-    return tensor.long()
+    return tensor.int()
 
 
 def _shows_its_lists(dataset: Any) -> bool:
@@ -105,7 +106,7 @@ def _lengths_of_fields(dataset: Any) -> _Integers:
     lengths = [
         field.value_lengths().to_numpy() for field in fields if hasattr(field, "value_lengths")
     ]
-    total: _Integers = lengths[0].astype(np.int64)
+    total: _Integers = lengths[0].astype(np.int32)
     if len(lengths) == 2:
         total += np.where(lengths[1] == lengths[0], 0, lengths[1])
     return total

@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata._common.large_array import large_array
+
+_AT_ONCE = 1 << 20  # samples that are sorted at a time
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -82,6 +86,20 @@ class Plan:
         """Samples in each pack, (packs,) int64."""
         return self.offsets.diff()
 
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum of a value over the samples of each pack, (packs,) int64.
+
+        Args:
+            values: (N,) integer, in data set order.
+        """
+        sums = torch.zeros(len(self), dtype=torch.long)
+        for start in range(0, len(self.order), _AT_ONCE):
+            samples = self.order[start : start + _AT_ONCE]
+            places = torch.arange(start, start + len(samples))
+            packs = torch.searchsorted(self.offsets, places, right=True) - 1
+            sums.index_add_(0, packs, values[samples].long())
+        return sums
+
     @functools.cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the order and the cuts."""
@@ -100,6 +118,7 @@ def plan_padded(
     max_tokens: int,
     batch_size: int | None = None,
     groups: Tensor | None = None,
+    saved: Tensor | int = 0,
 ) -> Plan:
     """Return a plan whose padded packs, longest samples first, hold at most `max_tokens`.
 
@@ -107,44 +126,66 @@ def plan_padded(
     pack too large for memory is met at once. A sample longer than the budget is a pack alone.
 
     Args:
-        lengths: (N,) int64, tokens in each sample.
+        lengths: (N,) integer, tokens in each sample.
         max_tokens: the budget of one pack, counted with padding.
         batch_size: most samples in a pack; no limit if None.
         groups: (N,) int64 in [0, N); samples of a group stay together, as long as its longest.
+        saved: (N,) integer, tokens of each sample that packs don't run; or one number for all.
 
     Example:
         >>> plan = plan_padded(torch.tensor([2, 9, 3, 4]), max_tokens=9)
         >>> [plan.pack(i).tolist() for i in range(len(plan))]
         [[1], [3, 2], [0]]
     """
-    sizes = np.maximum(lengths.numpy(), 1)
-    if groups is not None:
-        longest_in_group = np.zeros(len(sizes), dtype=sizes.dtype)
+    tokens_saved = saved if isinstance(saved, int) else saved.numpy()
+    sizes = large_array(len(lengths), np.int32)
+    np.subtract(lengths.numpy(), tokens_saved, out=sizes, casting="unsafe")
+    np.maximum(sizes, 1, out=sizes)
+    if groups is None:
+        order = _longest_first(sizes)
+    else:
+        longest_in_group = np.zeros_like(sizes)
         np.maximum.at(longest_in_group, groups.numpy(), sizes)
         sizes = longest_in_group[groups.numpy()]
-    order = _longest_first(sizes, groups)
-    offsets = _cut(sizes[order], max_tokens, len(order) if batch_size is None else batch_size)
-    costs = sizes[order][offsets[:-1]] * np.diff(offsets)  # a pack's first sample is its longest
+        order = np.lexsort((groups.numpy(), -sizes))
+    offsets = _cut(sizes, order, max_tokens, len(order) if batch_size is None else batch_size)
+    costs = sizes[order[offsets[:-1]]] * np.diff(offsets)  # a pack's first sample is its longest
     return Plan(torch.from_numpy(order), torch.from_numpy(offsets), torch.from_numpy(costs))
 
 
-def _longest_first(sizes: _Integers, groups: Tensor | None) -> _Integers:
-    """Sort samples by falling size, those of a group together, equals in data set order."""
-    # numpy sorts integers of 8 and 16 bits by radix, much faster than those of 64. How much a
-    # sample is shorter than the longest one is small, rises as sizes fall, and fits such integers.
-    shortness = (sizes.max() - sizes).astype(np.min_scalar_type(sizes.max()))
-    if groups is None:
-        return np.argsort(shortness, kind="stable")
-    order: _Integers = np.lexsort((groups.numpy(), shortness))
+def _longest_first(sizes: NDArray[np.int32]) -> _Integers:
+    """Sort samples by falling size, equals in data set order.
+
+    A part of them is sorted at a time, and put where those of its sizes in the parts before it end:
+    sorting ten million at once would take hundreds of megabytes.
+    """
+    starts = range(0, len(sizes), _AT_ONCE)
+    parts = [sizes[start : start + _AT_ONCE] for start in starts]
+    rising = np.unique(np.concatenate([np.unique(part) for part in parts]))
+
+    def ranks(part: NDArray[np.int32]) -> _Integers:
+        """The place of each sample's size among all sizes, 0 for the largest."""
+        return len(rising) - 1 - np.searchsorted(rising, part)
+
+    counts = sum(np.bincount(ranks(part), minlength=len(rising)) for part in parts)
+    ends = np.cumsum(counts) - counts  # of what is in order so far, of each size
+    order = large_array(len(sizes), np.int64)
+    for start, part in zip(starts, parts, strict=True):
+        ranks_here = ranks(part)
+        by_rank = np.argsort(ranks_here, kind="stable")
+        counts_here = np.bincount(ranks_here, minlength=len(rising))
+        within = np.arange(len(part)) - np.repeat(np.cumsum(counts_here) - counts_here, counts_here)
+        order[np.repeat(ends, counts_here) + within] = start + by_rank
+        ends += counts_here
     return order
 
 
-def _cut(falling_sizes: _Integers, max_tokens: int, batch_size: int) -> _Integers:
+def _cut(sizes: NDArray[np.int32], order: _Integers, max_tokens: int, batch_size: int) -> _Integers:
     """Return where packs begin: each takes as many samples as fit, at the size of its first."""
     offsets = [0]
-    while offsets[-1] < len(falling_sizes):
-        samples = min(int(max_tokens // falling_sizes[offsets[-1]]), batch_size)
-        offsets.append(min(offsets[-1] + max(1, samples), len(falling_sizes)))
+    while offsets[-1] < len(order):
+        samples = min(max_tokens // int(sizes[order[offsets[-1]]]), batch_size)
+        offsets.append(min(offsets[-1] + max(1, samples), len(order)))
     return np.asarray(offsets, dtype=np.int64)
 
 
