@@ -131,6 +131,16 @@ def test_messages_speak_of_flags(capsys, model_folder, tmp_path):
         assert message in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-tokens", "0"), ("--columns", "magic"), ("--temperature", "-1")]
+)
+def test_options_are_refused_before_data_is_read(option, value, capsys, model_folder, tmp_path):
+    store = ("--store", tmp_path / "s")
+    code, _, err = run(capsys, "score", model_folder, "no-data", *store, option, value)
+    assert code == 2
+    assert err.startswith(f"flowdata score: {option}")
+
+
 @pytest.mark.parametrize("command", ["score", "drift", "front"])
 def test_a_precision_that_there_is_not_is_refused_before_anything_is_read(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -20,10 +20,12 @@ from flowdata.cli.process_group import process_group
 from flowdata.cli.refusal import explained_refusal
 from flowdata.cli.text_samples import add_text_options, cuts_of, preview_text, text_samples
 from flowdata.scores import Scores
+from flowdata.scoring.arguments import check_counts
 from flowdata.scoring.scorer import LossScorer
 from flowdata.store.folder import SCORES, update_details
 from flowdata.store.format import write_file
 from flowdata.store.places import place_of
+from flowdata.targets.columns import check_columns
 from flowdata.text.joining import REPLIES, check_can_join, join_replies
 from flowdata.text.models import load_model
 from flowdata.text.tokens import TokenSamples
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     """Score a causal language model's fine-tuning set into a store."""
     begin(options, options.model)
     with process_group() as device:
-        check_temperature(options.temperature)  # now, not after hours of scoring
+        _check_options(options)
         if options.preview:
             _print_preview(options)
             return DONE
@@ -80,6 +82,13 @@ def run(options: argparse.Namespace) -> int:
             update_details(place_of(options.store), details)
             _print_scores(options, scores, remark, cuts_of(samples))
     return DONE
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse now what would be refused after the data is read, or after hours of scoring."""
+    check_counts(max_tokens=options.max_tokens)
+    check_columns(options.columns, "causal_lm")
+    check_temperature(options.temperature)
 
 
 def _scores(
