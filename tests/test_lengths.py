@@ -83,6 +83,7 @@ def test_all_else_has_none(sample):
     assert length_of(sample) is None
     assert sample_lengths([sample, sample]) is None
     assert sample_lengths([sample, sample], [4, 5]).tolist() == [4, 5]  # but the user's own
+    assert sample_lengths([sample, sample], [4, 2**40]).tolist() == [4, 2**31 - 1]
 
 
 def test_one_sample_without_a_length_leaves_all_without():

@@ -63,7 +63,7 @@ def _check_lengths(lengths: Any, num_samples: int) -> Tensor:
         )
     if tensor.is_floating_point() or (tensor < 0).any():
         raise ValueError("lengths must be non-negative integers: tokens in each sample")
-    return tensor.int()
+    return tensor.clamp_max(torch.iinfo(torch.int32).max).int()
 
 
 def _shows_its_lists(dataset: Any) -> bool:
