@@ -10,9 +10,9 @@ import torch
 from tokenizers.decoders import Fuse
 
 import flowdata.scoring.run as scoring_run
-from flowdata import Scores
+from flowdata import LossScorer, Scores
 from flowdata.store.places import names_in, place_of, remove_folder, write_whole
-from flowdata.text import load_tokenizer, read_rows, tokenize_rows
+from flowdata.text import load_model, load_tokenizer, read_rows, tokenize_rows
 from tests.models import tiny_llama
 from tests.test_cli import run
 from tests.test_text import tokenizer
@@ -333,3 +333,40 @@ def test_a_stream_is_scored_as_the_rows_are(capsys, model_folder, data, tmp_path
     rows, stream = Scores.load(tmp_path / "rows"), Scores.load(tmp_path / "stream")
     assert rows.metadata["identity"] == stream.metadata["identity"]
     assert not isinstance(read_rows(str(data), streaming=True), list)
+
+
+def answers_to_prompts(file):
+    """Four prompts of a few hundred tokens, with six answers each, in turn."""
+    prompts = [" ".join(f"{n}+{k}=" for k in range(60)) for n in range(4)]
+    return write(file, [{"question": prompts[n % 4], "answer": "x" * (n + 1)} for n in range(24)])
+
+
+def test_prompts_that_rows_share_are_run_once(capsys, model_folder, tmp_path):
+    data = answers_to_prompts(tmp_path / "data.jsonl")
+    score = ("score", model_folder, data, "--store", tmp_path / "s", "--dtype", "float32")
+    _, _, err = run(capsys, *score)
+    assert "shared prompts run once (about " in err
+    samples = tokenize_rows(read_rows(str(data)), load_tokenizer(model_folder), template=True)
+    assert f"of {len(samples.input_ids):,} tokens (100%)" in err
+    alone = LossScorer(load_model(model_folder), dtype="float32", batch_size=1, progress=False)
+    losses = alone.score(samples, lengths=samples.lengths).losses
+    torch.testing.assert_close(Scores.load(tmp_path / "s").losses, losses, rtol=0, atol=1e-4)
+
+
+def test_a_store_begun_without_shared_prompts_goes_on_without_them(model_folder, tmp_path):
+    data = answers_to_prompts(tmp_path / "data.jsonl")
+    samples = tokenize_rows(read_rows(str(data)), load_tokenizer(model_folder), template=False)
+    scorer = LossScorer(load_model(model_folder), dtype="float32", max_tokens=900, progress=False)
+    store = tmp_path / "s"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowdata.scoring.resume.finish", stopped)
+        with pytest.raises(InterruptedError):
+            scorer.score(samples, store=store, lengths=samples.lengths)
+    assert "shared prompts" not in scorer.explain()
+    scores = scorer.score(samples, store=store)
+    assert scores.metadata["plan"]["shared_prompts"] == 0
+    assert len(scores) == 24
+
+
+def stopped(*_):
+    raise InterruptedError

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from flowdata._common import large_array
 from flowdata._common.growing_array import GrowingArray
+from flowdata.scoring.plan.lengths import sample_lengths
 from flowdata.text.tokens import TokenSamples
 
 NUMBERS = {"b": np.int8, "i": np.int32, "q": np.int64}
@@ -45,6 +46,7 @@ def test_samples_in_files_are_the_samples(monkeypatch):
     assert isinstance(in_files.input_ids, np.memmap)
     assert in_files.identity() == in_memory.identity()
     assert torch.equal(in_files.lengths, in_memory.lengths)
+    assert sample_lengths(in_files).tolist() == [3] * 50
     copies = [pickle.loads(pickle.dumps(in_files)), in_files.part(10, 20), in_files.readable()]
     assert torch.equal(copies[0][7]["labels"], in_memory[7]["labels"])
     assert torch.equal(copies[1][7]["labels"], in_memory[17]["labels"])

@@ -17,9 +17,9 @@ def test_every_sample_is_in_one_pack_within_the_budget(lengths, max_tokens, batc
     packs = [plan.pack(index).tolist() for index in range(len(plan))]
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     assert plan.sizes.tolist() == [len(pack) for pack in packs]
-    for pack, cost in zip(packs, plan.costs.tolist(), strict=True):
+    for pack, amount in zip(packs, plan.amounts.tolist(), strict=True):
+        assert amount == sum(lengths[i] for i in pack)
         padded = len(pack) * max(1, *(lengths[i] for i in pack), 1)
-        assert cost == padded
         assert padded <= max_tokens or len(pack) == 1
         assert batch_size is None or len(pack) <= batch_size
 
@@ -43,7 +43,7 @@ def test_plans_are_deterministic_and_their_digest_tells_them_apart():
 def test_samples_alike_in_size_stay_in_order(samples, expected):
     plan = plan_fixed(samples, batch_size=3)
     assert plan.order.tolist() == list(range(samples))
-    assert plan.sizes.tolist() == plan.costs.tolist() == expected
+    assert plan.sizes.tolist() == plan.amounts.tolist() == expected
 
 
 def test_a_million_samples_take_a_few_bytes_each():
@@ -51,9 +51,10 @@ def test_a_million_samples_take_a_few_bytes_each():
     plan = plan_padded(lengths, max_tokens=4096)
     assert torch.equal(plan.order.sort().values, torch.arange(len(lengths)))
     assert (lengths[plan.order].diff() <= 0).all()
-    kept = sum(t.nbytes for t in (plan.order, plan.offsets, plan.costs))
+    kept = sum(t.nbytes for t in (plan.order, plan.offsets, plan.amounts))
     assert kept / len(lengths) < 20
-    assert lengths.sum() / plan.costs.sum() > 0.99  # hardly any padding
+    padded = (lengths[plan.order[plan.offsets[:-1]]] * plan.sizes).sum()
+    assert lengths.sum() / padded > 0.99  # hardly any padding
 
 
 def test_order_is_the_same_whatever_the_longest():
@@ -74,9 +75,8 @@ def test_groups_stay_together_as_long_as_their_longest():
     assert len(ordered.unique_consecutive()) == len(groups.unique())
     longest = [int(lengths[groups == group].max()) for group in ordered.unique_consecutive()]
     assert longest == sorted(longest, reverse=True)
-    for index, cost in enumerate(plan.costs.tolist()):
-        pack = plan.pack(index)
-        assert int(lengths[pack].max()) * len(pack) <= cost <= max(500, int(lengths.max()))
+    for pack in map(plan.pack, range(len(plan))):
+        assert int(lengths[pack].max()) * len(pack) <= max(500, int(lengths.max()))
 
 
 def test_a_manifest_keeps_the_options_and_what_was_made_of_them():
@@ -103,14 +103,6 @@ def test_a_begun_stores_options_go_before_a_calls_own():
     assert options.as_begun({}) == options
 
 
-def test_sums_are_of_the_samples_of_each_pack(monkeypatch):
-    monkeypatch.setattr(packs, "_AT_ONCE", 7)
-    lengths = torch.randint(1, 99, (300,), generator=torch.Generator().manual_seed(0)).int()
-    plan = plan_padded(lengths, max_tokens=300)
-    sums = [int(lengths[plan.pack(index)].sum()) for index in range(len(plan))]
-    assert plan.sums(lengths).tolist() == sums
-
-
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60),
     saved=st.integers(0, 9),
@@ -120,5 +112,8 @@ def test_samples_are_sorted_part_by_part_as_all_at_once(lengths, saved, at_once)
     sizes = [max(length - saved, 1) for length in lengths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packs, "_AT_ONCE", at_once)
-        order = plan_padded(torch.tensor(lengths), max_tokens=64, saved=saved).order
-    assert order.tolist() == sorted(range(len(sizes)), key=lambda index: -sizes[index])
+        plan = plan_padded(torch.tensor(lengths), max_tokens=64, saved=saved)
+    assert plan.amounts.tolist() == [
+        sum(lengths[i] for i in plan.pack(index).tolist()) for index in range(len(plan))
+    ]
+    assert plan.order.tolist() == sorted(range(len(sizes)), key=lambda index: -sizes[index])

@@ -142,9 +142,7 @@ def _check_whole(store: Place) -> None:
 def _score(
     scorer: LossScorer, samples: TokenSamples, store: Place, options: Mapping[str, Any]
 ) -> Scores:
-    return scorer.score(
-        samples, store=store, dataset_id=samples.identity(), lengths=samples.lengths, **options
-    )
+    return scorer.score(samples, store=store, dataset_id=samples.identity(), **options)
 
 
 def _joined(old: Scores, new: Scores, dataset_id: str, details: Mapping[str, Any]) -> Scores:

@@ -94,7 +94,9 @@ def make_plan(
         plan = plan_fixed(len(job.dataset), batch_size=batch_size)
         return replace(plan, options=options)
     max_tokens = options.max_tokens or _MAX_TOKENS[kind]
-    groups, savings = _prompt_groups(job, options.prefix)
+    # A store that was begun without them goes on without them.
+    can_share = begun is None or options.shared_prompts > 0
+    groups, savings = _prompt_groups(job, options.prefix) if can_share else (None, None)
     num_saved = 0 if savings is None else int(savings.sum())
     options = replace(options, max_tokens=max_tokens, shared_prompts=num_saved)
     plan = plan_padded(
@@ -110,9 +112,8 @@ def make_plan(
 def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor | None]:
     """Return which samples share a prompt, and how many tokens that saves each on average.
 
-    Both are None where none is shared.
-
-    Nothing is looked for where the user gave the lengths: that was to spare reading all samples.
+    Both are None where that saves nothing. Nothing is looked for where the user gave the lengths:
+    that was to spare reading all samples.
     """
     can_share = _can_pack(job) and job.lengths is None
     sharing = shared_prompts(job.dataset) if can_share else None
@@ -121,7 +122,8 @@ def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor | None]
     groups, prompt_lengths = sharing
     group_sizes = groups.bincount()[groups]
     # A prompt that k samples share is run once instead of k times: each saves (k − 1)/k of it.
-    return groups, (prompt_lengths - prefix).clamp_min(0) * (group_sizes - 1) // group_sizes
+    savings = (prompt_lengths - prefix).clamp_min(0) * (group_sizes - 1) // group_sizes
+    return (groups, savings) if savings.any() else (None, None)
 
 
 def _can_pack(job: Job) -> bool:

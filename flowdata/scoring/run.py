@@ -146,9 +146,9 @@ class _Share:
 @contextmanager
 def _progress(job: Job, plan: Plan, todo: Sequence[int]) -> Iterator[Callable[[int], None]]:
     """Show a run's progress; gives a function that is told how many packs of `todo` are behind."""
-    sizes, unit = _sizes(job, plan)
-    behind = offsets_of(sizes[list(todo)]).tolist()
-    total, shown = int(sizes.sum()), 0
+    unit = "samples" if plan.options.max_tokens is None else "tokens"
+    behind = offsets_of(plan.amounts[list(todo)]).tolist()
+    total, shown = int(plan.amounts.sum()), 0
     with progress_bar(
         total, "scoring", unit, initial=total - behind[-1], shown=job.progress
     ) as advance:
@@ -159,15 +159,6 @@ def _progress(job: Job, plan: Plan, todo: Sequence[int]) -> Iterator[Callable[[i
             shown = behind[packs]
 
         yield show
-
-
-def _sizes(job: Job, plan: Plan) -> tuple[Tensor, str]:
-    """What progress counts: a size of each pack, (packs,) int64, and the unit."""
-    if plan.options.max_tokens is None:
-        return plan.costs, "samples"
-    if job.lengths is None:  # they were read off the samples, and the costs alone were kept
-        return plan.costs, "tokens with padding"
-    return plan.sums(torch.as_tensor(job.lengths)), "tokens"
 
 
 @dataclass(frozen=True)

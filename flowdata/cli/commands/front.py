@@ -149,7 +149,7 @@ def _loss(options: argparse.Namespace, model: Any, samples: Any) -> float:
     scorer = LossScorer(
         model, "causal_lm", dtype=options.dtype, progress=False, device=options.device
     )
-    scores = scorer.score(samples, lengths=samples.lengths, dataset_id="validation")
+    scores = scorer.score(samples, dataset_id="validation")
     has_target = scores.counts > 0
     losses, counts = scores.losses[has_target].double(), scores.counts[has_target]
     return float((losses * counts).sum() / counts.sum())

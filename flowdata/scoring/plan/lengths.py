@@ -31,7 +31,8 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
     what an image costs beside a caption of five words is no matter of tokens.
 
     Args:
-        dataset: map-style. A Hugging Face data set is asked for the lengths of its lists; of any
+        dataset: map-style. A Hugging Face data set is asked for the lengths of its lists, and one
+            of flat arrays of tokens, as `flowdata.text.TokenSamples` is, for its `lengths`; of any
             other one every sample is read.
         lengths: (N,) lengths that the user knows, so that nothing is read.
 
@@ -40,6 +41,8 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
     """
     if lengths is not None:
         return _check_lengths(lengths, len(dataset))
+    if isinstance(getattr(dataset, "input_ids", None), np.ndarray) and hasattr(dataset, "offsets"):
+        return _check_lengths(dataset.lengths, len(dataset))
     if length_of(first_readable(dataset)) is None:
         return None
     if _shows_its_lists(dataset):

@@ -65,13 +65,14 @@ class Plan:
     Attributes:
         order: (N,) int64, every sample's index once, pack after pack.
         offsets: (packs + 1,) int64; pack p is ``order[offsets[p]:offsets[p + 1]]``.
-        costs: (packs,) int64, tokens (or samples) that a pack runs, padding included.
+        amounts: (packs,) int64, the tokens of each pack's samples, padding left out; its samples
+            where these have no length.
         options: what the packs were cut by.
     """
 
     order: Tensor
     offsets: Tensor
-    costs: Tensor
+    amounts: Tensor
     options: PlanOptions = field(default_factory=PlanOptions)
 
     def __len__(self) -> int:
@@ -85,20 +86,6 @@ class Plan:
     def sizes(self) -> Tensor:
         """Samples in each pack, (packs,) int64."""
         return self.offsets.diff()
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Return the sum of a value over the samples of each pack, (packs,) int64.
-
-        Args:
-            values: (N,) integer, in data set order.
-        """
-        sums = torch.zeros(len(self), dtype=torch.long)
-        for start in range(0, len(self.order), _AT_ONCE):
-            samples = self.order[start : start + _AT_ONCE]
-            places = torch.arange(start, start + len(samples))
-            packs = torch.searchsorted(self.offsets, places, right=True) - 1
-            sums.index_add_(0, packs, values[samples].long())
-        return sums
 
     @functools.cached_property
     def digest(self) -> str:
@@ -148,9 +135,10 @@ def plan_padded(
         np.maximum.at(longest_in_group, groups.numpy(), sizes)
         sizes = longest_in_group[groups.numpy()]
         order = np.lexsort((groups.numpy(), -sizes))
-    offsets = _cut(sizes, order, max_tokens, len(order) if batch_size is None else batch_size)
-    costs = sizes[order[offsets[:-1]]] * np.diff(offsets)  # a pack's first sample is its longest
-    return Plan(torch.from_numpy(order), torch.from_numpy(offsets), torch.from_numpy(costs))
+    most = len(order) if batch_size is None else batch_size
+    cuts = torch.from_numpy(_cut(sizes, order, max_tokens, most))
+    in_order = torch.from_numpy(order)
+    return Plan(in_order, cuts, _amounts(lengths, in_order, cuts))
 
 
 def _longest_first(sizes: NDArray[np.int32]) -> _Integers:
@@ -187,6 +175,17 @@ def _cut(sizes: NDArray[np.int32], order: _Integers, max_tokens: int, batch_size
         samples = min(max_tokens // int(sizes[order[offsets[-1]]]), batch_size)
         offsets.append(min(offsets[-1] + max(1, samples), len(order)))
     return np.asarray(offsets, dtype=np.int64)
+
+
+def _amounts(lengths: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Return the tokens of each pack's samples, (packs,) int64."""
+    amounts = torch.zeros(len(offsets) - 1, dtype=torch.long)
+    for start in range(0, len(order), _AT_ONCE):
+        samples = order[start : start + _AT_ONCE]
+        places = torch.arange(start, start + len(samples))
+        packs = torch.searchsorted(offsets, places, right=True) - 1
+        amounts.index_add_(0, packs, lengths[samples].long())
+    return amounts
 
 
 def plan_fixed(num_samples: int, *, batch_size: int) -> Plan:
