@@ -30,12 +30,7 @@ def score(options: dict[str, Any]) -> None:
     rows = read_rows(options["data"], streaming=True)
     samples = tokenize_rows(rows, tokenizer, template=tokenizer.chat_template is not None)
     scorer = LossScorer(load_model(options["model"]), "causal_lm", device=get_device())
-    scorer.score(
-        samples,
-        store=options["store"],
-        dataset_id=samples.identity(),
-        lengths=samples.lengths,
-    )
+    scorer.score(samples, store=options["store"], dataset_id=samples.identity())
 
 
 def main(argv: list[str] | None = None) -> None:
