@@ -120,11 +120,17 @@ def test_the_shortest_and_the_longest_of_all_are_checked():
     scorer = LossScorer(tiny_llama(), "causal_lm", dtype="float32", progress=False)
     job = scorer._job(samples, None, None, 0)
 
-    checked = [
-        len(sample["input_ids"]) for sample in samples_to_check(job, make_plan(job, 1, None))
-    ]
+    checked = [len(sample["input_ids"]) for sample in samples_to_check(job, make_plan(job, 1, {}))]
     assert min(checked) == 3
     assert max(checked) == max(len(sample["input_ids"]) for sample in samples)
+
+
+def test_suspects_of_another_data_set_are_none_of_this():
+    samples = token_samples(30)
+    scorer = LossScorer(tiny_llama(), "causal_lm", dtype="float32", progress=False)
+    scorer._suspects = (100, 7)  # as a sample that was found wrong leaves them
+    assert scorer._job(samples, None, None, 0).suspects == (7,)
+    assert len(scorer.score(samples)) == 30
 
 
 def test_groups_keep_the_samples_order():

@@ -160,3 +160,20 @@ def test_tokens_with_notes_are_still_packed():
     samples = [sample | {"source": "a book"} for sample in token_samples(6)]
     scores = LossScorer(tiny_llama(), progress=False).score(samples)
     assert scores.metadata["plan"]["max_tokens"] == 4096
+
+
+class Flat:
+    """Tokens in a flat array, as data sets of one's own keep them."""
+
+    def __init__(self):
+        self.input_ids, self.offsets = np.arange(40, dtype=np.uint16), np.arange(0, 41, 10)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"input_ids": self.input_ids[self.offsets[index] : self.offsets[index + 1] - index]}
+
+
+def test_a_strangers_flat_arrays_are_read_sample_by_sample():
+    assert sample_lengths(Flat()).tolist() == [10, 9, 8, 7]

@@ -361,6 +361,27 @@ def test_answers_to_one_prompt_run_it_once(name, template):
     assert sum(run) < 0.62 * tokens
 
 
+def test_shared_prompts_in_padded_batches_keep_to_the_budget():
+    samples = answers(prompted(token_samples(2), torch.arange(20, 180)), count=30)
+    masked = [  # a padded token before each makes the packed ways impossible
+        {
+            "input_ids": torch.cat([torch.zeros(1).long(), sample["input_ids"]]),
+            "labels": torch.cat([torch.full((1,), -100), sample["labels"]]),
+            "attention_mask": torch.cat([torch.zeros(1), torch.ones(len(sample["labels"]))]).long(),
+        }
+        for sample in samples
+    ]
+    model = tiny_llama().eval()
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, __, fields: sizes.append(fields["input_ids"].numel()), with_kwargs=True
+    )
+    scorer = LossScorer(model, dtype="float32", max_tokens=1024, compile=False, progress=False)
+    scorer.score(masked, dataset_id="masked")
+    assert "samples padded" in scorer.explain()
+    assert max(sizes) <= 1024
+
+
 def test_shared_prompts_are_told_by_their_tokens():
     assert shared_prompts(token_samples(9)) is None
     assert shared_prompts(["text", "text"]) is None

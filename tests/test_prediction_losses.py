@@ -46,3 +46,11 @@ def test_predictions_may_keep_the_axis_of_a_single_output():
     errors = squared_error(values, targets)
     torch.testing.assert_close(errors.values, (values[:, 0] - targets).square())
     assert errors.counts.tolist() == [1] * 4
+
+
+def test_a_sequence_of_one_token_has_its_classes_last():
+    logits, targets = torch.randn(1, 1, 5), torch.tensor([[3]])
+    losses = cross_entropy(logits, targets, classes_last=True)
+    torch.testing.assert_close(losses.values, -logits.log_softmax(-1)[0, :, 3])
+    with pytest.raises(ValueError, match="at least two classes"):
+        cross_entropy(torch.randn(4, 1), torch.zeros(4).long(), classes_last=True)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from flowdata import FlowWeightedDataset, LossScorer, Scores
+import flowdata.scoring.run as scoring_run
+from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError, Scores
 from flowdata.cli import main
 from flowdata.errors import SampleError
 from tests.models import tiny_llama, token_samples
@@ -340,3 +341,60 @@ def test_a_signal_leaves_a_store_that_goes_on(score_command, tmp_path, number, c
     assert "the same call goes on from there" in err
     assert list(tmp_path.glob("s/parts/*.safetensors"))
     assert not (tmp_path / "s" / ".lock").exists()
+
+
+# --- options of a call that goes on ------------------------------------------------------------
+
+
+def stop_before(monkeypatch, pack):
+    """Let the next run stop before a pack, the first being 0."""
+    run = scoring_run._start_packs
+
+    def stopped(*arguments):
+        for number, started in enumerate(run(*arguments)):
+            if number == pack:
+                raise MemoryError
+            yield started
+
+    monkeypatch.setattr(scoring_run, "_start_packs", stopped)
+
+
+@pytest.mark.parametrize(("first", "then"), [({}, {"max_tokens": 100}), ({"batch_size": 9}, {})])
+def test_a_call_that_kept_nothing_may_go_on_with_other_options(first, then, monkeypatch, tmp_path):
+    samples, model = token_samples(12), tiny_llama()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 0)
+        with pytest.raises(MemoryError):
+            quiet(model, **first).score(samples, store=tmp_path)
+    plan = quiet(model, **then).score(samples, store=tmp_path).metadata["plan"]
+    asked = {"max_tokens": 4096, "batch_size": None} | then
+    assert {name: plan[name] for name in asked} == asked
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_tokens": 90}, "max_tokens=90 has no effect on a store that was begun with .*=100"),
+        ({"batch_size": 2}, "batch_size=2 has no effect on a store that was begun with .*=None"),
+        ({"compile": True}, "compile=True has no effect on a store that was begun with .*=False"),
+    ],
+)
+def test_packs_that_are_kept_refuse_other_options(option, message, monkeypatch, tmp_path):
+    samples, model = token_samples(12), tiny_llama()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 1)
+        with pytest.raises(MemoryError):
+            quiet(model, max_tokens=100).score(samples, store=tmp_path)
+    with pytest.raises(ScoreMismatchError, match=message):
+        quiet(model, **option).score(samples, store=tmp_path)
+    scores = quiet(model).score(samples, store=tmp_path)
+    assert scores.metadata["plan"]["max_tokens"] == 100
+
+
+def test_notes_are_those_of_the_last_call(tmp_path):
+    samples, model = numbers(), nn.Linear(4, 3)
+    for note in ("first", "second"):
+        scores = quiet(model).score(samples, store=tmp_path, details={"note": note})
+        assert scores.metadata["details"] == {"note": note}
+        assert Scores.load(tmp_path).metadata["details"] == {"note": note}
+    assert quiet(model).score(samples, store=tmp_path).metadata["details"] == {"note": "second"}

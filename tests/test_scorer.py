@@ -248,6 +248,40 @@ def test_base_reference_scores_without_adapters():
     assert not model.base_model.model.model.layers[0].self_attn.q_proj.disable_adapters
 
 
+def test_adapters_that_took_a_part_of_the_base_have_no_base_to_score():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="moved a part of the base model's weights into them"):
+        quiet(model, reference="base")
+
+
+def test_tokens_bound_no_samples_without_a_length():
+    with pytest.raises(ValueError, match="max_tokens has no effect on samples without a length"):
+        quiet(TinyResNet(), "cross_entropy", max_tokens=99).score(images())
+
+
+def test_a_collate_function_may_take_fields_out_of_its_samples():
+    def taking(samples):
+        labels = torch.stack([sample.pop("labels") for sample in samples])
+        return {"x": torch.stack([sample["x"] for sample in samples]), "labels": labels}
+
+    samples = [{"x": image, "labels": label} for image, label in images()]
+    expected = quiet(TinyResNet(), "cross_entropy").score(images()).losses
+    scores = quiet(Named(TinyResNet()), "cross_entropy").score(samples, collate_fn=taking)
+    assert torch.equal(scores.losses, expected)
+    assert samples[0].keys() == {"x", "labels"}
+
+
+class Named(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
 def test_hugging_face_data_sets_and_workers():
     model, samples = tiny_llama(), token_samples(12)
     rows = [{name: value.tolist() for name, value in s.items()} for s in samples]
@@ -391,8 +425,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(tmp_path, workers, c
         Scores.load(tmp_path)
     Fails.failing = False
     model = counting(tiny_llama())
-    other_budget = quiet(model, max_tokens=4096)
-    scores = other_budget.score(
+    scores = quiet(model).score(  # by the budget that the store was begun with
         broken, store=tmp_path, dataset_id="d", lengths=lengths(samples), num_workers=workers
     )
     assert torch.equal(scores.losses, whole.losses)

@@ -112,6 +112,8 @@ def test_weights_given_directly_are_checked_and_not_copied():
             {"losses": torch.ones(2), "counts": torch.ones(3).long()},
             r"counts must have shape \(2,\)",
         ),
+        ({"losses": torch.ones(2), "counts": torch.ones(2)}, "counts must be integers from 0 on"),
+        ({"losses": torch.ones(2), "counts": torch.tensor([1, -1])}, "torch.int64 with -1"),
         ({"losses": torch.ones(2), "token_losses": torch.ones(3)}, r"token_losses must have shape"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 from flowdata import LossScorer
 from flowdata.errors import SampleError
 from flowdata.scoring.collate import pad_collate
+from flowdata.targets.predictions import logits_of
 from tests.models import TinyResNet, images, tiny_gpt2, tiny_llama, token_samples
 from tests.test_truth import bert, own_losses, scored
 from tests.zoo import IMAGE_TOKEN, llava, wild
@@ -435,3 +437,62 @@ def test_samples_that_are_none(workers):
     scores, _ = scored(tiny_llama(), samples, num_workers=workers, on_error="skip")
     exact[[0, 7]] = float("nan")
     torch.testing.assert_close(scores.losses, exact, equal_nan=True)
+
+
+# --- terms beside the loss ---------------------------------------------------------------------
+
+
+class Smoothed(nn.Module):
+    """A classifier whose loss smooths labels, and that names a further term."""
+
+    def __init__(self, term, config=None):
+        super().__init__()
+        self.layer, self.term = nn.Linear(4, 3), term
+        if config is not None:
+            self.config = config
+
+    def forward(self, x, labels):
+        logits = self.layer(x)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.3)
+        factor = getattr(getattr(self, "config", None), "router_aux_loss_coef", 0.0)
+        return {"loss": loss + factor * self.term, "aux_loss": self.term, "logits": logits}
+
+
+def smoothed_samples():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"x": torch.randn(4, generator=generator), "labels": torch.tensor(i % 3)} for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize("loss", ["own", "auto"])
+def test_a_term_of_unknown_factor_is_not_taken_off_the_models_own_loss(loss):
+    model = Smoothed(torch.tensor(5.0)).eval()
+    with pytest.raises(ValueError, match=r"names aux_loss \(5\) beside its loss"):
+        LossScorer(model, loss, progress=False).score(smoothed_samples())
+
+
+@pytest.mark.parametrize(("term", "factor"), [(0.0, None), (5.0, 0.5), (5.0, 0.0)])
+def test_a_term_that_is_nothing_or_of_known_factor_is_taken_off(term, factor):
+    config = None if factor is None else SimpleNamespace(router_aux_loss_coef=factor)
+    model, samples = Smoothed(torch.tensor(term), config).eval(), smoothed_samples()
+    scores = LossScorer(model, "own", progress=False).score(samples)
+    smoothed = [
+        F.cross_entropy(model.layer(s["x"]), s["labels"], label_smoothing=0.3) for s in samples
+    ]
+    torch.testing.assert_close(scores.losses, torch.stack(smoothed).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_that_are_no_tensor_are_refused():
+    parts = {"logits": [torch.zeros(2, 3)] * 2, "embedding": torch.ones(2, 8)}
+    with pytest.raises(ValueError, match="returned list under the name `logits`"):
+        logits_of(parts)
+
+
+def test_a_sample_of_one_token_leaves_the_loss_what_it_is():
+    rows = [{"input_ids": torch.tensor([3]), "labels": torch.tensor([3])}]
+    rows += [{"input_ids": s["input_ids"], "labels": s["input_ids"]} for s in token_samples(5)]
+    scores, how = scored(tiny_llama(), rows)
+    assert "causal_lm" in how
+    assert scores.losses.isnan().tolist() == [True] + 5 * [False]
+    assert scores.counts.tolist() == [len(row["input_ids"]) - 1 for row in rows]

@@ -6,8 +6,9 @@ scored all the same. `Readable` puts it there, and `CollateReadable` leaves it o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,9 @@ def first_readable(dataset: Any) -> Any:
 class CollateReadable:
     """A collate function that leaves out every `Unreadable`.
 
+    It is given copies of mappings and lists: some collate functions take fields out of theirs, and
+    a sample is collated more than once.
+
     Args:
         collate: the collate function for the samples themselves.
     """
@@ -104,7 +108,11 @@ class CollateReadable:
         self.collate = collate
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        return self.collate([sample for sample in samples if not isinstance(sample, Unreadable)])
+        return self.collate([_copied(each) for each in samples if not isinstance(each, Unreadable)])
+
+
+def _copied(sample: Any) -> Any:
+    return copy(sample) if isinstance(sample, MutableMapping | list) else sample
 
 
 def some_readable(dataset: Any, most: int) -> list[Any]:

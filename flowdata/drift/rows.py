@@ -114,7 +114,7 @@ class Reader:
             progress=progress and is_first_rank(),
             announce=logger.info,
         )
-        self._plan: Plan = make_plan(self._job, torch.get_num_threads(), None)
+        self._plan: Plan = make_plan(self._job, torch.get_num_threads(), {})
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
         self._heads: dict[Hashable, str | None] = {}
         self._frozen_head: str | None = None

@@ -75,7 +75,8 @@ class Scores:
                 "losses must be floating, of shape (N,) with N > 0, got "
                 f"{losses.dtype} of shape {tuple(losses.shape)}"
             )
-        counts = torch.ones_like(losses) if counts is None else torch.as_tensor(counts).cpu()
+        ones = torch.ones(len(losses), dtype=torch.long)
+        counts = ones if counts is None else torch.as_tensor(counts).cpu()
         check_shapes(losses, counts, token_losses, columns or {})
         self.losses = finite_float32(losses)
         # So that they are recognised where weights belong: a tensor of losses looks like one.

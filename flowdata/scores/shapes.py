@@ -15,10 +15,16 @@ from flowdata.store.format import STORE_TENSORS
 def check_shapes(
     losses: Tensor, counts: Tensor, token_losses: Tensor | None, columns: Mapping[str, Tensor]
 ) -> None:
-    """Raise ValueError for values that are not one for each sample, or one for each target."""
+    """Raise ValueError for counts that are none, or values not one for each sample or target."""
     shape = tuple(losses.shape)
     if counts.shape != shape:
         raise ValueError(f"counts must have shape {shape}, got {tuple(counts.shape)}")
+    is_whole = not (counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool)
+    if not is_whole or (counts < 0).any():
+        raise ValueError(
+            "counts must be integers from 0 on, the numbers of targets, got "
+            f"{counts.dtype}{f' with {int(counts.min())}' if is_whole else ''}"
+        )
     if token_losses is not None and token_losses.shape != (int(counts.sum()),):
         raise ValueError(
             f"token_losses must have shape ({int(counts.sum())},), one value for each target that "

@@ -55,9 +55,11 @@ def _language_ways(
 ) -> list[tuple[str, Way]]:
     """The ways of language models, named, fastest first, full logits of a batch last."""
     prefix = job.prefix[: plan.options.prefix][: longest_as_loaded(model)]
-    # Packs are cut by lengths without the prefix. A pack whose samples don't share it after all is
-    # larger than planned, and is run in slices. Without a prefix no pack is larger than planned.
-    max_tokens = plan.options.max_tokens if len(prefix) else None
+    # Packs are cut by lengths without the prefix and the prompts that are run once. A pack that is
+    # padded, or whose samples don't share them after all, is larger than planned, and is run in
+    # slices. Without either no pack is larger than planned.
+    is_shared = len(prefix) > 0 or plan.options.shared_prompts > 0
+    max_tokens = plan.options.max_tokens if is_shared else None
     packings: list[tuple[str, Packing]] = []
     if not _why_padded(model, loss, batches):
         pack = partial(Packing, padded(loss, max_tokens), prefix, max_tokens, job.device)

@@ -39,7 +39,7 @@ from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.kinds import differing, is_short, kind_of
 from flowdata.scoring.language.ways import plain_way
-from flowdata.scoring.meaning import losses_with_labels, output_with_labels
+from flowdata.scoring.meaning import loss_with_labels, losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.truth import Truth
@@ -159,7 +159,7 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
     if not isinstance(loss, str):
         return lambda _: callable_way(loss, output_with_labels, device)
     if loss == OWN:
-        return lambda _: own_way(losses_with_labels, device)
+        return lambda _: own_way(loss_with_labels, device)
     if loss in LANGUAGE_LOSSES:
         return lambda model: plain_way(model, loss, columns, device)
     last = loss == "cross_entropy" and classes_come_last(model, batches, device)

@@ -21,7 +21,7 @@ from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import LABEL_FIELDS, split_batch
 from flowdata.targets.meaning import agreed_name, check_are_logits, losses_by_name, name_by_labels
-from flowdata.targets.own_loss import own_losses
+from flowdata.targets.own_loss import own_loss_alone, own_losses
 from flowdata.targets.predictions import logits_of, predict
 from flowdata.targets.which_loss import OWN, loss_of_model
 
@@ -108,6 +108,12 @@ def losses_with_labels(model: nn.Module, batch: Any) -> list[float]:
     """Return the values that the own loss of such an output can be meant to have (`own_losses`)."""
     output, took_labels = _call_with_labels(model, batch)
     return own_losses(model, output, is_labelled=took_labels)
+
+
+def loss_with_labels(model: nn.Module, batch: Any) -> float | None:
+    """Return the own loss of such an output (`own_loss_alone`)."""
+    output, took_labels = _call_with_labels(model, batch)
+    return own_loss_alone(model, output, is_labelled=took_labels)
 
 
 def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:

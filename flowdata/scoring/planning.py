@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowdata.errors import ScoreMismatchError
 from flowdata.models.compiled import gains, pays
 from flowdata.scoring.job import Job
 from flowdata.scoring.language.packable import has_plain_attention, why_not_packed
@@ -45,14 +47,16 @@ def shared_plan(
     """
     begun = ranks.from_first("begun", begun)
     # Rank 0 speaks for all machines here: ranks that choose for themselves could differ.
-    is_chosen_here = ranks.is_first and begun is None
+    is_planned = begun is not None and bool(begun["plan"])
+    is_chosen_here = ranks.is_first and not is_planned
     own = choose_threads(job.dtype, job.device) if is_chosen_here else torch.get_num_threads()
     machine = [own, gains(job.dtype, job.device), products_gain(job.dtype, job.device)]
     threads, compiling, by_products = ranks.from_first("machine", machine)
-    plan = make_plan(job, threads, begun, compiling_gains=compiling, by_products=by_products)
-    if begun is not None:
-        check_identity(begun["plan"], plan.to_manifest(), "the store")
-    manifest: Manifest = begun or {**draft, "plan": plan.to_manifest()}
+    kept = begun["plan"] if begun is not None else {}
+    plan = make_plan(job, threads, kept, compiling_gains=compiling, by_products=by_products)
+    if kept:
+        check_identity(kept, plan.to_manifest(), "the store")
+    manifest: Manifest = {**(begun or draft), "plan": plan.to_manifest()}
     manifest = ranks.from_first("manifest", manifest)
     check_identity(manifest["plan"], plan.to_manifest(), "rank 0's plan", SAME_CALL)
     return plan, manifest
@@ -61,7 +65,7 @@ def shared_plan(
 def make_plan(
     job: Job,
     threads: int,
-    begun: Manifest | None,
+    kept: Mapping[str, Any],
     *,
     compiling_gains: bool = False,
     by_products: bool = False,
@@ -71,11 +75,17 @@ def make_plan(
     Args:
         job: the job.
         threads: with which PyTorch computes.
-        begun: the manifest of a store that goes on. Its options go before the job's and
-            `threads`, since losses of one store have to be made in one way.
+        kept: the plan's field in the manifest of a store that goes on; empty for a new one. Its
+            options go before `threads` and what the job leaves open, since losses of one store
+            have to be made in one way.
         compiling_gains: whether compiled layers are faster on the machine that scores.
         by_products: whether attention by products is.
+
+    Raises:
+        ScoreMismatchError: the job asks for other options than the store was begun with.
+        ValueError: it asks for an option that has no effect.
     """
+    _check_options(job, kept)
     lengths = sample_lengths(job.dataset, job.lengths)
     options = PlanOptions(
         max_tokens=job.max_tokens,
@@ -85,18 +95,22 @@ def make_plan(
         threads=threads,
         attention_by_products=by_products and _can_pack(job) and has_plain_attention(job.model),
     )
-    if begun is not None:
-        options = options.as_begun(begun["plan"])
+    options = options.as_begun(kept)
     kind = "cuda" if job.device.type == "cuda" else "cpu"
     if lengths is None:
+        if job.max_tokens is not None:
+            raise ValueError(
+                "max_tokens has no effect on samples without a length in tokens, such as images; "
+                "pass batch_size"
+            )
         batch_size = options.batch_size or _BATCH_SIZE[kind]
         options = replace(options, max_tokens=None, batch_size=batch_size, shared_prompts=0)
         plan = plan_fixed(len(job.dataset), batch_size=batch_size)
         return replace(plan, options=options)
     max_tokens = options.max_tokens or _MAX_TOKENS[kind]
     # A store that was begun without them goes on without them.
-    can_share = begun is None or options.shared_prompts > 0
-    groups, savings = _prompt_groups(job, options.prefix) if can_share else (None, None)
+    shares = not kept or options.shared_prompts > 0
+    groups, savings = _prompt_groups(job, options.prefix) if shares else (None, None)
     num_saved = 0 if savings is None else int(savings.sum())
     options = replace(options, max_tokens=max_tokens, shared_prompts=num_saved)
     plan = plan_padded(
@@ -107,6 +121,18 @@ def make_plan(
         saved=options.prefix if savings is None else options.prefix + savings,
     )
     return replace(plan, options=options)
+
+
+def _check_options(job: Job, kept: Mapping[str, Any]) -> None:
+    """Refuse options that a store's packs, which are kept, were not made with."""
+    for name in ("max_tokens", "batch_size", "compile"):
+        asked = getattr(job, name)
+        if asked not in (None, "auto") and asked != kept.get(name, asked):
+            raise ScoreMismatchError(
+                f"{name}={asked} has no effect on a store that was begun with {name}={kept[name]}, "
+                "whose packs are kept; leave it out to go on, or score into another folder, or "
+                "delete this one if its losses are unwanted"
+            )
 
 
 def _prompt_groups(job: Job, prefix: int) -> tuple[Tensor | None, Tensor | None]:

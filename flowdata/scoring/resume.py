@@ -22,7 +22,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.planning import shared_plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.run import CheckReport, run_packs
-from flowdata.store.folder import finish, locked, read_manifest
+from flowdata.store.folder import SCORES, finish, locked, read_manifest, update_details
 from flowdata.store.format import Manifest, make_manifest, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import Columns, join, restore, split
@@ -96,6 +96,10 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
             scores = _score_the_rest(folder, job, draft, ranks)
+    if ranks.is_first and scores is not None and draft["details"]:
+        update_details(folder, draft["details"])
+        scores.metadata["details"] = draft["details"]
+    ranks.from_first("noted", True)
     if scores is None:
         scores = _once_visible(lambda: Scores.load(folder), ranks)
     _warn_of_guessing(scores, ranks)
@@ -131,7 +135,7 @@ def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> S
     checked = _gather_checks(report, ranks)
     scores = None
     if ranks.is_first:
-        read = partial(_all_packs, folder, plan, manifest)
+        read = partial(read_finished_packs, folder, manifest, plan.order, plan.sizes)
         merge = partial(merge_packs, plan, read, {**manifest, "checked": checked})
         scores = _once_visible(merge, ranks)
         finish(folder, scores.to_tensors(), scores.manifest(), plan.order, plan.sizes)
@@ -140,11 +144,18 @@ def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> S
 
 
 def _begun_manifest(folder: Place, draft: Manifest) -> Manifest | None:
+    """The manifest of a store that goes on, without a plan where nothing of it is kept yet."""
     begun = read_manifest(folder)
-    if begun is not None:
-        check_identity(begun["identity"], draft["identity"], f"the store {folder}")
-        begun = _without_wrong_parts(folder, begun)
-    return begun
+    if begun is None:
+        return None
+    check_identity(begun["identity"], draft["identity"], f"the store {folder}")
+    begun = _without_wrong_parts(folder, begun)
+    is_kept = (folder / SCORES).exists() or bool(parts_of(folder))
+    return {
+        **begun,
+        "plan": begun["plan"] if is_kept else {},
+        "details": draft["details"] or begun["details"],
+    }
 
 
 def _without_wrong_parts(folder: Place, begun: Manifest) -> Manifest:
@@ -210,19 +221,6 @@ def _write_parts(
         raise
 
 
-def _all_packs(folder: Place, plan: Plan, manifest: Manifest) -> Iterator[FinishedPacks]:
-    """Yield all packs of a store, part by part; at the end raise StoreError if some are lacking."""
-    is_there = torch.zeros(len(plan), dtype=torch.bool)
-    for finished in read_finished_packs(folder, manifest, plan.order, plan.sizes):
-        is_there[list(finished.packs)] = True
-        yield finished
-    if not is_there.all():
-        raise StoreError(
-            f"{int((~is_there).sum())} packs that were just written are not in {folder}; all "
-            "ranks have to write into one folder, on a file system that they share. Call again"
-        )
-
-
 def _once_visible(read: Callable[[], T], ranks: Ranks) -> T:
     """What `read` returns, once the file system shows what other ranks wrote."""
     for _ in range(_SECONDS_TO_SHOW if ranks.size > 1 else 0):
@@ -241,14 +239,25 @@ def merge_packs(
         plan: the packs.
         read: gives the finished packs, all of them, anew each time it is called.
         manifest: the store's.
+
+    Raises:
+        StoreError: a pack is lacking.
     """
     skipped: dict[int, str] = {}
+    is_there = torch.zeros(len(plan), dtype=torch.bool)
 
     def packs() -> Iterator[tuple[Tensor, Columns]]:
         for finished in read():
             skipped.update(finished.skipped)
             for number, columns in finished.packs.items():
+                is_there[number] = True
                 yield plan.pack(number), columns
+        if not is_there.all():
+            raise StoreError(
+                f"{int((~is_there).sum())} of {len(plan)} packs that were just scored are not "
+                "there; all ranks have to write into one folder, on a file system that they "
+                "share. Call again"
+            )
 
     columns = restore(packs, len(plan.order))
     fields = {name: manifest[name] for name in ("identity", "plan", "details")}

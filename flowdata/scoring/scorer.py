@@ -267,7 +267,7 @@ class LossScorer:
             num_workers=num_workers,
             progress=self._is_shown,
             announce=self._announce,
-            suspects=self._suspects,
+            suspects=tuple(index for index in self._suspects if index < len(dataset)),
         )
 
     def _choose_loss(

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from flowdata.models.calling import innermost
 
-# Terms that a mixture of experts adds to its loss, by their names in the output, and the names of
-# their factors in its configuration.
-_NAMED_TERMS = {"aux_loss": "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}
+# Terms that a mixture of experts adds to its loss, by their names in the output, and the names that
+# their factors have in configurations.
+_NAMED_TERMS = {
+    "aux_loss": ("router_aux_loss_coef", "aux_loss_coef"),
+    "z_loss": ("router_z_loss_coef", "z_loss_coefficient"),
+}
 
 
 class Reading(NamedTuple):
@@ -64,6 +67,35 @@ def readings(model: nn.Module, output: Any, *, is_labelled: bool = True) -> list
     return values
 
 
+def own_loss_alone(model: nn.Module, output: Any, *, is_labelled: bool = True) -> float | None:
+    """Return the loss that a model made without the terms that its output names; None for no loss.
+
+    Args:
+        model: the model, whose configuration tells the factors of the terms.
+        output: what it returned for a batch with labels.
+        is_labelled: whether the model took them, see `own_loss_of`.
+
+    Raises:
+        ValueError: the output names a term, and nothing tells its factor.
+
+    Example:
+        >>> own_loss_alone(nn.Identity(), {"loss": torch.tensor(2.0)})
+        2.0
+    """
+    loss = own_loss_of(output, is_labelled=is_labelled)
+    if loss is None:
+        return None
+    factors = _told_factors(model)
+    for name in _NAMED_TERMS.keys() - factors.keys():
+        if term := named_terms(output, {name: 1.0}):
+            raise ValueError(
+                f"loss='own': the model's output names {name} ({float(term):.4g}) beside its loss, "
+                "and nothing tells whether, and by which factor, the loss holds it; return it "
+                "under another name where it holds none of it, or pass loss=callable(model, batch)"
+            )
+    return loss.item() - float(named_terms(output, factors))
+
+
 def own_loss_of(output: Any, *, is_labelled: bool = True) -> Tensor | None:
     """Return the loss that a model made, 0-d or of one element; None if it made none.
 
@@ -105,10 +137,29 @@ def named_terms(output: Any, factors: Mapping[str, float]) -> Tensor | float:
 
 
 def term_factors(model: nn.Module) -> dict[str, float]:
-    """Return the factors that a model's configuration tells, by the names of the terms."""
+    """Return the factors of the terms by their names; 1 where the configuration tells none."""
+    return dict.fromkeys(_NAMED_TERMS, 1.0) | _configured_factors(_text_config(model))
+
+
+def _told_factors(model: nn.Module) -> dict[str, float]:
+    """The factors that are sure; encoder-decoders apply theirs before they name the terms."""
+    config = _text_config(model)
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    return {} if is_encoder_decoder else _configured_factors(config)
+
+
+def _configured_factors(config: Any) -> dict[str, float]:
+    return {
+        term: float(getattr(config, name) or 0.0)
+        for term, names in _NAMED_TERMS.items()
+        for name in names
+        if hasattr(config, name)
+    }
+
+
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(innermost(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return {term: float(getattr(config, name, 1.0) or 0.0) for term, name in _NAMED_TERMS.items()}
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _field(output: Any, name: str) -> Any:

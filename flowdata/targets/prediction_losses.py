@@ -90,15 +90,15 @@ def _cross_entropy_of_probabilities(
 
 def _classes_second(logits: Tensor, targets: Tensor, *, classes_last: bool) -> Tensor:
     """Logits as PyTorch's cross-entropy takes them, (B, C, …), one for each of (B, …) targets."""
+    classes_last |= targets.shape != logits.shape[:1] + logits.shape[2:]
+    if classes_last and logits.dim() > 1 and logits.shape[:-1] == targets.shape:
+        logits = logits.movedim(-1, 1)
     if logits.dim() < 2 or logits.shape[1] == 1:
         hint = _SQUEEZED if logits.dim() == 0 or len(targets) < len(logits) else ""
         raise ValueError(
             f"cross_entropy needs logits of at least two classes, got shape {tuple(logits.shape)}; "
             f"for one logit a sample pass loss='binary_cross_entropy'{hint}"
         )
-    classes_last |= targets.shape != logits.shape[:1] + logits.shape[2:]
-    if classes_last and logits.shape[:-1] == targets.shape:
-        logits = logits.movedim(-1, 1)
     _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
     return logits
 

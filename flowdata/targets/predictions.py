@@ -114,24 +114,22 @@ def is_of_tokens(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
     return targets.dim() == 2 and hasattr(innermost(model), "config")
 
 
-def own_way(losses_of: Callable[[nn.Module, Any], list[float]], device: torch.device = CPU) -> Way:
+def own_way(loss_of: Callable[[nn.Module, Any], float | None], device: torch.device = CPU) -> Way:
     """Return the way to the loss that a model makes itself, of one sample collated alone.
 
     Args:
-        losses_of: (model, batch) -> the values that the model's own loss can be meant to have.
+        loss_of: (model, batch) -> the model's own loss, None where it makes none.
         device: where the model takes its inputs.
     """
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
-        losses = losses_of(model, to_device(batch, device))
-        if not losses:
+        loss = loss_of(model, to_device(batch, device))
+        if loss is None:
             raise ValueError(
                 "loss='own' takes the loss that the model makes itself, and it made none of "
                 f"{describe_batch(batch)}; its forward has to take the labels and return `loss`"
             )
-        # Without the terms that the output names apart.
-        values = torch.tensor(losses[1:2] or losses[:1])
-        return TargetLosses(values, torch.ones(1, dtype=torch.long))
+        return TargetLosses(torch.tensor([loss]), torch.ones(1, dtype=torch.long))
 
     return way
 
@@ -194,6 +192,11 @@ def logits_of(output: Any) -> Tensor:
     logits = parts.get("logits", getattr(output, "logits", None))
     if isinstance(logits, Tensor):
         return logits
+    if logits is not None:
+        raise ValueError(
+            f"the model returned {type(logits).__name__} under the name `logits`, and a tensor is "
+            "needed there; pass loss=callable(model, batch)"
+        )
     tensors = {
         name: each
         for name, each in parts.items()

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowdata._common.growing_array import GrowingArray
-from flowdata._common.large_array import large_array
 from flowdata._common.notices import is_first_rank, say
+from flowdata._common.offsets import lengths_of
 from flowdata._common.unreadable import Unreadable
 from flowdata.scores.matching import TOKENS_PREFIX
 from flowdata.store.fingerprint.rows import digest_tokens
@@ -68,6 +68,8 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     #   input_ids   5 6 7 8 | 5 9 | 5 6 4
     #   is_target   0 0 1 1 | 0 1 | 0 1 1
     #   offsets     0         4     6       9
+
+    offsets_tell_lengths = True  # so that a scorer need not read every sample for them
 
     def __init__(
         self,
@@ -136,9 +138,7 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
     @property
     def lengths(self) -> Tensor:
         """Tokens in each sample, (N,) int32."""
-        lengths = large_array(len(self), np.int32)
-        np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="unsafe")
-        return torch.from_numpy(lengths)
+        return torch.from_numpy(lengths_of(self.offsets))
 
     def part(self, start: int, stop: int) -> TokenSamples:
         """Return the samples from `start` up to `stop`, whose arrays are views of these."""

@@ -47,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--token-weights",
         action="store_true",
-        help="write the column token_weights, too: a weight for each target token, in order",
+        help="write the column token_weights, too: a weight for each target token, in order, by "
+        "the temperature alone",
     )
     add(
         "--message-weight",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.large_array import large_array
+from flowdata._common.offsets import lengths_of
 from flowdata._common.unreadable import Unreadable, first_readable
 
 _CHARACTERS_PER_TOKEN = 3  # of raw text, whose tokens only a collate function knows
@@ -31,9 +32,9 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
     what an image costs beside a caption of five words is no matter of tokens.
 
     Args:
-        dataset: map-style. A Hugging Face data set is asked for the lengths of its lists, and one
-            of flat arrays of tokens, as `flowdata.text.TokenSamples` is, for its `lengths`; of any
-            other one every sample is read.
+        dataset: map-style. The lengths of a Hugging Face data set's lists, and those of
+            `flowdata.text.TokenSamples`, are read off its offsets; of any other data set every
+            sample is read.
         lengths: (N,) lengths that the user knows, so that nothing is read.
 
     Raises:
@@ -41,8 +42,8 @@ def sample_lengths(dataset: Any, lengths: Any = None) -> Tensor | None:
     """
     if lengths is not None:
         return _check_lengths(lengths, len(dataset))
-    if isinstance(getattr(dataset, "input_ids", None), np.ndarray) and hasattr(dataset, "offsets"):
-        return _check_lengths(dataset.lengths, len(dataset))
+    if getattr(dataset, "offsets_tell_lengths", False):
+        return torch.from_numpy(lengths_of(dataset.offsets))
     if length_of(first_readable(dataset)) is None:
         return None
     if _shows_its_lists(dataset):
