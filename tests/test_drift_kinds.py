@@ -464,6 +464,32 @@ def test_samples_that_depend_on_their_batch_are_read_alone(kind, caplog):
     assert "not reading" in caplog.text
 
 
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_samples_that_depend_on_their_batch_are_held_as_they_are_read(kind, tmp_path):
+    make, samples, _ = DEPENDENT[kind]
+    base, file = make().train(), tmp_path / "rows.safetensors"
+    tuned = moved(base, 0.2).train()
+    for _ in range(2):  # the second meter finds the rows in its file, and reads nothing
+        meter = DriftMeter(base, samples, store=file, dtype="float32")
+        together, alone = (OutputAnchor(meter, 1e-3, size) for size in (len(samples), 1))
+        assert together(base) < 1e-9
+        expected = torch.stack([alone(tuned) for _ in samples])
+        if isinstance(samples[0], dict) and "labels" in samples[0]:
+            counts = torch.tensor([len(samples[place]["labels"]) - 1 for place in order_of(alone)])
+            expected = expected * counts / counts.sum() * len(samples)
+        penalty = together(tuned)
+        torch.testing.assert_close(penalty, expected.mean(), rtol=1e-3, atol=1e-9)
+        gradients = [
+            torch.autograd.grad(each, tuned.head.weight)[0] for each in (penalty, expected.mean())
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-8)
+
+
+def order_of(anchor):
+    """The places of the samples that an anchor of batch size 1 saw first."""
+    return anchor._order(0).tolist()
+
+
 class Rounded(nn.Module):
     """Rounds by the largest value of its whole input, as dynamic quantisation does."""
 

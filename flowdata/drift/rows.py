@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import is_first_rank, logger
 from flowdata._common.progress import progress_bar
+from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable
 from flowdata.drift.check import find_suspect, right_way
 from flowdata.drift.headless import check_has_head
@@ -23,7 +24,7 @@ from flowdata.drift.ways import (
     name_of_head,
     output_layer,
     output_module,
-    padded_way,
+    ways_in_training,
     ways_to_rows,
 )
 from flowdata.head.output_layer import Head
@@ -116,6 +117,7 @@ class Reader:
         )
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), {})
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
+        self._last_ways: dict[Hashable, str] = {}  # by which models were read at last
         self._heads: dict[Hashable, str | None] = {}
         self._frozen_head: str | None = None
         if not self.is_of_language:
@@ -155,14 +157,21 @@ class Reader:
     def read_in_training(self, model: nn.Module, places: Sequence[int]) -> Rows:
         """Return the rows of some samples with their gradients, read off the model as it stands.
 
+        Samples are run together where `read` runs them together, and else as it does. Where no
+        model was read yet, this one is read first.
+
         Args:
             model: as it is trained.
             places: the samples' places in the probe.
+
+        Raises:
+            ValueError: see `read`.
         """
         job = self._job_of(model)
         head = self._head_in_training(model)
-        batch = job.collate([job.dataset[place] for place in places])
-        rows = padded_way(job, model, head)(model, batch)
+        way = self._way_in_training(job, model, head)
+        groups = way.grouping([job.dataset[place] for place in places])
+        rows = joined([way.way(model, job.collate(group)) for group in groups])
         return Rows(rows.values, rows.counts, output_module(model, job.loss, head))
 
     def layer(self, model: nn.Module) -> Head | nn.Module:
@@ -232,6 +241,19 @@ class Reader:
         ways = ways_to_rows(job, self._plan, model, head)
         return next(way for way in ways if way.name == self._right_ways[structure])
 
+    def _way_in_training(self, job: Job, model: nn.Module, head: str | None) -> Candidate:
+        """The way by which models of this structure are read; padded where that is packed.
+
+        A structure that was not read yet, such as one with adapters, goes the frozen model's way.
+        """
+        if not self._last_ways:  # the frozen model's rows come from a file
+            with preserved_rng():
+                self.read(model)
+        first = next(iter(self._last_ways.values()))
+        name = self._last_ways.get(_structure(model), first)
+        ways = ways_in_training(job, model, head)
+        return next((way for way in ways if way.name == name), ways[0])
+
     def _read(self, job: Job, model: nn.Module, head: str | None) -> TargetLosses:
         """The rows of all samples; of one that turns out wrong another way has to be right."""
         way = self._right_way(job, model, head)
@@ -252,6 +274,7 @@ class Reader:
         return self._read(replace(job, suspects=(*job.suspects, suspect)), model, head)
 
     def _by_way(self, job: Job, model: nn.Module, way: Candidate) -> TargetLosses:
+        self._last_ways[_structure(model)] = way.name
         parts: list[TargetLosses] = []
         size = len(job.dataset)
         with progress_bar(size, "probe", "samples", shown=job.progress, patient=True) as advance:

@@ -57,28 +57,42 @@ def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> li
         model: the model as it is run.
         head: the name of the layer that makes the logits, None where there is none.
     """
-    if job.loss in LANGUAGE_LOSSES:
-        return _language_ways(job, str(job.loss), plan, model)
-    way = _prediction_way(job, model, head)
-    return [
-        Candidate("samples together", way, together),
-        Candidate("samples of one shape at a time", way, alike),
-        Candidate("one sample at a time", way, alone),
-    ]
+    ways = ways_in_training(job, model, head, plan.options.max_tokens)
+    if job.loss != "causal_lm" or why_not_packed(model, job.loss):
+        return ways
+    if why_batch_not_packed(model, job.collate(job.few_samples)):
+        return ways
+    most, prefix = plan.options.max_tokens, job.prefix[: plan.options.prefix]
+    packing = Packing(padded(job.loss, most), prefix, most, job.device)
+    packed = way_of(model, job.loss, packing, _hidden_run(model), device=job.device)
+    return [Candidate("samples packed", packed, together), *ways]
 
 
-def padded_way(job: Job, model: nn.Module, head: str | None) -> Way:
-    """Return the way of a batch as it was collated, which gradients can go back through.
+def ways_in_training(
+    job: Job, model: nn.Module, head: str | None, max_tokens: int | None = None
+) -> list[Candidate]:
+    """Return those of `ways_to_rows` that gradients can go back through, which none packed can.
 
     Args:
         job: see `ways_to_rows`.
-        model: the model as it is trained.
+        model: see `ways_to_rows`.
         head: see `ways_to_rows`.
+        max_tokens: beyond this a padded batch is run in slices.
     """
-    if job.loss in LANGUAGE_LOSSES:
-        run = _hidden_run(model)
-        return way_of(model, str(job.loss), padded(str(job.loss)), run, device=job.device)
-    return _prediction_way(job, model, head)
+    if job.loss not in LANGUAGE_LOSSES:
+        way = _prediction_way(job, model, head)
+        return [
+            Candidate("samples together", way, together),
+            Candidate("samples of one shape at a time", way, alike),
+            Candidate("one sample at a time", way, alone),
+        ]
+    loss, run = str(job.loss), _hidden_run(model)
+    way = way_of(model, loss, padded(loss, max_tokens), run, device=job.device)
+    return [
+        Candidate("samples padded", way, together),
+        Candidate("samples of one length at a time", way, alike),
+        Candidate("one sample at a time", way_alone(loss, run, job.device), alone),
+    ]
 
 
 def _hidden_run(model: nn.Module) -> Run:
@@ -88,24 +102,6 @@ def _hidden_run(model: nn.Module) -> Run:
         return TargetLosses(hidden_states(model, layer, work), work.counts)
 
     return run
-
-
-def _language_ways(job: Job, loss: str, plan: Plan, model: nn.Module) -> list[Candidate]:
-    most, run = plan.options.max_tokens, _hidden_run(model)
-    sliced = padded(loss, most)
-    way = way_of(model, loss, sliced, run, device=job.device)
-    ways = [
-        Candidate("samples padded", way, together),
-        Candidate("samples of one length at a time", way, alike),
-        Candidate("one sample at a time", way_alone(loss, run, job.device), alone),
-    ]
-    if loss != "causal_lm" or why_not_packed(model, loss):
-        return ways
-    if why_batch_not_packed(model, job.collate(job.few_samples)):
-        return ways
-    packing = Packing(sliced, job.prefix[: plan.options.prefix], most, job.device)
-    packed = way_of(model, loss, packing, run, device=job.device)
-    return [Candidate("samples packed", packed, together), *ways]
 
 
 def way_to_logits(job: Job, model: nn.Module, head: str | None) -> Way:
