@@ -1,12 +1,18 @@
 """The output anchor against autograd on full logits."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from flowdata.collator import WeightedCollator
@@ -99,6 +105,50 @@ def test_adapters_of_the_output_layer_are_held_too():
     penalty = anchor(tuned)
     torch.testing.assert_close(penalty, expected, rtol=1e-4, atol=1e-6)
     assert_same_gradients(tuned, penalty, expected)
+
+
+class Checkpointed(nn.Module):
+    """Runs a block again in the backward pass, in every mode."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+CHECKPOINTS = {
+    "a function": Checkpointed,
+    "PyTorch's wrapper": checkpoint_wrapper,
+    "reentrant": partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_leave_the_gradients_as_they_are(kind, training):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5))
+    base = nn.Sequential(nn.Linear(4, 16), block, nn.Linear(16, 3))
+    probe = torch.randn(32, 4)
+    anchor = OutputAnchor(DriftMeter(base, probe), 1.0, batch_size=32)
+    plain = moved(base).train(training)
+    tuned = copy.deepcopy(plain)
+    tuned[1] = CHECKPOINTS[kind](tuned[1])
+    calls = []
+    next(tuned[1].children()).register_forward_pre_hook(lambda *_: calls.append(1))
+    statistics = [each.clone() for each in tuned.buffers()]
+    for model in (plain, tuned):
+        anchor._step = 0
+        anchor(model).backward()
+    for one, other in zip(plain.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert all(map(torch.equal, tuned.buffers(), statistics))
+    # The loss beside it is checkpointed as ever.
+    calls.clear()
+    tuned(probe.requires_grad_()).sum().backward()
+    assert len(calls) == 2
 
 
 def test_every_sample_comes_once_before_any_comes_twice():

@@ -111,7 +111,8 @@ class OutputAnchor:
         """Return the penalty: 0-d float32, with gradients for the model's parameters.
 
         Args:
-            model: in training; dropout and BatchNorm are as in evaluation for this call.
+            model: in training; dropout and BatchNorm are as in evaluation for this call, and
+                activations are not checkpointed in it: `batch_size` bounds what they take.
 
         Raises:
             TypeError: the weight of the output layer is sharded (a DTensor).
