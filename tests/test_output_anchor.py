@@ -107,6 +107,20 @@ def test_adapters_of_the_output_layer_are_held_too():
     assert_same_gradients(tuned, penalty, expected)
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_dropout_in_the_output_layer_is_off_forward_and_backward(labels):
+    base, samples, target = tiny_llama(), TOKENS, "lm_head"
+    if labels:
+        base, target = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)), "2"
+        samples = [(torch.randn(8), torch.tensor([1.0, 1, 0, 0, 1])) for _ in range(6)]
+    config = LoraConfig(target_modules=[target], lora_dropout=0.5, init_lora_weights=False)
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    meter = DriftMeter(base, samples, dtype="float32")
+    penalties = [OutputAnchor(meter, 1.0, 6)(tuned.train(mode)) for mode in (False, True)]
+    assert penalties[0] == penalties[1] > 0
+    assert_same_gradients(tuned, *penalties)
+
+
 class Checkpointed(nn.Module):
     """Runs a block again in the backward pass, in every mode."""
 

@@ -127,7 +127,7 @@ class OutputAnchor:
         module: Any = rows.layer
         is_own = self.meter.is_own(module)
         if self.meter.has_several_labels:
-            tuned = Predictions(rows.values, module if is_own else base.layer)
+            tuned = Predictions(rows.values, _InEvaluation(module) if is_own else base.layer)
             divergence = kl_to_answers(base, tuned)
         else:
             divergence = _divergence(base, rows.values, module, is_own)
@@ -254,4 +254,17 @@ def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: b
         scale, softcap = module.scale, module.softcap
         return kl_to(base, rows, layer.weight, layer.bias, scale=scale, softcap=softcap)
     called: Any = module if is_own else layer
-    return kl_to_called(base, rows, called)
+    return kl_to_called(base, rows, _InEvaluation(called))
+
+
+class _InEvaluation(nn.Module):
+    """An output layer whose dropout is off whenever it is called, in the backward pass too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, rows: Tensor) -> Tensor:
+        with in_evaluation(self.layer):
+            logits: Tensor = self.layer(rows)
+        return logits
