@@ -56,6 +56,8 @@ def rule_weights(rule: TokenRule, values: Tensor, takes_part: Tensor) -> Tensor:
             f"token_rule must be one of {', '.join(map(repr, _RULES))} or a callable "
             f"(losses, takes_part) -> weights, got {rule!r}"
         )
+    if not takes_part.numel():  # nothing has no median, and no largest value
+        return values.new_zeros(takes_part.shape)
     weights = (_RULES[rule] if isinstance(rule, str) else rule)(values.detach(), takes_part)
     if weights.shape != takes_part.shape:
         raise ValueError(

@@ -138,15 +138,21 @@ def test_weights_of_zero_and_ignored_positions_never_reach_the_head():
     assert all(part.isfinite().all() for part in (gradient, *rest))
 
 
+def hardest(losses, takes_part):
+    """A rule of a user's own, which can't do without a loss."""
+    return losses / losses.max()
+
+
+@pytest.mark.parametrize("rule", [None, "talr", "dft", "dro", "eaft", hardest])
 @pytest.mark.parametrize("kind", [nn.Linear, CalledHead])
-def test_nothing_to_learn_gives_zero(kind):
+def test_nothing_to_learn_gives_zero(kind, rule):
     hidden, head, labels, _ = make(kind=kind)
     for now, weights in (
         (labels, torch.zeros(B)),
         (torch.full_like(labels, -100), torch.ones(B)),
         (labels[:, :1], None),
     ):
-        loss = fused_causal_lm_loss(hidden[:, : now.shape[1]], head, now, weights)
+        loss = fused_causal_lm_loss(hidden[:, : now.shape[1]], head, now, weights, token_rule=rule)
         assert loss == 0
         if loss.requires_grad:
             for part in torch.autograd.grad(loss, [hidden, head.weight], allow_unused=True):

@@ -165,6 +165,20 @@ def test_checkpoints_leave_the_gradients_as_they_are(kind, training):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_samples_without_a_target_cost_nothing(lora):
+    base = tiny_llama()
+    samples = [{**TOKENS[0], "labels": torch.full_like(TOKENS[0]["input_ids"], -100)}, TOKENS[1]]
+    tuned = moved(base)
+    if lora:
+        tuned = get_peft_model(tuned, LoraConfig(target_modules=["lm_head"], lora_dropout=0.1))
+    anchor = OutputAnchor(DriftMeter(base, samples, dtype="float32"), 1.0, batch_size=1)
+    penalties = dict(zip(anchor._order(0).tolist(), (anchor(tuned), anchor(tuned)), strict=True))
+    assert penalties[0] == 0 < penalties[1]
+    penalties[0].backward()
+    assert not any(p.grad is not None and p.grad.any() for p in tuned.parameters())
+
+
 def test_every_sample_comes_once_before_any_comes_twice():
     meter = DriftMeter(TinyResNet(), images(10))
     anchor = OutputAnchor(meter, strength=1.0, batch_size=4)
@@ -213,6 +227,9 @@ def test_a_small_drift_costs_strength_times_kl():
     penalty = output_penalty(moved_logits, logits, strength=0.1).item()
     assert penalty == pytest.approx(0.1 * divergence, rel=1e-3)
     assert output_penalty(moved_logits, logits, strength=0) == 0
+    assert output_penalty(moved_logits[:0], logits[:0], strength=0.1) == 0
+    rows, head = torch.ones(0, 4), nn.Linear(4, 3).requires_grad_(False)
+    assert output_penalty(rows, rows, strength=0.1, head=head) == 0
 
 
 def test_the_frozen_model_itself_costs_nothing():

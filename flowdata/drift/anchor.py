@@ -110,6 +110,8 @@ class OutputAnchor:
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the penalty: 0-d float32, with gradients for the model's parameters.
 
+        It is 0 where no sample of the step has a target.
+
         Args:
             model: in training; dropout and BatchNorm are as in evaluation for this call, and
                 activations are not checkpointed in it: `batch_size` bounds what they take.
@@ -132,7 +134,7 @@ class OutputAnchor:
         else:
             divergence = _divergence(base, rows.values, module, is_own)
         ratio = 1.0 if is_own else _ratio(module, base.layer)
-        return _bounded(divergence, self.strength, ratio).mean()
+        return _bounded(divergence, self.strength, ratio)
 
     def _places(self) -> list[int]:
         """The samples of this step: a window of an endless sequence of random orders."""
@@ -177,7 +179,7 @@ def output_penalty(
         logit_scale: factor on the head's logits.
 
     Returns:
-        0-d float32, the mean over the n targets.
+        0-d float32, the mean over the n targets; 0 without any.
 
     Raises:
         TypeError, ValueError: `strength` is no finite number ≥ 0, the shapes differ or are not
@@ -208,7 +210,7 @@ def output_penalty(
         )
     reference = reference.detach().to(outputs.device)
     if head is None:
-        return _bounded(kl_of_logits(reference, outputs), strength).mean()
+        return _bounded(kl_of_logits(reference, outputs), strength)
     if type(head) is not nn.Linear or head.weight.requires_grad:
         raise ValueError(
             f"head must be a plain nn.Linear that is not trained, got {type(head).__name__}: the "
@@ -219,13 +221,14 @@ def output_penalty(
     layer = Head(head.weight.detach(), bias, logit_scale, softcap)
     options: Any = {"scale": logit_scale, "softcap": softcap}
     divergence = kl_to(Predictions(reference, layer), outputs, layer.weight, bias, **options)
-    return _bounded(divergence, strength).mean()
+    return _bounded(divergence, strength)
 
 
 def _bounded(divergence: Tensor, strength: float, ratio: Tensor | float = 1.0) -> Tensor:
-    """The penalty of each target from its KL, (n,); see the file's docstring."""
+    """The mean penalty of targets from the KL of each, (n,); see the file's docstring."""
     strength, pull = min(strength, _SHARPEST), _PULL * ratio
-    return 2 * strength * divergence / (1 + (1 + 2 * divergence * (strength / pull) ** 2).sqrt())
+    bend = (1 + 2 * divergence * (strength / pull) ** 2).sqrt()
+    return (2 * strength * divergence / (1 + bend)).sum() / max(1, len(divergence))  # 0 of none
 
 
 @torch.no_grad()
