@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flowdata._common import progress
@@ -103,6 +104,19 @@ def test_the_same_seed_gives_the_same_texts_and_touches_nothing(tmp_path):
             )
     with pytest.raises(ScoreMismatchError):
         own_text(moved(model), Tokenizer(), samples=5, length=9, seed=3, store=file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # one of them is run as it is
+def test_settings_of_a_model_with_adapters_come_back(dtype):
+    base = tiny_llama()
+    base.generation_config.update(do_sample=False, max_new_tokens=7, repetition_penalty=1.3)
+    before = base.generation_config
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    own_text(model.to(dtype), Tokenizer(), samples=2, length=5)
+    assert base.generation_config is model.generation_config is before
+    base.generation_config = copy.deepcopy(before)
+    assert model.generation_config is base.generation_config  # shown by the wrapper as ever
+    assert model.merge_and_unload().generation_config.max_new_tokens == 7
 
 
 def test_on_its_own_text_the_drift_is_the_rise_of_the_loss():

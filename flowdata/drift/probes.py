@@ -202,7 +202,8 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    before = model.generation_config
+    # A PEFT model hands its own to the model inside, and shows that of the model inside as its own.
+    before = [(each, vars(each).get("generation_config")) for each in model.modules()]
     try:
         model.generation_config = config  # `generate` fills gaps of what it is given from this one
         tokens: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids))
@@ -214,7 +215,10 @@ def _sample(model: Any, ids: Tensor, length: int) -> Tensor:
             "a text; take it as it was before it diverged"
         ) from error
     finally:
-        model.generation_config = before
+        for module, own in before:
+            vars(module).pop("generation_config", None)
+            if own is not None:
+                module.generation_config = own
     return F.pad(tokens, (0, ids.shape[1] + length - tokens.shape[1]), value=config.pad_token_id)
 
 
