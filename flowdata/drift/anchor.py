@@ -39,6 +39,7 @@ from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.kl_loss import kl_to, kl_to_called
 from flowdata.head.output_layer import Head, OutputModule, weight_of
 from flowdata.models.calling import in_evaluation, unwrapped
+from flowdata.models.checkpointing import without_checkpointing
 
 # The longest gradient of a target's penalty, in the logits; that of a cross-entropy is √2. A longer
 # one lets large strengths and rates lose more than no anchor does.
@@ -123,7 +124,7 @@ class OutputAnchor:
         places = self._places()
         self._step += 1
         model = unwrapped(model)
-        with in_evaluation(model), self.meter.batch_norm_in(model):
+        with in_evaluation(model), without_checkpointing(), self.meter.batch_norm_in(model):
             rows = self.meter.reader.read_in_training(model, places)
         base = self.meter.base_of(places, rows.values.device)
         module: Any = rows.layer

@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 # What Python says of a call without an argument that the function can't do without.
 _MISSING = re.compile(r"forward\(\) missing \d+ required")
@@ -244,31 +242,11 @@ def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a block, and every module's flag back after it.
-
-    Nothing in the block is checkpointed, as Hugging Face's models checkpoint nothing in eval mode:
-    gradients through it would run a part again after the block, in the mode of then.
-    """
+    """Put a model into eval mode for a block, and every module's flag back after it."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with _without_checkpoints():
-            yield
+        yield
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-@contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    """Let `torch.utils.checkpoint` keep what a forward in a block makes, and run nothing again."""
-    library: Any = checkpoint
-    before = library._checkpoint_hook, library.CheckpointFunction
-    # Both kinds of checkpoint look these up when they are called. Without the hook autograd keeps
-    # tensors as ever; the function's place is taken by a plain call.
-    library._checkpoint_hook = lambda frame: nullcontext()
-    library.CheckpointFunction = SimpleNamespace(apply=lambda call, _, *inputs: call(*inputs))
-    try:
-        yield
-    finally:
-        library._checkpoint_hook, library.CheckpointFunction = before
