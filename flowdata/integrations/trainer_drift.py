@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from flowdata._common.notices import logger
 from flowdata._common.real_numbers import check_factor
 from flowdata.drift import Drift, DriftMeter
+from flowdata.store.fingerprint.model import fingerprint_model
 
 _PREFIX, _LOSS = "eval_", "_loss"
 _LESS_IS_BETTER = ("_and_drift", "drift_kl")
@@ -47,7 +48,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
             raise TypeError(f"meter must be a DriftMeter, got {type(meter).__name__}")
         self.meter, self.exchange = meter, check_factor("exchange", exchange)
         self.drifts: dict[int, Drift] = {}
-        self._state: object = None  # of the model that was measured last
+        self._state: object = None  # the step and the fingerprint that were measured last
 
     def put_first(self, trainer: Trainer) -> None:
         """Let a Trainer call this callback before all others, those that report metrics included.
@@ -66,6 +67,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
 
         The Trainer takes more of any metric for better whose name does not end with "loss".
         """
+        self._state = None
         name = args.metric_for_best_model or ""
         if name.endswith(_LESS_IS_BETTER) and args.greater_is_better:
             args.greater_is_better = False
@@ -100,10 +102,10 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
     def _drift_of(self, model: Any, step: int) -> Drift:
         """The drift of a model, measured once where several data sets are evaluated.
 
-        PyTorch counts the writes to each tensor: the best model may be loaded after the last step.
+        Nothing tells that their evaluations belong together but the model, which is what it was.
         """
-        writes = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
-        if (step, writes) != self._state:
+        state = step, fingerprint_model(model)
+        if state != self._state:
             self.drifts[step] = self.meter(model)
-            self._state = step, writes
+            self._state = state
         return self.drifts[step]

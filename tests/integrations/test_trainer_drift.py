@@ -166,6 +166,36 @@ def test_several_data_sets_are_measured_once(tmp_path):
         assert merged[f"eval_{name}_loss_and_drift"] == expected
 
 
+def test_a_callback_of_two_trainers_measures_the_model_of_each(tmp_path):
+    trainer, callback = run(tmp_path, [DriftCallback], max_steps=2)
+    trainer.train()
+    first = callback.drifts[2].kl
+    again, _ = run(tmp_path, [lambda meter: callback], max_steps=2, learning_rate=1e-1)
+    again.train()
+    drifts = [logs["eval_drift_kl"] for logs in again.state.log_history if "eval_loss" in logs]
+    assert drifts == [callback.meter(again.model).kl] != [first]
+
+
+@pytest.mark.parametrize("write", ["data", "adapters"])
+def test_a_model_that_changed_between_evaluations_is_measured_anew(tmp_path, write):
+    """Averages of weights are swapped in by writes that PyTorch does not count."""
+    trainer, callback = run(tmp_path, [DriftCallback])
+    assert trainer.evaluate()["eval_drift_kl"] == 0
+    if write == "data":
+        for parameter in trainer.model.parameters():
+            parameter.data.copy_(1.5 * parameter.data)
+    else:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        trainer.model = peft.get_peft_model(trainer.model, config)
+        trainer.callback_handler.model = trainer.model
+    drift = callback.meter(trainer.model).kl
+    assert trainer.evaluate()["eval_drift_kl"] == drift > 0
+    if write == "adapters":
+        with trainer.model.disable_adapter():
+            assert trainer.evaluate()["eval_drift_kl"] == 0
+
+
 def test_training_is_the_same_with_the_callback(tmp_path):
     weights = []
     for callbacks in ([DriftCallback], [lambda meter: TrainerCallback()]):
