@@ -11,6 +11,7 @@ from flowdata._common.real_numbers import RealNumber, check_factor
 from flowdata.companions.penalty import distance
 from flowdata.companions.reference import ReferenceLike
 from flowdata.companions.starts import Starts
+from flowdata.models.calling import unwrapped
 
 
 class ParameterAnchor:
@@ -78,7 +79,19 @@ class ParameterAnchor:
             raise ValueError(f"kind must be 'l2' or 'l1', got {kind!r}{hint}")
         self.kind = kind
         self.strength = check_factor("strength", strength)
+        self._model = model
         self._starts = Starts(model, reference, None if device is None else torch.device(device))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Return whether the anchor's model is this one, wrapped or not, a part of it or its whole.
+
+        Args:
+            model: as a training loop has it.
+        """
+        own, other = unwrapped(self._model), unwrapped(model)
+        return any(part is own for part in other.modules()) or any(
+            part is other for part in own.modules()
+        )
 
     def __call__(self) -> Tensor:
         """Return the penalty: 0-d float32 or wider, on the device of the first parameter.

@@ -25,8 +25,10 @@ def add_anchor(trainer: Any, anchor: OutputAnchor | ParameterAnchor) -> None:
 
     Raises:
         TypeError: `anchor` is no anchor, or `trainer` no Trainer.
-        ValueError: the trainer has this anchor already; or, in a step, the trainer does not go back
-            through its accelerator once, so that the penalty would be missing.
+        ValueError: the trainer has this anchor already; or, in a step, a `ParameterAnchor` is of
+            another model than is trained, as under `model_init`, which makes a new one; or the
+            trainer does not go back through its accelerator once, so that the penalty would be
+            missing.
 
     Example:
         >>> add_anchor(trainer, OutputAnchor(meter, strength=0.1))  # doctest: +SKIP
@@ -43,6 +45,8 @@ def add_anchor(trainer: Any, anchor: OutputAnchor | ParameterAnchor) -> None:
         raise ValueError("the trainer has this anchor already, and its penalty would count twice")
 
     def training_step(model: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_model(anchor, model)
+
         def penalty() -> Tensor:
             with trainer.compute_loss_context_manager():  # autocast, as for the loss
                 value = anchor(model) if isinstance(anchor, OutputAnchor) else anchor()
@@ -54,6 +58,17 @@ def add_anchor(trainer: Any, anchor: OutputAnchor | ParameterAnchor) -> None:
 
     training_step.anchors = (*_anchors_of(step), anchor)  # type: ignore[attr-defined]
     trainer.training_step = training_step
+
+
+def _check_model(anchor: OutputAnchor | ParameterAnchor, model: Any) -> None:
+    """Refuse an anchor whose parameters are not those that are trained: it would hold nothing."""
+    if isinstance(anchor, ParameterAnchor) and not anchor.is_of(model):
+        raise ValueError(
+            "the ParameterAnchor is of another model than the one that is trained, and would hold "
+            "nothing; make it from the model being trained: pass the Trainer model= instead of "
+            "model_init=, which makes a new model in train(), or call add_anchor in the "
+            "on_train_begin of a callback"
+        )
 
 
 def _anchors_of(step: Any) -> tuple[Any, ...]:

@@ -153,6 +153,59 @@ def test_an_anchor_counts_once(tmp_path):
         add_anchor(model, ParameterAnchor(model))
 
 
+class AnchorOnBegin(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        add_anchor(self.trainer, ParameterAnchor(model, "l2", 0.5))
+
+
+def trainer_of_new_models(folder):
+    trainer, *_ = trainer_of(Trainer, make_model(), folder, 1)
+    trainer.args.max_steps, trainer.args.learning_rate = 3, 0.1
+    return Trainer(
+        args=trainer.args,
+        model_init=lambda: make_model(),
+        train_dataset=trainer.train_dataset,
+        data_collator=collate,
+    )
+
+
+def test_an_anchor_of_another_model_than_is_trained_is_refused(tmp_path):
+    trainer = trainer_of_new_models(tmp_path)
+    add_anchor(trainer, ParameterAnchor(trainer.model))
+    with pytest.raises(ValueError, match="make it from the model being trained: pass the Trainer"):
+        trainer.train()
+
+
+def test_new_models_are_held_by_the_way_that_the_refusal_names(tmp_path):
+    start = torch.cat([p.detach().flatten() for p in make_model().parameters()])
+    moved = []
+    for kind in (None, "weights", "output"):
+        trainer = trainer_of_new_models(tmp_path)
+        if kind == "weights":
+            callback = AnchorOnBegin()
+            callback.trainer = trainer
+            trainer.add_callback(callback)
+        elif kind == "output":  # which takes the model that is trained
+            meter = DriftMeter(trainer.model, PROBE, collate, dtype="float32")
+            add_anchor(trainer, OutputAnchor(meter, 3.0))
+        trainer.train()
+        end = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        moved.append(float((end - start).norm()))
+    assert len(set(moved)) == 3
+    assert moved[1] < moved[0]
+
+
+@pytest.mark.parametrize("of", ["part", "compiled", "whole"])
+def test_an_anchor_of_a_part_or_a_wrapper_is_of_the_model(tmp_path, of):
+    model = make_model()
+    held = {"part": model.model, "compiled": torch.compile(model), "whole": nn.Sequential(model)}[
+        of
+    ]
+    trainer, *_ = trainer_of(Trainer, model, tmp_path, 1)
+    add_anchor(trainer, ParameterAnchor(held))
+    trainer.train()
+
+
 class OwnStep(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = self.compute_loss(model, inputs)
