@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,14 @@ from flowdata.accumulation import AccumulatedBatches
 from flowdata.collator import WeightedCollator
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.checks import check_loader, flow_sampler_of
-from flowdata.integrations.lightning_batches import Count, TrainerBatches, WeightedBatches
+from flowdata.integrations.lightning_batches import (
+    Count,
+    TrainerBatches,
+    WeightedBatches,
+    count_items_of,
+)
 from flowdata.integrations.lightning_drift import DriftCallback as DriftCallback
-from flowdata.losses import Normalize, count_items
+from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
 from flowdata.weights import Temperature
 
@@ -54,7 +59,8 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
         temperature: as in `resolve_temperature`.
         normalize: ``"count"`` or ``"weights"``: what `num_items` counts.
         count: (batch, weights) -> items of one batch; by default the target tokens of a mapping
-            with `input_ids` and (B, T) `labels`, otherwise the samples.
+            with `input_ids` and (B, T) integer `labels`, otherwise the samples. The first label of
+            each row is no target where labels repeat the `input_ids`, as in causal language models.
         accumulate_grad_batches: batches of an optimiser step under manual optimisation, where the
             trainer doesn't know; the step at an epoch's end may have fewer.
         seed: of the order.
@@ -158,9 +164,7 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
     def _count(self, batch: Any, weights: Tensor) -> float | Tensor:
         if self.count is not None:
             return self.count(batch, weights)
-        if isinstance(batch, Mapping) and "input_ids" in batch and batch["labels"].dim() == 2:
-            return count_items(batch["labels"], weights, normalize=self.normalize)
-        return weights.sum() if self.normalize == "weights" else len(weights)
+        return count_items_of(batch, weights, self.normalize)
 
 
 class FlowGuard(Callback):  # type: ignore[misc]

@@ -14,9 +14,47 @@ from torch.utils.data import DataLoader
 
 from flowdata._common.resumable import check_state
 from flowdata.accumulation import mean_items
+from flowdata.integrations.trainer_loss import RunLoss, count_batch
+from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
+from flowdata.targets.labels import IGNORE_INDEX
 
 Count = Callable[[Any, Tensor], "float | Tensor"]
+
+
+def count_items_of(batch: Any, weights: Tensor, normalize: Normalize) -> float | Tensor:
+    """Return how many items a batch has, or the sum of their weights.
+
+    The items of a mapping with `input_ids` and (B, T) integer `labels` are target tokens. Labels
+    that repeat the `input_ids` are those of a causal language model, which predicts none of the
+    first; of any others, as in seq2seq, each stands in its own place. Else samples are the items.
+
+    Args:
+        batch: as the collator made it.
+        weights: (B,), or (B, T) for each label.
+        normalize: ``"count"`` or ``"weights"``.
+
+    Raises:
+        ValueError: integer labels of another shape than `input_ids` that are all 0 or 1, and may be
+            target tokens or answers to several questions.
+    """
+    labels: Any = batch.get("labels") if isinstance(batch, Mapping) else None
+    is_of_tokens = isinstance(labels, Tensor) and labels.dim() == 2 and "input_ids" in batch
+    if not is_of_tokens or labels.is_floating_point() or labels.dtype == torch.bool:
+        return weights.sum() if normalize == "weights" else len(weights)
+    ids = batch["input_ids"]
+    is_alike = isinstance(ids, Tensor) and ids.shape == labels.shape
+    # Tokens have larger numbers, too, and 0 is mostly that of padding, which is no target.
+    if not is_alike and labels.shape[1] > 1 and labels.min() == 0 and labels.max() <= 1:
+        raise ValueError(
+            f"integer labels of shape {tuple(labels.shape)}, all 0 or 1 and not one for each of "
+            "the input_ids, may be a yes or no for each class or target tokens, so that their "
+            "items can't be counted; give a yes or no as a float, or pass FlowDataModule(count=), "
+            "(batch, weights) -> items"
+        )
+    is_causal = is_alike and bool(((labels == ids) | (labels == IGNORE_INDEX)).all())
+    run = RunLoss("causal_lm" if is_causal else "seq2seq_lm")
+    return count_batch(run, {"labels": labels}, weights, normalize=normalize)
 
 
 class TrainerBatches:

@@ -102,6 +102,42 @@ def test_a_count_of_ones_own_is_the_denominator():
     assert counts == [100.0, 100.0]  # 200 items in the step, Lightning's division by 2 undone
 
 
+IDS = torch.tensor([[5, 6, 7], [8, 9, 0]])
+WEIGHTS = torch.tensor([1.0, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "sum_of_weights"),
+    [
+        ({"input_ids": IDS, "labels": IDS}, 4, 2.5),  # causal: the first are no targets
+        ({"input_ids": IDS, "labels": torch.tensor([[5, 6, 7], [8, 9, -100]])}, 3, 2.25),
+        ({"input_ids": torch.zeros(2, 9), "labels": IDS}, 6, 3.75),  # seq2seq
+        ({"input_ids": torch.zeros(2, 9), "labels": torch.ones(2, 3).long()}, 6, 3.75),
+        ({"input_ids": IDS, "labels": torch.tensor([[4, 2, -100], [3, 3, 2]])}, 5, 2.75),
+        ({"input_ids": IDS, "labels": torch.zeros(2, 5)}, 2, 1.25),  # several labels of a sample
+        ({"input_ids": IDS, "labels": torch.ones(2, 5).bool()}, 2, 1.25),
+        ({"input_ids": IDS, "labels": torch.tensor([3, 4])}, 2, 1.25),
+        ({"input_ids": IDS, "labels": torch.tensor([[0], [1]])}, 2, 1.25),
+        ({"input_ids": IDS, "target": torch.tensor([3, 4])}, 2, 1.25),
+        ((IDS, IDS), 2, 1.25),
+    ],
+)
+def test_items_are_counted_as_what_labels_are(batch, count, sum_of_weights):
+    for normalize, expected in (("count", count), ("weights", sum_of_weights)):
+        module = FlowDataModule(data(2), WEIGHTS, batch_size=2, normalize=normalize)
+        assert float(module._count(batch, WEIGHTS)) == expected
+
+
+def test_labels_that_can_be_tokens_or_classes_need_a_count():
+    batch = {"input_ids": IDS, "labels": torch.tensor([[0, 1], [1, 1]])}
+    with pytest.raises(
+        ValueError, match=r"labels of shape \(2, 2\), .* pass FlowDataModule\(count="
+    ):
+        FlowDataModule(data(2), WEIGHTS, batch_size=2)._count(batch, WEIGHTS)
+    module = FlowDataModule(data(2), WEIGHTS, batch_size=2, count=lambda batch, weights: 7)
+    assert module._count(batch, WEIGHTS) == 7
+
+
 def test_what_cannot_be_right_is_refused():
     weighted = FlowWeightedDataset(data(), torch.rand(12))
     with pytest.raises(ValueError, match="carries weights already"):
