@@ -30,6 +30,7 @@ from flowdata.integrations.lightning_batches import (
 from flowdata.integrations.lightning_drift import DriftCallback as DriftCallback
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
+from flowdata.targets.target_weights import check_normalize
 from flowdata.weights import Temperature
 
 
@@ -57,7 +58,7 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
             beside a data module.
         resample: draw samples ∝ weight instead; the loss is then left alone.
         temperature: as in `resolve_temperature`.
-        normalize: ``"count"`` or ``"weights"``: what `num_items` counts.
+        normalize: ``"count"`` or ``"weights"``: what `num_items` counts, without a `count`.
         count: (batch, weights) -> items of one batch; by default the target tokens of a mapping
             with `input_ids` and (B, T) integer `labels`, otherwise the samples. The first label of
             each row is no target where labels repeat the `input_ids`, as in causal language models.
@@ -67,8 +68,9 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
         **loader_options: passed to `DataLoader`.
 
     Raises:
-        ScoreMismatchError, TypeError, ValueError: as `FlowWeightedDataset`; or, when training
-            starts, the trainer's batches of a step can't be known.
+        ScoreMismatchError, TypeError, ValueError: as `FlowWeightedDataset`; an option that would
+            be ignored, as that of a denominator under `resample`; or, when training starts, the
+            trainer's batches of a step can't be known.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
         check_natural("batch_size", batch_size, least=1)
         if accumulate_grad_batches is not None:
             check_natural("accumulate_grad_batches", accumulate_grad_batches, least=1)
+        _check_denominator(normalize, count, accumulate_grad_batches, resample=resample)
         for name in ("sampler", "batch_sampler", "shuffle"):
             if name in loader_options:
                 raise ValueError(
@@ -165,6 +168,34 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
         if self.count is not None:
             return self.count(batch, weights)
         return count_items_of(batch, weights, self.normalize)
+
+
+def _check_denominator(
+    normalize: Normalize,
+    count: Count | None,
+    accumulate_grad_batches: int | None,
+    *,
+    resample: bool,
+) -> None:
+    """Refuse what would be said of a denominator to no effect."""
+    check_normalize(normalize)
+    said = {
+        "normalize": normalize != "count",
+        "count": count is not None,
+        "accumulate_grad_batches": accumulate_grad_batches is not None,
+    }
+    names = [f"{name}=" for name, is_said in said.items() if is_said]
+    if resample and names:
+        raise ValueError(
+            "resample=True leaves the loss alone, without num_items, so that "
+            f"{' and '.join(names)} would be ignored; leave {'it' if len(names) == 1 else 'them'} "
+            "out, or weigh with resample=False"
+        )
+    if count is not None and normalize != "count":
+        raise ValueError(
+            f"count= says what num_items counts, so that normalize={normalize!r} would be ignored; "
+            "leave one of the two out"
+        )
 
 
 class FlowGuard(Callback):  # type: ignore[misc]

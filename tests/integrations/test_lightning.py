@@ -138,6 +138,20 @@ def test_labels_that_can_be_tokens_or_classes_need_a_count():
     assert module._count(batch, WEIGHTS) == 7
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": "wieghts"}, "normalize must be 'count'"),
+        ({"normalize": "weights", "resample": True}, "normalize= would be ignored"),
+        ({"count": len, "accumulate_grad_batches": 4, "resample": True}, "count= and accumulate_"),
+        ({"normalize": "weights", "count": len}, "count= says what num_items counts"),
+    ],
+)
+def test_what_would_be_ignored_of_a_denominator_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FlowDataModule(data(), torch.ones(12), batch_size=4, **options)
+
+
 def test_what_cannot_be_right_is_refused():
     weighted = FlowWeightedDataset(data(), torch.rand(12))
     with pytest.raises(ValueError, match="carries weights already"):
