@@ -14,6 +14,7 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
 from flowdata.sampler.sharing import check_sharing, parts_of
 from flowdata.streaming import FlowWeightedIterable
+from flowdata.weights import Temperature
 
 
 def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1) -> None:
@@ -114,3 +115,22 @@ def _sources_of(loader: Any) -> Iterator[Any]:
         # `dataset` is what a DataLoader and a Subset call the next one, `loader` what
         # `AccumulatedBatches` does.
         loader = getattr(loader, "dataset", getattr(loader, "loader", None))
+
+
+def check_temperature_acts(temperature: Temperature, dataset: Any, scores: Any) -> None:
+    """Refuse a temperature where there are no scores that it could make weights of.
+
+    Args:
+        temperature: as the Trainer was given it.
+        dataset: the training data, or None for a Trainer that only evaluates.
+        scores: its scores or weights, or None.
+
+    Raises:
+        ValueError: it is not the default one, and the data carries its weights or has none.
+    """
+    if dataset is not None and scores is None and temperature != "median":
+        raise ValueError(
+            f"temperature={temperature!r} would be ignored without scores=: weights that "
+            "train_dataset carries have theirs already; give it where they are made "
+            "(FlowWeightedDataset, Scores.weights), or pass the plain data set with scores="
+        )

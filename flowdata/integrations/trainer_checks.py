@@ -23,6 +23,7 @@ from flowdata.scores.counting import targets_of
 from flowdata.streaming import FlowWeightedIterable
 from flowdata.targets.arguments import check_kl
 from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.targets.target_weights import check_normalize
 from flowdata.targets.which_loss import LOSSES, first_argument
 from flowdata.token_weights import TokenRule
 
@@ -113,9 +114,11 @@ def check_run_loss(
     """Refuse a loss that is none, one that would be ignored, or a token rule without tokens.
 
     Raises:
-        ValueError: an unknown loss, a loss under resampling, which leaves the loss alone; a rule
-            with ``normalize="weights"``; or an option of token losses with a loss that has none.
+        ValueError: an unknown loss or `normalize`; either of the two under resampling, which leaves
+            the loss alone; a rule with ``normalize="weights"``; or an option of token losses with a
+            loss that has none.
     """
+    check_normalize(normalize)
     if not callable(loss) and loss not in ("auto", *LOSSES):
         raise ValueError(
             f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
@@ -130,6 +133,11 @@ def check_run_loss(
         raise ValueError(
             "resample=True leaves the loss to the Trainer, so loss= would be ignored; pass it to "
             "the Trainer's own compute_loss_func, or weigh with resample=False"
+        )
+    if resample and normalize != "count":
+        raise ValueError(
+            f"resample=True leaves the loss to the Trainer, so normalize={normalize!r} would be "
+            "ignored; leave it out, or weigh with resample=False"
         )
     if rule is not None and normalize == "weights":
         raise ValueError(

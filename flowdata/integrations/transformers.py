@@ -15,7 +15,7 @@ from flowdata._common.real_numbers import RealNumber
 from flowdata.accumulation import mean_over_ranks
 from flowdata.dataset import FlowWeightedDataset, Layout
 from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccount
-from flowdata.integrations.checks import carries_weights
+from flowdata.integrations.checks import carries_weights, check_temperature_acts
 from flowdata.integrations.first_batch import Decision, decide, merged
 from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
 from flowdata.integrations.own_scores import (
@@ -60,8 +60,7 @@ from flowdata.token_weights import TokenRule
 from flowdata.weights import Temperature
 
 if TYPE_CHECKING:
-    # The mixin calls methods of a Trainer, so a type checker takes it for one. At run time it has
-    # no base: it then fits before any class of the Trainer's kind.
+    # A type checker takes it for a Trainer; without a base it fits before any class of that kind.
     from transformers import Trainer as _Base
 else:
     _Base = object
@@ -89,7 +88,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             collator, one sample at a time (kept as `trainer.scores`).
         store: the folder or URL where ``scores="auto"`` keeps its losses; it goes on there, or
             finds them. None scores anew each time.
-        temperature: as in `resolve_temperature`.
+        temperature: as in `resolve_temperature`, of `scores`; weights that are carried have theirs.
         resample: draw samples ∝ weight (`FlowSampler`) and leave the loss alone.
         normalize: ``"count"`` or ``"weights"``, as in `causal_lm_loss`.
         token_rule: for causal language models, as in `causal_lm_loss`; not with ``"weights"``.
@@ -136,6 +135,7 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         check_data(
             train_dataset, scores, weight_key, carried=carried, resample=resample, changes=changes
         )
+        check_temperature_acts(temperature, train_dataset, scores)
         check_run_loss(loss, token_rule, normalize, resample=resample, changes=changes)
         check_auto(scores, store, own_loss=resample and has_own_loss(type(self), FlowTrainerMixin))
         is_auto = isinstance(scores, str)

@@ -564,6 +564,31 @@ def test_the_order_of_batches_is_the_trainers_own(tmp_path):
     assert isinstance(trainer._get_train_sampler(), SequentialSampler)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": "nonsense"}, "normalize must be 'count'"),
+        ({"normalize": "nonsense", "resample": True}, "normalize must be 'count'"),
+        ({"normalize": "weights", "resample": True}, "normalize='weights' would be ignored"),
+    ],
+)
+def test_a_denominator_that_is_none_or_would_be_ignored_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        flow_trainer(tmp_path, scores=tiny.make_weights(), **options)
+
+
+def test_a_temperature_of_weights_that_are_carried_is_refused(tmp_path):
+    weighted = FlowWeightedDataset(tiny.make_samples(), tiny.make_weights(), layout="dict")
+    column = [sample | {"weight": torch.tensor(0.5)} for sample in tiny.make_samples()]
+    for dataset in (weighted, column):
+        with pytest.raises(ValueError, match=r"temperature=-3.0 would be ignored.*have theirs"):
+            flow_trainer(tmp_path, train_dataset=dataset, temperature=-3.0)
+        flow_trainer(tmp_path, train_dataset=dataset)
+    unscored = {"train_dataset": tiny.make_samples(), "token_rule": "dft"}
+    with pytest.raises(ValueError, match=r"temperature=2.0 would be ignored without scores="):
+        flow_trainer(tmp_path, temperature=2.0, **unscored)
+
+
 def test_a_rule_is_refused_where_its_weights_would_be_the_denominator():
     with pytest.raises(ValueError, match="token_rule with normalize='weights' would divide"):
         FlowTrainer(None, token_rule="talr", normalize="weights")
