@@ -232,6 +232,15 @@ def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
     raise ValueError(f"layout must be 'pair', 'triple' or 'dict', got {layout!r}")
 
 
+def check_bare(layout: Layout, key: str) -> None:
+    """Refuse a layout and a key where resampled samples come without their weight."""
+    if layout != "pair" or key != "weight":
+        raise ValueError(
+            f"resample=True yields samples without a weight, so that layout={layout!r} and "
+            f"key={key!r} would be ignored; leave them out, or weigh with resample=False"
+        )
+
+
 def _join(parts: Sequence[Tensor]) -> Tensor:
     """Tensors one after another; a single one, such as a memory map, stays as it is."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -542,6 +542,11 @@ def test_weights_of_any_floating_type_and_scale_give_the_same_order(dtype):
             r"got LossScorer; pass what its score\(dataset\) returns",
         ),
         ({"method": "residual"}, ValueError, "method must be 'systematic' or 'multinomial'"),
+        (
+            {"method": "multinomial", "replacement": False},
+            ValueError,
+            "method='multinomial' is one of drawing with replacement",
+        ),
         ({"rank": 2, "num_replicas": 2}, ValueError, "rank must lie between 0 and .* 1, got 2"),
         ({"rank": -1}, ValueError, "got -1"),
         ({"seed": -1}, ValueError, "seed must be an integer >= 0"),

@@ -900,6 +900,8 @@ def test_a_scorer_is_left_as_it_is_and_speaks_once(capsys, monkeypatch):
         ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
         ({"missing": "drop"}, ValueError, "missing must be 'raise' or 'zero'"),
         ({"layout": "both"}, ValueError, "layout must be"),
+        ({"resample": True, "layout": "triple"}, ValueError, "layout='triple' and key='weight' wo"),
+        ({"resample": True, "key": "w"}, ValueError, "resample=True yields samples without a weig"),
         ({"rank": 1}, ValueError, "rank must lie between 0 and num_replicas - 1 = 0, got 1"),
     ],
 )

@@ -128,6 +128,11 @@ class FlowSampler(DistributedSampler[int]):
             )
         if method not in ("systematic", "multinomial"):
             raise ValueError(f"method must be 'systematic' or 'multinomial', got {method!r}")
+        if not replacement and method != "systematic":
+            raise ValueError(
+                f"method={method!r} is one of drawing with replacement, and would be ignored "
+                "without: leave it out, or leave replacement=True"
+            )
         weights = gather_weights(
             scores_or_weights,
             temperature=temperature,

@@ -13,7 +13,7 @@ from flowdata._common.data_sets import check_stream
 from flowdata._common.random_draws import ACCEPTANCE, random_words
 from flowdata._common.resumable import check_natural, check_rank, check_state
 from flowdata._common.values import check_values
-from flowdata.dataset import Layout, weight_attacher
+from flowdata.dataset import Layout, check_bare, weight_attacher
 from flowdata.scoring.scorer import Scorer
 from flowdata.streaming.shared import SharedMarks
 from flowdata.streaming.source import StreamSource
@@ -24,7 +24,7 @@ from flowdata.streaming.temperature import (
     check_stream_temperature,
 )
 from flowdata.streaming.window_scorer import WindowScorer
-from flowdata.weights import Missing, warn_of_useless_weights, weigh
+from flowdata.weights import Missing, check_missing, warn_of_useless_weights, weigh
 
 _VERSION = 1  # of state_dict
 
@@ -62,8 +62,8 @@ class FlowWeightedIterable(IterableDataset[Any]):
             While a running median is 0, windows pass whose losses are all 0, with weights of 1.
         window: samples scored together.
         collate_fn: makes a batch of samples, for the scorer.
-        layout: as in `FlowWeightedDataset`.
-        key: as in `FlowWeightedDataset`.
+        layout: as in `FlowWeightedDataset`; not under `resample`, whose samples have no weight.
+        key: as in `FlowWeightedDataset`; not under `resample`.
         missing: ``"raise"`` refuses samples without a loss, ``"zero"`` gives them weight 0.
         resample: yield samples without a weight, each with the probability that is its weight;
             the training loop's loss then stays as it is.
@@ -121,8 +121,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
         temperature = check_stream_temperature(temperature)
         check_natural("window", window, least=1)
         check_natural("seed", seed)
-        if missing not in ("raise", "zero"):
-            raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
+        check_missing(missing)
         check_rank(rank, num_replicas)
         self._scorer = WindowScorer(scorer, collate_fn)
         self.temperature: StreamTemperature = temperature
@@ -136,6 +135,8 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self._shared = SharedMarks()
         self._source = StreamSource(dataset, rank, num_replicas)
         self._attach = weight_attacher(layout, key)
+        if resample:
+            check_bare(layout, key)
         self._temperatures = WindowTemperature(temperature)
         self._rewind()
 

@@ -10,7 +10,7 @@ every machine. Arithmetic is float64 inside.
 
 from flowdata.weights.flow import Normalize, flow_weights, shape_weights
 from flowdata.weights.formula import weigh
-from flowdata.weights.missing import Missing, plural, weigh_present
+from flowdata.weights.missing import Missing, check_missing, plural, weigh_present
 from flowdata.weights.notice import warn_of_likely_losses, warn_of_useless_weights
 from flowdata.weights.sample_size import effective_sample_size
 from flowdata.weights.temperature import (
@@ -26,6 +26,7 @@ __all__ = [
     "Normalize",
     "RelativeTemperature",
     "Temperature",
+    "check_missing",
     "check_temperature",
     "effective_sample_size",
     "flow_weights",

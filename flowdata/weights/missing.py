@@ -14,6 +14,12 @@ from flowdata.weights.temperature import Temperature, resolve_temperature
 Missing: TypeAlias = Literal["raise", "zero"]  # what becomes of samples without a loss
 
 
+def check_missing(missing: str) -> None:
+    """Raise ValueError unless `missing` says what becomes of samples without a loss."""
+    if missing not in ("raise", "zero"):
+        raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
+
+
 def weigh_present(
     losses: Tensor,
     temperature: Temperature = "median",
@@ -40,8 +46,7 @@ def weigh_present(
         >>> weigh_present(torch.tensor([1.0, torch.nan]), missing="zero")
         tensor([0.3679, 0.0000])
     """
-    if missing not in ("raise", "zero"):
-        raise ValueError(f"missing must be 'raise' or 'zero', got {missing!r}")
+    check_missing(missing)
     absent = losses.isnan()
     if absent.all():
         raise ValueError(
