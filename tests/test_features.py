@@ -7,8 +7,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from flowdata.drift import DriftMeter
 from flowdata.errors import ScoreMismatchError, StoreError
 from flowdata.probe.features import compute_features
+from flowdata.probe.linear_probe import linear_probe
 from tests.test_fit import blobs
 from tests.test_linear_probe import quiet
 
@@ -226,6 +228,17 @@ def test_a_data_set_may_be_named_by_its_user(tmp_path):
         body, TensorDataset(x, y), store=file, dataset_id="blobs", dtype="float32", progress=False
     )
     assert torch.equal(first[0], again[0])
+
+
+def test_a_name_of_what_is_not_kept_is_refused():
+    data, body = TensorDataset(*blobs(seed=5)), nn.Linear(3, 3)
+    for call in (
+        lambda: compute_features(body, data, dataset_id="blobs"),
+        lambda: linear_probe(body, nn.Linear(3, 3), data, dataset_id="blobs"),
+        lambda: DriftMeter(body, data.tensors[0], dataset_id="blobs"),
+    ):
+        with pytest.raises(ValueError, match=r"dataset_id='blobs' names .* be ignored without it"):
+            call()
 
 
 def test_a_damaged_or_foreign_file_is_neither_read_nor_overwritten(tmp_path):

@@ -33,7 +33,7 @@ from flowdata.models.calling import unwrapped
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
 from flowdata.store.identity import features_identity
-from flowdata.store.kept import keep
+from flowdata.store.kept import check_name, keep
 from flowdata.targets.which_loss import are_probabilities
 
 BatchNorm = Literal["reference", "own"]
@@ -105,6 +105,7 @@ class DriftMeter:
         _check_model(model)
         _check_batch_norm(batch_norm)
         check_map_style(probe)
+        check_name(store, dataset_id)
         if len(probe) == 0:
             raise ValueError("probe is empty: there is nothing to compare models on")
         model = unwrapped(model)

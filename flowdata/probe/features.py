@@ -22,7 +22,7 @@ from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
 from flowdata.store.identity import features_identity
-from flowdata.store.kept import keep
+from flowdata.store.kept import check_name, keep
 from flowdata.store.random_samples import remark_on_random_samples
 from flowdata.targets.labels import split_batch
 
@@ -65,12 +65,13 @@ def compute_features(
     Raises:
         TypeError: `dataset` is a stream, a batch is not made of inputs and targets, or the body
             returns no tensor.
-        ValueError: `dataset` is empty, the features are not (B, D), or the body does not run in
-            the dtype, or fails on samples.
+        ValueError: `dataset` is empty, the features are not (B, D), the body does not run in the
+            dtype, or fails on samples, or a `dataset_id` comes without `store`.
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
     check_map_style(dataset)
+    check_name(store, dataset_id)
     device = home(model)
     body_dtype = _dtype_of_body(dtype, model, device)
     # Content has to be recognised where features are kept alone: a name would do nothing elsewhere.

@@ -15,6 +15,19 @@ from flowdata.store.places import place_of
 _REMEDY = "Name another file, or delete this one if what it keeps is unwanted"
 
 
+def check_name(store: str | Path | None, dataset_id: str | None) -> None:
+    """Refuse a name for a data set's content where nothing is kept by it.
+
+    Raises:
+        ValueError: there is a `dataset_id` and no `store`.
+    """
+    if store is None and dataset_id is not None:
+        raise ValueError(
+            f"dataset_id={dataset_id!r} names the samples of what store= keeps, and would be "
+            "ignored without it; pass a store, or leave dataset_id out"
+        )
+
+
 def keep(
     store: str | Path, identity: dict[str, Any], make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
