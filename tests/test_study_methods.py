@@ -260,6 +260,17 @@ def test_a_rule_weighs_a_classifiers_samples_by_their_losses_now(rule, weights_o
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_data_that_fills_no_batch_is_refused():
+    data = torch.utils.data.TensorDataset(X[:20], Y[:20].argmax(1))
+    for method in (training.Method(), training.Method(resample=True)):
+        with pytest.raises(
+            ValueError, match="the 20 training samples fill no batch of 32, so that"
+        ):
+            classify.fine_tune(
+                network(), data, torch.ones(20), method, rate=0.1, seed=0, epochs=1, batch=32
+            )
+
+
 def test_trimming_leaves_out_the_hardest_and_keeps_the_size_of_steps():
     scores = flowdata.Scores(torch.tensor([0.1, 3.0, 0.2, 9.0, 0.3, 0.4]))
     assert ours.trimmed(1 / 3)(scores).tolist() == pytest.approx([1.5, 0, 1.5, 0, 1.5, 1.5])

@@ -50,7 +50,15 @@ def fine_tune(
         batch: number of samples in a batch; an epoch's last samples are dropped if they fill none.
         dtype: the forward pass's, ``"float32"``, or ``"bfloat16"`` under autocast.
         workers: number of processes that load samples.
+
+    Raises:
+        ValueError: the data fills no batch, or the method holds outputs, see `train`.
     """
+    if len(data) < batch:
+        raise ValueError(
+            f"the {len(data):,} training samples fill no batch of {batch}, so that nothing would "
+            f"be trained; pass batch={len(data)} or less (Sizes(batch=) of a HeadTask)"
+        )
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     loader = partial(DataLoader, batch_size=batch, drop_last=True, num_workers=workers)

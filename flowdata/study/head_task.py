@@ -34,14 +34,18 @@ _PROBE_SAMPLES = 512  # of the new task, on which the drift is measured
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of images that a run trains on and measures, and its precision.
+    """How a run trains, and the numbers of images that its data is to be cut to.
+
+    A `HeadTask` takes `epochs`, `batch` and `dtype` from here. It takes all the data that it is
+    given: the numbers of images are for the function that makes the `Split`.
 
     Attributes:
-        images: number of the new task's images to train on.
-        epochs: number of passes over them.
+        images: number of the new task's images to train on, for the maker of the split.
+        epochs: number of passes over the training images.
         batch: number of images in a batch.
-        validation: number of the new task's images that the learning rate is chosen by.
-        test: number of each task's test images.
+        validation: number of the new task's images that the learning rate is chosen by, for the
+            maker of the split.
+        test: number of each task's test images, for the maker of the split.
         dtype: ``"float32"`` or ``"bfloat16"``.
     """
 
@@ -97,8 +101,8 @@ class HeadTask:
         old_test: samples (input, class) of the old task.
         old_name: the old task's name, for the records.
         classes: number of the new task's classes.
-        split: seed → the new task's data.
-        sizes: see `Sizes`.
+        split: seed → the new task's data, all of which is used.
+        sizes: see `Sizes`; of its numbers of images nothing is cut here.
         strength: of the ℓ2 penalty of the heads that are fitted, see `fit_head`.
         workers: number of processes that load samples; 0 suits data in memory.
         methods: methods by the names that `run` takes.
