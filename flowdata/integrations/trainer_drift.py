@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from flowdata._common.notices import logger
 from flowdata._common.real_numbers import check_factor
 from flowdata.drift import Drift, DriftMeter
-from flowdata.store.fingerprint.model import fingerprint_model
+from flowdata.store.fingerprint.model import state_of
 
 _PREFIX, _LOSS = "eval_", "_loss"
 _LESS_IS_BETTER = ("_and_drift", "drift_kl")
@@ -104,7 +104,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
 
         Nothing tells that their evaluations belong together but the model, which is what it was.
         """
-        state = step, fingerprint_model(model)
+        state = step, state_of(model)
         if state != self._state:
             self.drifts[step] = self.meter(model)
             self._state = state
