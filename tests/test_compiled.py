@@ -21,8 +21,9 @@ def fresh():
     torch._dynamo.reset()
 
 
-def scored(model, samples, **options):
-    scorer = LossScorer(model, dtype="float32", max_tokens=150, progress=False, **options)
+def scored(model, samples, max_tokens=150, **options):
+    options |= {"dtype": "float32", "max_tokens": max_tokens, "progress": False}
+    scorer = LossScorer(model, **options)
     return scorer.score(samples).losses, scorer.explain()
 
 
@@ -68,8 +69,8 @@ def test_a_machine_that_can_not_compile(monkeypatch, caplog):
 
 def test_a_model_without_layers_is_compiled_whole():
     model, data = TinyResNet(), images(8)
-    expected, _ = scored(model, data)
-    losses, _ = scored(model, data, compile=True)
+    expected, _ = scored(model, data, None)
+    losses, _ = scored(model, data, None, compile=True)
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
     assert model._compiled_call_impl is None
 
@@ -130,6 +131,6 @@ def test_a_resumed_run_keeps_the_choice_of_its_store(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         first.score(Stops(samples), store=tmp_path, **sizes)
     stopping = False
-    second = LossScorer(model, dtype="float32", max_tokens=60, compile=False, progress=False)
+    second = LossScorer(model, dtype="float32", max_tokens=60, progress=False)
     second.score(Stops(samples), store=tmp_path, **sizes)
     assert "layers compiled" in second.explain()

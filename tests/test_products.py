@@ -84,10 +84,10 @@ def test_products_gain_where_it_was_measured(has_amx, has_bfloat16, gain, monkey
     assert not products_gain(torch.bfloat16, torch.device("cuda"))
 
 
-def scored(samples, gain, patch, model=None, **options):
+def scored(samples, gain, patch, model=None, max_tokens=None, **options):
     patch.setattr(planning, "products_gain", lambda *_: gain)
     model = tiny_llama().eval() if model is None else model
-    scorer = LossScorer(model, "causal_lm", dtype="bfloat16", progress=False)
+    scorer = LossScorer(model, "causal_lm", dtype="bfloat16", max_tokens=max_tokens, progress=False)
     return scorer.score(samples, dataset_id="products", **options).losses, scorer.explain()
 
 
@@ -125,13 +125,15 @@ def test_a_store_keeps_the_way_that_it_was_begun_with(tmp_path, monkeypatch):
             return super().__getitem__(index)
 
     samples = Stops(token_samples(40))
-    options = {"lengths": [len(s["input_ids"]) for s in token_samples(40)], "store": tmp_path}
+    lengths = [len(s["input_ids"]) for s in token_samples(40)]
+    options = {"lengths": lengths, "store": tmp_path, "max_tokens": 60}
     with pytest.raises(KeyboardInterrupt):
         scored(samples, True, monkeypatch, **options)
     stopping = False
     losses, how = scored(samples, False, monkeypatch, **options)
     assert "attention by products" in how
-    assert torch.equal(losses, scored(samples, True, monkeypatch, lengths=options["lengths"])[0])
+    whole, _ = scored(samples, True, monkeypatch, lengths=lengths, max_tokens=60)
+    assert torch.equal(losses, whole)
 
 
 def test_models_whose_attention_is_capped_do_without(monkeypatch):

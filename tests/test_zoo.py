@@ -26,9 +26,9 @@ def with_template(samples):
     ]
 
 
-def scored(model, samples, dtype, **options):
+def scored(model, samples, dtype, max_tokens=150, **options):
     """Losses, and the sentence that says how they were made; packs of a few samples each."""
-    scorer = LossScorer(model, dtype=dtype, max_tokens=150, progress=False, **options)
+    scorer = LossScorer(model, dtype=dtype, max_tokens=max_tokens, progress=False, **options)
     return scorer.score(samples, dataset_id="zoo").losses, scorer.explain()
 
 
@@ -99,7 +99,7 @@ def test_vision_language_models_on_text_and_on_images():
         expected = [
             model(**{key: value[None] for key, value in sample.items()}).loss for sample in samples
         ]
-    losses, how = scored(model, samples, "float32")
+    losses, how = scored(model, samples, "float32", None)
     torch.testing.assert_close(losses, torch.stack(expected), msg=how)
     assert "samples padded (samples have pixel_values)" in how
 
@@ -109,7 +109,7 @@ def test_image_classifiers(make):
     model, data = make(), images(12)
     with torch.no_grad():
         expected = [F.cross_entropy(model(x[None]).logits, y[None]) for x, y in data]
-    losses, _ = scored(model, data, "float32", batch_size=5)
+    losses, _ = scored(model, data, "float32", None, batch_size=5)
     torch.testing.assert_close(losses, torch.stack(expected))
 
 

@@ -261,7 +261,7 @@ def resumed(batch_size, steps, normalize):
 
     from flowdata.integrations.transformers import FlowTrainer
 
-    def run(folder, resume=None, **options):
+    def run(folder, resample, resume=None):
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=batch_size,
@@ -281,8 +281,8 @@ def resumed(batch_size, steps, normalize):
             train_dataset=tiny.make_samples(),
             scores=tiny.make_weights(),
             data_collator=tiny.collate,
-            normalize=normalize,
-            **options,
+            resample=resample,
+            normalize="count" if resample else normalize,
         )
         trainer.train(resume_from_checkpoint=resume)
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -291,10 +291,10 @@ def resumed(batch_size, steps, normalize):
     for resample in (False, True):
         folder = [tempfile.mkdtemp()]
         torch.distributed.broadcast_object_list(folder)
-        whole = run(folder[0], resample=resample)
+        whole = run(folder[0], resample)
         torch.distributed.barrier()
         checkpoint = f"{folder[0]}/checkpoint-6"
-        parameters[resample] = whole, run(folder[0], checkpoint, resample=resample)
+        parameters[resample] = whole, run(folder[0], resample, checkpoint)
     return parameters
 
 
