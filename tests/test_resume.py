@@ -1,5 +1,6 @@
 """What goes wrong while scoring, and how it goes on from there."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -398,3 +399,16 @@ def test_notes_are_those_of_the_last_call(tmp_path):
         assert scores.metadata["details"] == {"note": note}
         assert Scores.load(tmp_path).metadata["details"] == {"note": note}
     assert quiet(model).score(samples, store=tmp_path).metadata["details"] == {"note": "second"}
+
+
+def test_notes_stay_what_they_are_where_nothing_can_be_written(tmp_path, monkeypatch):
+    samples, model = numbers(), nn.Linear(4, 3)
+    quiet(model).score(samples, store=tmp_path, details={"note": "first"})
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("flowdata.store.folder.write_file", refused)
+    scores = quiet(model).score(samples, store=tmp_path, details={"note": "second"})
+    assert scores.metadata["details"] == {"note": "second"}
+    assert Scores.load(tmp_path).metadata["details"] == {"note": "first"}

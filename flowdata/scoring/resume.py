@@ -97,7 +97,8 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
         else:
             scores = _score_the_rest(folder, job, draft, ranks)
     if ranks.is_first and scores is not None and draft["details"]:
-        update_details(folder, draft["details"])
+        with suppress(OSError, StoreError):  # a place that can only be read keeps its notes
+            update_details(folder, draft["details"])
         scores.metadata["details"] = draft["details"]
     ranks.from_first("noted", True)
     if scores is None:
