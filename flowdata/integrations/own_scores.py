@@ -120,7 +120,10 @@ def weights_of_targets(scores: Scores, temperature: Temperature) -> Tensor:
 
 
 class _CopyingCollator:
-    """A Trainer's collator on copies of the samples: some collators take fields out of theirs."""
+    """A Trainer's collator on copies of the samples: some collators take fields out of theirs.
+
+    A scorer makes such copies, too. This class stays, since stores are recognised by its name.
+    """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
         self.collator = collator
