@@ -222,7 +222,15 @@ def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
 
     It is a function of this module, or a `partial` of one, so that loaders can pickle it for
     their workers.
+
+    Raises:
+        ValueError: there is no such layout, or it has no use for the key.
     """
+    if key != "weight" and layout in ("pair", "triple"):
+        raise ValueError(
+            f"key={key!r} names the weight in samples of layout='dict', and layout={layout!r} "
+            "would ignore it; pass layout='dict', or leave key out"
+        )
     if layout == "pair":
         return _pair
     if layout == "triple":

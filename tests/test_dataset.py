@@ -197,6 +197,13 @@ def test_streams_are_sent_to_the_class_for_streams():
             FlowWeightedDataset(stream, WEIGHTS)
 
 
+@pytest.mark.parametrize("layout", ["pair", "triple"])
+def test_a_key_is_refused_where_no_layout_has_it(layout):
+    samples = [(i, -i) for i in range(5)]
+    with pytest.raises(ValueError, match=f"key='x' names the .* layout='{layout}' would ignore"):
+        FlowWeightedDataset(samples, WEIGHTS, layout=layout, key="x")
+
+
 def test_a_key_that_is_taken_is_refused():
     with_weights = rows().add_column("weight", [1.0] * 5)
     with pytest.raises(ValueError, match="have a 'weight' already; pass another key="):

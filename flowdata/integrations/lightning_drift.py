@@ -31,7 +31,8 @@ class DriftCallback(Callback):  # type: ignore[misc]
         exchange: what a nat of drift counts beside a nat of loss; see `flowdata.drift.choose`.
 
     Attributes:
-        drifts: the drift of every validation, by the number of steps before it.
+        drifts: the drift of every validation, by the number of steps before it. A run that begins
+            forgets those of an earlier one beyond the step at which it begins.
 
     Raises:
         TypeError: `meter` is none.
@@ -52,6 +53,11 @@ class DriftCallback(Callback):  # type: ignore[misc]
         self.exchange = check_factor("exchange", exchange)
         self.drifts: dict[int, Drift] = {}
         self._before: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the drifts of an earlier run."""
+        begin = trainer.global_step
+        self.drifts = {step: drift for step, drift in self.drifts.items() if step <= begin}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the losses of the validation before, which stay among the metrics."""

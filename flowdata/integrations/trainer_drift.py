@@ -30,7 +30,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         exchange: what a nat of drift counts beside a nat of loss; see `flowdata.drift.choose`.
 
     Attributes:
-        drifts: the drift of every evaluation, by the number of steps before it.
+        drifts: the drift of every evaluation, by the number of steps before it. A run that begins
+            forgets those of an earlier one beyond the step at which it begins.
 
     Raises:
         TypeError: `meter` is none.
@@ -68,6 +69,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         The Trainer takes more of any metric for better whose name does not end with "loss".
         """
         self._state = None
+        self.drifts = {step: d for step, d in self.drifts.items() if step <= state.global_step}
         name = args.metric_for_best_model or ""
         if name.endswith(_LESS_IS_BETTER) and args.greater_is_better:
             args.greater_is_better = False

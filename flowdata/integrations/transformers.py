@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from flowdata._common.real_numbers import RealNumber
 from flowdata.accumulation import mean_over_ranks
-from flowdata.dataset import FlowWeightedDataset, Layout
+from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccount
 from flowdata.integrations.checks import carries_weights, check_temperature_acts
 from flowdata.integrations.first_batch import Decision, decide, merged
@@ -198,10 +198,9 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
     def _with_weights(self, dataset: Any, scores: Any, temperature: Temperature) -> Any:
         """Return the data set with a weight in each sample."""
         check_not_a_stream(dataset, "scores=")
-        layout: Layout = "dict" if isinstance(dataset[0], Mapping) else "pair"
-        return FlowWeightedDataset(
-            dataset, scores, temperature=temperature, layout=layout, key=self.weight_key
-        )
+        is_mapping = isinstance(dataset[0], Mapping)
+        named: dict[str, Any] = {"layout": "dict", "key": self.weight_key} if is_mapping else {}
+        return FlowWeightedDataset(dataset, scores, temperature=temperature, **named)
 
     def _check_arguments(self) -> None:
         """Refuse the Trainer's own options under which weights would be dropped or cut wrongly."""

@@ -134,9 +134,9 @@ class FlowWeightedIterable(IterableDataset[Any]):
         self.epoch = 0
         self._shared = SharedMarks()
         self._source = StreamSource(dataset, rank, num_replicas)
-        self._attach = weight_attacher(layout, key)
         if resample:
             check_bare(layout, key)
+        self._attach = weight_attacher(layout, key)
         self._temperatures = WindowTemperature(temperature)
         self._rewind()
 

@@ -49,6 +49,13 @@ def fit(tmp_path, callbacks, epochs=3, rate=0.1, kind=Module, valid=None, bar=Fa
     return trainer, module, base, drift
 
 
+def test_a_new_run_forgets_the_drifts_of_the_one_before(tmp_path):
+    module = fit(tmp_path, [DriftCallback])[1]
+    callback = DriftCallback(DriftMeter(module.model, images(12, seed=5)))
+    assert list(fit(tmp_path, [lambda meter: callback])[-1].drifts) == [4, 8, 12]
+    assert list(fit(tmp_path, [lambda meter: callback], epochs=1)[-1].drifts) == [4]
+
+
 def test_every_validation_has_the_drift_among_its_metrics(tmp_path):
     trainer, module, base, callback = fit(tmp_path, [DriftCallback])
     assert list(callback.drifts) == [4, 8, 12]

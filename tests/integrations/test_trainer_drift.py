@@ -66,6 +66,19 @@ def test_every_evaluation_has_the_drift_among_its_metrics(tmp_path):
     assert trainer.evaluate()["eval_drift_kl"] == last.kl
 
 
+def test_a_new_run_forgets_the_drifts_of_the_one_before_and_a_resumed_one_keeps_them(tmp_path):
+    trainer, callback = run(tmp_path, [DriftCallback])
+    trainer.train()
+    earlier = dict(callback.drifts)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert list(callback.drifts) == [2, 4, 6]
+    assert callback.drifts[4] is earlier[4]
+    assert callback.drifts[6] is not earlier[6]
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert list(callback.drifts) == [2]
+
+
 def test_the_best_model_and_early_stopping_go_by_loss_and_drift(tmp_path):
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     trainer, callback = run(
