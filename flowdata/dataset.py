@@ -220,8 +220,7 @@ def is_several(scores_or_weights: Any) -> bool:
 def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
     """Return the function that attaches a weight to a sample as a layout says.
 
-    It is a function of this module, or a `partial` of one, so that loaders can pickle it for
-    their workers.
+    It is a function of this module, or a `partial` of one: loaders can pickle it for their workers.
 
     Raises:
         ValueError: there is no such layout, or it has no use for the key.

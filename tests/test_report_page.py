@@ -251,6 +251,20 @@ def test_odd_losses_make_a_page_without_errors(browser, tmp_path, losses, sample
     assert browser.errors == []
 
 
+def test_images_stand_in_the_table_and_beside_the_sample_that_is_picked(browser, tmp_path):
+    scores = Scores(torch.tensor([0.5, 2.0, 1.0]))
+    images = {0: torch.rand(3, 32, 32), 1: torch.rand(28, 28), 2: None}
+    browser.open(write_report(scores, tmp_path, images=images.get).page)
+    assert indices(browser) == [1, 2, 0]
+    rows = "[...document.querySelectorAll('#rows > div')]"
+    shown = browser.run(f"{rows}.map(row => row.querySelector('img')?.alt)")
+    assert shown == ["sample 1", None, "sample 0"]
+    for index, width in ((0, 32), (1, 28), (2, None)):
+        pick(browser, index)
+        assert browser.run("document.querySelector('#sample img')?.naturalWidth") == width
+    assert browser.errors == []
+
+
 def test_two_stores_stand_side_by_side(browser, tmp_path):
     before, after = Scores(torch.tensor([2.0, 1.0, 0.5])), Scores(torch.tensor([0.5, 1.0, 0.75]))
     page = compare(before, after).write(tmp_path, samples=[NASTY, "b", "c"].__getitem__)

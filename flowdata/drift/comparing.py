@@ -76,6 +76,7 @@ class Comparison:
         folder: str | Path,
         *,
         samples: Callable[[int], SampleText] | None = None,
+        images: Callable[[int], Any] | None = None,
         top: int = 10,
     ) -> Path:
         """Write `comparison.html` into a folder, a page that stands alone; return its path.
@@ -87,10 +88,13 @@ class Comparison:
             folder: made if missing.
             samples: gives the text of sample i, as `write_report` takes it; None shows numbers
                 alone.
+            images: gives the image of sample i, as `write_report` takes it; asked for the samples
+                that moved most.
             top: how many of the samples learned most and of those forgotten most it lists.
 
         Raises:
             ImportError: matplotlib is not installed.
+            TypeError: `images` gives something else.
             ValueError: no sample has both losses, or `top` is negative.
         """
         if top < 0:
@@ -102,7 +106,9 @@ class Comparison:
                 "is nothing to compare"
             )
         learned, forgotten = self.learned(top), self.forgotten(top)
-        html = render_comparison(self.before, self.after, summary, learned, forgotten, samples)
+        html = render_comparison(
+            self.before, self.after, summary, learned, forgotten, samples, images
+        )
         path = Path(folder) / "comparison.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(html, encoding="utf-8")

@@ -20,6 +20,7 @@ from flowdata.report.page import (
 from flowdata.report.pictures import BLUE, GREEN, IN_VIEW, ORANGE, bins, mark, sample_points
 from flowdata.report.samples import SampleText
 from flowdata.report.table import Column, table
+from flowdata.report.thumbnails import thumbnails
 
 if TYPE_CHECKING:
     from flowdata.scores import Scores
@@ -34,6 +35,7 @@ def render_comparison(
     learned: Sequence[int],
     forgotten: Sequence[int],
     samples: Callable[[int], SampleText] | None,
+    images: Callable[[int], Any] | None,
 ) -> str:
     """Return the HTML page.
 
@@ -44,8 +46,12 @@ def render_comparison(
         learned: the samples to list whose losses fell, the first the most.
         forgotten: those whose losses rose, the first the most.
         samples: gives the text of sample i; None shows numbers alone.
+        images: gives the image of sample i, as `thumbnail` takes it; None shows none.
     """
     differences = after.losses - before.losses
+    most_changed = differences.abs().nan_to_num(0).argsort(descending=True, stable=True)
+    order = [*learned, *forgotten, *most_changed.tolist()]
+    seen = None if images is None else thumbnails(images, order)
     texts = [None if samples is None else samples(index) for index in range(len(before))]
     is_there = ~differences.isnan()
     pairs = before.losses[is_there], after.losses[is_there]
@@ -56,7 +62,7 @@ def render_comparison(
         picture("Losses before and after", lambda axes: _draw_pairs(axes, *pairs)),
         "</div>",
         "<h2>All samples</h2>",
-        _table(before, after, differences, texts),
+        _table(before, after, differences, most_changed, texts, seen),
     ]
     largest = float(differences[is_there].abs().max())
     for title, note, indices, colour in (
@@ -71,7 +77,11 @@ def render_comparison(
     ):
         body.append(f"<h2>{title}</h2><p>{note if indices else 'None.'}</p>")
         if indices:
-            items = [_item(i, before, after, largest, texts[i], colour=colour) for i in indices]
+            shown = [(seen or {}).get(i) for i in indices]
+            items = [
+                _item(i, before, after, largest, texts[i], image, colour)
+                for i, image in zip(indices, shown, strict=True)
+            ]
             body.append(sample_list(items))
     for title, scores in (("Before", before), ("After", after)):
         if scores.metadata:
@@ -80,7 +90,12 @@ def render_comparison(
 
 
 def _table(
-    before: Scores, after: Scores, differences: Tensor, texts: Sequence[SampleText | None]
+    before: Scores,
+    after: Scores,
+    differences: Tensor,
+    most_changed: Tensor,
+    texts: Sequence[SampleText | None],
+    images: Mapping[int, str] | None,
 ) -> str:
     """The table of all samples, both losses beside each other."""
     columns = [
@@ -92,8 +107,9 @@ def _table(
         columns.append(Column("targets", before.counts))
     return table(
         columns,
-        hardest=differences.abs().nan_to_num(0).argsort(descending=True, stable=True),
+        hardest=most_changed,
         texts=[text for text in texts if text is not None] or None,
+        images=images,
     )
 
 
@@ -116,7 +132,7 @@ def _item(
     after: Scores,
     largest: float,
     text: SampleText | None,
-    *,
+    image: str | None,
     colour: str,
 ) -> str:
     """A sample with its losses; the bar's length is the change beside the largest one."""
@@ -125,7 +141,7 @@ def _item(
     targets = int(before.counts[index])
     if targets != 1:
         facts["targets"] = f"{targets:,}"
-    return sample_item(index, facts, abs(new - old) / largest, text, colour=colour)
+    return sample_item(index, facts, abs(new - old) / largest, text, image=image, colour=colour)
 
 
 def _draw_changes(axes: Any, differences: Tensor) -> None:

@@ -26,6 +26,7 @@ from flowdata.report.rule import FIGURES
 from flowdata.report.samples import SampleText
 from flowdata.report.summary import drop_missing, extremes
 from flowdata.report.table import Column, Tokens, table
+from flowdata.report.thumbnails import thumbnails
 from flowdata.report.verdict import Verdict, origin_of, temperatures
 from flowdata.weights import weigh
 
@@ -52,6 +53,7 @@ def render(
     oddities: Oddities,
     verdict: Verdict,
     words: Callable[[int], Sequence[str]] | None = None,
+    images: Callable[[int], Any] | None = None,
 ) -> str:
     """Return the HTML page.
 
@@ -63,8 +65,11 @@ def render(
         oddities: as `find_oddities` returns them.
         verdict: as `judge` returns it.
         words: gives the texts of sample i's targets, for scores that hold token losses.
+        images: gives the image of sample i, as `thumbnail` takes it.
     """
     losses, temperature = drop_missing(scores.losses), summary["temperature"]
+    easy, hard = extremes(scores.losses, top)
+    seen = None if images is None else thumbnails(images, [*easy, *_hardest_first(scores).tolist()])
     body = [
         _verdict(verdict),
         tiles(_figures(summary)),
@@ -72,11 +77,10 @@ def render(
         "<h2>What is odd</h2>",
         _odd(oddities, scores),
         '<h2 id="samples">All samples</h2>',
-        _table(scores, losses, summary, texts, oddities, words),
+        _table(scores, losses, summary, texts, oddities, words, seen),
         "<h2>From easy to hard</h2>",
         _quantile_table(summary),
     ]
-    easy, hard = extremes(scores.losses, top)
     for title, note, indices in (
         ("Easiest samples", "What the model already does; they keep most of their weight.", easy),
         ("Hardest samples", "They keep least. Look for noise, or for what is new.", hard),
@@ -84,7 +88,7 @@ def render(
         if indices:
             body += [
                 f"<h2>{title}</h2><p>{note}</p>",
-                _samples(scores, indices, temperature, texts),
+                _samples(scores, indices, temperature, texts, seen or {}),
             ]
     if scores.metadata:
         body += ["<h2>How the losses were made</h2>", definitions(scores.metadata)]
@@ -165,6 +169,7 @@ def _table(
     texts: Sequence[SampleText] | None,
     oddities: Oddities,
     words: Callable[[int], Sequence[str]] | None,
+    images: Mapping[int, str] | None,
 ) -> str:
     """The table of all samples, with the temperature's slider."""
     columns = [Column("loss", scores.losses)]
@@ -176,12 +181,18 @@ def _table(
     has_tokens = scores.flat_token_losses is not None
     return table(
         columns,
-        hardest=scores.losses.nan_to_num(torch.inf).argsort(descending=True, stable=True),
+        hardest=_hardest_first(scores),
         texts=texts,
         temperatures=rules | temperatures(losses) | rules,
         oddities=oddities,
         tokens=Tokens(scores.token_losses, words) if has_tokens else None,
+        images=images,
     )
+
+
+def _hardest_first(scores: Scores) -> Tensor:
+    """The samples by falling loss (N,) int64; those without one come first."""
+    return scores.losses.nan_to_num(torch.inf).argsort(descending=True, stable=True)
 
 
 def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -214,6 +225,7 @@ def _samples(
     indices: Sequence[int],
     temperature: float,
     texts: Sequence[SampleText] | None,
+    images: Mapping[int, str],
 ) -> str:
     """A list of samples with their losses and weights; a bar shows each weight's size."""
     items = []
@@ -224,5 +236,6 @@ def _samples(
         facts = {"loss": number(loss), "weight": number(weight)}
         if targets != 1:
             facts["targets"] = f"{targets:,}"
-        items.append(sample_item(index, facts, weight, None if texts is None else texts[index]))
+        text = None if texts is None else texts[index]
+        items.append(sample_item(index, facts, weight, text, image=images.get(index)))
     return sample_list(items)

@@ -46,22 +46,25 @@ def sample_item(
     bar: float,
     text: SampleText | None,
     *,
+    image: str | None = None,
     colour: str = "accent",
 ) -> str:
-    """Return a sample as an item of a list: its number, facts, a bar, and its text.
+    """Return a sample as an item of a list: its number, facts, a bar, its image and its text.
 
     Args:
         index: the sample.
         facts: values by their names.
         bar: its length, a share.
         text: the sample's; None shows none.
+        image: the address of its thumbnail; None shows none.
         colour: of the bar: ``"accent"`` or ``"warn"``.
     """
     spans = "".join(f"<span>{escape(k)} <b>{escape(v)}</b></span>" for k, v in facts.items())
+    seen = "" if image is None else f'<img class="thumbnail" src="{image}" alt="sample {index}">'
     excerpt = "" if text is None else _text(shorten(text, _EXCERPT))
     return (
         f'<li><div class="facts"><b>#{index}</b>{spans}'
-        f'<i class="{colour}" style="--weight:{bar:.4f}"></i></div>{excerpt}</li>'
+        f'<i class="{colour}" style="--weight:{bar:.4f}"></i></div>{seen}{excerpt}</li>'
     )
 
 
@@ -151,6 +154,8 @@ th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--faint); text-align
 th { color: var(--muted); font-weight: normal; text-align: left; }
 .samples { margin: 0; padding: 0; list-style: none; }
 .samples li { padding: .7rem 0; border-bottom: 1px solid var(--faint); }
+.thumbnail { display: block; min-width: 4rem; max-width: 100%; margin-top: .5rem;
+  border-radius: .3rem; image-rendering: pixelated; }
 .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: center;
   color: var(--muted); font-size: .9rem; font-variant-numeric: tabular-nums; }
 .facts b { color: var(--ink); }

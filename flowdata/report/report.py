@@ -48,6 +48,7 @@ def write_report(
     top: int = 10,
     words: Callable[[int], Sequence[str]] | None = None,
     is_cut: NDArray[np.bool_] | None = None,
+    images: Callable[[int], Any] | None = None,
 ) -> Report:
     """Write `report.html` and `losses.png` into a folder; return their paths and the figures.
 
@@ -67,12 +68,17 @@ def write_report(
         words: gives the texts of sample i's targets, one for each of its token losses, if the
             scores hold these; without it their losses are shown as bare squares.
         is_cut: (N,) which samples were cut before they were scored; None where it is not known.
+        images: gives the image of sample i: of PIL, or a tensor or array (H, W), (C, H, W) or
+            (H, W, C) of 1, 3 or 4 channels. Numbers that are no uint8 are stretched from their
+            least to their largest. It is asked for the easiest samples, and for the hardest until
+            there are 500 thumbnails. Texts are then captions, in which no copies are looked for.
 
     Returns:
         The paths of the page and the picture, the summary and the verdict.
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: `images` gives something else.
         ValueError: no sample has a loss, `top` is negative, or the temperature is unusable.
     """
     if top < 0:
@@ -80,10 +86,20 @@ def write_report(
     summary = scores.summary(temperature)
     picture = plot_losses(scores.losses, Path(folder) / "losses.png", temperature=temperature)
     texts = None if samples is None else [samples(index) for index in range(len(scores))]
-    oddities = find_oddities(scores.losses, scores.counts, texts, is_cut)
+    contents = texts if images is None else None  # what is said of an image is not the sample
+    oddities = find_oddities(scores.losses, scores.counts, contents, is_cut)
     guessing = guessing_remark(scores.losses, scores.metadata)
     verdict = judge(scores.losses, scores.counts, summary, oddities, guessing)
-    html = render(scores, summary, texts, top, oddities=oddities, verdict=verdict, words=words)
+    html = render(
+        scores,
+        summary,
+        texts,
+        top,
+        oddities=oddities,
+        verdict=verdict,
+        words=words,
+        images=images,
+    )
     page = Path(folder) / "report.html"
     page.write_text(html, encoding="utf-8")
     return Report(page, picture, summary, verdict)

@@ -135,6 +135,7 @@ function rowOf(index) {
   const row = make("div", { role: "row", onclick: () => pick(index) }, ...cellsOf(index));
   row.setAttribute("aria-selected", index === state.picked);
   const cell = (name, text) => make("span", { className: name, textContent: text, role: "cell" });
+  if (data.images) row.append(make("span", { role: "cell" }, ...imageOf(index)));
   if (marks) row.append(cell("marks", markNames(index).join(", ")));
   if (data.texts) row.append(cell("words", textOf(index).slice(0, 200).replace(/\s+/g, " ")));
   return row;
@@ -157,11 +158,13 @@ function draw() {
 function drawHead() {
   const headings = columns.map((column) =>
     make("button", { type: "button", textContent: column.name, onclick: () => sortBy(column) }));
+  if (data.images) headings.push(make("span", { textContent: "image" }));
   if (marks) headings.push(make("span", { textContent: "marks" }));
   if (data.texts) headings.push(make("span", { textContent: "text" }));
   for (const heading of headings) heading.setAttribute("role", "columnheader");
   get("head").replaceChildren(...headings);
   const widths = columns.map((column) => Math.max(4.6, column.name.length * 0.6 + 2.2));
+  if (data.images) widths.push(4.6);
   if (marks) widths.push(8);
   if (data.texts) widths.push(18); // the last column takes what is left of a wide window
   const last = `minmax(${widths.at(-1)}rem, 1fr)`;
@@ -200,7 +203,13 @@ function drawSample() {
     const button = { type: "button", onclick: () => pick(first) };
     facts.append(make("button", button, `the first is #${first}`));
   }
-  get("sample").replaceChildren(facts, ...(data.texts ? [chat(index)] : []), ...heatMap(index));
+  const texts = data.texts ? [chat(index)] : [];
+  get("sample").replaceChildren(facts, ...imageOf(index), ...texts, ...heatMap(index));
+}
+
+function imageOf(index) {
+  const src = data.images?.[index];
+  return src ? [make("img", { src, alt: `sample ${index}`, className: "thumbnail" })] : [];
 }
 
 function chat(index) {
