@@ -10,7 +10,7 @@ from torch import nn
 
 import flowdata
 from benchmarks.forgetting import methods as ours
-from flowdata.study import classify, extras, methods, parts, training
+from flowdata.study import accuracy, classify, extras, hits, methods, parts, training
 from tests import reference
 
 X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
@@ -269,6 +269,69 @@ def test_data_that_fills_no_batch_is_refused():
             classify.fine_tune(
                 network(), data, torch.ones(20), method, rate=0.1, seed=0, epochs=1, batch=32
             )
+
+
+def identity(*columns):
+    """A model whose logits are its inputs, but for given columns of another value."""
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.zero_()
+        for column, value in columns:
+            model.bias[column] = value
+    return model
+
+
+def test_the_accuracy_of_a_model_that_diverged_is_no_number():
+    data = torch.utils.data.TensorDataset(torch.eye(3).repeat(3, 1), torch.zeros(9, dtype=int))
+    assert accuracy(identity(), data) == pytest.approx(100 / 3)
+    for value in (math.nan, math.inf):
+        assert math.isnan(accuracy(identity((0, value)), data))
+        assert not hits(identity((0, value)), data).any()
+    assert accuracy(identity((2, -math.inf)), data) == pytest.approx(200 / 3)  # ruled out
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint16, torch.uint8])
+def test_classes_in_a_column_are_classes(dtype):
+    inputs = torch.eye(3).repeat(4, 1)
+    classes = torch.arange(12) % 3
+    column = torch.utils.data.TensorDataset(inputs, classes.to(dtype)[:, None])
+    assert hits(identity(), column).tolist() == [True] * 12
+    models = []
+    for data in (torch.utils.data.TensorDataset(inputs, classes), column):
+        models.append(identity())
+        classify.fine_tune(
+            models[-1], data, torch.ones(12), training.Method(), rate=0.1, seed=0, epochs=1, batch=4
+        )
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.eye(3), r"for 3 samples got targets torch.float32 \(3, 3\); take .argmax"),
+        (torch.eye(3).long(), r"got targets torch.int64 \(3, 3\)"),
+        (torch.arange(3.0), r"got targets torch.float32 \(3,\)"),
+        (torch.arange(3) + 1, "a sample of class 3, and the model 3 logits for classes 0 to 2"),
+        (torch.arange(3) - 1, "a sample of class -1"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(targets, message):
+    data = torch.utils.data.TensorDataset(torch.eye(3), targets)
+    with pytest.raises(ValueError, match=message):
+        accuracy(identity(), data)
+    with pytest.raises(ValueError, match=message.replace("torch.float32", "torch.*")):
+        classify.fine_tune(
+            identity(), data, torch.ones(3), training.Method(), rate=0.1, seed=0, epochs=1, batch=3
+        )
+
+
+def test_a_single_logit_tells_no_classes():
+    data = torch.utils.data.TensorDataset(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match="a sample of class 1, and the model 1 logits"):
+        accuracy(nn.Linear(3, 1), data)
+    with pytest.raises(ValueError, match=r"must return logits \(B, C\), got torch.float32 \(4,\)"):
+        accuracy(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), data)
 
 
 def test_trimming_leaves_out_the_hardest_and_keeps_the_size_of_steps():

@@ -14,7 +14,7 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.losses import weighted_mean
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
-from flowdata.study.hits import autocast
+from flowdata.study.hits import autocast, class_numbers
 from flowdata.study.training import Method, passes, train
 from flowdata.token_weights import LARGEST_LOGITS, TokenRule, looks_at_logits, rule_weights
 
@@ -52,7 +52,8 @@ def fine_tune(
         workers: number of processes that load samples.
 
     Raises:
-        ValueError: the data fills no batch, or the method holds outputs, see `train`.
+        ValueError: the data fills no batch, its targets are no classes of the model's, or the
+            method holds outputs, see `train`.
     """
     if len(data) < batch:
         raise ValueError(
@@ -72,13 +73,13 @@ def fine_tune(
         batches = loader(triples, shuffle=True)
 
     def loss(batch: list[Tensor]) -> Tensor:
-        inputs, targets, *weight = (part.to(device, non_blocking=True) for part in batch)
+        inputs, targets, *weight = batch
         with autocast(device, dtype):
-            logits = model(inputs)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            logits = model(inputs.to(device, non_blocking=True))
+        losses = F.cross_entropy(logits.float(), class_numbers(logits, targets), reduction="none")
         if method.rule is not None:
             losses = losses * _rule_weights(method.rule, logits.float(), losses)
-        return weighted_mean(losses, *weight) if weight else losses.mean()
+        return weighted_mean(losses, weight[0].to(device)) if weight else losses.mean()
 
     sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5e-4, foreach=True)
     train(model, passes(batches, epochs), epochs * len(batches), loss, sgd, method, seed=seed)

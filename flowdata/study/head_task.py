@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 
 from flowdata.drift import Drift, DriftMeter
 from flowdata.study.classify import fine_tune, sample_weights
-from flowdata.study.hits import hits, packed
+from flowdata.study.hits import answers, packed
 from flowdata.study.methods import METHODS
 from flowdata.study.parts import output_anchor
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
@@ -157,7 +157,10 @@ class HeadTask:
         return split, beginning, meters
 
     def run(self, name: str, rate: float, seed: int) -> Record:
-        """Fine-tune by a method; measure accuracy, in %, on both tasks, and the drift."""
+        """Fine-tune by a method; measure accuracy, in %, on both tasks, and the drift.
+
+        Accuracies of a network that diverged are NaN, see `flowdata.study.accuracy`.
+        """
         (split, beginning, meters), method = self.begin(seed), self.methods[name]
         network = copy.deepcopy(beginning.network)
         # Convolutions are fastest in this memory layout. It changes how they round, so a method
@@ -166,18 +169,18 @@ class HeadTask:
         weights = sample_weights(method, beginning.scores)
         if method.trains:
             self._fine_tune(network, split, weights, _held(method, meters), rate, seed)
-        measure = partial(hits, dtype=self.sizes.dtype, workers=self.workers)
+        measure = partial(answers, dtype=self.sizes.dtype, workers=self.workers)
         validation, target = measure(network, split.validation), measure(network, split.test)
         drifts = {probe: meter(network) for probe, meter in meters.items()}
-        outcome = Outcome(network, beginning, split, meters, drifts, target)
+        outcome = Outcome(network, beginning, split, meters, drifts, target.hits)
         more = {} if self.more is None else self.more(outcome)
         retained = measure(as_old_network(network, self.old), self.old_test)
         return {
-            "validation": _percent(validation),
-            "target": {"accuracy": _percent(target)},
-            "retained": {f"{self.old_name} accuracy": _percent(retained)},
+            "validation": validation.accuracy,
+            "target": {"accuracy": target.accuracy},
+            "retained": {f"{self.old_name} accuracy": retained.accuracy},
             "drift": {probe: drift.to_dict() for probe, drift in drifts.items()},
-            "hits": {"target": packed(target), "retained": packed(retained)},
+            "hits": {"target": packed(target.hits), "retained": packed(retained.hits)},
             **more,
             "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),
@@ -223,10 +226,6 @@ def _held(method: Method, meters: Mapping[str, DriftMeter]) -> Method:
         return method
     part = output_anchor(meters[_OWN_PROBE], method.hold)
     return replace(method, parts=(*method.parts, part), hold=0.0)
-
-
-def _percent(hits: Tensor) -> float:
-    return 100 * hits.double().mean().item()
 
 
 def _is_finite(model: nn.Module) -> bool:
