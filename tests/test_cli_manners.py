@@ -15,7 +15,7 @@ import torch
 import flowdata.cli.commands.score as score_command
 from flowdata import Scores
 from flowdata.cli.main import main
-from flowdata.cli.parser import make_parser
+from flowdata.cli.parser import make_parser, parse_options
 from flowdata.cli.shell import wording
 from flowdata.cli.shell.completion import completion_script
 from flowdata.cli.shell.wording import flags_of, in_flags
@@ -228,6 +228,37 @@ def test_a_file_of_yaml_with_arguments_beside_it(capsys, model_folder, data, tmp
     with pytest.raises(SystemExit, match="2"):
         main(["score", "--config", str(config)])
     assert "the following arguments are required: model, data" in capsys.readouterr().err
+
+
+def test_a_file_of_options_is_never_left_out(capsys, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("top: 3\n")
+    assert parse_options(["report", "s", "--config", str(file)])[0].top == 3
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(["report", "s", "--conf", str(file)])
+    assert f"unrecognized arguments: --conf {file}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(["report", "s", "--config", str(file), f"--config={file}"])
+    assert f"--config takes one file, got {file} and {file}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "tuned"),
+    [
+        ("drift B --config FILE", "B", ["F"]),
+        ("drift --config FILE B --quiet X", "B", ["X"]),
+        ("drift B X --config FILE Y", "B", ["X", "Y"]),
+        ("drift --quiet --config FILE", "A", ["F"]),
+    ],
+)
+def test_arguments_by_their_place_win_wherever_they_stand(tmp_path, words, base, tuned):
+    file = tmp_path / "run.yaml"
+    file.write_text("base: A\ntuned: [F]\n")
+    options, flags = parse_options(words.replace("FILE", str(file)).split())
+    assert (options.command, options.base, options.tuned) == ("drift", base, tuned)
+    assert callable(options.run)
+    assert "samples" in flags
+    assert options.quiet == ("--quiet" in words)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from flowdata._version import __version__
 from flowdata.cli.commands import COMMANDS
 from flowdata.cli.shell.completion import SHELLS, PrintCompletion
 from flowdata.cli.shell.config import config_file, use_config
-from flowdata.cli.shell.wording import actions_of, flags_of
+from flowdata.cli.shell.wording import actions_of, flags_of, parser_of
 
 # Commands that read a store. What they tell of rows without a loss was noted by `flowdata score`.
 _READERS = ("weigh", "report")
@@ -28,18 +29,31 @@ def parse_options(
         the names that messages of the library have for them (`flags_of`).
     """
     parser = make_parser()
-    file = config_file(arguments)
-    command = next((word for word in arguments if word in COMMANDS), None)
-    if file is not None and command is not None:
-        try:
-            use_config(file, actions_of(parser, command))
-        except (OSError, ValueError) as error:
-            parser.exit(2, f"flowdata {command}: {error}\n")
-    options = parser.parse_args(arguments)
+    command = next(iter(arguments), "")
+    file = _use_config_file(parser, arguments) if command in COMMANDS else None
+    if file is None:
+        options = parser.parse_args(arguments)
+    else:
+        # Arguments by their place may be left out then, and a plain parse would take all of them
+        # for left out that stand behind a flag.
+        options = parser_of(parser, command).parse_intermixed_args(arguments[1:])
+        options.command = command
     flags = flags_of(parser, options.command)
     if options.command in _READERS:
         flags = flags_of(parser, "score") | flags
     return options, flags
+
+
+def _use_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Path | None:
+    """Make the values of the `--config` file, if there is one, the command's defaults."""
+    command = arguments[0]
+    try:
+        file = config_file(arguments)
+        if file is not None:
+            use_config(file, actions_of(parser, command))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"flowdata {command}: {error}\n")
+    return file
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,7 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         first_line = (command.run.__doc__ or "").splitlines()[0]
-        subparser = subparsers.add_parser(name, help=first_line, description=first_line)
+        subparser = subparsers.add_parser(
+            name,
+            help=first_line,
+            description=first_line,
+            allow_abbrev=False,  # `config_file` knows `--config` by its whole name
+        )
         subparser.set_defaults(run=command.run)
         subparser.add_argument("--json", action="store_true", help="print one JSON object")
         subparser.add_argument(

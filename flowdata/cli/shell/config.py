@@ -18,17 +18,22 @@ _KINDS = (".toml", ".yaml", ".yml")
 def config_file(arguments: Iterable[str]) -> Path | None:
     """Return the file that `--config` names among a command's arguments, if any.
 
+    Raises:
+        ValueError: it is named twice.
+
     Example:
         >>> config_file(["score", "--config=run.toml"]).name, config_file(["score"])
         ('run.toml', None)
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     try:
-        name = parser.parse_known_args(list(arguments))[0].config
+        names = parser.parse_known_args(list(arguments))[0].config
     except argparse.ArgumentError:  # no name follows: the command's own parser will say so
         return None
-    return None if name is None else Path(name)
+    if len(names) > 1:
+        raise ValueError(f"--config takes one file, got {' and '.join(names)}; join them in one")
+    return Path(names[0]) if names else None
 
 
 def use_config(file: Path, actions: Iterable[argparse.Action]) -> None:

@@ -72,14 +72,19 @@ def flags_of(parser: argparse.ArgumentParser, command: str) -> dict[str, argpars
 
 def actions_of(parser: argparse.ArgumentParser, command: str) -> list[argparse.Action]:
     """Return the arguments of a command, `--help` left out."""
+    return [
+        action
+        for action in parser_of(parser, command)._actions
+        if not isinstance(action, argparse._HelpAction)
+    ]
+
+
+def parser_of(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command, of those that `parser` chooses from."""
     commands: argparse._SubParsersAction[argparse.ArgumentParser] = next(
         action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     )
-    return [
-        action
-        for action in commands.choices[command]._actions
-        if not isinstance(action, argparse._HelpAction)
-    ]
+    return commands.choices[command]
 
 
 def _flag(action: argparse.Action, value: str | None) -> str:
