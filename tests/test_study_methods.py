@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -332,6 +333,22 @@ def test_a_single_logit_tells_no_classes():
         accuracy(nn.Linear(3, 1), data)
     with pytest.raises(ValueError, match=r"must return logits \(B, C\), got torch.float32 \(4,\)"):
         accuracy(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), data)
+
+
+def test_a_method_that_does_not_train_leaves_the_model_as_it_is():
+    data = torch.utils.data.TensorDataset(X, Y.argmax(1))
+    model, probe = network(), methods.METHODS[methods.LINEAR_PROBE]
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    how = {"seed": 0, "epochs": 1, "batch": 8}
+    classify.fine_tune(model, data, torch.ones(32), probe, rate=0, **how)
+    with pytest.raises(ValueError, match=r"trains=False .*: pass rate=0, got 0.1 \(`grids` gives"):
+        classify.fine_tune(model, data, torch.ones(32), probe, rate=0.1, **how)
+    training.train(
+        model, [None], 1, lambda _: model(X).sum(), partial(torch.optim.SGD, lr=1), probe, seed=0
+    )
+    assert not moved(before, model.state_dict())  # BatchNorm's statistics among it
+    assert not model.training
 
 
 def test_trimming_leaves_out_the_hardest_and_keeps_the_size_of_steps():

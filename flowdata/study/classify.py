@@ -39,12 +39,14 @@ def fine_tune(
 ) -> None:
     """Train in place by SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
 
+    A method with ``trains=False`` leaves the model as it is.
+
     Args:
         model: inputs (B, …) → logits (B, C).
         data: map-style, samples (input, class).
         weights: (N,) weights of the samples, see `sample_weights`.
         method: tells how the weights are used, and brings the parts that act beside them.
-        rate: the highest learning rate of the schedule.
+        rate: the highest learning rate of the schedule; 0 for a method that doesn't train.
         seed: makes the order, and the random draws of the method's parts.
         epochs: number of passes over the data.
         batch: number of samples in a batch; an epoch's last samples are dropped if they fill none.
@@ -52,9 +54,16 @@ def fine_tune(
         workers: number of processes that load samples.
 
     Raises:
-        ValueError: the data fills no batch, its targets are no classes of the model's, or the
-            method holds outputs, see `train`.
+        ValueError: the data fills no batch, its targets are no classes of the model's, the method
+            holds outputs, see `train`, or it doesn't train and has a rate.
     """
+    if not method.trains:
+        if rate != 0:
+            raise ValueError(
+                "a method with trains=False leaves the model as it is, at no learning rate: pass "
+                f"rate=0, got {rate!r} (`grids` gives each method its rates)"
+            )
+        return
     if len(data) < batch:
         raise ValueError(
             f"the {len(data):,} training samples fill no batch of {batch}, so that nothing would "

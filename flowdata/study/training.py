@@ -91,6 +91,8 @@ def train(
 ) -> None:
     """Train in place, under a cosine schedule after a linear warm-up.
 
+    A method with ``trains=False`` leaves the model as it is.
+
     Args:
         model: the model to train.
         batches: one for each step.
@@ -98,7 +100,8 @@ def train(
         loss: batch → a scalar.
         make_optimizer: makes the optimiser from the parameters that require gradients once all
             parts are entered.
-        method: only its `parts` are used here; `loss` and `batches` have to apply its weights.
+        method: of it `parts` and `trains` are used here; `loss` and `batches` have to apply its
+            weights.
         seed: makes the random draws of the parts.
         warmup: share of the steps in which the learning rate rises.
 
@@ -110,6 +113,8 @@ def train(
             "method.hold needs a drift meter, which HeadTask has; in a loop of your own pass "
             "parts=(output_anchor(meter, strength),) instead"
         )
+    if not method.trains:
+        return
     model.train()
     with ExitStack() as stack:
         hooks = [stack.enter_context(part(model, steps, seed)) for part in method.parts]
