@@ -1,5 +1,7 @@
 """What each rule chooses among a study's runs."""
 
+import math
+
 from flowdata.study import choices, report
 
 
@@ -66,6 +68,31 @@ def test_accuracies_of_a_study_are_weighed_as_shares_whatever_they_are_of():
                 run["drift"]["noise"]["of"] = of
             assert choices(runs)["by drift, noise"][0]["method"] == "b"
             assert choices(runs, exchange=0)["by drift, noise"][0]["method"] == "a"
+
+
+def test_losses_of_classifiers_are_weighed_in_nats_too():
+    rows = [("a", 0.01, -0.5, 0.9), ("b", 0.1, -0.3, 0.6), ("c", 0.3, math.nan, 0.1)]
+    runs = [record(m, rate, 0, new, 0, kept) for m, rate, new, kept in rows]
+    assert choices(runs)["by drift, noise"][0]["method"] == "a"
+    assert choices(runs)["blind"][0]["method"] == "b"
+
+
+def test_a_rule_that_can_not_choose_is_left_out_of_the_page_and_said_to_be():
+    rows = [("standard", 0.01, -0.5, 0.9), ("standard", 0.1, 0.3, 0.6)]
+    page = report({}, [record(m, rate, 0, new, 0, kept) for m, rate, new, kept in rows])
+    assert "| blind |" in page
+    assert "| by drift, noise" not in page
+    assert (
+        "Left out, by drift, noise: validation scores must be accuracies, 0 or more each, or "
+        "−loss, 0 or less each; got -0.5 beside 0.3." in page
+    )
+    diverged = [record(m, rate, 0, math.nan, 0, kept) for m, rate, _, kept in rows]
+    assert "Left out, by drift, noise: all runs diverged" in report({}, diverged)
+
+
+def test_the_best_run_is_none_that_diverged():
+    runs = [record("standard", 0.1, 0, math.nan, 0, 0.1), *RUNS[1:4]]
+    assert choices(runs, lambda run: run["target"]["accuracy"])["best"] == [RUNS[2]]
 
 
 def test_the_page_shows_the_choices_beside_the_blind_one():

@@ -1,5 +1,7 @@
 """Equal learning: fronts, draws and corrections, against slow versions and known answers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flowdata.study import packed, report
-from flowdata.study.equal_learning import SHARES, Items, items_of, kept_at_equal_learning, old_at
+from flowdata.study.equal_learning import (
+    SHARES,
+    Items,
+    items_of,
+    kept_at_equal_learning,
+    old_at,
+    runs_with_items,
+)
 
 START, STANDARD = "probe", "standard"
 
@@ -164,6 +173,24 @@ def test_the_page_has_a_table_of_the_seeds_that_are_whole():
     assert "| better | 2 | 75.0 | 67.5 | 63.0 | 60.0 | +7." in page
     assert "| slow | 1 | – | – | – | – |" in page
     assert "At equal learning" not in report({}, records[1:6])
+
+
+def test_a_run_without_a_right_answer_has_as_many_items_as_others():
+    """2,001 items fill no whole bytes, so that the hits alone don't tell how many there are."""
+    right = torch.arange(2001) < 1200
+    records = []
+    for name, rate, old in [("linear probe", 0.0, right), (STANDARD, 0.1, right & False)]:
+        run = record((STANDARD, 0.01), 0) | {"method": name, "rate": rate}
+        run["hits"] = run["hits"] | {"retained": packed(old)}
+        run["retained"] = {"old accuracy": 100 * old.double().mean().item()}
+        records.append(run)
+    assert "| standard | 1 | 60.0 |" in report({}, records)  # of an older version
+    both = runs_with_items(records)
+    assert [len(of_seed[0].old) for of_seed in both.values()] == [2001, 2001]
+    records[1]["items"] = {"target": 400, "retained": 2001}
+    assert len(items_of(records[1]).old) == 2001
+    records[1]["retained"] = {"old accuracy": math.nan}
+    assert items_of(records[1]).old.sum() == 0
 
 
 def test_what_fronts_need_is_asked_for():

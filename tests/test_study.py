@@ -162,6 +162,8 @@ def test_differences_are_paired_by_seed_and_tested():
     tail = np.trapezoid(scale * (1 + x**2 / freedom) ** -2, x)
     assert p == pytest.approx(2 * tail, abs=6e-4)
     assert tables.paired_p([0.0, 0.0]) == "p 1"
+    assert tables.paired_p([1.0, 1.0]) == "–"  # a t-test would divide by their spread
+    assert tables.paired_p([81.3 - 80.3, 80.0 - 79.0]) == "–"
 
     def run(seed, value):
         return {"seed": seed, "target": {"nll": value}, "retained": {"perplexity": 2 * value}}
@@ -169,6 +171,28 @@ def test_differences_are_paired_by_seed_and_tested():
     ours, theirs = [run(0, 1.0), run(2, 3.0), run(1, 2.5)], [run(1, 2.0), run(0, 1.0)]
     assert tables.paired_difference(ours, theirs, "perplexity").startswith("+0.50 ± 0.71 (p 0.5")
     assert tables.paired_difference(ours[:1], theirs, "perplexity") == "+0.00"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverged_is_named_in_page_and_picture(tmp_path, value, monkeypatch):
+    def run(method, rate, seed):
+        record = Pretend()(method, rate, seed)
+        if (method, seed) == ("FLOW", 1) and rate > 0.01:
+            record["retained"]["CIFAR-10 accuracy"] = value
+        return record
+
+    records = pretend(tmp_path / "r.jsonl", run)
+    lines = tables.report({}, records).splitlines()
+    assert "| FLOW | 0.03 | 81.0 ± 1.0 | diverged | diverged |" in lines
+    assert any("81.0 / diverged / diverged |" in line for line in lines)
+    against = [line for line in lines if line.startswith("| FLOW | standard |")]
+    assert against[0].endswith("| diverged | diverged |")
+    axes, drawn = [], pictures._draw_trade_off
+    monkeypatch.setattr(
+        pictures, "_draw_trade_off", lambda panel, **how: (axes.append(panel), drawn(panel, **how))
+    )
+    assert pictures.draw_picture(records)[:4] == b"\x89PNG"
+    assert axes[0].get_xlabel().endswith("diverged: FLOW")
 
 
 def test_a_grid_that_may_end_too_early_is_told(tmp_path):

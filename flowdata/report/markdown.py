@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from math import isfinite
 from statistics import mean, stdev
+
+DIVERGED = "diverged"  # in the place of figures that are made of a value that is no number
 
 
 def table(
@@ -28,7 +31,14 @@ def table(
 
 
 def spread(values: Sequence[float], places: int) -> str:
-    """Return mean ± standard deviation; a single value has no deviation."""
+    """Return mean ± standard deviation; a single value has no deviation.
+
+    Example:
+        >>> spread([1.0, 3.0], 1), spread([1.0, float("nan")], 1)
+        ('2.0 ± 1.4', 'diverged')
+    """
+    if not all(map(isfinite, values)):
+        return DIVERGED
     deviation = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
     return f"{mean(values):.{places}f}{deviation}"
 

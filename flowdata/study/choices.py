@@ -10,12 +10,13 @@ a study that goes on does, is left out: there a rule would have fewer to choose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
 from flowdata.drift import Drift, rank
-from flowdata.study.runs import Record, validation_of, whole_seeds
+from flowdata.study.runs import Record, finite_or_last, validation_of, whole_seeds
 
 Rule: TypeAlias = Callable[[list[Record]], Record]  # the runs of a seed → one of them
 
@@ -29,8 +30,8 @@ def choices(
     """Return the run that each rule chooses among all methods and rates, one for each whole seed.
 
     Args:
-        records: of one study. Those of language models have −loss as their validation score, or
-            an accuracy. A seed with fewer runs than another one is left out.
+        records: of one study. Their validation score is −loss or an accuracy. A seed with fewer
+            runs than another one is left out.
         average: record -> what the best run has most of; None leaves that rule out.
         exchange: see `flowdata.drift.rank`.
 
@@ -39,15 +40,28 @@ def choices(
         rules by drift.
 
     Raises:
-        ValueError: all runs of a seed diverged, or see `flowdata.drift.rank`.
+        ValueError: all runs of a seed diverged, validation scores are neither accuracies nor
+            −loss, or see `flowdata.drift.rank`.
     """
     records = list(records)
-    rules: dict[str, Rule] = {"blind": blind}
+    return {
+        name: on_whole_seeds(rule, records)
+        for name, rule in rules(records, average, exchange).items()
+    }
+
+
+def rules(
+    records: Sequence[Record],
+    average: Callable[[Record], float] | None = None,
+    exchange: float = 1.0,
+) -> dict[str, Rule]:
+    """Return the rules of `choices`, by name; the arguments are its own."""
+    by_name: dict[str, Rule] = {"blind": blind}
     for probe in records[0].get("drift", {}) if records else {}:
-        rules[f"by drift, {probe}"] = partial(by_drift, probe=probe, exchange=exchange)
+        by_name[f"by drift, {probe}"] = partial(by_drift, probe=probe, exchange=exchange)
     if average is not None:
-        rules["best"] = partial(max, key=average)
-    return {name: on_whole_seeds(rule, records) for name, rule in rules.items()}
+        by_name["best"] = partial(max, key=lambda run: finite_or_last(average(run)))
+    return by_name
 
 
 def on_whole_seeds(rule: Rule, records: Iterable[Record]) -> list[Record]:
@@ -69,14 +83,20 @@ def by_drift(runs: list[Record], probe: str, exchange: float = 1.0) -> Record:
         exchange: see `flowdata.drift.rank`.
     """
     drifts = [Drift(**run["drift"][probe]) for run in runs]
-    best = max(map(validation_of, runs))
-    is_loss = drifts[0].of == "tokens" and best <= 0
+    scores = list(map(validation_of, runs))
+    best, worst = max(scores), min(filter(math.isfinite, scores), default=0.0)
+    is_loss = best <= 0
+    if worst < 0 < best:
+        raise ValueError(
+            "validation scores must be accuracies, 0 or more each, or −loss, 0 or less each; got "
+            f"{worst:g} beside {best:g}"
+        )
     # All scores of a study come of one function, so that one above 1 says that all are in %.
     unit = -1 if is_loss else 100 if best > 1 else 1
     candidates = rank(
         [
-            (str(place), validation_of(run) / unit, drift)
-            for place, (run, drift) in enumerate(zip(runs, drifts, strict=True))
+            (str(place), score / unit, drift)
+            for place, (score, drift) in enumerate(zip(scores, drifts, strict=True))
         ],
         validation="loss" if is_loss else "accuracy",
         exchange=exchange,

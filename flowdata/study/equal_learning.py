@@ -30,6 +30,7 @@ from flowdata.study.hits import unpacked
 from flowdata.study.runs import Record
 
 SHARES = (0.5, 0.75, 0.9, 1.0)  # of what the reference learns over the probe
+_KINDS = ("target", "retained")  # of a run's items
 _LEVELS = np.linspace(0, 1, 21)  # at which differences are averaged
 _DRAWS = 1000
 _INTERVAL = (2.5, 97.5)  # percentiles
@@ -91,24 +92,45 @@ class Kept(Difference):
 
 def runs_with_items(records: Iterable[Record]) -> dict[tuple[str, float], dict[int, Items]]:
     """Return the items of runs of `HeadTask`, as `kept_at_equal_learning` takes them."""
+    records = list(records)
+    counts: dict[int, dict[str, int]] = {}  # of items, which all runs of a seed share
+    for record in records:
+        counts.setdefault(record["seed"], {}).update(_counts_of(record))
     runs: dict[tuple[str, float], dict[int, Items]] = {}
     for record in records:
-        runs.setdefault((record["method"], record["rate"]), {})[record["seed"]] = items_of(record)
+        items = _items(record, counts[record["seed"]] | _counts_of(record))
+        runs.setdefault((record["method"], record["rate"]), {})[record["seed"]] = items
     return runs
 
 
 def items_of(record: Record) -> Items:
     """Return the right answers of a run of `HeadTask`, in % each: 0 or 100."""
-    accuracies = (*record["target"].values(), *record["retained"].values())
-    answers = (record["hits"]["target"], record["hits"]["retained"])
-    return Items(*(_in_percent(*each) for each in zip(answers, accuracies, strict=True)))
+    return _items(record, _counts_of(record))
 
 
-def _in_percent(answers: str, accuracy: float) -> _Floats:
-    bits = unpacked(answers, len(answers) // 5 * 32 + len(answers) % 5 * 8).numpy()
-    # The text is filled up to whole bytes; the accuracy tells how many answers there were.
-    count = round(100 * bits.sum() / accuracy) if accuracy else len(bits)
-    return 100.0 * bits[:count]
+def _items(record: Record, counts: Mapping[str, int]) -> Items:
+    return Items(*(100.0 * _bits(record, kind)[: counts.get(kind)] for kind in _KINDS))
+
+
+def _counts_of(record: Record) -> dict[str, int]:
+    """How many items each task has, as far as a run tells.
+
+    A run of an older version has no ``items``. There an accuracy tells, unless it is 0.
+    """
+    if "items" in record:
+        return dict(record["items"])
+    counts = {}
+    for kind in _KINDS:
+        (accuracy,) = record[kind].values()
+        if accuracy > 0:  # NaN, of what diverged, is not
+            counts[kind] = round(100 * int(_bits(record, kind).sum()) / accuracy)
+    return counts
+
+
+def _bits(record: Record, kind: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """A run's right answers, filled up to whole bytes."""
+    text = record["hits"][kind]
+    return unpacked(text, len(text) // 5 * 32 + len(text) % 5 * 8).numpy()
 
 
 def kept_at_equal_learning(

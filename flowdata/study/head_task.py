@@ -181,6 +181,7 @@ class HeadTask:
             "retained": {f"{self.old_name} accuracy": retained.accuracy},
             "drift": {probe: drift.to_dict() for probe, drift in drifts.items()},
             "hits": {"target": packed(target.hits), "retained": packed(retained.hits)},
+            "items": {"target": len(target.hits), "retained": len(retained.hits)},
             **more,
             "median_loss": resolve_temperature(beginning.scores.losses, "median"),
             "mean_weight": weights.mean().item(),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from flowdata.report.pictures import BLUE, GREEN, ORANGE, figure, png
 from flowdata.study.extras import load_extra
 from flowdata.study.methods import STANDARD, TEMPERATURES
 from flowdata.study.runs import Record, Runs, chosen_runs, runs_by_rate, swept_runs
+
+_Key = TypeVar("_Key")  # of runs: a method, a rate
 
 # FLOW added to a method has FLOW's colour and that method's dashes.
 CURVES: dict[str, tuple[str, str]] = {
@@ -51,8 +54,14 @@ def draw_picture(
     load_extra("matplotlib", "pictures")
     first = records[0]
     target, retained = next(iter(first["target"])), next(iter(first["retained"]))
-    sweeps = swept_runs(records)
-    rules = [_runs_by_rule(runs, variants) for runs in runs_by_rate(records).values()]
+    sweeps = {
+        method: _finite(by_rate, target, retained)
+        for method, by_rate in swept_runs(records).items()
+    }
+    rules = [
+        _finite(_runs_by_rule(runs, variants), target, retained)
+        for runs in runs_by_rate(records).values()
+    ]
     runs_by_rule = max(rules, key=len, default={})
     draws: list[Callable[..., None]] = [
         partial(_draw_trade_off, runs=chosen_runs(records), variants=variants)
@@ -78,10 +87,23 @@ def _middle(runs: list[Record], target: str, retained: str) -> tuple[float, floa
     return mean(r["target"][target] for r in runs), mean(r["retained"][retained] for r in runs)
 
 
+def _finite(
+    runs: Mapping[_Key, list[Record]], target: str, retained: str
+) -> dict[_Key, list[Record]]:
+    """The runs that have a place in the picture: those of which none diverged."""
+    return {
+        key: of_key
+        for key, of_key in runs.items()
+        if all(map(math.isfinite, _middle(of_key, target, retained)))
+    }
+
+
 def _draw_trade_off(
     axes: Any, runs: Runs, variants: Collection[str], target: str, retained: str
 ) -> None:
     places = {}
+    chosen, runs = runs, _finite(runs, target, retained)
+    diverged = [method for method in chosen if method not in {*runs, *variants}]
     losers = _worse_than_before(runs, target)
     omissions = {_BEFORE, *variants, *losers}
     for method in (m for m in runs if m not in omissions):
@@ -101,6 +123,8 @@ def _draw_trade_off(
         notes[0] += f" (before training {new:.4g}, and the dashed line)"
     if losers:
         notes.append(f"worse than before training: {'; '.join(losers)}")
+    if diverged:
+        notes.append(f"diverged: {'; '.join(diverged)}")
     axes.set(title="At each method's best rate", xlabel="\n".join(notes), ylabel=retained)
     axes.grid(True, axis="both")
     axes.margins(x=0.1)

@@ -76,8 +76,12 @@ def run_study(
 
 def validation_of(record: Record) -> float:
     """Return a run's score; a run that diverged comes last."""
-    value = float(record["validation"])
-    return value if math.isfinite(value) else -math.inf
+    return finite_or_last(float(record["validation"]))
+
+
+def finite_or_last(score: float) -> float:
+    """Return a score, of which more is better, or the least of all where it is no number."""
+    return score if math.isfinite(score) else -math.inf
 
 
 def swept_runs(records: Iterable[Record]) -> dict[str, dict[float, list[Record]]]:

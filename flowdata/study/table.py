@@ -9,13 +9,14 @@ from itertools import chain
 from statistics import mean, stdev
 from typing import Any
 
-from flowdata.report.markdown import count, spread, table
-from flowdata.study.choices import choices
+from flowdata.report.markdown import DIVERGED, count, spread, table
+from flowdata.study.choices import on_whole_seeds, rules
 from flowdata.study.equal_learning import SHARES, Kept, kept_at_equal_learning, runs_with_items
 from flowdata.study.extras import load_extra
 from flowdata.study.methods import LINEAR_PROBE, METHODS, STANDARD
 from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate, whole_seeds
 
+_ROUNDING = 1e-9  # of measures, as a share of their differences
 BEST_RATE_NOTE = (
     "At the rate that is best, for each method, on validation samples of the new task "
     "(of the rates that it was run at on the most seeds):"
@@ -99,6 +100,8 @@ def paired_difference(runs: list[Record], others: list[Record], name: str) -> st
     differences = [
         value - other_values[seed] for seed, value in values.items() if seed in other_values
     ]
+    if not all(map(math.isfinite, differences)):
+        return DIVERGED
     places = digits(name)
     if len(differences) < 2:
         return f"{mean(differences):+.{places}f}" if differences else "–"
@@ -107,9 +110,11 @@ def paired_difference(runs: list[Record], others: list[Record], name: str) -> st
 
 
 def paired_p(differences: list[float]) -> str:
-    """Return the two-sided p of a paired t-test, in words."""
-    if len(set(differences)) == 1:  # no spread: the test would divide by 0
-        return "p 1" if differences[0] == 0 else "p < 0.001"
+    """Return the two-sided p of a paired t-test, in words; "–" where differences have no spread."""
+    if not any(differences):
+        return "p 1"
+    if stdev(differences) <= _ROUNDING * max(map(abs, differences)):  # the test divides by it
+        return "–"
     stats = load_extra("scipy.stats", "paired tests")
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
@@ -165,7 +170,14 @@ def _choices(records: list[Record]) -> list[str]:
         return []
     names = list(measures(records[0]))
     average = "average" in names
-    by_rule = choices(records, (lambda r: measures(r)["average"]) if average else None)
+    by_rule, left_out = {}, []
+    for name, rule in rules(
+        records, (lambda r: measures(r)["average"]) if average else None
+    ).items():
+        try:
+            by_rule[name] = on_whole_seeds(rule, records)
+        except ValueError as error:
+            left_out.append(f"Left out, {name}: {error}.")
     rows = [
         [rule, *(_spread_of(runs, name) for name in names), methods_and_rates(runs)]
         for rule, runs in by_rule.items()
@@ -176,7 +188,8 @@ def _choices(records: list[Record]) -> list[str]:
         "(`flowdata.drift.choose`)"
     )
     title += "; best, which takes the old data to know:" if average else ":"
-    return [title, "", *table(["chosen", *names, "runs"], rows, words=("runs",)), ""]
+    lines = [title, "", *table(["chosen", *names, "runs"], rows, words=("runs",)), ""]
+    return [*lines, *left_out, ""] if left_out else lines
 
 
 def methods_and_rates(runs: Iterable[Record]) -> str:
@@ -236,7 +249,10 @@ def means(runs: list[Record], names: list[str]) -> str:
     if not runs:
         return "–"
     values = [mean(measures(record)[name] for record in runs) for name in names]
-    return " / ".join(f"{v:.{digits(name)}f}" for v, name in zip(values, names, strict=True))
+    return " / ".join(
+        f"{v:.{digits(name)}f}" if math.isfinite(v) else DIVERGED
+        for v, name in zip(values, names, strict=True)
+    )
 
 
 def digits(name: str) -> int:
