@@ -110,6 +110,58 @@ def test_runs_under_other_options_count_apart(tmp_path):
     assert [len(group) for _, group in tables.studies(study.read_records(path))] == [36, 1]
 
 
+def test_numbers_of_tensors_and_numpy_are_numbers(tmp_path):
+    runs = []
+
+    def run(method, rate, seed):
+        runs.append((method, rate, seed))
+        return {
+            "validation": torch.tensor(81.5),
+            "target": {"accuracy": torch.tensor([80.0])},
+            "retained": {"old accuracy": np.float32(70.5)},
+            "rate": "the study's own is kept",
+            "curve": torch.arange(3),
+            "folder": tmp_path,
+        }
+
+    file, options = str(tmp_path / "r.jsonl"), {"batch": np.int64(8)}
+    how = {"methods": {"standard": np.float32([0.5, 1])}, "seeds": np.arange(1)}
+    records = study.run_study(file, options, run, **how)
+    assert records == study.run_study(file, options, run, **how) == study.read_records(file)
+    assert runs == [("standard", 0.5, 0), ("standard", 1.0, 0)]
+    first = records[0]
+    assert (first["validation"], first["target"]) == (81.5, {"accuracy": 80.0})
+    assert (first["rate"], first["curve"], first["folder"]) == (0.5, [0, 1, 2], str(tmp_path))
+    assert "| standard | 0.5 | 80.0 | 70.5 |" in tables.report({}, records)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": 80.0}, "target must hold one measure or more by name, such as .* got 80.0"),
+        ({"retained": {}}, "retained must hold one measure or more"),
+        ({"target": {"accuracy": "80"}}, r"target\['accuracy'\] must be a number, got '80'"),
+        ({"validation": None}, "seed 0: validation must be a number, got None"),
+        ({"validation": torch.ones(2)}, "validation must be a number, got tensor"),
+        ({"drift": {"new task": 0.1}}, r"drift must hold Drift.to_dict\(\) by the names of probes"),
+    ],
+)
+def test_what_no_page_can_be_made_of_is_not_kept(tmp_path, change, message):
+    def run(method, rate, seed):
+        return Pretend()(method, rate, seed) | change
+
+    with pytest.raises(TypeError, match=message):
+        pretend(tmp_path / "r.jsonl", run)
+    assert study.read_records(tmp_path / "r.jsonl") == []
+
+
+def test_a_run_has_to_return_its_measures(tmp_path):
+    with pytest.raises(TypeError, match=r"must return a mapping with validation, .* got NoneType"):
+        pretend(tmp_path / "r.jsonl", lambda *key: None)
+    with pytest.raises(ValueError, match="run returned no 'retained', only 'validation', 'target'"):
+        pretend(tmp_path / "r.jsonl", lambda *key: {"validation": 1.0, "target": {"loss": 1.0}})
+
+
 def test_a_run_that_diverged_is_never_chosen(tmp_path):
     records = pretend(tmp_path / "r.jsonl", rates=(0.3, 1.0), names=("standard",))
     assert study.chosen_rates(records) == {"standard": 0.3}

@@ -18,19 +18,23 @@ from statistics import mean
 from time import perf_counter
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from flowdata._common.notices import logger, say
 from flowdata._common.processor import processor
+from flowdata._common.real_numbers import as_float, as_python
 from flowdata.study.methods import STANDARD
 
+_MEASURES = ("target", "retained")
 Record: TypeAlias = dict[str, Any]
 Runs: TypeAlias = dict[str, list[Record]]  # each method's records, in the order of their seeds
 Runner: TypeAlias = Callable[[str, float, int], Record]  # method, rate, seed → measures
 
 
 def run_study(
-    path: Path,
+    path: str | Path,
     options: dict[str, Any],
     run: Runner,
     *,
@@ -48,30 +52,90 @@ def run_study(
             measure whose name ends in ``accuracy`` is in %, and more is better; of all other
             measures less is better. With ``drift``, `Drift.to_dict()` by the names of probes, the
             page says what each probe would choose, without the old data, beside the blind choice.
+            Numbers may be tensors or NumPy's; one that is not finite says that the run diverged.
         methods: the methods' names, each with the learning rates to run it at, see `grids`.
         seeds: the seeds of the runs.
 
     Returns:
         Records under these options, older ones included.
+
+    Raises:
+        TypeError, ValueError: what `run` returned lacks a field, or has one that makes no page.
     """
-    options = json.loads(json.dumps(options))  # equal to what comes back from the file
+    path = Path(path)
+    options = json.loads(_json(options))  # equal to what comes back from the file
     keys: list[Record] = [
         {"method": method, "rate": rate, "seed": seed, "options": options}
         for seed in seeds
         for method, rates in methods.items()
         for rate in rates
     ]
+    keys = json.loads(_json(keys))
     keys_in_file = {key_of(record) for record in read_records(path)}
     for key in keys:
         if key_of(key) in keys_in_file:
             continue
         start = perf_counter()
-        record = key | run(key["method"], key["rate"], key["seed"])
+        measures = run(key["method"], key["rate"], key["seed"])
+        record = key | _checked(measures, where=_name(key)) | key
         seconds = round(perf_counter() - start, 2)
         record |= {"seconds": seconds, "torch": torch.__version__, "processor": processor()}
         append_record(path, record)
         say(line_of(record))
     return [record for record in read_records(path) if record["options"] == options]
+
+
+def _checked(measures: Any, where: str) -> Record:
+    """What a run returned, its measures as floats; raise for what no page can be made of."""
+    if not isinstance(measures, Mapping):
+        raise TypeError(
+            f"{where}: run must return a mapping with validation, target and retained, got "
+            f"{type(measures).__name__}"
+        )
+    missing = [name for name in ("validation", *_MEASURES) if name not in measures]
+    if missing:
+        raise ValueError(
+            f"{where}: run returned no {missing[0]!r}, only {', '.join(map(repr, measures))}; it "
+            "must return validation, a number, and target and retained, measures by name"
+        )
+    checked = {"validation": _number(measures["validation"], f"{where}: validation")}
+    for kind in _MEASURES:
+        by_name = measures[kind]
+        if not isinstance(by_name, Mapping) or not by_name:
+            raise TypeError(
+                f"{where}: {kind} must hold one measure or more by name, such as "
+                f"{{'accuracy': 80.0}}, got {by_name!r}"
+            )
+        checked[kind] = {
+            str(name): _number(value, f"{where}: {kind}[{name!r}]")
+            for name, value in by_name.items()
+        }
+    drifts = measures.get("drift", {})
+    if not isinstance(drifts, Mapping) or not all(isinstance(d, Mapping) for d in drifts.values()):
+        raise TypeError(
+            f"{where}: drift must hold Drift.to_dict() by the names of probes, such as "
+            f"{{'new task': meter(model).to_dict()}}, got {drifts!r}"
+        )
+    return {**measures, **checked}
+
+
+def _number(value: Any, what: str) -> float:
+    number = as_float(value)
+    if number is None:
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    return number
+
+
+def _json(value: Any) -> str:
+    """A value as JSON: of NumPy and PyTorch the numbers, of all else that JSON lacks the words."""
+
+    def plain(part: Any) -> Any:
+        number = as_python(part)
+        if number is not part:
+            return number
+        return part.tolist() if isinstance(part, Tensor | np.ndarray) else str(part)
+
+    return json.dumps(value, default=plain)
 
 
 def validation_of(record: Record) -> float:
@@ -213,8 +277,9 @@ def key_of(record: Record) -> str:
     )
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: str | Path) -> list[Record]:
     """Return the runs of a results file; a line that a killed process left torn is skipped."""
+    path = Path(path)
     if not path.exists():
         return []
     records = []
@@ -232,7 +297,7 @@ def append_record(path: Path, record: Record) -> None:
     # A process that was killed may have left half a line. A line break ends it here: the new line
     # would else be a part of it and be skipped with it.
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    text = "\n" * is_torn + json.dumps(record) + "\n"
+    text = "\n" * is_torn + _json(record) + "\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(file, text.encode())
@@ -245,5 +310,8 @@ def line_of(record: Record) -> str:
     """Return a run as a line of the log."""
     measures = {**record["target"], **record["retained"]}
     values = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
-    run = f"{record['method']}, rate {record['rate']:g}, seed {record['seed']}"
-    return f"{run}: {values} ({record['seconds']:.0f} s)"
+    return f"{_name(record)}: {values} ({record['seconds']:.0f} s)"
+
+
+def _name(record: Record) -> str:
+    return f"{record['method']}, rate {record['rate']:g}, seed {record['seed']}"
