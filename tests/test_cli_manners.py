@@ -1,7 +1,9 @@
 """What the command line says, and when: sizes, times, caches, flags, files of options, shells."""
 
+import argparse
 import gzip
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ import torch
 import flowdata.cli.commands.score as score_command
 from flowdata import Scores
 from flowdata.cli.main import main
+from flowdata.cli.output import print_result
 from flowdata.cli.parser import make_parser, parse_options
 from flowdata.cli.shell import wording
 from flowdata.cli.shell.completion import completion_script
@@ -228,6 +231,14 @@ def test_a_file_of_yaml_with_arguments_beside_it(capsys, model_folder, data, tmp
     with pytest.raises(SystemExit, match="2"):
         main(["score", "--config", str(config)])
     assert "the following arguments are required: model, data" in capsys.readouterr().err
+
+
+def test_json_has_null_for_what_is_no_number(capsys):
+    facts = {"kl": math.inf, "front": [{"cost": math.nan}, (1.5, -math.inf)], "n": 3, "is": True}
+    print_result(argparse.Namespace(json=True), facts, "")
+    assert capsys.readouterr().out == (
+        '{"kl": null, "front": [{"cost": null}, [1.5, null]], "n": 3, "is": true}\n'
+    )
 
 
 def test_a_file_of_options_is_never_left_out(capsys, tmp_path):

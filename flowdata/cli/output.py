@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 
 def print_result(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> None:
-    """Print a command's result: as JSON where `--json` asks for it, else text, unless `--quiet`."""
+    """Print a command's result: as JSON where `--json` asks for it, else text, unless `--quiet`.
+
+    JSON has no NaN and no infinity: there they are null.
+    """
     if options.json:
-        print(json.dumps(facts))
+        print(json.dumps(_finite(facts), allow_nan=False))
     elif not options.quiet:
         print(text)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for all of its numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def list_figures(summary: Mapping[str, Any]) -> str:
