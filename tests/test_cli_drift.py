@@ -129,6 +129,18 @@ def test_what_is_no_model_is_one_line(capsys, model_folder, tmp_path):
     assert "holds neither a config.json nor a GGUF file" in err
 
 
+@pytest.mark.parametrize("command", ["score", "drift", "front"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(command, capsys, data):
+    words = {
+        "score": (data, "--store", "no-store"),
+        "drift": ("b",),
+        "front": ("b", "--valid", data),
+    }
+    code, _, err = run(capsys, command, "a", *words[command], "--device", "abacus")
+    assert code == 2
+    assert err.startswith(f"flowdata {command}: --device abacus can't be used here: ")
+
+
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "tuned/nosuch", "tunde/final", "a/b.gguf"])
 @pytest.mark.parametrize("command", ["score", "drift", "front"])
 def test_local_names_of_models_are_not_sent_to_the_hub(

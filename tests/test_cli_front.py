@@ -168,6 +168,15 @@ def test_a_folder_that_is_there_is_not_written_over(capsys, model_folder, data, 
     assert "--write must name a new folder" in err
 
 
+@pytest.mark.parametrize("flag", ["--write", "--picture"])
+def test_a_place_below_a_file_is_refused_before_anything_is_read(flag, capsys, data):
+    code, _, err = run(
+        capsys, "front", "no-base", "no-tuned", "--valid", data, flag, data / "new" / "place"
+    )
+    assert code == 2
+    assert f"{flag} must lie in a folder, and {data} is a file" in err
+
+
 def test_a_gguf_file_is_refused_before_anything_is_read(capsys, tuned_folder, data, tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")

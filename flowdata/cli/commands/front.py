@@ -111,6 +111,12 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
     if options.picture.is_dir():
         raise ValueError(f"--picture must name a file, and {options.picture} is a folder")
+    for flag, place in (("--write", options.write), ("--picture", options.picture)):
+        above = (
+            [] if place is None else [path for path in place.absolute().parents if path.exists()]
+        )
+        if above and not above[0].is_dir():
+            raise ValueError(f"{flag} must lie in a folder, and {above[0]} is a file")
 
 
 def _runs(options: argparse.Namespace) -> list[tuple[str, float, Drift]]:
