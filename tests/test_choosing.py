@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +140,15 @@ def test_the_choice_gives_its_reason_in_words_and_numbers(caplog):
     assert alone[0].reason.endswith("= 0.6 nats a target; all others diverged")
 
 
+def test_names_may_be_of_any_kind(caplog):
+    close = [drift(per_sample={"kl": torch.linspace(0, 1 + e, 64)}) for e in (0, 0.01)]
+    runs = [(name, 1.0, each) for name, each in zip((1e-5, Path("a")), close, strict=True)]
+    with caplog.at_level(logging.INFO, logger="flowdata"):
+        assert choose(runs, validation="loss") == 1e-5
+    assert "1e-05 can't be told apart from a" in caplog.text
+    assert draw_front(rank(runs, validation="loss"))[:4] == b"\x89PNG"
+
+
 def test_an_accuracy_is_as_certain_as_its_samples_are_many():
     runs = [(name, score, drift(of="samples")) for name, score in (("a", 0.81), ("b", 0.80))]
     for samples, is_tied in ((None, False), (100, True), (1_000_000, False)):
@@ -154,6 +164,8 @@ def test_an_accuracy_is_as_certain_as_its_samples_are_many():
         ([("a", 1.0, drift())], {"exchange": -1}, "exchange must be finite and >= 0"),
         ([("a", 1.0, drift())], {"exchange": "1"}, "exchange must be finite and >= 0"),
         ([("a", 1.0, drift())], {"validation_samples": -3}, "validation_samples must be"),
+        ([("a", 1.0, drift())], {"validation_samples": 3}, "validation_samples has no effect on"),
+        (scored(1.0), {"validation": "loss", "validation_samples": 3}, "no effect on losses: it"),
         ([("a", 1.0, drift())], {"validation": "f1"}, "'auto', 'loss' or 'accuracy', got 'f1'"),
         ([("a", -1.0, drift())], {"validation": "accuracy"}, "accuracies lie in"),
         ([("a", math.nan, drift())], {}, "all runs diverged"),

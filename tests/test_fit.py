@@ -150,6 +150,7 @@ BAD = [
     (nn.Linear(3, 3), X, Y, {"strength": -1.0}, "strength must be 'held_out' or a float >= 0"),
     (nn.Linear(3, 3), X, Y, {"strength": "cv"}, "got 'cv'"),
     (nn.Linear(3, 3), X, Y, {"folds": 1}, "folds must be an integer of at least 2, got 1"),
+    (nn.Linear(3, 3), X, Y, {"strength": 0.1, "folds": 1}, "folds must be an integer of at least"),
     (nn.Linear(3, 3), X, Y, {"folds": 2.5}, "at least 2, got 2.5"),
     (nn.Linear(3, 3), X, Y, {"strength": None}, "got None"),
     (nn.Linear(3, 3), X, Y, {"strength": float("nan")}, "got nan"),

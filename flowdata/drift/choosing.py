@@ -91,7 +91,7 @@ def choose(
     out = [candidate.reason for candidate in ranking if math.isinf(candidate.cost)]
     if out:
         say_once(f"left out: {'; '.join(out)}")
-    tied = [candidate.name for candidate in ranking[1:] if candidate.is_tied]
+    tied = [str(candidate.name) for candidate in ranking[1:] if candidate.is_tied]
     if tied:
         say_once(f"{ranking[0].name} can't be told apart from {', '.join(tied)}")
     return ranking[0].name
@@ -117,12 +117,13 @@ def rank(
             has the least of validation loss + exchange · KL, in nats a target, or the most of
             accuracy + exchange · `Drift.kept`, both shares.
         validation_samples: how many samples an accuracy rests on, so that its own error counts
-            when runs are told apart; None takes it as exact.
+            when runs are told apart; None takes it as exact. It is refused for losses.
 
     Raises:
         TypeError: a run is no (name, number, Drift).
         ValueError: no runs, two of one name, drifts by several meters, or scores that can't be
-            what `validation` says; `exchange` or `validation_samples` is too small.
+            what `validation` says; `exchange` or `validation_samples` is too small, or the latter
+            is given for losses.
     """
     runs = [_checked(run) for run in runs]
     _check_runs(runs)
@@ -131,6 +132,11 @@ def rank(
         check_natural("validation_samples", validation_samples, least=1)
     scores = [score for _, score, _ in runs]
     kind, unit = kind_and_unit(validation, scores, is_of_language=runs[0][2].of == "tokens")
+    if kind == "loss" and validation_samples is not None:
+        raise ValueError(
+            "validation_samples has no effect on losses: it says how certain an accuracy is; leave "
+            "it out, or pass validation='accuracy' if the scores are accuracies"
+        )
     terms = _Terms(kind, unit, exchange, validation_samples)
     points = [terms.point(run) for run in runs]
     ranking = sorted(zip(runs, points, strict=True), key=lambda pair: terms.cost(pair[1]))
@@ -254,7 +260,7 @@ class _Terms:
             differences = differences[differences.isfinite()]
             if len(differences) > 1:
                 variance += self.exchange**2 * float(differences.var()) / len(differences)
-        if self.kind == "accuracy" and self.validation_samples:
+        if self.validation_samples:
             scores = filter(math.isfinite, (score, other_score))
             shares = [min(each / self.unit, 1.0) for each in scores]
             variance += sum(share * (1 - share) for share in shares) / self.validation_samples

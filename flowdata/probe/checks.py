@@ -43,11 +43,10 @@ def check_head(head: nn.Linear) -> None:
 
 
 def check_strength(strength: Any, folds: Any) -> None:
-    """Raise ValueError unless the strength is usable, and the folds where they are needed."""
-    if isinstance(strength, str) and strength == "held_out":
-        if not is_integer(folds) or folds < 2:
-            raise ValueError(f"folds must be an integer of at least 2, got {folds!r}")
-    else:
+    """Raise ValueError unless strength and folds are usable."""
+    if not is_integer(folds) or folds < 2:
+        raise ValueError(f"folds must be an integer of at least 2, got {folds!r}")
+    if not (isinstance(strength, str) and strength == "held_out"):
         real_number(strength, "strength must be 'held_out' or a float >= 0", 0, sys.float_info.max)
 
 
