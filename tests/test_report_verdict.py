@@ -87,6 +87,30 @@ def test_a_rule_that_picks_no_temperature_is_not_offered():
     assert (weights.sum() ** 2 / (weights**2).sum()).item() == pytest.approx(2, rel=1e-4)
 
 
+def test_where_most_losses_are_0_no_rule_is_advised_that_picks_nothing():
+    losses = torch.cat([torch.zeros(600), 1e-5 + 1e-3 * torch.rand(400)])
+    verdict = verdict_on(losses, temperature="mean")
+    assert set(temperatures(losses)) == {"mean", "ess0.9"}
+    text = verdict.plain_text()
+    assert "the median" not in text
+    assert "ess0.5" not in text
+    mean = f"temperature {losses.mean():.3g}"
+    assert f": at {mean} their weights lie below a twentieth" in text
+    assert f"are wrong, take the weights, at {mean}." in text
+    few = torch.cat([torch.full((990,), 7.0), torch.full((10,), 9.0)])  # no rule for ess0.5
+    assert (
+        verdict_on(few, temperature=0.5).text[-1].endswith("such as the mean of the losses, 7.02.")
+    )
+
+
+def test_no_loss_next_to_the_median_is_a_suspect_however_close_the_others_lie():
+    losses = torch.cat([torch.zeros(600), 1e-3 * torch.rand(398), torch.tensor([0.09, 0.2])])
+    ones = torch.ones(1000)
+    assert np.flatnonzero(find_oddities(losses, ones).marks["suspect"]).tolist() == [999]
+    in_other_unit = find_oddities(losses, ones, unit="").marks["suspect"]
+    assert in_other_unit[998:].all()
+
+
 def test_suspects_stand_out_among_samples_as_long_as_they_are():
     counts = torch.cat([torch.full((300,), 3), torch.full((300,), 90)])
     losses = torch.cat([2 + 0.8 * noise(300), 2 + 0.05 * noise(300)])

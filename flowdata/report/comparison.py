@@ -19,6 +19,7 @@ from flowdata.report.page import (
 )
 from flowdata.report.pictures import BLUE, GREEN, IN_VIEW, ORANGE, bins, mark, sample_points
 from flowdata.report.samples import SampleText
+from flowdata.report.summary import in_unit, unit_of
 from flowdata.report.table import Column, table
 from flowdata.report.thumbnails import thumbnails
 
@@ -55,11 +56,15 @@ def render_comparison(
     texts = [None if samples is None else samples(index) for index in range(len(before))]
     is_there = ~differences.isnan()
     pairs = before.losses[is_there], after.losses[is_there]
+    unit = unit_of(before.metadata)
     body = [
-        tiles(_figures(summary, *pairs)),
+        tiles(_figures(summary, *pairs, unit)),
         '<div class="pictures">',
-        picture("Distribution of changes", lambda axes: _draw_changes(axes, differences[is_there])),
-        picture("Losses before and after", lambda axes: _draw_pairs(axes, *pairs)),
+        picture(
+            "Distribution of changes",
+            lambda axes: _draw_changes(axes, differences[is_there], unit),
+        ),
+        picture("Losses before and after", lambda axes: _draw_pairs(axes, *pairs, unit)),
         "</div>",
         "<h2>All samples</h2>",
         _table(before, after, differences, most_changed, texts, seen),
@@ -113,12 +118,14 @@ def _table(
     )
 
 
-def _figures(summary: Mapping[str, Any], before: Tensor, after: Tensor) -> list[tuple[str, str]]:
+def _figures(
+    summary: Mapping[str, Any], before: Tensor, after: Tensor, unit: str
+) -> list[tuple[str, str]]:
     compared, missing = summary["compared"], summary["samples"] - summary["compared"]
     without = f", {missing:,} without both losses" * (missing > 0)
     return [
         (f"{compared:,}", f"samples compared{without}"),
-        (number(before.double().mean().item()), "mean loss before (nats)"),
+        (number(before.double().mean().item()), in_unit("mean loss before", unit)),
         (number(after.double().mean().item()), "mean loss after"),
         (_signed(summary["mean_difference"]), "mean change"),
         (f"{summary['learned'] / compared:.0%}", "of them learned (a smaller loss)"),
@@ -144,7 +151,7 @@ def _item(
     return sample_item(index, facts, abs(new - old) / largest, text, image=image, colour=colour)
 
 
-def _draw_changes(axes: Any, differences: Tensor) -> None:
+def _draw_changes(axes: Any, differences: Tensor, unit: str) -> None:
     """Draw how the changes (n,) are distributed: what fell in one colour, what rose in another."""
     values = differences.double().numpy()
     sizes = np.abs(values)
@@ -166,7 +173,7 @@ def _draw_changes(axes: Any, differences: Tensor) -> None:
     further = int((sizes > top).sum())
     axes.set(
         title="Change of loss",
-        xlabel="loss after less loss before (nats)"
+        xlabel=in_unit("loss after less loss before", unit)
         + (f"; the outer bars hold {further:,} larger ones" * (further > 0)),
         ylabel="samples",
         xlim=(-top, top),
@@ -175,7 +182,7 @@ def _draw_changes(axes: Any, differences: Tensor) -> None:
     axes.legend(loc="best", fontsize=9)
 
 
-def _draw_pairs(axes: Any, before: Tensor, after: Tensor) -> None:
+def _draw_pairs(axes: Any, before: Tensor, after: Tensor, unit: str) -> None:
     """Draw each sample's loss after against that before; the line is where nothing changed."""
     places, size = sample_points(len(before))
     x, y = before[places].double().numpy(), after[places].double().numpy()
@@ -194,8 +201,8 @@ def _draw_pairs(axes: Any, before: Tensor, after: Tensor) -> None:
         )
     axes.set(
         title="Each sample",
-        xlabel="loss before (nats)" + "; larger losses at the edge" * bool((x > top).any()),
-        ylabel="loss after (nats)",
+        xlabel=in_unit("loss before", unit) + "; larger losses at the edge" * bool((x > top).any()),
+        ylabel=in_unit("loss after", unit),
         xlim=(low, top),
         ylim=(low, top),
     )

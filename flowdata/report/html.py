@@ -24,7 +24,7 @@ from flowdata.report.page import (
 from flowdata.report.pictures import draw_lengths, draw_losses, draw_weights
 from flowdata.report.rule import FIGURES
 from flowdata.report.samples import SampleText
-from flowdata.report.summary import drop_missing, extremes
+from flowdata.report.summary import drop_missing, extremes, in_unit, unit_of
 from flowdata.report.table import Column, Tokens, table
 from flowdata.report.thumbnails import thumbnails
 from flowdata.report.verdict import Verdict, origin_of, temperatures
@@ -72,7 +72,7 @@ def render(
     seen = None if images is None else thumbnails(images, [*easy, *_hardest_first(scores).tolist()])
     body = [
         _verdict(verdict),
-        tiles(_figures(summary)),
+        tiles(_figures(summary, unit_of(scores.metadata))),
         *_pictures(scores, losses, temperature),
         "<h2>What is odd</h2>",
         _odd(oddities, scores),
@@ -130,15 +130,17 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def _pictures(scores: Scores, losses: Tensor, temperature: float) -> list[str]:
-    weights = weigh(losses, temperature)
+    weights, unit = weigh(losses, temperature), unit_of(scores.metadata)
     pictures = [
-        picture("Distribution of losses", lambda axes: draw_losses(axes, losses, temperature)),
+        picture(
+            "Distribution of losses", lambda axes: draw_losses(axes, losses, temperature, unit)
+        ),
         picture("Distribution of weights", lambda axes: draw_weights(axes, weights)),
     ]
     if (scores.counts != 1).any():
         counts = scores.counts[~scores.losses.isnan()]
         pictures.append(
-            picture("Loss against length", lambda axes: draw_lengths(axes, losses, counts))
+            picture("Loss against length", lambda axes: draw_lengths(axes, losses, counts, unit))
         )
     return ['<div class="pictures">', *pictures, "</div>"]
 
@@ -195,11 +197,11 @@ def _hardest_first(scores: Scores) -> Tensor:
     return scores.losses.nan_to_num(torch.inf).argsort(descending=True, stable=True)
 
 
-def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _figures(summary: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
     rule, missing = summary["temperature_rule"], summary["missing"]
     return [
         (f"{summary['samples']:,}", "samples" + (f", {missing:,} without a loss" * (missing > 0))),
-        (number(summary["loss"]["mean"]), "mean loss (nats)"),
+        (number(summary["loss"]["mean"]), in_unit("mean loss", unit)),
         (
             number(summary["temperature"]),
             "temperature" + ("" if rule == "given" else f" ({rule})"),

@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata.report.samples import SampleText
+from flowdata.report.summary import NATS
 
 _SUSPICIOUS = 5.0  # robust standard deviations above the median from which on a loss is a suspect
+_LEAST_NATS = 0.1  # above the median, too: a tenth less likely
+_LEAST = 1e-6  # of losses in another unit
 _FEWEST = 20  # samples of like length that a suspicion needs
 _MOST_GROUPS = 10  # by length
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
@@ -59,14 +62,17 @@ def find_oddities(
     counts: Tensor,
     texts: Sequence[SampleText] | None = None,
     is_cut: NDArray[np.bool_] | None = None,
+    *,
+    unit: str = NATS,
 ) -> Oddities:
     """Return what is odd in samples.
 
     Args:
-        losses: (N,) floating, nats; NaN where there is none.
+        losses: (N,) floating; NaN where there is none.
         counts: (N,) int64, targets of each sample.
         texts: of all samples, or None where they are not known.
         is_cut: (N,), as `render` takes it.
+        unit: of the losses, see `unit_of`.
 
     Example:
         >>> import torch
@@ -78,7 +84,7 @@ def find_oddities(
     values, lengths = losses.double().numpy(), counts.numpy()
     none = np.zeros(len(values), dtype=np.bool_)
     marks = {
-        "suspect": _suspects(values, lengths),
+        "suspect": _suspects(values, lengths, _LEAST_NATS if unit == NATS else _LEAST),
         "copy": none,
         "contradiction": none,
         "cut": none if is_cut is None else is_cut,
@@ -95,11 +101,14 @@ def find_oddities(
     return Oddities(marks, first)
 
 
-def _suspects(losses: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _suspects(
+    losses: NDArray[np.float64], lengths: NDArray[np.int64], least: float
+) -> NDArray[np.bool_]:
     """Where a loss lies far above the median of samples that have about as many targets.
 
     The mean over few targets varies more than that over many, so that one bound for all would
-    suspect short samples alone.
+    suspect short samples alone. Where most losses lie next to 0 their spread is so small that it
+    says nothing: a suspect is also `least` above the median.
     """
     is_suspect = np.zeros(len(losses), dtype=np.bool_)
     present = np.flatnonzero(np.isfinite(losses))
@@ -114,7 +123,7 @@ def _suspects(losses: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArra
             continue
         above = losses[samples] - np.median(losses[samples])
         deviation = _TO_DEVIATION * np.median(np.abs(above))
-        is_suspect[samples] = above > np.maximum(_SUSPICIOUS * deviation, 1e-6)
+        is_suspect[samples] = above > np.maximum(_SUSPICIOUS * deviation, least)
     return is_suspect
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowdata.report.summary import drop_missing
+from flowdata.report.summary import NATS, drop_missing, in_unit
 from flowdata.store.places import local_path
 from flowdata.weights import Temperature, resolve_temperature, weigh
 
@@ -92,13 +92,16 @@ def figure(
         yield drawing, drawing.subplots(1, panels, **options)
 
 
-def plot_losses(losses: Tensor, path: str | Path, *, temperature: Temperature = "median") -> Path:
+def plot_losses(
+    losses: Tensor, path: str | Path, *, temperature: Temperature = "median", unit: str = NATS
+) -> Path:
     """Draw the distributions of losses and weights into a PNG and return its path.
 
     Args:
-        losses: (N,) floating, nats; NaN for samples without a loss, which are left out.
+        losses: (N,) floating; NaN for samples without a loss, which are left out.
         path: of the PNG; missing folders are made.
         temperature: as in `resolve_temperature`.
+        unit: of the losses; "" for none.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -107,7 +110,7 @@ def plot_losses(losses: Tensor, path: str | Path, *, temperature: Temperature = 
     values = drop_missing(losses)
     temperature_value = resolve_temperature(values, temperature)
     with figure(10, 3.8, panels=2, width_ratios=[3, 2]) as (drawing, (left, right)):
-        draw_losses(left, values, temperature_value)
+        draw_losses(left, values, temperature_value, unit)
         draw_weights(right, weigh(values, temperature_value))
         content = png(drawing)
     path = local_path(path, "path")
@@ -123,19 +126,20 @@ def png(drawing: Any) -> bytes:
     return out.getvalue()
 
 
-def draw_losses(axes: Any, losses: Tensor, temperature: float) -> None:
+def draw_losses(axes: Any, losses: Tensor, temperature: float, unit: str = NATS) -> None:
     """Draw how the losses (N,) are distributed, with the temperature and the weight it gives."""
     values = losses.double().cpu().numpy()
     top = max(np.quantile(values, IN_VIEW), 1.5 * temperature)
     clipped = np.minimum(values, top)
     axes.hist(clipped, bins=bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
     mark(axes, temperature, "temperature")
-    axes.set(title="Losses under the pre-trained model", xlabel="loss (nats)", ylabel="samples")
+    name = in_unit("loss", unit)
+    axes.set(title="Losses under the pre-trained model", xlabel=name, ylabel="samples")
     axes.set_xlim(0, top)
     axes.margins(y=0.14)  # room for the mark's name
     if (num_larger := int((values > top).sum())) > 0:
         axes.set_xlabel(
-            f"loss (nats); the last bar holds {num_larger:,} larger ones, up to {values.max():.3g}"
+            f"{name}; the last bar holds {num_larger:,} larger ones, up to {values.max():.3g}"
         )
     weight = axes.twinx()
     weight.grid(False)
@@ -157,7 +161,7 @@ def draw_weights(axes: Any, weights: Tensor) -> None:
     axes.margins(y=0.14)  # room for the mark's name
 
 
-def draw_lengths(axes: Any, losses: Tensor, counts: Tensor) -> None:
+def draw_lengths(axes: Any, losses: Tensor, counts: Tensor, unit: str = NATS) -> None:
     """Draw the losses (N,) against the numbers of targets (N,), and the median over each length."""
     places, size = sample_points(len(losses))
     y, x = losses[places].double().numpy(), counts[places].clamp(min=1).double().numpy()
@@ -171,7 +175,7 @@ def draw_lengths(axes: Any, losses: Tensor, counts: Tensor) -> None:
     axes.set(
         title="Loss against length",
         xlabel="targets" + "; larger losses at the edge" * bool((y > top).any()),
-        ylabel="loss (nats); the line: medians",
+        ylabel=f"{in_unit('loss', unit)}; the line: medians",
         ylim=(min(0.0, float(y.min())), top),
     )
     if x.max() > 50 * x.min():

@@ -15,6 +15,7 @@ from flowdata.report.html import render
 from flowdata.report.oddities import find_oddities
 from flowdata.report.pictures import plot_losses
 from flowdata.report.samples import SampleText
+from flowdata.report.summary import unit_of
 from flowdata.report.verdict import Verdict, judge
 from flowdata.weights import Temperature
 
@@ -83,11 +84,12 @@ def write_report(
     """
     if top < 0:
         raise ValueError(f"top must be >= 0, got {top}")
-    summary = scores.summary(temperature)
-    picture = plot_losses(scores.losses, Path(folder) / "losses.png", temperature=temperature)
+    summary, unit = scores.summary(temperature), unit_of(scores.metadata)
+    place = Path(folder) / "losses.png"
+    picture = plot_losses(scores.losses, place, temperature=temperature, unit=unit)
     texts = None if samples is None else [samples(index) for index in range(len(scores))]
     contents = texts if images is None else None  # what is said of an image is not the sample
-    oddities = find_oddities(scores.losses, scores.counts, contents, is_cut)
+    oddities = find_oddities(scores.losses, scores.counts, contents, is_cut, unit=unit)
     guessing = guessing_remark(scores.losses, scores.metadata)
     verdict = judge(scores.losses, scores.counts, summary, oddities, guessing)
     html = render(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.chunks import mean_of
+from flowdata.targets.which_loss import LANGUAGE_LOSSES
 from flowdata.weights import (
     Temperature,
     effective_sample_size,
@@ -18,6 +19,8 @@ from flowdata.weights import (
     weigh,
 )
 
+NATS = "nats"
+_LIKELIHOODS = (*LANGUAGE_LOSSES, "cross_entropy", "binary_cross_entropy")
 QUANTILES = {
     "min": 0.0,
     "q10": 0.1,
@@ -75,6 +78,30 @@ def summarize(
         "effective_sample_size": effective,
         "effective_share": effective / len(values),
     }
+
+
+def unit_of(metadata: Mapping[str, Any]) -> str:
+    """Return the unit of losses by their scores' metadata, "" for what is no likelihood's.
+
+    Squared errors are in the square of their targets' unit, and a model's own loss or a user's
+    may be anything.
+
+    Example:
+        >>> unit_of({"identity": {"loss": "mse"}}), unit_of({})
+        ('', 'nats')
+    """
+    loss = (metadata.get("identity") or {}).get("loss")
+    return NATS if loss is None or loss in _LIKELIHOODS else ""
+
+
+def in_unit(name: str, unit: str) -> str:
+    """Return the name of a figure with its unit.
+
+    Example:
+        >>> in_unit("loss", "nats"), in_unit("loss", "")
+        ('loss (nats)', 'loss')
+    """
+    return f"{name} ({unit})" if unit else name
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:

@@ -21,6 +21,8 @@ from flowdata.weights import RelativeTemperature, effective_sample_size, resolve
 
 Mask: TypeAlias = "NDArray[np.bool_]"
 
+_Picks: TypeAlias = dict[str, tuple[float, float]]  # temperature and origin by rule
+
 RULES = ("median", "mean", "ess0.5", "ess0.9")  # the temperatures that a page offers
 _ALIKE = 0.9  # effective share of the samples from which weights change little
 _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
@@ -78,7 +80,10 @@ def judge(
     if guessing:
         title = "The model does no better than guessing: check it before you weigh by its losses."
         return Verdict(title, [f"{guessing[0].upper()}{guessing[1:]}."])
-    usual, share, present = _by_the_median(losses, summary)
+    values = losses[~losses.isnan()]
+    picks = temperatures(values)
+    usual, named, share = _by_the_median(values, summary, picks)
+    present = len(values)
     is_far = (losses - origin_of(usual) > _FAR * usual).numpy()  # NaN is not
     num_far = int(is_far.sum())
     effect = (
@@ -90,15 +95,16 @@ def judge(
         effect += f" At the median of the losses, {usual:.3g}, they would amount to {share:.0%}."
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
-        return Verdict(title, [effect, "Take ess0.5, whose largest weight is 1."])
+        return Verdict(title, [effect, _larger(picks)])
     if num_far >= max(1, _HEAVY * present):
         title = "Some samples are far harder than the rest: read them before you weigh."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
         text = [
-            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at the "
-            f"median their weights lie below a twentieth of the largest possible one.{about}"
+            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at {named} "
+            f"their weights lie below a twentieth of the largest possible one.{about}"
         ]
-        verdict = _by_rule(title, text + _at_few(share), WRONG, SHARE, HARD, RATE)
+        text += _at_few(share, picks)
+        verdict = _by_rule(title, text, named, WRONG, SHARE, HARD, RATE)
         leave_out = "Once you have read them: this line of Python leaves out the "
         leave_out += "hardest one" if num_far == 1 else f"{num_far:,} hardest; put your number"
         missing = len(losses) - present
@@ -110,9 +116,9 @@ def judge(
         )
     if share >= _ALIKE:
         title = "Nearly all losses are alike: weights would only make each step smaller."
-        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], RATE)
+        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], named, RATE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
-    return _by_rule(title, [effect], RIGHT, WRONG, RATE, LARGE)
+    return _by_rule(title, [effect], named, RIGHT, WRONG, RATE, LARGE)
 
 
 def leaving_out(number: int) -> str:
@@ -126,30 +132,44 @@ def leaving_out(number: int) -> str:
     )
 
 
-def _by_the_median(losses: Tensor, summary: Mapping[str, Any]) -> tuple[float, float, int]:
-    """The temperature that losses are judged at, the effective share of the samples, their number.
+def _by_the_median(
+    losses: Tensor, summary: Mapping[str, Any], picks: _Picks
+) -> tuple[float, str, float]:
+    """The temperature that losses are judged at, its name, and the effective share of the samples.
 
     It is the median, whatever temperature a user tries: the same losses are alike, or have a tail.
     Only where the median is none does the user's take its place.
     """
-    present = losses[~losses.isnan()]
-    usual = temperatures(present).get("median", (summary["temperature"], 0.0))[0]
-    weights = weigh(present, usual)
+    if "median" in picks:
+        usual, named = picks["median"][0], "the median"
+    else:
+        usual = summary["temperature"]
+        named = f"temperature {usual:.3g}"
+    weights = weigh(losses, usual)
     size = effective_sample_size(weights) if weights.any() else 0.0
-    return usual, size / len(present), len(present)
+    return usual, named, size / len(losses)
 
 
-def _by_rule(title: str, reasons: list[str], *clauses: Clause) -> Verdict:
-    advice = " ".join(clause.advice for clause in clauses)
+def _by_rule(title: str, reasons: list[str], named: str, *clauses: Clause) -> Verdict:
+    """The verdict with the advice of clauses, which take the weights at a named temperature."""
+    advice = " ".join(clause.advice.replace("the median", named) for clause in clauses)
     return Verdict(title, [*reasons, advice], clauses)
 
 
-def _at_few(share: float) -> list[str]:
+def _larger(picks: _Picks) -> str:
+    """What to do where the weights nearly vanish: losses that make them so have a mean."""
+    if "ess0.5" in picks:
+        return "Take ess0.5, whose largest weight is 1."
+    return f"Take a larger temperature, such as the mean of the losses, {picks['mean'][0]:.3g}."
+
+
+def _at_few(share: float, picks: _Picks) -> list[str]:
     """What to do where few samples carry nearly all of the weight."""
     if share >= _FEW:
         return []
+    rule = "ess0.5, or " if "ess0.5" in picks else ""
     return [
-        "Few samples carry nearly all of the weight: if you weigh, take ess0.5, or a temperature "
+        f"Few samples carry nearly all of the weight: if you weigh, take {rule}a temperature "
         "whose effective sample size suits you (the report has a slider for it)."
     ]
 
@@ -168,7 +188,7 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
     return text
 
 
-def temperatures(losses: Tensor) -> dict[str, tuple[float, float]]:
+def temperatures(losses: Tensor) -> _Picks:
     """Return the temperature and the origin that each rule picks, without rules that pick none.
 
     Args:
@@ -179,7 +199,7 @@ def temperatures(losses: Tensor) -> dict[str, tuple[float, float]]:
         >>> temperatures(torch.tensor([1.0, 2.0, 3.0]))["median"]
         (2.0, 0.0)
     """
-    picks = {}
+    picks: _Picks = {}
     for rule in RULES:
         try:
             temperature = resolve_temperature(losses, rule)

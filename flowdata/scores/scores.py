@@ -15,7 +15,7 @@ from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.pictures import plot_losses
-from flowdata.report.summary import summarize
+from flowdata.report.summary import summarize, unit_of
 from flowdata.scores.matching import check_match
 from flowdata.scores.shapes import check_shapes, finite_float32
 from flowdata.scores.table import no_such_row, part_of, row_of, to_frame, to_html
@@ -293,7 +293,8 @@ class Scores:
 
     def plot(self, path: str | Path, *, temperature: Temperature = "median") -> Path:
         """Draw the distribution of losses and weights into a PNG and return its path."""
-        return plot_losses(self.losses, path, temperature=temperature)
+        unit = unit_of(self.metadata)
+        return plot_losses(self.losses, path, temperature=temperature, unit=unit)
 
     @classmethod
     def load(cls, path: str | Place) -> Scores:
