@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from flowdata.drift.comparing import compare
+from flowdata.report import Piece
 from flowdata.report.report import write_report
 from flowdata.report.summary import QUANTILES, extremes
 from flowdata.scores import Scores
@@ -151,6 +153,41 @@ def test_what_can_not_be_seen_is_spelt_out(tmp_path):
     page = write_report(scores, tmp_path, samples=lambda _: "a\0b\u202ec\nd").page
     assert "<pre>a\\x00b\\x202ec\nd</pre>" in page.read_text("utf-8")
     assert "Easiest samples" not in write_report(scores, tmp_path, top=0).page.read_text("utf-8")
+
+
+def test_titles_hide_and_turn_nothing(tmp_path):
+    for name, shown in (("/x/a\u202egnp.jsonl", "a\\x202egnp.jsonl"), ("d\udcff", "d\\xdcff")):
+        scores = Scores(torch.rand(30), metadata={"details": {"data": name, "o\u202e": 1}})
+        text = [Piece("a", "us\u202eer")]
+        page = write_report(scores, tmp_path, samples=lambda i, text=text: text).page
+        source = page.read_text("utf-8")
+        assert f"<h1>Losses of {shown}</h1>" in source
+        assert "\u202e" not in source
+
+
+def test_losses_that_are_no_likelihoods_have_no_nats(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_xlabel", lambda axes, text: labels.append(text))
+    losses, counts = torch.rand(40) * 3, torch.arange(40) % 3 + 1
+    for loss, has_unit in (("mse", False), ("callable:2:ab", False), ("causal_lm", True)):
+        scores = Scores(losses, counts, metadata={"identity": {"loss": loss}})
+        labels.clear()
+        page = write_report(scores, tmp_path).page.read_text("utf-8")
+        page += compare(scores, scores).write(tmp_path).read_text("utf-8")
+        assert ("mean loss (nats)" in page) == ("mean loss before (nats)" in page) == has_unit
+        assert any("nats" in label for label in labels) == has_unit
+        assert ("loss" in labels) != has_unit
+
+
+def test_few_samples_are_not_none_and_nearly_all_not_all(tmp_path):
+    before, after = torch.ones(2000), torch.full((2000,), 0.9)
+    after[:5] = 3.0
+    page = compare(Scores(before), Scores(after)).write(tmp_path).read_text("utf-8")
+    assert "<b>&gt; 99%</b>of them learned" in page
+    assert "<b>&lt; 1%</b>of them forgotten" in page
+    few = write_report(Scores(torch.cat([torch.zeros(1), before])), tmp_path, temperature=0.05)
+    assert "<b>&lt; 1%</b>of the samples, effectively" in few.page.read_text("utf-8")
+    assert " 1 of 2,001 samples (< 1%)" in few.verdict.text[0]
 
 
 def test_bad_input_is_named(tmp_path):

@@ -201,6 +201,33 @@ def test_a_chat_is_shown_as_one_and_is_text_alone(browser, page, scores):
     assert all(cell[1].endswith(" nats") for cell in cells)
 
 
+def test_token_losses_say_where_they_end_and_where_there_is_none(browser, tmp_path):
+    tokens = torch.tensor([0.5, 25.0, torch.nan, torch.inf, 15.8, 15.9]).repeat(20)
+    losses = torch.rand(40) + 1
+    odd = Scores(losses, torch.full((40,), 3), token_losses=tokens)
+    words = ["a\u202e", "b", "c"]
+    browser.open(write_report(odd, tmp_path, words=lambda index: words).page)
+    shown = []
+    for sample in (0, 1):
+        pick(browser, sample)
+        shown += browser.run("[...document.querySelectorAll('.heat i')].map(each => each.title)")
+    assert shown == [
+        *("target 1: 0.5 nats", "target 2: ≥ 15.9 nats", "target 3: no loss"),
+        *("target 1: ≥ 15.9 nats", "target 2: 15.8 nats", "target 3: ≥ 15.9 nats"),
+    ]
+    assert text(browser, ".heat") == "a\\x202ebc"
+    assert browser.errors == []
+
+
+def test_a_share_of_few_is_not_none_and_one_of_nearly_all_not_all(browser, tmp_path):
+    losses = torch.full((300,), 1.0)
+    losses[0] = 0.0
+    browser.open(write_report(Scores(losses), tmp_path, temperature=0.05).page)
+    assert "(< 1 %)" in text(browser, "#effect")
+    browser.open(write_report(Scores(losses), tmp_path, temperature=9.0).page)
+    assert "(> 99 %)" in text(browser, "#effect")
+
+
 def test_arrow_keys_go_from_sample_to_sample(browser, page):
     browser.open(page)
     first, second = indices(browser)[:2]

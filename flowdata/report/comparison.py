@@ -12,6 +12,7 @@ from flowdata.report.page import (
     definitions,
     number,
     page,
+    percent,
     picture,
     sample_item,
     sample_list,
@@ -128,8 +129,8 @@ def _figures(
         (number(before.double().mean().item()), in_unit("mean loss before", unit)),
         (number(after.double().mean().item()), "mean loss after"),
         (_signed(summary["mean_difference"]), "mean change"),
-        (f"{summary['learned'] / compared:.0%}", "of them learned (a smaller loss)"),
-        (f"{summary['forgotten'] / compared:.0%}", "of them forgotten (a larger one)"),
+        (percent(summary["learned"] / compared), "of them learned (a smaller loss)"),
+        (percent(summary["forgotten"] / compared), "of them forgotten (a larger one)"),
     ]
 
 

@@ -16,6 +16,7 @@ from flowdata.report.page import (
     definitions,
     number,
     page,
+    percent,
     picture,
     sample_item,
     sample_list,
@@ -180,6 +181,7 @@ def _table(
     columns += [Column(name, values) for name, values in scores.columns.items()]
     first = summary["temperature"]
     rules = {summary["temperature_rule"]: (float(first), origin_of(first))}
+    unit = unit_of(scores.metadata)
     has_tokens = scores.flat_token_losses is not None
     return table(
         columns,
@@ -187,7 +189,7 @@ def _table(
         texts=texts,
         temperatures=rules | temperatures(losses) | rules,
         oddities=oddities,
-        tokens=Tokens(scores.token_losses, words) if has_tokens else None,
+        tokens=Tokens(scores.token_losses, words, unit) if has_tokens else None,
         images=images,
     )
 
@@ -208,7 +210,7 @@ def _figures(summary: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
         ),
         (number(summary["weight"]["mean"]), "mean weight"),
         (f"{summary['effective_sample_size']:,.0f}", "effective sample size"),
-        (f"{summary['effective_share']:.0%}", "of the samples, effectively"),
+        (percent(summary["effective_share"]), "of the samples, effectively"),
     ]
 
 

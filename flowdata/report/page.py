@@ -14,8 +14,9 @@ from typing import Any
 
 from flowdata._common.excerpts import FROM_0
 from flowdata.report.pictures import figure, png
-from flowdata.report.samples import Piece, SampleText, shorten
+from flowdata.report.samples import Piece, SampleText, shorten, spelt_out
 
+_ROUNDING = 1e-9  # of a share
 _EXCERPT = 600  # characters of a sample in a list that are shown
 
 
@@ -26,7 +27,7 @@ def page(title: str, body: Sequence[str]) -> str:
         title: its first heading.
         body: its parts, HTML.
     """
-    heading = escape(title)
+    heading = escape(spelt_out(title))
     return _TEMPLATE.format(style=_STYLE, title=heading, body="\n".join(body))
 
 
@@ -107,7 +108,7 @@ def definitions(metadata: Mapping[str, Any]) -> str:
         for name, value in facts.items()
     }
     rows = (
-        f"<dt>{escape(str(name))}</dt><dd>{escape(shorten(text, _EXCERPT)[0].text)}</dd>"
+        f"<dt>{escape(spelt_out(str(name)))}</dt><dd>{escape(shorten(text, _EXCERPT)[0].text)}</dd>"
         for name, text in texts.items()
     )
     return f"<dl>{''.join(rows)}</dl>"
@@ -116,6 +117,19 @@ def definitions(metadata: Mapping[str, Any]) -> str:
 def number(value: float) -> str:
     """Return a number as it stands on a page."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Return a share in %; one that would round to none or all, and is not, as less or more.
+
+    Example:
+        >>> percent(0.0), percent(0.0025), percent(0.25), percent(0.9975), percent(1.0)
+        ('0%', '< 1%', '25%', '> 99%', '100%')
+    """
+    text = f"{share:.0%}"
+    if text == "0%" and share > 0:
+        return "< 1%"
+    return "> 99%" if text == "100%" and share < 1 - _ROUNDING else text
 
 
 def _text(pieces: Sequence[Piece]) -> str:

@@ -66,7 +66,19 @@ def is_longer(text: SampleText, limit: int) -> bool:
 def _spelt_out(text: SampleText) -> list[Piece]:
     """A sample's pieces, with what can't be seen spelt out."""
     whole = [Piece(text)] if isinstance(text, str) else text
-    return [replace(piece, text=_INVISIBLE.sub(_escape, piece.text)) for piece in whole]
+    return [
+        replace(piece, text=spelt_out(piece.text), role=spelt_out(piece.role)) for piece in whole
+    ]
+
+
+def spelt_out(text: str) -> str:
+    """Return a text with what can't be seen, and what would turn or break a page, as its code.
+
+    Example:
+        >>> spelt_out("a\u202eb")
+        'a\\x202eb'
+    """
+    return _INVISIBLE.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -4,7 +4,7 @@
 
 const ROW = 34; // height of a row in pixels, as in table.css
 const TALLEST = 8e6; // pixels of the scrolled area; browsers can't lay out much more
-const HOTTEST = 6; // nats: token losses from there on have the full colour
+const HOTTEST = 6; // token losses from there on have the full colour
 const DECADES = 1.5; // of temperatures on either side of the first one
 
 const get = (id) => document.getElementById(id);
@@ -241,15 +241,18 @@ function tokenLosses(tokens) {
 function heatMap(index) {
   const heat = heats.get(index);
   if (!heat) return [];
+  const { steps, largest, none } = data.tokens;
+  const unit = data.tokens.unit && ` ${data.tokens.unit}`;
   const map = make("div", { className: heat.words ? "heat" : "heat blank" });
   for (const [place, value] of heat.values.entries()) {
-    const loss = value / data.tokens.steps;
-    const word = heat.words ? heat.words[place] : "";
-    const cell = make("i", { textContent: word, title: `target ${place + 1}: ${loss.toFixed(1)} nats` });
+    const loss = value === none ? 0 : value / steps;
+    const size = `${value === largest ? "≥ " : ""}${loss.toFixed(1)}${unit}`;
+    const title = `target ${place + 1}: ${value === none ? "no loss" : size}`;
+    const cell = make("i", { textContent: heat.words ? heat.words[place] : "", title });
     cell.style.setProperty("--heat", Math.min(1, loss / HOTTEST).toFixed(2));
     map.append(cell);
   }
-  const heading = `Loss of each target (the full colour: ${HOTTEST} nats and more)`;
+  const heading = `Loss of each target (the full colour: ${HOTTEST}${unit} and more)`;
   return [make("p", {}, heading), map];
 }
 
@@ -280,8 +283,14 @@ function weigh(temperature) {
   drawSample();
 }
 
+function shareText(share) { // as `percent` of page.py
+  const percent = Math.round(100 * share);
+  if (percent === 0 && share > 0) return "< 1 %";
+  return percent === 100 && share < 1 - 1e-9 ? "> 99 %" : `${percent} %`;
+}
+
 function showEffect(temperature, mean, size, present) {
-  const share = `${Math.round((100 * size) / present)} %`;
+  const share = shareText(size / present);
   const bold = (text) => make("b", {}, text);
   get("effect").replaceChildren(
     "temperature ", bold(numberText(temperature)), ", mean weight ", bold(numberText(mean)),

@@ -21,14 +21,16 @@ from torch import Tensor
 
 from flowdata._common.excerpts import FROM_0
 from flowdata.report.oddities import MARKS, Oddities
-from flowdata.report.samples import SampleText, is_longer, shorten
+from flowdata.report.samples import SampleText, is_longer, shorten, spelt_out
+from flowdata.report.summary import NATS
 
 # A page of 100,000 samples should open at once and travel by mail.
 _MOST_CHARACTERS = 20_000_000  # of all texts together
 _MOST_OF_ONE, _LEAST_OF_ONE = 2000, 120  # characters of one sample, in small and large data sets
 _MOST_TOKENS = 1_000_000  # of all token losses together
 _MOST_TOKENS_OF_ONE = 1000
-_STEPS = 16  # of a kept token loss in a nat: 255 / 16 nats is the largest
+_STEPS = 16  # of a kept token loss in a nat
+_LARGEST, _NONE = 254, 255  # 15.9 nats and more, and a token without a loss
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class Tokens:
     """The losses of samples' targets.
 
     Attributes:
-        losses: gives those of sample i, (T,) nats.
+        losses: gives those of sample i, (T,).
         words: gives their texts, T; None where they are not known.
+        unit: of the losses, see `unit_of`.
     """
 
     losses: Callable[[int], Tensor]
     words: Callable[[int], Sequence[str]] | None = None
+    unit: str = NATS
 
 
 def table(
@@ -174,14 +178,17 @@ def _token_losses(tokens: Tokens, samples: Sequence[int]) -> dict[str, Any]:
             break
         room -= len(losses)
         chosen.append(index)
-        parts.append((losses * _STEPS).round().nan_to_num(0).clamp(0, 255).numpy())
+        parts.append((losses * _STEPS).round().clamp(0, _LARGEST).nan_to_num(_NONE).numpy())
         if tokens.words is not None:
-            words.append(list(tokens.words(index))[: len(losses)])
+            words.append([spelt_out(word) for word in list(tokens.words(index))[: len(losses)]])
     return {
         "samples": chosen,
         "lengths": [len(part) for part in parts],
         "losses": _packed(np.concatenate([np.zeros(0), *parts]), "u1"),
         "steps": _STEPS,
+        "largest": _LARGEST,
+        "none": _NONE,
+        "unit": tokens.unit,
         "words": words if tokens.words is not None else None,
     }
 

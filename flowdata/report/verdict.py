@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata.report.oddities import Oddities
+from flowdata.report.page import percent
 from flowdata.report.rule import HARD, LARGE, RATE, RIGHT, SHARE, WRONG, Clause
 from flowdata.weights import RelativeTemperature, effective_sample_size, resolve_temperature, weigh
 
@@ -89,10 +90,12 @@ def judge(
     effect = (
         f"At temperature {summary['temperature']:.3g} the weights amount to "
         f"{summary['effective_sample_size']:,.0f} of {present:,} samples "
-        f"({summary['effective_share']:.0%}); their mean is {summary['weight']['mean']:.2g}."
+        f"({percent(summary['effective_share'])}); their mean is {summary['weight']['mean']:.2g}."
     )
     if summary["temperature"] != usual:
-        effect += f" At the median of the losses, {usual:.3g}, they would amount to {share:.0%}."
+        effect += (
+            f" At the median of the losses, {usual:.3g}, they would amount to {percent(share)}."
+        )
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, _larger(picks)])
