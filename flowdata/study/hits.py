@@ -97,7 +97,7 @@ def class_numbers(logits: Any, targets: Any) -> Tensor:
             f"data must have samples (input, class), each class one integer: for {count} samples "
             f"got targets {_look(targets)}; take .argmax() of a one-hot row, and int() of a float"
         )
-    classes = targets.reshape(count).long()
+    classes: Tensor = targets.reshape(count).long()
     strange = classes[(classes < 0) | (classes >= num_classes)]
     if len(strange):
         raise ValueError(

@@ -98,7 +98,7 @@ def _checked(measures: Any, where: str) -> Record:
             f"{where}: run returned no {missing[0]!r}, only {', '.join(map(repr, measures))}; it "
             "must return validation, a number, and target and retained, measures by name"
         )
-    checked = {"validation": _number(measures["validation"], f"{where}: validation")}
+    checked: Record = {"validation": _number(measures["validation"], f"{where}: validation")}
     for kind in _MEASURES:
         by_name = measures[kind]
         if not isinstance(by_name, Mapping) or not by_name:
