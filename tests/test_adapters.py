@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flowdata import LossScorer, wise_ft
 from flowdata.losses import base_model, causal_lm_loss
 from tests.integrations import tiny
 from tests.models import tiny_gpt2
@@ -151,3 +152,72 @@ def test_dropout_of_the_base_itself_is_off_in_the_block():
         base = model(input_ids=ids).logits
     assert torch.equal(base, expected)
     assert not torch.allclose(model(input_ids=ids).logits, expected)
+
+
+def losses_of(model):
+    """The loss of each sample alone, by the model's own forward."""
+    batches = [tiny.collate([sample]) for sample in tiny.make_samples(4)]
+    with torch.no_grad():
+        return torch.stack([model.eval()(**batch).loss for batch in batches])
+
+
+def scorer(model, **options):
+    return LossScorer(model, dtype="float32", progress=False, **options)
+
+
+def moved(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_starts_that_leave_the_weights_have_a_base_and_an_average(start):
+    expected = losses_of(tiny.make_model())
+    models = [moved(lora(init_lora_weights=start)) for _ in range(2)]
+    moved(models[1])
+    scores = scorer(models[0], reference="base").score(tiny.make_samples(4))
+    assert torch.allclose(scores.losses, expected, atol=1e-5)
+    with base_model(models[0]):
+        assert torch.equal(losses_of(models[0]), expected)
+    average = wise_ft(*models, 0.3).merge_and_unload().state_dict()
+    first, second = (model.merge_and_unload().state_dict() for model in models)
+    for name, value in average.items():
+        assert torch.allclose(value, 0.7 * first[name] + 0.3 * second[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"bias": "all"}, r"bias='all' .* is trained beside the adapters"),
+        ({"bias": "lora_only"}, r"bias='lora_only' .* is trained beside the adapters"),
+        ({"layer_replication": [(0, 1), (0, 1)]}, "layer_replication repeats layers"),
+        ({"kasa_config": "Kasa"}, "kasa_config cut the smallest singular values"),
+        ({"init_lora_weights": "olora"}, "moved a part of the base model's weights into them"),
+    ],
+)
+def test_adapters_that_change_the_base_are_refused_loaded_as_well(options, match, is_frozen):
+    if options.get("kasa_config"):
+        options = {"kasa_config": peft.KasaConfig()}
+    model = moved(lora(**options))
+    model.requires_grad_(not is_frozen)
+    with pytest.raises(ValueError, match="reference='base' needs .*" + match):
+        scorer(model, reference="base")
+    with pytest.raises(ValueError, match=match), base_model(model):
+        pass
+
+
+def test_an_embedding_that_is_trained_beside_adapters_is_refused_as_a_base():
+    model = lora()
+    model.get_base_model().model.embed_tokens.weight.requires_grad_(True)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    match = r"embed_tokens.weight is trained beside the adapters.*reference='model'"
+    with pytest.raises(ValueError, match=match):
+        scorer(model, reference="base")
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    model.get_base_model().model.embed_tokens.weight.requires_grad_(False)
+    scores = scorer(model, reference="base").score(tiny.make_samples(4))
+    assert torch.allclose(scores.losses, losses_of(tiny.make_model()), atol=1e-5)

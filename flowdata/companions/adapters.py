@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdata._common.notices import say
+from flowdata.models.adapters import has_plain_start
 
 _A, _B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 _NAMED = (*_A, *_B, "modules_to_save")  # parts of names that the adapter's name follows
@@ -27,7 +28,6 @@ _OTHER_KINDS = (
     *("velora_config", "monteclora_config", "alora_invocation_tokens", "layer_replication"),
     *("target_parameters", "trainable_token_indices", "megatron_config"),
 )
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the weights W
 
 
 class Adapter(NamedTuple):
@@ -63,7 +63,7 @@ def adapter_of(model: Any, owner: str) -> Adapter:
     ((name, config),) = model.peft_config.items()
     kind = getattr(config.peft_type, "value", config.peft_type)
     other_kinds = [option for option in _OTHER_KINDS if getattr(config, option, None)]
-    if kind != "LORA" or other_kinds or config.init_lora_weights not in _PLAIN_STARTS:
+    if kind != "LORA" or other_kinds or not has_plain_start(config):
         start = getattr(config, "init_lora_weights", None)
         detail = kind if kind != "LORA" else (*other_kinds, f"init_lora_weights={start!r}")[0]
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowdata._common.rng import preserved_rng
 from flowdata.integrations.prepared import check_not_a_stream
-from flowdata.models.adapters import starts_as_base
+from flowdata.models.adapters import why_no_base
 from flowdata.scores import Scores
 from flowdata.scoring.scorer import LossScorer
 from flowdata.weights import Temperature
@@ -75,7 +75,7 @@ def score_batches(trainer: Any, dataset: Any, collator: Any, store: str | Path |
         model,
         partial(_losses_of_outputs, loss=loss) if callable(loss) else loss,
         batch_size=None if _keeps_rows(collate, dataset) else 1,
-        reference="base" if starts_as_base(model) else "model",
+        reference="model" if why_no_base(model) else "base",
         progress=not trainer.args.disable_tqdm,
     )
     return scorer.score(dataset, collate_fn=collate, store=store)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flowdata._common.data_sets import check_map_style
-from flowdata.models.adapters import starts_as_base
+from flowdata.models.adapters import why_no_base
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import name_of
 from flowdata.targets.which_loss import LOSSES, OWN
@@ -44,21 +44,10 @@ def check_reference(reference: str, model: nn.Module) -> None:
         raise ValueError(f"reference must be 'model' or 'base', got {reference!r}")
     if reference == "model":
         return
-    if not hasattr(model, "disable_adapter"):
+    if reason := why_no_base(model):
         raise ValueError(
-            "reference='base' needs a PEFT model whose adapters can be turned off, got "
-            f"{type(model).__name__}; score the model itself with reference='model'"
-        )
-    if any(getattr(module, "merged", False) for module in model.modules()):
-        raise ValueError(
-            "reference='base' turns adapters off, which would take merged ones out of the "
-            "base model's weights; call model.unmerge_adapter() first"
-        )
-    if not starts_as_base(model):
-        raise ValueError(
-            "reference='base' turns adapters off, and this initialisation of theirs moved a part "
-            "of the base model's weights into them; initialise them with init_lora_weights=True, "
-            "or score the model with its adapters before training, reference='model'"
+            f"reference='base' needs a PEFT model whose adapters can be turned off: {reason}. "
+            "What is not trained yet scores the same with reference='model'"
         )
 
 
