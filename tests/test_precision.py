@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flowdata import LossScorer
+from flowdata import DriftMeter, LossScorer
 from flowdata.models.copies import frozen_model
 from flowdata.models.precision import resolve_dtype
-from tests.models import TinyResNet, tiny_llama
+from flowdata.probe.features import compute_features
+from tests.models import TinyResNet, images, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -130,3 +131,86 @@ def test_inputs_of_any_dtype_are_taken(own, given, dtype):
     torch.testing.assert_close(losses, expected, atol=3e-2, rtol=3e-2)
     assert not model._forward_pre_hooks
     assert model.weight.dtype == own
+
+
+class Plain(nn.Module):
+    """Two convolutions, BatchNorm, dropout and a head, each called by the network itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)
+        self.norm, self.dropout, self.head = nn.BatchNorm2d(6), nn.Dropout(0.5), nn.Linear(6, 5)
+
+    def normed(self, maps):
+        return self.dropout(F.relu(self.norm(maps)))
+
+    def flat(self, maps):
+        return maps.mean((2, 3))
+
+    def body(self, pixels):
+        return self.flat(self.normed(self.second(self.first(pixels).relu())))
+
+    def forward(self, pixels):
+        return self.head(self.body(pixels))
+
+
+class ByLambda(Plain):
+    def __init__(self):
+        super().__init__()
+        self.normed = lambda maps: self.dropout(F.relu(self.norm(maps)))
+
+
+class ByHook(Plain):
+    def __init__(self):
+        super().__init__()
+        normed = super().normed
+        self.second.register_forward_hook(lambda layer, args, maps: normed(maps))
+
+    def normed(self, maps):
+        return maps
+
+
+class Body(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels):
+        return self.model.body(pixels)
+
+
+def trained(kind, shift=0.0):
+    """A network with statistics that are not 0 and 1."""
+    model = kind().train()
+    for _ in range(5):
+        model(2 * images().tensors[0] + 1)
+    with torch.no_grad():
+        model.head.weight.add_(shift)
+    return model
+
+
+def drift_of(kind, data):
+    return DriftMeter(trained(kind), [{"x": row} for row in data.tensors[0]], progress=False)(
+        trained(kind, shift=torch.linspace(0, 0.3, 5)[:, None])
+    )
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(("kind", "plain"), [(ByLambda, Plain), (ByHook, Plain)])
+def test_code_that_knows_nothing_of_a_copy_gives_what_the_model_gives(kind, plain, mode):
+    data = images()
+    pixels, targets = data.tensors
+    reference = trained(plain).eval()
+    expected = F.cross_entropy(reference(pixels), targets, reduction="none").detach()
+    for dtype, near in (("float32", 1e-5), ("bfloat16", 5e-2)):
+        model = trained(kind).train(mode)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        losses = LossScorer(model, dtype=dtype, progress=False).score(data).losses
+        assert torch.allclose(losses, expected, atol=near, rtol=near)
+        options = {"dtype": dtype, "batch_size": 7, "progress": False}
+        features, _ = compute_features(Body(model).train(mode), data, **options)
+        assert torch.allclose(features, reference.body(pixels), atol=near, rtol=near)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all(module.training == mode for module in model.modules())
+    assert drift_of(kind, data).kl == pytest.approx(drift_of(plain, data).kl, rel=1e-3)

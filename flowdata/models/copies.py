@@ -23,12 +23,15 @@ _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, qu
 def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
     """Give a model in eval mode, in a dtype and on a device, for a block without gradients.
 
-    Where nothing has to be converted it is the caller's own model, whose training flags are put
-    back at the end. Otherwise it is a copy, whose parameters are converted one by one: the
-    caller's are never touched, and the copy takes only the memory of what had to be converted.
-    That includes the weights of convolutions, where another memory format is faster. Floating
-    inputs are converted to the dtype on the way in, and a copy's outputs to float32 on the way
-    out. An autocast around the block, such as that of a training loop, does not reach into it.
+    Where nothing has to be converted it is the caller's own model. Otherwise it is a copy, whose
+    parameters are converted one by one: the caller's are never touched, and the copy takes only the
+    memory of what had to be converted. That includes the weights of convolutions, where another
+    layout is faster. Floating inputs are converted to the dtype on the way in, and a copy's outputs
+    to float32 on the way out. An autocast around the block, such as that of a training loop, does
+    not reach into it.
+
+    The caller's model is in eval mode as well, since functions that a copy took over from it may
+    call its layers. Flags and running statistics are put back at the end.
 
     Args:
         model: the model, which comes back as it was.
@@ -38,12 +41,15 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ValueError: the model has to be converted, and it can't be copied.
     """
-    with torch.no_grad(), _without_autocast(device):
+    with torch.no_grad(), _without_autocast(device), _given_back(model):
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
         if copy_of_model is None:
-            with _lent_itself(model, dtype):
+            model.eval()
+            with nullcontext() if is_placed(model) else _converting_inputs(model, dtype):
                 yield model
             return
+        for module in model.modules():  # without its own `eval`, which may write to parameters
+            module.training = False
         if dtype != torch.float32:
             copy_of_model.register_forward_hook(
                 lambda _, args, outputs: map_floating(outputs, Tensor.float)
@@ -60,17 +66,13 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _lent_itself(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Put the caller's own model into eval mode for a block, and every flag back after it."""
+def _given_back(model: nn.Module) -> Iterator[None]:
+    """Put every flag, and what forwards write into small buffers, back after a block."""
     is_whole = not is_placed(model)  # a buffer on the meta device has nothing to keep
     training_flags = [(module, module.training) for module in model.modules()]
     gradient_flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with (
-            same_buffers(model) if is_whole else nullcontext(),
-            _converting_inputs(model, dtype) if is_whole else nullcontext(),
-        ):
-            model.eval()
+        with same_buffers(model) if is_whole else nullcontext():
             yield
     finally:
         for module, flag in training_flags:
@@ -88,7 +90,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
         for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.numel() <= _MOST_RESTORED
+        if buffer is not None and not buffer.is_meta and buffer.numel() <= _MOST_RESTORED
     ]
     try:
         yield
