@@ -171,6 +171,22 @@ class ByHook(Plain):
         return maps
 
 
+class ByView(Plain):
+    """PyTorch's own tutorial flattens so, which fails where channels come last."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6 * 16, 5)
+
+    def flat(self, maps):
+        return maps.view(-1, 6 * 16)
+
+
+class ByReshape(ByView):
+    def flat(self, maps):
+        return maps.reshape(-1, 6 * 16)
+
+
 class Body(nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -197,7 +213,9 @@ def drift_of(kind, data):
 
 
 @pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize(("kind", "plain"), [(ByLambda, Plain), (ByHook, Plain)])
+@pytest.mark.parametrize(
+    ("kind", "plain"), [(ByLambda, Plain), (ByHook, Plain), (ByView, ByReshape)]
+)
 def test_code_that_knows_nothing_of_a_copy_gives_what_the_model_gives(kind, plain, mode):
     data = images()
     pixels, targets = data.tensors
@@ -214,3 +232,48 @@ def test_code_that_knows_nothing_of_a_copy_gives_what_the_model_gives(kind, plai
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert all(module.training == mode for module in model.modules())
     assert drift_of(kind, data).kl == pytest.approx(drift_of(plain, data).kl, rel=1e-3)
+
+
+class Rows(nn.Module):
+    """Views channels as samples, which fails where channels come last unless there is one image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+
+    def forward(self, pixels):
+        maps = self.layers(pixels)
+        return maps.view(len(pixels) * 8, *maps.shape[2:]).sum((1, 2)).view(-1, 8)
+
+
+def test_a_layout_depends_on_the_call_alone_and_other_errors_are_not_met_by_another_one():
+    one, two = torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    found = []
+    for order in ([one, two, one], [two, one, two]):
+        with frozen_model(Rows(), torch.float32, CPU) as lent:
+            outputs = [lent(batch) for batch in order]
+        assert torch.equal(outputs[0], outputs[2])
+        found.append(outputs[:2])
+    assert torch.equal(found[0][0], found[1][1])
+    assert torch.equal(found[0][1], found[1][0])
+    torch.testing.assert_close(found[0][1], Rows()(two), rtol=1e-4, atol=1e-4)
+    model, calls = ByReshape(), []
+    model.head = nn.Linear(7, 5)
+    model.first.register_forward_hook(lambda *_: calls.append(1))
+    with frozen_model(model, torch.float32, CPU) as lent:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            lent(two)
+        assert len(calls) == 1
+
+
+def test_maps_that_a_network_returns_are_contiguous():
+    maps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    data = TensorDataset(torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6, 4, 4)))
+
+    def loss(model, batch):
+        logits = model(batch[0]).view(len(batch[0]), -1).view(len(batch[0]), 5, -1)
+        return F.cross_entropy(logits, batch[1].view(len(logits), -1), reduction="none").mean(1)
+
+    losses = LossScorer(maps, loss, progress=False).score(data).losses
+    assert torch.allclose(losses, loss(maps, data.tensors).detach(), atol=1e-5)

@@ -115,6 +115,7 @@ def inverted_images(
 
 def _invert(model: nn.Module, images: Tensor, steps: int) -> Tensor:
     """Change images for a number of steps."""
+    _logits(model, images)  # a layout that the model's code can't do with is found out unrecorded
     with torch.enable_grad(), _statistics_of(model) as distances:
         images = images.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([images], lr=_RATE)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import runs_as_it_is
 from flowdata.models.tensors import map_floating
@@ -50,6 +51,8 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             return
         for module in model.modules():  # without its own `eval`, which may write to parameters
             module.training = False
+        if convolutions(copy_of_model):
+            run_channels_last(copy_of_model)
         if dtype != torch.float32:
             copy_of_model.register_forward_hook(
                 lambda _, args, outputs: map_floating(outputs, Tensor.float)
@@ -141,22 +144,13 @@ def _exact_dtype(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return own if own.itemsize <= 4 else torch.float32
 
 
-def _convolution_kernels(model: nn.Module) -> set[int]:
-    """The weights of a convolutional network, by id: they run fastest with channels last.
-
-    A lone convolution is a transformer's patch embedding, which is better left as it is.
-    """
-    layers = [module for module in model.modules() if type(module) is nn.Conv2d]
-    return {id(layer.weight) for layer in layers} if len(layers) > 1 else set()
-
-
 def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module | None:
     """A converted copy; None where nothing is gained by one, or it is optional and fails."""
-    conversions, kernels = _conversions(model, dtype), _convolution_kernels(model)
+    conversions = _conversions(model, dtype)
     is_needed = any(
         each.tensor.device != device or each.tensor.dtype != each.dtype for each in conversions
     )
-    if not (is_needed or kernels):
+    if not (is_needed or convolutions(model)):
         return None
     # `deepcopy` looks an object up in its memo before it copies it. With the converted tensors in
     # there it copies the modules alone, so no tensor is ever in memory twice in its old dtype.
@@ -165,8 +159,6 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         is_parameter = isinstance(tensor, nn.Parameter)
         # Layers in training mode write to buffers, so that these are copied in any case.
         value = tensor.detach().to(device, target_dtype, copy=not is_parameter)
-        if id(tensor) in kernels:
-            value = value.contiguous(memory_format=torch.channels_last)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     try:
         copy_of_model = copy.deepcopy(model, memo).eval()
