@@ -85,7 +85,7 @@ class Reader:
         *,
         progress: bool,
     ) -> None:
-        check_batch_norm(model)
+        check_batch_norm(model, of="prediction")
         if (random := random_sample(probe)) is not None:
             raise ValueError(
                 f"probe[{random[0]}] differs from reading to reading, as random augmentation makes "

@@ -18,8 +18,12 @@ def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
 
 
-def check_batch_norm(model: nn.Module) -> None:
-    """Say which layers normalise by their batch alone, so that samples are scored alone.
+def check_batch_norm(model: nn.Module, of: str = "loss") -> None:
+    """Say which layers normalise by their batch alone, so that samples are run alone.
+
+    Args:
+        model: the model.
+        of: what is made of a sample: "loss", or a noun for what no callable of the user's makes.
 
     Raises:
         ValueError: one of them can't run on one sample.
@@ -32,14 +36,16 @@ def check_batch_norm(model: nn.Module) -> None:
     if not layers:
         return
     names = ", ".join(layers)
+    depends = f"a sample's {of} depends on the others in its batch"
     if any(isinstance(layer, nn.BatchNorm1d) for layer in layers.values()):
+        remedy = ", or pass a callable loss that says which samples go together"
         raise ValueError(
-            f"BatchNorm without running statistics ({names}): a sample's loss depends on the "
-            "others in its batch, and the model does not run on one alone. Use layers with "
-            "track_running_stats=True, or pass a callable loss that says which samples go together"
+            f"BatchNorm without running statistics ({names}): {depends}, and the model "
+            " does not run on one alone. Use layers with track_running_stats=True"
+            + (remedy if of == "loss" else "")
         )
     logger.warning(
-        "BatchNorm without running statistics (%s): a sample's loss depends on the others in its "
-        "batch, so each is scored alone",
+        "BatchNorm without running statistics (%s): %s, so each is run alone",
         names,
+        depends,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from torch.utils.data import DataLoader
 from flowdata._common.data_sets import check_map_style
 from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
+from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import call_in_order, call_with
 from flowdata.models.copies import frozen_model
 from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home
 from flowdata.models.precision import name_of, resolve_dtype
 from flowdata.models.tensors import map_tensors
+from flowdata.probe.groups import right_grouping
+from flowdata.scoring.collate import stack_collate
+from flowdata.scoring.grouping import Grouping
 from flowdata.store.identity import features_identity
 from flowdata.store.kept import check_name, keep
 from flowdata.store.random_samples import remark_on_random_samples
@@ -46,11 +51,15 @@ def compute_features(
 ) -> tuple[Tensor, Tensor]:
     """Return the features and the targets of every sample, in the data set's order.
 
+    A sample has the features that it has alone. A few samples are compared before the run; where
+    they change each other's features in a batch, as by padding that leaks, only those of one shape
+    are run together, or each alone, and a warning says so.
+
     Args:
         model: the body, in training or eval mode; see `flowdata.linear_probe`.
         dataset: see `flowdata.linear_probe`.
         collate_fn: see `flowdata.linear_probe`.
-        batch_size: samples in one forward pass.
+        batch_size: samples in one forward pass, at most.
         dtype: see `flowdata.linear_probe`.
         num_workers: as for `torch.utils.data.DataLoader`.
         store: a file, ``*.safetensors``, or its URL, that keeps the features. The same call again
@@ -66,7 +75,8 @@ def compute_features(
         TypeError: `dataset` is a stream, a batch is not made of inputs and targets, or the body
             returns no tensor.
         ValueError: `dataset` is empty, the features are not (B, D), the body does not run in the
-            dtype, or fails on samples, or a `dataset_id` comes without `store`.
+            dtype, or fails on samples, samples can't be stacked, BatchNorm1d has no running
+            statistics, or a `dataset_id` comes without `store`.
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
@@ -78,22 +88,28 @@ def compute_features(
     name = "" if store is None else dataset_id
     remark_on_random_samples(dataset, name, skip_unreadable=True, advice=_OF_ONE_DRAW)
 
+    collate = stack_collate if collate_fn is None else collate_fn
+
     def compute() -> dict[str, Tensor]:
-        # A generator of the loader's own: the default one would advance the global random state.
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-            generator=torch.Generator(),
-        )
-        with (
-            preserved_rng(),
-            frozen_model(model, body_dtype, device) as body,
-            progress_bar(len(dataset), "features", "samples", shown=progress) as advance,
-        ):
+        check_batch_norm(model, of="vector of features")
+        with preserved_rng(), frozen_model(model, body_dtype, device) as body:
+            grouping = right_grouping(
+                lambda samples: _features_of(body, *_parts(collate(samples), device)),
+                dataset,
+                body_dtype,
+                batch_size,
+            )
+            # A generator of the loader's own: the default one would advance the random state.
+            loader: DataLoader[Any] = DataLoader(
+                dataset,
+                batch_size=batch_size,
+                collate_fn=partial(_collate_groups, grouping, collate),
+                num_workers=num_workers,
+                generator=torch.Generator(),
+            )
             explain = partial(_explain, model, body_dtype, device)
-            features, targets = _run_body(body, loader, device, advance, explain)
+            with progress_bar(len(dataset), "features", "samples", shown=progress) as advance:
+                features, targets = _run_body(body, loader, device, advance, explain)
         return {"feature": features, "target": targets}
 
     tensors: Mapping[str, Tensor]
@@ -122,9 +138,16 @@ def _dtype_of_body(dtype: str | torch.dtype, model: nn.Module, device: torch.dev
     return resolve_dtype(dtype, model, device, one_target=True)
 
 
+def _collate_groups(
+    grouping: Grouping, collate: Callable[[list[Any]], Any], samples: list[Any]
+) -> list[Any]:
+    """The batches that a grouping makes of samples."""
+    return [collate(group) for group in grouping(samples)]
+
+
 def _run_body(
     body: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[list[Any]],
     device: torch.device,
     advance: Advance,
     explain: Callable[[Any, RuntimeError], None],
@@ -132,21 +155,15 @@ def _run_body(
     """The features and targets of all batches."""
     features: list[Tensor] = []
     targets: list[Tensor] = []
-    for batch in loader:
-        inputs, target = split_batch(map_tensors(batch, lambda tensor: tensor.to(device)))
-        if target is None:
-            raise TypeError(
-                "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
-                f"got {type(batch).__name__}{_second_part(batch)}"
-            )
+    for batch in chain.from_iterable(loader):
+        inputs, target = _parts(batch, device)
         try:
-            feature = _call(body, inputs)
+            feature = _features_of(body, inputs, target)
         except RuntimeError as error:
             explain(inputs, error)
             if not features:
                 explain_failure(error, inputs, "the first samples of the data set")
             raise
-        _check_feature(feature, target)
         _check_width(feature, features, "model must return features")
         _check_width(target, targets, "collate_fn must give targets")
         features.append(feature if feature.dtype == torch.float64 else feature.float())
@@ -155,6 +172,23 @@ def _run_body(
     if not features:
         raise ValueError("dataset is empty: a probe needs at least one sample")
     return torch.cat(features), torch.cat(targets)
+
+
+def _parts(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    """A batch's inputs and targets, on a device."""
+    inputs, target = split_batch(map_tensors(batch, lambda tensor: tensor.to(device)))
+    if target is None:
+        raise TypeError(
+            "collate_fn must give batches (inputs, targets) or mappings with 'labels'; "
+            f"got {type(batch).__name__}{_second_part(batch)}"
+        )
+    return inputs, target
+
+
+def _features_of(body: nn.Module, inputs: Any, target: Tensor) -> Tensor:
+    feature = _call(body, inputs)
+    _check_feature(feature, target)
+    return feature  # type: ignore[no-any-return]
 
 
 def _explain(
