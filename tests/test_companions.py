@@ -420,3 +420,61 @@ def test_a_reference_may_hold_a_tied_tensor_under_its_other_name(tmp_path):
     assert ParameterAnchor(model, reference=tmp_path)().item() == pytest.approx(4e-3)
     with pytest.raises(ValueError, match="strength must be finite"):
         ParameterAnchor(model, strength="1")
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixed = nn.Parameter(torch.randn(4, 3, dtype=torch.cfloat))
+        self.real = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("bucket", [1 << 26, 1])
+def test_complex_parameters_count_by_the_squares_of_their_moduli(bucket, monkeypatch):
+    monkeypatch.setattr("flowdata.companions.penalty._BUCKET", bucket)
+    model = Spectral()
+    started = started_from(model)
+    model.mixed.requires_grad_(False)
+    late = ParameterAnchor(model, strength=0.3)
+    model.mixed.requires_grad_(True)
+    late()  # before the first step with the parameter
+    anchors = [late, ParameterAnchor(model, strength=0.3, reference=Spectral())]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 + 0.4j if p.is_complex() else 0.5)
+    for anchor in anchors:
+        model.zero_grad()
+        penalty = anchor()
+        penalty.backward()
+        found = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        pairs = zip(model.parameters(), started, strict=True)
+        plain = 0.3 * sum((p - then).abs().square().sum() for p, then in pairs)
+        plain.backward()
+        assert penalty.dtype == torch.float32
+        assert penalty.item() == pytest.approx(plain.item(), rel=1e-5)
+        for gradient, p in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, p.grad)
+
+
+def test_complex_parameters_have_no_l1_distance():
+    with pytest.raises(ValueError, match=r"kind='l1' is for real parameters.*take kind='l2'"):
+        ParameterAnchor(Spectral(), "l1")
+    model = Spectral()
+    model.mixed.requires_grad_(False)
+    anchor = ParameterAnchor(model, "l1")
+    assert anchor().item() == 0
+    model.mixed.requires_grad_(True)
+    with pytest.raises(ValueError, match="model trains complex ones"):
+        anchor()
+
+
+def test_ends_without_values_have_no_average():
+    whole, empty = nn.Linear(4, 3), nn.Linear(4, 3, device="meta")
+    for ends, owner in (((empty, whole), "pretrained"), ((whole, empty), "finetuned")):
+        for pair in (ends, [end.state_dict() for end in ends]):
+            with pytest.raises(ValueError, match=f"{owner} has no values of 'weight'.*'meta'"):
+                wise_ft(*pair, 0.5)
+        with pytest.raises(ValueError, match=f"{owner} has no values of 'weight'"):
+            sweep_wise_ft(*ends, [0.5], lambda model: 0)

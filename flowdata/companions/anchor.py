@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ class ParameterAnchor:
     ``strength · Σ (θ − θ*)²`` for ``"l2"``, ``strength · Σ |θ − θ*|`` for ``"l1"``, over every
     parameter that requires a gradient when the anchor is called, a tied one once. With LoRA these
     are the adapters; a head that is trained counts, too.
+
+    The square of a complex number is that of its modulus.
 
     Parameters are looked up by name in every call: the anchor follows weights that are assigned
     (``load_state_dict(assign=True)``), moved, converted, sharded by ``fully_shard``, frozen or
@@ -48,8 +51,9 @@ class ParameterAnchor:
     Raises:
         TypeError: `model` is no module, or `reference` none of those.
         ValueError: an unknown `kind`, a `strength` that is no finite number ≥ 0, nothing to train,
-            parameters in flat pieces (FSDP1, ZeRO-3) or on the meta device, or a `reference` that
-            lacks a parameter or has it in another shape or quantised.
+            parameters in flat pieces (FSDP1, ZeRO-3) or on the meta device, complex ones under
+            ``"l1"``, or a `reference` that lacks a parameter or has it in another shape or
+            quantised.
 
     Example:
         >>> import torch
@@ -81,6 +85,7 @@ class ParameterAnchor:
         self.strength = check_factor("strength", strength)
         self._model = model
         self._starts = Starts(model, reference, None if device is None else torch.device(device))
+        _check_kind(kind, [p for p in model.parameters() if p.requires_grad])
 
     def is_of(self, model: nn.Module) -> bool:
         """Return whether the anchor's model is this one, wrapped or not, a part of it or its whole.
@@ -98,7 +103,16 @@ class ParameterAnchor:
 
         Raises:
             ValueError: the model was changed so that θ* of a parameter is not known, or nothing in
-                it is trained any more.
+                it is trained any more, or something complex under ``"l1"``.
         """
         parameters, starts = self._starts.trained()
+        _check_kind(self.kind, parameters)
         return self.strength * distance(2 if self.kind == "l2" else 1, parameters, starts)
+
+
+def _check_kind(kind: str, parameters: Sequence[Tensor]) -> None:
+    if kind == "l1" and any(parameter.is_complex() for parameter in parameters):
+        raise ValueError(
+            "kind='l1' is for real parameters, and model trains complex ones, whose distance has "
+            "no single L1 norm (of moduli, or of both parts); take kind='l2', or freeze them"
+        )

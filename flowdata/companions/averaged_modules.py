@@ -18,7 +18,7 @@ from flowdata.companions.adapters import (
     with_name,
     without_factors,
 )
-from flowdata.companions.averages import averages, check_no_factors
+from flowdata.companions.averages import averages, check_has_values, check_no_factors
 from flowdata.companions.sharding import is_sharded
 from flowdata.companions.state import match_entries, plain_names
 from flowdata.companions.ties import check_same_scaling
@@ -38,12 +38,15 @@ class AveragedModule:
         model: a copy of `finetuned`, out of the wrappers of `torch.compile` and DataParallel.
 
     Raises:
-        ValueError: the two don't match, one has an adapter, or one is sharded over processes.
+        ValueError: the two don't match, one has an adapter or no values, or one is sharded over
+            processes.
     """
 
     def __init__(self, pretrained: nn.Module, finetuned: nn.Module) -> None:
         self._pretrained, self._finetuned = unwrapped(pretrained), unwrapped(finetuned)
         ends = dict(zip(_ENDS, (self._pretrained, self._finetuned), strict=True))
+        for owner, model in ends.items():
+            check_has_values(model.state_dict(), owner)
         self._adapters: list[Adapter] = []
         if all(map(is_peft_model, ends.values())):
             self._adapters = [adapter_of(model, owner) for owner, model in ends.items()]

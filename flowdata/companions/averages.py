@@ -60,6 +60,16 @@ def check_no_factors(names: StateDict, owner: str) -> None:
             )
 
 
+def check_has_values(entries: StateDict, owner: str) -> None:
+    """Raise ValueError where entries are on the meta device: not loaded yet, or offloaded."""
+    for name, value in entries.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{owner} has no values of {name!r}, which is on the device 'meta'; load its "
+                "weights first (load_state_dict(..., assign=True)), without offloading"
+            )
+
+
 def average_of(pretrained: Tensor, finetuned: Tensor, alpha: float) -> Tensor:
     """Return α · fine-tuned + (1 − α) · pre-trained, as the fine-tuned is: its dtype, its device.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowdata._common.real_numbers import RealNumber, as_python, real_number
 from flowdata.companions.averaged_files import average_checkpoints
 from flowdata.companions.averaged_modules import AveragedModule, average_states
-from flowdata.companions.averages import check_no_factors
+from flowdata.companions.averages import check_has_values, check_no_factors
 from flowdata.companions.state import StateDict
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -76,8 +76,9 @@ def wise_ft(
             given for anything else.
         FileNotFoundError: a checkpoint, or one of its shards, is not there.
         ValueError: `alpha` is not in [0, 1]; names, shapes or kinds of entries differ (the first
-            is named); weights are quantised, sharded over processes or of an adapter that has no
-            average; a file is no checkpoint, or `output` a folder that is there already.
+            is named); weights are quantised, sharded over processes, on the meta device or of an
+            adapter that has no average; a file is no checkpoint, or `output` a folder that is there
+            already.
 
     Example:
         >>> import torch
@@ -99,6 +100,7 @@ def wise_ft(
     if all(isinstance(value, Mapping) for value in ends):
         for state, owner in zip(ends, ("pretrained", "finetuned"), strict=True):
             check_no_factors(state, owner)
+            check_has_values(state, owner)
         return average_states(pretrained, finetuned, alpha)
     raise TypeError(
         "pretrained and finetuned must both be modules, state dicts or paths of checkpoints; got "

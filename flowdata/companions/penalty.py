@@ -25,10 +25,12 @@ def distance(order: int, parameters: Sequence[Tensor], starts: list[Tensor]) -> 
     """Return Σ |θ − θ*|^order: 0-d, float32 or wider, on the device of the first parameter.
 
     Args:
-        order: 1 or 2.
+        order: 1 or 2; 1 of real parameters alone.
         parameters: θ, each of which gets a gradient; DTensors count whole.
         starts: θ* of each, in its dtype and sharded as it is, on its device or the CPU.
     """
+    # |z|² is the sum of the squares of both parts, and autograd puts their gradients together.
+    parameters, starts = _as_real(parameters), _as_real(starts)
     penalty: Tensor = _Distance.apply(order, starts, *parameters)  # type: ignore[no-untyped-call]
     return penalty
 
@@ -85,6 +87,10 @@ def _differences(parameters: Sequence[Tensor], starts: list[Tensor]) -> Iterator
         ]
         yield list(torch._foreach_sub(current, anchors))
         start, size = end, 0
+
+
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
 
 
 def _shard(tensor: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Starts:
 def _can_be_trained(value: Tensor) -> bool:
     """Whether a tensor has values that training may move; quantised ones have not."""
     is_plain = type(value.data) in (Tensor, nn.Parameter) or is_sharded(value)
-    is_wide = value.is_floating_point() and value.dtype.itemsize > 1
+    is_wide = (value.is_floating_point() or value.is_complex()) and value.dtype.itemsize > 1
     return is_plain and is_wide and not value.is_meta
 
 
