@@ -414,6 +414,44 @@ ROW_AND_RENDERING = {
         {"prompt": "a", "completion": "b", "label": False},
         "<user>a</s>\n<assistant>«b</s>»\n",
     ),
+    "preference as JSON text": (
+        {
+            "prompt": "a",
+            "chosen": json.dumps(chat(("user", "a"), ("assistant", "b"))),
+            "rejected": json.dumps(chat(("user", "a"), ("assistant", "c"))),
+        },
+        "<user>a</s>\n<assistant>«b</s>»\n",
+    ),
+    "preference without a prompt as Python prints it": (
+        {
+            "chosen": str(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("bot", "d"))),
+            "rejected": str(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("bot", "e"))),
+        },
+        "<user>a</s>\n<assistant>b</s>\n<user>c</s>\n<assistant>«d</s>»\n",
+    ),
+    "OpenAI preference as JSON text": (
+        {
+            "input": json.dumps(chat(("user", "a"), ("assistant", "b"), ("user", "c"))),
+            "preferred_output": json.dumps(chat(("assistant", "d"))[0]),
+            "non_preferred_output": json.dumps(chat(("assistant", "e"))[0]),
+        },
+        "<user>a</s>\n<assistant>b</s>\n<user>c</s>\n<assistant>«d</s>»\n",
+    ),
+    "prompt and completion as JSON text": (
+        {
+            "prompt": json.dumps(chat(("system", "s"), ("user", "a"))),
+            "completion": json.dumps([{"from": "gpt", "value": "b"}]),
+        },
+        "<system>s</s>\n<user>a</s>\n<assistant>«b</s>\n»",
+    ),
+    "a completion that is JSON, and no chat": (
+        {"prompt": "a", "completion": '[{"role": "chief", "content": "Ada"}]'},
+        '<user>a</s>\n<assistant>«[{"role": "chief", "content": "Ada"}]</s>»\n',
+    ),
+    "a completion that is code, and no chat": (
+        {"prompt": '{"role": user}', "completion": '[{"from": x} for x in {"role": y}]'},
+        '<user>{"role": user}</s>\n<assistant>«[{"from": x} for x in {"role": y}]</s>»\n',
+    ),
     "documents": (
         {
             "messages": chat(("user", "a"), ("assistant", "b")),

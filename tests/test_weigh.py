@@ -439,9 +439,34 @@ def test_a_weight_that_a_message_has_stays_a_factor_by_whatever_name(message, fa
     fields = Fields(prompt="prompt", completion="completion")
     rows = weigh_rows(Scores(torch.tensor([2.0, torch.nan])), options, fields)
     if factor:  # else nothing is to be learned, and such a row has no loss
-        messages = rows.values_of(0, pair)["messages"]
-        assert messages[1]["loss_scale"] == pytest.approx(weight * factor)
+        as_text = {name: json.dumps(turns) for name, turns in pair.items()}
+        for same in (pair, as_text, {**as_text, "prompt": "?"}):
+            messages = rows.values_of(0, same)["messages"]
+            assert messages[1]["loss_scale"] == pytest.approx(weight * factor)
     assert rows.values_of(1, {"prompt": "?", "completion": None})["messages"] is None
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        '[{"role": "user", "content": "?"}, {"role": "bot", "content": "yes", "weight": 0.5}]',
+        [{"human": "?", "assistant": "yes", "loss_scale": 0.5, "weight": 1}],
+        {
+            "messages": [
+                {"from": "human", "value": "?"},
+                {"from": "gpt", "value": "yes", "loss_weight": 0.5},
+            ]
+        },
+    ],
+)
+def test_a_weight_stays_a_factor_in_every_form_of_a_chat(chat):
+    options = WeightedColumns(temperature=1.0, message_weight="loss_scale")
+    weights = weigh_rows(Scores(torch.tensor([2.0])), options, Fields(messages="chat"))
+    weight = flow_weights(torch.tensor([2.0]), temperature=1.0).item()
+    assert weights.values_of(0, {"chat": chat})["messages"] == [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "yes", "loss_scale": pytest.approx(weight / 2)},
+    ]
 
 
 def test_a_report_shows_no_text_of_a_changed_file(capsys, score, tmp_path):

@@ -42,6 +42,7 @@ class Conversation:
         documents: what the model is to answer from, objects such as `{"title": str, "text": str}`.
         num_prompt: how many messages, from the first, are the prompt of a row that has prompt and
             completion apart, both as messages; 0 where the row is one chat, or is text.
+        flags: one a message: the weights and flags that it has in the data, by name.
         plain: prompt and completion as bare text, where the row can do without a chat template;
             None where it is a chat, which can't.
     """
@@ -52,4 +53,5 @@ class Conversation:
     template_options: Mapping[str, Any] = field(default_factory=dict)
     documents: list[dict[str, Any]] = field(default_factory=list)
     num_prompt: int = 0
+    flags: tuple[Mapping[str, Any], ...] = ()
     plain: tuple[str, str] | None = None

@@ -9,6 +9,7 @@ from flowdata._common.excerpts import FROM_0
 from flowdata._common.notices import logger
 from flowdata.text.conversation import Conversation, Row
 from flowdata.text.formats import Fields
+from flowdata.text.formats.messages import chat_in
 from flowdata.text.renderings import Rendering
 
 # As data sets write them for the processors of multi-modal models: `<image>`, `<|image_pad|>`.
@@ -68,7 +69,7 @@ def lacking_template(row: Row, number: int, fields: Fields) -> str:
         number: its place.
         fields: the columns that are read.
     """
-    is_pair = fields.prompt is not None and isinstance(row.get(fields.prompt), str)
+    is_pair = fields.prompt is not None and isinstance(chat_in(row.get(fields.prompt)), str)
     extras = {name: getattr(fields, name) for name in ("system", "history", "tools")}
     columns = {name: column for name, column in extras.items() if column and row.get(column)}
     what = "a chat"

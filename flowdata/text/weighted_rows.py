@@ -15,7 +15,8 @@ import torch
 from flowdata.scores import Scores
 from flowdata.text.conversation import Row
 from flowdata.text.formats import Fields, read_conversation
-from flowdata.text.formats.messages import read_turns, weight_of
+from flowdata.text.formats.flags import weight_of
+from flowdata.text.formats.messages import read_turns
 from flowdata.token_weights import weigh_targets
 from flowdata.weights import Normalize, Temperature
 
@@ -173,14 +174,12 @@ def _chat_with_weights(
             f"column {MESSAGES!r} holds no list of messages, so no weights can be written into it"
         )
     conversation = read_conversation(row, fields)
-    messages = [dict(message) for message in conversation.messages]
-    replies: Any = row.get(fields.completion) if fields.completion else None
-    is_chat = isinstance(replies, list) and all(map(_is_message, replies))
-    chat_replies: list[Any] = replies if is_chat else []  # messages with the weights that they have
-    items = [{}] * (len(messages) - len(chat_replies)) + chat_replies
-    for message, item, is_target in zip(messages, items, conversation.is_target, strict=False):
-        if message["role"] == "assistant":
-            message[name] = weight * weight_of(item, name) if is_target else 0.0
+    messages = []
+    turns = zip(conversation.messages, conversation.is_target, conversation.flags, strict=True)
+    for message, is_target, flags in turns:
+        is_reply = message["role"] == "assistant"
+        own = {name: weight * weight_of(flags, name) if is_target else 0.0} if is_reply else {}
+        messages.append({**message, **own})
     return {MESSAGES: messages}
 
 
@@ -190,9 +189,7 @@ def _is_message(item: Any) -> bool:
 
 def _weighted(item: Mapping[str, Any], name: str, weight: float) -> dict[str, Any]:
     """A message with its weight: one that it has already, by whatever name, stays a factor."""
-    turns = read_turns([item])
-    if not any(message["role"] == "assistant" for message, _ in turns):
-        return dict(item)
-    if not any(is_target for _, is_target in turns):
-        return {**item, name: 0.0}
-    return {**item, name: weight * weight_of(item, name)}
+    for message, is_target, flags in read_turns([item]):
+        if message["role"] == "assistant":
+            return {**item, name: weight * weight_of(flags, name) if is_target else 0.0}
+    return dict(item)

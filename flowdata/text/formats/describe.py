@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowdata.text.conversation import Row
 from flowdata.text.formats.fields import Fields
 from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, MEDIA
+from flowdata.text.formats.messages import chat_in
 
 
 def read_columns(row: Row, fields: Fields) -> list[str]:
@@ -48,7 +49,7 @@ def scored_part(row: Row, fields: Fields) -> str:
     if fields.messages:
         replies = "last reply" if fields.label else "replies"
         part = f"the assistant's {replies} in {fields.messages!r}"
-    elif fields.prompt or not isinstance(row.get(fields.completion or ""), str):
+    elif fields.prompt or not isinstance(chat_in(row.get(fields.completion or "")), str):
         part = f"the reply in {fields.completion!r}"
         if fields.history and row.get(fields.history) and not fields.label:
             part += f", and those in {fields.history!r}"

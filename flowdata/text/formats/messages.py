@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from flowdata._common.notices import warn_once
 from flowdata.text.conversation import Message
+from flowdata.text.formats.flags import WEIGHTS, flags_of, flags_of_parts, is_target_by
 
-Turn = tuple[Message, bool]  # a message, and whether it is a target
+
+class Turn(NamedTuple):
+    """A message as chat templates take it.
+
+    Attributes:
+        message: its role and content.
+        is_target: whether it is to be learned.
+        flags: the weights and flags that it has in the data, by name.
+    """
+
+    message: Message
+    is_target: bool
+    flags: Mapping[str, Any] = MappingProxyType({})
+
 
 _ROLES = {
     "user": ("user", "human", "prompter"),
@@ -23,10 +38,11 @@ _ROLES = {
     "call": ("function_call", "tool_call"),  # a reply whose content is the call
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
-_WEIGHTS = ("weight", "loss_weight", "loss_scale", "train", "training", "loss")
 _CONTENTS = ("content", "value", "text")
+_SAYING = (*_CONTENTS, "tool_calls", "function_call")
+_MAY_BE_CHAT = re.compile(r"""\s*(?:\[\s*)?\{.*["'](?:role|from)["']\s*:""", re.DOTALL)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_BESIDE_CONTENT = ("tool_calls", "function_call", *_WEIGHTS, *_REASONING)
+_BESIDE_CONTENT = ("tool_calls", "function_call", *WEIGHTS, *_REASONING)
 _PAIR_NAMES = (
     *(("human", "assistant"), ("user", "assistant"), ("input", "output")),
     *(("question", "answer"), ("query", "response")),
@@ -60,19 +76,34 @@ def read_turns(value: Any) -> list[Turn]:
     return turns
 
 
-def weight_of(item: Mapping[str, Any], name: str) -> float:
-    """Return the weight that a message has already, 1 without any.
+def chat_in(value: Any) -> Any:
+    """Return the chat that a text holds, as CSV files hold chats; any other value as it is.
 
-    Args:
-        item: a message of a row.
-        name: the field that is asked for first; else the smallest of the others counts.
+    A reply may be JSON itself: only what is nothing but messages is taken for a chat.
 
     Example:
-        >>> weight_of({"role": "assistant", "weight": 0.5, "train": True}, "loss_weight")
-        0.5
+        >>> chat_in("[{'role': 'assistant', 'content': 'Yes.'}]")
+        [{'role': 'assistant', 'content': 'Yes.'}]
+        >>> chat_in('[{"role": "CEO", "name": "Ada"}]')
+        '[{"role": "CEO", "name": "Ada"}]'
     """
-    flags = _flags_of_parts(item.get("content")) | _flags(item)
-    return float(flags.get(name, min(flags.values(), default=1.0)))
+    if not isinstance(value, str) or not _MAY_BE_CHAT.match(value):
+        return value
+    try:
+        chat = parse(value)
+    except ValueError:
+        return value
+    items = chat if isinstance(chat, list) else [chat]
+    if not all(map(_is_message, items)):
+        return value
+    names = (item["from" if "from" in item else "role"] for item in items)
+    return chat if any(map(_role_of, names)) else value
+
+
+def _is_message(item: Any) -> bool:
+    """Whether a value has the names of a message."""
+    names = set(item) if isinstance(item, Mapping) else set()
+    return not names.isdisjoint(("role", "from")) and not names.isdisjoint(_SAYING)
 
 
 def parse(text: str) -> Any:
@@ -83,7 +114,7 @@ def parse(text: str) -> Any:
         pass
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"should hold JSON, it holds {text[:60]!r}") from None
 
 
@@ -111,7 +142,7 @@ def _add(turns: list[Turn], item: Any, number: int) -> None:
     """Append what one item of a chat says: a text, a message, or a pair of prompt and reply."""
     if isinstance(item, str):  # texts in turn, the user's first
         role = "assistant" if number % 2 else "user"
-        turns.append(({"role": role, "content": item}, role == "assistant"))
+        turns.append(Turn({"role": role, "content": item}, role == "assistant"))
     elif not isinstance(item, Mapping):
         raise ValueError(f"should be an object, it is a {type(item).__name__}")
     elif "from" in item:
@@ -129,10 +160,10 @@ def _add_pair(turns: list[Turn], item: Mapping[str, Any]) -> None:
         raise ValueError(f"has no role; there are {', '.join(map(repr, item)) or 'no names'}")
     prompt, reply = pair
     if item.get("system"):
-        turns.append(({"role": "system", "content": _text(item["system"])}, False))
-    turns.append(({"role": "user", "content": _text(item[prompt])}, False))
-    is_target = _is_target(_flags(item), "assistant")
-    turns.append(({"role": "assistant", "content": _text(item[reply])}, is_target))
+        turns.append(Turn({"role": "system", "content": _text(item["system"])}, False))
+    turns.append(Turn({"role": "user", "content": _text(item[prompt])}, False))
+    message, flags = {"role": "assistant", "content": _text(item[reply])}, flags_of(item)
+    turns.append(Turn(message, is_target_by(flags, "assistant"), flags))
 
 
 def _content_name(item: Mapping[str, Any], usual: str) -> str:
@@ -155,7 +186,9 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, usu
         usual: the name that its content has beside this one.
     """
     content_name = _content_name(item, usual)
-    role, content = _role(item[role_name]), item.get(content_name)
+    role, content = _role_of(item[role_name]), item.get(content_name)
+    if role is None:
+        raise ValueError(f"role {item[role_name]!r} is not known; there are {', '.join(_ROLE_OF)}")
     if role == "user" and _is_list(content) and content:
         content = _without_results(turns, content)
         if not content:  # it held nothing else
@@ -165,22 +198,19 @@ def _add_message(turns: list[Turn], item: Mapping[str, Any], role_name: str, usu
         raise ValueError(f"has no content; there are {', '.join(map(repr, item))}")
     if item.get("train_detail"):
         raise ValueError("train_detail trains parts of a text; whole replies are scored alone")
-    flags = _flags_of_parts(content) | _flags(item)
-    is_target = _is_target(flags, message["role"])
-    if role == "call" and turns and turns[-1][0]["role"] == "assistant":
-        _join_call(turns[-1], message, is_target=is_target, says_so=bool(flags))
+    flags = flags_of_parts(content) | flags_of(item)
+    turn = Turn(message, is_target_by(flags, message["role"]), flags)
+    if role == "call" and turns and turns[-1].message["role"] == "assistant":
+        turns[-1] = _with_call(turns[-1], turn)
         return
     known = {role_name, content_name, *_BESIDE_CONTENT}
     rest = {name: value for name, value in item.items() if name not in known and value is not None}
-    turns.append((rest | message, is_target))
+    turns.append(turn._replace(message=rest | message))
 
 
-def _role(name: Any) -> str:
-    """The role by its name in any format: one of `_ROLES`."""
-    role = _ROLE_OF.get(str(name).lower().replace("-", "_"))
-    if role is None:
-        raise ValueError(f"role {name!r} is not known; there are {', '.join(_ROLE_OF)}")
-    return role
+def _role_of(name: Any) -> str | None:
+    """The role by its name in any format: one of `_ROLES`; None of another name."""
+    return _ROLE_OF.get(str(name).lower().replace("-", "_"))
 
 
 def _for_templates(role: str, content: Any, item: Mapping[str, Any]) -> Message:
@@ -205,21 +235,23 @@ def _for_templates(role: str, content: Any, item: Mapping[str, Any]) -> Message:
     return message
 
 
-def _join_call(reply: Turn, call: Message, *, is_target: bool, says_so: bool) -> None:
-    """Add a call to the reply before it: models write a text and its calls as one reply.
+def _with_call(reply: Turn, call: Turn) -> Turn:
+    """A reply with the call after it: models write a text and its calls as one reply.
 
     Args:
         reply: the last turn, a text or another call.
-        call: the message that holds the call alone.
-        is_target: whether the call is to be learned.
-        says_so: whether a weight or flag of the call says that, and not the rule for all replies.
+        call: one whose message holds the call alone.
     """
-    message, is_target_before = reply
-    if is_target != is_target_before and says_so:
+    if call.is_target != reply.is_target and call.flags:  # and not by the rule for all replies
         raise ValueError("is one reply with the message before, and only one is to be learned")
+    message, added = dict(reply.message), call.message
     for name in ("tool_calls", "reasoning_content"):
-        if name in call:
-            message[name] = message.get(name, type(call[name])()) + call[name]
+        if name in added:
+            message[name] = message.get(name, type(added[name])()) + added[name]
+    flags = dict(reply.flags)
+    for name, weight in call.flags.items():
+        flags[name] = min(weight, flags.get(name, weight))
+    return Turn(message, reply.is_target, flags)
 
 
 def _without_results(turns: list[Turn], parts: list[Any]) -> list[Any]:
@@ -233,47 +265,12 @@ def _without_results(turns: list[Turn], parts: list[Any]) -> list[Any]:
         if part.get("tool_use_id"):
             result["tool_call_id"] = part["tool_use_id"]
         _put_content(result, part.get("content"))
-        turns.append((result, False))
+        turns.append(Turn(result, False))
     return others
-
-
-def _flags(item: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights and flags that a message, or a part of one, has."""
-    return {name: item[name] for name in _WEIGHTS if item.get(name) is not None}
-
-
-def _flags_of_parts(content: Any) -> dict[str, Any]:
-    """The weight or flag that all parts of a message share."""
-    parts = [part for part in content if isinstance(part, Mapping)] if _is_list(content) else []
-    flags = [_flags(part) for part in parts]
-    if any(other != flags[0] for other in flags):
-        raise ValueError("its parts have different weights; whole replies are scored alone")
-    return flags[0] if flags else {}
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
-
-
-def _is_target(weights: Mapping[str, Any], role: str) -> bool:
-    """Whether a message is to be learned: replies are, unless a weight or flag says no."""
-    for name, weight in weights.items():
-        if not isinstance(weight, bool | int | float) or not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} should be a number of at least 0 or a flag, it is {weight!r}")
-        if weight not in (0, 1):
-            warn_once(
-                f"messages have a {name} of {weight:g}: every message with one above 0 is scored, "
-                "and its tokens count alike",
-                about="fractional weights of messages",
-            )
-    if len({bool(weight) for weight in weights.values()}) > 1:
-        raise ValueError(f"{' and '.join(map(repr, weights))} say different things")
-    says_yes = any(weights.values())
-    if role != "assistant":
-        if says_yes:
-            raise ValueError(f"has a weight and the role {role!r}; only replies can be targets")
-        return False
-    return says_yes or not weights
 
 
 def _put_content(message: Message, content: Any) -> None:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
-from flowdata.text.conversation import Conversation, Message, Row
+from flowdata.text.conversation import Conversation, Row
 from flowdata.text.formats.fields import Fields
 from flowdata.text.formats.find import CHAT_TEMPLATE_OPTIONS, COMPANIONS, MEDIA
-from flowdata.text.formats.messages import Turn, parse, read_tools, read_turns
+from flowdata.text.formats.messages import Turn, chat_in, parse, read_tools, read_turns
 
 
 def read_conversation(row: Row, fields: Fields) -> Conversation:
@@ -33,27 +33,35 @@ def read_conversation(row: Row, fields: Fields) -> Conversation:
         ({'role': 'user', 'content': 'Add.\\n2, 2'}, ('Add.\\n2, 2', '4'))
     """
     _refuse_unread(row, fields)
+    row = _with_chats(row, fields)
     tools, documents = _tools(row, fields), _documents(row, fields)
     system = _optional(row, fields.system)
     turns, plain = (_chat(row, fields), None) if fields.messages else _pair(row, fields)
     turns = _history(row, fields) + turns
     if _holds(system):
         turns = _with_system(turns, system, fields.system or "")
-    if not any(is_target for _, is_target in turns):
+    if not any(turn.is_target for turn in turns):
         raise ValueError(
             "the chat has no message with role 'assistant' that is to be learned, so it has no "
             "target"
         )
     needs_template = len(turns) > 2 or _holds(system) or tools or documents
     return Conversation(
-        messages=tuple(message for message, _ in turns),
-        is_target=tuple(is_target for _, is_target in turns),
+        messages=tuple(turn.message for turn in turns),
+        is_target=tuple(turn.is_target for turn in turns),
+        flags=tuple(turn.flags for turn in turns),
         tools=tools,
         template_options=_template_options(row),
         num_prompt=_num_prompt(row, fields, turns),
         plain=None if needs_template else plain,
         documents=documents,
     )
+
+
+def _with_chats(row: Row, fields: Fields) -> Row:
+    """The row with the chats that stand in its columns as text, as CSV files hold them."""
+    columns = [name for name in (fields.prompt, fields.completion, fields.rejected) if name in row]
+    return {**row, **{str(name): chat_in(row[str(name)]) for name in columns}}
 
 
 def _tools(row: Row, fields: Fields) -> list[dict[str, Any]] | None:
@@ -188,7 +196,7 @@ def _completion_alone(row: Row, fields: Fields) -> tuple[list[Turn], tuple[str, 
 
 def _chat_to(prompt: str, turns: list[Turn], row: Row, fields: Fields) -> list[Turn]:
     """A prompt that is text, and its completion's turns, which may be a whole chat with it."""
-    questions = [message["content"] for message, _ in turns if message["role"] == "user"]
+    questions = [turn.message["content"] for turn in turns if turn.message["role"] == "user"]
     if not questions:
         return [_question(prompt), *turns]
     if prompt not in questions:
@@ -224,11 +232,11 @@ def _split(chosen: str, rejected: str) -> tuple[str, str]:
 
 
 def _question(text: str) -> Turn:
-    return {"role": "user", "content": text}, False
+    return Turn({"role": "user", "content": text}, is_target=False)
 
 
 def _answer(text: str) -> Turn:
-    return {"role": "assistant", "content": text}, True
+    return Turn({"role": "assistant", "content": text}, is_target=True)
 
 
 def _with_input(row: Row, prompt: str, fields: Fields) -> str:
@@ -241,7 +249,7 @@ def _with_input(row: Row, prompt: str, fields: Fields) -> str:
 
 def _context(turns: Sequence[Turn]) -> list[Turn]:
     """Turns of a prompt, which are no targets."""
-    return [(message, False) for message, _ in turns]
+    return [turn._replace(is_target=False) for turn in turns]
 
 
 def _reply(value: Any) -> list[Turn]:
@@ -255,18 +263,18 @@ def _after_common_beginning(turns: list[Turn], rejected: Any) -> list[Turn]:
     if isinstance(rejected, str):
         return _last_reply(turns)
     pairs = zip(turns, read_turns(rejected), strict=False)
-    num_common = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    num_common = sum(1 for _ in takewhile(lambda pair: pair[0].message == pair[1].message, pairs))
     return _targets_from(turns, num_common) if num_common < len(turns) else _last_reply(turns)
 
 
 def _last_reply(turns: list[Turn]) -> list[Turn]:
     """A chat of which the reply is judged: only what follows the last question is a target."""
-    users = [n for n, (message, _) in enumerate(turns) if message["role"] in ("user", "tool")]
+    users = [n for n, turn in enumerate(turns) if turn.message["role"] in ("user", "tool")]
     return _targets_from(turns, users[-1] + 1 if users else 0)
 
 
 def _targets_from(turns: list[Turn], start: int) -> list[Turn]:
-    return [(message, is_target and n >= start) for n, (message, is_target) in enumerate(turns)]
+    return [*_context(turns[:start]), *turns[start:]]
 
 
 def _history(row: Row, fields: Fields) -> list[Turn]:
@@ -287,10 +295,9 @@ def _history(row: Row, fields: Fields) -> list[Turn]:
 def _with_system(turns: list[Turn], system: Any, column: str) -> list[Turn]:
     if not isinstance(system, str):
         raise ValueError(f"column {column!r} should hold text, it holds {_kind(system)}")
-    message: Message = {"role": "system", "content": system}
-    if not turns or turns[0][0]["role"] != "system":
-        return [(message, False), *turns]
-    if turns[0][0]["content"] != system:
+    if not turns or turns[0].message["role"] != "system":
+        return [Turn({"role": "system", "content": system}, is_target=False), *turns]
+    if turns[0].message["content"] != system:
         raise ValueError(f"column {column!r} and the chat's own system message differ")
     return turns
 
