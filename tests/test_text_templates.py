@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from flowdata.text import find_fields, tokenize_rows
 from tests.chat_templates import (
@@ -400,6 +402,26 @@ def test_white_space_that_is_in_no_token_does_not_widen_the_targets(name):
     assert "Ask" not in target
     assert target.count("Reply") == 2
     assert target.endswith(">")
+
+
+@pytest.mark.parametrize("last", ["é", "。", "😀"])
+@pytest.mark.parametrize("form", ["own", "marked"])
+def test_all_bytes_of_the_last_character_are_targets(last, form):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = Tokenizer(models.BPE({sign: number for number, sign in enumerate(alphabet)}, []))
+    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    base.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
+    marks = ("{% generation %}", "{% endgeneration %}") if form == "marked" else ("", "")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n{% else %}A: "
+        + "{{ m.content }}".join(marks)
+        + "\n{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
+    chat = [says("user", "é"), says("assistant", f"好 {last}")] * 2
+    [sample] = tokenize(tokenizer, {"messages": chat})
+    targets = sample["input_ids"][sample["labels"] != -100]
+    assert targets.tolist() == 2 * tokenizer(f"好 {last}")["input_ids"]
 
 
 def test_a_tokenizer_may_have_another_template_for_chats_with_tools():

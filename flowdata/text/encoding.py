@@ -49,7 +49,7 @@ def _encode(renderings: Sequence[Rendering], tokenizer: Any, is_plain: bool) -> 
             is_target[common_length(next(prompt_ids), tokens) :] = True
         for start, end in rendering.targets:
             if tokenizer.is_fast:
-                first, last = _tokens_between(batch, number, start, end)
+                first, last = _tokens_between(batch, number, rendering.text, start, end)
             else:  # it does not say where its tokens lie
                 first, last = (
                     common_length(tokenizer(text, add_special_tokens=is_plain)["input_ids"], tokens)
@@ -59,16 +59,26 @@ def _encode(renderings: Sequence[Rendering], tokenizer: Any, is_plain: bool) -> 
         yield tokens, is_target
 
 
-def _tokens_between(batch: Any, number: int, start: int, end: int) -> tuple[int, int]:
+def _tokens_between(batch: Any, number: int, text: str, start: int, end: int) -> tuple[int, int]:
     """The tokens that characters of a text are in: the first one, and one after the last.
 
-    Some characters are in no token: a special token may swallow the spaces beside it.
+    Some characters are in no token: a special token may swallow the spaces beside it. Others are in
+    several, one for each of their bytes, of which `char_to_token` gives the first.
     """
     tokens = (batch.char_to_token(number, character) for character in range(start, end))
     first = next((token for token in tokens if token is not None), 0)
-    tokens = (batch.char_to_token(number, character) for character in range(end - 1, start - 1, -1))
-    last = next((token for token in tokens if token is not None), first - 1)
-    return first, last + 1
+    for last in range(end - 1, start - 1, -1):
+        token = batch.char_to_token(number, last)
+        if token is not None:
+            break
+    else:
+        return first, first
+    stop = token + 1
+    if text[last].isascii():  # one byte: what lies there, too, is a space of the tokenizer's own
+        return first, stop
+    while (span := batch.token_to_chars(number, stop)) and span.start <= last < span.end:
+        stop += 1
+    return first, stop
 
 
 def kept_part(length: int, max_length: int | None, truncation: Truncation) -> slice:

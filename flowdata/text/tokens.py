@@ -186,7 +186,8 @@ def tokenize_rows(
     template marks replies or TRL has a training form of it that does; and of a prompt and
     a completion of messages, whose completion is the target. In a chat without marks every reply is
     a target, from where the template begins it to its end of turn. A template that writes earlier
-    turns differently once later ones follow makes one sample of each reply.
+    turns differently once later ones follow makes one sample of each reply. A reply's last
+    character is a target with all of its tokens, where marks in TRL take the first of them alone.
 
     Args:
         rows: mappings with the text, which are passed over once.
