@@ -136,6 +136,32 @@ def test_nulls_that_arrow_adds_are_left_out(tmp_path):
     assert [row["tools"] for row in read_rows(str(tmp_path / "t.parquet"))] == tools
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version keeps no JSON text")
+def test_nulls_of_what_is_kept_as_json_are_those_of_the_data(tmp_path):
+    rows = [
+        {"chat": [{"role": "assistant", "calls": [{"x": 1}]}]},
+        {"chat": [{"role": "assistant", "calls": [{"x": "a", "y": None}]}]},
+        {"chat": [{"role": "tool", "calls": None}]},
+    ]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    assert "Json(" in repr(table.features)
+    table.to_parquet(tmp_path / "t.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for name in ("t.parquet", "saved"):
+        back = list(read_rows(str(tmp_path / name)))
+        assert back == [*rows[:2], {"chat": [{"role": "tool"}]}]
+    assert next(iter(read_rows(str(tmp_path / "t.parquet"), streaming=True))) == rows[0]
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "torch", "columns": ["id"]}, {"type": "pandas"}, {"columns": ["prompt"]}]
+)
+def test_a_saved_format_hides_nothing(form, tmp_path):
+    table = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "id": 1}])
+    table.with_format(**form).save_to_disk(tmp_path / "saved")
+    assert list(read_rows(str(tmp_path / "saved"))) == table.to_list()
+
+
 def test_saved_data_sets_have_splits(tmp_path):
     splits = {
         "train": datasets.Dataset.from_list(ROWS),

@@ -13,7 +13,8 @@ class TableStream:
     """Rows of a `datasets` data set without the nulls that Arrow adds to the objects in them.
 
     Arrow gives every object of a column the names of all the others, and null for a value: a
-    tool's parameters would come to a chat template with those of every other tool.
+    tool's parameters would come to a chat template with those of every other tool. What is kept as
+    JSON text (`datasets.Json`) has the nulls that it was written with, and keeps them.
 
     Args:
         dataset: a stream, which has no length.
@@ -23,11 +24,16 @@ class TableStream:
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[Row]:
-        return map(_clean_row, self.dataset)
+        return map(self.without_nulls, self.dataset)
 
     def first(self, count: int) -> TableStream:
         """Return the first rows alone."""
         return type(self)(self.dataset.take(count))
+
+    def without_nulls(self, row: Row) -> Row:
+        """Return a row of the data set without them."""
+        features = self.dataset.features or {}  # a stream may know none
+        return {name: _without_nulls(value, features.get(name)) for name, value in row.items()}
 
 
 class Table(TableStream):
@@ -37,7 +43,7 @@ class Table(TableStream):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Row:
-        return _clean_row(self.dataset[index])
+        return self.without_nulls(self.dataset[index])
 
 
 def read_table_files(kind: str, files: list[Path], *, streaming: bool) -> TableStream:
@@ -64,7 +70,9 @@ def read_table_files(kind: str, files: list[Path], *, streaming: bool) -> TableS
 
 
 def read_saved(folder: Path, split: str | None) -> Table:
-    """Return the rows of a data set that `save_to_disk` wrote.
+    """Return the rows of a data set that `save_to_disk` wrote, with all of their columns.
+
+    A format that was saved with it, of some columns or as tensors, is not applied.
 
     Raises:
         ValueError: it has splits, and none by that name; or a split is named, and it has none.
@@ -79,7 +87,7 @@ def read_saved(folder: Path, split: str | None) -> Table:
         dataset = dataset[name]
     elif split is not None and split != str(dataset.split):
         raise ValueError(f"split={split!r} goes with data sets that have splits; {folder} has none")
-    return Table(dataset)
+    return Table(dataset.with_format(None))
 
 
 def read_hub(
@@ -113,11 +121,20 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(reason).__name__}: {' '.join(str(reason).split())}"[:400]
 
 
-def _clean_row(row: Row) -> Row:
-    return {name: _without_nulls(value) for name, value in row.items()}
+def _without_nulls(value: Any, feature: Any) -> Any:
+    """A value without the nulls in its objects, as far as they may be Arrow's.
 
-
-def _without_nulls(value: Any) -> Any:
+    Args:
+        value: of a column, or within it.
+        feature: what `datasets` takes it for; None where that is not known.
+    """
+    if type(feature).__name__ == "Json":  # earlier versions of `datasets` have no such class
+        return value
+    inner: Any
     if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        inner = feature if isinstance(feature, dict) else {}
+        return {k: _without_nulls(v, inner.get(k)) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_without_nulls(item, inner) for item in value]
+    return value
