@@ -46,6 +46,16 @@ def lines_of(file):
     return [json.loads(line) for line in Path(file).read_text().split("\n") if line]
 
 
+def table_of(path):
+    """The rows of a file of any kind that is written."""
+    if path.suffix == ".jsonl":
+        return lines_of(path)
+    if path.suffix == ".parquet":
+        cache = path.with_name("cache")
+        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache)).to_list()
+    return datasets.load_from_disk(path).to_list()
+
+
 def weigh(capsys, store, output, *options):
     code, out, err = run(capsys, "weigh", store, "--output", output, "--json", *options)
     assert code == 0, err
@@ -316,6 +326,81 @@ def test_a_row_without_a_loss_weighs_nothing_in_its_messages(capsys, score, tmp_
     cut = {"messages": [long[0], {**long[1], "loss_weight": 0.0}], "weight": None}
     assert written[2:4] == [cut, {**rows[3], "weight": None}]
     assert written[1]["messages"][1]["loss_weight"] == written[1]["weight"] > 0
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet", "out"])
+def test_a_row_that_can_not_be_read_is_written_as_it_is_beside_chats_as_text(
+    capsys, score, tmp_path, output
+):
+    text = json.dumps([{"from": "human", "value": "?"}, {"from": "gpt", "value": "yes"}])
+    rows = [{"conversations": text}, {"conversations": "[torn"}, {"conversations": text}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    options = ("--chat-template", template, "--on-error", "skip")
+    store = score(tmp_path / "rows.parquet", *options)
+    weigh(capsys, store, tmp_path / output, "--message-weight", "loss_weight")
+    written = table_of(tmp_path / output)
+    assert [row["conversations"] for row in written] == [row["conversations"] for row in rows]
+    assert written[1].get("messages") is None
+    for row in (written[0], written[2]):
+        assert row["messages"][1]["loss_weight"] == row["weight"] > 0
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet", "out"])
+def test_weights_go_into_messages_of_several_types_and_names(capsys, score, tmp_path, output):
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]},
+        {"messages": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "no"}]},
+    ]
+    names = dict.fromkeys(("role", "content", "from", "value"))
+    filled = [{"messages": [names | message for message in row["messages"]]} for row in rows]
+    datasets.Dataset.from_list(filled).to_parquet(tmp_path / "names.parquet")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    store = score(tmp_path / "names.parquet", "--chat-template", template, store="names")
+    weigh(capsys, store, tmp_path / output, "--message-weight", "loss_scale")
+    for row in table_of(tmp_path / output):
+        assert row["messages"][1]["loss_scale"] == row["weight"] > 0
+
+    for row, arguments in zip(rows, ({"x": 1}, {"x": "a", "y": None}), strict=True):
+        for message in row["messages"]:
+            message["note"] = {"name": "f", "arguments": arguments}
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(tmp_path / "a.parquet")
+    store = score(tmp_path / "a.parquet", "--chat-template", template, store="types")
+    weigh(capsys, store, tmp_path / output, "--message-weight", "loss_scale", "--overwrite")
+    for row, written in zip(rows, table_of(tmp_path / output), strict=True):
+        assert written["messages"][1]["loss_scale"] == pytest.approx(written["weight"], 1e-6)
+        assert [m["note"] for m in written["messages"]] == [m["note"] for m in row["messages"]]
+
+
+def test_an_object_that_is_always_empty_names_a_kind_of_file_that_holds_it(capsys, score, tmp_path):
+    rows = [{**row, "meta": {}} for row in PAIRS]
+    store = score(write(tmp_path / "rows.jsonl", rows))
+    code, _, err = run(capsys, "weigh", store, "--output", tmp_path / "out.parquet")
+    assert code == 2
+    assert "'meta'" in err
+    assert "write .jsonl" in err
+    assert not list(tmp_path.glob("*out*"))
+    weigh(capsys, store, tmp_path / "qwen2.5-weighted")
+    assert len(datasets.load_from_disk(tmp_path / "qwen2.5-weighted")) == len(rows)
+
+
+def test_no_reply_and_no_weight_is_written_over(capsys, score, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    chats = score(write(tmp_path / "c.jsonl", CHATS), "--chat-template", template, store="chats")
+    pairs = score(write(tmp_path / "p.jsonl", PAIRS), store="pairs")
+    content, column = ("--message-weight", "content"), ("--weight-column", "messages")
+    for store, options, message in (
+        (chats, content, "messages have a field 'content' already"),
+        (pairs, content, "messages have a field 'content' already"),
+        (pairs, (*column, "--message-weight", "w"), "must not be named 'messages'"),
+    ):
+        code, _, err = run(capsys, "weigh", store, "--output", tmp_path / "o.jsonl", *options)
+        assert code == 2
+        assert message in err
+    weigh(capsys, pairs, tmp_path / "o.jsonl", *column)
 
 
 def test_preference_sets_have_no_weights_in_messages(capsys, score, tmp_path):

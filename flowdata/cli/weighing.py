@@ -62,17 +62,16 @@ class Weighing:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; --data says where the data is now") from None
         # A table's own data set has its rows as they are in the file, with every null.
-        rows = rows.dataset if isinstance(rows, TableStream) else rows
-        pairs = self._checked(rows, source)
+        table = rows if isinstance(rows, TableStream) else None
+        rows = rows if table is None else table.dataset
+        pairs = self._checked(rows, source, table)
         if is_lines(output):
             write_lines(({**row, **values} for _, row, values in pairs), output)
         elif isinstance(rows, list):
             write_dataset(to_dataset([{**row, **values} for _, row, values in pairs]), output)
         else:
             values = {index: value for index, _, value in pairs}  # of the rows that are written
-            names = next(iter(values.values()))
-            columns = {name: [value[name] for value in values.values()] for name in names}
-            write_dataset(with_columns(rows.select(values), columns), output)
+            write_dataset(with_columns(rows.select(values), list(values.values())), output)
 
     def figures(self) -> dict[str, Any]:
         """Return what was written, by name."""
@@ -88,7 +87,9 @@ class Weighing:
             figures["keep"] = sum(keep is True for keep in self.weights.columns["keep"])
         return figures
 
-    def _checked(self, rows: Any, source: str) -> Iterator[tuple[int, Row, dict[str, Any]]]:
+    def _checked(
+        self, rows: Any, source: str, table: TableStream | None
+    ) -> Iterator[tuple[int, Row, dict[str, Any]]]:
         """The index, the row and what it gets; raises once it is clear that the rows are others."""
         identity = rows_identity(self.scores.metadata) or {}
         digest = RowsDigest(identity["columns"])
@@ -105,7 +106,9 @@ class Weighing:
                 if self.drop:
                     continue
             self.written += 1
-            yield index, row, self.weights.values_of(index, row)
+            # It gets its weights as it was scored: Arrow's nulls are no part of its messages.
+            as_scored = row if table is None else table.without_nulls(row)
+            yield index, row, self.weights.values_of(index, as_scored)
         if self.rows < len(self.scores):
             raise _changed(source, f"it has {self.rows:,} rows, {len(self.scores):,} were scored")
         difference = rows_difference(identity, digest.identity())

@@ -15,7 +15,7 @@ import torch
 from flowdata.scores import Scores
 from flowdata.text.conversation import Row
 from flowdata.text.formats import Fields, read_conversation
-from flowdata.text.formats.flags import weight_of
+from flowdata.text.formats.flags import WEIGHTS, weight_of
 from flowdata.text.formats.messages import read_turns
 from flowdata.token_weights import weigh_targets
 from flowdata.weights import Normalize, Temperature
@@ -130,6 +130,11 @@ def weigh_rows(scores: Scores, options: WeightedColumns, fields: Fields) -> RowW
         raise ValueError("the weight's column needs a name, got ''")
     if options.name in (LOSS, TOKEN_WEIGHTS, KEEP):
         raise ValueError(f"the weight's column must not be named {options.name!r}, another is")
+    if options.message_weight is not None and options.name == MESSAGES:
+        raise ValueError(
+            f"the weight's column must not be named {MESSAGES!r}, which is that of the messages "
+            "that weights are written into"
+        )
     has_loss = ~scores.losses.isnan()
     if not has_loss.any():
         raise ValueError(f"none of the {len(scores)} rows has a loss")
@@ -178,8 +183,8 @@ def _chat_with_weights(
     turns = zip(conversation.messages, conversation.is_target, conversation.flags, strict=True)
     for message, is_target, flags in turns:
         is_reply = message["role"] == "assistant"
-        own = {name: weight * weight_of(flags, name) if is_target else 0.0} if is_reply else {}
-        messages.append({**message, **own})
+        factor = weight_of(flags, name) if is_target else 0.0
+        messages.append(_with_weight(message, name, weight * factor) if is_reply else message)
     return {MESSAGES: messages}
 
 
@@ -191,5 +196,14 @@ def _weighted(item: Mapping[str, Any], name: str, weight: float) -> dict[str, An
     """A message with its weight: one that it has already, by whatever name, stays a factor."""
     for message, is_target, flags in read_turns([item]):
         if message["role"] == "assistant":
-            return {**item, name: weight * weight_of(flags, name) if is_target else 0.0}
+            return _with_weight(item, name, weight * weight_of(flags, name) * is_target)
     return dict(item)
+
+
+def _with_weight(message: Mapping[str, Any], name: str, weight: float) -> dict[str, Any]:
+    if name not in WEIGHTS and message.get(name) is not None:
+        raise ValueError(
+            f"messages have a field {name!r} already, which is no weight that is known; name "
+            "another (--message-weight)"
+        )
+    return {**message, name: weight}

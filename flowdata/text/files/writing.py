@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from flowdata.text.files.places import is_saved
 _NO_COLUMN = (TypeError, ValueError, OverflowError)
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 PARQUET = ".parquet"
+_ENDING = re.compile(r"\.[a-z]\w*")  # and not that of a version, as in `qwen2.5-weighted`
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -34,7 +36,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         ValueError: weighted.csv is of no kind that is written; there are .jsonl, .ndjson, ...
     """
     suffix = path.suffix.lower()
-    if suffix and suffix not in (*LINES, PARQUET):
+    is_folder = not _ENDING.fullmatch(suffix)
+    if not is_folder and suffix not in (*LINES, PARQUET):
         raise ValueError(
             f"{path} is of no kind that is written; there are {', '.join(LINES)}, {PARQUET}, and "
             "names without an ending for the folder of a saved data set"
@@ -43,9 +46,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{path} is there already; name another file, or pass --overwrite")
-    if path.is_dir() and (suffix or not is_saved(path)):
+    if path.is_dir() and not (is_folder and is_saved(path)):
         raise ValueError(f"{path} is a folder of other things, which --overwrite does not remove")
-    if path.is_file() and not suffix:
+    if path.is_file() and is_folder:
         raise ValueError(f"{path} is a file, and a data set is saved into a folder")
 
 
@@ -73,10 +76,20 @@ def write_lines(rows: Iterable[Row], path: Path) -> None:
 
 
 def write_dataset(dataset: Any, path: Path) -> None:
-    """Write a Hugging Face data set as a Parquet file, or save it into a folder, whole or not."""
+    """Write a Hugging Face data set as a Parquet file, or save it into a folder, whole or not.
+
+    Raises:
+        ValueError: a column holds what Parquet can't.
+    """
     if path.suffix.lower() == PARQUET:
         with replacing(path) as file:
-            dataset.to_parquet(file)
+            try:
+                dataset.to_parquet(file)
+            except NotImplementedError as error:  # Arrow's, of objects that are empty in every row
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"a column holds what Parquet can't have ({reason}); write {LINES[0]}"
+                ) from None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -97,10 +110,37 @@ def to_dataset(rows: Sequence[Row]) -> Any:
     Raises:
         ValueError: a column holds what neither Arrow nor this version of `datasets` has one for.
     """
+    names = dict.fromkeys(name for row in rows for name in row)
+    return _from_columns({name: [row.get(name) for row in rows] for name in names})
+
+
+def with_columns(dataset: Any, values: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a Hugging Face data set with new columns, or others in the place of its own.
+
+    Args:
+        dataset: the data set.
+        values: what each row gets, by column; without a value a row keeps its own, if it has one.
+
+    Raises:
+        ValueError: as `to_dataset`.
+    """
     import datasets
 
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    columns = {}
+    for name in dict.fromkeys(name for row in values for name in row):
+        is_partial = name in dataset.column_names and not all(name in row for row in values)
+        rest = dataset[name] if is_partial else [None] * len(values)
+        columns[name] = [row.get(name, own) for row, own in zip(values, rest, strict=True)]
+    names = list(dict.fromkeys([*dataset.column_names, *columns]))
+    others = [name for name in dataset.column_names if name not in columns]
+    parts = [dataset.select_columns(others)] if others else []
+    whole = datasets.concatenate_datasets([*parts, _from_columns(columns)], axis=1)
+    return whole.select_columns(names)
+
+
+def _from_columns(columns: Mapping[str, list[Any]]) -> Any:
+    import datasets
+
     try:
         return datasets.Dataset.from_dict(columns)
     except _NO_COLUMN as error:
@@ -118,13 +158,3 @@ def to_dataset(rows: Sequence[Row]) -> Any:
         f"a column holds values that Parquet and saved data sets can't have together ({reason}); "
         f"write {LINES[0]}"
     )
-
-
-def with_columns(dataset: Any, columns: Mapping[str, Sequence[Any]]) -> Any:
-    """Return a Hugging Face data set with new columns, or others in the place of its own."""
-    names = [*dataset.column_names, *(name for name in columns if name not in dataset.column_names)]
-    for name, values in columns.items():
-        if name in dataset.column_names:
-            dataset = dataset.remove_columns(name)
-        dataset = dataset.add_column(name, list(values))
-    return dataset.select_columns(names)
