@@ -227,6 +227,21 @@ def test_splits_are_told_by_the_names_of_files(tmp_path):
         read_rows(str(tmp_path), split="dev")
 
 
+def test_files_without_a_split_beside_those_of_splits_are_left_out_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("train.jsonl", "test.jsonl", "more.jsonl", "README.txt"):
+        (tmp_path / name).write_text(as_lines(ROWS[:2]))
+    assert list(read_rows(str(tmp_path))) == ROWS[:2]
+    assert "left out, as their names tell no split and those of other files do: more.jsonl;" in (
+        caplog.text
+    )
+    assert f"such as {tmp_path}/*.jsonl" in caplog.text
+    (tmp_path / "more.jsonl").unlink()
+    caplog.clear()
+    read_rows(str(tmp_path))
+    assert "tell no split" not in caplog.text
+
+
 def test_options_that_would_be_ignored_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(as_lines(ROWS))
@@ -238,6 +253,12 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
         read_rows(str(file), encoding="utf-9")
     with pytest.raises(ValueError, match="revision goes with data sets on the hub"):
         read_rows(str(tmp_path), revision="v1")
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "a.parquet", tmp_path / "saved", "hf://datasets/owner/name"):
+        with pytest.raises(ValueError, match="encoding='cp1252' goes with JSON, CSV and text"):
+            read_rows(str(source), encoding="cp1252")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +301,7 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
             "line 2: holds one half",
         ),
         ("a.txt", b"fine\ncaf\xe9\n", "a.txt, line 2: not utf-8"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), r"is compressed; name it a.jsonl.gz"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz can't be read to its end"),
         (
             "a.jsonl.gz",

@@ -59,6 +59,7 @@ def read_rows(
         raise ValueError(f"limit must be at least 1, got {limit}")
     name = hub_id(source)
     if name is not None:
+        _refuse_encoding(encoding, source)
         rows: Any = read_hub(
             name,
             split=split or "train",
@@ -70,11 +71,13 @@ def read_rows(
         option = "configuration" if configuration else "revision"
         raise ValueError(f"{option} goes with data sets on the hub; {source} is on this machine")
     elif is_saved(Path(source).expanduser()):
+        _refuse_encoding(encoding, source)
         rows = read_saved(Path(source).expanduser(), split)
     else:
         files = files_of(source, split)
         kind = kind_of(files[0])
         if kind in ("parquet", "arrow"):
+            _refuse_encoding(encoding, source)
             rows = read_table_files(kind, files, streaming=streaming)
         else:
             lines = LineFiles(files, encoding=encoding, limit=limit, skip=on_error == "skip")
@@ -86,6 +89,14 @@ def read_rows(
     if next(iter(rows), None) is None:
         raise ValueError(f"{source} holds no rows")
     return rows
+
+
+def _refuse_encoding(encoding: str, source: str) -> None:
+    """Raise ValueError for an encoding that tables would ignore."""
+    if encoding != "utf-8":
+        raise ValueError(
+            f"encoding={encoding!r} goes with JSON, CSV and text files; {source} is none of them"
+        )
 
 
 def _say_read_whole(lines: LineFiles) -> None:

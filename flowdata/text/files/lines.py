@@ -30,6 +30,7 @@ from flowdata.text.files.places import kind_of, rows_below
 
 _EXCELS_MARK = re.compile(r"sep=(.)\s*")  # a first line that tells Excel the delimiter
 _BEGINNING = 16  # bytes of a file, by which its encoding is told
+_MARKS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 _DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -80,6 +81,7 @@ class LineFiles:
             errors = "surrogateescape" if self.skip else "strict"
             text = io.TextIOWrapper(stream, encoding=self.encoding, errors=errors, newline="")
             try:
+                _refuse_compressed(file, stream)
                 if likely := self._likely_encoding(stream):
                     raise ValueError(
                         f"{file}, line 1: every other byte is 0; name its encoding "
@@ -100,7 +102,7 @@ class LineFiles:
 
     def _likely_encoding(self, stream: IO[bytes]) -> str | None:
         """The encoding of text in pairs of bytes without a mark, which reads as UTF-8, too."""
-        begin = cast(io.BufferedReader, stream).peek(_BEGINNING)[:_BEGINNING]
+        begin = _begin_of(stream)
         halves = {"utf-16-be": begin[::2], "utf-16-le": begin[1::2]}
         if self.encoding != "utf-8-sig" or len(begin) < 2:
             return None
@@ -124,6 +126,18 @@ class LineFiles:
             f"{error.start + 1} of the line); save the file as UTF-8, or name its encoding "
             f"(--encoding {likely})"
         )
+
+
+def _begin_of(stream: IO[bytes]) -> bytes:
+    return cast(io.BufferedReader, stream).peek(_BEGINNING)[:_BEGINNING]
+
+
+def _refuse_compressed(file: Path, stream: IO[bytes]) -> None:
+    """Raise ValueError for a compressed file whose name does not say so."""
+    begin = _begin_of(stream)
+    ending = next((name for name, mark in _MARKS.items() if begin.startswith(mark)), None)
+    if ending is not None:
+        raise ValueError(f"{file} is compressed; name it {file.name}{ending}")
 
 
 def _is_no_text(row: Row) -> bool:

@@ -172,6 +172,14 @@ def _files_below(folder: Path, split: str) -> list[Path]:
             f"{folder} has no split {split!r}; there are {', '.join(map(str, splits))}"
         )
     of_split = {Path(name).resolve() for name in splits[split]}
+    of_any = {Path(name).resolve() for names in splits.values() for name in names}
+    others = [file for file in files if file.resolve() not in of_any and not _is_note(file)]
+    if others:
+        say_once(
+            f"{folder}: left out, as their names tell no split and those of other files do: "
+            f"{', '.join(file.name for file in others)}; to read them, too, name a pattern, such "
+            f"as {folder / '*'}{others[0].suffix}"
+        )
     files = [file for file in files if file.resolve() in of_split]
     notes = [file for file in files if _is_note(file)]
     if 0 < len(notes) < len(files):
