@@ -379,6 +379,16 @@ def test_tags_of_images_in_text_are_said(caplog, tokenizer, tag):
     assert "tags" not in caplog.text
 
 
+def test_text_and_chats_in_one_data_set_are_said(caplog, tokenizer):
+    rows = [{"prompt": "a", "completion": "b", "system": system} for system in ("", "c", None)]
+    tokenize_rows(rows, tokenizer, template=False)
+    assert "bare text, of which there are 2, and the first is row 0, and others go" in caplog.text
+    caplog.clear()
+    tokenize_rows(rows, tokenizer, template=True)
+    tokenize_rows(rows[::2], tokenizer, template=False)
+    assert "bare text" not in caplog.text
+
+
 def test_an_object_that_was_to_be_streamed_is_said_to_be_read_whole(caplog, tmp_path):
     caplog.set_level("INFO")
     rows = [{"prompt": "a" * 1000, "completion": "b"}] * 1100

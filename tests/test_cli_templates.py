@@ -176,6 +176,10 @@ def test_values_are_read_as_json_where_they_are_any(score, tmp_path, value, read
 
 def test_options_without_effect_are_errors(score, forgetful, tmp_path):
     data = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    rows = [{"messages": SINGLE}]
+    code, _, err = score(write(tmp_path / "chats.jsonl", rows), "--no-template")
+    assert code == 2
+    assert "--no-template would be ignored" in err
     for options, message in (
         (("--no-template", "--chat-template", forgetful), "--chat-template has no effect"),
         (("--no-template", "--template-option", "opening=a"), "--template-option has no effect"),

@@ -769,6 +769,21 @@ def test_a_chat_reads_no_input():
     assert "documents" not in find_fields({"text": "a", "documents": ["b"]}).columns()
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (Fields(messages="messages", prompt="a", completion="b"), "messages='messages' and prompt"),
+        (Fields(messages="messages", input="a"), "input='a' goes with a prompt, and the rows have"),
+        (Fields(completion="a", input="b"), "input='b' goes with a prompt"),
+        (Fields(completion="a", documents="b"), "documents='b' goes with a prompt or a chat"),
+    ],
+)
+def test_columns_that_would_not_be_read_are_refused(fields, message):
+    row = {"messages": chat(("user", "a"), ("assistant", "b")), "a": "a", "b": "b"}
+    with pytest.raises(ValueError, match=message):
+        find_fields(row, fields)
+
+
 def test_formats_have_names_and_say_what_is_scored():
     names = {
         "Alpaca": ROW_AND_RENDERING["Alpaca"][0],

@@ -98,6 +98,12 @@ class _Text:
             raise ValueError(f"no row can be scored; {next(iter(samples.unreadable.values()))}")
         if options.chat_template is not None and samples.replies is None:
             raise ValueError("--chat-template has no effect: no row goes through a chat template")
+        if options.template is False and samples.replies is not None:
+            raise ValueError(
+                "--no-template would be ignored: chats, and pairs with a system message, history, "
+                "tools or documents, always go through the chat template; leave it out, or leave "
+                "out what needs one (--system-column '' reads no system messages)"
+            )
         return samples
 
 

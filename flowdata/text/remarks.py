@@ -25,6 +25,11 @@ _EMPTY = (
     "replies are empty, in rows of which there are %d, and the first is %s: what is scored of "
     f"them is that they end; {FROM_0}"
 )
+_BARE = (
+    "rows are bare text, of which there are %d, and the first is %s, and others go through the "
+    "chat template, as chats and pairs with a system message, history, tools or documents always "
+    f"do; template=True puts all of them through it; {FROM_0}"
+)
 
 
 class RowRemarks:
@@ -32,6 +37,7 @@ class RowRemarks:
 
     def __init__(self) -> None:
         self._rows: dict[str, tuple[int, str]] = {}  # by sentence: how many, and the first
+        self._has_chats = False
 
     def look_at(
         self, number: int, conversation: Conversation, renderings: Sequence[Rendering]
@@ -46,6 +52,10 @@ class RowRemarks:
         tag = next(filter(None, (_MEDIA_TAG.search(each.text) for each in renderings)), None)
         if tag is not None:
             self._note(_TAGS, f"{tag[0]!r} in row {number}")
+        if renderings[0].num_messages:
+            self._has_chats = True
+        else:
+            self._note(_BARE, f"row {number}")
         for message, is_target in zip(conversation.messages, conversation.is_target, strict=True):
             if is_target and not any(map(message.get, _WHAT_A_REPLY_SAYS)):
                 self._note(_EMPTY, f"row {number}")
@@ -54,7 +64,8 @@ class RowRemarks:
     def say(self) -> None:
         """Say what was noted."""
         for sentence, (count, first) in self._rows.items():
-            logger.warning(sentence, count, first)
+            if sentence != _BARE or self._has_chats:
+                logger.warning(sentence, count, first)
 
     def _note(self, sentence: str, place: str) -> None:
         count, first = self._rows.get(sentence, (0, place))

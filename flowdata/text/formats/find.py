@@ -96,7 +96,28 @@ def find_fields(row: Row, fields: Fields | None = None) -> Fields:
             rejected=fields.rejected or usual.rejected,
             name=usual.name,
         )
+    _refuse_ignored(fields)
     return _with_companions(fields, names, row)
+
+
+def _refuse_ignored(fields: Fields) -> None:
+    """Raise ValueError for a column that is named, and that would not be read beside the others."""
+    if fields.messages and fields.prompt:
+        raise ValueError(
+            f"messages={fields.messages!r} and prompt={fields.prompt!r} both hold what comes "
+            "before a reply; name one of them"
+        )
+    homes = {
+        "input": (fields.prompt, "a prompt"),
+        "documents": (fields.prompt or fields.messages, "a prompt or a chat"),
+    }
+    for companion, (home, in_words) in homes.items():
+        column = getattr(fields, companion)
+        if column and not home and not _is_default(fields, companion):
+            raise ValueError(
+                f"{companion}={column!r} goes with {in_words}, and the rows have none (format: "
+                f"{fields.name}); leave it out"
+            )
 
 
 def _is_default(fields: Fields, companion: str) -> bool:
