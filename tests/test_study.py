@@ -138,8 +138,7 @@ def test_numbers_of_tensors_and_numpy_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": 80.0}, "target must hold one measure or more by name, such as .* got 80.0"),
-        ({"retained": {}}, "retained must hold one measure or more"),
+        ({"target": 80.0}, "target must hold measures by name, such as .* got 80.0"),
         ({"target": {"accuracy": "80"}}, r"target\['accuracy'\] must be a number, got '80'"),
         ({"validation": None}, "seed 0: validation must be a number, got None"),
         ({"validation": torch.ones(2)}, "validation must be a number, got tensor"),
@@ -153,6 +152,13 @@ def test_what_no_page_can_be_made_of_is_not_kept(tmp_path, change, message):
     with pytest.raises(TypeError, match=message):
         pretend(tmp_path / "r.jsonl", run)
     assert study.read_records(tmp_path / "r.jsonl") == []
+
+
+def test_a_study_of_the_new_task_alone_has_a_page(tmp_path):
+    records = pretend(tmp_path / "r.jsonl", lambda *key: Pretend()(*key) | {"retained": {}})
+    assert "| standard | 0.03 | 81.0 ± 1.0 |" in tables.report({}, records)
+    with pytest.raises(ValueError, match="needs a measure in target and one in retained"):
+        pictures.draw_picture(records)
 
 
 def test_a_run_has_to_return_its_measures(tmp_path):

@@ -50,9 +50,12 @@ def draw_picture(
 
     Raises:
         ImportError: matplotlib or scipy is not installed.
+        ValueError: runs have no measure of the new task, or none of the old.
     """
     load_extra("matplotlib", "pictures")
     first = records[0]
+    if not (first["target"] and first["retained"]):
+        raise ValueError("a picture needs a measure in target and one in retained of each run")
     target, retained = next(iter(first["target"])), next(iter(first["retained"]))
     sweeps = {
         method: _finite(by_rate, target, retained)

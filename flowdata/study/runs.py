@@ -101,10 +101,10 @@ def _checked(measures: Any, where: str) -> Record:
     checked: Record = {"validation": _number(measures["validation"], f"{where}: validation")}
     for kind in _MEASURES:
         by_name = measures[kind]
-        if not isinstance(by_name, Mapping) or not by_name:
+        if not isinstance(by_name, Mapping):
             raise TypeError(
-                f"{where}: {kind} must hold one measure or more by name, such as "
-                f"{{'accuracy': 80.0}}, got {by_name!r}"
+                f"{where}: {kind} must hold measures by name, such as {{'accuracy': 80.0}}, got "
+                f"{by_name!r}"
             )
         checked[kind] = {
             str(name): _number(value, f"{where}: {kind}[{name!r}]")

@@ -43,12 +43,13 @@ def studies(
 
 
 def measures(record: Record) -> dict[str, float]:
-    """Return a run's measures by name, and their average if all of them are accuracies."""
+    """Return a run's measures by name, and their average if all are accuracies, of both tasks."""
     values = {
         **{f"target {name}": value for name, value in record["target"].items()},
         **record["retained"],
     }
-    if all(name.endswith("accuracy") for name in values):
+    is_of_both = record["target"] and record["retained"]
+    if is_of_both and all(name.endswith("accuracy") for name in values):
         values["average"] = mean(
             [mean(record["target"].values()), mean(record["retained"].values())]
         )
