@@ -364,3 +364,55 @@ def test_a_model_that_squeezes_the_batch_away_is_told_of_it(classes, targets):
 def test_a_loss_of_predictions_and_targets_is_refused(loss):
     with pytest.raises(ValueError, match=r"takes predictions and targets; leave loss at 'auto'"):
         scored(nn.Linear(4, 3), TensorDataset(X, CLASSES), loss)
+
+
+def several_numbers(order):
+    """A `forward` that returns numbers without names beside its loss, in an order."""
+
+    def make(self):
+        def forward(x, labels=None):
+            logits = self.head(x)
+            if labels is None:
+                return logits
+            numbers = {
+                "logits": logits,
+                "accuracy": (logits.argmax(1) == labels).float().mean(),
+                "penalty": logits.logsumexp(1).square().mean(),
+                "loss": self.loss(logits, labels),
+            }
+            return tuple(numbers[name] for name in order)
+
+        self.forward = forward
+
+    return make
+
+
+class Plain(Smoothed):
+    """The same with a loss that has a name."""
+
+    def loss(self, logits, labels):
+        return None if labels is None else F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize(
+    "order", [("logits", "accuracy", "loss"), ("logits", "penalty", "loss"), ("accuracy", "loss")]
+)
+def test_several_numbers_without_names_are_no_loss(order):
+    data = TensorDataset(X, CLASSES)
+    refusal = r"returns 2 numbers without names .* return a dict with `loss`"
+    for kind, loss in ((Plain, "own"), (Smoothed, "own"), (Smoothed, "auto")):
+        model = seeded(lambda kind=kind: kind(several_numbers(order)))
+        with pytest.raises(ValueError, match=refusal):
+            scored(model, data, loss)
+    with pytest.raises(ValueError, match=r"the model's own loss is \S+ or \S+: its labels"):
+        scored(model, data, "cross_entropy")
+
+
+@pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
+@pytest.mark.parametrize("other", ["accuracy", "penalty"])
+def test_the_one_of_several_numbers_that_is_a_loss_by_name_is_the_loss(other, loss):
+    model = seeded(lambda: Plain(several_numbers(("logits", other, "loss"))))
+    losses, how = scored(model, TensorDataset(X, CLASSES), loss)
+    expected = F.cross_entropy(model.head(X), CLASSES, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    assert how.startswith("cross_entropy")

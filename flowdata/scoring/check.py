@@ -210,9 +210,10 @@ def _refuse_loss(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for values, named in _own_and_named(truth, model, batches, columns):
         if values and not any(agrees(value, named, dtype) for value in values):
+            own = " or ".join(f"{value:.6g}" for value in values)
             raise ValueError(
                 f"loss={truth.job.loss!r} gives a sample {named:.6g}, and the model's own loss is "
-                f"{values[0]:.6g}: its labels mean something else (a shift, class weights, "
+                f"{own}: its labels mean something else (a shift, class weights, "
                 "smoothing, …). Pass loss='auto' or another name, a callable (model, batch) -> "
                 "(B,) losses, or loss='own', which takes the model's own, one sample at a time"
             )

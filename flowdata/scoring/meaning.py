@@ -70,11 +70,13 @@ def decide_loss(
     name = agreed_name(model, own_values, values_of, dtype)
     if name is not None and _predicts_without_labels(model, batches[0], outputs[0], device):
         return name
+    first = next(call for call, values in zip(calls, own_values, strict=True) if values)
+    loss = own_loss_alone(model, first[0], is_labelled=first[1])
     reason = "has no name here" if name is None else "needs the labels in its forward"
     logger.warning(
         "loss='auto': the model's own loss (%.4g on a sample) %s, so it is taken as it is, "
         "loss='own', one sample at a time: several times as slow",
-        next(values for values in own_values if values)[0],
+        loss,
         reason,
     )
     return OWN

@@ -37,8 +37,9 @@ class Reading(NamedTuple):
 def own_losses(model: nn.Module, output: Any, *, is_labelled: bool = True) -> list[float]:
     """Return the values that a model's own loss can be meant to have; none if it made none.
 
-    The first is what it returned. Where the output names further terms, those values follow that
-    the loss has without them, with the factor that the configuration tells and with a factor of 1.
+    The first is what it returned, or where it returned several numbers without names, these are.
+    Where the output names further terms, those values follow that the loss has without them, with
+    the factor that the configuration tells and with a factor of 1.
 
     Args:
         model: the model, whose configuration is looked at.
@@ -54,10 +55,9 @@ def own_losses(model: nn.Module, output: Any, *, is_labelled: bool = True) -> li
 
 def readings(model: nn.Module, output: Any, *, is_labelled: bool = True) -> list[Reading]:
     """Return the values of `own_losses`, each with the factors of the terms taken off."""
-    loss = own_loss_of(output, is_labelled=is_labelled)
-    if loss is None:
+    values = [Reading(each.item(), {}) for each in _losses(output, is_labelled=is_labelled)]
+    if not values:
         return []
-    values = [Reading(loss.item(), {})]
     for factors in (term_factors(model), dict.fromkeys(_NAMED_TERMS, 1.0)):
         terms = named_terms(output, factors)
         if isinstance(terms, Tensor):
@@ -76,7 +76,8 @@ def own_loss_alone(model: nn.Module, output: Any, *, is_labelled: bool = True) -
         is_labelled: whether the model took them, see `own_loss_of`.
 
     Raises:
-        ValueError: the output names a term, and nothing tells its factor.
+        ValueError: the output names a term, and nothing tells its factor; or it holds several
+            numbers without names.
 
     Example:
         >>> own_loss_alone(nn.Identity(), {"loss": torch.tensor(2.0)})
@@ -105,26 +106,42 @@ def own_loss_of(output: Any, *, is_labelled: bool = True) -> Tensor | None:
     Args:
         output: what the model returned.
         is_labelled: whether it was given labels, and took them.
+
+    Raises:
+        ValueError: it returned several numbers without names, such as an accuracy beside the loss.
     """
-    loss = _field(output, "loss")
-    if loss is None and is_labelled:
-        loss = _unnamed_loss(output)
-    is_loss = isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1
-    return loss if is_loss else None
+    losses = _losses(output, is_labelled=is_labelled)
+    if len(losses) > 1:
+        raise ValueError(
+            f"the model returns {len(losses)} numbers without names "
+            f"({', '.join(f'{each.item():.4g}' for each in losses)}), and any of them can be its "
+            "loss; return a dict with `loss`"
+        )
+    return losses[0] if losses else None
 
 
-def _unnamed_loss(output: Any) -> Any:
-    """What may be the loss in an output without names: the first 0-d tensor, or the first entry.
+def _losses(output: Any, *, is_labelled: bool) -> list[Tensor]:
+    """What may be the loss in an output: that of this name, or without names any number."""
+    named = _field(output, "loss")
+    entries = [named] if named is not None else _unnamed_losses(output) if is_labelled else []
+    return [
+        each
+        for each in entries
+        if isinstance(each, Tensor) and each.is_floating_point() and each.numel() == 1
+    ]
 
-    Hugging Face's order without names is (loss, logits); others return (logits, loss).
+
+def _unnamed_losses(output: Any) -> list[Any]:
+    """What may be the loss in an output without names: its 0-d tensors, else the first entry.
+
+    Hugging Face's order without names is (loss, logits); others return (logits, loss), or further
+    numbers, such as an accuracy, on any side of the loss.
     """
     entries = [output] if isinstance(output, Tensor) and output.dim() == 0 else output
     if not isinstance(entries, tuple | list) or hasattr(entries, "_fields"):
-        return None
-    numbers = (each for each in entries if isinstance(each, Tensor) and each.dim() == 0)
-    first = entries[0] if entries else None
-    is_row = isinstance(first, Tensor) and first.dim() == 1
-    return next(numbers, first if is_row else None)
+        return []
+    numbers = [each for each in entries if isinstance(each, Tensor) and each.dim() == 0]
+    return numbers or [each for each in entries[:1] if isinstance(each, Tensor) and each.dim() == 1]
 
 
 def named_terms(output: Any, factors: Mapping[str, float]) -> Tensor | float:
