@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,46 @@ def test_a_model_with_other_logits_without_targets_is_scored_with_them(names, ca
         losses, _ = scored(model, data)
     torch.testing.assert_close(losses, torch.stack(expected).detach())
     assert "needs the labels in its forward" in caplog.text
+
+
+class Margin(nn.Module):
+    """A classifier by angles that takes a margin off the logit of the label, as ArcFace does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.prototypes = nn.Linear(4, 8), nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x, labels=None):
+        cosines = F.linear(F.normalize(self.body(x)), F.normalize(self.prototypes))
+        if labels is None:
+            return {"logits": 8 * cosines}
+        logits = 8 * (cosines - 0.3 * F.one_hot(labels, 3))
+        return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(vocab_size=20)])
+def test_a_model_that_changes_its_logits_by_its_labels_is_scored_with_them(config, caplog):
+    pairs, tokens = TensorDataset(X, CLASSES), TensorDataset(TOKENS, TOKENS.flip(0))
+    for make, data in ((Margin, pairs), (LastLogits, tokens)):
+        model = seeded(make)
+        if config is not None:
+            model.config = config
+        own = [model(x[None], y[None]) for x, y in data]
+        expected = torch.stack([each[1] if make is LastLogits else each["loss"] for each in own])
+        losses, how = scored(model, data)
+        torch.testing.assert_close(losses, expected.detach())
+        assert how.startswith("own")
+
+
+@pytest.mark.parametrize("config", [SimpleNamespace(hidden=16), {"hidden": 16}])
+@pytest.mark.parametrize("ending", ["ForSequenceClassification", "ForConditionalGeneration"])
+def test_a_class_named_like_one_of_hugging_face_has_a_configuration_of_its_own(ending, config):
+    model = type(f"Net{ending}", (nn.Linear,), {})(4, 3)
+    model.config = config
+    losses, how = scored(model, TensorDataset(X, CLASSES))
+    expected = F.cross_entropy(model(X), CLASSES, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    assert how.startswith("cross_entropy")
 
 
 class Counting(nn.Module):

@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from flowdata.models.calling import innermost, parameters_of
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import IGNORE_INDEX, LABEL_FIELDS, UNSIGNED
+from flowdata.targets.which_loss import is_hugging_face
 
 Collate = Callable[[list[Any]], Any]
 _READ_BY_COLLATION = ("input_ids", "attention_mask", "position_ids")
@@ -93,7 +94,7 @@ def check_stackable(sample: Any) -> None:
 
 def _check_tokenised(sample: Any, model: nn.Module) -> None:
     """Raise ValueError if a sample is text, or chats, where a Hugging Face model takes tokens."""
-    if not hasattr(innermost(model), "config"):
+    if not is_hugging_face(model):
         return
     fields = sample if isinstance(sample, Mapping) else {"text": sample}
     inputs = {name: value for name, value in fields.items() if name not in LABEL_FIELDS}

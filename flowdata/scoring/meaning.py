@@ -20,10 +20,16 @@ from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
 from flowdata.targets.labels import LABEL_FIELDS, split_batch
-from flowdata.targets.meaning import agreed_name, check_are_logits, losses_by_name, name_by_labels
+from flowdata.targets.meaning import (
+    agreed_name,
+    all_agree,
+    check_are_logits,
+    losses_by_name,
+    name_by_labels,
+)
 from flowdata.targets.own_loss import own_loss_alone, own_losses
 from flowdata.targets.predictions import logits_of, predict
-from flowdata.targets.which_loss import OWN, loss_of_model
+from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN, is_hugging_face, loss_of_model
 
 
 def decide_loss(
@@ -68,7 +74,10 @@ def decide_loss(
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = agreed_name(model, own_values, values_of, dtype)
-    if name is not None and _predicts_without_labels(model, batches[0], outputs[0], device):
+    if name is not None and (
+        (name in LANGUAGE_LOSSES and is_hugging_face(model))  # they make it in ways of their own
+        or all_agree(_named_without_labels(model, name, batches, device), own_values, dtype)
+    ):
         return name
     first = next(call for call, values in zip(calls, own_values, strict=True) if values)
     loss = own_loss_alone(model, first[0], is_labelled=first[1])
@@ -82,20 +91,20 @@ def decide_loss(
     return OWN
 
 
-def _predicts_without_labels(
-    model: nn.Module, batch: Any, output: Any, device: torch.device
-) -> bool:
-    """Whether a model makes the same logits without labels, from which losses by name are made.
+def _named_without_labels(
+    model: nn.Module, name: str, batches: Sequence[Any], device: torch.device
+) -> list[float | None]:
+    """The losses by a name of what a model makes without labels, as scoring calls it.
 
-    Hugging Face's models do. One of the user's own may need them, or give the last logits alone.
+    A model may need its labels, give the last logits alone without them, or change the logits by
+    them, as a margin does; then the loss by name is another one.
     """
-    if hasattr(innermost(model), "config"):
-        return True
     try:
-        logits = logits_of(predict(model, to_device(split_batch(batch)[0], device)))
+        inputs = [to_device(split_batch(batch)[0], device) for batch in batches]
+        outputs = [predict(model, each) for each in inputs]
     except (TypeError, ValueError, AttributeError):
-        return False
-    return logits.shape == logits_of(output).shape
+        return [None] * len(batches)
+    return [_named_loss(name, *pair) for pair in zip(outputs, batches, strict=True)]
 
 
 def output_with_labels(model: nn.Module, batch: Any) -> Any:

@@ -44,7 +44,7 @@ def agreed_name(
     """
     by_class = loss_of_model(innermost(model))
     names = filter(None, (by_class, *_names(model)))
-    return next((n for n in names if _all_agree(values_of(n), own_values, dtype)), None)
+    return next((n for n in names if all_agree(values_of(n), own_values, dtype)), None)
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:
@@ -57,10 +57,10 @@ def _names(model: nn.Module) -> tuple[str, ...]:
     return ("causal_lm", *PREDICTION_LOSSES)  # labels in their own places are classes
 
 
-def _all_agree(
+def all_agree(
     named: Sequence[float | None], own_values: Sequence[Sequence[float]], dtype: torch.dtype
 ) -> bool:
-    """Whether a loss by name is the model's own on every batch, and a number on one at least."""
+    """Return whether a loss by name is the model's own on every batch, and a number on one."""
     pairs = list(zip(named, own_values, strict=True))
     is_known = any(value is not None and value == value for value in named)  # NaN: no target
     return is_known and all(
@@ -193,6 +193,8 @@ def _name_by_tokens(batches: Sequence[Any], logits: Tensor) -> str:
     classes = logits.shape[-1]
     if logits.dim() != 3:
         return loss_of_batch(batches[0])
+    if logits.shape[::2] == pairs[0][1].shape != logits.shape[:2]:  # type: ignore[union-attr]
+        return "cross_entropy"  # PyTorch's (B, C, T), which is no language model's
     is_target = labels != IGNORE_INDEX
     if torch.equal(tokens[is_target], labels[is_target]):
         return "causal_lm"

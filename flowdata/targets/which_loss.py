@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowdata.models.calling import innermost
 from flowdata.targets.labels import (
     IGNORE_INDEX,
     describe_batch,
@@ -51,16 +53,27 @@ def first_argument(function: Callable[..., Any]) -> str:
         return ""
 
 
+def is_hugging_face(model: nn.Module) -> bool:
+    """Return whether a model is one of Hugging Face's, whose layouts and configuration are known.
+
+    A model of the user's own may have a `config` of its own.
+    """
+    # Whoever has a configuration of transformers has imported it.
+    module = sys.modules.get("transformers.configuration_utils")
+    config = getattr(innermost(model), "config", None)
+    return module is not None and isinstance(config, module.PretrainedConfig)
+
+
 def loss_of_model(model: nn.Module) -> str | None:
     """Return the name of the loss that a Hugging Face model's class is made for.
 
     None where neither its name nor its configuration tells.
     """
     name = type(model).__name__
-    config: Any = getattr(model, "config", None)
     for ending, loss in _LOSS_OF_CLASS.items():
         if name.endswith(ending):
             return loss
+    config: Any = getattr(model, "config", None) if is_hugging_face(model) else None
     if name.endswith("ForConditionalGeneration") and config is not None:
         return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
     if name.endswith(_CLASSIFIERS) and config is not None:
