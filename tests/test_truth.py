@@ -295,6 +295,48 @@ def test_as_many_classes_as_frames(lengths):
     torch.testing.assert_close(scores.losses, expected)
 
 
+class ClassesSecond(Tagger):
+    """PyTorch's (B, C, T) logits."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [2, CLASSES, 7, 3, CLASSES, 4] * 3,  # all are checked
+        [4, *[CLASSES] * 40, 9, *[CLASSES] * 8],
+        [*[CLASSES] * 41, 7, *[CLASSES] * 60],  # none of those that are checked tells
+    ],
+)
+@pytest.mark.parametrize("make", [Tagger, ClassesSecond])
+def test_shapes_tell_the_axis_of_classes_wherever_they_can(make, lengths, loss):
+    model = make().eval()
+    if loss == "auto":
+        model.config = {"a": "model of the user's own"}
+    samples = tagged([{"input_ids": torch.randint(VOCABULARY, (n,))} for n in lengths])
+    logits = [model(s["input_ids"][None]) for s in samples]
+    logits = logits if make is ClassesSecond else [each.movedim(-1, 1) for each in logits]
+    expected = [F.cross_entropy(z, s["labels"][None]) for z, s in zip(logits, samples, strict=True)]
+    scores, _ = scored(model, samples, loss)
+    torch.testing.assert_close(scores.losses, torch.stack(expected).detach())
+
+
+@pytest.mark.parametrize("make", [Tagger, ClassesSecond])
+def test_an_axis_of_classes_that_nothing_tells_is_refused(make):
+    from transformers import BertForTokenClassification
+
+    samples = tagged([{"input_ids": torch.randint(VOCABULARY, (CLASSES,))} for _ in range(20)])
+    with pytest.raises(ValueError, match="either axis could be the classes'"):
+        scored(make(), samples, "cross_entropy")
+    torch.manual_seed(0)
+    known = BertForTokenClassification(bert(num_labels=CLASSES)).eval()
+    scores, _ = scored(known, samples, "cross_entropy")
+    torch.testing.assert_close(scores.losses, own_losses(known, samples), rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_returns_features_beside_its_logits_is_asked_which():
     class Both(nn.Module):
         def __init__(self):

@@ -37,7 +37,7 @@ from flowdata.models.rope import loaded_frequencies
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.meaning import agreed_name, check_are_logits, name_by_labels
 from flowdata.targets.own_loss import term_factors
-from flowdata.targets.predictions import is_of_tokens, logits_of
+from flowdata.targets.predictions import are_known_last, logits_of
 from flowdata.targets.which_loss import OWN, loss_of_model
 
 _MOST_LOGITS = 2**26  # of which a gradient is held twice: 256 MiB each in float32
@@ -195,7 +195,7 @@ class _Comparison:
                 "loss='binary_cross_entropy' or loss='mse'"
             )
         runs = list(self._variants(name))
-        if len(runs) > 1 and not is_of_tokens(self.model, self.inputs, self.labels):  # type: ignore[arg-type]
+        if len(runs) > 1 and not are_known_last(self.model, self.labels):  # type: ignore[arg-type]
             raise ValueError(
                 f"loss='cross_entropy': logits of shape {tuple(logits.shape)} have as many classes "
                 "as places, so that either axis could be the classes'; pass loss=(outputs, batch) "

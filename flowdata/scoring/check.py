@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ from flowdata.targets.predictions import (
 from flowdata.targets.target_losses import Way, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
+_MOST_SOUGHT = 1000  # samples, for one whose shape tells the axis of classes
 _MOST_CHECKED = 8  # samples before a run; of a data set as small as `FEW`, all are
 # Samples whose loss is compared with the model's own. Of tokens each sample has many targets.
 _MOST_ASKED, _MOST_ASKED_OF_TOKENS = 3, 1
@@ -105,7 +106,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
     samples = samples_to_check(job, plan)
     batches = [job.collate([sample]) for sample in samples]
     with order_explained(batches[0] if isinstance(job.loss, str) else None):
-        plain_of = _plain_way(job, model, batches)
+        plain_of = _plain_way(job, batches)
         in_nats = not (callable(job.loss) or job.loss in ("mse", OWN))
         truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
         evidence = gather_evidence(truth, samples, batches)
@@ -153,7 +154,7 @@ def samples_to_check(job: Job, plan: Plan) -> list[Any]:
     return [*suspects, *(samples[place] for place in differing(samples, _MOST_CHECKED))]
 
 
-def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[nn.Module], Way]:
+def _plain_way(job: Job, batches: Sequence[Any]) -> Callable[[nn.Module], Way]:
     """What makes the way of one sample alone, by the model's own forward, for a model."""
     loss, columns, device = job.loss, job.columns, job.device
     if not isinstance(loss, str):
@@ -162,8 +163,25 @@ def _plain_way(job: Job, model: nn.Module, batches: Sequence[Any]) -> Callable[[
         return lambda _: own_way(loss_with_labels, device)
     if loss in LANGUAGE_LOSSES:
         return lambda model: plain_way(model, loss, columns, device)
-    last = loss == "cross_entropy" and classes_come_last(model, batches, device)
-    return lambda _: prediction_way(loss, columns, device, classes_last=last)
+    last = [] if loss == "cross_entropy" else [False]
+
+    def way_of(model: nn.Module) -> Way:
+        if not last:  # not before: where a model fails on a sample, the evidence says why
+            seen = chain(batches, _further_batches(job))
+            last.append(classes_come_last(model, seen, device))
+        return prediction_way(loss, columns, device, classes_last=last[0])
+
+    return way_of
+
+
+def _further_batches(job: Job) -> Iterator[Any]:
+    """Short samples from all over the data set, each collated alone."""
+    size = len(job.dataset)
+    for index in range(0, size, -(-size // _MOST_SOUGHT)):
+        with contextlib.suppress(SampleError):  # the run will meet it and say so
+            sample = job.dataset[index]
+            if not isinstance(sample, Unreadable) and is_short(sample):
+                yield job.collate([sample])
 
 
 def _check_loss(truth: Truth, evidence: Evidence) -> None:

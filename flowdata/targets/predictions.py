@@ -6,20 +6,20 @@ own, in flowdata/scoring/language.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import call_in_order, call_with, innermost
+from flowdata.models.calling import call_in_order, call_with
 from flowdata.models.hooks import last_call
 from flowdata.models.tensors import CPU, to_device
 from flowdata.targets.labels import describe_batch, split_batch, strings_for_targets
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
-from flowdata.targets.which_loss import first_argument
+from flowdata.targets.which_loss import first_argument, is_hugging_face
 
 # How names end under which outputs hold no logits: losses, and what a model without a head returns.
 _NO_LOGITS = ("loss", "losses", "hidden_state", "hidden_states", "pooler_output")
@@ -71,47 +71,47 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def classes_come_last(model: nn.Module, batches: Sequence[Any], device: torch.device) -> bool:
+def classes_come_last(model: nn.Module, batches: Iterable[Any], device: torch.device) -> bool:
     """Return whether logits are (B, T, C) and not (B, C, T), PyTorch's order.
 
     The shapes tell, unless there are as many classes as places in every batch. Then it is known of
-    models of tokens, and of Hugging Face's: classes come last.
+    Hugging Face's models: classes come last.
 
     Args:
         model: the model.
-        batches: with targets.
+        batches: with targets; they are looked at until the shapes of one tell.
         device: where the model takes its inputs.
 
     Raises:
         ValueError: nothing tells.
     """
-    shape = None
+    shape, is_known = None, False
     for batch in batches:
         inputs, targets = split_batch(batch)
         if targets is None or targets.dim() < 2 or targets.is_floating_point():
             return False
-        if is_of_tokens(model, inputs, targets):
-            return True
+        if shape is not None and targets.shape[1:] == shape[2:]:
+            continue  # as many places as before tell no more
         logits = predict(model, to_device(inputs, device))
         is_second = targets.shape == logits.shape[:1] + logits.shape[2:]
         is_last = targets.shape == logits.shape[:-1]
         if not (is_second and is_last):
             return is_last
-        shape = tuple(logits.shape)
-    if shape is None:
-        return False
+        shape, is_known = tuple(logits.shape), are_known_last(model, targets)
+    if shape is None or is_known:
+        return is_known
     raise ValueError(
         f"loss='cross_entropy': the model returns logits of shape {shape} for as many classes as "
         "places, so that either axis could be the classes'; pass loss=callable(model, batch)"
     )
 
 
-def is_of_tokens(model: nn.Module, inputs: Any, targets: Tensor) -> bool:
-    """Return whether (B, T) targets are those of a model of tokens, or of one of Hugging Face's."""
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == targets.shape:
-        return targets.dim() == 2
-    return targets.dim() == 2 and hasattr(innermost(model), "config")
+def are_known_last(model: nn.Module, targets: Tensor) -> bool:
+    """Return whether a model is known to give (B, T, C) logits of (B, T) targets.
+
+    Hugging Face's models do. One of the user's own may give PyTorch's (B, C, T).
+    """
+    return targets.dim() == 2 and is_hugging_face(model)
 
 
 def own_way(loss_of: Callable[[nn.Module, Any], float | None], device: torch.device = CPU) -> Way:
