@@ -219,3 +219,38 @@ def test_a_loss_that_compares_the_samples_of_a_batch_is_refused():
     data = TensorDataset(torch.randn(20, 4), torch.zeros(20))
     with pytest.raises(ValueError, match=r"a loss of 0 when it is alone.*contrastive losses do"):
         LossScorer(nn.Linear(4, 8), contrastive, progress=False).score(data)
+
+
+class Contrasting(nn.Module):
+    """Each sample's own positive against the positives of the others in its batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, anchor, positive):
+        sides = (nn.functional.normalize(self.layer(each)) for each in (anchor, positive))
+        products = 100 * next(sides) @ next(sides).T
+        return {"loss": nn.functional.cross_entropy(products, torch.arange(len(products)))}
+
+
+@pytest.mark.parametrize("loss", ["auto", "own"])
+def test_an_own_loss_that_compares_the_samples_of_a_batch_is_refused(loss):
+    samples = [{"anchor": torch.randn(4), "positive": torch.randn(4)} for _ in range(20)]
+    model = Contrasting()
+    for sample in samples:  # a trained model tells samples apart, and has hardly a loss of two
+        sample["positive"] = sample["anchor"]
+    with pytest.raises(ValueError, match=r"'own' gives .* 0 when .* for two of them.*contrastive"):
+        LossScorer(model, loss, progress=False).score(samples)
+
+
+def test_an_own_loss_of_0_that_compares_nothing_is_taken():
+    class Fitted(nn.Linear):
+        def forward(self, x, labels):
+            return {"loss": (super().forward(x) - labels).square().mean()}
+
+    model, x = Fitted(4, 1), torch.randn(9, 4)
+    labels = nn.functional.linear(x, model.weight, model.bias).detach()
+    rows = [{"x": each, "labels": label} for each, label in zip(x, labels, strict=True)]
+    assert LossScorer(model, "own", progress=False).score(rows).losses.abs().max() < 1e-9
