@@ -68,6 +68,9 @@ def test_answers_are_held_and_not_handed_out():
 def test_real_numbers_are_no_classes():
     with pytest.raises(ValueError, match="predicts real numbers"):
         DriftMeter(Body(), list(zip(MANY, torch.randn(64, 3), strict=True)))
+    for labels in (torch.rand(64, 3), torch.randint(0, 2, (64, 3)) * 0.9 + 0.05):
+        with pytest.raises(ValueError, match=r"can be answers, .* give answers as 0 and 1"):
+            DriftMeter(Body(), list(zip(MANY, labels, strict=True)))
     options = {"num_labels": 4, "problem_type": "regression"}
     model = encoder("BertForSequenceClassification", **options)
     with pytest.raises(ValueError, match="predicts real numbers"):

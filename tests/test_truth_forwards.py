@@ -261,7 +261,7 @@ def test_models_compiled_by_torch_jit():
 
 def test_targets_are_looked_at_all_over_a_data_set():
     # A table sorted by its target begins with what could be a yes or no.
-    targets = torch.cat([torch.zeros(70), torch.linspace(0, 1, 130)])
+    targets = torch.cat([torch.zeros(70), torch.linspace(0, 5, 130)])
     data = TensorDataset(torch.randn(200, 4), targets)
     model = seeded(lambda: nn.Linear(4, 1))
     losses, how = scored(model, data)
@@ -457,3 +457,59 @@ def test_the_one_of_several_numbers_that_is_a_loss_by_name_is_the_loss(other, lo
     expected = F.cross_entropy(model.head(X), CLASSES, reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     assert how.startswith("cross_entropy")
+
+
+def answers(name):
+    """Floating targets of 40 samples and 5 classes that could be numbers."""
+    generator = torch.Generator().manual_seed(3)
+    yes = torch.randint(0, 2, (40, 5), generator=generator).float()
+    is_unknown = torch.rand(40, 5, generator=generator) < 0.3
+    return {
+        "with NaN": yes.masked_fill(is_unknown, torch.nan),
+        "with -100": yes.masked_fill(is_unknown, -100),
+        "smoothed": yes * 0.9 + 0.05,
+        "shares": torch.rand(40, 5, generator=generator),
+        "smoothed, with NaN": (yes * 0.9 + 0.05).masked_fill(is_unknown, torch.nan),
+        "unsure": torch.randint(-1, 2, (40, 5), generator=generator).float(),
+        "signs": 2 * yes - 1,
+    }[name]
+
+
+def mean_of_known(each, targets):
+    return torch.stack(
+        [losses[known].mean() for losses, known in zip(each, targets >= 0, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("name", ["with NaN", "with -100"])
+def test_answers_that_are_not_known_are_no_targets(name):
+    model, targets = seeded(lambda: nn.Linear(4, 5)), answers(name)
+    targets[7] = torch.nan
+    data = TensorDataset(torch.randn(40, 4), targets)
+    losses, how = scored(model, data)
+    logits = model(data.tensors[0]).detach()
+    each = F.binary_cross_entropy_with_logits(logits, targets.clamp(0, 1), reduction="none")
+    torch.testing.assert_close(losses, mean_of_known(each, targets), equal_nan=True)
+    assert how.startswith("binary_cross_entropy")
+    assert losses.isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("one_output", [False, True])
+@pytest.mark.parametrize("name", ["smoothed", "shares", "smoothed, with NaN", "unsure", "signs"])
+def test_numbers_that_can_be_answers_are_asked_for(name, one_output):
+    targets = answers(name)[:, :1] if one_output else answers(name)
+    model = seeded(lambda: nn.Linear(4, targets.shape[1]))
+    data = TensorDataset(torch.randn(40, 4), targets)
+    with pytest.raises(ValueError, match=r"can be answers.* or any numbers; .*'mse'"):
+        scored(model, data)
+    losses, _ = scored(model, data, "mse")
+    expected = (model(data.tensors[0]) - targets).square().mean(1).detach()
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+
+
+def test_whole_numbers_of_one_output_may_be_those_of_a_regression():
+    model, ages = seeded(lambda: nn.Linear(4, 1)), torch.randint(18, 80, (12,))
+    with pytest.raises(ValueError, match=r"for one number 'mse'"):
+        scored(model, TensorDataset(X, ages))
+    losses, _ = scored(model, TensorDataset(X, ages), "mse")
+    torch.testing.assert_close(losses, (model(X)[:, 0] - ages).square().detach())

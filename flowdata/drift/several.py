@@ -18,7 +18,7 @@ from flowdata.head.kl import Divergences, Predictions, divergences, logits_of
 from flowdata.head.kl_logits import kl_of_logits
 from flowdata.models.calling import innermost
 from flowdata.targets.labels import split_batch
-from flowdata.targets.which_loss import loss_of_batch, loss_of_model
+from flowdata.targets.which_loss import are_probabilities, loss_of_batch, loss_of_model
 
 
 def has_several_labels(model: nn.Module, batch: Any, classes: int) -> bool:
@@ -30,7 +30,7 @@ def has_several_labels(model: nn.Module, batch: Any, classes: int) -> bool:
         classes: outputs of the model.
 
     Raises:
-        ValueError: the outputs are no predictions of classes, but real numbers.
+        ValueError: the outputs are no predictions of classes, but real numbers, or may be.
     """
     loss = loss_of_model(innermost(model)) or _loss_of_labels(batch, classes)
     if loss == "mse":
@@ -46,10 +46,15 @@ def _loss_of_labels(batch: Any, classes: int) -> str | None:
     targets = split_batch(batch)[1]
     if not isinstance(targets, Tensor) or targets.dim() != 2 or targets.shape[1] != classes:
         return None
+    if targets.is_floating_point() and are_probabilities(targets):
+        return None  # of one class
     try:
         return loss_of_batch(batch)
-    except ValueError:  # a single 1 in each row, which is one class
-        return None
+    except ValueError as error:
+        raise ValueError(
+            "the probe's labels can be answers, yes or no to each class, and real numbers, which "
+            "are no distribution over classes, so that they have no KL; give answers as 0 and 1"
+        ) from error
 
 
 def divergences_of_answers(base: Predictions, tuned: Predictions) -> Divergences:

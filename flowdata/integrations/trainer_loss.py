@@ -20,7 +20,7 @@ from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mea
 from flowdata.models.adapters import base_model
 from flowdata.models.calling import innermost, takes_field
 from flowdata.models.tensors import to_device
-from flowdata.targets.labels import IGNORE_INDEX, split_batch
+from flowdata.targets.labels import IGNORE_INDEX, are_targets, split_batch
 from flowdata.targets.meaning import losses_by_name
 from flowdata.targets.predictions import logits_of
 from flowdata.targets.which_loss import OWN
@@ -265,7 +265,7 @@ def _targets(loss: str, labels: Tensor) -> Tensor:
         return torch.ones(len(labels), device=labels.device)  # of the classes together
     if loss == "mse":
         return torch.ones_like(labels, dtype=torch.float32)
-    return (labels != IGNORE_INDEX).float()
+    return are_targets(labels).float()
 
 
 def _checked(losses: Any, weights: Tensor) -> Tensor:

@@ -87,6 +87,16 @@ def describe_batch(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
+def are_targets(labels: Tensor) -> Tensor:
+    """Return where labels are targets: not where they are −100, or NaN, as of assays not made.
+
+    Example:
+        >>> are_targets(torch.tensor([1.0, 0.0, -100.0, torch.nan]))
+        tensor([ True,  True, False, False])
+    """
+    return (labels != IGNORE_INDEX) & ~labels.isnan()
+
+
 def next_tokens(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Return what each position of a causal model predicts, (B, T): the label one place further.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowdata.errors import OutOfRangeError
 from flowdata.models.tensors import to_device
 from flowdata.targets.columns import columns_of_logits
-from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.targets.labels import IGNORE_INDEX, are_targets
 from flowdata.targets.target_losses import TargetLosses
 
 # A model that squeezes all axes of its output gives one sample alone another shape than a batch.
@@ -97,7 +97,8 @@ def _classes_second(logits: Tensor, targets: Tensor, *, classes_last: bool) -> T
         hint = _SQUEEZED if logits.dim() == 0 or len(targets) < len(logits) else ""
         raise ValueError(
             f"cross_entropy needs logits of at least two classes, got shape {tuple(logits.shape)}; "
-            f"for one logit a sample pass loss='binary_cross_entropy'{hint}"
+            "for one logit a sample pass loss='binary_cross_entropy', for one number 'mse'"
+            f"{hint}"
         )
     _check_shapes("cross_entropy", logits, targets, logits.shape[:1] + logits.shape[2:])
     return logits
@@ -108,14 +109,14 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> TargetLosses:
 
     Args:
         logits: (B,), (B, 1) or (B, L) floating.
-        targets: (B,), (B, 1) or (B, L) in [0, 1]; −100 is ignored, and the loss of NaN is NaN.
+        targets: (B,), (B, 1) or (B, L) in [0, 1]; −100 and NaN are no targets.
 
     Raises:
         ValueError: shapes that don't fit, or a target outside [0, 1].
     """
     logits = _without_last_one(logits, targets)
     _check_shapes("binary_cross_entropy", logits, targets, logits.shape)
-    is_target = targets != IGNORE_INDEX
+    is_target = are_targets(targets)
     strange = targets[is_target & ((targets < 0) | (targets > 1))]
     if len(strange):
         raise OutOfRangeError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowdata.models.calling import innermost
 from flowdata.targets.labels import (
     IGNORE_INDEX,
+    are_targets,
     describe_batch,
     split_batch,
     strings_for_targets,
@@ -86,11 +87,12 @@ def loss_of_batch(batch: Any) -> str:
     """Return the name of the loss that a batch of samples calls for.
 
     Token batches are causal language modelling, integer targets cross-entropy, (B, L) bools and
-    floating targets that are all 0 or 1 (or −100) binary cross-entropy, other floating targets
-    the mean squared error.
+    floating targets that are all 0 or 1 (or −100 or NaN, which are none) binary cross-entropy,
+    other floating targets the mean squared error.
 
     Raises:
-        ValueError: nothing fits; the message says what to pass.
+        ValueError: nothing fits, or two losses do: floating targets from 0 to 1, and −1, 0 and 1,
+            can be answers and numbers; the message says what to pass.
     """
     inputs, targets = split_batch(batch)
     if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
@@ -114,8 +116,26 @@ def loss_of_batch(batch: Any) -> str:
                 "'binary_cross_entropy'"
             )
         return "cross_entropy"
-    is_binary = (targets == 0) | (targets == 1) | (targets == IGNORE_INDEX)
-    return "binary_cross_entropy" if is_binary.all() else "mse"
+    return _loss_of_numbers(targets[are_targets(targets)])
+
+
+def _loss_of_numbers(values: Tensor) -> str:
+    """The loss of floating targets, (n,), of which each is one."""
+    if ((values == 0) | (values == 1)).all():
+        return "binary_cross_entropy"
+    if ((values >= 0) & (values <= 1)).all():
+        raise ValueError(
+            "loss='auto' found floating targets that all lie between 0 and 1: they can be answers, "
+            "yes or no, that are smoothed, or any numbers; pass loss='binary_cross_entropy' or "
+            "'mse'"
+        )
+    if ((values.abs() == 1) | (values == 0)).all():
+        raise ValueError(
+            "loss='auto' found floating targets that are all −1, 0 or 1: they can be answers, yes, "
+            "no or unsure, or any numbers; pass loss='mse', or give answers as 0 and 1, and "
+            f"{IGNORE_INDEX} where nothing counts, with loss='binary_cross_entropy'"
+        )
+    return "mse"
 
 
 def are_probabilities(targets: Tensor) -> bool:

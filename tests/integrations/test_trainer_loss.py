@@ -26,12 +26,18 @@ def mean_of_outputs(outputs, batch):
         ("cross_entropy", torch.tensor([0, 1, -100]), [1, 1, 0]),
         ("cross_entropy", torch.rand(3, 4), [1, 1, 1]),
         ("binary_cross_entropy", torch.ones(3, 4), [4, 4, 4]),
+        ("binary_cross_entropy", torch.tensor([[1.0, 0], [torch.nan, 1], [-100, 0]]), [2, 1, 1]),
         ("mse", torch.ones(3, 2, 2), [4, 4, 4]),
         (mean_of_outputs, torch.ones(3, 2), [1, 1, 1]),
     ],
 )
 def test_the_denominator_counts_the_losses_or_their_weights(loss, labels, counts):
     batch, loss = {"labels": labels}, RunLoss(loss)
+    if loss.loss == "binary_cross_entropy":  # each weight has its losses
+        options = {"normalize": "count", "num_items": None}
+        logits = torch.zeros_like(labels)
+        value = weighted_loss(loss, {"logits": logits}, batch, torch.ones(3), **options)
+        torch.testing.assert_close(value, torch.tensor(2.0).log())
     for weights in (None, WEIGHTS):
         assert count_batch(loss, batch, weights, normalize="count") == sum(counts)
     assert count_batch(loss, batch, None, normalize="weights") == sum(counts)
