@@ -662,12 +662,39 @@ class Stream(IterableDataset):
         return iter(token_samples(3))
 
 
+class FocalLoss(nn.Module):
+    """A criterion of the user's own."""
+
+    def forward(self, logits, y):
+        losses = F.cross_entropy(logits, y, reduction="none")
+        return (1 - (-losses).exp()).square() * losses
+
+
+class OfAModel(FocalLoss):
+    """The same of a model and a batch."""
+
+    def forward(self, model, batch):
+        return super().forward(model(batch[0]), batch[1])
+
+
+def test_a_module_may_be_a_loss_of_a_model_and_a_batch():
+    model, data = TinyResNet().eval(), images(8)
+    losses = quiet(model, OfAModel()).score(data).losses
+    expected = [FocalLoss()(model(x[None]), torch.tensor([y])) for x, y in data]
+    torch.testing.assert_close(losses, torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"model": "gpt2"}, TypeError, r"model must be a torch.nn.Module, got str"),
         ({"loss": "nll"}, ValueError, r"loss must be 'auto', one of 'causal_lm'"),
         ({"loss": nn.CrossEntropyLoss()}, ValueError, "CrossEntropyLoss takes predictions and"),
+        ({"loss": FocalLoss()}, ValueError, "FocalLoss takes predictions and targets"),
+        ({"loss": FocalLoss().forward}, ValueError, "forward takes predictions and targets"),
+        ({"loss": lambda outputs, labels: 0}, ValueError, "takes predictions and targets"),
+        ({"loss": lambda logits, targets: 0}, ValueError, "takes predictions and targets"),
+        ({"loss": lambda logits, mask: 0}, ValueError, "takes predictions and targets"),
         ({"loss": nn.L1Loss(reduction="none")}, ValueError, "leave loss at 'auto', or pass a func"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be a positive integer or None, got 0"),
         ({"batch_size": 2.5}, ValueError, "batch_size must be a positive integer"),

@@ -513,3 +513,60 @@ def test_whole_numbers_of_one_output_may_be_those_of_a_regression():
         scored(model, TensorDataset(X, ages))
     losses, _ = scored(model, TensorDataset(X, ages), "mse")
     torch.testing.assert_close(losses, (model(X)[:, 0] - ages).square().detach())
+
+
+class Boxes(nn.Module):
+    """A detector of one box, whose labels are a list of dicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x, labels=None):
+        boxes = self.head(x)
+        if labels is None:
+            return {"pred_boxes": boxes}
+        pairs = zip(boxes, labels, strict=True)
+        loss = sum((box - each["boxes"]).abs().mean() for box, each in pairs) / len(labels)
+        return {"loss": loss, "pred_boxes": boxes}
+
+
+def of_each(model, batch):
+    pairs = zip(batch["x"], batch["labels"], strict=True)
+    return torch.stack([model(x[None], [each])["loss"] for x, each in pairs])
+
+
+def of_outputs(outputs, batch):
+    pairs = zip(outputs["pred_boxes"], batch["labels"], strict=True)
+    return torch.stack([(box - each["boxes"]).abs().mean() for box, each in pairs])
+
+
+@pytest.mark.parametrize("loss", ["auto", "own", of_each, of_outputs])
+def test_labels_that_only_the_model_reads_are_passed_on(loss):
+    model = seeded(Boxes)
+    samples = [{"x": x, "labels": {"boxes": torch.rand(2, 4)}} for x in X]
+    expected = torch.cat(
+        [of_each(model, {"x": s["x"][None], "labels": [s["labels"]]}) for s in samples]
+    )
+
+    def collate(samples):
+        fields = {"x": torch.stack([sample["x"] for sample in samples])}
+        return {**fields, "labels": [sample["labels"] for sample in samples]}
+
+    scorer = LossScorer(model, loss, progress=False)
+    losses = scorer.score(samples, collate_fn=collate).losses
+    torch.testing.assert_close(losses, expected.detach())
+    with pytest.raises(ValueError, match="'labels' must be numbers"):
+        LossScorer(model, "mse", progress=False).score(samples, collate_fn=collate)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda soft: soft.requires_grad_()])
+def test_labels_of_any_tensor_are_counted(change):
+    soft = change(torch.rand(12, 3, generator=torch.Generator().manual_seed(4)).softmax(1))
+    model = seeded(lambda: nn.Linear(4, 3))
+    expected, _ = scored(model, TensorDataset(X, soft))
+    losses, how = scored(model, [{"x": x, "labels": y} for x, y in zip(X, soft, strict=True)])
+    assert how.startswith("cross_entropy")
+    assert torch.equal(losses, expected)
+    by_hand = F.cross_entropy(model(X), soft.float(), reduction="none").detach()
+    torch.testing.assert_close(losses, by_hand)

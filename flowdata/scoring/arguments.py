@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from flowdata._common.data_sets import check_map_style
 from flowdata.models.adapters import why_no_base
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import name_of
-from flowdata.targets.which_loss import LOSSES, OWN
+from flowdata.targets.labels import LABEL_FIELDS
+from flowdata.targets.which_loss import LOSSES, OWN, argument_names
+
+# Names of arguments by which a criterion, (predictions, targets), is told from a loss of a model.
+_PREDICTIONS = ("logits", "predictions", "preds", "y_pred")
+_TARGETS = (*LABEL_FIELDS, "y_true", "y")
+_MODELS = ("model", "outputs", "output")
 
 
 def check_loss(loss: object) -> None:
     """Raise ValueError unless a loss is "auto", a loss's name or a callable of model and batch."""
-    is_of_torch = getattr(loss, "__module__", None) == "torch.nn.functional"
-    if isinstance(loss, nn.modules.loss._Loss) or is_of_torch:
+    if callable(loss) and _takes_predictions(loss):
         name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
             f"loss must be a name or a callable (model, batch) -> (B,) tensor, and "
@@ -29,6 +35,15 @@ def check_loss(loss: object) -> None:
             f"loss must be 'auto', one of {', '.join(map(repr, LOSSES))}, or a callable "
             f"(model, batch) -> (B,) tensor; got {loss!r}"
         )
+
+
+def _takes_predictions(loss: Callable[..., Any]) -> bool:
+    """Whether a callable takes predictions and targets, as far as its arguments' names tell."""
+    first, second = (*argument_names(loss), "", "")[:2]
+    if getattr(loss, "__module__", None) == "torch.nn.functional" or second in _TARGETS:
+        return True
+    # Modules that are losses are criteria, if they don't say otherwise.
+    return first not in _MODELS if isinstance(loss, nn.Module) else first in _PREDICTIONS
 
 
 def check_counts(**counts: object) -> None:

@@ -22,7 +22,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.suspects import disagreement_among_alike, disagreement_among_all
 from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
-from flowdata.targets.labels import split_batch
+from flowdata.targets.labels import split_unread
 from flowdata.targets.target_losses import joined
 
 
@@ -65,7 +65,7 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
     except RuntimeError as error:
         truth.check_dtype(batches[0], error)
         if isinstance(truth.job.loss, str):  # else it may be the user's function that fails
-            explain_failure(error, split_batch(batches[0])[0], "a sample of the data set")
+            explain_failure(error, split_unread(batches[0])[0], "a sample of the data set")
         raise
     evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
     if not truth.is_exact and len(truth.job.dataset) <= FEW:

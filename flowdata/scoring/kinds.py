@@ -95,4 +95,6 @@ def _count_targets(sample: Any) -> int:
     labels = sample.get("labels") if isinstance(sample, Mapping) else None
     if labels is None or np.ndim(labels) == 0:
         return tokens_of(sample) or 1
-    return int((np.asarray(labels) != IGNORE_INDEX).sum()) or 1  # none: nothing to compare
+    # NumPy has no bfloat16, and takes no tensor that has a gradient.
+    values = labels.detach() if isinstance(labels, Tensor) else np.asarray(labels)
+    return int((values != IGNORE_INDEX).sum()) or 1  # none: nothing to compare

@@ -19,7 +19,7 @@ from flowdata.models.positions import check_positions
 from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
-from flowdata.targets.labels import LABEL_FIELDS, split_batch
+from flowdata.targets.labels import LABEL_FIELDS, label_field, split_batch, split_unread
 from flowdata.targets.meaning import (
     agreed_name,
     all_agree,
@@ -50,7 +50,7 @@ def decide_loss(
         _check_positions(model, batch)
     try:
         calls = [_call_with_labels(model, to_device(batch, device)) for batch in batches]
-    except (IndexError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         # Labels that are no classes, or a batch of another layout: the run's own checks say which.
         calls = []
     outputs = [output for output, _ in calls]
@@ -130,7 +130,7 @@ def loss_with_labels(model: nn.Module, batch: Any) -> float | None:
 def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
     """The output for a batch with its labels, and whether the model took these."""
     with loaded_frequencies(model), _same_problem(model):
-        inputs, targets = split_batch(batch)
+        inputs, targets = split_unread(batch)
         if not isinstance(batch, Mapping):
             name = _label_argument(model)
             if targets is None or name is None:
@@ -141,7 +141,7 @@ def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
             batch = {**batch, "labels": labels_of(batch, "causal_lm")}
             targets = batch["labels"]
         _check_positions(model, batch)
-        name = _label_argument(model) or next((n for n in LABEL_FIELDS if n in batch), None)
+        name = _label_argument(model) or label_field(batch)
         if targets is None or name is None or not takes_field(model, name):
             return call_with(model, inputs, use_cache=False), False
         try:
@@ -179,10 +179,10 @@ def _same_problem(model: nn.Module) -> Iterator[None]:
 
 def _named_loss(name: str, output: Any, batch: Any) -> float | None:
     """A sample's loss by a name, None where shapes don't fit it."""
-    inputs, targets = split_batch(batch)
+    inputs, targets = split_unread(batch)
     if targets is None and isinstance(inputs, Mapping) and "input_ids" in inputs:
         targets = labels_of(batch, "causal_lm")
-    if targets is None:
+    if not isinstance(targets, Tensor):
         return None
     try:
         values = losses_by_name(name, logits_of(output).float().cpu(), targets.cpu()).values

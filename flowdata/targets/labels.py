@@ -23,12 +23,29 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
             or `target`; of anything else all is inputs.
     """
     if isinstance(batch, Mapping):
-        name = next((field for field in LABEL_FIELDS if field in batch), None)
+        name = label_field(batch)
         inputs = {key: value for key, value in batch.items() if key != name}
         return inputs, None if name is None else _as_targets(name, batch[name])
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     return batch, None
+
+
+def split_unread(batch: Any) -> tuple[Any, Any]:
+    """Return a batch's inputs and its labels for a model that makes a loss of them itself.
+
+    Labels that are no numbers, such as the boxes of a picture in a list of dicts, stay as they are.
+    """
+    try:
+        return split_batch(batch)
+    except ValueError:
+        name = label_field(batch)
+        return {key: value for key, value in batch.items() if key != name}, batch[name]
+
+
+def label_field(batch: Mapping[str, Any]) -> str | None:
+    """Return the name of the field that holds a batch's labels, None where it has none."""
+    return next((field for field in LABEL_FIELDS if field in batch), None)
 
 
 def _as_targets(name: str, values: Any) -> Tensor:

@@ -48,10 +48,16 @@ def first_argument(function: Callable[..., Any]) -> str:
         >>> first_argument(lambda outputs, batch: outputs.logits.mean(1))
         'outputs'
     """
+    return next(iter(argument_names(function)), "")
+
+
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments of a function, or of a module's forward; [] if unknown."""
+    function = function.forward if isinstance(function, nn.Module) else function
     try:
-        return next(iter(inspect.signature(function).parameters), "")
+        return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return ""
+        return []
 
 
 def is_hugging_face(model: nn.Module) -> bool:
