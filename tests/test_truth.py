@@ -188,8 +188,11 @@ def test_a_loss_by_name_that_is_not_the_models_own_is_refused():
     from transformers import BertForMaskedLM, BertForTokenClassification
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"loss='causal_lm' gives a sample .*own loss is .*'own'"):
+    with pytest.raises(
+        ValueError, match=r"loss='causal_lm' gives a sample .*own loss is .*'own'"
+    ) as caught:
         scored(BertForMaskedLM(bert()), token_samples(8), "causal_lm")
+    assert "'auto'" not in str(caught.value)  # which may have chosen it
     tagger = BertForTokenClassification(bert(num_labels=CLASSES))
     with pytest.raises(ValueError, match="its labels mean something else"):
         scored(tagger, tagged(token_samples(8)), "causal_lm")

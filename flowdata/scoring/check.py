@@ -257,8 +257,8 @@ def _refuse_loss(
             raise ValueError(
                 f"loss={truth.job.loss!r} gives a sample {named:.6g}, and the model's own loss is "
                 f"{own}: its labels mean something else (a shift, class weights, "
-                "smoothing, …). Pass loss='auto' or another name, a callable (model, batch) -> "
-                "(B,) losses, or loss='own', which takes the model's own, one sample at a time"
+                "smoothing, …). Pass loss='own', which takes the model's own, one sample at a "
+                "time, another name, or a callable (model, batch) -> (B,) losses"
             )
 
 
