@@ -268,7 +268,7 @@ def classified(label):
     return [{"input_ids": sample["input_ids"], "labels": label} for sample in token_samples(4)]
 
 
-@pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
+@pytest.mark.parametrize("loss", ["auto", "cross_entropy", "own"])
 @pytest.mark.parametrize("label", ["positive", None])
 def test_labels_that_are_no_numbers(label, loss):
     from transformers import BertForSequenceClassification

@@ -35,11 +35,16 @@ def split_unread(batch: Any) -> tuple[Any, Any]:
     """Return a batch's inputs and its labels for a model that makes a loss of them itself.
 
     Labels that are no numbers, such as the boxes of a picture in a list of dicts, stay as they are.
+
+    Raises:
+        ValueError: they are strings or None.
     """
     try:
         return split_batch(batch)
     except ValueError:
         name = label_field(batch)
+        if any(isinstance(value, str) or value is None for value in batch[name]):
+            raise
         return {key: value for key, value in batch.items() if key != name}, batch[name]
 
 
