@@ -63,12 +63,14 @@ def test_classes_of_tokens_come_last_even_where_lengths_agree_with_them(classes)
     ]
     expected = [model(**{k: v[None] for k, v in sample.items()}).loss for sample in samples]
     torch.testing.assert_close(score(model, samples).losses, torch.stack(expected).detach())
+    # A model of the user's own may return (B, C, T): another length has to tell.
     own = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6))
     tokens = torch.randint(0, 6, (4, 6))
-    expected = F.cross_entropy(own(tokens).mT, tokens, reduction="none").mean(1)
-    torch.testing.assert_close(
-        score(own, TensorDataset(tokens, tokens), "cross_entropy").losses, expected.detach()
-    )
+    with pytest.raises(ValueError, match="either axis could be the classes'"):
+        score(own, TensorDataset(tokens, tokens), "cross_entropy")
+    expected = F.cross_entropy(own(tokens[:, :5]).mT, tokens[:, :5], reduction="none").mean(1)
+    fives = TensorDataset(tokens[:, :5], tokens[:, :5])
+    torch.testing.assert_close(score(own, fives, "cross_entropy").losses, expected.detach())
 
 
 def left(samples):
