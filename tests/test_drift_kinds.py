@@ -609,3 +609,46 @@ def test_a_head_that_is_taken_for_a_new_tasks_is_said(caplog):
         tuned.head.weight.neg_()
     assert meter(tuned).head == "frozen"
     assert "new output layer: drift is read through the old one" in caplog.text
+
+
+class Tagger(nn.Module):
+    """A tagger of a user's own: five classes of each token, in either order."""
+
+    def __init__(self, order, is_linear):
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.embed = order, nn.Embedding(30, 8)
+        self.head = nn.Linear(8, 5) if is_linear else nn.Conv1d(8, 5, 1)
+
+    def forward(self, input_ids):
+        rows = self.embed(input_ids)
+        is_linear = isinstance(self.head, nn.Linear)
+        logits = self.head(rows) if is_linear else self.head(rows.mT).mT
+        return logits if self.order == "BTC" else logits.mT
+
+
+@pytest.mark.parametrize("is_linear", [True, False])
+@pytest.mark.parametrize("order", ["BTC", "BCT"])
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [4, 8, 6, 7]])
+def test_taggers_may_put_their_classes_first_or_last(order, lengths, is_linear):
+    model = Tagger(order, is_linear)
+    ids = torch.randint(30, (4, 8), generator=torch.Generator().manual_seed(1))
+    probe = [{"input_ids": row[:length]} for row, length in zip(ids, lengths, strict=False)]
+    tuned = moved(model)
+    axis = -1 if order == "BTC" else 1
+    expected = []
+    for sample in probe:
+        before, after = (
+            each(sample["input_ids"][None]).detach().double().log_softmax(axis)
+            for each in (model, tuned)
+        )
+        expected.append((before.exp() * (before - after)).sum(axis).flatten())
+    drift = DriftMeter(model, probe, dtype="float32")(tuned)
+    assert drift.kl == pytest.approx(float(torch.cat(expected).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ["BTC", "BCT"])
+def test_as_many_classes_as_tokens_are_refused(order):
+    probe = [{"input_ids": torch.arange(5) + shift} for shift in range(3)]
+    with pytest.raises(ValueError, match="either axis could be the classes'; measure drift on"):
+        DriftMeter(Tagger(order, is_linear=False), probe)

@@ -45,7 +45,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.targets.labels import split_batch
 from flowdata.targets.predictions import logits_of, predict
 from flowdata.targets.target_losses import TargetLosses, Way
-from flowdata.targets.which_loss import LANGUAGE_LOSSES
+from flowdata.targets.which_loss import LANGUAGE_LOSSES, is_hugging_face
 
 
 def ways_to_rows(job: Job, plan: Plan, model: nn.Module, head: str | None) -> list[Candidate]:
@@ -133,7 +133,7 @@ def _prediction_way(
         with last_call(layers) as calls:
             rows = predict(model, inputs).float()
         if head is None:
-            rows = _classes_last(rows, inputs)
+            rows = _classes_last(model, rows, inputs)
         elif not to_logits:
             rows = calls[0].input
         return _of_samples(rows, _mask_of(inputs))
@@ -141,10 +141,29 @@ def _prediction_way(
     return way
 
 
-def _classes_last(logits: Tensor, inputs: Any) -> Tensor:
-    """Logits (B, …, C): those of tokens are, PyTorch's others of several places are (B, C, …)."""
-    is_of_tokens = isinstance(inputs, Mapping) and "input_ids" in inputs
-    return logits if logits.dim() == 2 or is_of_tokens else logits.movedim(1, -1)
+def _classes_last(model: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
+    """Logits (B, …, C), of (B, C), of tokens' (B, T, C) or (B, C, T), or of PyTorch's (B, C, …)."""
+    if logits.dim() == 2:
+        return logits
+    tokens = _tokens_of(inputs) if logits.dim() == 3 else None
+    is_last, is_second = (
+        tokens is not None and tokens.shape[1] == places for places in logits.shape[1:3]
+    )
+    if is_last and is_second and not is_hugging_face(model):
+        raise ValueError(
+            f"the model returns logits of shape {tuple(logits.shape)} for as many classes as "
+            "tokens, so that either axis could be the classes'; measure drift on samples of other "
+            "lengths"
+        )
+    is_known = tokens is not None and is_hugging_face(model)  # virtual tokens may come before
+    return logits if is_last or (is_known and not is_second) else logits.movedim(1, -1)
+
+
+def _tokens_of(inputs: Any) -> Tensor | None:
+    """A batch's tokens (B, T), None where it has none."""
+    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    is_tokens = isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
+    return tokens if is_tokens else None
 
 
 def _of_samples(rows: Tensor, mask: Tensor | None) -> TargetLosses:
