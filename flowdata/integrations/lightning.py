@@ -63,14 +63,18 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
             with `input_ids` and (B, T) integer `labels`, otherwise the samples. The first label of
             each row is no target where labels repeat the `input_ids`, as in causal language models.
         accumulate_grad_batches: batches of an optimiser step under manual optimisation, where the
-            trainer doesn't know; the step at an epoch's end may have fewer.
+            trainer doesn't know; 1 by default. `training_step` has to step, by
+            ``self.optimizers()``, after just as many and at the epoch's end: where
+            ``(batch_idx + 1) % accumulate_grad_batches == 0 or self.trainer.is_last_batch``. To
+            leave a batch out, let it call ``zero_grad()`` and ``step()``.
         seed: of the order.
         **loader_options: passed to `DataLoader`.
 
     Raises:
         ScoreMismatchError, TypeError, ValueError: as `FlowWeightedDataset`; an option that would
-            be ignored, as that of a denominator under `resample`; or, when training starts, the
-            trainer's batches of a step can't be known.
+            be ignored, as that of a denominator under `resample`; when training starts, the
+            trainer's batches of a step can't be known; or, before the next batch, manual
+            optimisation stepped elsewhere.
     """
 
     def __init__(
@@ -139,6 +143,16 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
         if self.resample:
             return TrainerBatches(loader, sampler, trainer)
         return WeightedBatches(loader, sampler, trainer, self._count, self.accumulate_grad_batches)
+
+    def teardown(self, stage: str) -> None:
+        """Warn where manual optimisation left the run's last batches without their step."""
+        combined = (
+            self.trainer.fit_loop._combined_loader if self.trainer and stage == "fit" else None
+        )
+        for loader in () if combined is None else combined.flattened:
+            message = loader.wrong_step() if isinstance(loader, WeightedBatches) else None
+            if message:
+                logger.warning(message)
 
     def _check_trainer(self, trainer: Trainer | None) -> None:
         if trainer is None:

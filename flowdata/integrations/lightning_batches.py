@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -141,24 +142,64 @@ class WeightedBatches(TrainerBatches):
     ) -> None:
         super().__init__(loader, sampler, trainer)
         self.count, self.manual = count, manual
+        self._held: _Held | None = None
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, Tensor], Tensor]]:
         """Yield the epoch's remaining batches as ``(batch, weights), num_items``."""
-        place, first_steps = self._ready(), self.trainer.global_step
+        self._check_manual()  # Lightning doesn't come back for more after an epoch's last batch
+        place = self._ready()
         starts = chain([place % len(self)], repeat(0)) if self._starts_over() else [place]
         batches = chain.from_iterable(map(self._pass, starts))
-        while step := list(islice(batches, self._batches_of_step(place))):
+        while step := list(islice(batches, size := self._batches_of_step(place))):
             # Lightning divides each loss by this; a denominator that is as much too small undoes it
             divisor = self.trainer.accumulate_grad_batches
             num_items = mean_items(self.count(*item) for item in step) / divisor
+            end, num_steps = place + size - 1, self.trainer.global_step
             for batch, weights in step:
                 self._check_place(place, divisor)
+                if not self.trainer.lightning_module.automatic_optimization:
+                    self._held = _Held(
+                        place, place == end, num_steps, self._started(), self._validated()
+                    )
                 yield (
                     (batch, weights.as_subclass(_Exact)),
                     num_items.as_subclass(_Exact),
                 )
+                self._check_manual()
                 place += 1
-            self._check_manual(first_steps)
+
+    def wrong_step(self) -> str | None:
+        """Return how manual optimisation steps elsewhere than was counted, by the last batch."""
+        held, self._held = self._held, None
+        if held is None or self._started() == held.started:
+            return None  # such as a batch that on_train_batch_start skipped
+        has_stepped = self.trainer.global_step > held.num_steps
+        if has_stepped != held.is_last:
+            return self._remedy(held.place, has_stepped)
+        keeps = is_overridden("on_validation_model_zero_grad", self.trainer.lightning_module)
+        if held.is_last or keeps or self._validated() == held.validated:
+            return None
+        # Lightning knows of no windows under manual optimisation, so that it takes none for open.
+        return (
+            f"validation after batch {held.place} of the epoch made Lightning clear the gradients "
+            f"within a window of {self.manual} batches; give a multiple of {self.manual} as "
+            "Trainer(val_check_interval=), or override on_validation_model_zero_grad to do nothing"
+        )
+
+    def _remedy(self, place: int, has_stepped: bool) -> str:
+        """The sentence about a step, or a missing one, after the batch at `place`."""
+        size, windows = self.manual or 1, "each batch alone: step on every one"
+        if size > 1:
+            windows = (
+                f"windows of {size} batches, and the epoch's last one: step where `(batch_idx + 1) "
+                f"% {size} == 0 or self.trainer.is_last_batch`"
+            )
+        return (
+            f"your training_step made {'an' if has_stepped else 'no'} optimiser step after batch "
+            f"{place} of the epoch; num_items counts {windows}, with self.optimizers(), or say how "
+            "many batches a step of yours has: FlowDataModule("
+            f"{'another ' if self.manual else ''}accumulate_grad_batches=)"
+        )
 
     def _batches_of_step(self, place: int) -> int:
         """The number of batches that go into the step which begins after `place` batches."""
@@ -192,15 +233,27 @@ class WeightedBatches(TrainerBatches):
                 "epochs alone, and give every loader a length, so that none is fetched ahead"
             )
 
-    def _check_manual(self, first_steps: int) -> None:
-        """Check that manual optimisation steps after each batch, where the user said no number."""
-        is_manual = not self.trainer.lightning_module.automatic_optimization
-        if is_manual and self.manual is None and self.trainer.global_step == first_steps:
-            raise ValueError(
-                "training_step made no optimiser step on the first batch, whose num_items counts "
-                "that batch alone; say how many batches a step of yours has: "
-                "FlowDataModule(accumulate_grad_batches=)"
-            )
+    def _check_manual(self) -> None:
+        if message := self.wrong_step():
+            raise ValueError(message)
+
+    def _started(self) -> int:
+        """The number of batches that the trainer has ever put into training_step."""
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.started)
+
+    def _validated(self) -> int:
+        """The number of batches that the trainer has validated on in this epoch."""
+        return int(self.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.ready)
+
+
+class _Held(NamedTuple):
+    """The batch that the trainer has, under manual optimisation."""
+
+    place: int
+    is_last: bool  # of those that its denominator counts
+    num_steps: int  # the trainer's optimiser steps before the first of them
+    started: int
+    validated: int
 
 
 class _Exact(Tensor):

@@ -180,16 +180,20 @@ def test_a_limit_gives_a_loader_without_length_one():
 
 
 class Manual(Classifier):
-    """Steps by hand after every `every` batches, and at the end of an epoch."""
+    """Steps by hand after every `every` batches and at an epoch's end, or where `steps_at` says."""
 
-    def __init__(self, every=1):
+    def __init__(self, every=1, steps_at=None):
         super().__init__()
         self.automatic_optimization, self.every = False, every
+        self.steps_at = steps_at or self.ends_window
+
+    def ends_window(self, index):
+        return (index + 1) % self.every == 0 or self.trainer.is_last_batch
 
     def training_step(self, item, index):
         optimizer = self.optimizers()
         self.manual_backward(self.loss(item))
-        if (index + 1) % self.every == 0 or self.trainer.is_last_batch:
+        if self.steps_at(index):
             optimizer.step()
             optimizer.zero_grad()
 
@@ -203,10 +207,95 @@ def test_manual_optimisation_is_exact_once_it_says_how_it_steps(every, limit):
 
 
 def test_manual_accumulation_that_says_nothing_is_refused():
-    with pytest.raises(ValueError, match="made no optimiser step on the first batch"):
+    with pytest.raises(ValueError, match="made no optimiser step after batch 0"):
         run(Manual(every=2))
     with pytest.raises(ValueError, match="is for manual optimisation"):
         run(Classifier(), flow_data(accumulate_grad_batches=2))
+
+
+ELSEWHERE = {
+    "once": (None, lambda index: index == 0, "no optimiser step after batch 1 of", 1),
+    "every batch": (3, lambda index: True, "an optimiser step after batch 0 of", 0),
+    "at a start": (3, lambda index: index % 3 == 0, "an optimiser step after batch 0 of", 0),
+    "more often": (3, lambda index: index % 2 == 1, "an optimiser step after batch 1 of", 0),
+    "less often": (3, lambda index: (index + 1) % 6 == 0, "no optimiser step after batch 2 of", 0),
+    "but at the end": (3, lambda index: (index + 1) % 3 == 0, "no optimiser step after batch 7", 2),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_manual_optimisation_that_steps_elsewhere_than_was_counted_is_refused(name):
+    said, steps_at, message, num_right = ELSEWHERE[name]
+    module = Manual(steps_at=steps_at)
+    with pytest.raises(ValueError, match=message):
+        run(module, flow_data(accumulate_grad_batches=said))
+    gradients, steps = module.gradients, module.steps
+    if num_right:
+        assert_steps_by_hand(gradients[:num_right], steps[:num_right])
+    assert len(gradients) - num_right <= 1  # one wrong step is taken before it can be seen
+    for gradient, step in zip(gradients[num_right:], steps[num_right:], strict=False):
+        assert (gradient / by_hand(step)).median() == pytest.approx(len(step) / 3, abs=0.01)
+
+
+def test_a_run_that_ends_without_its_last_step_says_so(caplog):
+    steps_at = ELSEWHERE["but at the end"][1]
+    module = run(Manual(steps_at=steps_at), flow_data(accumulate_grad_batches=3), max_epochs=1)
+    assert "made no optimiser step after batch 7" in caplog.text
+    assert_steps_by_hand(module.gradients, module.steps[:2])
+    caplog.clear()
+    run(Manual(3), flow_data(accumulate_grad_batches=3), max_steps=1)  # stops within no step
+    assert "optimiser step" not in caplog.text
+
+
+class Pair(Manual):
+    """Two optimisers, each of which steps as often as a critic does."""
+
+    def training_step(self, item, index):
+        self.manual_backward(self.loss(item))
+        if self.steps_at(index):
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.step()
+            self.zero_grad()
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.steps[-1]:
+            super().on_before_optimizer_step(optimizer)
+
+    def configure_optimizers(self):
+        parameters = self.layer.weight, self.layer.bias
+        return [torch.optim.SGD([each], lr=0.0) for each in parameters]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_several_steps_of_several_optimisers_are_exact(name, every, caplog):
+    options = {"accumulate_grad_batches": every, "val_dataloaders": DataLoader(data(), 8)}
+    module = run(Pair(every), flow_data(**options), **TRAINERS[name])
+    assert_steps_by_hand(module.gradients, module.steps)
+    assert "optimiser step" not in caplog.text
+
+
+def test_manual_optimisation_may_leave_out_a_batch_and_the_rest_of_an_epoch(caplog):
+    class Leaves(Manual):
+        def training_step(self, item, index):
+            if index == 1:
+                self.zero_grad()
+                self.optimizers().step()
+            else:
+                super().training_step(item, index)
+
+        def on_before_optimizer_step(self, optimizer):
+            if self.steps[-1]:
+                super().on_before_optimizer_step(optimizer)
+
+        def on_train_batch_start(self, batch, index):
+            return -1 if index == 4 else None
+
+    module = run(Leaves())
+    assert [len(step) for step in module.steps if step] == [1] * 6  # batches 0, 2 and 3, twice
+    assert_steps_by_hand(module.gradients, module.steps)
+    assert "optimiser step" not in caplog.text
 
 
 def test_a_training_step_that_fetches_by_itself_is_refused():
@@ -406,6 +495,45 @@ def test_a_step_cut_by_its_checkpoint_is_exact_over_what_is_left(tmp_path):
     make_trainer(**options).fit(module, flow_data(), ckpt_path=path)
     assert [len(step) for step in module.steps if step] == [1, 2, 2]
     assert_steps_by_hand(module.gradients, module.steps)
+
+
+class Keeping(Manual):
+    """Keeps its gradients from one batch to the next, whatever is in between."""
+
+    def on_validation_model_zero_grad(self):
+        pass
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_validation_within_a_window_of_manual_optimisation_must_keep_the_gradients(interval):
+    options = {"accumulate_grad_batches": 3, "val_dataloaders": DataLoader(data(), 8)}
+    for module in (Keeping(3), Manual(3)):
+        if interval < 3 and type(module) is Manual:
+            with pytest.raises(ValueError, match=f"validation after batch {interval - 1} of"):
+                run(module, flow_data(**options), val_check_interval=interval)
+        else:
+            run(module, flow_data(**options), val_check_interval=interval)
+            assert module.validated > 9
+            assert_steps_by_hand(module.gradients, module.steps)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_manual_optimisation_goes_on_within_a_step_and_an_epoch(tmp_path, interval):
+    saved = ModelCheckpoint(dirpath=tmp_path, save_on_train_epoch_end=False, save_top_k=-1)
+    every = {"accumulate_grad_batches": 3, "val_dataloaders": DataLoader(data(), 8)}
+    run(
+        Keeping(3),
+        flow_data(**every),
+        val_check_interval=interval,
+        callbacks=[saved],
+        enable_checkpointing=True,
+    )
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) > 3
+    for path in paths:
+        module = Keeping(3)
+        make_trainer(max_epochs=3).fit(module, flow_data(**every), ckpt_path=path)
+        assert_steps_by_hand(module.gradients, module.steps)
 
 
 def test_a_checkpoint_of_other_batches_is_refused(tmp_path):
