@@ -183,7 +183,8 @@ def _weights_of(values: Sequence[Any]) -> list[Tensor]:
             weight = torch.as_tensor(value, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
-                f"sample {number} of the batch has the weight {value!r}, which is no number"
+                f"sample {number} of the batch has the weight {value!r}, which is no number; drop "
+                "samples without a weight (`flowdata weigh --missing drop`), or give them 0"
             ) from None
         weights.append(weight)
     joined = torch.cat([weight.flatten() for weight in weights])

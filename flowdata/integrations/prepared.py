@@ -6,12 +6,16 @@ or in another order, than those that were scored. A column stays with its row; a
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata._common.data_sets import is_map_style
@@ -22,6 +26,7 @@ from flowdata.scores.matching import rows_identity
 from flowdata.store.fingerprint.rows import digest_tokens
 
 _ROWS_AT_ONCE = 4096
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 def add_weights(dataset: Any, weights: Tensor, key: str) -> Any:
@@ -60,6 +65,51 @@ def take_weights(prepared: Any, given: Any, weights: Tensor, key: str) -> tuple[
             "set first, score what comes out, and pass that"
         )
     return prepared, weights
+
+
+def check_column(dataset: Any, key: str) -> None:
+    """Refuse a Hugging Face data set whose column of weights has unusable ones.
+
+    The column alone is read, a part at a time. What a transform makes of it is left to the
+    collator.
+
+    Args:
+        dataset: the training data.
+        key: the column's name; a number for each row, or a list of one for each token.
+
+    Raises:
+        ValueError: a weight is null, negative or not finite.
+    """
+    is_column = isinstance(dataset, Dataset) and key in dataset.column_names
+    if not is_column or dataset.format["type"] == "custom":
+        return
+    rows: list[int] = []
+    parts = dataset.select_columns(key).with_format("arrow").iter(_ROWS_AT_ONCE)
+    for number, part in enumerate(parts):
+        bad = _unusable(part[key].combine_chunks())
+        rows += (number * _ROWS_AT_ONCE + bad).tolist()
+    if rows:
+        first = dataset.select_columns(key).with_format(None)[rows[0]][key]
+        raise ValueError(
+            f"{len(rows):,} of the {len(dataset):,} rows of train_dataset have no usable {key!r}, "
+            f"the first of them is row {rows[0]}: {reprlib.repr(first)}; weights must be finite "
+            "and >= 0. Drop such rows (rows.filter(...), `flowdata weigh --missing drop`), or give "
+            "them 0"
+        )
+
+
+def _unusable(column: pa.Array) -> NDArray[np.int64]:
+    """The rows of a column whose weight, or that of one of their tokens, is no usable one."""
+    values, row_of_value = column, np.arange(len(column))
+    is_bad = column.is_null().to_numpy(zero_copy_only=False)
+    if any(is_kind(column.type) for is_kind in _LISTS):
+        lengths = pc.list_value_length(column).fill_null(0)
+        values, row_of_value = column.flatten(), np.repeat(row_of_value, lengths.to_numpy())
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        return np.flatnonzero(is_bad)
+    numbers = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    is_bad[row_of_value[~((numbers >= 0) & (numbers < np.inf))]] = True
+    return np.flatnonzero(is_bad)
 
 
 def remark_on_tokens(prepared: Any, scores: Any, max_length: int | None) -> None:

@@ -15,6 +15,7 @@ from flowdata.integrations.checks import (
     flow_sampler_of,
     stream_of,
 )
+from flowdata.integrations.prepared import check_column
 from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
 from flowdata.models.adapters import check_base
@@ -67,8 +68,8 @@ def check_data(
 
     Raises:
         TypeError: `scores` is True or False.
-        ValueError: nothing, or too much, says what a sample weighs; there are scores of no data; or
-            samples carry reference outputs.
+        ValueError: nothing, or too much, says what a sample weighs; there are scores of no data; a
+            row has no usable weight; or samples carry reference outputs.
     """
     if isinstance(dataset, FlowWeightedDataset) and dataset.reference is not None:
         raise ValueError(
@@ -101,6 +102,7 @@ def check_data(
             "unweighted: pass scores='auto', or the data set's scores, or a FlowWeightedDataset, "
             f"or a data set with a column {key!r} (Scores.to_column)"
         )
+    check_column(dataset, key)
 
 
 def check_run_loss(

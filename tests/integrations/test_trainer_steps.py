@@ -376,8 +376,12 @@ def test_a_collator_that_sorts_is_refused(tmp_path):
 def test_a_column_of_weights_that_are_none_is_refused(tmp_path, bad):
     weights = [bad, *tiny.make_weights().tolist()[1:]]
     dataset = tiny.as_hf_dataset(tiny.make_samples(), weight=weights)
-    with pytest.raises(ValueError, match="of the batch has the weight"):
-        run(tmp_path, train_dataset=dataset, scores=None, data_collator=collate)
+    for data, words in (
+        (dataset, "1 of the 32 rows of train_dataset have no usable 'weight'"),
+        (dataset.to_iterable_dataset(), "of the batch has the weight"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, train_dataset=data, scores=None, data_collator=collate)
 
 
 def test_a_stream_with_a_length_has_no_scores(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -486,6 +487,39 @@ def test_what_would_drop_or_double_the_weights_is_refused(tmp_path):
         flow_trainer(tmp_path, scores=weights, compute_loss_func=lambda *args, **kwargs: 0)
     with pytest.raises(TypeError, match="put FlowTrainerMixin before the Trainer"):
         type("Backwards", (Trainer, FlowTrainerMixin), {})
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -0.1, 1e39])
+@pytest.mark.parametrize("is_of_tokens", [False, True])
+def test_weights_of_a_column_are_checked_before_training(tmp_path, is_of_tokens, bad):
+    samples, weights = tiny.make_samples(), tiny.make_weights().tolist()
+    for row in (20, 29):
+        weights[row] = bad
+    if is_of_tokens:
+        sizes = [len(sample["input_ids"]) for sample in samples]
+        weights = [[0.5] * (n - 1) + [w] for w, n in zip(weights, sizes, strict=True)]
+    dataset = tiny.as_hf_dataset(samples, weight=weights)
+    unusable = []  # by a plain loop over all rows
+    for row, weight in enumerate(weights):
+        values = [math.nan if w is None else w for w in np.atleast_1d(weight)]
+        values = torch.tensor(values, dtype=torch.float64).float().tolist()
+        unusable += [row] * (not all(0 <= w < math.inf for w in values))
+    count, first = len(unusable), unusable[0]
+    message = f"{count} of the 32 rows of train_dataset have no usable 'weight', .* is row {first}:"
+    for order in (range(tiny.N), range(tiny.N)[::-1]):
+        if order[0]:
+            message = message.replace(f"row {first}", f"row {tiny.N - 1 - unusable[-1]}")
+        with pytest.raises(ValueError, match=message + ".*--missing drop"):
+            flow_trainer(tmp_path, train_dataset=dataset.select(order).with_format("torch"))
+    flow_trainer(tmp_path, train_dataset=dataset.select(range(20)))
+
+
+def test_a_missing_weight_of_a_stream_is_refused_with_its_remedy(tmp_path):
+    weights = [None, *tiny.make_weights().tolist()[1:]]
+    stream = tiny.as_hf_dataset(tiny.make_samples(), weight=weights).to_iterable_dataset()
+    trainer = flow_trainer(tmp_path, train_dataset=stream, data_collator=list)
+    with pytest.raises(ValueError, match="the weight None, which is no number; drop samples"):
+        next(iter(trainer.get_train_dataloader()))
 
 
 def test_a_sampler_that_weighs_as_well_or_is_sharded_twice_is_refused(tmp_path):

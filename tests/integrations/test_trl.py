@@ -217,3 +217,13 @@ def test_modes_that_cannot_be_right_are_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="training would be unweighted"):
         sft(tmp_path)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_weight_that_is_missing_is_refused_before_the_data_is_prepared(tmp_path, packing):
+    weights = tiny.make_weights().tolist()
+    weights[27] = None
+    data = tiny.as_hf_dataset(tiny.make_samples(), weight=weights)
+    settings = {"packing": packing, "max_length": 64}
+    with pytest.raises(ValueError, match=r"1 of the 32 rows of train_dataset .* is row 27: None"):
+        sft(tmp_path, settings=settings, train_dataset=data)
