@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
@@ -16,6 +16,7 @@ from flowdata.accumulation import mean_over_ranks
 from flowdata.dataset import FlowWeightedDataset
 from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccount
 from flowdata.integrations.checks import carries_weights, check_temperature_acts
+from flowdata.integrations.evaluation import UnweightedEvaluation, unweighted
 from flowdata.integrations.first_batch import Decision, decide, merged
 from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
 from flowdata.integrations.own_scores import (
@@ -59,14 +60,8 @@ from flowdata.targets.which_loss import OWN
 from flowdata.token_weights import TokenRule
 from flowdata.weights import Temperature
 
-if TYPE_CHECKING:
-    # A type checker takes it for a Trainer; without a base it fits before any class of that kind.
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
-
-class FlowTrainerMixin(_Base):  # type: ignore[misc]
+class FlowTrainerMixin(UnweightedEvaluation):
     """Put before any `Trainer` class, it trains on Σ weight · loss, or on resampled batches.
 
     ``class MyFlowTrainer(FlowTrainerMixin, MyTrainer): ...``; `FlowTrainer` is that for
@@ -151,6 +146,8 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
             check_own_loss(type(self), FlowTrainerMixin, loss=loss, auto=is_auto)
         train_dataset, weights = self._give_weights(train_dataset, temperature)
         self._given_data = train_dataset
+        if "eval_dataset" in kwargs:
+            kwargs["eval_dataset"] = unweighted(kwargs["eval_dataset"])
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self._given_data = None
         self.add_callback(LoaderCheck(self))
@@ -332,13 +329,6 @@ class FlowTrainerMixin(_Base):  # type: ignore[misc]
         # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
         steps = 1 if num_items is None else self.current_gradient_accumulation_steps
         return value + named_terms(outputs, run.factors) / steps, outputs
-
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's evaluation step without weights, if the data has any."""
-        return super().prediction_step(model, self._without_weights(inputs), *args, **kwargs)
-
-    def _without_weights(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in inputs.items() if key != self.weight_key}
 
 
 class FlowTrainer(FlowTrainerMixin, Trainer):  # type: ignore[misc]

@@ -207,6 +207,28 @@ def test_evaluation_stays_unweighted(tmp_path):
     assert flow.evaluate()["eval_shape"] == tiny.N
 
 
+def test_evaluation_takes_weighted_data_apart(tmp_path):
+    samples, weights = tiny.make_samples(), tiny.make_weights()
+    wide = tiny.as_hf_dataset(samples, text=["x"] * len(samples)).with_format("torch")
+    weighted = [FlowWeightedDataset(wide, weights, layout=name) for name in ("pair", "dict")]
+    options = {"train_dataset": wide, "settings": {"per_device_eval_batch_size": 5}}
+    plain = flow_trainer(tmp_path, Trainer, **options)
+    expected = plain.evaluate(wide)["eval_loss"]
+    for each in weighted:
+        flow = flow_trainer(tmp_path, scores=weights, eval_dataset=each, **options)
+        assert flow.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    named = {"one": weighted[0], "other": wide}
+    flow = flow_trainer(tmp_path, scores=weights, eval_dataset=named, **options)
+    for losses in (flow.evaluate(), flow.evaluate(named)):
+        for name in named:
+            assert losses[f"eval_{name}_loss"] == pytest.approx(expected, rel=1e-6)
+    for each in weighted:
+        assert flow.evaluate(each)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        predicted = flow.predict(each)
+        assert predicted.metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+        assert (predicted.predictions == flow.predict(wide).predictions).all()
+
+
 def test_resampling_leaves_the_loss_alone_and_reshuffles_each_epoch(tmp_path):
     weights = torch.zeros(tiny.N)
     weights[:4] = 1

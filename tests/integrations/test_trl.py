@@ -227,3 +227,14 @@ def test_a_weight_that_is_missing_is_refused_before_the_data_is_prepared(tmp_pat
     settings = {"packing": packing, "max_length": 64}
     with pytest.raises(ValueError, match=r"1 of the 32 rows of train_dataset .* is row 27: None"):
         sft(tmp_path, settings=settings, train_dataset=data)
+
+
+def test_evaluation_takes_weighted_data_apart(tmp_path):
+    data, weights = tiny.as_hf_dataset(tiny.make_samples()), tiny.make_weights()
+    expected = sft(tmp_path, SFTTrainer).evaluate(data)["eval_loss"]
+    weighted = FlowWeightedDataset(data, weights)
+    for eval_dataset in (weighted, {"eval": weighted}):
+        flow = sft(tmp_path, scores=weights, eval_dataset=eval_dataset)
+        name = "eval_eval_loss" if isinstance(eval_dataset, dict) else "eval_loss"
+        assert flow.evaluate()[name] == pytest.approx(expected, rel=1e-6)
+        assert flow.evaluate(weighted)["eval_loss"] == pytest.approx(expected, rel=1e-6)
