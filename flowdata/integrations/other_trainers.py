@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import RandomSampler, SequentialSampler
@@ -11,6 +12,23 @@ from transformers import Trainer
 from flowdata.integrations.trainer_checks import check_resampling
 
 _REPLACEABLE = (type(None), RandomSampler, SequentialSampler)
+
+
+def check_by_name(init: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Refuse training data that comes by position, where the mixin doesn't see it.
+
+    Args:
+        init: what the Trainer's class after the mixin is made by.
+        arguments: those that came by position.
+
+    Raises:
+        TypeError: `train_dataset` is among them, or they are too many.
+    """
+    if "train_dataset" in inspect.signature(init).bind_partial(*arguments).arguments:
+        raise TypeError(
+            "train_dataset came by position; pass it, and what comes after it, by name: "
+            "train_dataset=, eval_dataset=, …"
+        )
 
 
 def has_own_loss(trainer_class: type, mixin: type) -> bool:

@@ -18,7 +18,12 @@ from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccou
 from flowdata.integrations.checks import carries_weights, check_temperature_acts
 from flowdata.integrations.evaluation import UnweightedEvaluation, unweighted
 from flowdata.integrations.first_batch import Decision, decide, merged
-from flowdata.integrations.other_trainers import adopt_order, check_own_loss, has_own_loss
+from flowdata.integrations.other_trainers import (
+    adopt_order,
+    check_by_name,
+    check_own_loss,
+    has_own_loss,
+)
 from flowdata.integrations.own_scores import (
     check_auto,
     feed_of,
@@ -74,7 +79,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
     run is refused.
 
     Args:
-        *args: the Trainer's own.
+        *args: the Trainer's own, before its `train_dataset`.
         train_dataset: the data set, or one whose samples carry their weight already: a
             `FlowWeightedDataset`, or samples with a `weight_key` (`Scores.to_column` adds it to a
             Hugging Face data set), 0-d per sample or one for each token.
@@ -97,6 +102,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
 
     Raises:
         ScoreMismatchError: `scores` are of another data set.
+        TypeError: `train_dataset` came by position.
         ValueError: the weights are missing or passed twice; an option would drop them
             (`label_smoothing_factor`, `compute_loss_func`, `group_by_length` beside `resample`).
             In `train()`: the loss is not the model's own, both numbers named; the loader doesn't
@@ -124,6 +130,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
         weight_key: str = "weight",
         **kwargs: Any,
     ) -> None:
+        check_by_name(super().__init__, args)
         carried = carries_weights(train_dataset, weight_key, stream_does=scores is None)
         strength = check_anchor(kl_to_reference, reference)
         changes = changes_token_losses(token_rule, strength)

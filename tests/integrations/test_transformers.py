@@ -544,6 +544,26 @@ def test_a_missing_weight_of_a_stream_is_refused_with_its_remedy(tmp_path):
         next(iter(trainer.get_train_dataloader()))
 
 
+@pytest.mark.parametrize("carries", [True, False])
+def test_training_data_by_position_is_asked_for_by_name(tmp_path, carries):
+    class Own(Trainer):
+        def __init__(self, model, args, data_collator=None, train_dataset=None, **kwargs):
+            super().__init__(model, args, data_collator, train_dataset, **kwargs)
+
+    class FlowOwn(FlowTrainerMixin, Own):
+        pass
+
+    samples, weights = tiny.make_samples(), tiny.make_weights()
+    data = FlowWeightedDataset(samples, weights) if carries else samples
+    scores = {} if carries else {"scores": weights}
+    for cls in (FlowTrainer, FlowOwn):
+        first = tiny.make_model(), arguments(tmp_path), tiny.collate
+        with pytest.raises(TypeError, match="train_dataset came by position; pass it, and"):
+            cls(*first, data, **scores)
+        losses = curve(cls(*first, train_dataset=data, **scores))
+        assert losses == curve(flow_trainer(tmp_path, train_dataset=data, **scores))
+
+
 def test_a_sampler_that_weighs_as_well_or_is_sharded_twice_is_refused(tmp_path):
     weights = tiny.make_weights()
 

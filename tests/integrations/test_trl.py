@@ -229,6 +229,12 @@ def test_a_weight_that_is_missing_is_refused_before_the_data_is_prepared(tmp_pat
         sft(tmp_path, settings=settings, train_dataset=data)
 
 
+def test_training_data_by_position_is_asked_for_by_name(tmp_path):
+    data = tiny.as_hf_dataset(tiny.make_samples(), weight=tiny.make_weights().tolist())
+    with pytest.raises(TypeError, match="train_dataset came by position; pass it, and"):
+        FlowSFTTrainer(tiny.make_model(), config(tmp_path), None, data)
+
+
 def test_evaluation_takes_weighted_data_apart(tmp_path):
     data, weights = tiny.as_hf_dataset(tiny.make_samples()), tiny.make_weights()
     expected = sft(tmp_path, SFTTrainer).evaluate(data)["eval_loss"]
