@@ -116,6 +116,12 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
             queue.append(part.__wrapped__)
 
 
+def is_cached_property(kind: type, name: str) -> bool:
+    """Return whether objects of a class hold under this name what its code has computed once."""
+    attribute = inspect.getattr_static(kind, name, None)
+    return isinstance(attribute, functools.cached_property)
+
+
 def filled_by_calls(kind: type) -> set[str]:
     """Return the names that a class's `forward`, `__call__` or `__getitem__` fills.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,20 @@ def is_tokenizer(value: Any) -> bool:
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Return the digest of a Hugging Face tokenizer: its rules, vocabulary and chat template."""
     vocabulary = sorted(tokenizer.get_vocab().items())
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
+    rules = _rules(tokenizer) if tokenizer.is_fast else None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [class_name(tokenizer), vocabulary, rules, tokenizer.chat_template, special]
     return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def _rules(tokenizer: Any) -> str:
+    """A fast tokenizer's rules as JSON, without the truncation and padding of its last call."""
+    text = str(tokenizer.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):
+        before, key, rest = text.partition(f'"{name}":')
+        _, end = json.JSONDecoder().raw_decode(rest)
+        text = f"{before}{key}null{rest[end:]}"
+    return text
 
 
 def stable_config(config: Mapping[str, Any]) -> dict[str, Any]:

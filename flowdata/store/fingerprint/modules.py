@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowdata.store.fingerprint.code import (
     home_of,
+    is_cached_property,
     is_of_library,
     names_read_by,
 )
@@ -136,7 +137,7 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
     chooses = _chooser(describer, module, kind)
     for name, value in sorted(vars(module).items()):
         place = f"{path}.{name}" if path else name
-        if name in _FORWARDS:
+        if name in _FORWARDS or is_cached_property(kind, name):
             continue
         if name in _VOLATILE or name in _INTERNAL or "checkpointing" in name:
             continue

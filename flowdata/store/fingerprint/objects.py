@@ -28,6 +28,7 @@ from flowdata.store.fingerprint.code import (
     filled_by_calls,
     functions_in,
     home_of,
+    is_cached_property,
     is_of_library,
     names_read_by,
 )
@@ -302,7 +303,7 @@ class Describer:
         return {
             name: self.describe(attribute, f"{place}.{name}")
             for name, attribute in sorted(attributes.items())
-            if name not in filled
+            if name not in filled and not is_cached_property(kind, name)
         }
 
 
