@@ -11,6 +11,7 @@ a digest makes every store of earlier versions unusable: it asks for another mar
     containers.py  the same samples held by another class
     callables.py  of a function
     objects.py    any Python object described: functions, classes, attributes
+    attributes.py the attributes that objects and classes have
     code.py       what compiled code says, and whose it is
     instructions.py  the names that code reads and fills
     hugging_face.py  of tokenizers and configurations

@@ -7,9 +7,22 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowdata.store.fingerprint.code import is_of_library, names_read_by
 from flowdata.store.fingerprint.values import canonical, class_name
 
 _VOLATILE_CONFIG = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+# What decides on a tokenizer's output beside its rules, vocabulary, template and special tokens.
+_SETTINGS = (
+    *("model_max_length", "truncation_side", "padding_side", "split_special_tokens"),
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "pad_token_type_id", "src_lang"),
+    *("tgt_lang", "model_input_names", "special_tokens_pattern", "token_type_ids_pattern"),
+    *("token_type_ids_include_special_tokens", "clean_up_tokenization_spaces"),
+)
+# Attributes of a tokenizer that say where it came from, or that its rules and vocabulary hold.
+_BESIDE_SETTINGS = (
+    *("init_inputs", "init_kwargs", "name_or_path", "verbose", "deprecation_warnings", "backend"),
+    *("files_loaded", "tokens_trie", "chat_template", "_tokenizer", "_in_target_context_manager"),
+)
 
 
 def is_tokenizer(value: Any) -> bool:
@@ -24,6 +37,41 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [class_name(tokenizer), vocabulary, rules, tokenizer.chat_template, special]
     return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """Return the settings of a tokenizer that `fingerprint_tokenizer` leaves out, JSON-like.
+
+    They are what a collate function's calls go by: where texts are cut, for one.
+    """
+    settings = {name: getattr(tokenizer, name, None) for name in _SETTINGS}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def own_attributes(tokenizer: Any) -> dict[str, Any]:
+    """Return the attributes that the user's own subclass of a tokenizer of transformers may read.
+
+    There are none where the class is of a known package, or is no subclass of one of transformers.
+    """
+    kind = type(tokenizer)
+    homes = [base.__module__ for base in kind.__mro__]
+    if is_of_library(homes[0]) or not any(home.startswith("transformers.") for home in homes):
+        return {}
+    read = names_read_by(kind)
+    return {
+        name: value
+        for name, value in vars(tokenizer).items()
+        if name not in _BESIDE_SETTINGS and (not name.startswith("_") or name in read)
+    }
+
+
+def is_configuration(value: Any) -> bool:
+    """Return whether `to_dict` tells all of a value, as of configurations and image processors.
+
+    A known package's class says so. A processor's leaves out the tokenizer inside it.
+    """
+    homes = [base.__module__ for base in type(value).__mro__ if "to_dict" in vars(base)]
+    return any(map(is_of_library, homes)) and "transformers.processing_utils" not in homes
 
 
 def _rules(tokenizer: Any) -> str:

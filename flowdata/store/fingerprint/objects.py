@@ -23,6 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowdata.store.fingerprint.attributes import (
+    attributes_of,
+    function_inside,
+    is_builtin_name,
+    is_member,
+)
 from flowdata.store.fingerprint.code import (
     describe_code,
     filled_by_calls,
@@ -34,8 +40,11 @@ from flowdata.store.fingerprint.code import (
 )
 from flowdata.store.fingerprint.hugging_face import (
     fingerprint_tokenizer,
+    is_configuration,
     is_tokenizer,
+    own_attributes,
     stable_config,
+    tokenizer_settings,
 )
 from flowdata.store.fingerprint.instructions import (
     contents_of,
@@ -100,7 +109,7 @@ class Describer:
             return "device"  # the same model is the same on every one
         if isinstance(value, enum.Enum):
             return ["enum", type(value).__name__, value.name]
-        if isinstance(value, Tensor) or (isinstance(value, _PLAIN) and not _holds_objects(value)):
+        if isinstance(value, Tensor) or _is_plain(value):
             digest = hashlib.sha256()
             update_digest(digest, value)
             return digest.hexdigest()
@@ -230,7 +239,7 @@ class Describer:
         members = {
             name: self.describe(value, f"{kind.__name__}.{name}")
             for name, value in sorted(vars(kind).items())
-            if name not in left_out and _is_member(name, value)
+            if name not in left_out and is_member(name, value)
         }
         bases = [self.describe(base, place) for base in kind.__bases__ if base is not object]
         return ["class", kind.__name__, members, bases]
@@ -261,9 +270,10 @@ class Describer:
     def _of_object(self, value: Any, place: str) -> Any:
         kind = type(value)
         if is_tokenizer(value):
-            return ["tokenizer", fingerprint_tokenizer(value)]
-        if callable(getattr(value, "to_dict", None)):
-            return ["configuration", class_name(value), stable_config(value.to_dict())]
+            return self._of_tokenizer(value, place)
+        if is_configuration(value):
+            own = [] if is_of_library(kind.__module__) else [self.describe(kind, place)]
+            return ["configuration", class_name(value), stable_config(value.to_dict()), *own]
         if kind.__module__ == "PIL.Image" or isinstance(value, bytes):
             return ["image", value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
         # The states of generators are what calls leave behind; loggers and the like change nothing.
@@ -277,12 +287,17 @@ class Describer:
         if callable(value) and isinstance(names[1], str):  # a built-in function, or one wrapped
             owner = getattr(value, "__self__", None)
             owner = None if isinstance(owner, types.ModuleType) else owner
-            return ["built-in", *names, *self._all([owner, _inner(value)], place)]
+            return ["built-in", *names, *self._all([owner, function_inside(value)], place)]
         fields = self._fields(value, place)
         if fields is None:
             self.gaps[f"{place} (a {class_name(value)})"] = None
             return ["unknown", class_name(value)]
         return ["object", self.describe(kind, place), fields]
+
+    def _of_tokenizer(self, value: Any, place: str) -> Any:
+        settings, own = tokenizer_settings(value), own_attributes(value)
+        described = self._all([type(value), own], place) if own else []
+        return ["tokenizer", fingerprint_tokenizer(value), *filter(None, [settings]), *described]
 
     def _fields(self, value: Any, place: str) -> Any:
         """The description of an object's attributes; None where it has none that can be read."""
@@ -295,41 +310,18 @@ class Describer:
                 return self._all(list(value.__reduce_ex__(2)[1:3]), place)
             except Exception:  # a lock, a file, a generator: nothing that lasts
                 return None
-        slots = [name for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)]
-        attributes = {name: getattr(value, name) for name in slots} | getattr(value, "__dict__", {})
-        if not attributes and is_of_library(kind.__module__) and not hasattr(value, "__dict__"):
+        attributes = attributes_of(value)
+        if attributes is None and is_of_library(kind.__module__):
             return None
         filled = self.filled(kind)
         return {
             name: self.describe(attribute, f"{place}.{name}")
-            for name, attribute in sorted(attributes.items())
+            for name, attribute in sorted((attributes or {}).items())
             if name not in filled and not is_cached_property(kind, name)
         }
 
 
-def is_builtin_name(value: Any) -> bool:
-    """Return whether a value is a function or class of Python itself, which its name tells."""
-    return getattr(value, "__module__", None) == "builtins" and isinstance(
-        value, type | types.BuiltinFunctionType
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) and not (
+        isinstance(value, np.ndarray) and value.dtype == object
     )
-
-
-def _is_member(name: str, value: Any) -> bool:
-    """Whether a class's attribute decides on what its methods return."""
-    if name.startswith("__") and name.endswith("__"):
-        return isinstance(value, types.FunctionType)
-    return not name.startswith("_abc_") and not isinstance(value, types.MemberDescriptorType)
-
-
-def _slots(kind: type) -> list[str]:
-    slots = vars(kind).get("__slots__", ())
-    return [slots] if isinstance(slots, str) else list(slots)
-
-
-def _inner(value: Any) -> Any:
-    inner = getattr(value, "__wrapped__", None)
-    return inner if isinstance(inner, types.FunctionType) else None
-
-
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype == object

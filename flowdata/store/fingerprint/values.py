@@ -61,7 +61,16 @@ def update_digest(digest: hashlib._Hash, value: Any) -> None:
 
 def canonical(value: Any) -> bytes:
     """Return JSON with sorted keys and a line break, which keeps two values in a row apart."""
-    return json.dumps(value, sort_keys=True, default=str).encode() + b"\n"
+    return json.dumps(value, sort_keys=True, default=_text).encode() + b"\n"
+
+
+def _text(value: Any) -> str:
+    """What stands for a value that JSON has no form of; that of a tensor is cut, and rounded."""
+    if not isinstance(value, Tensor | np.ndarray) or value.dtype == object:
+        return str(value)
+    digest = hashlib.sha256()
+    update_digest(digest, value)
+    return digest.hexdigest()
 
 
 def class_name(value: Any) -> str:

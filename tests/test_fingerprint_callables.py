@@ -1,4 +1,4 @@
-"""A fingerprint is the same before its function or model was used, and after."""
+"""The fingerprint of a function of batches: what it notices, and that use leaves it as it was."""
 
 import functools
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+)
 
 from flowdata.store.fingerprint import (
     fingerprint_callable,
@@ -97,3 +103,69 @@ def test_a_forward_pass_that_fills_a_cached_property_leaves_a_models_as_it_was()
     model(torch.ones(1, 3))
     assert "table" in vars(model)
     assert fingerprint_model(model) == before
+
+
+def with_settings(**settings):
+    tokenizer = word_tokenizer()
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    return tokenizing(tokenizer)
+
+
+class Reversing(PreTrainedTokenizerFast):
+    def __init__(self, *, marks):
+        super().__init__(tokenizer_object=word_tokenizer().backend_tokenizer)
+        self.marks = marks
+
+
+def processor(shift=0, size=8, template=None):
+    images = CLIPImageProcessor(size={"shortest_edge": size})
+    parts = CLIPProcessor(images, word_tokenizer(shift))
+    parts.chat_template = template
+    return tokenizing(parts)
+
+
+class Scaling:
+    """Has a `to_dict` of its own, which tells nothing of the factor."""
+
+    def __init__(self, weight, factor=1):
+        self.weight, self._factor = weight, factor
+
+    def to_dict(self):
+        return {"weight": self.weight}
+
+    def __call__(self, x):
+        return x * self.weight * self._factor
+
+
+def configured(weight):
+    config = BertConfig()
+    config.weights = [torch.tensor([weight])]
+    return tokenizing(config)
+
+
+DIFFERENT = {
+    "where texts are cut": (with_settings, {"model_max_length": 3}, {"model_max_length": 6}),
+    "the side of a cut": (with_settings, {"truncation_side": "left"}, {}),
+    "the side of padding": (with_settings, {"padding_side": "left"}, {}),
+    "a template": (with_settings, {"chat_template": "{{ messages }}"}, {}),
+    "a special token": (with_settings, {"pad_token": "w0"}, {}),
+    "a subclass": (lambda marks: tokenizing(Reversing(marks=marks)), {"marks": 1}, {"marks": 2}),
+    "a processor's vocabulary": (processor, {"shift": 1}, {}),
+    "a processor's size of images": (processor, {"size": 16}, {}),
+    "a processor's template": (processor, {"template": "{{ messages }}"}, {}),
+    "beside a to_dict of one's own": (Scaling, {"weight": 1, "factor": 2}, {"weight": 1}),
+    "a tensor's fifth digit": (
+        lambda weight: Scaling(torch.tensor(weight)),
+        {"weight": 0.12341},
+        {"weight": 0.12344},
+    ),
+    "a tensor in a configuration": (configured, {"weight": 0.12341}, {"weight": 0.12344}),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_decides_on_a_functions_batches_changes_its_fingerprint(name):
+    make, first, second = DIFFERENT[name]
+    assert fingerprint_callable(make(**first)) == fingerprint_callable(make(**first))
+    assert fingerprint_callable(make(**first)) != fingerprint_callable(make(**second))
