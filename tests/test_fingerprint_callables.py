@@ -1,6 +1,7 @@
 """The fingerprint of a function of batches: what it notices, and that use leaves it as it was."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flowdata.store.fingerprint import (
     fingerprint_model,
     fingerprint_tokenizer,
 )
+from flowdata.store.fingerprint.model import new_describer
 
 TEXTS = ["w1 w2 w3 w4 w5 w6", "w7 w8"]
 
@@ -58,10 +60,65 @@ class Computing:
         return [text[: self.length] for text in texts]
 
 
+class Setting:
+    """Sets what is its tokenizer's, by one way or another, and counts its calls."""
+
+    calls = 0
+
+    def __init__(self, shift=0, way="attribute", length=6):
+        self.tokenizer, self.way = word_tokenizer(shift), way
+        self.parts = types.SimpleNamespace(settings=Computing(), tokenizer=word_tokenizer(shift))
+        self.kept, self.options = {"": []}, {"max_length": length}
+
+    def __call__(self, texts):
+        if self.way == "attribute":
+            self.tokenizer.padding_side = "left"
+            self.tokenizer.pad_token = "w0"
+            self.parts.settings.latest = texts
+        elif self.way == "variable":
+            tokenizer = self.tokenizer
+            tokenizer.padding_side = tokenizer.truncation_side = "left"
+            parts = self.parts
+            parts.tokenizer.chat_template = "{{ messages }}"
+        elif self.way == "item":
+            self.kept[""].append(texts)
+            self.options.setdefault("padding", True)
+        Setting.calls += 1
+        return self.tokenizer(texts, truncation=True, padding=True, max_length=4)
+
+    def batch(self, texts):
+        self.latest = texts
+        return self(texts)
+
+
+WORDS = word_tokenizer()
+
+
+def set_globally(texts):
+    WORDS.padding_side = "left"
+    return WORDS(texts, padding=True)
+
+
+def setting_what_it_captures():
+    tokenizer = word_tokenizer()
+
+    def collate(texts):
+        tokenizer.padding_side = "left"
+        return tokenizer(texts, padding=True)
+
+    return collate
+
+
 USED = {  # functions that are given texts
     "a tokenizer": lambda: tokenizing(word_tokenizer()),
     "a collator of transformers": padding,
     "a cached property": Computing,
+    "an attribute's attribute": Setting,
+    "a variable's attribute": lambda: Setting(way="variable"),
+    "an item": lambda: Setting(way="item"),
+    "a method": lambda: Setting().batch,
+    "a global's attribute": lambda: set_globally,
+    "a captured one's attribute": setting_what_it_captures,
 }
 
 
@@ -160,6 +217,12 @@ DIFFERENT = {
         {"weight": 0.12341},
         {"weight": 0.12344},
     ),
+    "what stands beside an attribute that is set": (Setting, {"shift": 1}, {}),
+    "what stands beside a variable's": (
+        Setting,
+        {"shift": 1, "way": "variable"},
+        {"way": "variable"},
+    ),
     "a tensor in a configuration": (configured, {"weight": 0.12341}, {"weight": 0.12344}),
 }
 
@@ -169,3 +232,12 @@ def test_what_decides_on_a_functions_batches_changes_its_fingerprint(name):
     make, first, second = DIFFERENT[name]
     assert fingerprint_callable(make(**first)) == fingerprint_callable(make(**first))
     assert fingerprint_callable(make(**first)) != fingerprint_callable(make(**second))
+
+
+def test_what_calls_fill_is_left_out_and_named():
+    describer = new_describer()
+    describer.describe(Setting(), "mine")
+    names = ("kept", "options", "tokenizer.pad_token", "tokenizer.padding_side")
+    names += ("tokenizer.truncation_side", "parts.tokenizer.chat_template")
+    places = {"Setting.calls", *(f"mine.{name}" for name in names)}
+    assert set(describer.gaps) == {f"{place} (calls fill it)" for place in places}

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import types
+from collections.abc import Iterator, Set
 from typing import Any
+
+import numpy as np
+import torch
+
+from flowdata.store.fingerprint.code import home_of, is_of_library
+
+# Special methods that make objects, show them or pack them, and so change no result.
+_BESIDE_CALLS = {
+    *("__init__", "__new__", "__post_init__", "__repr__", "__str__", "__init_subclass__"),
+    *("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__del__", "__annotate__"),
+    *("__annotate_func__", "__dir__", "__sizeof__"),
+}
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_BESIDE_RESULTS = (
+    *("logging", "torch.utils.tensorboard", "torch.optim", "torch.profiler", "wandb", "tqdm"),
+    *("lightning", "pytorch_lightning", "transformers.trainer", "tensorboard", "threading"),
+)
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
@@ -20,11 +39,53 @@ def is_builtin_name(value: Any) -> bool:
     )
 
 
-def is_member(name: str, value: Any) -> bool:
-    """Return whether a class's attribute decides on what its methods return."""
+def is_beside_results(value: Any) -> bool:
+    """Return whether a value changes no result: a logger, say.
+
+    Nor do the states of generators, which are what calls leave behind.
+    """
+    return isinstance(value, _GENERATORS) or type(value).__module__.startswith(_BESIDE_RESULTS)
+
+
+def members_of(kind: type, beside: Set[str]) -> dict[str, Any]:
+    """Return the attributes of a class that decide on what its methods return, by name.
+
+    Args:
+        kind: the class.
+        beside: names of methods that change no result.
+    """
+    left_out = _BESIDE_CALLS | beside
+    members = sorted(vars(kind).items(), key=lambda member: member[0])
+    return {k: v for k, v in members if k not in left_out and _is_member(k, v)}
+
+
+def patches_of(kind: type, beside: Set[str]) -> Iterator[tuple[str, types.FunctionType]]:
+    """Yield the methods of a known package's class that somebody else has put in their places.
+
+    Args:
+        kind: the class.
+        beside: names of methods that change no result.
+    """
+    left_out = _BESIDE_CALLS | beside
+    for base in filter(lambda base: is_of_library(base.__module__), kind.__mro__):
+        for name, value in sorted(vars(base).items(), key=lambda member: member[0]):
+            is_method = isinstance(value, types.FunctionType) and name not in left_out
+            if is_method and not is_of_library(home_of(value)):
+                yield name, value
+
+
+def _is_member(name: str, value: Any) -> bool:
+    """Whether a class's attribute decides on what its methods return."""
     if name.startswith("__") and name.endswith("__"):
         return isinstance(value, types.FunctionType)
     return not name.startswith("_abc_") and not isinstance(value, types.MemberDescriptorType)
+
+
+def is_code(value: Any) -> bool:
+    """Return whether a value is a class, or a module of the user's: they hold code and more."""
+    if isinstance(value, types.ModuleType):
+        return not is_of_library(value.__name__)
+    return isinstance(value, type)
 
 
 def function_inside(value: Any) -> Any:

@@ -122,13 +122,18 @@ def is_cached_property(kind: type, name: str) -> bool:
     return isinstance(attribute, functools.cached_property)
 
 
-def filled_by_calls(kind: type) -> set[str]:
-    """Return the names that a class's `forward`, `__call__` or `__getitem__` fills.
+def filled_by_calls(kind: type, entry: str | None = None) -> set[str]:
+    """Return what a class's `forward`, `__call__` or `__getitem__` fills (`names_filled`).
 
     The methods that these name, and those that these name in turn, belong to them.
+
+    Args:
+        kind: the class.
+        entry: the name of another method by which its objects are called.
     """
     names: set[str] = set()
-    queue = list(_ENTRIES)
+    owners = {base.__name__ for base in kind.__mro__}
+    queue = list(filter(None, (*_ENTRIES, entry)))
     known = set(queue)
     while queue:
         name = queue.pop()
@@ -136,10 +141,16 @@ def filled_by_calls(kind: type) -> set[str]:
             if base is object or base.__module__ == "torch.nn.modules.module":
                 continue
             for function in functions_in(vars(base).get(name)):
-                names |= names_filled(function)
+                names |= {_of_self(path, owners) for path in names_filled(function)}
                 queue += names_read(function) - known
                 known |= names_read(function)
     return names
+
+
+def _of_self(path: str, owners: Set[str]) -> str:
+    """A path as it is from an object of a class: what is filled of the class is filled of it."""
+    owner, _, rest = path.partition(".")
+    return rest if rest and owner in owners else path
 
 
 def names_read_by(kind: type, *, libraries: bool = False) -> set[str]:

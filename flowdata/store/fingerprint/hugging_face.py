@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from flowdata.store.fingerprint.code import is_of_library, names_read_by
@@ -30,12 +30,19 @@ def is_tokenizer(value: Any) -> bool:
     return hasattr(value, "chat_template") and hasattr(value, "get_vocab")
 
 
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Return the digest of a Hugging Face tokenizer: its rules, vocabulary and chat template."""
+def fingerprint_tokenizer(tokenizer: Any, left_out: Set[str] = frozenset()) -> str:
+    """Return the digest of a Hugging Face tokenizer: its rules, vocabulary and chat template.
+
+    Args:
+        tokenizer: fast or not.
+        left_out: names of special tokens, or of the template, that don't count.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items())
     rules = _rules(tokenizer) if tokenizer.is_fast else None
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    content = [class_name(tokenizer), vocabulary, rules, tokenizer.chat_template, special]
+    special = tokenizer.special_tokens_map.items()
+    tokens = {name: str(token) for name, token in special if name not in left_out}
+    template = None if "chat_template" in left_out else tokenizer.chat_template
+    content = [class_name(tokenizer), vocabulary, rules, template, tokens]
     return hashlib.sha256(canonical(content)).hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 # Methods that change the list, dictionary or set they are called on.
@@ -57,13 +57,16 @@ def names_filled(function: types.FunctionType) -> set[str]:
     """Return what a function fills: attributes of `self`, and names of containers that it changes.
 
         self.cache = x                      cache
-        Net.calls += 1                      calls, Net
+        self.tokenizer.padding_side = x     tokenizer.padding_side
+        Net.calls += 1                      Net.calls
         self.seen.append(x)                 seen
-        self.mean.mul_(x)                   mean
+        self.seen[key].append(x)            seen
+        self.mean.data.mul_(x)              mean
         STORE[key] = x                      STORE
         self.register_buffer("table", x)    table
 
-    These hold what calls have left behind, such as a cache, and no setting.
+    These hold what calls have left behind, such as a cache, and no setting; what stands beside
+    them in the same object may be one.
     """
     return set().union(*map(_names_filled_by, code_within(function.__code__)))
 
@@ -75,13 +78,15 @@ def _names_filled_by(code: types.CodeType) -> set[str]:
     for index, step in enumerate(steps):
         if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             owner = _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
-            if _variable(steps, owner) in (None, "self", first):  # no other local variable
-                names |= {step.argval} | _chain(steps, owner)
+            path = _path(steps, owner, aliases=True)
+            if path or _variable(steps, owner) in (None, "self", first):  # no other local variable
+                names.add(_joined([*path, step.argval]))
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             key = _before_swap(steps, index, "BINARY_", None, copies=2)
-            names |= _chain(steps, _expression_start(steps, key) - 1)
+            names.add(_joined(_path(steps, _expression_start(steps, key) - 1)))
         elif step.opname in _METHOD_LOADS and _changes(str(step.argval)):
-            names |= _chain(steps, index - 1)
+            # A tensor's item may be a copy, which `self.table[rows].mul_(x)` changes alone.
+            names.add(_joined(_path(steps, index - 1, items=step.argval in _MUTATORS)))
         elif step.argval in ("register_buffer", "setattr"):
             constants = [s for s in steps[index + 1 : index + 3] if s.opname == "LOAD_CONST"]
             names |= {s.argval for s in constants if isinstance(s.argval, str)}
@@ -89,7 +94,23 @@ def _names_filled_by(code: types.CodeType) -> set[str]:
             step.opname == "STORE_DEREF" and step.argval in code.co_freevars
         ):
             names.add(step.argval)
-    return names
+    return names - {""}
+
+
+def below(paths: Set[str], name: object) -> frozenset[str]:
+    """Return, of the paths of what is filled, those that begin at a name, from there on.
+
+    Example:
+        >>> sorted(below({"cache", "tokenizer.padding_side"}, "tokenizer"))
+        ['padding_side']
+    """
+    start = f"{name}."
+    return frozenset(path.removeprefix(start) for path in paths if path.startswith(start))
+
+
+def _joined(path: list[str]) -> str:
+    """A path in one word; a tensor's values are the tensor."""
+    return ".".join(path[:-1] if path[1:] and path[-1] == "data" else path)
 
 
 def _changes(method: str) -> bool:
@@ -121,15 +142,41 @@ def _variable(steps: list[dis.Instruction], index: int) -> Any:
     return value[-1] if isinstance(value, tuple) else value
 
 
-def _chain(steps: list[dis.Instruction], index: int) -> set[str]:
-    """The names of `self.a.b`, or of a global or captured name, that an expression ends with."""
-    names = set()
-    while index >= 0 and steps[index].opname in _METHOD_LOADS:
-        names.add(steps[index].argval)
-        index -= 1
-    if not names and index >= 0 and steps[index].opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
-        names.add(steps[index].argval)
-    return names
+def _path(
+    steps: list[dis.Instruction], index: int, *, items: bool = True, aliases: bool = False
+) -> list[str]:
+    """The names a, b of `self.a.b`, or x, a of a global or captured `x.a`, before a store to it.
+
+    There are none where the value comes from elsewhere, such as a call.
+
+    Args:
+        steps: the instructions.
+        index: of the last one of the expression.
+        items: let `self.a[key]` stand for `self.a`.
+        aliases: let a local variable stand for what was last assigned to it.
+    """
+    names: list[str] = []
+    while index >= 0:
+        step = steps[index]
+        if step.opname in _METHOD_LOADS:
+            names.insert(0, step.argval)
+            index -= 1
+        elif items and (step.opname == "BINARY_SUBSCR" or step.argrepr == "[]"):
+            names.clear()
+            index = _expression_start(steps, index - 1) - 1
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            names[:0] = [] if step.argval == "self" else [step.argval]
+            break
+        else:
+            index = _assignment(steps, index) if aliases else -1
+    return names[1:] if names[:1] == ["__class__"] else names
+
+
+def _assignment(steps: list[dis.Instruction], index: int) -> int:
+    """The index of the last instruction of what the local variable at `index` was given; or -1."""
+    variable = _variable(steps, index)
+    stores = (i for i in range(index - 1, 0, -1) if steps[i].opname == "STORE_FAST")
+    return next((i - 1 for i in stores if variable and steps[i].argval == variable), -1)
 
 
 def _expression_start(steps: list[dis.Instruction], end: int) -> int:

@@ -20,7 +20,7 @@ from flowdata.store.fingerprint.code import (
     is_of_library,
     names_read_by,
 )
-from flowdata.store.fingerprint.instructions import only_watches
+from flowdata.store.fingerprint.instructions import below, only_watches
 from flowdata.store.fingerprint.objects import Describer
 
 # Wrappers that run a module otherwise and compute the same: torch.compile, FSDP, checkpointing.
@@ -134,7 +134,7 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
     if isinstance(active, str | list | tuple):  # of a layer; a transformers model has a method
         scaling = str(getattr(module, "scaling", None))
         settings["adapters"] = [active, bool(module.disable_adapters), scaling]
-    chooses = _chooser(describer, module, kind)
+    chooses, filled = _chooser(describer, module, kind), describer.filled(kind)
     for name, value in sorted(vars(module).items()):
         place = f"{path}.{name}" if path else name
         if name in _FORWARDS or is_cached_property(kind, name):
@@ -147,7 +147,7 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
             if not is_of_library(kind.__module__):
                 describer.gaps[f"{place} (forward fills it)"] = None
             continue
-        settings[name] = describer.describe(value, place)
+        settings[name] = describer.describe(value, place, filled=below(filled, name))
     for name in ("forward", "_loss_function"):
         function = _replaced(module, kind, name)
         if function is not None:

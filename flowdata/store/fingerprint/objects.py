@@ -8,15 +8,14 @@ that it names; code of a known package by its name.
 from __future__ import annotations
 
 import argparse
+import collections
 import enum
 import functools
 import hashlib
-import random
 import sys
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,11 @@ from torch import Tensor, nn
 from flowdata.store.fingerprint.attributes import (
     attributes_of,
     function_inside,
+    is_beside_results,
     is_builtin_name,
-    is_member,
+    is_code,
+    members_of,
+    patches_of,
 )
 from flowdata.store.fingerprint.code import (
     describe_code,
@@ -47,27 +49,17 @@ from flowdata.store.fingerprint.hugging_face import (
     tokenizer_settings,
 )
 from flowdata.store.fingerprint.instructions import (
+    below,
     contents_of,
     globals_read,
     names_filled,
     names_read,
 )
-from flowdata.store.fingerprint.values import canonical, class_name, update_digest
+from flowdata.store.fingerprint.values import canonical, class_name, is_plain, update_digest
 
-_PLAIN = (str, bool, int, float, complex, bytes, bytearray, np.generic, np.ndarray, PurePath)
 _WORDS = (torch.dtype, torch.layout, torch.memory_format)  # their text is their content
 _NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
-# Special methods that make objects, show them or pack them, and so change no result.
-_BESIDE_CALLS = {
-    *("__init__", "__new__", "__post_init__", "__repr__", "__str__", "__init_subclass__"),
-    *("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__del__", "__annotate__"),
-    *("__annotate_func__", "__dir__", "__sizeof__"),
-}
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_BESIDE_RESULTS = (
-    *("logging", "torch.utils.tensorboard", "torch.optim", "torch.profiler", "wandb", "tqdm"),
-    *("lightning", "pytorch_lightning", "transformers.trainer", "tensorboard", "threading"),
-)
+_CONTAINERS = (list, tuple, set, dict, collections.defaultdict, collections.deque)
 _SCALARS = (bool, int, float, str)
 _MOST_DEPTH = 60  # of objects inside objects
 _MOST_OBJECTS = 100_000  # that one description goes through
@@ -88,72 +80,88 @@ class Describer:
         self._places: dict[int, str] = {}  # the paths of the modules of a model in hand
         self._models: list[Any] = []
         self._classes: dict[type, str] = {}
-        self._filled: dict[type, set[str]] = {}
+        self._filled: dict[tuple[type, str | None], set[str]] = {}
         self._names: dict[type, set[str]] = {}
         self.gaps: dict[str, None] = {}
         self._count = 0
         self._open: list[int] = []  # ids of the objects inside which this description is
-        self._known: dict[int, tuple[Any, str]] = {}  # the object stays alive, so its id is its own
+        # The object stays alive, so its id is its own.
+        self._known: dict[tuple[int, Set[str]], tuple[Any, str]] = {}
 
-    def describe(self, value: Any, place: str, names: Set[str] = frozenset()) -> Any:
+    def describe(
+        self, value: Any, place: str, names: Set[str] = frozenset(), filled: Set[str] = frozenset()
+    ) -> Any:
         """Return the description of a value.
 
         Args:
             value: anything.
             place: says where it stands, for messages.
             names: the attributes that the code beside it reads; of a namespace no others count.
+            filled: the paths of what the code beside it fills in it (`names_filled`): left out.
         """
+        if filled and type(value) in _CONTAINERS:  # calls fill its items
+            self.gaps[f"{place} (calls fill it)"] = None
+            return "filled"
         if value is None or isinstance(value, _WORDS):
             return str(value)
         if isinstance(value, torch.device):
             return "device"  # the same model is the same on every one
         if isinstance(value, enum.Enum):
             return ["enum", type(value).__name__, value.name]
-        if isinstance(value, Tensor) or _is_plain(value):
+        if isinstance(value, Tensor) or is_plain(value):
             digest = hashlib.sha256()
             update_digest(digest, value)
             return digest.hexdigest()
         if isinstance(value, types.ModuleType):
-            return self._of_python_module(value, place, names)
-        return self._of_compound(value, place, names)
+            return self._of_python_module(value, place, names, filled)
+        return self._of_compound(value, place, names, filled)
 
-    def _of_compound(self, value: Any, place: str, names: Set[str]) -> Any:
+    def _of_compound(self, value: Any, place: str, names: Set[str], filled: Set[str]) -> Any:
         """The digest of what may hold other values, and itself among them."""
         if isinstance(value, types.MethodType):  # made anew whenever it is asked for
-            parts = [self.describe(part, place) for part in (value.__self__, value.__func__)]
-            return ["method", *parts]
+            owner, function = value.__self__, value.__func__
+            kind = owner if isinstance(owner, type) else type(owner)
+            filled = frozenset(self.filled(kind, getattr(function, "__name__", None)))
+            description = self.describe(owner, place, filled=filled)
+            return ["method", description, self.describe(function, place)]
         if isinstance(value, nn.Module):
             return self._of_module(value)
         if id(value) in self._open:
             return ["as above", len(self._open) - self._open.index(id(value))]
-        if id(value) in self._known and not isinstance(value, _NAMESPACES):
-            return self._known[id(value)][1]
+        key = id(value), filled
+        if key in self._known and not isinstance(value, _NAMESPACES):
+            return self._known[key][1]
         self._count += 1
         if self._count > _MOST_OBJECTS or len(self._open) > _MOST_DEPTH:
             self.gaps[f"{place} (too large)"] = None
             return "too large"
         self._open.append(id(value))
         try:
-            content = self._content(value, place, names)
+            content = self._content(value, place, names, filled)
         finally:
             self._open.pop()
         digest = hashlib.sha256(canonical(content)).hexdigest()
-        self._known[id(value)] = value, digest
+        self._known[key] = value, digest
         return digest
 
-    def _content(self, value: Any, place: str, names: Set[str]) -> Any:
+    def _content(self, value: Any, place: str, names: Set[str], filled: Set[str]) -> Any:
         if isinstance(value, types.FunctionType):
             return self._of_function(value, place)
         if isinstance(value, functools.partial):
             parts = [value.func, list(value.args), dict(value.keywords)]
             return ["partial", *(self.describe(part, place) for part in parts)]
         if isinstance(value, type):
-            return self.of_class(value, place)
+            return self.of_class(value, place, filled=filled)
         if isinstance(value, staticmethod | classmethod | property | functools.cached_property):
             functions = functions_in(value)
             return [type(value).__name__, *(self.describe(f, place) for f in functions)]
         if isinstance(value, Mapping):
-            pairs = [[self.describe(k, place), self.describe(value[k], place)] for k in value]
+            items = self._kept(value, place, filled) if filled else value
+            pairs = []
+            for key in items:
+                at = f"{place}.{key}" if isinstance(key, str) else place
+                item = self.describe(items[key], at, filled=below(filled, key))
+                pairs.append([self.describe(key, place), item])
             return ["mapping", sorted(pairs, key=canonical)]
         if isinstance(value, Set):  # the order of a set changes from process to process
             return ["set", sorted((self.describe(v, place) for v in value), key=canonical)]
@@ -163,8 +171,15 @@ class Describer:
             return ["sequence", [self.describe(item, place) for item in value]]
         if isinstance(value, _NAMESPACES):
             fields = {k: v for k, v in vars(value).items() if not names or k in names}
-            return ["namespace", self.describe(fields, place)]
-        return self._of_object(value, place)
+            mapping = types.MappingProxyType(fields)  # whose items are attributes
+            return ["namespace", self.describe(mapping, place, filled=filled)]
+        return self._of_object(value, place, filled)
+
+    def _kept(self, values: Mapping[str, Any], place: str, filled: Set[str]) -> dict[str, Any]:
+        """The values that calls don't fill; the others become gaps."""
+        for name in sorted(values.keys() & filled):
+            self.gaps[f"{place}.{name} (calls fill it)"] = None
+        return {name: value for name, value in values.items() if name not in filled}
 
     # --- modules -------------------------------------------------------------------------------
 
@@ -178,11 +193,11 @@ class Describer:
             return ["module at", self._places[id(module)]]
         return ["module", self._module(self, module)]
 
-    def filled(self, kind: type) -> set[str]:
-        """Return `filled_by_calls(kind)`, which takes a while, once for each class."""
-        if kind not in self._filled:
-            self._filled[kind] = filled_by_calls(kind)
-        return self._filled[kind]
+    def filled(self, kind: type, entry: str | None = None) -> set[str]:
+        """Return `filled_by_calls(kind, entry)`, which takes a while, once for each class."""
+        if (kind, entry) not in self._filled:
+            self._filled[kind, entry] = filled_by_calls(kind, entry)
+        return self._filled[kind, entry]
 
     def names(self, kind: type) -> set[str]:
         """Return the names in a class's methods, those of known packages among them."""
@@ -204,17 +219,17 @@ class Describer:
         if is_of_library(home_of(function)):
             inner = getattr(function, "__wrapped__", None)
             name = function.__qualname__ if inner is None else function.__code__.co_name
-            settings = {k: v for k, v in contents.items() if isinstance(v, _PLAIN) or callable(v)}
+            settings = {k: v for k, v in contents.items() if is_plain(v) or callable(v)}
             return [home_of(function), name, *self._all([inner, settings], place)]
         named = {name: function.__globals__.get(name) for name in globals_read(function)}
         values = {name: v for name, v in (named | contents).items() if v is not None}
-        filled = names_filled(function) & values.keys()
-        filled -= {name for name in filled if isinstance(values[name], type)}  # of_class knows
+        paths = names_filled(function)
+        filled = {name for name in paths & values.keys() if not is_code(values[name])}
         for name in sorted(filled):
             self.gaps[f"{name!r} of {place} (calls fill it)"] = None
         names = names_read(function)
         settings = {
-            name: self.describe(value, f"{name!r} of {place}", names)
+            name: self.describe(value, f"{name!r} of {place}", names, below(paths, name))
             for name, value in sorted(values.items())
             if name not in filled and not is_builtin_name(value)
         }
@@ -225,59 +240,60 @@ class Describer:
     def _all(self, values: Sequence[Any], place: str) -> list[Any]:
         return [self.describe(value, place) for value in values]
 
-    def of_class(self, kind: type, place: str, beside: Set[str] = frozenset()) -> Any:
+    def of_class(
+        self,
+        kind: type,
+        place: str,
+        beside: Set[str] = frozenset(),
+        filled: Set[str] = frozenset(),
+    ) -> Any:
         """Return a class's description: its name, and the code of what is the user's own in it.
 
         Args:
             kind: the class.
             place: says where it stands, for messages.
             beside: names of methods that change no result.
+            filled: names of what is filled by other calls than those of its objects.
         """
-        left_out = _BESIDE_CALLS | beside | self.filled(kind)
+        filled = filled | self.filled(kind)
         if is_of_library(kind.__module__):
-            return [f"{kind.__module__}.{kind.__qualname__}", *self._patches(kind, place, left_out)]
+            patches = [
+                [name, self.describe(value, f"{kind.__name__}.{name}")]
+                for name, value in patches_of(kind, beside | filled)
+            ]
+            return [f"{kind.__module__}.{kind.__qualname__}", *patches]
         members = {
             name: self.describe(value, f"{kind.__name__}.{name}")
-            for name, value in sorted(vars(kind).items())
-            if name not in left_out and is_member(name, value)
+            for name, value in self._kept(members_of(kind, beside), kind.__name__, filled).items()
         }
         bases = [self.describe(base, place) for base in kind.__bases__ if base is not object]
         return ["class", kind.__name__, members, bases]
 
-    def _patches(self, kind: type, place: str, left_out: Set[str]) -> list[Any]:
-        """The methods of a known package's class that somebody else has put in their places."""
-        return [
-            [name, self.describe(value, f"{kind.__name__}.{name}")]
-            for base in kind.__mro__
-            if is_of_library(base.__module__)
-            for name, value in sorted(vars(base).items())
-            if isinstance(value, types.FunctionType) and name not in left_out
-            if not is_of_library(home_of(value))
-        ]
-
-    def _of_python_module(self, module: types.ModuleType, place: str, names: Set[str]) -> Any:
+    def _of_python_module(
+        self, module: types.ModuleType, place: str, names: Set[str], filled: Set[str]
+    ) -> Any:
         if is_of_library(module.__name__):
             return ["module", module.__name__]
         named = {name: vars(module)[name] for name in sorted(names) if name in vars(module)}
         return {
-            name: self.describe(value, f"{module.__name__}.{name}", names)
-            for name, value in named.items()
+            name: self.describe(value, f"{module.__name__}.{name}", names, below(filled, name))
+            for name, value in self._kept(named, module.__name__, filled).items()
             if not isinstance(value, types.ModuleType)
         }
 
     # --- objects -------------------------------------------------------------------------------
 
-    def _of_object(self, value: Any, place: str) -> Any:
+    def _of_object(self, value: Any, place: str, filled: Set[str]) -> Any:
         kind = type(value)
         if is_tokenizer(value):
-            return self._of_tokenizer(value, place)
+            return self._of_tokenizer(value, place, filled)
         if is_configuration(value):
             own = [] if is_of_library(kind.__module__) else [self.describe(kind, place)]
-            return ["configuration", class_name(value), stable_config(value.to_dict()), *own]
+            settings = self._kept(stable_config(value.to_dict()), place, filled)
+            return ["configuration", class_name(value), settings, *own]
         if kind.__module__ == "PIL.Image" or isinstance(value, bytes):
             return ["image", value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
-        # The states of generators are what calls leave behind; loggers and the like change nothing.
-        if isinstance(value, _GENERATORS) or kind.__module__.startswith(_BESIDE_RESULTS):
+        if is_beside_results(value):
             return ["by name", kind.__qualname__]
         if isinstance(value, torch.jit.ScriptFunction):
             return ["script", value.code]
@@ -288,18 +304,24 @@ class Describer:
             owner = getattr(value, "__self__", None)
             owner = None if isinstance(owner, types.ModuleType) else owner
             return ["built-in", *names, *self._all([owner, function_inside(value)], place)]
-        fields = self._fields(value, place)
+        fields = self._fields(value, place, filled)
         if fields is None:
             self.gaps[f"{place} (a {class_name(value)})"] = None
             return ["unknown", class_name(value)]
-        return ["object", self.describe(kind, place), fields]
+        return ["object", self.describe(kind, place, filled=filled), fields]
 
-    def _of_tokenizer(self, value: Any, place: str) -> Any:
+    def _of_tokenizer(self, value: Any, place: str, filled: Set[str]) -> Any:
+        filled = filled | {name.removesuffix("_id") for name in filled}  # pad_token_id
+        self._kept({"chat_template": None, **value.special_tokens_map}, place, filled)
+        parts: list[Any] = [fingerprint_tokenizer(value, filled)]
         settings, own = tokenizer_settings(value), own_attributes(value)
-        described = self._all([type(value), own], place) if own else []
-        return ["tokenizer", fingerprint_tokenizer(value), *filter(None, [settings]), *described]
+        if settings:
+            parts.append(self._kept(settings, place, filled))
+        if own:
+            parts += self._all([type(value), self._kept(own, place, filled)], place)
+        return ["tokenizer", *parts]
 
-    def _fields(self, value: Any, place: str) -> Any:
+    def _fields(self, value: Any, place: str, filled: Set[str]) -> Any:
         """The description of an object's attributes; None where it has none that can be read."""
         kind = type(value)
         root = kind.__module__.partition(".")[0]
@@ -313,15 +335,12 @@ class Describer:
         attributes = attributes_of(value)
         if attributes is None and is_of_library(kind.__module__):
             return None
-        filled = self.filled(kind)
+        by_calls = self.filled(kind)
+        if is_of_library(kind.__module__):  # which knows what it keeps
+            attributes = {k: v for k, v in (attributes or {}).items() if k not in by_calls}
+        filled = filled | by_calls
         return {
-            name: self.describe(attribute, f"{place}.{name}")
-            for name, attribute in sorted((attributes or {}).items())
-            if name not in filled and not is_cached_property(kind, name)
+            name: self.describe(attribute, f"{place}.{name}", filled=below(filled, name))
+            for name, attribute in sorted(self._kept(attributes or {}, place, filled).items())
+            if not is_cached_property(kind, name)
         }
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) and not (
-        isinstance(value, np.ndarray) and value.dtype == object
-    )

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PLAIN = (str, bool, int, float, complex, bytes, bytearray, np.generic, np.ndarray, PurePath)
+
 
 class NoContentError(TypeError):
     """A value whose content no rule covers; the error's text is the value's class."""
@@ -57,6 +59,12 @@ def update_digest(digest: hashlib._Hash, value: Any) -> None:
         update_digest(digest, [value.mode, value.size, value.tobytes()])  # a PIL image
     else:
         raise NoContentError(class_name(value))
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value holds no other objects: text, a number, bytes, a path, an array."""
+    holds_objects = isinstance(value, np.ndarray) and value.dtype == object
+    return isinstance(value, _PLAIN) and not holds_objects
 
 
 def canonical(value: Any) -> bytes:
