@@ -1,6 +1,8 @@
 """The fingerprint of a function of batches: what it notices, and that use leaves it as it was."""
 
 import functools
+import importlib
+import sys
 import types
 
 import pytest
@@ -241,3 +243,95 @@ def test_what_calls_fill_is_left_out_and_named():
     names += ("tokenizer.truncation_side", "parts.tokenizer.chat_template")
     places = {"Setting.calls", *(f"mine.{name}" for name in names)}
     assert set(describer.gaps) == {f"{place} (calls fill it)" for place in places}
+
+
+CLEANING = """
+import proj.clean
+
+
+def by_path(x):
+    return proj.clean.scaled(x)
+
+
+def importing(x):
+    from proj.clean import scaled
+
+    return scaled(x)
+
+
+def importing_a_module(x):
+    from . import late
+
+    return late.scaled(x)
+
+
+def importing_by_path(x):
+    import proj.late
+
+    return proj.late.scaled(x)
+
+
+def importing_under_a_name(x):
+    import proj.late as other
+
+    return other.scaled(x)
+
+
+def of_what_is_not_there(x):
+    import a_package_that_is_not_there
+
+    return x
+"""
+PROJECT = ["by_path", "importing", "importing_a_module", "importing_by_path"]
+PROJECT += ["importing_under_a_name"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Writes a package whose helpers scale by a factor, and imports it anew."""
+    folder = tmp_path / "proj"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(factor):
+        helper = f"import proj\n\ndef scaled(x):\n    return {factor} * x\n"
+        for name, text in (("__init__", ""), ("clean", helper), ("late", helper)):
+            (folder / f"{name}.py").write_text(text)
+        (folder / "functions.py").write_text(CLEANING)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "proj"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        return importlib.import_module("proj.functions")
+
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] == "proj"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", PROJECT)
+def test_code_reached_by_modules_and_imports_changes_a_functions_fingerprint(project, name):
+    function = getattr(project(2), name)
+    before = fingerprint_callable(function)
+    assert function(3) == 6
+    assert fingerprint_callable(function) == before
+    assert fingerprint_callable(getattr(project(2), name)) == before
+    assert fingerprint_callable(getattr(project(5), name)) != before
+
+
+def test_an_import_that_fails_is_named(project):
+    describer = new_describer()
+    describer.describe(project(2).of_what_is_not_there, "mine")
+    assert list(describer.gaps) == ["'import a_package_that_is_not_there' of mine (is not there)"]
+
+
+def test_attributes_of_a_function_count_but_for_those_that_it_fills():
+    def collate(texts):
+        collate.calls += 1
+        return texts[: collate.length]
+
+    prints = []
+    for calls, length in ((0, 1), (7, 1), (0, 2)):
+        collate.calls, collate.length = calls, length
+        prints.append(fingerprint_callable(collate))
+    assert prints[0] == prints[1] != prints[2]

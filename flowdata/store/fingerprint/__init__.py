@@ -14,6 +14,7 @@ a digest makes every store of earlier versions unusable: it asks for another mar
     attributes.py the attributes that objects and classes have
     code.py       what compiled code says, and whose it is
     instructions.py  the names that code reads and fills
+    named.py      the values that a function finds by name
     hugging_face.py  of tokenizers and configurations
     view.py       of a Hugging Face data set's format, columns and decoding
     values.py     the rules for plain values, which the others build on

@@ -51,10 +51,10 @@ from flowdata.store.fingerprint.hugging_face import (
 from flowdata.store.fingerprint.instructions import (
     below,
     contents_of,
-    globals_read,
     names_filled,
     names_read,
 )
+from flowdata.store.fingerprint.named import values_named
 from flowdata.store.fingerprint.values import canonical, class_name, is_plain, update_digest
 
 _WORDS = (torch.dtype, torch.layout, torch.memory_format)  # their text is their content
@@ -85,8 +85,7 @@ class Describer:
         self.gaps: dict[str, None] = {}
         self._count = 0
         self._open: list[int] = []  # ids of the objects inside which this description is
-        # The object stays alive, so its id is its own.
-        self._known: dict[tuple[int, Set[str]], tuple[Any, str]] = {}
+        self._known: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # by id: the objects stay alive
 
     def describe(
         self, value: Any, place: str, names: Set[str] = frozenset(), filled: Set[str] = frozenset()
@@ -146,7 +145,7 @@ class Describer:
 
     def _content(self, value: Any, place: str, names: Set[str], filled: Set[str]) -> Any:
         if isinstance(value, types.FunctionType):
-            return self._of_function(value, place)
+            return self._of_function(value, place, filled)
         if isinstance(value, functools.partial):
             parts = [value.func, list(value.args), dict(value.keywords)]
             return ["partial", *(self.describe(part, place) for part in parts)]
@@ -214,20 +213,20 @@ class Describer:
 
     # --- functions and classes -----------------------------------------------------------------
 
-    def _of_function(self, function: types.FunctionType, place: str) -> Any:
-        contents = contents_of(function)
+    def _of_function(self, function: types.FunctionType, place: str, filled: Set[str]) -> Any:
         if is_of_library(home_of(function)):
             inner = getattr(function, "__wrapped__", None)
             name = function.__qualname__ if inner is None else function.__code__.co_name
-            settings = {k: v for k, v in contents.items() if is_plain(v) or callable(v)}
+            contents = contents_of(function).items()
+            settings = {k: v for k, v in contents if is_plain(v) or callable(v)}
             return [home_of(function), name, *self._all([inner, settings], place)]
-        named = {name: function.__globals__.get(name) for name in globals_read(function)}
-        values = {name: v for name, v in (named | contents).items() if v is not None}
-        paths = names_filled(function)
+        values, name = values_named(function), function.__name__
+        paths = names_filled(function) | {f"{name}.{path}" for path in filled}
         filled = {name for name in paths & values.keys() if not is_code(values[name])}
-        for name in sorted(filled):
-            self.gaps[f"{name!r} of {place} (calls fill it)"] = None
-        names = names_read(function)
+        gaps = dict.fromkeys(filled, "calls fill it")
+        gaps |= {name: "is not there" for name, value in values.items() if value is None}
+        self.gaps |= {f"{name!r} of {place} ({gaps[name]})": None for name in sorted(gaps)}
+        names = {part for name in names_read(function) for part in name.split(".")}
         settings = {
             name: self.describe(value, f"{name!r} of {place}", names, below(paths, name))
             for name, value in sorted(values.items())
@@ -274,12 +273,18 @@ class Describer:
     ) -> Any:
         if is_of_library(module.__name__):
             return ["module", module.__name__]
-        named = {name: vars(module)[name] for name in sorted(names) if name in vars(module)}
-        return {
-            name: self.describe(value, f"{module.__name__}.{name}", names, below(filled, name))
-            for name, value in self._kept(named, module.__name__, filled).items()
-            if not isinstance(value, types.ModuleType)
-        }
+        key = id(module), frozenset(names), filled
+        if key not in self._known:
+            self._known[key] = module, "as above"  # for modules that name each other
+            named = {name: vars(module)[name] for name in sorted(names) if name in vars(module)}
+            filled = {name for name in filled if not isinstance(named.get(name), types.ModuleType)}
+            content = {
+                name: self.describe(value, f"{module.__name__}.{name}", names, below(filled, name))
+                for name, value in self._kept(named, module.__name__, filled).items()
+                if not isinstance(value, types.ModuleType) or is_code(value)
+            }
+            self._known[key] = module, content
+        return self._known[key][1]
 
     # --- objects -------------------------------------------------------------------------------
 
