@@ -4,6 +4,7 @@ import io
 import logging
 import random
 import re
+from functools import partial
 
 import datasets
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from flowdata import FlowWeightedDataset, LossScorer, ScoreMismatchError
 from flowdata.probe import compute_features
 from flowdata.scores import Scores
-from flowdata.store.fingerprint import fingerprint_dataset
+from flowdata.store.fingerprint import fingerprint_callable, fingerprint_dataset
 from flowdata.store.fingerprint.dataset import random_sample
 from flowdata.store.folder import read_manifest
 from flowdata.store.identity import (
@@ -448,3 +449,52 @@ def test_what_may_read_any_column_is_held_to_all_of_them():
         wider = token_rows(note=note()).with_format(**data.format)
         with pytest.raises(ScoreMismatchError, match=r"with a column more.*weights\(\)"):
             FlowWeightedDataset(wider, scores)
+
+
+def painted(folder, *shades):
+    """A data set of pictures that lie in a folder, each of one shade of red."""
+    folder.mkdir(exist_ok=True)
+    paths = [str(folder / f"{index}.bmp") for index in range(len(shades))]
+    for path, shade in zip(paths, shades, strict=True):
+        PIL.Image.new("RGB", (2, 2), (shade, 0, 0)).save(path)
+    rows = {"image": paths, "pair": [paths[:2]] * len(paths), "y": list(range(len(paths)))}
+    data = datasets.Dataset.from_dict(rows)
+    return data.cast_column("image", datasets.Image()).cast_column(
+        "pair", datasets.List(datasets.Image())
+    )
+
+
+def test_the_files_that_rows_name_count_wherever_they_lie(tmp_path):
+    before = content_identity(painted(tmp_path / "first", 1, 2, 3))
+    assert content_identity(painted(tmp_path / "second", 1, 2, 3)) == before
+    repainted = painted(tmp_path / "first", 1, 2, 4)
+    assert content_identity(repainted) != before
+    assert "sampled" not in before
+    pairs = repainted.select_columns("pair").select([2])
+    before = content_identity(pairs)
+    painted(tmp_path / "first", 9, 2, 4)
+    assert content_identity(pairs) != before
+    (tmp_path / "first" / "0.bmp").unlink()
+    assert content_identity(pairs) != before
+
+
+def test_of_many_files_all_sizes_count_and_the_contents_of_some(tmp_path):
+    data = painted(tmp_path / "many", *(index % 256 for index in range(600)))
+    before = content_identity(data)
+    assert before.partition(" sampled:")[2].startswith("512/600")
+    note = sampling_note(before)
+    assert note == "only 512 of the 600 samples were fingerprinted, since files hold them"
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "many" / "6.bmp")
+    assert content_identity(data) != before
+
+
+def test_pictures_of_other_palettes_differ():
+    def drawn(*colour):
+        picture = PIL.Image.new("P", (2, 2))
+        picture.putpalette(bytes(colour) * 256)
+        return picture
+
+    red, blue = drawn(255, 0, 0), drawn(0, 0, 255)
+    assert fingerprint_dataset([red]) == fingerprint_dataset([red.copy()])
+    assert fingerprint_dataset([red]) != fingerprint_dataset([blue])
+    assert fingerprint_callable(partial(len, red)) != fingerprint_callable(partial(len, blue))

@@ -181,10 +181,11 @@ def sampling_note(dataset_identity: str) -> str:
         >>> sampling_note("content:2:ab12")
         ''
     """
-    sampled = _words_of(dataset_identity).get("sampled", "")
-    number, _, total = sampled.partition("/")
-    note = f"only {number} of the {total} samples were fingerprinted, since code gives them"
-    return note if sampled else ""
+    words = _words_of(dataset_identity)
+    number, total = _reading(words)
+    cause = "files hold them" if "decoding" in words else "code gives them"
+    note = f"only {number} of the {total} samples were fingerprinted, since {cause}"
+    return note if number else ""
 
 
 def dataset_difference(stored: str, expected: str) -> str:

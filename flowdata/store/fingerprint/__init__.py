@@ -8,6 +8,7 @@ a digest makes every store of earlier versions unusable: it asks for another mar
     modules.py    what of one module counts beside its tensors: class, settings, code, hooks
     checksums.py  of a tensor's bits
     dataset.py    of a data set: its length, its samples, and the view that gives them
+    files.py      the files that rows name and don't hold
     containers.py  the same samples held by another class
     callables.py  of a function
     objects.py    any Python object described: functions, classes, attributes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 import types
+import weakref
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -25,11 +27,25 @@ _BESIDE_RESULTS = (
 )
 
 
-def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Return an object's attributes, those in slots too; None where it has no place for any."""
-    slots = [name for base in type(value).__mro__ for name in _slots(base) if hasattr(value, name)]
+def state_of(value: Any) -> dict[str, Any] | list[Any] | None:
+    """Return what an object holds: its attributes by name, those in slots too.
+
+    Of an object of Python's own library it is a list, as pickle takes it. None where it can't be
+    read.
+    """
+    kind = type(value)
+    root = kind.__module__.partition(".")[0]
+    if root in ("datasets", "pyarrow", "pandas") or isinstance(value, weakref.ref):
+        return None
+    if root in sys.stdlib_module_names and root != "__main__":
+        try:
+            return list(value.__reduce_ex__(2)[1:3])
+        except Exception:  # a lock, a file, a generator: nothing that lasts
+            return None
+    slots = [name for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)]
     attributes = {name: getattr(value, name) for name in slots} | getattr(value, "__dict__", {})
-    return attributes if attributes or hasattr(value, "__dict__") else None
+    can_be_read = attributes or hasattr(value, "__dict__") or not is_of_library(kind.__module__)
+    return attributes if can_be_read else None
 
 
 def is_builtin_name(value: Any) -> bool:

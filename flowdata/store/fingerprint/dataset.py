@@ -14,12 +14,14 @@ from torch.utils.data import Dataset, TensorDataset
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable, Unreadable
 from flowdata.store.fingerprint.callables import fingerprint_callable
+from flowdata.store.fingerprint.files import files_of, named_by_size, update_from_files
 from flowdata.store.fingerprint.values import NoContentError, canonical, class_name, update_digest
 from flowdata.store.fingerprint.view import describe_view
 
 # Reading a sample runs the data set's own code, such as decoding an image, so that reading all of a
 # large data set may take as long as scoring it. Evenly spread samples notice another file, order or
-# transform; a change to a few samples between them goes unnoticed.
+# transform; a change to a few samples between them goes unnoticed. So it is with files that rows
+# name: the sizes of all count, and the contents of this many rows' files.
 _MOST_SAMPLES_OF_CODE = 512
 _SAMPLES_OF_TRANSFORM = 8  # that are read through a transform, beside its code
 _SAMPLES_READ_AGAIN = 8  # to see whether they come out the same
@@ -32,7 +34,8 @@ _ARROW_ROWS = 4096  # rows of a Hugging Face data set that are in memory at a ti
 def fingerprint_dataset(dataset: Any, *, skip_unreadable: bool = False) -> str:
     """Return the digest of a map-style data set's length, content and view.
 
-    Tensor data sets, Arrow tables of Hugging Face data sets and lists are read whole. Of any other
+    Tensor data sets, Arrow tables of Hugging Face data sets and lists are read whole; of files that
+    a table names, the sizes, and the contents for at most 512 rows, evenly spread. Of any other
     data set at most 512 samples, evenly spread from the first to the last, are read through
     `__getitem__`, with the random generators seeded alike each time, so that random transforms
     give the same digest again. The view of a Hugging Face data set is its format, its columns,
@@ -88,8 +91,12 @@ def fingerprint_parts(dataset: Any, *, skip_unreadable: bool = False) -> dict[st
 
 def sample_count(dataset: Any) -> int | None:
     """Return how many samples a fingerprint rests on; None where it rests on all of them."""
-    if _is_tensors(dataset) or _is_arrow(dataset):
+    if _is_tensors(dataset):
         return None
+    if _is_arrow(dataset):
+        indices = _spread(len(dataset), _MOST_SAMPLES_OF_CODE)
+        some = len(indices) < len(dataset) and any(files_of(dataset, indices))
+        return len(indices) if some else None
     number = len(_sample_indices(dataset))
     return None if number == len(dataset) else number
 
@@ -212,6 +219,8 @@ def _update_from_arrow_table(digest: hashlib._Hash, dataset: Any) -> None:
         for name in sorted(table.column_names):
             digest.update(canonical(name))
             _update_from_arrow_array(digest, table[name].combine_chunks())
+    indices = _spread(len(dataset), _MOST_SAMPLES_OF_CODE)
+    update_from_files(digest, files_of(dataset, indices))
 
 
 def _update_from_arrow_array(digest: hashlib._Hash, array: Any) -> None:
@@ -228,6 +237,7 @@ def _update_from_arrow_array(digest: hashlib._Hash, array: Any) -> None:
         update_digest(digest, array.is_null().to_numpy(zero_copy_only=False))
         array = array.drop_null()
     if pa.types.is_struct(kind):
+        array = named_by_size(array)
         for field, values in zip(kind, array.flatten(), strict=True):
             digest.update(canonical(field.name))
             _update_from_arrow_array(digest, values)

@@ -12,9 +12,7 @@ import collections
 import enum
 import functools
 import hashlib
-import sys
 import types
-import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -23,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.store.fingerprint.attributes import (
-    attributes_of,
     function_inside,
     is_beside_results,
     is_builtin_name,
     is_code,
     members_of,
     patches_of,
+    state_of,
 )
 from flowdata.store.fingerprint.code import (
     describe_code,
@@ -55,7 +53,14 @@ from flowdata.store.fingerprint.instructions import (
     names_read,
 )
 from flowdata.store.fingerprint.named import values_named
-from flowdata.store.fingerprint.values import canonical, class_name, is_plain, update_digest
+from flowdata.store.fingerprint.values import (
+    canonical,
+    class_name,
+    is_picture,
+    is_plain,
+    palette_of,
+    update_digest,
+)
 
 _WORDS = (torch.dtype, torch.layout, torch.memory_format)  # their text is their content
 _NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
@@ -296,8 +301,10 @@ class Describer:
             own = [] if is_of_library(kind.__module__) else [self.describe(kind, place)]
             settings = self._kept(stable_config(value.to_dict()), place, filled)
             return ["configuration", class_name(value), settings, *own]
-        if kind.__module__ == "PIL.Image" or isinstance(value, bytes):
-            return ["image", value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+        if kind.__module__.startswith("PIL.") and is_picture(value):
+            contents = [value.tobytes(), *palette_of(value)]
+            digests = [hashlib.sha256(content).hexdigest() for content in contents]
+            return ["image", value.mode, value.size, *digests]
         if is_beside_results(value):
             return ["by name", kind.__qualname__]
         if isinstance(value, torch.jit.ScriptFunction):
@@ -328,24 +335,15 @@ class Describer:
 
     def _fields(self, value: Any, place: str, filled: Set[str]) -> Any:
         """The description of an object's attributes; None where it has none that can be read."""
-        kind = type(value)
-        root = kind.__module__.partition(".")[0]
-        if root in ("datasets", "pyarrow", "pandas") or isinstance(value, weakref.ref):
-            return None
-        if root in sys.stdlib_module_names and root != "__main__":
-            try:
-                return self._all(list(value.__reduce_ex__(2)[1:3]), place)
-            except Exception:  # a lock, a file, a generator: nothing that lasts
-                return None
-        attributes = attributes_of(value)
-        if attributes is None and is_of_library(kind.__module__):
-            return None
+        kind, attributes = type(value), state_of(value)
+        if not isinstance(attributes, dict):
+            return attributes and self._all(attributes, place)
         by_calls = self.filled(kind)
         if is_of_library(kind.__module__):  # which knows what it keeps
-            attributes = {k: v for k, v in (attributes or {}).items() if k not in by_calls}
+            attributes = {k: v for k, v in attributes.items() if k not in by_calls}
         filled = filled | by_calls
         return {
             name: self.describe(attribute, f"{place}.{name}", filled=below(filled, name))
-            for name, attribute in sorted(self._kept(attributes or {}, place, filled).items())
+            for name, attribute in sorted(self._kept(attributes, place, filled).items())
             if not is_cached_property(kind, name)
         }

@@ -55,8 +55,8 @@ def update_digest(digest: hashlib._Hash, value: Any) -> None:
         update_digest(digest, sorted(map(repr, value)))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         update_digest(digest, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    elif hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):
-        update_digest(digest, [value.mode, value.size, value.tobytes()])  # a PIL image
+    elif is_picture(value):
+        update_digest(digest, [value.mode, value.size, value.tobytes(), *palette_of(value)])
     else:
         raise NoContentError(class_name(value))
 
@@ -65,6 +65,16 @@ def is_plain(value: Any) -> bool:
     """Return whether a value holds no other objects: text, a number, bytes, a path, an array."""
     holds_objects = isinstance(value, np.ndarray) and value.dtype == object
     return isinstance(value, _PLAIN) and not holds_objects
+
+
+def is_picture(value: Any) -> bool:
+    """Return whether a value is an image of PIL, or has what a fingerprint reads of it."""
+    return all(hasattr(value, name) for name in ("tobytes", "mode", "size"))
+
+
+def palette_of(picture: Any) -> list[bytes]:
+    """Return the colours that a picture's numbers stand for, in a list; it is empty for most."""
+    return [bytes(picture.getpalette() or ())] if picture.mode in ("P", "PA") else []
 
 
 def canonical(value: Any) -> bytes:
