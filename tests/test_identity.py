@@ -1,5 +1,6 @@
 """Identities as stores made earlier hold them: another one would have their losses made again."""
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -48,6 +49,54 @@ def test_the_identity_of_scores_stays_what_it_was():
         ("dtype", "float32"),
         ("model", f"2:{MODEL_DIGEST}"),
     ]
+
+
+def _with_other_adapter(net):
+    net[0].set_adapter("default")
+
+
+def _with_other_setting(net):
+    net.scale = 100.0
+
+
+def _with_other_data(net):
+    net.weight.data.mul_(-3)
+
+
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x * self.scale)
+
+
+def adapted():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+    net = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 3)))
+    return inject_adapter_in_model(config, net, adapter_name="second")
+
+
+@pytest.mark.parametrize(
+    ("build", "change"),
+    [
+        (lambda: Scaled(4, 3), _with_other_setting),
+        (lambda: Scaled(4, 3), _with_other_data),
+        (adapted, _with_other_adapter),
+    ],
+)
+def test_scores_tell_the_model_as_it_was_when_they_were_made(build, change):
+    """No count of PyTorch's rises with these changes."""
+    net = build()
+    scorer = LossScorer(net, "cross_entropy", dtype="float32", progress=False)
+    before = scorer.score(DATA)
+    change(net)
+    after = scorer.score(DATA)
+    assert not torch.equal(after.losses, before.losses)
+    assert after.metadata["identity"]["model"] != before.metadata["identity"]["model"]
+    anew = LossScorer(net, "cross_entropy", dtype="float32", progress=False).score(DATA)
+    assert after.metadata["identity"] == anew.metadata["identity"]
 
 
 def test_the_identity_of_further_columns_and_names_stays_what_it_was():

@@ -883,6 +883,14 @@ def test_a_scorer_is_left_as_it_is_and_speaks_once(capsys, monkeypatch):
     assert "scoring" in capsys.readouterr().err
 
 
+def test_windows_are_spared_a_pass_over_the_parameters(monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("the model was fingerprinted")
+
+    monkeypatch.setattr("flowdata.scoring.scorer.fingerprint_model", refuse)
+    assert len(plain(build())) == COUNT
+
+
 # What goes in.
 
 

@@ -156,8 +156,7 @@ class LossScorer:
         self._note = ""  # on the data set's identity
         self._losses_of_kinds: dict[Hashable, str] = {}
         self._suspects: tuple[int, ...] = ()
-        self._fingerprint = ""
-        self._fingerprinted_versions: list[tuple[int, int]] = []
+        self.is_for_windows = False  # of a stream, which reads their losses alone
 
     def explain(self) -> str:
         """Return a sentence on the last `score`: what was chosen and why."""
@@ -213,13 +212,13 @@ class LossScorer:
             place = None if store is None else place_of(store)
             self._is_shown = self.progress and ranks.is_first
             readable = Readable(dataset, skip=skip)
-            job = self._job(readable, collate_fn, lengths, num_workers, place, dataset_id)
+            job = self._job(readable, collate_fn, lengths, num_workers, place)
             remark_on_random_samples(dataset, dataset_id, skip_unreadable=skip)
             if dataset_id is None:
                 fields = fields_given(self.model, dataset, collate_fn, job.loss)
                 dataset_id = content_identity(dataset, fields=fields, skip_unreadable=skip)
             self._note = sampling_note(dataset_id)
-            identity = self._identity(job, dataset_id, collate_fn, fresh=store is not None)
+            identity = self._identity(job, dataset_id, collate_fn)
             draft = make_manifest(identity, {}, details or {})
             check_same_call(ranks, draft["identity"], has_store=store is not None)
             try:
@@ -240,11 +239,10 @@ class LossScorer:
         lengths: Any,
         num_workers: int,
         store: Place | None = None,
-        dataset_id: str | None = None,
     ) -> Job:
         check_batch_norm(self.model)
         first = first_readable(dataset)
-        loss = self._choose_loss(dataset, first, collate_fn, store, dataset_id)
+        loss = self._choose_loss(dataset, first, collate_fn, store)
         collate = choose_collate(collate_fn, first, self.model, loss)
         if collate_fn is None and loss in PREDICTION_LOSSES:
             check_stackable(first)
@@ -276,12 +274,11 @@ class LossScorer:
         first: Any,
         collate_fn: Collate | None,
         store: Place | None,
-        dataset_id: str | None,
     ) -> str | LossFunction:
         """The loss that the user named; for "auto" that which equals the model's own.
 
-        What was decided holds for samples with the same fields of a data set of the same name, as
-        the windows of a stream have one; and what a store of this very model says was decided once.
+        What was decided holds for samples with the same fields in all windows of a stream; and what
+        a store of this very model says was decided once.
         """
         if self.loss != "auto":
             return self.loss
@@ -290,11 +287,11 @@ class LossScorer:
         begun = None if store is None else read_manifest(store)
         if begun is not None:
             model, loss = (str(begun["identity"].get(name)) for name in ("model", "loss"))
-            if loss in LOSSES and is_model_identity(model, self._model_identity(fresh=True)):
+            if loss in LOSSES and is_model_identity(model, self._model_identity()):
                 return loss
-        if dataset_id is None:
+        if not self.is_for_windows:
             return self._decide_loss(dataset, first, collate_fn)
-        kind = dataset_id, kind_of(first)
+        kind = kind_of(first)
         if kind not in self._losses_of_kinds:
             self._losses_of_kinds[kind] = self._decide_loss(dataset, first, collate_fn)
         return self._losses_of_kinds[kind]
@@ -311,11 +308,9 @@ class LossScorer:
             many = partial(some_readable, dataset, _SAMPLES_FOR_AUTO)
             return decide_loss(model, batches, lambda: collate(many()), place)
 
-    def _identity(
-        self, job: Job, dataset_id: str, collate_fn: Collate | None, *, fresh: bool
-    ) -> dict[str, Any]:
+    def _identity(self, job: Job, dataset_id: str, collate_fn: Collate | None) -> dict[str, Any]:
         return scores_identity(
-            model=self._model_identity(fresh=fresh),
+            model=self._model_identity(),
             dataset=dataset_id,
             num_samples=len(job.dataset),
             loss=job.loss,
@@ -326,23 +321,15 @@ class LossScorer:
             dtype=name_of(job.dtype),
         )
 
-    def _model_identity(self, *, fresh: bool) -> str:
-        """The fingerprint of the model's content.
+    def _model_identity(self) -> str:
+        """The fingerprint of the model as it is now; ``""`` for the windows of a stream.
 
-        PyTorch counts the writes to each tensor. Unless the fingerprint has to be `fresh`, the last
-        one is returned where no count has risen and no tensor lies elsewhere since. This spares
-        streams a pass over all parameters for each window. A store outlives the process, so its
-        fingerprint is taken afresh: writes through `tensor.data` are not counted.
+        It is taken afresh by every call: nothing counts plain settings, the adapters that are on
+        or writes through `tensor.data`. Windows are spared the pass over all parameters.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        # Writes to tensors of inference mode, and to those inside a quantised one, aren't counted.
-        are_counted = all(type(t.data) is Tensor and not t.is_inference() for t in tensors)
-        versions = [(t.data_ptr(), t._version) for t in tensors] if are_counted else []
-        if fresh or not are_counted or versions != self._fingerprinted_versions:
-            skip_adapters = self.reference == "base"
-            self._fingerprint = fingerprint_model(self.model, skip_adapters=skip_adapters)
-            self._fingerprinted_versions = versions
-        return self._fingerprint
+        if self.is_for_windows:
+            return ""
+        return fingerprint_model(self.model, skip_adapters=self.reference == "base")
 
     def _announce(self, sentence: str) -> None:
         sentence = "; ".join(filter(None, [sentence, self._note]))

@@ -59,11 +59,12 @@ class WindowScorer:
 
 
 def _quiet(scorer: Scorer) -> Scorer:
-    """The scorer without its progress bar, which would begin anew with every window."""
+    """The scorer without what would begin anew with every window: progress bar and identity."""
     if not isinstance(scorer, LossScorer):
         return scorer
     quiet = copy.copy(scorer)
     quiet.progress = False
+    quiet.is_for_windows = True
     return quiet
 
 
