@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import fsspec
 import pytest
@@ -311,6 +312,10 @@ def test_a_lock_that_another_took_is_not_renewed(memory, quick):
         ("s3://", "names no bucket; pass a URL such as s3://bucket/scores"),
         ("memory:///", "names no bucket"),
         (Path("s3://bucket/scores"), "was a URL and lost a slash, as in every Path; pass URLs as"),
+        (Path("file:///scores"), "file:/scores was a URL and lost a slash"),
+        ("file://scores", "file:// needs an absolute path, file:///…, got 'file://scores'"),
+        ("file://scores/run", "file:// needs an absolute path"),
+        ("file://", "file:// needs an absolute path"),
     ],
 )
 def test_a_url_that_is_no_place_is_refused(store, message):
@@ -322,7 +327,14 @@ def test_a_url_that_is_no_place_is_refused(store, message):
 def test_paths_stay_paths(tmp_path):
     assert place_of("a:b/c") == Path("a:b/c")
     assert place_of(f"file://{tmp_path}/my%20scores") == tmp_path / "my scores"
+    assert place_of(f"file://localhost{tmp_path}/a") == tmp_path / "a"
     assert place_of(Path("scores")) == Path("scores")
+
+
+@pytest.mark.parametrize("name", ["run#1", "run?x=2", "run;3", "100%", "a//b"])
+def test_a_file_url_names_its_path_to_the_last_letter(tmp_path, name):
+    assert place_of(f"file://{tmp_path}/{name}") == tmp_path / name
+    assert place_of(f"file://{tmp_path}/{quote(name)}") == tmp_path / name
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeAlias
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from flowdata._common.atomic import replacing
@@ -34,7 +33,8 @@ def place_of(name: str | Place) -> Place:
             ``file://``.
 
     Raises:
-        ValueError: a URL of another kind, without a bucket, or in a `Path`, which drops a slash.
+        ValueError: a URL of another kind, without a bucket, of a file on another host or without
+            an absolute path, or in a `Path`, which drops a slash.
         ImportError: the package for such URLs is missing.
 
     Example:
@@ -49,7 +49,7 @@ def place_of(name: str | Place) -> Place:
     if isinstance(name, Path):
         raise ValueError(f"{text} was a URL and lost a slash, as in every Path; pass URLs as text")
     if scheme == "file":
-        return Path(url2pathname(urlsplit(text).path))
+        return _path_of_file_url(text)
     if scheme not in EXTRAS:
         raise ValueError(
             f"store must be a path, or a URL that begins with s3://, gs:// or hf://, got {text!r}: "
@@ -58,6 +58,14 @@ def place_of(name: str | Place) -> Place:
     if not text.partition("://")[2].strip("/"):
         raise ValueError(f"{text} names no bucket; pass a URL such as {scheme}://bucket/scores")
     return RemotePath(text)
+
+
+def _path_of_file_url(url: str) -> Path:
+    """The path in a ``file://`` URL, in which ``#`` and ``?`` are letters of names."""
+    host, slash, path = url.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise ValueError(f"file:// needs an absolute path, file:///…, got {url!r}")
+    return Path(url2pathname(slash + path))
 
 
 def local_path(name: str | Path, what: str) -> Path:
@@ -79,7 +87,7 @@ def _scheme_of(name: str | Path) -> str | None:
     """What stands before the colon of a URL; None of a path."""
     if isinstance(name, Path):
         first = name.parts[0] if name.parts else ""
-        return first[:-1] if first.endswith(":") and first[:-1] in EXTRAS else None
+        return first[:-1] if first.endswith(":") and first[:-1] in (*EXTRAS, "file") else None
     match = _URL.match(str(name))
     return None if match is None else match[1]
 
