@@ -38,15 +38,17 @@ def numbers(count=40):
 
 
 class Broken(Dataset):
-    """Raises on some samples."""
+    """Raises on some samples, and stops the program at one."""
 
-    def __init__(self, samples, bad):
-        self.samples, self.bad = samples, bad
+    def __init__(self, samples, bad, last=None):
+        self.samples, self.bad, self.last = samples, bad, last
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index):
+        if index == self.last:
+            raise KeyboardInterrupt
         if index in self.bad:
             raise OSError(f"no file {index}.png")
         return self.samples[index]
@@ -96,6 +98,30 @@ def test_a_whole_pack_can_be_skipped(tmp_path):
             Broken(numbers(), bad), on_error="skip", store=folder
         )
         assert scores.losses.isnan().sum() == 8
+
+
+@pytest.mark.parametrize("last", [None, 31])
+def test_skipped_samples_of_a_store_are_refused_where_none_is_to_be_skipped(tmp_path, last, caplog):
+    """Both of a finished store and of a begun one, and whether they can be read by now or not."""
+    scorer = quiet(nn.Linear(4, 3), "cross_entropy", batch_size=4)
+    options = {"store": tmp_path, "dataset_id": "d"}
+    data = Broken(numbers(), {17, 20})
+    if last is None:
+        scorer.score(data, on_error="skip", **options)
+        assert "2 of 40 samples have no loss: 0 without a target, 0 with" in caplog.text
+        assert "2 that can't be read; the first is sample 17" in caplog.text
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(Broken(numbers(), {17, 20}, last), on_error="skip", **options)
+    for bad in ({17, 20}, set()):
+        with pytest.raises(
+            SampleError,
+            match=r"keeps 2 of 40 samples without a loss.*dataset\[17\] first: OSError: no file 17"
+            r".*pass on_error='skip'",
+        ):
+            scorer.score(Broken(numbers(), bad), **options)
+    scores = scorer.score(data, on_error="skip", **options)
+    assert scores.losses.isnan().nonzero().flatten().tolist() == [17, 20]
 
 
 def test_nothing_but_unreadable_samples_is_an_error():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.notices import logger, say
-from flowdata.errors import DisagreementError, StoreError
+from flowdata.errors import DisagreementError, SampleError, StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.report.guessing import guessing_remark
 from flowdata.scores import Scores
@@ -23,7 +23,7 @@ from flowdata.scoring.planning import shared_plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.run import CheckReport, run_packs
 from flowdata.store.folder import SCORES, finish, locked, read_manifest, update_details
-from flowdata.store.format import Manifest, make_manifest, write_manifest
+from flowdata.store.format import Manifest, make_manifest, skipped_in, write_manifest
 from flowdata.store.identity import check_identity
 from flowdata.store.packs import Columns, join, restore, split
 from flowdata.store.parts import FinishedPacks, PartWriter, parts_of
@@ -85,13 +85,14 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
 
     Raises:
         ScoreMismatchError: the store is of another model, data set, loss or option.
+        SampleError: it has samples that were skipped, and the job skips none.
         StoreError: the folder is no store, or packs that other ranks wrote don't appear in it.
     """
-    scores = _finished_scores(folder, draft) if ranks.is_first else None
+    scores = _finished_scores(folder, job, draft) if ranks.is_first else None
     with locked(folder) if ranks.is_first and scores is None else nullcontext():
         if ranks.is_first and scores is None:
             # Another process may have held the lock until now, and finished the store.
-            scores = _finished_scores(folder, draft)
+            scores = _finished_scores(folder, job, draft)
         if ranks.from_first("finished", scores is not None):
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
@@ -107,16 +108,28 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
     return scores
 
 
-def _finished_scores(folder: Place, draft: Manifest) -> Scores | None:
+def _finished_scores(folder: Place, job: Job, draft: Manifest) -> Scores | None:
     """The scores of a finished and whole store; None where there are none yet."""
     try:
         scores = Scores.load(folder)
     except (StoreError, FileNotFoundError, NotADirectoryError):
         return None
     check_identity(scores.metadata["identity"], draft["identity"], f"the store {folder}")
+    _check_skipped(folder, job, skipped_in(scores.manifest()))
     with suppress(OSError):  # a folder that can only be read will do
         repair_manifest(folder)
     return scores
+
+
+def _check_skipped(folder: Place, job: Job, skipped: Mapping[int, str]) -> None:
+    """Refuse a store with samples that an earlier call skipped, where this one is to skip none."""
+    if skipped and not job.dataset.skip:
+        first = min(skipped)
+        raise SampleError(
+            f"{folder} keeps {len(skipped)} of {len(job.dataset)} samples without a loss, which "
+            f"on_error='skip' left out, dataset[{first}] first: {skipped[first]}; pass "
+            "on_error='skip' to take them so, or mend the samples and score into another folder"
+        )
 
 
 def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> Scores | None:
@@ -129,7 +142,7 @@ def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> S
     suspects = ranks.from_first("suspects", [] if begun is None else begun.get("suspects", []))
     job = replace(job, suspects=(*job.suspects, *suspects))
     plan, manifest = shared_plan(job, draft, begun, ranks)
-    lacking = _begin(folder, plan, manifest) if ranks.is_first else None
+    lacking = _begin(folder, job, plan, manifest) if ranks.is_first else None
     todo: list[int] = ranks.from_first("todo", lacking)
     report = CheckReport()
     _write_parts(folder, job, plan, manifest, todo, ranks, report)
@@ -179,11 +192,12 @@ def _without_wrong_parts(folder: Place, begun: Manifest) -> Manifest:
     return manifest
 
 
-def _begin(folder: Place, plan: Plan, manifest: Manifest) -> list[int]:
+def _begin(folder: Place, job: Job, plan: Plan, manifest: Manifest) -> list[int]:
     """Write the manifest, without which parts mean nothing; return the packs that are lacking."""
     write_manifest(folder, manifest)
     is_there = torch.zeros(len(plan), dtype=torch.bool)
     for finished in read_finished_packs(folder, manifest, plan.order, plan.sizes):
+        _check_skipped(folder, job, finished.skipped)
         is_there[list(finished.packs)] = True
     lacking: list[int] = (~is_there).nonzero().flatten().tolist()
     return lacking
@@ -277,12 +291,14 @@ def _warn_of_missing(scores: Scores) -> None:
     has_no_loss = scores.losses.isnan()
     if has_no_loss.any():
         logger.warning(
-            "%d of %d samples have no loss: %d without a target, %d with a non-finite loss; "
-            "the first is sample %d. weights(missing='zero') gives them weight 0",
+            "%d of %d samples have no loss: %d without a target, %d with a non-finite loss, "
+            "%d that can't be read; the first is sample %d. weights(missing='zero') gives them "
+            "weight 0",
             int(has_no_loss.sum()),
             len(scores),
-            int((scores.counts == 0).sum()),
+            int((scores.counts == 0).sum()) - len(scores.metadata["skipped"]),
             int((has_no_loss & (scores.counts > 0)).sum()),
+            len(scores.metadata["skipped"]),
             int(has_no_loss.int().argmax()),
         )
 
