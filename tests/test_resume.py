@@ -124,6 +124,20 @@ def test_skipped_samples_of_a_store_are_refused_where_none_is_to_be_skipped(tmp_
     assert scores.losses.isnan().nonzero().flatten().tolist() == [17, 20]
 
 
+def test_a_call_that_a_begun_store_refuses_does_not_wait_for_it(tmp_path, monkeypatch):
+    def wait(folder):
+        raise TimeoutError
+
+    model, options = nn.Linear(4, 3), {"store": tmp_path, "dataset_id": "d"}
+    with pytest.raises(KeyboardInterrupt):
+        quiet(model, "cross_entropy", batch_size=4).score(Broken(numbers(), (), 31), **options)
+    monkeypatch.setattr("flowdata.scoring.resume.locked", wait)
+    with pytest.raises(ScoreMismatchError, match="was made with another model"):
+        quiet(nn.Linear(4, 3), "cross_entropy").score(numbers(), **options)
+    with pytest.raises(TimeoutError):
+        quiet(model, "cross_entropy").score(numbers(), **options)
+
+
 def test_nothing_but_unreadable_samples_is_an_error():
     data = Broken(numbers(), set(range(40)))
     with pytest.raises(SampleError, match="none of the data set's 40 samples can be read"):

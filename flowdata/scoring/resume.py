@@ -89,6 +89,9 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
         StoreError: the folder is no store, or packs that other ranks wrote don't appear in it.
     """
     scores = _finished_scores(folder, job, draft) if ranks.is_first else None
+    if ranks.is_first and scores is None:
+        with suppress(StoreError):  # which is said, or mended, under the lock
+            _same_manifest(folder, draft)  # another model's call would else wait for the lock
     with locked(folder) if ranks.is_first and scores is None else nullcontext():
         if ranks.is_first and scores is None:
             # Another process may have held the lock until now, and finished the store.
@@ -159,10 +162,9 @@ def _score_the_rest(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> S
 
 def _begun_manifest(folder: Place, draft: Manifest) -> Manifest | None:
     """The manifest of a store that goes on, without a plan where nothing of it is kept yet."""
-    begun = read_manifest(folder)
+    begun = _same_manifest(folder, draft)
     if begun is None:
         return None
-    check_identity(begun["identity"], draft["identity"], f"the store {folder}")
     begun = _without_wrong_parts(folder, begun)
     is_kept = (folder / SCORES).exists() or bool(parts_of(folder))
     return {
@@ -170,6 +172,14 @@ def _begun_manifest(folder: Place, draft: Manifest) -> Manifest | None:
         "plan": begun["plan"] if is_kept else {},
         "details": draft["details"] or begun["details"],
     }
+
+
+def _same_manifest(folder: Place, draft: Manifest) -> Manifest | None:
+    """The manifest of a store, which has to be of the draft's identity; None of a new one."""
+    begun = read_manifest(folder)
+    if begun is not None:
+        check_identity(begun["identity"], draft["identity"], f"the store {folder}")
+    return begun
 
 
 def _without_wrong_parts(folder: Place, begun: Manifest) -> Manifest:
