@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from flowdata._common.rng import preserved_rng
+from flowdata.scoring.grouping import shapes_of
+
+_BATCHES_TO_LOOK_AT = 32  # for one whose samples differ in shape
 
 
 class WeightedCollator:
@@ -27,8 +30,9 @@ class WeightedCollator:
 
     Raises (when called):
         ValueError: only some samples have a weight, or one that is none (negative, not finite);
-            token weights can't be laid along the batch's `input_ids`; or, told by the first batch,
-            the collator puts samples in another order, as sorting by length does.
+            token weights can't be laid along the batch's `input_ids`; or the collator puts samples
+            in another order, as sorting by length does, told by the first batch and by the first
+            of 32 whose samples differ in length or shape.
 
     Example:
         >>> import torch
@@ -42,7 +46,7 @@ class WeightedCollator:
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any], key: str = "weight") -> None:
         self.collate_fn, self.key = collate_fn, key
-        self._looks_at_order = True  # of the first batch alone
+        self._looks = _BATCHES_TO_LOOK_AT  # at batches, that are left
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """Return the collated batch with its weights, or without any if no sample has one."""
@@ -63,10 +67,18 @@ class WeightedCollator:
         return self.collate_fn(list(samples))
 
     def _collate(self, samples: list[Any]) -> Any:
-        """Collate samples without weights; once, look whether their rows come in their order."""
-        if len(samples) < 2 or not self._looks_at_order:
+        """Collate samples without weights, and look whether their rows come in their order.
+
+        Sorting by length leaves samples of one length in their order, so that the first batch may
+        not tell. To look makes a batch once more; two of them are, at most.
+        """
+        if len(samples) < 2 or self._looks == 0:
             return self.collate_fn(samples)
-        self._looks_at_order = False
+        is_first, self._looks = self._looks == _BATCHES_TO_LOOK_AT, self._looks - 1
+        if any(shapes_of(sample) != shapes_of(samples[0]) for sample in samples[1:]):
+            self._looks = 0
+        elif not is_first:
+            return self.collate_fn(samples)
         originals = _copies(samples)
         batch = self.collate_fn(samples)
         self._check_order(_rows(batch), originals)

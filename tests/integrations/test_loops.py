@@ -95,6 +95,26 @@ def test_a_collator_that_sorts_its_samples_is_refused():
         WeightedCollator(takes_out)(samples)
 
 
+@pytest.mark.parametrize("before", [1, 31, 32])
+def test_a_collator_that_sorts_is_found_by_the_first_samples_that_differ_in_length(before):
+    sizes = []
+
+    def collate_fn(rows):
+        sizes.append(len(rows))
+        return pad_sequence(sorted(rows, key=len, reverse=True), batch_first=True)
+
+    collate = WeightedCollator(collate_fn)
+    for _ in range(before):
+        collate([PADDED[1], PADDED[1]])
+        collate([PADDED[1]])  # which has no order
+    if before < 32:
+        with pytest.raises(ValueError, match="puts the samples of a batch in another order"):
+            collate(PADDED[:2])
+    else:
+        collate(PADDED[:2])
+        assert len(sizes) == 2 * before + 1  # batches of one length are made once
+
+
 def test_collators_that_keep_the_order_or_draw_at_random_pass():
     def padded(rows):
         return pad_sequence(rows, batch_first=True)
