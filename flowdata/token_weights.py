@@ -14,17 +14,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from flowdata._common.values import check_values
 from flowdata.scores import Scores
+from flowdata.scores.of_targets import weigh_targets
 from flowdata.targets.labels import IGNORE_INDEX
-from flowdata.weights import (
-    Temperature,
-    positive_number,
-    resolve_temperature,
-    warn_of_useless_weights,
-    weigh,
-    weigh_present,
-)
+from flowdata.weights import Missing, Temperature, positive_number
 
 TokenRule: TypeAlias = "Literal['talr', 'dft', 'dro', 'eaft'] | Callable[[Tensor, Tensor], Tensor]"
 LARGEST_LOGITS = 20  # of a token, which ``"eaft"`` looks at
@@ -219,6 +212,7 @@ def token_weight_column(
     mode: Literal["token", "both"] = "token",
     temperature: Temperature = "median",
     truncated: Literal["no", "right", "left"] = "no",
+    missing: Missing = "raise",
 ) -> list[list[float]]:
     """Return a data set's column of token weights exp(−loss / temperature), laid along the labels.
 
@@ -236,13 +230,16 @@ def token_weight_column(
         temperature: as in `resolve_temperature`; ``"ess…"`` weighs relative to the smallest loss,
             as in `flow_weights`, whose warnings are given here as well.
         truncated: as in `align_token_weights`.
+        missing: ``"raise"`` refuses samples with targets but without a finite loss, ``"zero"``
+            gives all their tokens weight 0.
 
     Returns:
         N lists of T floats each; 0 where a label is no target.
 
     Raises:
-        ValueError: scores without token losses, another number of samples, or labels whose
-            targets are not those that were scored (the sample named).
+        ValueError: scores without token losses, another number of samples, samples without a
+            finite loss under ``missing="raise"``, or labels whose targets are not those that were
+            scored (the sample named).
 
     Example:
         >>> import torch
@@ -259,7 +256,7 @@ def token_weight_column(
             f"{len(sequences)} label sequences for the scores of {len(scores)} samples"
         )
     column = []
-    of_targets = weigh_targets(scores, mode=mode, temperature=temperature)
+    of_targets = weigh_targets(scores, mode=mode, temperature=temperature, missing=missing)
     for index, (weights, sequence) in enumerate(zip(of_targets, sequences, strict=True)):
         try:
             aligned = align_token_weights(weights, sequence, truncated=truncated)
@@ -267,42 +264,6 @@ def token_weight_column(
             raise ValueError(f"sample {index}: {error}") from None
         column.append(aligned.tolist())
     return column
-
-
-def weigh_targets(
-    scores: Scores,
-    *,
-    mode: Literal["token", "both"] = "token",
-    temperature: Temperature = "median",
-) -> list[Tensor]:
-    """Return the weights of each sample's targets, in order: N tensors, (counts[i],) float32.
-
-    Args:
-        scores: made with ``token_losses=True``, N samples.
-        mode: as in `token_weight_column`.
-        temperature: as in `token_weight_column`.
-
-    Raises:
-        ValueError: scores without token losses, or another `mode`.
-
-    Example:
-        >>> import torch
-        >>> from flowdata import Scores
-        >>> losses = torch.tensor([1.0, 1.0, 2.0])
-        >>> scores = Scores(torch.ones(2), torch.tensor([1, 2]), token_losses=losses)
-        >>> weigh_targets(scores)
-        [tensor([0.3679]), tensor([0.3679, 0.1353])]
-    """
-    if mode not in ("token", "both"):
-        raise ValueError(f"mode must be 'token' or 'both', got {mode!r}")
-    token_losses = [scores.token_losses(index) for index in range(len(scores))]
-    losses = check_values(torch.cat(token_losses), "token losses")
-    flat = weigh(losses, resolve_temperature(losses, temperature))
-    if mode == "both":
-        factors = weigh_present(scores.losses, temperature, missing="zero")
-        flat *= factors.repeat_interleave(scores.counts)
-    warn_of_useless_weights(losses, flat, temperature, unit="tokens")
-    return list(flat.split(scores.counts.tolist()))
 
 
 def _temperature(losses: Tensor, takes_part: Tensor, temperature: float | None) -> Tensor | float:

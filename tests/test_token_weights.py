@@ -153,6 +153,36 @@ def test_a_column_holds_the_weight_of_every_target(mode):
     ]
 
 
+@pytest.mark.parametrize("mode", ["token", "both"])
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+def test_a_sample_without_a_finite_loss_is_named_or_weighs_nothing(mode, loss):
+    scores, tokens, labels = ragged_scores()
+    losses, broken = scores.losses.clone(), tokens.clone()
+    losses[1], broken[2] = loss, loss
+    unfinite = Scores(losses, scores.counts, token_losses=broken)
+    with pytest.raises(ValueError, match=r"1 of 3 samples have no finite loss, .* sample 1; pass"):
+        token_weight_column(unfinite, labels, mode=mode)
+    column = token_weight_column(unfinite, labels, mode=mode, missing="zero")
+    first, last = token_weight_column(scores[[0, 2]], [labels[0], labels[2]], mode=mode)
+    assert column == [first, [0.0] * 6, last]
+    with pytest.raises(ValueError, match="missing must be 'raise' or 'zero', got 'drop'"):
+        token_weight_column(unfinite, labels, missing="drop")
+    nothing = Scores(torch.tensor([loss]), torch.tensor([1]), token_losses=torch.tensor([loss]))
+    with pytest.raises(ValueError, match="none of the 1 samples has a target with a finite loss"):
+        token_weight_column(nothing, [[1, 2]], missing="zero")
+
+
+def test_a_sample_without_a_target_has_no_token_to_weigh():
+    scores = Scores(
+        torch.tensor([1.0, torch.nan, 2.0]),
+        torch.tensor([1, 0, 1]),
+        token_losses=torch.tensor([1.0, 2.0]),
+    )
+    column = token_weight_column(scores, [[0, 1], [0, -100], [0, 1]])
+    assert column[1] == [0.0, 0.0]
+    assert column[0][1] > column[2][1] > 0
+
+
 def test_a_column_says_which_sample_does_not_fit():
     scores, _, labels = ragged_scores()
     with pytest.raises(ValueError, match="sample 2: labels have 1 targets, but the sample was"):

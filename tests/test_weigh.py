@@ -10,10 +10,10 @@ from trl import SFTConfig
 
 from flowdata import FlowWeightedDataset, Scores, flow_weights
 from flowdata.integrations.trl import FlowSFTTrainer
+from flowdata.scores.of_targets import weigh_targets
 from flowdata.text import load_model, load_tokenizer
 from flowdata.text.formats import Fields
 from flowdata.text.weighted_rows import WeightedColumns, weigh_rows
-from flowdata.token_weights import weigh_targets
 from tests.test_cli import run
 from tests.test_growing import model_folder, rows_of, write
 from tests.test_rows import CHATS, PAIRS, TEMPLATE

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from flowdata.scores import Scores
+from flowdata.scores.of_targets import weigh_targets
 from flowdata.text.conversation import Row
 from flowdata.text.formats import Fields, read_conversation
 from flowdata.text.formats.flags import WEIGHTS, weight_of
 from flowdata.text.formats.messages import read_turns
-from flowdata.token_weights import weigh_targets
 from flowdata.weights import Normalize, Temperature
 
 LOSS, TOKEN_WEIGHTS, KEEP, MESSAGES = "loss", "token_weights", "keep", "messages"
