@@ -625,6 +625,22 @@ def test_the_base_of_adapters_has_the_code_and_the_hooks_of_its_own():
     assert base(other) != before
 
 
+def test_adapters_of_a_model_that_is_none_of_transformers_count():
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        return get_peft_model(model, LoraConfig(target_modules=["0"], **options))
+
+    model = adapted(init_lora_weights=False)
+    before = fingerprint_model(model)
+    assert fingerprint_model(adapted(init_lora_weights=False)) == before
+    assert fingerprint_model(adapted(init_lora_weights=False, lora_alpha=1)) != before
+    with model.disable_adapter():
+        assert fingerprint_model(model) != before
+
+
 def test_weights_that_are_packed_outside_parameters_count():
     def quantized(factor):
         torch.manual_seed(0)

@@ -261,7 +261,7 @@ def test_models_compiled_by_torch_jit():
 
 def test_targets_are_looked_at_all_over_a_data_set():
     # A table sorted by its target begins with what could be a yes or no.
-    targets = torch.cat([torch.zeros(70), torch.linspace(0, 5, 130)])
+    targets = torch.cat([torch.zeros(70), torch.linspace(0, 1, 130)])
     data = TensorDataset(torch.randn(200, 4), targets)
     model = seeded(lambda: nn.Linear(4, 1))
     losses, how = scored(model, data)
@@ -494,10 +494,13 @@ def test_answers_that_are_not_known_are_no_targets(name):
     assert losses.isnan().nonzero().tolist() == [[7]]
 
 
-@pytest.mark.parametrize("one_output", [False, True])
-@pytest.mark.parametrize("name", ["smoothed", "shares", "smoothed, with NaN", "unsure", "signs"])
-def test_numbers_that_can_be_answers_are_asked_for(name, one_output):
-    targets = answers(name)[:, :1] if one_output else answers(name)
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [(name, n) for name in ("smoothed", "smoothed, with NaN", "unsure", "signs") for n in (1, 5)]
+    + [("shares", 5)],
+)
+def test_numbers_that_can_be_answers_are_asked_for(name, outputs):
+    targets = answers(name)[:, :outputs]
     model = seeded(lambda: nn.Linear(4, targets.shape[1]))
     data = TensorDataset(torch.randn(40, 4), targets)
     with pytest.raises(ValueError, match=r"can be answers.* or any numbers; .*'mse'"):
@@ -505,6 +508,16 @@ def test_numbers_that_can_be_answers_are_asked_for(name, one_output):
     losses, _ = scored(model, data, "mse")
     expected = (model(data.tensors[0]) - targets).square().mean(1).detach()
     torch.testing.assert_close(losses, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 1)])
+def test_many_numbers_from_0_to_1_of_one_output_are_those_of_a_regression(shape):
+    model, shares = seeded(lambda: nn.Linear(4, 1)), answers("shares")[:, 0]
+    data = TensorDataset(torch.randn(40, 4), shares.view(shape))
+    losses, how = scored(model, data)
+    expected = (model(data.tensors[0])[:, 0] - shares).square().detach()
+    torch.testing.assert_close(losses, expected)
+    assert how.startswith("mse")
 
 
 def test_whole_numbers_of_one_output_may_be_those_of_a_regression():

@@ -97,8 +97,9 @@ def loss_of_batch(batch: Any) -> str:
     other floating targets the mean squared error.
 
     Raises:
-        ValueError: nothing fits, or two losses do: floating targets from 0 to 1, and −1, 0 and 1,
-            can be answers and numbers; the message says what to pass.
+        ValueError: nothing fits, or two losses do: several floating targets from 0 to 1, one of two
+            values from 0 to 1, and −1, 0 and 1, can be answers and numbers; the message says what
+            to pass.
     """
     inputs, targets = split_batch(batch)
     if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
@@ -122,14 +123,17 @@ def loss_of_batch(batch: Any) -> str:
                 "'binary_cross_entropy'"
             )
         return "cross_entropy"
-    return _loss_of_numbers(targets[are_targets(targets)])
+    is_single = targets[0].numel() == 1
+    return _loss_of_numbers(targets[are_targets(targets)], is_single=is_single)
 
 
-def _loss_of_numbers(values: Tensor) -> str:
-    """The loss of floating targets, (n,), of which each is one."""
+def _loss_of_numbers(values: Tensor, *, is_single: bool) -> str:
+    """The loss of floating targets, (n,), of which each is one, and the only one of its sample."""
     if ((values == 0) | (values == 1)).all():
         return "binary_cross_entropy"
-    if ((values >= 0) & (values <= 1)).all():
+    # One answer is smoothed to either of two values; that of several is mixed with others', too.
+    could_be_answers = len(values.unique()) <= 2 or not is_single
+    if could_be_answers and ((values >= 0) & (values <= 1)).all():
         raise ValueError(
             "loss='auto' found floating targets that all lie between 0 and 1: they can be answers, "
             "yes or no, that are smoothed, or any numbers; pass loss='binary_cross_entropy' or "

@@ -131,7 +131,8 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
     """
     settings: dict[str, Any] = {}
     active = getattr(module, "active_adapters", None)
-    if isinstance(active, str | list | tuple):  # of a layer; a transformers model has a method
+    # Of a layer; a transformers model has a method, and PEFT's wrapper of other models no switch.
+    if isinstance(active, str | list | tuple) and hasattr(module, "disable_adapters"):
         scaling = str(getattr(module, "scaling", None))
         settings["adapters"] = [active, bool(module.disable_adapters), scaling]
     chooses, filled = _chooser(describer, module, kind), describer.filled(kind)
