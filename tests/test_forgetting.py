@@ -1,5 +1,6 @@
 """The studies of forgetting: their tables, and tiny runs of vision."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def test_every_method_has_a_working_row(digits, name):
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_like_any_other(digits):
     record = digits.run("standard", 1e4, 1)
-    assert record["target"]["accuracy"] < 50
-    assert record["retained"]["CIFAR-10 accuracy"] < 15
+    assert not record["target"]["accuracy"] >= 50
+    assert math.isnan(record["retained"]["CIFAR-10 accuracy"])  # its logits are no numbers
 
 
 def labels_of(part):

@@ -72,7 +72,7 @@ def _spelt_out(text: SampleText) -> list[Piece]:
 
 
 def spelt_out(text: str) -> str:
-    """Return a text with what can't be seen, and what would turn or break a page, as its code.
+    r"""Return a text with what can't be seen, and what would turn or break a page, as its code.
 
     Example:
         >>> spelt_out("a\u202eb")
