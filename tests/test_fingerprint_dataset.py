@@ -340,7 +340,7 @@ def test_a_sample_that_can_not_be_read_is_passed_over():
     remark_on_random_samples(torn, None, skip_unreadable=True)
 
 
-def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path):
+def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path, caplog):
     def collate_images(samples):
         return torch.tensor(np.stack([s[0] for s in samples])), torch.tensor(
             [s[1] for s in samples]
@@ -350,6 +350,10 @@ def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path):
     note = sampling_note(large.metadata["identity"]["dataset"])
     assert note == "only 512 of the 600 samples were fingerprinted, since code gives them"
     assert read_manifest(tmp_path)["identity"]["dataset"].endswith(" sampled:512/600")
+    assert "are returned as they are" not in caplog.text
+    again = scorer().score(Folder(count=600), collate_fn=collate_images, store=tmp_path)
+    assert torch.equal(again.losses, large.losses)
+    assert f"are returned as they are: {note}, so that a change to others goes" in caplog.text
     small = scorer().score(Folder(count=500), collate_fn=collate_images)
     assert sampling_note(small.metadata["identity"]["dataset"]) == ""
 

@@ -31,6 +31,15 @@ def test_losses_that_lie_close_together_are_said_to_be_alike():
     assert verdict.plain_text().endswith(f"would help.\n{RATE.advice}")
 
 
+def test_rows_that_the_model_knows_have_nothing_to_sort_out():
+    verdict = verdict_on((0.01 * noise()).abs() ** 1.5)
+    assert verdict.title == "The model knows all rows already: weights have nothing to sort out."
+    assert "which leaves each target 90 % or more. At temperature" in verdict.text[0]
+    assert verdict.clauses == (RATE,)
+    losses = torch.cat([(0.01 * noise()).abs(), torch.tensor([0.2])])
+    assert "knows all rows" not in verdict_on(losses).title
+
+
 def test_a_heavy_tail_is_told_with_what_is_in_it():
     losses, counts = (0.5 + 0.1 * noise()).abs(), torch.full((1000,), 40)
     losses[:50], counts[:50] = 6.0, 4
@@ -88,7 +97,7 @@ def test_a_rule_that_picks_no_temperature_is_not_offered():
 
 
 def test_where_most_losses_are_0_no_rule_is_advised_that_picks_nothing():
-    losses = torch.cat([torch.zeros(600), 1e-5 + 1e-3 * torch.rand(400)])
+    losses = torch.cat([torch.zeros(600), 1e-2 + torch.rand(400)])
     verdict = verdict_on(losses, temperature="mean")
     assert set(temperatures(losses)) == {"mean", "ess0.9"}
     text = verdict.plain_text()

@@ -91,7 +91,7 @@ def write_report(
     contents = texts if images is None else None  # what is said of an image is not the sample
     oddities = find_oddities(scores.losses, scores.counts, contents, is_cut, unit=unit)
     guessing = guessing_remark(scores.losses, scores.metadata)
-    verdict = judge(scores.losses, scores.counts, summary, oddities, guessing)
+    verdict = judge(scores.losses, scores.counts, summary, oddities, guessing, unit=unit)
     html = render(
         scores,
         summary,

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowdata.report.oddities import Oddities
 from flowdata.report.page import percent
 from flowdata.report.rule import HARD, LARGE, RATE, RIGHT, SHARE, WRONG, Clause
+from flowdata.report.summary import NATS
 from flowdata.weights import RelativeTemperature, effective_sample_size, resolve_temperature, weigh
 
 Mask: TypeAlias = "NDArray[np.bool_]"
@@ -29,6 +30,7 @@ _ALIKE = 0.9  # effective share of the samples from which weights change little
 _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
 _FEW = 0.1  # effective share of the samples below which few of them decide
+_KNOWN = 0.1  # nats: a probability of 0.9
 _HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
 _ALIKE_WRONG_OR_RIGHT = (
     "That does not say that all rows are right: if some are wrong, these losses don't tell them "
@@ -68,6 +70,8 @@ def judge(
     summary: Mapping[str, Any],
     oddities: Oddities,
     guessing: str = "",
+    *,
+    unit: str = NATS,
 ) -> Verdict:
     """Return the verdict on weighing a data set.
 
@@ -77,6 +81,7 @@ def judge(
         summary: as `summarize` returns it.
         oddities: as `find_oddities` returns them.
         guessing: as `guessing_remark` returns it.
+        unit: of the losses.
     """
     if guessing:
         title = "The model does no better than guessing: check it before you weigh by its losses."
@@ -96,6 +101,11 @@ def judge(
         effect += (
             f" At the median of the losses, {usual:.3g}, they would amount to {percent(share)}."
         )
+    largest = float(values.max())
+    if unit == NATS and largest <= _KNOWN:
+        title = "The model knows all rows already: weights have nothing to sort out."
+        known = f"The largest loss is {largest:.2g} nats, which leaves each target 90 % or more."
+        return _by_rule(title, [f"{known} {effect}"], named, RATE)
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, _larger(picks)])

@@ -24,7 +24,7 @@ from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.run import CheckReport, run_packs
 from flowdata.store.folder import SCORES, finish, locked, read_manifest, update_details
 from flowdata.store.format import Manifest, make_manifest, skipped_in, write_manifest
-from flowdata.store.identity import check_identity
+from flowdata.store.identity import check_identity, sampling_note
 from flowdata.store.packs import Columns, join, restore, split
 from flowdata.store.parts import FinishedPacks, PartWriter, parts_of
 from flowdata.store.places import Place
@@ -98,6 +98,7 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
             scores = _finished_scores(folder, job, draft)
         if ranks.from_first("finished", scores is not None):
             job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
+            _warn_of_sampling(folder, draft, ranks)
         else:
             scores = _score_the_rest(folder, job, draft, ranks)
     if ranks.is_first and scores is not None and draft["details"]:
@@ -122,6 +123,18 @@ def _finished_scores(folder: Place, job: Job, draft: Manifest) -> Scores | None:
     with suppress(OSError):  # a folder that can only be read will do
         repair_manifest(folder)
     return scores
+
+
+def _warn_of_sampling(folder: Place, draft: Manifest, ranks: Ranks) -> None:
+    """Warn where losses are returned of samples that were not all compared."""
+    note = sampling_note(draft["identity"]["dataset"])
+    if ranks.is_first and note:
+        logger.warning(
+            "%s are returned as they are: %s, so that a change to others goes unnoticed; if you "
+            "changed any, pass a new dataset_id, or score into another folder",
+            f"the losses in {folder}",
+            note,
+        )
 
 
 def _check_skipped(folder: Place, job: Job, skipped: Mapping[int, str]) -> None:
