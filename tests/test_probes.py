@@ -235,6 +235,13 @@ def test_inverted_images_have_the_statistics_that_the_network_keeps(tmp_path):
         inverted_images(model, (3, 16, 16), 40, seed=1, steps=200, store=file)
 
 
+def test_inverted_images_that_take_long_show_their_progress(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 5).__next__)  # seconds
+    for options in ({}, {"progress": False}):
+        inverted_images(convolutional(), (3, 16, 16), 32, steps=3, **options)
+        assert ("images: 3 of 3 steps (100%)" in capsys.readouterr().err) == (not options)
+
+
 def test_inverted_images_want_statistics_and_logits():
     with pytest.raises(ValueError, match=r"no BatchNorm layer.*smooth_images"):
         inverted_images(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), (3, 4, 4))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata._common.notices import is_first_rank
+from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.resumable import check_natural
 from flowdata._common.rng import preserved_rng
 from flowdata.drift.headless import check_has_head
@@ -42,6 +44,7 @@ def inverted_images(
     *,
     steps: int = 100,
     store: str | Path | None = None,
+    progress: bool = True,
 ) -> Tensor:
     """Return images that have the statistics of a network's BatchNorm layers, for a `DriftMeter`.
 
@@ -60,6 +63,7 @@ def inverted_images(
         seed: of the noise.
         steps: how often the images are changed.
         store: a file, ``*.safetensors``, or its URL, that keeps the images.
+        progress: show it, on the first rank, where it takes more than a few seconds.
 
     Returns:
         (samples, channels, height, width) float32, on the CPU.
@@ -90,9 +94,14 @@ def inverted_images(
     def make() -> Tensor:
         device = home(model)
         parts = starts.to(device).tensor_split(max(1, samples // _AT_ONCE))
-        with preserved_rng(seed), frozen_model(model, torch.float32, device) as frozen:
+        shown, total = progress and is_first_rank(), steps * len(parts)
+        with (
+            preserved_rng(seed),
+            frozen_model(model, torch.float32, device) as frozen,
+            progress_bar(total, "images", "steps", shown=shown, patient=True) as advance,
+        ):
             check_has_head(frozen, lambda: _logits(frozen, parts[0][:1]))
-            images = torch.cat([_invert(frozen, part, steps) for part in parts]).cpu()
+            images = torch.cat([_invert(frozen, part, steps, advance) for part in parts]).cpu()
         if not images.isfinite().all():
             raise ValueError(
                 "the images became inf or NaN, as the model's outputs or the statistics in its "
@@ -113,7 +122,7 @@ def inverted_images(
     return keep(store, identity, lambda: {"image": make()})["image"]
 
 
-def _invert(model: nn.Module, images: Tensor, steps: int) -> Tensor:
+def _invert(model: nn.Module, images: Tensor, steps: int, advance: Advance) -> Tensor:
     """Change images for a number of steps."""
     _logits(model, images)  # a layout that the model's code can't do with is found out unrecorded
     with torch.enable_grad(), _statistics_of(model) as distances:
@@ -127,6 +136,7 @@ def _invert(model: nn.Module, images: Tensor, steps: int) -> Tensor:
             loss = loss + _ROUGHNESS * _roughness(images)
             (images.grad,) = torch.autograd.grad(loss, [images])
             optimizer.step()
+            advance(1)
     return images.detach()
 
 
