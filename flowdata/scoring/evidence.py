@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowdata._common.progress import progress_bar
 from flowdata.models.compiled import give_up, is_compiled
 from flowdata.models.failing import explain_failure
 from flowdata.scoring.candidates import Candidate
@@ -61,7 +62,7 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
         ValueError: the model does not run in the run's dtype, or fails on a sample.
     """
     try:
-        plain = [truth.columns(batch) for batch in batches]
+        plain = _of_each(truth, batches)
     except RuntimeError as error:
         truth.check_dtype(batches[0], error)
         if isinstance(truth.job.loss, str):  # else it may be the user's function that fails
@@ -71,6 +72,16 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
     if not truth.is_exact and len(truth.job.dataset) <= FEW:
         _look_again(truth, evidence)
     return evidence
+
+
+def _of_each(truth: Truth, batches: list[Any]) -> list[Columns]:
+    """The columns of samples collated alone, which of a large model take a while."""
+    columns, shown = [], truth.job.progress
+    with progress_bar(len(batches), "checking", "samples", shown=shown, patient=True) as advance:
+        for batch in batches:
+            columns.append(truth.columns(batch))
+            advance(1)
+    return columns
 
 
 def disagreement(candidate: Candidate, truth: Truth, evidence: Evidence, plan: Plan) -> str:
