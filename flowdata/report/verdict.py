@@ -7,6 +7,7 @@ of the samples in effect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -101,11 +102,9 @@ def judge(
         effect += (
             f" At the median of the losses, {usual:.3g}, they would amount to {percent(share)}."
         )
-    largest = float(values.max())
-    if unit == NATS and largest <= _KNOWN:
+    if unit == NATS and values.max() <= _KNOWN:
         title = "The model knows all rows already: weights have nothing to sort out."
-        known = f"The largest loss is {largest:.2g} nats, which leaves each target 90 % or more."
-        return _by_rule(title, [f"{known} {effect}"], named, RATE)
+        return _by_rule(title, [f"{_least_known(float(values.max()))} {effect}"], named, RATE)
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, _larger(picks)])
@@ -132,6 +131,14 @@ def judge(
         return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], named, RATE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
     return _by_rule(title, [effect], named, RIGHT, WRONG, RATE, LARGE)
+
+
+def _least_known(largest: float) -> str:
+    """What a largest loss in nats, a mean over a sample's targets, says of their probabilities."""
+    return (
+        f"The largest loss is {largest:.2g} nats: of no sample have the targets less than "
+        f"{math.floor(100 * math.exp(-largest))}%, in the geometric mean."
+    )
 
 
 def leaving_out(number: int) -> str:

@@ -130,9 +130,9 @@ def _warn_of_sampling(folder: Place, draft: Manifest, ranks: Ranks) -> None:
     note = sampling_note(draft["identity"]["dataset"])
     if ranks.is_first and note:
         logger.warning(
-            "%s are returned as they are: %s, so that a change to others goes unnoticed; if you "
-            "changed any, pass a new dataset_id, or score into another folder",
-            f"the losses in {folder}",
+            "the losses in %s are returned as they are: %s, so that a change to others goes "
+            "unnoticed; if you changed any, score into another folder",
+            folder,
             note,
         )
 
