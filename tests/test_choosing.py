@@ -115,7 +115,10 @@ def test_runs_that_can_not_be_told_apart_are_said(caplog):
     assert not tied["c"]
     with caplog.at_level(logging.INFO, "flowdata"):
         best = choose(runs)
-    assert f"{best} can't be told apart from {'b' if best == 'a' else 'a'}" in caplog.text
+    least, other = sorted(runs[:2], key=lambda run: run[2].kl)
+    assert f"{best} can't be told apart from {'b' if best == 'a' else 'a'}; of" in caplog.text
+    assert f"of these {least[0]} drifted least" in caplog.text
+    assert not rank([runs[0], runs[2]])[0].is_tied  # the best alone is none of several
 
 
 def test_the_choice_gives_its_reason_in_words_and_numbers(caplog):
@@ -135,6 +138,10 @@ def test_the_choice_gives_its_reason_in_words_and_numbers(caplog):
     shares = [("a", 60.0, drift(agreement=0.99)), ("b", 80.0, drift(agreement=0.9))]
     assert rank(shares, validation="accuracy")[0].reason == (
         "b has the most accuracy + kept: 0.8 + 0.9 = 1.7; next comes a with 0.6 + 0.99 = 1.59"
+    )
+    close = [("a", 0.5, drift(0.1)), ("b", 0.50001, drift(0.1))]
+    assert rank(close, validation="loss")[0].reason.endswith(
+        "0.5 + 0.1 = 0.6 nats a target; next comes b with 0.50001 + 0.1 = 0.60001"
     )
     alone = rank([("a", 0.5, drift()), ("far", 0.5, drift(math.inf))], validation="loss")
     assert alone[0].reason.endswith("= 0.6 nats a target; all others diverged")

@@ -167,11 +167,11 @@ def test_texts_and_numbers_are_searched(browser, page):
 
 def test_odd_samples_are_marked_shown_and_saved(browser, page, scores):
     browser.open(page)
-    browser.run("document.querySelector('[data-mark=suspect]').click()")
+    browser.run("document.querySelector('[data-mark=outlier]').click()")
     assert text(browser, "#number") == "3 of 200 samples"
     rows = saved(browser)
     assert [(row["index"], row["loss"], row["marks"]) for row in rows] == [
-        ("10", "40", "suspect"), ("20", "40", "suspect"), ("30", "40", "suspect")
+        ("10", "40", "outlier"), ("20", "40", "outlier"), ("30", "40", "outlier")
     ]  # fmt: skip
     assert rows[0]["text"] == '\'=1+1\nHe said: "no", twice'  # no spreadsheet runs it
     assert float(rows[0]["entropy"]) == 20

@@ -51,7 +51,8 @@ def test_a_heavy_tail_is_told_with_what_is_in_it():
     assert "4 targets in the median, the others 40" in verdict.text[0]
     assert verdict.clauses == (WRONG, SHARE, HARD, RATE)
     assert verdict.text[1].startswith(WRONG.advice)
-    assert verdict.text[2].endswith("leaves out the 50 hardest; put your number:")
+    assert verdict.text[2].startswith("Losses can't tell a wrong row from a hard one: read the 50")
+    assert verdict.text[3].startswith("This line of Python leaves out the N hardest, as many as")
 
 
 def test_the_line_of_python_leaves_out_the_hardest_rows_and_those_without_a_loss(tmp_path):
@@ -59,13 +60,14 @@ def test_the_line_of_python_leaves_out_the_hardest_rows_and_those_without_a_loss
     losses[[3, 9]], losses[7] = 6.0, torch.nan
     rows, scores = [str(number) for number in range(40)], Scores(losses)
     report = write_report(scores, tmp_path)
-    assert "the 2 hardest; put your number, and the 1 without a loss:" in report.verdict.text[-1]
+    assert "as many as you found wrong, and the 1 without a loss (" in report.verdict.text[-1]
     assert f"<code>{report.verdict.code}</code>" in report.page.read_text("utf-8")
     assert report.verdict.plain_text().endswith(f":\n  {report.verdict.code}")
-    names = {"rows": rows, "scores": scores}
-    exec(report.verdict.code, names)
-    assert names["rows"] == [row for row in rows if row not in ("3", "7", "9")]
-    assert names["scores"].losses.max() < 1
+    for number, left_out in ((2, ("3", "7", "9")), (0, ("7",))):
+        names = {"rows": rows, "scores": scores, "N": number}
+        exec(report.verdict.code, names)
+        assert names["rows"] == [row for row in rows if row not in left_out]
+        assert len(names["scores"]) == 40 - len(left_out)
 
 
 def test_lists_and_tables_say_where_rows_count_from(tmp_path):
@@ -114,24 +116,24 @@ def test_where_most_losses_are_0_no_rule_is_advised_that_picks_nothing():
     )
 
 
-def test_no_loss_next_to_the_median_is_a_suspect_however_close_the_others_lie():
+def test_no_loss_next_to_the_median_is_an_outlier_however_close_the_others_lie():
     losses = torch.cat([torch.zeros(600), 1e-3 * torch.rand(398), torch.tensor([0.09, 0.2])])
     ones = torch.ones(1000)
-    assert np.flatnonzero(find_oddities(losses, ones).marks["suspect"]).tolist() == [999]
-    in_other_unit = find_oddities(losses, ones, unit="").marks["suspect"]
+    assert np.flatnonzero(find_oddities(losses, ones).marks["outlier"]).tolist() == [999]
+    in_other_unit = find_oddities(losses, ones, unit="").marks["outlier"]
     assert in_other_unit[998:].all()
 
 
-def test_suspects_stand_out_among_samples_as_long_as_they_are():
+def test_outliers_stand_out_among_samples_as_long_as_they_are():
     counts = torch.cat([torch.full((300,), 3), torch.full((300,), 90)])
     losses = torch.cat([2 + 0.8 * noise(300), 2 + 0.05 * noise(300)])
     losses[400] = 3.0  # nothing among the short ones, far out among the long
     losses[5] = 12.0
-    is_suspect = find_oddities(losses, counts).marks["suspect"]
-    assert np.flatnonzero(is_suspect).tolist() == [5, 400]
-    assert not find_oddities(torch.ones(100), torch.ones(100)).marks["suspect"].any()
+    is_outlier = find_oddities(losses, counts).marks["outlier"]
+    assert np.flatnonzero(is_outlier).tolist() == [5, 400]
+    assert not find_oddities(torch.ones(100), torch.ones(100)).marks["outlier"].any()
     few = torch.tensor([1.0, 1.1, 50.0])
-    assert not find_oddities(few, torch.ones(3)).marks["suspect"].any()
+    assert not find_oddities(few, torch.ones(3)).marks["outlier"].any()
 
 
 def test_samples_of_one_target_are_not_said_to_be_as_long_as_others(tmp_path):
@@ -139,7 +141,7 @@ def test_samples_of_one_target_are_not_said_to_be_as_long_as_others(tmp_path):
     losses[:4] = 9.0
     one = Scores(losses)
     page = write_report(one, tmp_path).page.read_text("utf-8")
-    assert "suspects for noise: their losses lie far above the others'" in page
+    assert "outliers: their losses lie far above the others'." in page
     assert "as long" not in page
     several = Scores(losses, torch.arange(200) % 2 + 1)
     assert "far above those of samples as long" in write_report(several, tmp_path).page.read_text()
@@ -151,7 +153,7 @@ def test_the_verdict_says_plainly_what_is_marked():
     texts = ["same", "same", *map(str, range(198))]
     odd = find_oddities(losses, torch.ones(200), texts)
     verdict = judge(losses, torch.ones(200), summarize(losses, torch.ones(200)), odd)
-    marked = " Among them the report marks 4 as suspects for noise, 1 as a copy."
+    marked = " Among them the report marks 4 as outliers, 1 as a copy."
     assert verdict.text[0].endswith(marked)
 
 
@@ -199,7 +201,7 @@ def test_copies_contradictions_empty_and_missing_samples_are_marked():
     assert set(odd.marks) == set(MARKS)
     marked = {name: np.flatnonzero(marks).tolist() for name, marks in odd.marks.items()}
     assert marked == {
-        "suspect": [],
+        "outlier": [],
         "copy": [1, 6],
         "contradiction": [0, 1, 2, 3, 4],
         "cut": [2],

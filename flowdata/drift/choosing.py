@@ -39,7 +39,7 @@ class Candidate:
         drift: as it was measured.
         cost: what the choice minimises, inf for a run that diverged.
         is_on_front: whether no other run is at least as good in both and better in one.
-        is_tied: whether it can't be told apart from the best.
+        is_tied: whether it is one of several that can't be told apart: the best and others.
         kind: what `validation` is: ``"loss"`` or ``"accuracy"``.
         reason: why it has its place: a sentence with the sums of the best and of the next ones, or
             with its own beside the best.
@@ -65,8 +65,8 @@ def choose(
     """Return the name of the run that learned most for what it forgot.
 
     It says why, with the figures of the best and of the next ones (`Candidate.reason`), which runs
-    the best can't be told apart from, which are left out because they diverged, and what it took
-    the scores for.
+    the best can't be told apart from and which of them drifted least, which are left out because
+    they diverged, and what it took the scores for.
 
     Args:
         runs: (name, validation, drift) of each; see `rank`.
@@ -91,9 +91,14 @@ def choose(
     out = [candidate.reason for candidate in ranking if math.isinf(candidate.cost)]
     if out:
         say_once(f"left out: {'; '.join(out)}")
-    tied = [str(candidate.name) for candidate in ranking[1:] if candidate.is_tied]
+    tied = [candidate for candidate in ranking if candidate.is_tied]
     if tied:
-        say_once(f"{ranking[0].name} can't be told apart from {', '.join(tied)}")
+        least = min(tied, key=lambda candidate: candidate.drift.kl)
+        others = ", ".join(str(candidate.name) for candidate in tied[1:])
+        say_once(
+            f"{ranking[0].name} can't be told apart from {others}; of these {least.name} drifted "
+            "least"
+        )
     return ranking[0].name
 
 
@@ -143,12 +148,15 @@ def rank(
     best, lowest = ranking[0][0], terms.cost(ranking[0][1])
     if math.isinf(lowest):
         raise ValueError("all runs diverged: none has a finite validation score and drift")
+    is_near = [
+        terms.cost(point) - lowest <= _CERTAIN * terms.error(run, best) for run, point in ranking
+    ]
     return [
         Candidate(
             *run,
             cost=terms.cost(point),
             is_on_front=_is_on_front(point, points),
-            is_tied=terms.cost(point) - lowest <= _CERTAIN * terms.error(run, best),
+            is_tied=is_near[place] and sum(is_near) > 1,
             kind=terms.kind,
             reason=terms.reason(place, [run for run, _ in ranking]),
         )
@@ -222,15 +230,17 @@ class _Terms:
         if math.isinf(self.cost(self.point(runs[place]))):
             return f"{name} diverged: {self._no_numbers(runs[place])}"
         if place:
-            return f"{name} comes behind {best[0]}: {self._sum(runs[place])} to {self._sum(best)}"
+            own, least = self._sums([runs[place], best])
+            return f"{name} comes behind {best[0]}: {own} to {least}"
         most, nats = ("least", " nats a target") if self.kind == "loss" else ("most", "")
         new, old = ("validation loss", "KL") if self.kind == "loss" else ("accuracy", "kept")
-        reason = f"{name} has the {most} {new} + {self._factor}{old}: {self._sum(best)}{nats}"
-        others = [run for run in runs[1:] if math.isfinite(self.cost(self.point(run)))]
-        if not others:
+        shown = [run for run in runs[: 1 + _NEXT] if math.isfinite(self.cost(self.point(run)))]
+        least, *sums = self._sums(shown)
+        reason = f"{name} has the {most} {new} + {self._factor}{old}: {least}{nats}"
+        if not sums:
             return reason + "; all others diverged" * (len(runs) > 1)
-        sums = [f"{run[0]} with {self._sum(run)}" for run in others[:_NEXT]]
-        return f"{reason}; next {'comes' if len(sums) == 1 else 'come'} {' and '.join(sums)}"
+        others = [f"{run[0]} with {of_run}" for run, of_run in zip(shown[1:], sums, strict=True)]
+        return f"{reason}; next {'comes' if len(sums) == 1 else 'come'} {' and '.join(others)}"
 
     def _no_numbers(self, run: Run) -> str:
         """Which of a run's measures are no finite numbers."""
@@ -244,10 +254,19 @@ class _Terms:
     def _factor(self) -> str:
         return "" if self.exchange == 1 else f"{self.exchange:g} · "
 
-    def _sum(self, run: Run) -> str:
-        """What a run's cost is made of; of accuracies, which are costs below 0, their sum."""
-        new, old = map(abs, self.point(run))
-        return f"{new:.4g} + {self._factor}{old:.4g} = {abs(self.cost(self.point(run))):.4g}"
+    def _sums(self, runs: Sequence[Run]) -> list[str]:
+        """What runs' costs are made of; of accuracies, which are costs below 0, their sum.
+
+        They have as many digits as it takes to tell unlike costs apart.
+        """
+        points = [self.point(run) for run in runs]
+        costs = {self.cost(point) for point in points}
+        digits = next((d for d in (4, 6, 8) if len({f"{c:.{d}g}" for c in costs}) == len(costs)), 8)
+        return [
+            f"{abs(new):.{digits}g} + {self._factor}{abs(old):.{digits}g} = "
+            f"{abs(self.cost((new, old))):.{digits}g}"
+            for new, old in points
+        ]
 
     def error(self, run: Run, other: Run) -> float:
         """Return the standard error of the difference of two runs' costs."""

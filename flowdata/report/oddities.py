@@ -1,4 +1,4 @@
-"""What is odd in a data set: copies, contradictions, samples that are empty, and likely noise."""
+"""What is odd in a data set: copies, contradictions, empty samples, and losses that stand out."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ from torch import Tensor
 from flowdata.report.samples import SampleText
 from flowdata.report.summary import NATS
 
-_SUSPICIOUS = 5.0  # robust standard deviations above the median from which on a loss is a suspect
+_STANDING_OUT = 5.0  # robust standard deviations above the median from which a loss stands out
 _LEAST_NATS = 0.1  # above the median, too: a tenth less likely
 _LEAST = 1e-6  # of losses in another unit
-_FEWEST = 20  # samples of like length that a suspicion needs
+_FEWEST = 20  # samples of like length that one can stand out of
 _MOST_GROUPS = 10  # by length
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
 
 # The marks a sample may bear, by name, each with what it means.
 MARKS = {
-    "suspect": "suspects for noise: their losses lie far above those of samples as long",
+    "outlier": "outliers: their losses lie far above those of samples as long. They may be wrong, "
+    "or right and hard; where many are wrong, none stands out",
     "copy": "copies: the same text as an earlier sample",
     "contradiction": "contradictions: the same prompt has another target elsewhere",
     "cut": "samples as long as the longest allowed, which were cut or just fit",
     "empty": "samples without a target, or with one that is blank",
     "no loss": "samples without a loss",
 }
-
-
-_SUSPECT_OF_ALL = "suspects for noise: their losses lie far above the others'"
 
 
 def meaning_of(mark: str, counts: Tensor) -> str:
@@ -40,8 +38,9 @@ def meaning_of(mark: str, counts: Tensor) -> str:
         mark: one of `MARKS`.
         counts: (N,) int64, targets of each sample: where all have as many, none is longer.
     """
-    is_of_all = mark == "suspect" and len(counts[counts > 0].unique()) <= 1
-    return _SUSPECT_OF_ALL if is_of_all else MARKS[mark]
+    if len(counts[counts > 0].unique()) <= 1:
+        return MARKS[mark].replace("those of samples as long", "the others'")
+    return MARKS[mark]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def find_oddities(
     values, lengths = losses.double().numpy(), counts.numpy()
     none = np.zeros(len(values), dtype=np.bool_)
     marks = {
-        "suspect": _suspects(values, lengths, _LEAST_NATS if unit == NATS else _LEAST),
+        "outlier": _outliers(values, lengths, _LEAST_NATS if unit == NATS else _LEAST),
         "copy": none,
         "contradiction": none,
         "cut": none if is_cut is None else is_cut,
@@ -101,19 +100,19 @@ def find_oddities(
     return Oddities(marks, first)
 
 
-def _suspects(
+def _outliers(
     losses: NDArray[np.float64], lengths: NDArray[np.int64], least: float
 ) -> NDArray[np.bool_]:
     """Where a loss lies far above the median of samples that have about as many targets.
 
     The mean over few targets varies more than that over many, so that one bound for all would
-    suspect short samples alone. Where most losses lie next to 0 their spread is so small that it
-    says nothing: a suspect is also `least` above the median.
+    mark short samples alone. Where most losses lie next to 0 their spread is so small that it says
+    nothing: an outlier is also `least` above the median.
     """
-    is_suspect = np.zeros(len(losses), dtype=np.bool_)
+    is_outlier = np.zeros(len(losses), dtype=np.bool_)
     present = np.flatnonzero(np.isfinite(losses))
     if len(present) < _FEWEST:
-        return is_suspect
+        return is_outlier
     num_groups = int(np.clip(len(present) // _FEWEST, 1, _MOST_GROUPS))
     edges = np.unique(np.quantile(lengths[present], np.linspace(0, 1, num_groups + 1)[1:-1]))
     groups = np.searchsorted(edges, lengths[present], side="left")
@@ -123,8 +122,8 @@ def _suspects(
             continue
         above = losses[samples] - np.median(losses[samples])
         deviation = _TO_DEVIATION * np.median(np.abs(above))
-        is_suspect[samples] = above > np.maximum(_SUSPICIOUS * deviation, least)
-    return is_suspect
+        is_outlier[samples] = above > np.maximum(_STANDING_OUT * deviation, least)
+    return is_outlier
 
 
 def _prompt_and_target(text: SampleText) -> tuple[str, str]:

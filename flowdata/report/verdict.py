@@ -37,8 +37,12 @@ _ALIKE_WRONG_OR_RIGHT = (
     "That does not say that all rows are right: if some are wrong, these losses don't tell them "
     "from the others, so neither weights nor leaving out the hardest would help."
 )
+_COUNT = (
+    "Losses can't tell a wrong row from a hard one: read the 50 hardest, where wrong rows gather, "
+    "and count the wrong."
+)
 _CAUSES = {  # marks that may explain a large loss, as words for one sample and for several
-    "suspect": ("a suspect for noise", "suspects for noise"),
+    "outlier": ("an outlier", "outliers"),
     "copy": ("a copy", "copies"),
     "contradiction": ("a contradiction", "contradictions"),
 }
@@ -117,20 +121,17 @@ def judge(
         ]
         text += _at_few(share, picks)
         verdict = _by_rule(title, text, named, WRONG, SHARE, HARD, RATE)
-        leave_out = "Once you have read them: this line of Python leaves out the "
-        leave_out += "hardest one" if num_far == 1 else f"{num_far:,} hardest; put your number"
         missing = len(losses) - present
+        leave_out = "This line of Python leaves out the N hardest, as many as you found wrong"
         leave_out += f", and the {missing:,} without a loss" if missing else ""
-        return replace(
-            verdict,
-            text=[*verdict.text, f"{leave_out}:"],
-            code=leaving_out(num_far + missing),
-        )
+        leave_out += " (of images, `rows = torch.utils.data.Subset(rows, keep)`):"
+        text = [*verdict.text, _COUNT, leave_out]
+        return replace(verdict, text=text, code=_leaving_out(missing))
     if share >= _ALIKE:
         title = "Nearly all losses are alike: weights would only make each step smaller."
         return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], named, RATE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
-    return _by_rule(title, [effect], named, RIGHT, WRONG, RATE, LARGE)
+    return _by_rule(title, [effect, _COUNT], named, RIGHT, WRONG, RATE, LARGE)
 
 
 def _least_known(largest: float) -> str:
@@ -141,13 +142,14 @@ def _least_known(largest: float) -> str:
     )
 
 
-def leaving_out(number: int) -> str:
-    """Return the line of Python that leaves out so many of the hardest rows, and their scores.
+def _leaving_out(missing: int) -> str:
+    """The line of Python that leaves out the N hardest rows, and their scores.
 
-    Rows without a loss are taken for the hardest, as PyTorch sorts them.
+    Rows without a loss, of which so many are missing, are the last that PyTorch sorts.
     """
+    number = f"len(rows) - N - {missing}" if missing else "len(rows) - N"
     return (
-        f"keep = scores.losses.argsort()[:-{number}].sort().values.tolist(); "
+        f"keep = scores.losses.argsort()[: {number}].sort().values.tolist(); "
         "rows, scores = [rows[i] for i in keep], scores[keep]"
     )
 

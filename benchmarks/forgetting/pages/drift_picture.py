@@ -38,10 +38,10 @@ def draw_drift(records: list[Record], probe: str, old: str) -> bytes:
         "chosen blind": max(runs, key=lambda name: runs[name]["validation"]),
     }
     with figure(10, 4.4, panels=2, sharey=True) as (drawing, (left, right)):
-        _draw(left, runs, marks, lambda run: 100 * run["drift"].kept, "validation")
+        _draw(left, runs, marks, lambda run: run["drift"].kept, "validation")
         left.set(
             title="What you see: no old data",
-            xlabel="share of the old accuracy kept, as the drift tells it (%)",
+            xlabel="kept of the old task, as the drift tells it (an order: 1 is all)",
             ylabel="accuracy on the new task (%)",
         )
         _draw(right, runs, marks, lambda run: run["old"], "new")
