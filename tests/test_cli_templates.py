@@ -135,8 +135,10 @@ def test_what_can_not_be_joined_is_told_before_the_run(score, forgetful, tmp_pat
 def test_a_row_that_is_skipped_keeps_its_place_among_rows_of_replies(score, forgetful, tmp_path):
     rows = [CHATS[0], {"messages": [says("user", "x")]}, CHATS[1]]
     data = write(tmp_path / "chats.jsonl", rows)
-    code, _, err = score(data, "--chat-template", forgetful, "--on-error", "skip")
-    assert code == 0, err
+    for preview in ((), ("--preview",)):
+        code, _, err = score(data, "--chat-template", forgetful, "--on-error", "skip", *preview)
+        assert code == 0, err
+        assert "1 of 3 rows can't be read and have no loss: row 1: the chat has no message" in err
     scores = Scores.load(tmp_path / "s")
     assert scores.losses.isnan().tolist() == [False, True, False]
     assert list(scores.metadata["skipped"]) == ["1"]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+OWN_DTYPE = "the model's own"
+FAST_DTYPE = "bfloat16 for language models where the device is fast at it, else the model's own"
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add `--dtype`, the precision that the model runs in."""
+
+def add_dtype(parser: argparse.ArgumentParser, auto: str) -> None:
+    """Add `--dtype`, the precision that the model runs in; `auto` says which one "auto" takes."""
     names = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="auto", choices=names, help="the precision to run in")
+    parser.add_argument(
+        "--dtype", default="auto", choices=names, help=f"the precision to run in (auto: {auto})"
+    )
 
 
 def add_temperature(parser: argparse.ArgumentParser, of_what: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from flowdata._common.notices import say
-from flowdata.cli.options import add_dtype
+from flowdata.cli.options import OWN_DTYPE, add_dtype
 from flowdata.cli.text_samples import add_text_options, text_samples
 from flowdata.drift import own_text
 from flowdata.text.models import load_tokenizer
@@ -33,7 +33,7 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, (default, text) in _OF_OWN.items():
         add(f"--{name}", type=int, help=f"{text} (default: {default})")
-    add_dtype(parser)
+    add_dtype(parser, OWN_DTYPE)
     add("--device", help="default: where the models load")
     add_text_options(parser)
 

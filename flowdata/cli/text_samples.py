@@ -110,7 +110,7 @@ class _Text:
 def preview_text(options: argparse.Namespace, source: str, model: str) -> tuple[Recognised, int]:
     """Return what is recognised in a source's first row, and how many rows were made samples of.
 
-    What a run would refuse in one of these rows is refused.
+    What a run would refuse in one of these rows is refused, and what it would warn of is warned of.
 
     Args:
         options: those of `add_text_options`.
@@ -120,6 +120,7 @@ def preview_text(options: argparse.Namespace, source: str, model: str) -> tuple[
     text = _Text(options, source, model)
     results: list[Recognised] = []
     samples = text.samples(text.rows, results.append)
+    _warn(options, samples)
     return results[0], int(samples.rows[-1]) + 1
 
 

@@ -18,6 +18,7 @@ from flowdata.cli.output import print_result
 from flowdata.cli.probe_options import add_probe_options, describe_probe, make_probe, read_probe
 from flowdata.cli.text_samples import text_samples
 from flowdata.drift import Candidate, Drift, DriftMeter, draw_front, rank
+from flowdata.models.precision import resolve_dtype
 from flowdata.report.pictures import load_matplotlib
 from flowdata.scoring.scorer import LossScorer
 from flowdata.text.models import load_model
@@ -151,10 +152,14 @@ def _name(alpha: float) -> str:
 
 
 def _loss(options: argparse.Namespace, model: Any, samples: Any) -> float:
-    """The loss of all target tokens of the validation data, nats a token."""
-    scorer = LossScorer(
-        model, "causal_lm", dtype=options.dtype, progress=False, device=options.device
-    )
+    """The loss of all target tokens of the validation data, nats a token.
+
+    By "auto" it is computed in the model's own dtype, as the drift is: averages that lie close
+    together are compared by it.
+    """
+    device = next(model.parameters()).device
+    dtype = resolve_dtype(options.dtype, model, device, one_target=True)
+    scorer = LossScorer(model, "causal_lm", dtype=dtype, progress=False, device=options.device)
     scores = scorer.score(samples, dataset_id="validation")
     has_target = scores.counts > 0
     losses, counts = scores.losses[has_target].double(), scores.counts[has_target]

@@ -14,7 +14,7 @@ from flowdata.cli.begin import begin
 from flowdata.cli.cached import LOADED, cached_scores, loaded_with
 from flowdata.cli.exit_codes import DONE
 from flowdata.cli.growing import remove_store, score_growing
-from flowdata.cli.options import add_dtype, add_temperature
+from flowdata.cli.options import FAST_DTYPE, add_dtype, add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
 from flowdata.cli.refusal import explained_refusal
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="print what is recognised in the data, and stop",
     )
     add_text_options(parser)
-    add_dtype(parser)
+    add_dtype(parser, FAST_DTYPE)
     add("--device", help="default: where the model loads")
     add("--max-tokens", type=int, help="tokens in one pack")
     add("--token-losses", action="store_true", help="keep every target's loss too")
