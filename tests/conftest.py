@@ -5,7 +5,7 @@ gc.disable()  # until all is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The coverage that the gate asks for is not for the pytests that tests start.
+    # The coverage that `.ci/run --cov` asks for is not for the pytests that tests start.
     os.environ.pop("PYTEST_ADDOPTS", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
