@@ -134,7 +134,7 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float, unit: str = NATS)
     axes.hist(clipped, bins=bins(len(values), 0.0, top), color=BLUE, alpha=0.85)
     mark(axes, temperature, "temperature")
     name = in_unit("loss", unit)
-    axes.set(title="Losses under the pre-trained model", xlabel=name, ylabel="samples")
+    axes.set(title="Losses before fine-tuning", xlabel=name, ylabel="samples")
     axes.set_xlim(0, top)
     axes.margins(y=0.14)  # room for the mark's name
     if (num_larger := int((values > top).sum())) > 0:

@@ -18,7 +18,8 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = re.compile(r"\bstrftime_now\s*\(")
 _PROBE = "Is it written?"
 _CHOICES = {
-    "own": "the chat template marks no replies, as most don't; each is what it adds to the chat",
+    "own": "a reply is what the chat template adds to the chat for it, as usual: the template has "
+    "no {% generation %} marks",
     "marked": "replies are what the chat template marks as generated",
     "training": "replies are what TRL's training form of this chat template marks as generated",
 }
