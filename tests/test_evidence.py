@@ -1,4 +1,4 @@
-"""The evidence: which methods run on which sets, and that it fits the time it is said to take."""
+"""The evidence: which methods run on which sets, and how what is missing is run."""
 
 import argparse
 

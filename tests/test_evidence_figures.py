@@ -1,6 +1,8 @@
 """What benchmarks/README.md says of weights is what the pages say that were made of the runs."""
 
+import json
 import re
+from statistics import mean
 
 from benchmarks.forgetting.evidence import CLEAN, STRENGTHS
 from tests.result_pages import BENCHMARKS, RESULTS, check_section, tables
@@ -16,15 +18,17 @@ SIZES = (
     "With 50 %",
     "with up to 33 % wrong",
     "with 33 % wrong",
+    "with 33 % wrong",
     "at 0.03",
     "measured with its own",
-    "2,075 runs",
+    "with 10 to 50 %",
+    "with 10, 20 and 33 % wrong",
 )
 
 
-def cells(page, number=0):
+def cells(page, number=0, folder=PAGES):
     """The figures of a page's table, by the names of its row and column."""
-    heading, *rows = tables(PAGES / f"forgetting_{page}.md")[number]
+    heading, *rows = tables(folder / f"forgetting_{page}.md")[number]
     return {
         (row[0], column): [float(figure) for figure in re.findall(r"[+-]?\d+\.\d", cell)]
         for row in rows
@@ -45,7 +49,22 @@ def span(values):
     return [min(values), max(values)]
 
 
+def below_the_best(choices):
+    """How far each rule's choice lies below the best possible, in points, by rule and set."""
+    return {
+        (rule, target): round(choices["best possible", target][0] - value, 1)
+        for (rule, target), (value, *_) in choices.items()
+    }
+
+
+def num_runs():
+    """The runs of all sets, by the sentence that begins the page."""
+    counts = re.findall(r"\((\d+) runs", (PAGES / "forgetting_evidence.md").read_text("utf-8"))
+    return sum(map(int, counts))
+
+
 def fragments():
+    yield "Five seeds, {:,} runs on an AMD CPU", [num_runs()]
     kept, predicted = cells("evidence"), outcomes()
     flow = {name: kept["FLOW", name] for name in (*CLEAN, RARE, *WRONG, FLIPS)}
     mean_weight = {name: kept["standard, smaller steps", name][0] for name in flow}
@@ -73,6 +92,18 @@ def fragments():
     yield (
         "At half of the share it kept {:+.1f} … at the whole {:+.1f}, at twice {:+.1f}.",
         [kept[f"trimmed, {share}%", WRONG[2]][0] for share in (16, 33, 66)],
+    )
+    small = [
+        kept[f"small losses, {share}%", name][0]
+        for share, name in zip((10, 20, 33, 50, 20), (*WRONG, FLIPS), strict=True)
+    ]
+    yield (
+        "beside standard fine-tuning: {:+.1f}, {:+.1f}, {:+.1f} and {:+.1f} … {:+.1f} with pair",
+        small,
+    )
+    yield (
+        "FLOW with BatchNorm in evaluation mode kept {:+.1f} with 33 % wrong.",
+        [kept["FLOW, BatchNorm fixed", WRONG[2]][0]],
     )
     anchor = {name: kept["output anchor", name][0] for name in CLEAN}
     yield (
@@ -107,16 +138,53 @@ def fragments():
         "{:.1f}.",
         [*standard[:2], *weighed[:2]],
     )
-    choices = cells("choices", 1)  # among the rates of standard fine-tuning
-    targets = {target for _, target in choices}
-    above = [
-        choices["by drift, inverted", target][0] - choices["blind", target][0] for target in targets
-    ]
-    assert all(
-        choices["by drift, inverted", target] == choices["best possible", target]
-        for target in targets
+    anew = cells("batch_norm", 1)
+    flow, held = (
+        {name: anew[f"{method}, statistics anew", name] for name in (*CLEAN, *WRONG)}
+        for method in ("FLOW", "output anchor")
     )
-    yield "on every set, {:.0f} to {:.0f} above the choice by validation", span(above)
+    yield (
+        "{:+.1f} ({:+.1f} to {:+.1f}), {:+.1f} and {:+.1f}, on the clean sets {:+.1f} to {:+.1f}, "
+        "the output anchor's there {:+.1f} to {:+.1f}",
+        [
+            *(*flow[WRONG[0]], flow[WRONG[1]][0], flow[WRONG[2]][0]),
+            *span([flow[name][0] for name in CLEAN]),
+            *span([held[name][0] for name in CLEAN]),
+        ],
+    )
+    below = [below_the_best(cells("choices", number)) for number in range(2)]
+    all_methods, standard = (
+        {rule: [off for (name, _), off in of.items() if name == rule] for rule, _ in of}
+        for of in below
+    )
+    better = list(above_all_rates())
+    yield (
+        "at most {:.1f} below the best possible, validation alone {:.0f} to {:.0f}. … is {:.1f} to "
+        "{:.1f} below it",
+        [
+            max(standard["by drift, inverted"]),
+            *span(standard["blind"]),
+            *span(standard["smallest rate of all"]),
+        ],
+    )
+    yield "on {} of {} sets the new head alone lies above", [sum(better), len(better)]
+    yield (
+        "drift is at most {:.1f} below, validation {:.0f} to {:.0f}",
+        [max(all_methods["by drift, inverted"]), *span(all_methods["blind"])],
+    )
+
+
+def above_all_rates():
+    """Whether the linear probe's average lies above that of every standard rate, for each set."""
+    for path in PAGES.glob("forgetting_*.jsonl"):
+        averages = {}
+        for run in map(json.loads, path.read_text("utf-8").splitlines()):
+            if "readouts" in run and run["method"] in ("standard", "linear probe"):
+                scores = [*run["target"].values(), *run["retained"].values()]
+                averages.setdefault(run["rate"], []).append(mean(scores))
+        if averages:
+            probe, *of_rates = (mean(averages[rate]) for rate in sorted(averages))
+            yield probe > max(of_rates)
 
 
 def test_every_figure_on_weights_is_one_of_the_pages():

@@ -12,11 +12,9 @@ from flowdata.cli import main
 from flowdata.text import load_model
 from tests.chat_templates import tokenizer_with
 from tests.models import tiny_llama
-from tests.result_pages import BENCHMARKS, text
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of this name stands in for the hub's
-FROM_PARTS = ("0.96 to 1.00", "1.0 to 2.3", "0.86 to 0.93")  # whose ends stand apart on the page
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -86,13 +84,3 @@ def test_a_fresh_environment_gets_the_extras_that_the_blocks_need():
     ((_, shell),) = section("Install")
     assert '".[demo,transformers]"' in shell
     assert "flowdata demo" in shell
-
-
-def test_every_figure_of_what_was_measured_stands_in_the_benchmarks_page():
-    measured = README.partition("\n## What was measured")[2].partition("\n## ")[0]
-    page = text(BENCHMARKS / "README.md").replace(" ", " ")
-    spans = re.findall(r"\d[\d.,]*\d? to \d[\d.,]*\d", measured)
-    single = re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?", re.sub(r"\]\(.*?\)", "", measured))
-    assert len(spans) > 4
-    assert [span for span in spans if span not in page and span not in FROM_PARTS] == []
-    assert [figure for figure in single if figure not in page] == []

@@ -6,7 +6,7 @@ import torch
 
 from flowdata.report.oddities import MARKS, find_oddities
 from flowdata.report.report import write_report
-from flowdata.report.rule import HARD, RATE, RIGHT, SHARE, WRONG
+from flowdata.report.rule import AVERAGE, HARD, RATE, RIGHT, SHARE, WRONG
 from flowdata.report.samples import Piece, shorten
 from flowdata.report.summary import summarize
 from flowdata.report.verdict import judge, temperatures
@@ -28,7 +28,7 @@ def test_losses_that_lie_close_together_are_said_to_be_alike():
     assert verdict.title.startswith("Nearly all losses are alike: weights would only make")
     assert verdict.text[1].startswith("That does not say that all rows are right: if some are")
     assert RIGHT not in verdict.clauses
-    assert verdict.plain_text().endswith(f"would help.\n{RATE.advice}")
+    assert verdict.plain_text().endswith(f"go by.\n{RATE.advice} {AVERAGE.advice}")
 
 
 def test_rows_that_the_model_knows_have_nothing_to_sort_out():

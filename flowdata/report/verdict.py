@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowdata.report.oddities import Oddities
 from flowdata.report.page import percent
-from flowdata.report.rule import HARD, LARGE, RATE, RIGHT, SHARE, WRONG, Clause
+from flowdata.report.rule import AVERAGE, HARD, LARGE, RATE, RIGHT, SHARE, WRONG, Clause
 from flowdata.report.summary import NATS
 from flowdata.weights import RelativeTemperature, effective_sample_size, resolve_temperature, weigh
 
@@ -34,8 +34,8 @@ _FEW = 0.1  # effective share of the samples below which few of them decide
 _KNOWN = 0.1  # nats: a probability of 0.9
 _HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
 _ALIKE_WRONG_OR_RIGHT = (
-    "That does not say that all rows are right: if some are wrong, these losses don't tell them "
-    "from the others, so neither weights nor leaving out the hardest would help."
+    "That does not say that all rows are right: if some are wrong, these losses hardly tell them "
+    "from the others, and neither weights nor leaving out the hardest has much to go by."
 )
 _COUNT = (
     "Losses can't tell a wrong row from a hard one: read the 50 hardest, where wrong rows gather, "
@@ -129,9 +129,9 @@ def judge(
         return replace(verdict, text=text, code=_leaving_out(missing))
     if share >= _ALIKE:
         title = "Nearly all losses are alike: weights would only make each step smaller."
-        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], named, RATE)
+        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], named, RATE, AVERAGE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
-    return _by_rule(title, [effect, _COUNT], named, RIGHT, WRONG, RATE, LARGE)
+    return _by_rule(title, [effect, _COUNT], named, RIGHT, AVERAGE, WRONG, RATE, LARGE)
 
 
 def _least_known(largest: float) -> str:

@@ -14,10 +14,11 @@ from benchmarks.forgetting.evidence import ANCHOR, FLOW, MEAN_WEIGHT
 from benchmarks.forgetting.pages.fronts import kept_on
 from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds, table_by_rate
 from flowdata.report.markdown import table
-from flowdata.study import STANDARD, Record
+from flowdata.study import STANDARD, Kept, Record
 from flowdata.study.table import difference
 
 ANEW, HEAD = "statistics anew", "head anew"
+ANEW_PLACE = 1  # of the ways to read the old task, as `old_accuracies` has them
 FIXED = (f"{STANDARD}, BatchNorm fixed", f"{FLOW}, BatchNorm fixed")
 
 
@@ -41,7 +42,8 @@ def batch_norm_page(studies: Studies) -> str:
             "",
             "At equal learning, the difference from standard fine-tuning in points, by each of the "
             "three, and where 95 % of the draws lie (of seeds and items; where statistics are "
-            "taken anew, of seeds alone):",
+            "taken anew, of seeds alone). Rates at which a run diverged, so that no head can be "
+            "fitted, are left out:",
             "",
             *_differences(studies),
             "",
@@ -55,6 +57,16 @@ def old_accuracies(record: Record) -> tuple[float, ...]:
     return old, *(record["readouts"].get(name, float("nan")) for name in (ANEW, HEAD))
 
 
+def kept_by(place: int, records: list[Record]) -> dict[str, Kept]:
+    """Return what methods keep at equal learning, by one of the ways to read the old task.
+
+    Args:
+        place: of the way in `old_accuracies`.
+        records: runs of one set; methods at rates that diverged are left out.
+    """
+    return kept_on(_finite(records), old=partial(_by, place) if place else None)
+
+
 def _cell(runs: list[Record]) -> str:
     means = map(mean, zip(*map(old_accuracies, runs), strict=True))
     # No head is fitted to a body that diverged.
@@ -64,8 +76,7 @@ def _cell(runs: list[Record]) -> str:
 def _differences(studies: Studies) -> list[str]:
     rows = []
     for place, name in enumerate(("old statistics", ANEW, HEAD)):
-        old = partial(_by, place) if place else None
-        kept = {each: kept_on(_finite(records), old=old) for each, records in studies.items()}
+        kept = {each: kept_by(place, records) for each, records in studies.items()}
         for method in (FLOW, MEAN_WEIGHT, ANCHOR, *FIXED):
             cells = (of_set.get(method) for of_set in kept.values())
             rows.append(

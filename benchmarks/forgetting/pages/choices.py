@@ -10,8 +10,9 @@ from benchmarks.forgetting.pages.drift import LARGEST_RATE, OLD, with_all_drifts
 from benchmarks.forgetting.pages.drift_measures import agreement_table, agreement_with
 from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
 from flowdata.report.markdown import spread, table
-from flowdata.study import STANDARD, Record
+from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.choices import Rule, on_whole_seeds
+from flowdata.study.runs import validation_of
 
 PROBES = ("inverted", "noise", "new task")
 
@@ -23,10 +24,7 @@ def choices_page(studies: Studies) -> str:
         studies: the runs of each set, with drifts.
     """
     studies = {name: with_all_drifts(records) for name, records in of_whole_seeds(studies).items()}
-    of_standard = {
-        name: [record for record in records if record["method"] == STANDARD]
-        for name, records in studies.items()
-    }
+    standard = {name: of_standard(records) for name, records in studies.items()}
     return "\n".join(
         [
             "# Does drift choose well?",
@@ -35,13 +33,15 @@ def choices_page(studies: Studies) -> str:
             "accuracy of the run that a rule chooses among all methods and rates, in %, mean ± "
             "standard deviation over the seeds: by `flowdata.drift.choose` on each probe, and by "
             f"rules that need none. The smallest rate and the least drift are taken among the runs "
-            f"within {POINTS:g} points of the best validation accuracy.",
+            f"within {POINTS:g} points of the best validation accuracy, the smallest rate of all "
+            "among all, whatever they learn. The linear probe, a new head and nothing else, "
+            "competes with the runs.",
             "",
             *_choices(studies),
             "",
-            "Among the rates of standard fine-tuning alone:",
+            "Among the rates of standard fine-tuning and the linear probe:",
             "",
-            *_choices(of_standard),
+            *_choices(standard),
             "",
             "## Does it tell?",
             "",
@@ -67,7 +67,14 @@ def all_rules() -> dict[str, Rule]:
         "best possible": first["best possible"],
         **{f"by drift, {probe}": each["by drift"] for probe, each in by_probe.items()},
         **{name: first[name] for name in ("blind", "smallest rate", "least drift")},
+        "smallest rate of all": _smallest_of_all,
+        LINEAR_PROBE: first[LINEAR_PROBE],
     }
+
+
+def of_standard(records: list[Record]) -> list[Record]:
+    """Return the runs of standard fine-tuning, and of no fine-tuning at all: the linear probe."""
+    return [record for record in records if record["method"] in (STANDARD, LINEAR_PROBE)]
 
 
 def outcomes(rule: Rule, records: list[Record]) -> list[float]:
@@ -81,6 +88,11 @@ def _choices(studies: Studies) -> list[str]:
         for name, rule in all_rules().items()
     ]
     return table(["rule", *studies], rows)
+
+
+def _smallest_of_all(runs: list[Record]) -> Record:
+    trained = [run for run in runs if run["rate"] > 0]
+    return min(trained, key=lambda run: (run["rate"], -validation_of(run)))
 
 
 def _lost(record: Record) -> float:

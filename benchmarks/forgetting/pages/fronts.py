@@ -20,6 +20,8 @@ from flowdata.study.equal_learning import Items
 from flowdata.study.runs import records_by
 from flowdata.study.table import difference
 
+_SIGNIFICANT = 0.05  # p
+
 Kepts = Mapping[str, Mapping[str, Kept]]  # by set and method
 
 
@@ -84,11 +86,18 @@ def _line(records: list[Record], method: str, value: Callable[[Record], float]) 
 
 
 def table_of_sets(all_kept: Kepts, reference: str = STANDARD) -> list[str]:
-    """Return a Markdown table of the differences from the reference, a column for each set."""
+    """Return a Markdown table of the differences from the reference, a column for each set.
+
+    A star marks those whose p, corrected for the number of methods of the set, is below 0.05.
+    """
     methods = list(dict.fromkeys(name for of_set in all_kept.values() for name in of_set))
     methods.remove(reference)
     rows = []
     for method in methods:
         of_sets = [of_set.get(method) for of_set in all_kept.values()]
-        rows.append([method, *("–" if each is None else difference(each) for each in of_sets)])
+        rows.append([method, *("–" if each is None else _starred(each) for each in of_sets)])
     return table(["method", *all_kept], rows)
+
+
+def _starred(kept: Kept) -> str:
+    return difference(kept) + "*" * (kept.p < _SIGNIFICANT)
