@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks.forgetting import evidence, vision
 from benchmarks.forgetting.corruptions import corrupted
-from flowdata.study import LINEAR_PROBE, STANDARD
+from benchmarks.forgetting.images import read_arrays
+from flowdata.study import LINEAR_PROBE, STANDARD, read_records
+from flowdata.study.hits import unpacked
 
 
 def test_every_set_has_its_start_its_reference_and_trimming_at_the_true_share():
@@ -55,6 +57,17 @@ def test_the_study_runs_what_each_set_needs_and_no_other(tmp_path, monkeypatch):
     before = len(runs)
     evidence.study(options)
     assert len(runs) == before  # it goes on where it was
+
+
+@pytest.mark.skipif(not vision.ASSETS.is_dir(), reason="needs the shared assets")
+def test_the_worst_class_is_the_rare_one_where_one_is_rare():
+    labels = read_arrays(vision.ASSETS / "vision" / "fashion_mnist_test_dev.npz")[1][:2000]
+    rare = read_records(evidence.EVIDENCE / "forgetting_rare_fashion_mnist.jsonl")
+    assert len(rare) == 115
+    for run in rare:
+        is_right = unpacked(run["hits"]["target"], len(labels)).numpy()
+        accuracies = [100 * is_right[labels == each].mean() for each in range(10)]
+        assert min(accuracies) == accuracies[0] == pytest.approx(run["target of the worst class"])
 
 
 def test_an_unknown_set_is_refused():
