@@ -9,6 +9,7 @@ import torch
 from flowdata.cli import demo_run
 from flowdata.cli.demo_picture import draw_demo
 from flowdata.cli.demo_result import BEST, BLIND, BY_DRIFT, RIGHT, WRONG
+from flowdata.drift import Drift
 from flowdata.report.pictures import figure
 from flowdata.study import LINEAR_PROBE, STANDARD, kept_at_equal_learning, runs_with_items
 
@@ -106,13 +107,14 @@ def test_both_panels_show_the_choices_and_the_legend_covers_neither(short):
             marks = {mark.get_label(): mark.get_offsets().tolist() for mark in axes.collections}
             for rule, name in ((BY_DRIFT, "chosen by drift, without"), (BLIND, "chosen by new")):
                 (places,) = (found for label, found in marks.items() if label.startswith(name))
-                expected = [
-                    [run["retained"]["old task accuracy"], run["target"]["accuracy"]]
-                    for run in short.choices(case)[rule]
-                ]
-                assert places == expected
+                runs = short.choices(case)[rule]
+                old = mean(run["retained"]["old task accuracy"] for run in runs)
+                new = mean(run["target"]["accuracy"] for run in runs)
+                assert places == [[old, new]]
+                kept = mean(Drift(**run["drift"]["new task"]).kept for run in runs)
+                assert f"drift says: kept {kept:.2f}" in [text.get_text() for text in axes.texts]
     texts = [text.get_text() for text in legend.get_texts()]
-    assert len(texts) == len(set(texts)) == 6
+    assert len(texts) == len(set(texts)) == 5
     assert panels[0].get_ylabel() == "accuracy on the new task (%)"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -15,6 +15,7 @@ from flowdata.cli.demo_result import (
     new_of,
     old_of,
 )
+from flowdata.drift import Drift
 from flowdata.report.pictures import BLUE, GREEN, ORANGE
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.runs import records_by
@@ -26,9 +27,9 @@ _NAMES = {
     MEAN_WEIGHT: "every sample at FLOW's mean weight, same rates",
     FLOW: "FLOW, same rates",
 }
-_CHOICES = {  # the shape, colour and name of their marks
-    BY_DRIFT: ("*", ORANGE, "chosen by drift, without old data"),
-    BLIND: ("X", _RED, "chosen by new accuracy alone"),
+_CHOICES = {  # the shape, colour and name of their marks, and where what drift says of them stands
+    BY_DRIFT: ("*", ORANGE, "chosen by drift, without old data", (-30, -42)),
+    BLIND: ("X", _RED, "chosen by new accuracy alone", (-14, 18)),
 }
 _LEGEND_COLUMNS = 3
 
@@ -48,16 +49,25 @@ def draw_demo(panels: Sequence[Any], result: DemoResult) -> None:
             ha="right", fontsize=8, color=_GREY,
         )  # fmt: skip
         axes.annotate("better ↗", (0.02, 0.03), xycoords="axes fraction", fontsize=9)
-        chosen = result.choices(case)
-        for rule, (shape, colour, name) in _CHOICES.items():
-            across, up = zip(*map(_place, chosen[rule]), strict=True)
-            axes.scatter(across, up, marker=shape, s=70, color=colour, zorder=4, label=name)
+        _draw_choices(axes, result.choices(case))
     panels[0].set_ylabel("accuracy on the new task (%)")
     # A run far below the probe has diverged: its point would press all others together.
     lowest = min(_start(records)[1] for records in result.records.values())
     for axes in panels:
         axes.set(xlim=(0, 103), ylim=(lowest - 5, 100))
     _draw_legend(panels)
+
+
+def _draw_choices(axes: Any, chosen: Mapping[str, list[Record]]) -> None:
+    """Draw where each rule's choices lie, the means over the seeds, and what drift says of them."""
+    for rule, (shape, colour, name, away) in _CHOICES.items():
+        place = _middle(chosen[rule])
+        axes.scatter(*place, marker=shape, s=130, color=colour, zorder=4, label=name)
+        axes.annotate(
+            f"drift says: kept {mean(map(_kept, chosen[rule])):.2f}", place, color=colour,
+            fontsize=8, ha="right", xytext=away, textcoords="offset points",
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5},
+        )  # fmt: skip
 
 
 def _draw_legend(panels: Sequence[Any]) -> None:
@@ -92,7 +102,12 @@ def _draw_fronts(axes: Any, records: list[Record]) -> None:
                     f"{rate:g}", point, color=colour, fontsize=8, ha="right",
                     xytext=(-5, -11), textcoords="offset points",
                 )  # fmt: skip
-    axes.scatter(*start, marker="s", s=40, color="black", zorder=3, label="linear probe")
+    axes.scatter(*start, marker="s", s=40, color="black", zorder=3)
+    axes.axhline(start[1], color=_GREY, linestyle=":", linewidth=1)
+    axes.annotate(
+        "a new output layer alone (the square)", (0.02, start[1]),
+        xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color=_GREY,
+    )  # fmt: skip
 
 
 def _start(records: list[Record]) -> tuple[float, float]:
@@ -102,6 +117,11 @@ def _start(records: list[Record]) -> tuple[float, float]:
 def _middle(runs: list[Record]) -> tuple[float, float]:
     across, up = zip(*map(_place, runs), strict=True)
     return mean(across), mean(up)
+
+
+def _kept(run: Record) -> float:
+    (drift,) = run["drift"].values()
+    return Drift(**drift).kept
 
 
 def _place(run: Record) -> tuple[float, float]:
