@@ -1,6 +1,9 @@
 """The README: its blocks run as they stand, in order, in an empty folder."""
 
+import os
 import re
+import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from flowdata.text import load_model
 from tests.chat_templates import tokenizer_with
 from tests.models import tiny_llama
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+TRIED = ("Install", "A language model", "An image model, in a loop of your own", "More")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of this name stands in for the hub's
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -33,21 +38,32 @@ def run_shell(code):
             assert main(line.partition("#")[0].split()[1:]) == 0
 
 
+def save_stand_in(folder):
+    tokenizer = tokenizer_with(TEMPLATE)
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def is_reachable(host):
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_it_fits_on_a_page_and_every_block_is_tried():
     assert len(README.splitlines()) <= 170
-    tried = ["Install", "A language model", "An image model, in a loop of your own", "More"]
-    blocks = [block for title in tried for block in section(title)]
+    blocks = [block for title in TRIED for block in section(title)]
     assert len(blocks) == README.count("\n```") / 2
 
 
 def test_the_language_models_blocks_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    tokenizer = tokenizer_with(TEMPLATE)
-    model = tiny_llama(vocab_size=len(tokenizer))
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(MODEL)
-    tokenizer.save_pretrained(MODEL)
+    save_stand_in(MODEL)
     (_, shell), (_, python) = section("A language model")
     assert MODEL in shell
     assert MODEL in python
@@ -84,3 +100,26 @@ def test_a_fresh_environment_gets_the_extras_that_the_blocks_need():
     ((_, shell),) = section("Install")
     assert '".[demo,transformers]"' in shell
     assert "flowdata demo" in shell
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_the_page_runs_from_top_to_bottom_in_a_fresh_clone(tmp_path):
+    """With the hub's model; where the hub can't be reached, with the folder that stands for it."""
+    subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
+    if not is_reachable("huggingface.co"):
+        save_stand_in(tmp_path / "clone" / MODEL)
+    script = ["set -euo pipefail"]
+    for title in TRIED[:3]:
+        for number, (language, code) in enumerate(section(title)):
+            if language == "python":
+                block = tmp_path / f"{title}_{number}.py"
+                block.write_text(code)
+                code = f"python {shlex.quote(str(block))}"
+            script.append(code)
+    environment = {name: os.environ[name] for name in ("PATH", "HOME")}
+    subprocess.run(
+        ["bash", "-c", "\n".join(script)], check=True, cwd=tmp_path / "clone", env=environment
+    )
+    assert (tmp_path / "clone" / "flowdata-demo.png").is_file()
+    assert list((tmp_path / "clone" / "tuned").glob("*.safetensors"))
