@@ -92,6 +92,13 @@ def test_every_figure_of_what_was_measured_is_one_of_the_pages():
     check_section(README, "What was measured", fragments, ["on two CPU cores"])
 
 
+def test_the_guide_on_when_says_the_same_of_choosing():
+    drift_loses = max(off_the_best("by drift, inverted"))
+    low, high = evidence.span(off_the_best("blind"))
+    said = f"validation alone loses {low:.0f} to {high:.0f} points, drift {drift_loses:.1f} at most"
+    assert said in text(README.parent / "examples" / "guides" / "when.md")
+
+
 def test_the_architectures_are_those_of_the_sweep():
     whole, right, unbuilt = on_the_page(r"Of (\d+) arch.*?: (\d+) are right in both.*? of (\d+) no")
     said = f"{right} of {whole} architectures were right, {unbuilt} can't be built small"
