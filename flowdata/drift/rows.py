@@ -299,7 +299,7 @@ def _language_loss(model: nn.Module, sample: Any) -> str | None:
     inner = innermost(model)
     if output_layer_of(model) is None or not isinstance(sample, Mapping):
         return None
-    loss = loss_of_model(inner)
+    loss = loss_of_model(model)
     if loss in LANGUAGE_LOSSES:
         return loss
     config: Any = getattr(inner, "config", None)

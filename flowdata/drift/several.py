@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from flowdata.head.kl import Divergences, Predictions, divergences, logits_of
 from flowdata.head.kl_logits import kl_of_logits
-from flowdata.models.calling import innermost
 from flowdata.targets.labels import split_batch
 from flowdata.targets.which_loss import are_probabilities, loss_of_batch, loss_of_model
 
@@ -32,7 +31,7 @@ def has_several_labels(model: nn.Module, batch: Any, classes: int) -> bool:
     Raises:
         ValueError: the outputs are no predictions of classes, but real numbers, or may be.
     """
-    loss = loss_of_model(innermost(model)) or _loss_of_labels(batch, classes)
+    loss = loss_of_model(model) or _loss_of_labels(batch, classes)
     if loss == "mse":
         raise ValueError(
             "the model predicts real numbers (regression), which are no distribution over classes, "

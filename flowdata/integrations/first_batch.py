@@ -30,7 +30,7 @@ from flowdata.integrations.trainer_loss import (
     takes_labels,
     weighted_loss,
 )
-from flowdata.models.calling import innermost, output_layer_of, unwrapped
+from flowdata.models.calling import output_layer_of, unwrapped
 from flowdata.models.compiled import as_written
 from flowdata.models.copies import same_buffers
 from flowdata.models.rope import loaded_frequencies
@@ -130,7 +130,7 @@ class _Comparison:
         self.model, self.inputs, self.first = model, inputs, first
         self.labels = split_batch(inputs)[1]
         self.weights = torch.ones(size)
-        self.by_class = loss_of_model(innermost(model))
+        self.by_class = loss_of_model(model)
 
     def agreed(self, names: tuple[str, ...]) -> Decision | None:
         """Return the loss that is the model's own, of those named or of all; None if none is.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flowdata.integrations.trainer_loss import RunLoss, Unit, counts_of_samples
 from flowdata.losses import Normalize, weighted_mean
 from flowdata.models.batch_norm import batch_norm_layers
-from flowdata.models.calling import innermost
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.own_loss import agrees, own_loss_of
@@ -79,7 +78,7 @@ def _units(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Unit, ...]:
     labels = split_batch(inputs)[1]
     if labels is None or labels.dim() < 2:
         return ("samples",)
-    by_class = loss_of_model(innermost(model))
+    by_class = loss_of_model(model)
     if by_class == "causal_lm":
         return ("next labels", "labels", "samples")
     if by_class in (*LANGUAGE_LOSSES, "cross_entropy"):

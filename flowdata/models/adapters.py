@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from flowdata.models.calling import in_evaluation, is_peft_model, unwrapped
+from flowdata.models.calling import in_evaluation, is_peft_model, same_flags, unwrapped
 
 # Initialisations of LoRA, by their names in PEFT, that leave the weights beneath as they are.
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
@@ -131,22 +131,15 @@ def _changed_by_its_kind(model: Any) -> str:
 @contextmanager
 def _adapters_off(model: Any) -> Iterator[str]:
     """Turn a PEFT model's adapters off for a block, and say what of the base model is trained."""
-    # PEFT marks all adapters as trained when it turns them on again, the frozen ones included.
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield _trained_beside(model, flags)
-    finally:
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:  # of a model made in inference mode none can be set
-                parameter.requires_grad_(flag)
+    trained_names = {name for name, each in model.named_parameters() if each.requires_grad}
+    with same_flags(model), model.disable_adapter():
+        yield _trained_beside(model, trained_names)
 
 
-def _trained_beside(model: Any, flags: list[tuple[torch.nn.Parameter, bool]]) -> str:
+def _trained_beside(model: Any, trained_names: Set[str]) -> str:
     """Why a base model is none that stays, "" if it is frozen: PEFT froze the adapters now off."""
-    trained = {id(parameter) for parameter, flag in flags if flag and parameter.requires_grad}
     for name, parameter in model.named_parameters():
-        if id(parameter) in trained and "prompt_encoder" not in name:
+        if name in trained_names and parameter.requires_grad and "prompt_encoder" not in name:
             return (
                 f"{name} is trained beside the adapters, so the base model under them changes and "
                 "is no reference; freeze it, or train it as one of modules_to_save"

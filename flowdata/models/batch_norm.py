@@ -38,11 +38,10 @@ def check_batch_norm(model: nn.Module, of: str = "loss") -> None:
     names = ", ".join(layers)
     depends = f"a sample's {of} depends on the others in its batch"
     if any(isinstance(layer, nn.BatchNorm1d) for layer in layers.values()):
-        remedy = ", or pass a callable loss that says which samples go together"
+        other = ", or pass a callable loss that says which samples go together"
         raise ValueError(
-            f"BatchNorm without running statistics ({names}): {depends}, and the model "
-            " does not run on one alone. Use layers with track_running_stats=True"
-            + (remedy if of == "loss" else "")
+            f"BatchNorm without running statistics ({names}): {depends}, and the model does not "
+            f"run on one alone. Use layers with track_running_stats=True{other * (of == 'loss')}"
         )
     logger.warning(
         "BatchNorm without running statistics (%s): %s, so each is run alone",

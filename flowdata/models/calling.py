@@ -243,10 +243,24 @@ def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a block, and every module's flag back after it."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with same_flags(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def same_flags(model: nn.Module) -> Iterator[None]:
+    """Put back, after a block, which modules are in training mode and what has a gradient.
+
+    PEFT marks all adapters as trained when it turns them on again, the frozen ones included.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
-        for module, flag in flags:
+        for module, flag in modes:
             module.training = flag
+        for parameter, flag in gradients:
+            if parameter.requires_grad != flag:  # of a model made in inference mode none can be set
+                parameter.requires_grad = flag

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowdata.models.calling import same_flags
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import runs_as_it_is
@@ -72,17 +73,8 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def _given_back(model: nn.Module) -> Iterator[None]:
     """Put every flag, and what forwards write into small buffers, back after a block."""
     is_whole = not is_placed(model)  # a buffer on the meta device has nothing to keep
-    training_flags = [(module, module.training) for module in model.modules()]
-    gradient_flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with same_buffers(model) if is_whole else nullcontext():
-            yield
-    finally:
-        for module, flag in training_flags:
-            module.training = flag
-        for parameter, flag in gradient_flags:  # PEFT sets them when it turns adapters on again
-            if parameter.requires_grad != flag:  # a model made in inference mode can't be told
-                parameter.requires_grad = flag
+    with same_flags(model), same_buffers(model) if is_whole else nullcontext():
+        yield
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def decide_loss(
     own_values = [own_losses(model, output, is_labelled=took) for output, took in calls]
     if not any(own_values):
         inputs = [to_device(split_batch(batch)[0], device) for batch in batches]
-        named = loss_of_model(innermost(model)) or name_by_labels(
+        named = loss_of_model(model) or name_by_labels(
             batches, many, lambda: logits_of(predict(model, inputs[0]))
         )
         with suppress(

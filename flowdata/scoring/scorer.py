@@ -14,7 +14,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import CollateReadable, Readable, first_readable, some_readable
 from flowdata.errors import DisagreementError
 from flowdata.models.batch_norm import check_batch_norm
-from flowdata.models.calling import innermost, unwrapped
+from flowdata.models.calling import unwrapped
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import home, usable_device
 from flowdata.models.precision import name_of, resolve_dtype
@@ -298,7 +298,7 @@ class LossScorer:
         return self._losses_of_kinds[kind]
 
     def _decide_loss(self, dataset: Any, first: Any, collate_fn: Collate | None) -> str:
-        loss_of_class = loss_of_model(innermost(self.model))
+        loss_of_class = loss_of_model(self.model)
         collate = choose_collate(collate_fn, first, self.model, loss_of_class)
         samples = some_readable(dataset, _SAMPLES_TO_CHOOSE)
         few = [samples[index] for index in differing(samples, _SAMPLES_TO_ASK)]

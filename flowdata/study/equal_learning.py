@@ -129,8 +129,7 @@ def _counts_of(record: Record) -> dict[str, int]:
 
 def _bits(record: Record, kind: str) -> _Floats:
     """A run's right answers, 1 or 0, filled up to whole bytes."""
-    text = record["hits"][kind]
-    return unpacked(text, len(text) // 5 * 32 + len(text) % 5 * 8).numpy().astype(np.float64)
+    return unpacked(record["hits"][kind]).numpy().astype(np.float64)
 
 
 def kept_at_equal_learning(

@@ -124,8 +124,8 @@ def packed(hits: Tensor) -> str:
     return base64.b85encode(np.packbits(hits.numpy()).tobytes()).decode()
 
 
-def unpacked(text: str, count: int) -> Tensor:
-    """Return the `count` bits that `packed` made a text of."""
+def unpacked(text: str, count: int | None = None) -> Tensor:
+    """Return the `count` bits that `packed` made a text of; None fills them up to whole bytes."""
     values = np.frombuffer(base64.b85decode(text), np.uint8)
     return torch.from_numpy(np.unpackbits(values, count=count).astype(bool))
 

@@ -76,6 +76,7 @@ def loss_of_model(model: nn.Module) -> str | None:
 
     None where neither its name nor its configuration tells.
     """
+    model = innermost(model)
     name = type(model).__name__
     for ending, loss in _LOSS_OF_CLASS.items():
         if name.endswith(ending):

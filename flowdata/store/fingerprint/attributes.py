@@ -71,7 +71,7 @@ def members_of(kind: type, beside: Set[str]) -> dict[str, Any]:
         beside: names of methods that change no result.
     """
     left_out = _BESIDE_CALLS | beside
-    members = sorted(vars(kind).items(), key=lambda member: member[0])
+    members = sorted(vars(kind).items())
     return {k: v for k, v in members if k not in left_out and _is_member(k, v)}
 
 
@@ -84,7 +84,7 @@ def patches_of(kind: type, beside: Set[str]) -> Iterator[tuple[str, types.Functi
     """
     left_out = _BESIDE_CALLS | beside
     for base in filter(lambda base: is_of_library(base.__module__), kind.__mro__):
-        for name, value in sorted(vars(base).items(), key=lambda member: member[0]):
+        for name, value in sorted(vars(base).items()):
             is_method = isinstance(value, types.FunctionType) and name not in left_out
             if is_method and not is_of_library(home_of(value)):
                 yield name, value

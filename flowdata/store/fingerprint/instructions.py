@@ -15,6 +15,7 @@ _MUTATORS = {
 _METHOD_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 _CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD", "PRECALL")
 _BY_NAME = {"getattr", "setattr", "delattr", "exec", "eval"}  # reach what no instruction names
+_ATTRIBUTES, _ITEMS = ("STORE_ATTR", "DELETE_ATTR"), ("STORE_SUBSCR", "DELETE_SUBSCR")
 _NO_STEPS = ("CACHE", "NOP", "EXTENDED_ARG")
 _SWAPS, _COPIES = ("SWAP", "ROT_TWO", "ROT_THREE"), ("COPY", "DUP_TOP", "DUP_TOP_TWO")
 
@@ -71,19 +72,22 @@ def names_filled(function: types.FunctionType) -> set[str]:
     return set().union(*map(_names_filled_by, code_within(function.__code__)))
 
 
+def _steps(code: types.CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+
+
 def _names_filled_by(code: types.CodeType) -> set[str]:
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    steps = _steps(code)
     first = code.co_varnames[0] if code.co_argcount else "self"
     names: set[str] = set()
     for index, step in enumerate(steps):
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
-            owner = _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
+        if step.opname in _ATTRIBUTES:
+            owner = _owner(steps, index)
             path = _path(steps, owner, aliases=True)
             if path or _variable(steps, owner) in (None, "self", first):  # no other local variable
                 names.add(_joined([*path, step.argval]))
-        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            key = _before_swap(steps, index, "BINARY_", None, copies=2)
-            names.add(_joined(_path(steps, _expression_start(steps, key) - 1)))
+        elif step.opname in _ITEMS:
+            names.add(_joined(_path(steps, _owner(steps, index))))
         elif step.opname in _METHOD_LOADS and _changes(str(step.argval)):
             # A tensor's item may be a copy, which `self.table[rows].mul_(x)` changes alone.
             names.add(_joined(_path(steps, index - 1, items=step.argval in _MUTATORS)))
@@ -115,13 +119,26 @@ def _joined(path: list[str]) -> str:
 
 def _changes(method: str) -> bool:
     """Whether a method of this name changes its object; PyTorch ends such names with a line."""
-    return method in _MUTATORS or (method.endswith("_") and not method.startswith("__"))
+    return method in _MUTATORS or _is_in_place(method)
+
+
+def _is_in_place(method: str) -> bool:
+    return method.endswith("_") and not method.startswith("__")
+
+
+def _owner(steps: list[dis.Instruction], index: int) -> int:
+    """The index of the last instruction of what a store to an attribute or an item writes to."""
+    step = steps[index]
+    if step.opname in _ATTRIBUTES:
+        return _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
+    key = _before_swap(steps, index, "BINARY_", None, copies=2)
+    return _expression_start(steps, key) - 1
 
 
 def _before_swap(
     steps: list[dis.Instruction], index: int, kind: str, name: str | None, *, copies: int
 ) -> int:
-    """The index of the last instruction of what a store writes to.
+    """The index of the last instruction before a store that makes what it writes to, or its key.
 
     It stands right before the store; in `self.calls += 1` before the copies that `calls` is read
     by, since the sum is made between them.
@@ -203,7 +220,8 @@ def only_watches(function: types.FunctionType, *, is_method: bool = False) -> bo
     code = function.__code__
     own = code.co_varnames[0] if is_method and code.co_argcount else None
     named = [function.__globals__.get(name) for name in globals_read(function)]
-    if any(isinstance(value, types.FunctionType) for value in (*named, *_contents(function))):
+    values = (*named, *contents_of(function).values())
+    if any(isinstance(value, types.FunctionType) for value in values):
         return False
     keywords = [
         name for constant in code.co_consts if isinstance(constant, tuple) for name in constant
@@ -212,7 +230,7 @@ def only_watches(function: types.FunctionType, *, is_method: bool = False) -> bo
         return False
     if any(_may_change(each, own if each is code else None) for each in code_within(code)):
         return False
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    steps = _steps(code)
     for index, step in enumerate(steps):
         if step.opname.startswith("RETURN_"):
             value = step if step.opname == "RETURN_CONST" else steps[index - 1]
@@ -226,11 +244,11 @@ def _may_change(code: types.CodeType, own: str | None) -> bool:
 
     `torch.relu_(x)` and `F.relu(x, True)` do, with the value as an argument.
     """
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    steps = _steps(code)
     for index, step in enumerate(steps):
-        if step.opname in _METHOD_LOADS and str(step.argval).endswith("_"):
+        if step.opname in _METHOD_LOADS and _is_in_place(str(step.argval)):
             start = steps[_expression_start(steps, index - 1)]
-            if start.opname == "LOAD_GLOBAL" and not str(step.argval).startswith("__"):
+            if start.opname == "LOAD_GLOBAL":
                 return True
         is_switch = step.opname == "LOAD_CONST" and step.argval is True
         if is_switch and any(later.opname in _CALLS for later in steps[index + 1 : index + 3]):
@@ -243,18 +261,11 @@ def _may_change(code: types.CodeType, own: str | None) -> bool:
     return False
 
 
-def _contents(function: types.FunctionType) -> list[Any]:
-    return list(contents_of(function).values())
-
-
 def _changed_by(steps: list[dis.Instruction], index: int) -> int | None:
     """The index of the last instruction of what a step changes in place; None where it doesn't."""
     step = steps[index]
-    if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
-        return _before_swap(steps, index, "LOAD_ATTR", step.argval, copies=1)
-    if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-        key = _before_swap(steps, index, "BINARY_", None, copies=2)
-        return _expression_start(steps, key) - 1
+    if step.opname in (*_ATTRIBUTES, *_ITEMS):
+        return _owner(steps, index)
     if step.opname in _METHOD_LOADS and _changes(str(step.argval)):
         return index - 1
     if step.opname.startswith("INPLACE_") or step.argrepr.endswith("="):
