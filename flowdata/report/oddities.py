@@ -70,7 +70,7 @@ def find_oddities(
         losses: (N,) floating; NaN where there is none.
         counts: (N,) int64, targets of each sample.
         texts: of all samples, or None where they are not known.
-        is_cut: (N,), as `render` takes it.
+        is_cut: (N,), as `write_report` takes it.
         unit: of the losses, see `unit_of`.
 
     Example:

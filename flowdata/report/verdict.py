@@ -81,7 +81,7 @@ def judge(
     """Return the verdict on weighing a data set.
 
     Args:
-        losses: (N,) floating, nats; NaN where there is none.
+        losses: (N,) floating; NaN where there is none.
         counts: (N,) int64, targets of each sample.
         summary: as `summarize` returns it.
         oddities: as `find_oddities` returns them.
@@ -214,7 +214,7 @@ def temperatures(losses: Tensor) -> _Picks:
     """Return the temperature and the origin that each rule picks, without rules that pick none.
 
     Args:
-        losses: (N,) floating, nats, all finite.
+        losses: (N,) floating, all finite.
 
     Example:
         >>> import torch

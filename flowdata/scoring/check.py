@@ -54,7 +54,7 @@ from flowdata.targets.predictions import (
 from flowdata.targets.target_losses import Way, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
-_MOST_SOUGHT = 1000  # samples, for one whose shape tells the axis of classes
+_MOST_SOUGHT = 1000  # samples that are looked through for one whose shape tells the axis of classes
 _MOST_CHECKED = 8  # samples before a run; of a data set as small as `FEW`, all are
 # Samples whose loss is compared with the model's own. Of tokens each sample has many targets.
 _MOST_ASKED, _MOST_ASKED_OF_TOKENS = 3, 1

@@ -62,7 +62,7 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
         ValueError: the model does not run in the run's dtype, or fails on a sample.
     """
     try:
-        plain = _of_each(truth, batches)
+        plain = _columns_of_each(truth, batches)
     except RuntimeError as error:
         truth.check_dtype(batches[0], error)
         if isinstance(truth.job.loss, str):  # else it may be the user's function that fails
@@ -74,8 +74,8 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
     return evidence
 
 
-def _of_each(truth: Truth, batches: list[Any]) -> list[Columns]:
-    """The columns of samples collated alone, which of a large model take a while."""
+def _columns_of_each(truth: Truth, batches: list[Any]) -> list[Columns]:
+    """Each batch's columns, under a progress bar: a large model takes a while."""
     columns, shown = [], truth.job.progress
     with progress_bar(len(batches), "checking", "samples", shown=shown, patient=True) as advance:
         for batch in batches:

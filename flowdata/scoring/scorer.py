@@ -200,9 +200,9 @@ class LossScorer:
 
         Raises:
             TypeError: not map-style, or samples that can't be fingerprinted.
-            ValueError: an empty data set, one that raises on a sample (its index named), or raised
-                when the store skipped it; a store that is none or of another format; targets that
-                don't fit the loss.
+            ValueError: the data set is empty, or raises on a sample (its index named); the store
+                keeps samples that an earlier call skipped, is no store, or is of another format;
+                targets don't fit the loss.
             RankError: another rank failed.
             ScoreMismatchError: the store was made with another model, data set, loss or dtype.
         """

@@ -37,9 +37,9 @@ class Reading(NamedTuple):
 def own_losses(model: nn.Module, output: Any, *, is_labelled: bool = True) -> list[float]:
     """Return the values that a model's own loss can be meant to have; none if it made none.
 
-    The first is what it returned, or where it returned several numbers without names, these are.
-    Where the output names further terms, those values follow that the loss has without them, with
-    the factor that the configuration tells and with a factor of 1.
+    They begin with what it returned: its loss, or each number where it returned several without
+    names. Where the output names further terms, those values follow that the loss has without them,
+    with the factor that the configuration tells and with a factor of 1.
 
     Args:
         model: the model, whose configuration is looked at.

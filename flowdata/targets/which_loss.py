@@ -98,9 +98,9 @@ def loss_of_batch(batch: Any) -> str:
     other floating targets the mean squared error.
 
     Raises:
-        ValueError: nothing fits, or two losses do: several floating targets from 0 to 1, one of two
-            values from 0 to 1, and −1, 0 and 1, can be answers and numbers; the message says what
-            to pass.
+        ValueError: there are no targets, or they can be read in two ways: rows with a single 1 (one
+            class, or a yes or no for each); values from 0 to 1 (smoothed answers, or numbers); −1,
+            0 and 1. The message says what to pass.
     """
     inputs, targets = split_batch(batch)
     if targets is None or (targets.dim() == 2 and _same_shape(inputs, targets)):
@@ -129,10 +129,10 @@ def loss_of_batch(batch: Any) -> str:
 
 
 def _loss_of_numbers(values: Tensor, *, is_single: bool) -> str:
-    """The loss of floating targets, (n,), of which each is one, and the only one of its sample."""
+    """The loss of floating targets (n,) without marks of no target; is_single: a sample has one."""
     if ((values == 0) | (values == 1)).all():
         return "binary_cross_entropy"
-    # One answer is smoothed to either of two values; that of several is mixed with others', too.
+    # A single answer that is smoothed has one of two values; of several answers, mixing makes more.
     could_be_answers = len(values.unique()) <= 2 or not is_single
     if could_be_answers and ((values >= 0) & (values <= 1)).all():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the instructions of compiled code do: the names they read, and the names they fill."""
+"""What compiled code does: the names it reads and fills, and whether a hook changes its inputs."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ class TableStream:
         return type(self)(self.dataset.take(count))
 
     def without_nulls(self, row: Row) -> Row:
-        """Return a row of the data set without them."""
+        """Return a row without the nulls that Arrow added to its objects."""
         features = self.dataset.features or {}  # a stream may know none
         return {name: _without_nulls(value, features.get(name)) for name, value in row.items()}
 
 
 class Table(TableStream):
-    """The same of a data set that is there as a whole."""
+    """Rows of a data set that has a length, by index as well."""
 
     def __len__(self) -> int:
         return len(self.dataset)

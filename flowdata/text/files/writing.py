@@ -108,7 +108,7 @@ def to_dataset(rows: Sequence[Row]) -> Any:
     values again; it is said that other readers meet the text.
 
     Raises:
-        ValueError: a column holds what neither Arrow nor this version of `datasets` has one for.
+        ValueError: a column's values have no common type, in Arrow or in this version of datasets.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     return _from_columns({name: [row.get(name) for row in rows] for name in names})
