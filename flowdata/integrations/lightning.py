@@ -146,12 +146,11 @@ class FlowDataModule(LightningDataModule):  # type: ignore[misc]
 
     def teardown(self, stage: str) -> None:
         """Warn where manual optimisation left the run's last batches without their step."""
-        combined = (
-            self.trainer.fit_loop._combined_loader if self.trainer and stage == "fit" else None
-        )
-        for loader in () if combined is None else combined.flattened:
-            message = loader.wrong_step() if isinstance(loader, WeightedBatches) else None
-            if message:
+        combined = self.trainer.fit_loop._combined_loader if self.trainer else None
+        if stage != "fit" or combined is None:
+            return
+        for loader in combined.flattened:
+            if isinstance(loader, WeightedBatches) and (message := loader.wrong_step()):
                 logger.warning(message)
 
     def _check_trainer(self, trainer: Trainer | None) -> None:

@@ -113,9 +113,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.picture.is_dir():
         raise ValueError(f"--picture must name a file, and {options.picture} is a folder")
     for flag, place in (("--write", options.write), ("--picture", options.picture)):
-        above = (
-            [] if place is None else [path for path in place.absolute().parents if path.exists()]
-        )
+        above = [path for path in place.absolute().parents if path.exists()] if place else []
         if above and not above[0].is_dir():
             raise ValueError(f"{flag} must lie in a folder, and {above[0]} is a file")
 
