@@ -26,7 +26,7 @@ class WindowScorer:
         if not hasattr(scorer, "score"):
             raise TypeError(f"scorer must be a LossScorer, got {type(scorer).__name__}")
         self.scorer, self.collate_fn = scorer, collate_fn
-        self._quiet_scorer = _quiet(scorer)
+        self._window_scorer = _for_windows(scorer)
         self._options = _options_of_one_rank(scorer)
         self._once = Once()
         self._has_said = False  # how windows are scored
@@ -38,7 +38,7 @@ class WindowScorer:
             ValueError: the scorer gives another number of them.
         """
         with self._once:
-            scores = self._quiet_scorer.score(
+            scores = self._window_scorer.score(
                 window, collate_fn=self.collate_fn, dataset_id="window", **self._options
             )
         self._say_what_was_chosen()
@@ -52,20 +52,20 @@ class WindowScorer:
     def _say_what_was_chosen(self) -> None:
         worker = get_worker_info()
         is_first = worker is None or worker.id == 0
-        if isinstance(self._quiet_scorer, LossScorer) and is_first and not self._has_said:
+        if isinstance(self._window_scorer, LossScorer) and is_first and not self._has_said:
             shown = getattr(self.scorer, "progress", False)
-            say(f"windows of a stream: {self._quiet_scorer.explain()}", shown=shown)
+            say(f"windows of a stream: {self._window_scorer.explain()}", shown=shown)
         self._has_said = True
 
 
-def _quiet(scorer: Scorer) -> Scorer:
-    """The scorer without what would begin anew with every window: progress bar and identity."""
+def _for_windows(scorer: Scorer) -> Scorer:
+    """The scorer as it scores windows: no progress bar, no fingerprint of the model for each."""
     if not isinstance(scorer, LossScorer):
         return scorer
-    quiet = copy.copy(scorer)
-    quiet.progress = False
-    quiet.is_for_windows = True
-    return quiet
+    scorer = copy.copy(scorer)
+    scorer.progress = False
+    scorer.is_for_windows = True
+    return scorer
 
 
 def _options_of_one_rank(scorer: Scorer) -> dict[str, Any]:
