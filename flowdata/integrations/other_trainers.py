@@ -1,4 +1,4 @@
-"""What the mixin refuses of a Trainer that has a loss or an order of its own."""
+"""What the mixin refuses of a Trainer with a loss, an order or arguments of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowdata.integrations.trainer_checks import check_resampling
 _REPLACEABLE = (type(None), RandomSampler, SequentialSampler)
 
 
-def check_by_name(init: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def check_data_by_name(init: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Refuse training data that comes by position, where the mixin doesn't see it.
 
     Args:

@@ -67,7 +67,7 @@ def take_weights(prepared: Any, given: Any, weights: Tensor, key: str) -> tuple[
     return prepared, weights
 
 
-def check_column(dataset: Any, key: str) -> None:
+def check_weight_column(dataset: Any, key: str) -> None:
     """Refuse a Hugging Face data set whose column of weights has unusable ones.
 
     The column alone is read, a part at a time. What a transform makes of it is left to the

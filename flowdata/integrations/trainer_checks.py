@@ -15,7 +15,7 @@ from flowdata.integrations.checks import (
     flow_sampler_of,
     stream_of,
 )
-from flowdata.integrations.prepared import check_column
+from flowdata.integrations.prepared import check_weight_column
 from flowdata.integrations.trainer_loss import SampleLoss
 from flowdata.losses import Normalize
 from flowdata.models.adapters import check_base
@@ -102,7 +102,7 @@ def check_data(
             "unweighted: pass scores='auto', or the data set's scores, or a FlowWeightedDataset, "
             f"or a data set with a column {key!r} (Scores.to_column)"
         )
-    check_column(dataset, key)
+    check_weight_column(dataset, key)
 
 
 def check_run_loss(

@@ -20,7 +20,7 @@ from flowdata.integrations.evaluation import UnweightedEvaluation, unweighted
 from flowdata.integrations.first_batch import Decision, decide, merged
 from flowdata.integrations.other_trainers import (
     adopt_order,
-    check_by_name,
+    check_data_by_name,
     check_own_loss,
     has_own_loss,
 )
@@ -130,7 +130,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
         weight_key: str = "weight",
         **kwargs: Any,
     ) -> None:
-        check_by_name(super().__init__, args)
+        check_data_by_name(super().__init__, args)
         carried = carries_weights(train_dataset, weight_key, stream_does=scores is None)
         strength = check_anchor(kl_to_reference, reference)
         changes = changes_token_losses(token_rule, strength)
