@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -111,14 +111,14 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         truth = Truth(job, plan.options, model, plain_of, in_nats, batches)
         evidence = gather_evidence(truth, samples, batches)
     _check_loss(truth, evidence)
-    if job.loss == OWN:
-        _check_is_of_samples(truth, evidence)
+    if job.loss == OWN and _are_all_zero(evidence) and (reason := _loss_of_two(truth, evidence)):
+        _refuse_comparing(job, reason)
     reshard(model)  # else a sharded head would look like a whole one
     whole, _ = collate_groups(truth, samples, together)
     for candidate in candidates_of(job, plan, model, whole, plain_of(model)):
         reason = disagreement(candidate, truth, evidence, plan)
-        if reason and callable(job.loss):
-            _check_is_of_samples(truth, evidence, reason)
+        if reason and callable(job.loss) and _are_all_zero(evidence):
+            _refuse_comparing(job, reason)
         if not reason:
             return AgreedWay(
                 _of_batches(candidate.way),
@@ -164,39 +164,40 @@ def _plain_way(job: Job, batches: Sequence[Any]) -> Callable[[nn.Module], Way]:
 
     def way_of(model: nn.Module) -> Way:
         if not last:  # not before: where a model fails on a sample, the evidence says why
-            seen = chain(batches, _further_batches(job))
-            last.append(classes_come_last(model, seen, device))
+            last.append(classes_come_last(model, chain(batches, _further_batches(job)), device))
         return prediction_way(loss, columns, device, classes_last=last[0])
 
     return way_of
 
 
-def _check_is_of_samples(truth: Truth, evidence: Evidence, reason: str = "") -> None:
-    """Raise ValueError where a loss compares the samples of a batch, and is 0 of each alone.
+def _are_all_zero(evidence: Evidence) -> bool:
+    """Whether each sample has a loss of 0 when it is alone."""
+    return not any(float(each["loss"]) for each in evidence.plain)
 
-    Args:
-        truth: of single samples.
-        evidence: a few samples, whose losses are looked at.
-        reason: how losses differ beside others; "" for the model's own loss, which is made of two
-            samples to see whether it does.
-    """
-    if any(float(each["loss"]) for each in evidence.plain):
-        return
+
+def _loss_of_two(truth: Truth, evidence: Evidence) -> str:
+    """The model's own loss of two samples in a batch, in words; "" where it is 0."""
+    words = ""
     # A trained model tells two samples apart, so that the loss of both can be next to 0; one from
     # itself it can't.
-    for pair in [] if reason else (evidence.samples[:1] * 2, evidence.samples[:2]):
+    for pair in (evidence.samples[:1] * 2, evidence.samples[:2]):
         with contextlib.suppress(Exception):  # samples that can't share a batch aren't compared
             batch = to_device(truth.job.collate(pair), truth.job.device)
-            both = loss_with_labels(truth.model, batch) or 0.0
-            reason = reason if agrees(both, 0.0, torch.float32) else f"{both:.4g} for two of them"
-    if reason:
-        name = "callable" if callable(truth.job.loss) else repr(truth.job.loss)
-        raise ValueError(
-            f"loss={name} gives each sample a loss of 0 when it is alone, and another one "
-            f"beside others ({reason}): it compares the samples of a batch, as contrastive "
-            "losses do, so that no sample has a loss of its own; pass loss=callable(model, batch) "
-            "-> (B,) losses that scores each sample by itself, against fixed candidates"
-        )
+            loss = loss_with_labels(truth.model, batch) or 0.0
+            if not agrees(loss, 0.0, torch.float32):
+                words = f"{loss:.4g} for two of them"
+    return words
+
+
+def _refuse_comparing(job: Job, reason: str) -> NoReturn:
+    """Raise ValueError for a loss that compares the samples of a batch, and is 0 of each alone."""
+    name = "callable" if callable(job.loss) else repr(job.loss)
+    raise ValueError(
+        f"loss={name} gives each sample a loss of 0 when it is alone, and another one beside "
+        f"others ({reason}): it compares the samples of a batch, as contrastive losses do, so that "
+        "no sample has a loss of its own; pass loss=callable(model, batch) -> (B,) losses that "
+        "scores each sample by itself, against fixed candidates"
+    )
 
 
 def _further_batches(job: Job) -> Iterator[Any]:
