@@ -42,7 +42,7 @@ from flowdata.scoring.language.runs import Run, hidden_states
 from flowdata.scoring.language.ways import way_alone, way_of
 from flowdata.scoring.language.work import Work
 from flowdata.scoring.plan.packs import Plan
-from flowdata.targets.labels import split_batch
+from flowdata.targets.labels import split_batch, token_ids_of
 from flowdata.targets.predictions import logits_of, predict
 from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, is_hugging_face
@@ -145,7 +145,7 @@ def _classes_last(model: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
     """Logits (B, …, C), of (B, C), of tokens' (B, T, C) or (B, C, T), or of PyTorch's (B, C, …)."""
     if logits.dim() == 2:
         return logits
-    tokens = _tokens_of(inputs) if logits.dim() == 3 else None
+    tokens = token_ids_of(inputs) if logits.dim() == 3 else None
     is_last, is_second = (
         tokens is not None and tokens.shape[1] == places for places in logits.shape[1:3]
     )
@@ -157,13 +157,6 @@ def _classes_last(model: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
         )
     is_known = tokens is not None and is_hugging_face(model)  # virtual tokens may come before
     return logits if is_last or (is_known and not is_second) else logits.movedim(1, -1)
-
-
-def _tokens_of(inputs: Any) -> Tensor | None:
-    """A batch's tokens (B, T), None where it has none."""
-    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    is_tokens = isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
-    return tokens if is_tokens else None
 
 
 def _of_samples(rows: Tensor, mask: Tensor | None) -> TargetLosses:

@@ -48,6 +48,13 @@ def split_unread(batch: Any) -> tuple[Any, Any]:
         return {key: value for key, value in batch.items() if key != name}, batch[name]
 
 
+def token_ids_of(inputs: Any) -> Tensor | None:
+    """Return a batch's token ids, (B, T) integers; None where its inputs are none."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+    return ids if is_ids else None
+
+
 def label_field(batch: Mapping[str, Any]) -> str | None:
     """Return the name of the field that holds a batch's labels, None where it has none."""
     return next((field for field in LABEL_FIELDS if field in batch), None)

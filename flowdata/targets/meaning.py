@@ -11,14 +11,14 @@ they leave two meanings open the user has to say which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdata.models.calling import innermost, output_layer_of
-from flowdata.targets.labels import IGNORE_INDEX, next_tokens, split_batch
+from flowdata.targets.labels import IGNORE_INDEX, next_tokens, split_batch, token_ids_of
 from flowdata.targets.own_loss import agrees
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses
@@ -175,9 +175,7 @@ def _add_up_to_one(logits: Tensor) -> bool:
 def _tokens_and_labels(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     """A batch's token ids, (B, T), None where it has none; and its labels."""
     inputs, labels = split_batch(batch)
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
-    return (ids if is_ids else None), labels
+    return token_ids_of(inputs), labels
 
 
 def _name_by_tokens(batches: Sequence[Any], logits: Tensor) -> str:
