@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowdata._common.rng import preserved_rng
 from flowdata.integrations.trainer_loss import needs_labels, takes_labels, without_labels
+from flowdata.models.precision import dtype_of
 from flowdata.targets.own_loss import (
     Reading,
     agrees,
@@ -92,7 +93,6 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> FirstOutputs:
     """
     takes = takes_labels(model, inputs)
     outputs = _called(model, inputs if takes else without_labels(inputs))
-    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     logits = _logits_in(outputs)
     first = FirstOutputs(
         outputs,
@@ -101,7 +101,7 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> FirstOutputs:
         logits,
         readings(model, outputs, is_labelled=takes),
         needs_labels(model, inputs),
-        next(floating, torch.float32),
+        dtype_of(model),
     )
     if first.loss is not None and logits is None:
         # A fused loss, such as Liger's, makes no logits where it is given labels.

@@ -44,8 +44,7 @@ def resolve_dtype(
         torch.float32
     """
     if dtype == "auto":
-        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-        own_dtype = next(floating, torch.float32)
+        own_dtype = dtype_of(model)
         if one_target or own_dtype != torch.float32 or is_placed(model) or runs_as_it_is(model):
             return own_dtype
         return torch.bfloat16 if is_fast_at_bfloat16(device) else torch.float32
@@ -53,6 +52,11 @@ def resolve_dtype(
     if named_dtype is None or named_dtype not in DTYPES.values():
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
     return named_dtype
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's first floating parameter, float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def runs_as_it_is(model: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from flowdata.errors import SampleError
 from flowdata.models.compiled import as_written
 from flowdata.models.failing import order_explained
 from flowdata.models.placement import reshard
+from flowdata.models.precision import dtype_of
 from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import candidates_of, describe
 from flowdata.scoring.evidence import (
@@ -251,7 +252,7 @@ def _refuse_loss(
     truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
 ) -> None:
     """Raise ValueError, with both numbers, where the difference is no rounding of the model's."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(model)
     for values, named in _own_and_named(truth, model, batches, columns):
         if values and not any(agrees(value, named, dtype) for value in values):
             own = " or ".join(f"{value:.6g}" for value in values)
