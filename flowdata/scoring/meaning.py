@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flowdata._common.notices import logger
 from flowdata.models.calling import call_in_order, call_with, innermost, parameters_of, takes_field
 from flowdata.models.positions import check_positions
+from flowdata.models.precision import dtype_of
 from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
 from flowdata.scoring.language.inputs import labels_of
@@ -56,23 +57,12 @@ def decide_loss(
     outputs = [output for output, _ in calls]
     own_values = [own_losses(model, output, is_labelled=took) for output, took in calls]
     if not any(own_values):
-        inputs = [to_device(split_batch(batch)[0], device) for batch in batches]
-        named = loss_of_model(model) or name_by_labels(
-            batches, many, lambda: logits_of(predict(model, inputs[0]))
-        )
-        with suppress(
-            IndexError, RuntimeError, TypeError
-        ):  # the run's own checks say more of these
-            if named == "binary_cross_entropy":
-                inputs = [to_device(split_batch(many())[0], device)]
-            if named in ("cross_entropy", "binary_cross_entropy"):
-                check_are_logits(named, [predict(model, each) for each in inputs])
-        return named
+        return _name_without_own_loss(model, batches, many, device)
 
     def values_of(name: str) -> list[float | None]:
         return [_named_loss(name, *pair) for pair in zip(outputs, batches, strict=True)]
 
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(model)
     name = agreed_name(model, own_values, values_of, dtype)
     if name is not None and (
         (name in LANGUAGE_LOSSES and is_hugging_face(model))  # they make it in ways of their own
@@ -89,6 +79,22 @@ def decide_loss(
         reason,
     )
     return OWN
+
+
+def _name_without_own_loss(
+    model: nn.Module, batches: Sequence[Any], many: Callable[[], Any], device: torch.device
+) -> str:
+    """The name of the loss that labels are for where the model makes none: see `decide_loss`."""
+    inputs = [to_device(split_batch(batch)[0], device) for batch in batches]
+    name = loss_of_model(model) or name_by_labels(
+        batches, many, lambda: logits_of(predict(model, inputs[0]))
+    )
+    with suppress(IndexError, RuntimeError, TypeError):  # the run's own checks say more of these
+        if name == "binary_cross_entropy":
+            inputs = [to_device(split_batch(many())[0], device)]
+        if name in ("cross_entropy", "binary_cross_entropy"):
+            check_are_logits(name, [predict(model, each) for each in inputs])
+    return name
 
 
 def _named_without_labels(
