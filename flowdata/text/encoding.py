@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -65,15 +66,12 @@ def _tokens_between(batch: Any, number: int, text: str, start: int, end: int) ->
     Some characters are in no token: a special token may swallow the spaces beside it. Others are in
     several, one for each of their bytes, of which `char_to_token` gives the first.
     """
-    tokens = (batch.char_to_token(number, character) for character in range(start, end))
-    first = next((token for token in tokens if token is not None), 0)
-    for last in range(end - 1, start - 1, -1):
-        token = batch.char_to_token(number, last)
-        if token is not None:
-            break
-    else:
+    token_of = partial(batch.char_to_token, number)
+    first = next((t for c in range(start, end) if (t := token_of(c)) is not None), 0)
+    last = next((c for c in range(end - 1, start - 1, -1) if token_of(c) is not None), None)
+    if last is None:
         return first, first
-    stop = token + 1
+    stop = token_of(last) + 1
     if text[last].isascii():  # one byte: what lies there, too, is a space of the tokenizer's own
         return first, stop
     while (span := batch.token_to_chars(number, stop)) and span.start <= last < span.end:
