@@ -46,9 +46,9 @@ def run_channels_last(model: nn.Module) -> None:
         if torch.compiler.is_compiling():  # an error ends that, and the model is run as written
             return forward(*args, **kwargs)
         shapes = _shapes_of((args, kwargs))
-        wanted = torch.contiguous_format if shapes in failing else torch.channels_last
-        if current != wanted:
-            current = _lay_out(layers, wanted)
+        layout = torch.contiguous_format if shapes in failing else torch.channels_last
+        if current != layout:
+            current = _lay_out(layers, layout)
         try:
             return map_tensors(forward(*args, **kwargs), _contiguous)
         except RuntimeError as error:

@@ -53,7 +53,7 @@ def render_comparison(
     differences = after.losses - before.losses
     most_changed = differences.abs().nan_to_num(0).argsort(descending=True, stable=True)
     order = [*learned, *forgotten, *most_changed.tolist()]
-    seen = None if images is None else thumbnails(images, order)
+    addresses = None if images is None else thumbnails(images, order)
     texts = [None if samples is None else samples(index) for index in range(len(before))]
     is_there = ~differences.isnan()
     pairs = before.losses[is_there], after.losses[is_there]
@@ -68,7 +68,7 @@ def render_comparison(
         picture("Losses before and after", lambda axes: _draw_pairs(axes, *pairs, unit)),
         "</div>",
         "<h2>All samples</h2>",
-        _table(before, after, differences, most_changed, texts, seen),
+        _table(before, after, differences, most_changed, texts, addresses),
     ]
     largest = float(differences[is_there].abs().max())
     for title, note, indices, colour in (
@@ -83,7 +83,7 @@ def render_comparison(
     ):
         body.append(f"<h2>{title}</h2><p>{note if indices else 'None.'}</p>")
         if indices:
-            shown = [(seen or {}).get(i) for i in indices]
+            shown = [(addresses or {}).get(i) for i in indices]
             items = [
                 _item(i, before, after, largest, texts[i], image, colour)
                 for i, image in zip(indices, shown, strict=True)
@@ -101,7 +101,7 @@ def _table(
     differences: Tensor,
     most_changed: Tensor,
     texts: Sequence[SampleText | None],
-    images: Mapping[int, str] | None,
+    addresses: Mapping[int, str] | None,
 ) -> str:
     """The table of all samples, both losses beside each other."""
     columns = [
@@ -115,7 +115,7 @@ def _table(
         columns,
         hardest=most_changed,
         texts=[text for text in texts if text is not None] or None,
-        images=images,
+        addresses=addresses,
     )
 
 

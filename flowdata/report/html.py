@@ -70,7 +70,8 @@ def render(
     """
     losses, temperature = drop_missing(scores.losses), summary["temperature"]
     easy, hard = extremes(scores.losses, top)
-    seen = None if images is None else thumbnails(images, [*easy, *_hardest_first(scores).tolist()])
+    order = [*easy, *_hardest_first(scores).tolist()]
+    addresses = None if images is None else thumbnails(images, order)
     body = [
         _verdict(verdict),
         tiles(_figures(summary, unit_of(scores.metadata))),
@@ -78,7 +79,7 @@ def render(
         "<h2>What is odd</h2>",
         _odd(oddities, scores),
         '<h2 id="samples">All samples</h2>',
-        _table(scores, losses, summary, texts, oddities, words, seen),
+        _table(scores, losses, summary, texts, oddities, words, addresses),
         "<h2>From easy to hard</h2>",
         _quantile_table(summary),
     ]
@@ -89,7 +90,7 @@ def render(
         if indices:
             body += [
                 f"<h2>{title}</h2><p>{note}</p>",
-                _samples(scores, indices, temperature, texts, seen or {}),
+                _samples(scores, indices, temperature, texts, addresses or {}),
             ]
     if scores.metadata:
         body += ["<h2>How the losses were made</h2>", definitions(scores.metadata)]
@@ -104,12 +105,12 @@ def _title(metadata: Mapping[str, Any]) -> str:
     if data is None:  # `dataset_id` is a name, and a fingerprint is none
         identity = str((metadata.get("identity") or {}).get("dataset", ""))
         data = None if re.match(r"(content|tokens):|part |$", identity) else identity
-    named = [
+    parts = [
         f" {word} {_short_name(name)}"
         for word, name in (("of", data), ("under", model))
         if isinstance(name, str) and name
     ]
-    return "Losses" + "".join(named) if named else "Losses and weights"
+    return "Losses" + "".join(parts) if parts else "Losses and weights"
 
 
 def _short_name(name: str) -> str:
@@ -172,7 +173,7 @@ def _table(
     texts: Sequence[SampleText] | None,
     oddities: Oddities,
     words: Callable[[int], Sequence[str]] | None,
-    images: Mapping[int, str] | None,
+    addresses: Mapping[int, str] | None,
 ) -> str:
     """The table of all samples, with the temperature's slider."""
     columns = [Column("loss", scores.losses)]
@@ -190,7 +191,7 @@ def _table(
         temperatures=rules | temperatures(losses) | rules,
         oddities=oddities,
         tokens=Tokens(scores.token_losses, words, unit) if has_tokens else None,
-        images=images,
+        addresses=addresses,
     )
 
 
@@ -229,7 +230,7 @@ def _samples(
     indices: Sequence[int],
     temperature: float,
     texts: Sequence[SampleText] | None,
-    images: Mapping[int, str],
+    addresses: Mapping[int, str],
 ) -> str:
     """A list of samples with their losses and weights; a bar shows each weight's size."""
     items = []
@@ -241,5 +242,5 @@ def _samples(
         if targets != 1:
             facts["targets"] = f"{targets:,}"
         text = None if texts is None else texts[index]
-        items.append(sample_item(index, facts, weight, text, image=images.get(index)))
+        items.append(sample_item(index, facts, weight, text, image=addresses.get(index)))
     return sample_list(items)

@@ -61,11 +61,11 @@ def sample_item(
         colour: of the bar: ``"accent"`` or ``"warn"``.
     """
     spans = "".join(f"<span>{escape(k)} <b>{escape(v)}</b></span>" for k, v in facts.items())
-    seen = "" if image is None else f'<img class="thumbnail" src="{image}" alt="sample {index}">'
+    thumbnail = f'<img class="thumbnail" src="{image}" alt="sample {index}">' if image else ""
     excerpt = "" if text is None else _text(shorten(text, _EXCERPT))
     return (
         f'<li><div class="facts"><b>#{index}</b>{spans}'
-        f'<i class="{colour}" style="--weight:{bar:.4f}"></i></div>{seen}{excerpt}</li>'
+        f'<i class="{colour}" style="--weight:{bar:.4f}"></i></div>{thumbnail}{excerpt}</li>'
     )
 
 

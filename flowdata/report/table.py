@@ -71,7 +71,7 @@ def table(
     temperatures: Mapping[str, tuple[float, float]] | None = None,
     oddities: Oddities | None = None,
     tokens: Tokens | None = None,
-    images: Mapping[int, str] | None = None,
+    addresses: Mapping[int, str] | None = None,
 ) -> str:
     """Return the table of all samples.
 
@@ -84,7 +84,7 @@ def table(
             None shows no weights.
         oddities: marks samples.
         tokens: the losses of their targets.
-        images: the addresses of thumbnails by sample; None shows no images.
+        addresses: of thumbnails, by sample; None shows no images.
     """
     num_texts, limit = 0, 0
     if texts is not None:
@@ -100,7 +100,7 @@ def table(
         "marks": _marks(oddities),
         "texts": None if texts is None else _texts(texts, hardest[:num_texts].tolist(), limit),
         "tokens": None if tokens is None else _token_losses(tokens, hardest.tolist()),
-        "images": images,
+        "images": addresses,
     }
     content = gzip.compress(json.dumps(payload, separators=(",", ":")).encode(), 6, mtime=0)
     script = Path(__file__).with_name("table.js").read_text(encoding="utf-8")
@@ -108,14 +108,14 @@ def table(
     return _TEMPLATE.format(
         numbers=f"{FROM_0.capitalize()}.",
         search="#12" if texts is None else "Search the texts, or #12",
-        note=_note(texts, num_texts, limit, payload["tokens"], len(hardest), images),
+        note=_note(texts, num_texts, limit, payload["tokens"], len(hardest), addresses),
         data=base64.b64encode(content).decode(),
         script=script,
         style=style,
     )
 
 
-def _note(texts: Any, num_texts: int, limit: int, tokens: Any, count: int, images: Any) -> str:
+def _note(texts: Any, num_texts: int, limit: int, tokens: Any, count: int, addresses: Any) -> str:
     """What the table holds of texts, tokens and images, in words."""
     notes = []
     if texts is not None and num_texts < len(texts):
@@ -130,8 +130,8 @@ def _note(texts: Any, num_texts: int, limit: int, tokens: Any, count: int, image
             f"Token losses are kept for {len(tokens['samples']):,} samples, the hardest first, and "
             f"for the first {_MOST_TOKENS_OF_ONE:,} targets of each."
         )
-    if images is not None and len(images) < count:
-        notes.append(f"The images of {len(images):,} samples are here.")
+    if addresses is not None and len(addresses) < count:
+        notes.append(f"The images of {len(addresses):,} samples are here.")
     return " ".join(notes)
 
 

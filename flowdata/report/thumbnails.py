@@ -24,8 +24,8 @@ def thumbnails(images: Callable[[int], Any], samples: Sequence[int]) -> dict[int
         images: gives the image of sample i, as `thumbnail` takes it; None where it has none.
         samples: those that come first are shown.
     """
-    found = ((index, images(index)) for index in list(dict.fromkeys(samples))[:_MOST])
-    return {index: thumbnail(image) for index, image in found if image is not None}
+    pairs = ((index, images(index)) for index in list(dict.fromkeys(samples))[:_MOST])
+    return {index: thumbnail(image) for index, image in pairs if image is not None}
 
 
 def thumbnail(image: Any) -> str:

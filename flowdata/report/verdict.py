@@ -93,7 +93,7 @@ def judge(
         return Verdict(title, [f"{guessing[0].upper()}{guessing[1:]}."])
     values = losses[~losses.isnan()]
     picks = temperatures(values)
-    usual, named, share = _by_the_median(values, summary, picks)
+    usual, name, share = _by_the_median(values, summary, picks)
     present = len(values)
     is_far = (losses - origin_of(usual) > _FAR * usual).numpy()  # NaN is not
     num_far = int(is_far.sum())
@@ -108,7 +108,7 @@ def judge(
         )
     if unit == NATS and values.max() <= _KNOWN:
         title = "The model knows all rows already: weights have nothing to sort out."
-        return _by_rule(title, [f"{_least_known(float(values.max()))} {effect}"], named, RATE)
+        return _by_rule(title, [f"{_least_known(float(values.max()))} {effect}"], name, RATE)
     if summary["weight"]["mean"] < _NEXT_TO_NOTHING:
         title = "The weights nearly vanish: training on them would hardly move the model."
         return Verdict(title, [effect, _larger(picks)])
@@ -116,11 +116,11 @@ def judge(
         title = "Some samples are far harder than the rest: read them before you weigh."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
         text = [
-            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at {named} "
+            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at {name} "
             f"their weights lie below a twentieth of the largest possible one.{about}"
         ]
         text += _at_few(share, picks)
-        verdict = _by_rule(title, text, named, WRONG, SHARE, HARD, RATE)
+        verdict = _by_rule(title, text, name, WRONG, SHARE, HARD, RATE)
         missing = len(losses) - present
         leave_out = "This line of Python leaves out the N hardest, as many as you found wrong"
         leave_out += f", and the {missing:,} without a loss" if missing else ""
@@ -129,9 +129,9 @@ def judge(
         return replace(verdict, text=text, code=_leaving_out(missing))
     if share >= _ALIKE:
         title = "Nearly all losses are alike: weights would only make each step smaller."
-        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], named, RATE, AVERAGE)
+        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], name, RATE, AVERAGE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
-    return _by_rule(title, [effect, _COUNT], named, RIGHT, AVERAGE, WRONG, RATE, LARGE)
+    return _by_rule(title, [effect, _COUNT], name, RIGHT, AVERAGE, WRONG, RATE, LARGE)
 
 
 def _least_known(largest: float) -> str:
@@ -163,18 +163,18 @@ def _by_the_median(
     Only where the median is none does the user's take its place.
     """
     if "median" in picks:
-        usual, named = picks["median"][0], "the median"
+        usual, name = picks["median"][0], "the median"
     else:
         usual = summary["temperature"]
-        named = f"temperature {usual:.3g}"
+        name = f"temperature {usual:.3g}"
     weights = weigh(losses, usual)
     size = effective_sample_size(weights) if weights.any() else 0.0
-    return usual, named, size / len(losses)
+    return usual, name, size / len(losses)
 
 
-def _by_rule(title: str, reasons: list[str], named: str, *clauses: Clause) -> Verdict:
+def _by_rule(title: str, reasons: list[str], name: str, *clauses: Clause) -> Verdict:
     """The verdict with the advice of clauses, which take the weights at a named temperature."""
-    advice = " ".join(clause.advice.replace("the median", named) for clause in clauses)
+    advice = " ".join(clause.advice.replace("the median", name) for clause in clauses)
     return Verdict(title, [*reasons, advice], clauses)
 
 
@@ -204,9 +204,9 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
         far, near = np.median(lengths[is_far]), np.median(lengths[is_near])
         text += f" They have {far:,.0f} targets in the median, the others {near:,.0f}."
     marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _CAUSES}
-    named = [f"{size:,} as {_CAUSES[name][size > 1]}" for name, size in marks.items() if size]
-    if named:
-        text += f" Among them the report marks {', '.join(named)}."
+    words = [f"{size:,} as {_CAUSES[name][size > 1]}" for name, size in marks.items() if size]
+    if words:
+        text += f" Among them the report marks {', '.join(words)}."
     return text
 
 

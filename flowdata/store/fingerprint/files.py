@@ -76,10 +76,10 @@ def named_by_size(array: Any) -> Any:
     if {field.name for field in array.type} != _FIELDS:
         return array
     parts = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
-    held = parts["bytes"].is_valid().to_pylist()
-    if all(held):
+    has_content = parts["bytes"].is_valid().to_pylist()
+    if all(has_content):
         return array
-    paths = zip(parts["path"].to_pylist(), held, strict=True)
+    paths = zip(parts["path"].to_pylist(), has_content, strict=True)
     places = [path if path is None or is_held else _place(path) for path, is_held in paths]
     parts["path"] = pa.array(places, parts["path"].type)
     return pa.StructArray.from_arrays(list(parts.values()), fields=list(array.type))
