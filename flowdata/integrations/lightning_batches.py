@@ -127,7 +127,9 @@ class WeightedBatches(TrainerBatches):
     one. The trainer is asked anew at each step: a scheduler may have changed the number.
 
     Args:
-        loader, sampler, trainer: as above.
+        loader: of this rank's samples.
+        sampler: the loader's.
+        trainer: that takes the batches.
         count: (batch, weights) -> items of one batch.
         manual: batches of a step under manual optimisation, if the user said so.
     """
@@ -175,7 +177,7 @@ class WeightedBatches(TrainerBatches):
             return None  # such as a batch that on_train_batch_start skipped
         has_stepped = self.trainer.global_step > held.num_steps
         if has_stepped != held.is_last:
-            return self._remedy(held.place, has_stepped)
+            return self._wrong_step_at(held.place, has_stepped)
         keeps = is_overridden("on_validation_model_zero_grad", self.trainer.lightning_module)
         if held.is_last or keeps or self._validated() == held.validated:
             return None
@@ -186,7 +188,7 @@ class WeightedBatches(TrainerBatches):
             "Trainer(val_check_interval=), or override on_validation_model_zero_grad to do nothing"
         )
 
-    def _remedy(self, place: int, has_stepped: bool) -> str:
+    def _wrong_step_at(self, place: int, has_stepped: bool) -> str:
         """The sentence about a step, or a missing one, after the batch at `place`."""
         size, windows = self.manual or 1, "each batch alone: step on every one"
         if size > 1:
@@ -252,8 +254,8 @@ class _Held(NamedTuple):
     place: int
     is_last: bool  # of those that its denominator counts
     num_steps: int  # the trainer's optimiser steps before the first of them
-    started: int
-    validated: int
+    started: int  # batches that training_step had ever begun when this one was given
+    validated: int  # batches of validation in this epoch until then
 
 
 class _Exact(Tensor):
