@@ -255,6 +255,16 @@ def test_inverted_images_want_statistics_and_logits():
         inverted_images(convolutional(), (3, 8, 8), samples=8)
 
 
+def test_a_model_that_fails_without_a_word_is_refused_with_its_errors_class():
+    def fail(*_):
+        raise RuntimeError
+
+    model = convolutional()
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match=r"of which the model says: RuntimeError$"):
+        inverted_images(model, (3, 8, 8), steps=1)
+
+
 def test_inverted_images_are_made_in_inference_mode_too():
     model = convolutional()
     images = inverted_images(model, (3, 8, 8), 32, steps=3)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdata._common.excerpts import first_line
 from flowdata._common.notices import is_first_rank
 from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.resumable import check_natural
@@ -148,7 +149,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             raise
         raise ValueError(
             f"shape must be that of an image as the model takes it, got {tuple(images.shape[1:])}, "
-            f"of which the model says: {str(error).strip().splitlines()[0]}"
+            f"of which the model says: {first_line(error)}"
         ) from error
     try:
         logits = logits_of(output)

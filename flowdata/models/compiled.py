@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowdata._common.excerpts import first_line
 from flowdata._common.notices import logger
 from flowdata._common.processor import has_bfloat16
 from flowdata.models.placement import home
@@ -127,5 +128,5 @@ def _why_not(device: torch.device) -> str:
     try:
         torch.compile(lambda values: values.sin() + 1, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no headers, a full disk: whatever it is
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return first_line(error)
     return ""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowdata._common.excerpts import first_line
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether each rank holds a part of the model, so that all must call it together."""
@@ -52,8 +54,9 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={str(device)!r} can't be used here: {reason}") from error
+        raise ValueError(
+            f"device={str(device)!r} can't be used here: {first_line(error)}"
+        ) from error
 
 
 @contextmanager

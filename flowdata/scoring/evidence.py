@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowdata._common.excerpts import first_line
 from flowdata._common.progress import progress_bar
 from flowdata.models.compiled import give_up, is_compiled
 from flowdata.models.failing import explain_failure
@@ -111,7 +112,7 @@ def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str
     try:
         columns = _columns_of(candidate, truth, evidence)
     except Exception as error:  # whatever it is, another way may do without
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return first_line(error)
     reason = _first_difference(truth, columns, evidence)
     if reason and not truth.is_exact and not evidence.is_whole:
         _look_again(truth, evidence)

@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.excerpts import first_line
 from flowdata.text.files.places import is_local, nothing_at
 from flowdata.text.hub import check_reachable, is_cached
-from flowdata.text.read import first_line
 
 _WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # endings of files, not of hub ids
 

@@ -108,8 +108,3 @@ def _say_read_whole(lines: LineFiles) -> None:
             f"{file} is one JSON object, which is read whole: arrays and lines are read while they "
             "are used"
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's class and the first line of its text, for a message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.excerpts import one_line
+
 _KINDS = (".toml", ".yaml", ".yml")
 
 
@@ -76,8 +78,7 @@ def _read(file: Path) -> Mapping[Any, Any]:
     except ImportError:
         raise ValueError("TOML is read with Python 3.11 or newer; write the file as YAML") from None
     except Exception as error:  # each parser has an error of its own
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is no {file.suffix[1:].upper()}: {reason}") from None
+        raise ValueError(f"{file} is no {file.suffix[1:].upper()}: {one_line(error)}") from None
     if not isinstance(table, Mapping):
         raise ValueError(f"{file} should hold options, one a line, it holds {table!r}")
     return table

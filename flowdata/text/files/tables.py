@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flowdata._common.excerpts import one_line
 from flowdata.text.conversation import Row
 
 
@@ -118,7 +119,7 @@ def _as_rows(dataset: Any) -> TableStream:
 
 def _in_one_line(error: Exception) -> str:
     reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return f"{type(reason).__name__}: {' '.join(str(reason).split())}"[:400]
+    return f"{type(reason).__name__}: {one_line(reason)}"[:400]
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:

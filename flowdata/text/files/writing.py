@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdata._common.atomic import replacing
-from flowdata._common.excerpts import FROM_0
+from flowdata._common.excerpts import FROM_0, one_line
 from flowdata._common.notices import logger
 from flowdata.text.conversation import Row
 from flowdata.text.files.places import is_saved
@@ -86,9 +86,8 @@ def write_dataset(dataset: Any, path: Path) -> None:
             try:
                 dataset.to_parquet(file)
             except NotImplementedError as error:  # Arrow's, of objects that are empty in every row
-                reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"a column holds what Parquet can't have ({reason}); write {LINES[0]}"
+                    f"a column holds what Parquet can't have ({one_line(error)}); write {LINES[0]}"
                 ) from None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +143,7 @@ def _from_columns(columns: Mapping[str, list[Any]]) -> Any:
     try:
         return datasets.Dataset.from_dict(columns)
     except _NO_COLUMN as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
     with suppress(*_NO_COLUMN):  # also of a version that knows no such columns
         dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
         mixed = [repr(name) for name, kind in dataset.features.items() if "Json(" in repr(kind)]
