@@ -31,9 +31,9 @@ scipy, pictures matplotlib, and LoRA peft: ``pip install "flowdata-torch[study]"
 - training.py is the loop of all methods, classify.py fine-tunes a classifier with it, and hits.py
   counts its right answers.
 - recipe.py and head_task.py are for a task with a head of its own.
-- runs.py runs a study and chooses the learning rates; choices.py chooses among all runs, also by
-  their drift; equal_learning.py compares methods where they learned as much; table.py and
-  picture.py show it.
+- runs.py runs a study and chooses the learning rates, and records.py keeps the results file;
+  choices.py chooses among all runs, also by their drift; equal_learning.py compares methods where
+  they learned as much; table.py and picture.py show it.
 """
 
 from flowdata.study.choices import choices
@@ -60,7 +60,8 @@ from flowdata.study.parts import (
 )
 from flowdata.study.picture import draw_picture
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
-from flowdata.study.runs import Record, chosen_rates, chosen_runs, read_records, run_study
+from flowdata.study.records import Record, read_records
+from flowdata.study.runs import chosen_rates, chosen_runs, run_study
 from flowdata.study.table import report, studies
 from flowdata.study.training import Hooks, Method, Part, train
 

@@ -16,7 +16,8 @@ from functools import partial
 from typing import TypeAlias
 
 from flowdata.drift import Drift, rank
-from flowdata.study.runs import Record, finite_or_last, validation_of, whole_seeds
+from flowdata.study.records import Record
+from flowdata.study.runs import finite_or_last, validation_of, whole_seeds
 
 Rule: TypeAlias = Callable[[list[Record]], Record]  # the runs of a seed → one of them
 

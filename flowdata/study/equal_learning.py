@@ -27,10 +27,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from flowdata.study.hits import unpacked
-from flowdata.study.runs import Record
+from flowdata.study.records import KINDS, Record
 
 SHARES = (0.5, 0.75, 0.9, 1.0)  # of what the reference learns over the probe
-_KINDS = ("target", "retained")  # of a run's items
 _LEVELS = np.linspace(0, 1, 21)  # at which differences are averaged
 _DRAWS = 1000
 _INTERVAL = (2.5, 97.5)  # percentiles
@@ -109,7 +108,7 @@ def items_of(record: Record) -> Items:
 
 
 def _items(record: Record, counts: Mapping[str, int]) -> Items:
-    return Items(*(100.0 * _bits(record, kind)[: counts.get(kind)] for kind in _KINDS))
+    return Items(*(100.0 * _bits(record, kind)[: counts.get(kind)] for kind in KINDS))
 
 
 def _counts_of(record: Record) -> dict[str, int]:
@@ -120,7 +119,7 @@ def _counts_of(record: Record) -> dict[str, int]:
     if "items" in record:
         return dict(record["items"])
     counts = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         (accuracy,) = record[kind].values()
         if accuracy > 0:  # NaN, of what diverged, is not
             counts[kind] = round(100 * int(_bits(record, kind).sum()) / accuracy)

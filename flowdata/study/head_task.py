@@ -23,7 +23,7 @@ from flowdata.study.hits import answers, packed
 from flowdata.study.methods import METHODS
 from flowdata.study.parts import output_anchor
 from flowdata.study.recipe import Beginning, as_old_network, begin, fit_new_head
-from flowdata.study.runs import Record
+from flowdata.study.records import Record
 from flowdata.study.training import Method
 from flowdata.weights import effective_sample_size, resolve_temperature
 

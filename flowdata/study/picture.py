@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from flowdata.report.pictures import BLUE, GREEN, ORANGE, figure, png
 from flowdata.study.extras import load_extra
 from flowdata.study.methods import STANDARD, TEMPERATURES
-from flowdata.study.runs import Record, Runs, chosen_runs, runs_by_rate, swept_runs
+from flowdata.study.records import Record
+from flowdata.study.runs import Runs, chosen_runs, runs_by_rate, swept_runs
 
 _Key = TypeVar("_Key")  # of runs: a method, a rate
 

@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from flowdata._common.notices import logger, say
+from flowdata._common.notices import say
 from flowdata._common.processor import processor
-from flowdata._common.real_numbers import as_float, as_python
 from flowdata.study.methods import STANDARD
+from flowdata.study.records import Record, append_record, as_json, checked, key_of, read_records
 
-_MEASURES = ("target", "retained")
-Record: TypeAlias = dict[str, Any]
 Runs: TypeAlias = dict[str, list[Record]]  # each method's records, in the order of their seeds
 Runner: TypeAlias = Callable[[str, float, int], Record]  # method, rate, seed → measures
 
@@ -63,79 +58,27 @@ def run_study(
         TypeError, ValueError: what `run` returned lacks a field, or has one that makes no page.
     """
     path = Path(path)
-    options = json.loads(_json(options))  # equal to what comes back from the file
+    options = json.loads(as_json(options))  # equal to what comes back from the file
     keys: list[Record] = [
         {"method": method, "rate": rate, "seed": seed, "options": options}
         for seed in seeds
         for method, rates in methods.items()
         for rate in rates
     ]
-    keys = json.loads(_json(keys))
+    keys = json.loads(as_json(keys))
     keys_in_file = {key_of(record) for record in read_records(path)}
     for key in keys:
         if key_of(key) in keys_in_file:
             continue
         start = perf_counter()
         measures = run(key["method"], key["rate"], key["seed"])
-        record = key | _checked(measures, where=_name(key)) | key
+        # The key comes first, and no measure of its name replaces it.
+        record = key | checked(measures, where=_name(key)) | key
         seconds = round(perf_counter() - start, 2)
         record |= {"seconds": seconds, "torch": torch.__version__, "processor": processor()}
         append_record(path, record)
         say(line_of(record))
     return [record for record in read_records(path) if record["options"] == options]
-
-
-def _checked(measures: Any, where: str) -> Record:
-    """What a run returned, its measures as floats; raise for what no page can be made of."""
-    if not isinstance(measures, Mapping):
-        raise TypeError(
-            f"{where}: run must return a mapping with validation, target and retained, got "
-            f"{type(measures).__name__}"
-        )
-    missing = [name for name in ("validation", *_MEASURES) if name not in measures]
-    if missing:
-        raise ValueError(
-            f"{where}: run returned no {missing[0]!r}, only {', '.join(map(repr, measures))}; it "
-            "must return validation, a number, and target and retained, measures by name"
-        )
-    checked: Record = {"validation": _number(measures["validation"], f"{where}: validation")}
-    for kind in _MEASURES:
-        by_name = measures[kind]
-        if not isinstance(by_name, Mapping):
-            raise TypeError(
-                f"{where}: {kind} must hold measures by name, such as {{'accuracy': 80.0}}, got "
-                f"{by_name!r}"
-            )
-        checked[kind] = {
-            str(name): _number(value, f"{where}: {kind}[{name!r}]")
-            for name, value in by_name.items()
-        }
-    drifts = measures.get("drift", {})
-    if not isinstance(drifts, Mapping) or not all(isinstance(d, Mapping) for d in drifts.values()):
-        raise TypeError(
-            f"{where}: drift must hold Drift.to_dict() by the names of probes, such as "
-            f"{{'new task': meter(model).to_dict()}}, got {drifts!r}"
-        )
-    return {**measures, **checked}
-
-
-def _number(value: Any, what: str) -> float:
-    number = as_float(value)
-    if number is None:
-        raise TypeError(f"{what} must be a number, got {value!r}")
-    return number
-
-
-def _json(value: Any) -> str:
-    """A value as JSON: of NumPy and PyTorch the numbers, of all else that JSON lacks the words."""
-
-    def plain(part: Any) -> Any:
-        number = as_python(part)
-        if number is not part:
-            return number
-        return part.tolist() if isinstance(part, Tensor | np.ndarray) else str(part)
-
-    return json.dumps(value, default=plain)
 
 
 def validation_of(record: Record) -> float:
@@ -268,42 +211,6 @@ def _runs_at(rates: Mapping[str, float], records: list[Record]) -> Runs:
         if record["rate"] == rates[record["method"]]:
             runs[record["method"]].append(record)
     return {name: method_runs for name, method_runs in runs.items() if method_runs}
-
-
-def key_of(record: Record) -> str:
-    """Return a text that identifies a run: its options, method, rate and seed."""
-    return json.dumps(
-        [record[name] for name in ("options", "method", "rate", "seed")], sort_keys=True
-    )
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """Return the runs of a results file; a line that a killed process left torn is skipped."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    records = []
-    for text in filter(None, path.read_text().splitlines()):
-        try:
-            records.append(json.loads(text))
-        except ValueError:
-            logger.warning("%s: a torn line is left out: %r", path, text[:60])
-    return records
-
-
-def append_record(path: Path, record: Record) -> None:
-    """Add a run as one line, in one write: several processes may share the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A process that was killed may have left half a line. A line break ends it here: the new line
-    # would else be a part of it and be skipped with it.
-    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    text = "\n" * is_torn + _json(record) + "\n"
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, text.encode())
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def line_of(record: Record) -> str:

@@ -14,7 +14,8 @@ from flowdata.study.choices import on_whole_seeds, rules
 from flowdata.study.equal_learning import SHARES, Kept, kept_at_equal_learning, runs_with_items
 from flowdata.study.extras import load_extra
 from flowdata.study.methods import LINEAR_PROBE, METHODS, STANDARD
-from flowdata.study.runs import Record, Runs, chosen_runs, edges, runs_by_rate, whole_seeds
+from flowdata.study.records import Record
+from flowdata.study.runs import Runs, chosen_runs, edges, runs_by_rate, whole_seeds
 
 _ROUNDING = 1e-9  # of measures, as a share of their differences
 BEST_RATE_NOTE = (
