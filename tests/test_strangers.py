@@ -236,3 +236,53 @@ def test_labels_that_were_shifted_already_are_refused():
     samples = [s | {"shift_labels": s["labels"].roll(-1)} for s in token_samples(6)]
     with pytest.raises(ValueError, match=r"a batch has 'shift_labels'.*give 'labels' alone"):
         LossScorer(tiny_llama(), progress=False).score(samples)
+
+
+def rows_of_one_length(side, *, every=50, count=400, width=24):
+    """Rows as `padding="max_length"` makes them, most of them full."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(count):
+        length = 9 if index % every == 7 else width
+        tokens = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+        padding = [0] * (width - length)
+        rows.append(
+            {
+                "input_ids": tokens + padding if side == "right" else padding + tokens,
+                "attention_mask": (
+                    [1] * length + padding if side == "right" else padding + [1] * length
+                ),
+            }
+        )
+    return rows
+
+
+def losses_as_trained(model, rows, **options):
+    """Each row's loss by the model's own forward, given all its fields."""
+    with torch.no_grad():
+        losses = [
+            model(**{name: torch.tensor([value]) for name, value in row.items()}, **options).loss
+            for row in rows
+        ]
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(initializer_range=0.5), tiny_gpt2])
+@pytest.mark.parametrize("max_tokens", [None, 60])
+def test_padding_with_labels_is_read_as_the_model_reads_it(make, max_tokens):
+    model = make().eval()
+    rows = [row | {"labels": list(row["input_ids"])} for row in rows_of_one_length("right")]
+    found = score(model, rows, max_tokens=max_tokens).losses
+    expected = losses_as_trained(model, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_with_labels_is_kept_in_slices():
+    from flowdata.scoring.language.inputs import rows_of
+
+    batch = {
+        "input_ids": torch.ones(2, 5),
+        "attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]),
+        "labels": torch.tensor([[1, 1, 1, 1, -100], [1, 1, 1, 1, 1]]),
+    }
+    assert rows_of(batch, 0, 1)["input_ids"].shape == (1, 4)

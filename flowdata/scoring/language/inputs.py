@@ -61,7 +61,7 @@ def _slices(batch: Any, max_tokens: int | None) -> list[Any]:
 def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Return samples `start` to `stop` of a batch, without padding on the right that all have.
 
-    Notes that don't have one entry for each sample are left out.
+    Padding with a label is kept. Notes that don't have one entry for each sample are left out.
 
     Raises:
         ValueError: a tensor has another layout, so that it can't be cut.
@@ -78,7 +78,12 @@ def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     mask = fields.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         width = mask.shape[1]
-        length = int(mask.nonzero()[:, 1].max()) + 1 if mask.any() else 1  # no model runs on none
+        is_needed = mask != 0
+        labels = fields.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == mask.shape:
+            is_needed = is_needed | (labels != IGNORE_INDEX)
+        places = is_needed.nonzero()[:, 1]
+        length = int(places.max()) + 1 if len(places) else 1  # no model runs on none
         for key, value in fields.items():
             if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
                 fields[key] = value[:, :length]
@@ -117,7 +122,7 @@ def inputs_and_targets(
         if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
             labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
         if not (keep_mask or _wants_mask(model, inputs)):
-            inputs = _without_right_padding_mask(inputs)
+            inputs = _without_right_padding_mask(inputs, labels)
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
         inputs |= _decoder_inputs(innermost(model), labels)
     return inputs, labels
@@ -161,16 +166,19 @@ def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return is_required or "position_ids" in inputs
 
 
-def _without_right_padding_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+def _without_right_padding_mask(inputs: dict[str, Any], targets: Tensor) -> dict[str, Any]:
     """Drop a mask of padding on the right; else count positions from the first real token.
 
     No position of a causal model sees padding to its right, and without a mask attention takes
-    its fastest kernel. What a mask hides further on keeps its position, as in a sample alone.
+    its fastest kernel. Padding that itself predicts a target keeps its mask: it sees real tokens
+    alone. What a mask hides further on keeps its position, as in a sample alone.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return inputs
     if bool((mask[:, 1:] <= mask[:, :-1]).all()):  # it never rises: ones, then zeros
+        if bool(((targets != IGNORE_INDEX) & (mask == 0)).any()):
+            return inputs
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
     padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
     return inputs | {"position_ids": (torch.arange(mask.shape[1]) - padding).clamp_min(0)}

@@ -63,7 +63,8 @@ def why_batch_not_packed(model: nn.Module, batch: Any) -> str:
     """Return "" if a batch of samples can become one flat sequence, else the reason.
 
     It can if the model takes nothing of it but tokens. A mask that only padding on the right
-    needs is left out (see `inputs_and_targets`), one that padding on the left needs is not.
+    needs is left out (see `inputs_and_targets`); one that padding on the left needs, or padding
+    that predicts a target, is not.
     """
     inputs, _ = inputs_and_targets(model, batch, "causal_lm")
     parameters = inspect.signature(innermost(model).forward).parameters
