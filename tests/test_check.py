@@ -114,6 +114,32 @@ def test_samples_that_differ_are_looked_at():
     )
 
 
+def test_masks_and_positions_tell_kinds_of_samples_apart():
+    tokens = {"input_ids": [4] * 6, "labels": [4] * 6}
+    alike = [tokens | {"attention_mask": [1] * 6}, tokens | {"attention_mask": torch.ones(6)}]
+    masks = (
+        [0, 0, 1, 1, 1, 1],
+        [1, 1, 0, 1, 1, 1],
+        [1, 1, 1, 1, 0, 0],
+        [0] * 6,
+        [0, 1, 0, 1, 0, 0],
+    )
+    others = [tokens | {"attention_mask": mask} for mask in masks]
+    others += [each | {"labels": [-100] * 3 + [4] + [-100] * 2} for each in others[:3]]
+    others.append(others[2] | {"labels": [4] * 5 + [-100]})  # the first padding is a target
+    others += [
+        tokens | {"position_ids": [0, 1, 2, 0, 1, 2]},
+        tokens | {"position_ids": [*range(6)]},
+    ]
+    kinds = [kind_of(sample) for sample in others]
+    as_tensors = [{k: torch.tensor(v) for k, v in sample.items()} for sample in others]
+    assert len({kind_of(alike[0]), *kinds}) == len(others) + 1
+    for sample, tensors in zip(others, as_tensors, strict=True):
+        assert kind_of(sample)[-2:] == kind_of(tensors)[-2:]
+    assert kind_of(alike[0])[-2:] == kind_of(alike[1])[-2:] == ((), False)
+    assert 20 in differing([alike[0]] * 20 + [others[2]] + [alike[0]] * 20, 8)
+
+
 def test_the_shortest_and_the_longest_of_all_are_checked():
     samples = token_samples(400)
     samples[123] = {name: values[:3] for name, values in samples[123].items()}

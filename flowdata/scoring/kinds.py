@@ -1,7 +1,8 @@
 """Kinds: which samples of a data set differ enough that each has to be checked.
 
-A way that is right for one sample can be wrong for another that has other fields, more images or
-another length. These are the differences that the check looks for.
+A way that is right for one sample can be wrong for another that has other fields, more images,
+another length, or a mask that hides tokens elsewhere. These are the differences that the check
+looks for.
 """
 
 from __future__ import annotations
@@ -20,18 +21,27 @@ _FEWEST = 4  # samples, if there are so many
 _MOST_IMAGES = 8  # whose number tells kinds of samples apart
 LONGEST_CHECKED = 2048  # tokens of a sample whose full logits still fit into memory
 
+_Bools = np.ndarray[Any, np.dtype[np.bool_]]
+
 
 def kind_of(sample: Any) -> Hashable:
     """Return what tells kinds of samples apart: the fields that are there, and how many images.
+
+    Of samples of tokens it is as well where `attention_mask` hides tokens (on the left, inside, on
+    the right), whether these are targets or predict some, and whether `position_ids` begin again.
 
     Example:
         >>> kind_of({"input_ids": [1, 2]}) == kind_of({"input_ids": [1]})
         True
         >>> kind_of({"text": "a", "images": ["b"]}) == kind_of({"text": "c", "images": []})
         False
+        >>> kind_of({"attention_mask": [1, 1, 0]}) == kind_of({"attention_mask": [0, 1, 1]})
+        False
     """
     if isinstance(sample, Mapping):
-        return tuple((str(name), _kind_of_value(sample[name])) for name in sorted(sample, key=str))
+        fields = [(str(name), _kind_of_value(sample[name])) for name in sorted(sample, key=str)]
+        hidden = _hidden(sample.get("attention_mask"), sample.get("labels"))
+        return (*fields, hidden, _begins_again(sample.get("position_ids")))
     if isinstance(sample, tuple | list):
         return tuple(map(_kind_of_value, sample))
     return _kind_of_value(sample)
@@ -47,6 +57,51 @@ def _kind_of_value(value: Any) -> Hashable:
         is_numbers = bool(value) and isinstance(value[0], int | float)
         return ("numbers",) if is_numbers else ("list", len(value))
     return None if value is None else ()
+
+
+def _hidden(mask: Any, labels: Any) -> Hashable:
+    """Where a mask of one sample hides tokens, and whether targets lie there; () if nowhere.
+
+    For each of the left, the inside and the right: whether tokens are hidden, are targets, and
+    predict targets. Nearly all samples hide none, which lists tell the fastest themselves.
+    """
+    if not _is_row(mask) or (isinstance(mask, list) and 0 not in mask):
+        return ()
+    is_hidden = _equal(mask, 0)
+    if not is_hidden.any():
+        return ()
+    seen = np.flatnonzero(~is_hidden)
+    first, last = (int(seen[0]), int(seen[-1])) if len(seen) else (0, 0)
+    is_target = ~is_hidden
+    if _is_row(labels) and len(labels) == len(mask):
+        is_target = ~_equal(labels, IGNORE_INDEX)
+    predicts = np.append(is_target[1:], False)
+    parts = slice(first), slice(first, last + 1), slice(last + 1, None)
+    return tuple(
+        tuple(bool((is_hidden & which)[part].any()) for which in (is_hidden, is_target, predicts))
+        for part in parts
+    )
+
+
+def _equal(values: Any, number: int) -> _Bools:
+    """Where a sample's values are a number, (T,); NumPy takes lists several times as fast."""
+    if isinstance(values, Tensor):  # of any dtype, on any device
+        return np.asarray((values == number).cpu())
+    return np.asarray(np.asarray(values) == number)
+
+
+def _begins_again(positions: Any) -> bool:
+    """Whether a sample's positions are not those of one text: others rise by one at each token."""
+    if not _is_row(positions):
+        return False
+    return int(positions[-1]) - int(positions[0]) != len(positions) - 1
+
+
+def _is_row(values: Any) -> bool:
+    """Whether a field has a number for each token."""
+    if isinstance(values, Tensor | np.ndarray):
+        return len(values.shape) == 1 and len(values) > 0
+    return isinstance(values, list | tuple) and bool(values) and isinstance(values[0], int | float)
 
 
 def differing(samples: Sequence[Any], most: int) -> list[int]:
@@ -95,6 +150,4 @@ def _count_targets(sample: Any) -> int:
     labels = sample.get("labels") if isinstance(sample, Mapping) else None
     if labels is None or np.ndim(labels) == 0:
         return tokens_of(sample) or 1
-    # NumPy has no bfloat16, and takes no tensor that has a gradient.
-    values = labels.detach() if isinstance(labels, Tensor) else np.asarray(labels)
-    return int((values != IGNORE_INDEX).sum()) or 1  # none: nothing to compare
+    return int((~_equal(labels, IGNORE_INDEX)).sum()) or 1  # none: nothing to compare
