@@ -286,3 +286,46 @@ def test_padding_with_labels_is_kept_in_slices():
         "labels": torch.tensor([[1, 1, 1, 1, -100], [1, 1, 1, 1, 1]]),
     }
     assert rows_of(batch, 0, 1)["input_ids"].shape == (1, 4)
+
+
+def packed_rows(count=60):
+    rows = []
+    for index, tokens in enumerate(ids(*torch.arange(8, 24).repeat(4)[:count].tolist())):
+        half = len(tokens) // 2 if index % 20 == 7 else 0
+        positions = [*range(half), *range(len(tokens) - half)]
+        tokens = tokens.tolist()
+        rows.append({"input_ids": tokens, "labels": tokens, "position_ids": positions})
+    return rows
+
+
+def test_packed_documents_are_apart_whatever_the_loss():
+    model, rows = tiny_llama(initializer_range=0.5).eval(), packed_rows()
+    expected = losses_as_trained(model, rows, use_cache=False)
+    together = losses_as_trained(
+        model, [row | {"attention_mask": [1] * len(row["labels"])} for row in rows]
+    )
+    assert (expected - together).abs()[7] > 1e-3
+
+    def by_hand(model, batch):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        targets = batch["labels"][:, 1:]
+        losses = F.cross_entropy(logits.mT, targets, reduction="none")
+        return losses.sum(1) / (targets != -100).sum(1)
+
+    for loss in ("auto", "causal_lm", "own", by_hand):
+        found = score(model, rows, loss).losses
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents_are_apart_as_a_trainer_trains_on_them(tmp_path):
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    model, rows = tiny_llama(initializer_range=0.5).eval(), packed_rows()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(model, arguments, data_collator=default_data_collator)
+    found = score(model, rows).losses
+    with torch.no_grad():
+        for index in (7, 27, 8):
+            loss = trainer.compute_loss(model, default_data_collator([rows[index]]))
+            assert found[index].item() == pytest.approx(loss.item(), rel=1e-4)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from flowdata.models.calling import innermost, parameters_of
-from flowdata.scoring.language.inputs import labels_of
+from flowdata.scoring.language.inputs import labels_of, requires_mask
 from flowdata.targets.labels import IGNORE_INDEX, LABEL_FIELDS, UNSIGNED
-from flowdata.targets.which_loss import is_hugging_face
+from flowdata.targets.which_loss import OWN, is_hugging_face, loss_of_model
 
 Collate = Callable[[list[Any]], Any]
 _READ_BY_COLLATION = ("input_ids", "attention_mask", "position_ids")
@@ -43,7 +43,12 @@ def choose_collate(
     # These losses read no padding: it has no target, and no other position sees it. Any token will
     # do, where a classifier's decoder has to recognise it.
     of_aligned_labels: dict[Any, Collate] = {"causal_lm": pad_causal, "masked_lm": pad_aligned}
-    return of_aligned_labels.get(loss) or partial(pad_collate, token=_padding_token(model))
+    # The own loss is made of each sample alone, which has no padding to be hidden; and no position
+    # of a causal model sees padding to its right.
+    is_causal = callable(loss) and loss_of_model(innermost(model)) == "causal_lm"
+    needs_mask = requires_mask(model) or not (loss == OWN or is_causal)
+    pad = pad_collate if needs_mask else pad_around_documents
+    return of_aligned_labels.get(loss) or partial(pad, token=_padding_token(model))
 
 
 def fields_given(
@@ -224,14 +229,28 @@ def pad_aligned(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def pad_causal(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return `pad_aligned`'s batch; without a mask where samples have positions and no mask.
+    """Return `pad_aligned`'s batch; without the mask that it adds where samples have positions.
 
-    Hugging Face's models read packed sequences out of `position_ids`, unless there is a mask. The
-    mask that padding would add says which positions are targets, before it is left out.
+    The mask says which positions are targets, before it is left out.
     """
     batch = pad_aligned(samples)
     if "position_ids" in batch and "attention_mask" not in samples[0]:
         batch["labels"] = labels_of(batch, "causal_lm")
+        del batch["attention_mask"]
+    return batch
+
+
+def pad_around_documents(samples: list[Mapping[str, Any]], *, token: int = 0) -> dict[str, Any]:
+    """Return `pad_collate`'s batch; without the mask that it adds where positions begin again.
+
+    Hugging Face's models read from `position_ids` where packed documents begin, as in training,
+    unless there is a mask.
+    """
+    batch = pad_collate(samples, token=token)
+    positions = batch.get("position_ids")
+    if "attention_mask" in samples[0] or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return batch
+    if bool(((positions.diff(dim=1) != 1) & (batch["attention_mask"][:, 1:] != 0)).any()):
         del batch["attention_mask"]
     return batch
 

@@ -186,7 +186,10 @@ class LossScorer:
         Args:
             dataset: map-style: `__len__` and `__getitem__`.
             collate_fn: list of samples -> batch, as a DataLoader takes it; None pads token
-                samples and stacks others.
+                samples and stacks others. Packed documents, whose `position_ids` begin again, then
+                don't see each other where samples have no `attention_mask`. So Trainer trains on
+                them, which sets `use_cache=False`, unless its collator adds a mask of ones, as
+                DataCollatorWithPadding does.
             store: folder, or URL (s3://, gs://, hf://buckets/), where losses are kept as they are
                 made. The same call returns them without running the model, or goes on.
             dataset_id: names the data set's content; None fingerprints its samples: all of lists,

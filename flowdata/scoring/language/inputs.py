@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import innermost
+from flowdata.models.calling import innermost, parameters_of
 from flowdata.scoring.language.work import Prepare, Work, make_work
 from flowdata.targets.labels import IGNORE_INDEX, describe_batch, next_tokens
 
@@ -121,7 +121,8 @@ def inputs_and_targets(
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
             labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
-        if not (keep_mask or _wants_mask(model, inputs)):
+        # Without a mask, Hugging Face's models read packed sequences out of `position_ids`.
+        if not (keep_mask or "position_ids" in inputs or requires_mask(model)):
             inputs = _without_right_padding_mask(inputs, labels)
     elif loss == "seq2seq_lm" and "decoder_input_ids" not in inputs:
         inputs |= _decoder_inputs(innermost(model), labels)
@@ -155,15 +156,10 @@ def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
     return ids.long()
 
 
-def _wants_mask(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether leaving the mask out would change what a model does.
-
-    Without a mask, Hugging Face's models read from `position_ids` where packed sequences begin;
-    and a `forward` may have no default for its mask.
-    """
-    parameter = inspect.signature(innermost(model).forward).parameters.get("attention_mask")
-    is_required = parameter is not None and parameter.default is inspect.Parameter.empty
-    return is_required or "position_ids" in inputs
+def requires_mask(model: nn.Module) -> bool:
+    """Return whether a model's `forward` has no default for its mask."""
+    parameter = parameters_of(model).get("attention_mask")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _without_right_padding_mask(inputs: dict[str, Any], targets: Tensor) -> dict[str, Any]:
