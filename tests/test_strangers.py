@@ -1,5 +1,7 @@
 """Inputs and models with habits of their own: each sample as the model itself would lose on it."""
 
+from contextlib import suppress
+
 import datasets
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flowdata import LossScorer
+from flowdata.errors import DisagreementError
 from tests import reference
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, token_samples
 
@@ -286,6 +289,48 @@ def test_padding_with_labels_is_kept_in_slices():
         "labels": torch.tensor([[1, 1, 1, 1, -100], [1, 1, 1, 1, 1]]),
     }
     assert rows_of(batch, 0, 1)["input_ids"].shape == (1, 4)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(initializer_range=0.5), tiny_gpt2])
+@pytest.mark.parametrize("labels_everywhere", [False, True])
+def test_what_padding_on_the_left_predicts_counts_as_in_training(make, labels_everywhere):
+    model = make().eval()
+    rows = rows_of_one_length("left")
+    for row in rows:
+        pairs = zip(row["input_ids"], row["attention_mask"], strict=True)
+        row["labels"] = [t if is_real or labels_everywhere else -100 for t, is_real in pairs]
+    expected = losses_as_trained(model, rows)
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    with suppress(DisagreementError):  # where the check before the run saw full rows alone
+        scorer.score(rows)
+    found = scorer.score(rows).losses
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert "through a tiled head, masks as they are" in scorer.explain()
+
+
+def test_a_rare_row_with_padding_on_the_left_is_noticed():
+    model = tiny_llama(initializer_range=0.5).eval()
+    rows = rows_of_one_length("left", every=1000)
+    for row in rows:
+        pairs = zip(row["input_ids"], row["attention_mask"], strict=True)
+        row["labels"] = [t if is_real else -100 for t, is_real in pairs]
+    scorer = LossScorer(model, dtype="float32", progress=False)
+    with pytest.raises(DisagreementError, match="it counts 8 targets, not 9"):
+        scorer.score(rows)
+    found = scorer.score(rows).losses  # the sample is a suspect now
+    torch.testing.assert_close(found, losses_as_trained(model, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_labels_that_are_padded_on_the_left():
+    model = tiny_llama(initializer_range=0.5).eval()
+    rows = rows_of_one_length("left", every=10, count=60)
+    for loss in ("auto", "causal_lm", "own"):
+        found = score(model, rows, loss).losses
+        for row, value in zip(rows, found, strict=True):
+            real = row["input_ids"][row["attention_mask"].index(1) :]
+            tokens = torch.tensor([real])
+            expected = model(input_ids=tokens, labels=tokens).loss.item()
+            assert value.item() == pytest.approx(expected, rel=1e-4)
 
 
 def packed_rows(count=60):

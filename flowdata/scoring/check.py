@@ -57,8 +57,7 @@ from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
 _MOST_SOUGHT = 1000  # samples that are looked through for one whose shape tells the axis of classes
 _MOST_CHECKED = 8  # samples before a run; of a data set as small as `FEW`, all are
-# Samples whose loss is compared with the model's own. Of tokens each sample has many targets.
-_MOST_ASKED, _MOST_ASKED_OF_TOKENS = 3, 1
+_MOST_ASKED = 3  # samples whose loss is compared with the model's own
 
 
 @dataclass(frozen=True)
@@ -213,12 +212,29 @@ def _further_batches(job: Job) -> Iterator[Any]:
 
 def _check_loss(truth: Truth, evidence: Evidence) -> None:
     """Raise ValueError where the loss by name is not the model's own."""
-    batches, plain = evidence.batches, evidence.plain
+    places = _asked(truth, evidence)
+    batches, plain = (
+        [each[place] for place in places] for each in (evidence.batches, evidence.plain)
+    )
     if not _has_own_loss(truth, truth.model, batches, plain):
         with truth.exact_model() as model:  # it may have been rounding
             exact = [] if model is None else [truth.columns(batch, model) for batch in batches]
             if model is None or not _has_own_loss(truth, model, batches, exact):
                 _refuse_loss(truth, model or truth.model, batches, exact or plain)
+
+
+def _asked(truth: Truth, evidence: Evidence) -> list[int]:
+    """The places of samples whose loss is compared with the model's own.
+
+    Of tokens each sample has many targets, so that one of each kind will do.
+    """
+    places = [place for place, columns in enumerate(evidence.plain) if int(columns["count"])]
+    if truth.job.loss not in LANGUAGE_LOSSES:
+        return places[:_MOST_ASKED]
+    firsts: dict[Hashable, int] = {}
+    for place in places:
+        firsts.setdefault(kind_of(evidence.samples[place]), place)
+    return list(firsts.values())
 
 
 def _has_own_loss(
@@ -237,9 +253,7 @@ def _own_and_named(
     truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
 ) -> Iterator[tuple[list[float], float]]:
     """A few samples' own losses, as they can be meant, and those by the loss's name."""
-    most = _MOST_ASKED_OF_TOKENS if truth.job.loss in LANGUAGE_LOSSES else _MOST_ASKED
-    pairs = [pair for pair in zip(batches, columns, strict=True) if int(pair[1]["count"])]
-    for batch, true in pairs[:most]:
+    for batch, true in zip(batches, columns, strict=True):
         try:
             with as_written(model):
                 values = losses_with_labels(model, to_device(batch, truth.job.device))

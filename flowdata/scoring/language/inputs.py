@@ -17,32 +17,24 @@ from flowdata.targets.labels import IGNORE_INDEX, describe_batch, next_tokens
 _TARGET_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 
 
-def as_collated(loss: str) -> Prepare:
-    """Return what prepares a sample that was collated alone: all its fields, its mask too."""
-
-    def prepare(model: nn.Module, batch: Any) -> list[Work]:
-        inputs, targets = inputs_and_targets(model, batch, loss, keep_mask=True)
-        return [make_work(inputs, targets, (targets != IGNORE_INDEX).sum(1))]
-
-    return prepare
-
-
-def padded(loss: str, max_tokens: int | None = None) -> Prepare:
+def padded(loss: str, max_tokens: int | None = None, *, keep_mask: bool = False) -> Prepare:
     """Return what prepares batches as they were collated.
 
     Args:
         loss: the language loss's name.
         max_tokens: a batch of more tokens, padding included, is cut into slices of whole samples.
+        keep_mask: give the model all fields as they are, and count what padding predicts: right of
+            a sample that was collated alone, and of others where collation pads on the right.
     """
 
     def prepare(model: nn.Module, batch: Any) -> list[Work]:
-        return [_padded_work(model, part, loss) for part in _slices(batch, max_tokens)]
+        return [_padded_work(model, part, loss, keep_mask) for part in _slices(batch, max_tokens)]
 
     return prepare
 
 
-def _padded_work(model: nn.Module, batch: Any, loss: str) -> Work:
-    inputs, targets = inputs_and_targets(model, batch, loss)
+def _padded_work(model: nn.Module, batch: Any, loss: str, keep_mask: bool) -> Work:
+    inputs, targets = inputs_and_targets(model, batch, loss, keep_mask=keep_mask)
     return make_work(inputs, targets, (targets != IGNORE_INDEX).sum(1))
 
 
@@ -119,7 +111,8 @@ def inputs_and_targets(
     if loss == "causal_lm":
         labels = next_tokens(labels)
         mask = inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 2:  # padding on the left predicts nothing
+        if not keep_mask and mask is not None and mask.dim() == 2:
+            # Padding that a batch adds on the left predicts nothing: alone a sample has none.
             labels = labels.masked_fill(mask.cumsum(1) == 0, IGNORE_INDEX)
         # Without a mask, Hugging Face's models read packed sequences out of `position_ids`.
         if not (keep_mask or "position_ids" in inputs or requires_mask(model)):
@@ -132,7 +125,8 @@ def inputs_and_targets(
 def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
     """Return a batch's unshifted labels, (B, T).
 
-    Where a causal model's batch has none, they are its tokens, −100 where one of its masks is 0.
+    Where a causal model's batch has none, they are its tokens, −100 where one of its masks is 0
+    and at the first token behind padding on the left, which nothing predicts.
 
     Raises:
         ValueError: no labels, for a loss that can't do without.
@@ -153,6 +147,8 @@ def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
                 "nothing counts"
             )
         ids = ids.masked_fill(mask == 0, IGNORE_INDEX)
+        if name == "attention_mask":
+            ids = ids.masked_fill((mask.cumsum(1) <= 1) & (mask[:, :1] == 0), IGNORE_INDEX)
     return ids.long()
 
 

@@ -7,10 +7,11 @@ A way (see flowdata/targets/target_losses.py) prepares a batch, and runs what it
     packed                                   the same positions → the model's own head
     padded, as collated                      target positions → tiled head
     padded                                   target positions → the model's own head
+    padded, masks as they are                target positions → either head
     padded                                   logits of all positions
 
-Every way runs the model's own `forward`, so that each architecture's peculiarities stay in; the
-first four only change what its output layer is given. `plain_way` is what they are judged by
+Every way runs the model's own `forward`, so that each architecture's peculiarities stay in; all
+but the last only change what its output layer is given. `plain_way` is what they are judged by
 (flowdata/scoring/check.py): logits of all positions of a sample that was collated alone.
 """
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from flowdata.models.rope import loaded_frequencies, longest_as_loaded
 from flowdata.models.tensors import CPU
-from flowdata.scoring.language.inputs import as_collated, padded, rows_of
+from flowdata.scoring.language.inputs import padded, rows_of
 from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.language.runs import Run, runs_of
 from flowdata.scoring.language.vocabulary import check_vocabulary
@@ -61,11 +62,21 @@ def ways_of(
     for laid_out, packing in packings:
         ways += [(f"{name}, {laid_out}", way(packing, run)) for name, run in fast]
     ways += [(name, way(sliced, run)) for name, run in fast]
+    if loss == "causal_lm":
+        masked = padded(loss, max_tokens, keep_mask=True)
+        as_is = partial(way, masked, keep_mask=True)
+        ways += [(f"{name}, masks as they are", as_is(run)) for name, run in fast]
     return [*ways, (plain_name, way(sliced, plain))]
 
 
 def way_of(
-    model: nn.Module, loss: str, prepare: Prepare, run: Run, *, device: torch.device = CPU
+    model: nn.Module,
+    loss: str,
+    prepare: Prepare,
+    run: Run,
+    *,
+    device: torch.device = CPU,
+    keep_mask: bool = False,
 ) -> Way:
     """Return the way that prepares a batch, and runs what it prepared.
 
@@ -75,8 +86,9 @@ def way_of(
         prepare: makes work of a batch.
         run: runs it.
         device: where the model takes its inputs.
+        keep_mask: of samples that are run one at a time, see `padded`.
     """
-    alone = _one_by_one(_prepared(padded(loss), run, device))
+    alone = _one_by_one(_prepared(padded(loss, keep_mask=keep_mask), run, device))
     return _alone_beyond(longest_as_loaded(model), alone, _prepared(prepare, run, device))
 
 
@@ -90,7 +102,7 @@ def plain_way(
 
 def way_alone(loss: str, run: Run, device: torch.device = CPU) -> Way:
     """Return the way that runs a sample that was collated alone, its fields as they are."""
-    return _prepared(as_collated(loss), run, device)
+    return _prepared(padded(loss, keep_mask=True), run, device)
 
 
 def _prepared(prepare: Prepare, run: Run, device: torch.device) -> Way:
