@@ -333,6 +333,25 @@ def test_rows_without_labels_that_are_padded_on_the_left():
             assert value.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("max_tokens", [None, 100])
+def test_positions_that_a_model_takes_from_its_mask_are_left_to_it(max_tokens):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    config = OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, init_std=0.5)
+    model, rows = OPTForCausalLM(config).eval(), []
+    for index, tokens in enumerate(ids(*torch.arange(8, 24).repeat(10).tolist())):
+        row = {"input_ids": tokens.tolist(), "attention_mask": [1] * len(tokens)}
+        row["labels"] = list(row["input_ids"])
+        if index % 30 == 11:
+            row["attention_mask"][2:4], row["labels"][2:4] = [0, 0], [-100, -100]
+        rows.append(row)
+    found = score(model, rows, max_tokens=max_tokens).losses
+    expected = losses_as_trained(model, rows, use_cache=False)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def packed_rows(count=60):
     rows = []
     for index, tokens in enumerate(ids(*torch.arange(8, 24).repeat(4)[:count].tolist())):

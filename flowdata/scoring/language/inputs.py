@@ -172,7 +172,9 @@ def _without_right_padding_mask(inputs: dict[str, Any], targets: Tensor) -> dict
         if bool(((targets != IGNORE_INDEX) & (mask == 0)).any()):
             return inputs
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
-    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True) % mask.shape[1]  # 0 where all is padding
+    if not padding.any():
+        return inputs  # some models count positions by the mask themselves
     return inputs | {"position_ids": (torch.arange(mask.shape[1]) - padding).clamp_min(0)}
 
 
