@@ -393,3 +393,17 @@ def test_packed_documents_are_apart_as_a_trainer_trains_on_them(tmp_path):
         for index in (7, 27, 8):
             loss = trainer.compute_loss(model, default_data_collator([rows[index]]))
             assert found[index].item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_samples_without_a_target_do_not_say_what_labels_mean(backwards):
+    rows = [{"input_ids": list(range(5, 14 + n))} for n in range(40)]
+    for index, row in enumerate(rows):
+        count = len(row["input_ids"])
+        row["labels"] = [-100] * count if index % 5 else [-100] * 4 + row["input_ids"][4:]
+    rows[0]["labels"] = [-100] * 9  # as are those in the places that are looked at first
+    for index in [place * 39 // 7 for place in range(8)]:
+        rows[index]["labels"] = [-100] * len(rows[index]["input_ids"])
+    scorer = LossScorer(tiny_llama().eval(), dtype="float32", progress=False)
+    scorer.score(rows[::-1] if backwards else rows)
+    assert scorer.explain().startswith("causal_lm")

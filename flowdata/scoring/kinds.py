@@ -145,6 +145,21 @@ def tokens_of(sample: Any) -> int:
     return len(ids) if ids is not None else length_of(sample) or 0
 
 
+def has_target(sample: Any) -> bool:
+    """Return whether a sample has a target behind its first token, which no token predicts.
+
+    True where its own fields don't tell.
+
+    Example:
+        >>> has_target({"input_ids": [4, 5], "labels": [4, -100]})
+        False
+    """
+    labels: Any = sample.get("labels") if isinstance(sample, Mapping) else None
+    if not (_is_row(labels) and len(labels) == tokens_of(sample)):
+        return labels is not None or tokens_of(sample) != 1
+    return not bool(_equal(labels, IGNORE_INDEX)[1:].all())
+
+
 def _count_targets(sample: Any) -> int:
     """How many targets a sample has, as far as its own fields tell; 1 where they don't."""
     labels = sample.get("labels") if isinstance(sample, Mapping) else None

@@ -30,7 +30,7 @@ from flowdata.scoring.arguments import (
 )
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate, fields_given
 from flowdata.scoring.job import Job, LossFunction
-from flowdata.scoring.kinds import differing, kind_of
+from flowdata.scoring.kinds import differing, has_target, kind_of
 from flowdata.scoring.meaning import decide_loss
 from flowdata.scoring.planning import check_same_call
 from flowdata.scoring.ranks import ranks_of_this_call
@@ -304,6 +304,9 @@ class LossScorer:
         loss_of_class = loss_of_model(self.model)
         collate = choose_collate(collate_fn, first, self.model, loss_of_class)
         samples = some_readable(dataset, _SAMPLES_TO_CHOOSE)
+        if not any(map(has_target, samples)):
+            samples = some_readable(dataset, _SAMPLES_FOR_AUTO)
+        samples = list(filter(has_target, samples)) or samples
         few = [samples[index] for index in differing(samples, _SAMPLES_TO_ASK)]
         place = home(self.model)
         dtype = resolve_dtype("auto", self.model, place, one_target=True)  # the model's own
