@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -338,6 +339,40 @@ def test_adapters_are_measured_as_they_are_merged_or_not(targets):
     assert meter(merged).kl == pytest.approx(float(expected), rel=1e-3)
     with tuned.disable_adapter():
         assert meter(tuned).kl < 1e-6
+
+
+class Dropping(nn.Linear):
+    """A linear layer with dropout of its own, which has to be called."""
+
+    def forward(self, rows):
+        return super().forward(F.dropout(rows, 0.5, self.training))
+
+
+@pytest.mark.parametrize("kind", ["adapters", "saved", "classes", "answers", "store"])
+def test_dropout_in_the_output_layer_is_off_whatever_the_models_mode(kind, tmp_path):
+    base, samples, store = tiny_llama(), TOKENS, tmp_path / "drift.safetensors"
+    if kind in ("classes", "answers"):
+        base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Dropping(8, 3))
+        samples = PIXELS[:, 0, 0, :4]
+        if kind == "answers":
+            samples = [(x, torch.tensor([1.0, 1.0, 0.0])) for x in samples]
+        tuned = moved(base, 0.2)
+    else:
+        layers = {"target_modules": ["q_proj", "lm_head"]}
+        if kind == "saved":
+            layers = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+            base.lm_head = Dropping(base.lm_head.in_features, base.lm_head.out_features, bias=False)
+        config = LoraConfig(**layers, lora_dropout=0.5, init_lora_weights=False)
+        tuned = get_peft_model(copy.deepcopy(base), config)
+    state = torch.get_rng_state()
+    meters = [DriftMeter(base.train(mode), samples) for mode in (False, True)]
+    if kind == "store":
+        meters = [DriftMeter(base.train(mode), samples, store=store) for mode in (False, True)]
+    expected = meters[0](tuned.eval()).kl
+    assert expected > 1e-6
+    assert [meter(tuned.train()).kl for meter in meters] == [expected] * 2
+    assert all(module.training for module in (*base.modules(), *tuned.modules()))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_another_head_is_measured_through_the_frozen_one():

@@ -29,7 +29,7 @@ from flowdata.drift.rows import Reader, Rows
 from flowdata.drift.several import divergences_of_answers, has_several_labels
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels, weight_of
-from flowdata.models.calling import unwrapped
+from flowdata.models.calling import in_evaluation, unwrapped
 from flowdata.models.precision import name_of
 from flowdata.scoring.collate import Collate
 from flowdata.store.identity import features_identity
@@ -110,13 +110,13 @@ class DriftMeter:
             raise ValueError("probe is empty: there is nothing to compare models on")
         model = unwrapped(model)
         self.batch_norm: BatchNorm = batch_norm
-        with preserved_rng():
+        with in_evaluation(model), preserved_rng():
             self.reader = Reader(model, probe, collate_fn, dtype, progress=progress)
             rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
-        if not len(rows.values):
-            raise ValueError("probe has no target: all its labels are −100")
+            if not len(rows.values):
+                raise ValueError("probe has no target: all its labels are −100")
+            classes = count_classes(Predictions(rows.values[:1], rows.layer))
         _check_numbers(rows)
-        classes = count_classes(Predictions(rows.values[:1], rows.layer))
         _check_logits(rows, classes)
         self.has_several_labels = not self.reader.is_of_language and has_several_labels(
             model, self.reader.first_batch(), classes
@@ -167,10 +167,9 @@ class DriftMeter:
         _check_model(model)
         _check_batch_norm(batch_norm or self.batch_norm)
         model = unwrapped(model)
-        with preserved_rng(), torch.no_grad():
-            with self.batch_norm_in(model, batch_norm):
-                rows = self.reader.read(model)
-            return self._compare(rows)
+        # The output layer may have to be called, once the reader has given the model back.
+        with in_evaluation(model), self.batch_norm_in(model, batch_norm), preserved_rng():
+            return self._compare(self.reader.read(model))
 
     def __len__(self) -> int:
         """Return the number of samples in the probe."""

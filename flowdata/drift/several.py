@@ -67,7 +67,8 @@ def divergences_of_answers(base: Predictions, tuned: Predictions) -> Divergences
         (n,) float64 each, nats an answer.
     """
     count = len(base.rows)
-    one, other = (Predictions(_answers(each), nn.Identity()) for each in (base, tuned))
+    with torch.no_grad():
+        one, other = (Predictions(_answers(each), nn.Identity()) for each in (base, tuned))
     return Divergences(*(values.view(count, -1).mean(1) for values in divergences(one, other)))
 
 
