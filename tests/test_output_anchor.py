@@ -190,6 +190,13 @@ def test_every_sample_comes_once_before_any_comes_twice():
     assert places[:10] != places[10:]
 
 
+def test_a_probe_smaller_than_a_batch_is_held_whole_in_every_step():
+    anchor = OutputAnchor(DriftMeter(TinyResNet(), images(9)), strength=1.0, batch_size=16)
+    for step in range(4):
+        anchor._step = step
+        assert sorted(anchor._places()) == list(range(9))
+
+
 def test_what_can_not_be_an_anchor_is_refused():
     meter = DriftMeter(TinyResNet(), images(4))
     with pytest.raises(ValueError, match="strength must be finite and >= 0, got nan"):

@@ -83,7 +83,7 @@ class OutputAnchor:
         meter: made from the model before training.
         strength: ≥ 0; nats of loss that a nat of KL counts while the drift is small. More than 10
             does what 10 does.
-        batch_size: samples of the probe in each step.
+        batch_size: samples of the probe in each step; all of them where the probe has fewer.
         seed: of the order in which they come; every sample comes once before any comes twice.
 
     Raises:
@@ -140,10 +140,10 @@ class OutputAnchor:
     def _places(self) -> list[int]:
         """The samples of this step: a window of an endless sequence of random orders."""
         size = len(self.meter)
-        first = self._step * self.batch_size
+        count = min(self.batch_size, size)
+        first = self._step * count
         return [
-            int(self._order(place // size)[place % size])
-            for place in range(first, first + min(self.batch_size, size))
+            int(self._order(place // size)[place % size]) for place in range(first, first + count)
         ]
 
     def _order(self, number: int) -> Tensor:
