@@ -242,6 +242,7 @@ class _Comparison:
         candidates = filter(None, (*names, self.by_class, "causal_lm", "cross_entropy"))
         for run, value in self._values([*candidates]):
             if value.isnan():
+                run = replace(run, factors=term_factors(self.model))
                 return Decision(run, is_settled=False, is_known=False)
         return None
 

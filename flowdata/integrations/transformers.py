@@ -267,7 +267,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
         if self._replaces_loss and (batches := self._step.open(batches, num_batches)):
             parts = [(self._without_weights(batch), self._weights(batch)) for batch in batches]
             if self._decision is None or not self._decision.is_settled:
-                self._decision = self._decide_together(*parts[0])
+                self._decision = self._decide_together(parts)
             run = self._decision.run
             counts = [count_batch(run, *part, normalize=self.normalize) for part in parts]
             total = torch.stack([count.to(device, torch.float32) for count in counts]).sum()
@@ -280,9 +280,12 @@ class FlowTrainerMixin(UnweightedEvaluation):
             raise lost_weight(self.weight_key)
         return weights
 
-    def _decide_together(self, inputs: dict[str, Any], weights: Tensor | None) -> Decision:
-        """Return what all ranks train on, as far as their batches tell."""
-        decision = self._decide(inputs, weights)
+    def _decide_together(self, parts: list[tuple[dict[str, Any], Tensor | None]]) -> Decision:
+        """Return what all ranks train on, as far as their first batches with a target tell."""
+        for part in parts:
+            self._decision = decision = self._decide(*part)
+            if decision.is_known or self.loss == OWN:  # each look at which is a run of every sample
+                break
         if self.accelerator.num_processes > 1 and isinstance(self.loss, str):
             decision = merged(gather_object([decision]))
         if self._changes is not None and decision.run.loss != "causal_lm":
@@ -323,7 +326,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
     ) -> tuple[Tensor, Any]:
         """Return the weighted loss of a batch, and the model's outputs."""
         if self._decision is None:  # called by hand, outside a run
-            self._decision = self._decide_together(inputs, weights)
+            self._decision = self._decide_together([(inputs, weights)])
         run = self._decision.run
         options: Any = {"normalize": self.normalize, "num_items": num_items}
         if run.loss == OWN:

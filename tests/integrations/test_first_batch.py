@@ -529,6 +529,35 @@ def test_a_first_batch_without_a_target_lets_the_next_one_decide(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("is_whole_step", [False, True])
+def test_a_first_batch_without_a_target_keeps_the_terms_named_apart(tmp_path, is_whole_step):
+    samples = copy.deepcopy(strange.LANGUAGE)
+    for sample in samples if is_whole_step else samples[: N // 2]:
+        sample["labels"] = torch.full_like(sample["labels"], -100)
+    samples.append(strange.LANGUAGE[0])  # of a later step: data without any target is refused
+    settings = {"per_device_train_batch_size": N // 2, "gradient_accumulation_steps": 2}
+    settings["train_sampling_strategy"] = "sequential"
+    weights = torch.cat([WEIGHTS, torch.ones(1)])
+    gradient, _ = trained(tmp_path, mixtral, samples, strange.collate, settings, scores=weights)
+    model, batch = seeded(mixtral).train(), strange.collate(samples[:N])
+    loss = causal_lm_loss(model(**batch).logits, batch["labels"], WEIGHTS)
+    halves = (strange.collate(samples[half]) for half in (slice(N // 2), slice(N // 2, N)))
+    terms = [0.5 * model(**half).aux_loss for half in halves]
+    (loss + sum(terms) / 2).backward()
+    assert_same(gradient, gradient_of(model))
+
+
+def test_a_first_batch_without_a_target_names_no_loss_for_the_others(tmp_path):
+    samples = copy.deepcopy(strange.TAGS)
+    for sample in samples[:2]:
+        sample["labels"] = torch.full_like(sample["labels"], -100)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
+    settings["train_sampling_strategy"] = "sequential"
+    case = lambda: strange.Tokens(5, "in place"), samples, strange.without_mask
+    gradient, _ = trained(tmp_path, *case, settings)
+    assert_same(gradient, by_hand(*case, strange.by(strange.in_place)))
+
+
 def test_evaluation_before_training_and_prediction_are_the_models_own(tmp_path):
     make = REFUSED["smoothing"][0]
     case = tmp_path, make, strange.LABELLED, strange.collate
