@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowdata.drift import Drift, choose, draw_front, rank
+from flowdata.drift.choosing import _Terms
 
 
 def drift(kl=0.1, agreement=0.9, cosine=0.9, *, of="tokens", samples=64, per_sample=None):
@@ -119,6 +120,52 @@ def test_runs_that_can_not_be_told_apart_are_said(caplog):
     assert f"{best} can't be told apart from {'b' if best == 'a' else 'a'}; of" in caplog.text
     assert f"of these {least[0]} drifted least" in caplog.text
     assert not rank([runs[0], runs[2]])[0].is_tied  # the best alone is none of several
+
+
+def share_told_apart(lengths, *, of_kept=False, draws=300, samples=64):
+    """How often two runs that drift alike in truth are told apart on samples of some lengths."""
+    generator, told = torch.Generator().manual_seed(0), 0
+    for _ in range(draws):
+        counts = lengths(generator, samples)
+        runs = []
+        for name in "ab":
+            values = torch.rand(samples, generator=generator).double()
+            values = {"agreement": values} if of_kept else {"kl": values}
+            mean = float((next(iter(values.values())) * counts).sum() / counts.sum())
+            runs.append((name, 1.0, drift(mean, mean, per_sample=values | {"targets": counts})))
+        validation = "accuracy" if of_kept else "loss"
+        told += not rank(runs, validation=validation)[1].is_tied
+    return told / draws
+
+
+@pytest.mark.parametrize("of_kept", [False, True])
+def test_runs_are_told_apart_as_seldom_where_samples_differ_in_length(of_kept):
+    def alike(generator, samples):
+        return torch.full((samples,), 128)
+
+    def unlike(generator, samples):
+        is_short = torch.rand(samples, generator=generator) < 0.75
+        return torch.where(is_short, 5, 128)
+
+    for lengths in (alike, unlike):
+        assert share_told_apart(lengths, of_kept=of_kept) < 0.1  # 0.05 is right
+
+
+def test_the_error_is_that_of_a_mean_over_targets():
+    values = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)).double()
+    old = [drift(per_sample={"kl": each}) for each in values]  # does not tell its targets
+    error = _Terms("loss", 1.0, 1.0, None).error
+    expected = float((values[0] - values[1]).std()) / 8
+    assert error(("a", 1, old[0]), ("b", 1, old[1])) == pytest.approx(expected)
+    alike = torch.full((64,), 7)
+    new = [drift(per_sample={"kl": each, "targets": alike}) for each in values]
+    assert error(("a", 1, new[0]), ("b", 1, new[1])) == pytest.approx(expected)
+    few = torch.tensor([3, 0, 5])
+    values = torch.tensor([[0.5, math.nan, 0.1], [0.2, math.nan, 0.3]])
+    new = [drift(per_sample={"kl": each.double(), "targets": few}) for each in values]
+    mean = (3 * 0.3 + 5 * -0.2) / 8
+    expected = math.sqrt(2 * ((3 * (0.3 - mean)) ** 2 + (5 * (-0.2 - mean)) ** 2)) / 8
+    assert error(("a", 1, new[0]), ("b", 1, new[1])) == pytest.approx(expected)
 
 
 def test_the_choice_gives_its_reason_in_words_and_numbers(caplog):

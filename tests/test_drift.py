@@ -478,8 +478,10 @@ def test_every_sample_has_its_own_drift():
     base = tiny_llama()
     drift = DriftMeter(base, TOKENS, dtype="float32")(moved(base))
     counts = torch.tensor([int((s["labels"][1:] != -100).sum()) for s in TOKENS])
-    assert set(drift.per_sample) == {"kl", "reverse_kl", "cosine", "agreement"}
-    for name, values in drift.per_sample.items():
+    assert set(drift.per_sample) == {"kl", "reverse_kl", "cosine", "agreement", "targets"}
+    assert torch.equal(drift.per_sample["targets"], counts)
+    for name in ("kl", "reverse_kl", "cosine", "agreement"):
+        values = drift.per_sample[name]
         assert float((values * counts).sum() / counts.sum()) == pytest.approx(getattr(drift, name))
 
 

@@ -79,7 +79,8 @@ def of_few(drift: Drift, counts: Tensor) -> dict[str, dict[str, float]]:
         >>> of_few(drift, torch.tensor([3, 3, 3, 1, 1]))
         {'4': {'kl': 1.1}}
     """
-    sums = {name: (values * counts).cumsum(0) for name, values in drift.per_sample.items()}
+    measures = {name: each for name, each in drift.per_sample.items() if name != "targets"}
+    sums = {name: (values * counts).cumsum(0) for name, values in measures.items()}
     sizes = [2**power for power in range(2, 12) if 2**power < len(counts)]
     return {
         str(size): {

@@ -18,6 +18,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from flowdata._common.notices import say_once
 from flowdata._common.real_numbers import as_float, check_factor
 from flowdata._common.resumable import check_natural
@@ -276,14 +279,32 @@ class _Terms:
         if name in drift.per_sample and name in other_drift.per_sample:
             # Both are measured on the same samples, so the error is that of their differences.
             differences = factor * (drift.per_sample[name] - other_drift.per_sample[name])
-            differences = differences[differences.isfinite()]
-            if len(differences) > 1:
-                variance += self.exchange**2 * float(differences.var()) / len(differences)
+            counts = drift.per_sample.get("targets", torch.ones_like(differences))
+            variance += self.exchange**2 * _variance_of_mean(differences, counts)
         if self.validation_samples:
             scores = filter(math.isfinite, (score, other_score))
             shares = [min(each / self.unit, 1.0) for each in scores]
             variance += sum(share * (1 - share) for share in shares) / self.validation_samples
         return math.sqrt(variance)
+
+
+def _variance_of_mean(values: Tensor, counts: Tensor) -> float:
+    """The variance of the mean over all targets, from the means of samples; 0 where none tells.
+
+    Samples are drawn, not targets, so that the mean is a ratio of two sums over samples (Cochran,
+    1977); where all have as many targets the variance is that of a mean.
+
+    Args:
+        values: (N,) floating means; what is not finite, as without a target, is left out.
+        counts: (N,) targets of each sample.
+    """
+    is_finite = values.isfinite()
+    values, counts = values[is_finite].double(), counts[is_finite].double()
+    size, total = len(values), counts.sum()
+    if size < 2 or not total:
+        return 0.0
+    off = counts * (values - (counts * values).sum() / total)
+    return float(off.square().sum() / total**2) * size / (size - 1)
 
 
 def _is_on_front(point: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:

@@ -26,7 +26,8 @@ class Drift:
         head: ``"own"``: the tuned model's predictions are those of its own output layer;
             ``"frozen"``: those of the frozen model's, because its own is another.
         of: ``"tokens"`` of a language model, or ``"samples"``.
-        per_sample: the four measures of every sample, (N,) float64 each.
+        per_sample: the four measures of every sample, (N,) float64 each, NaN without a target, and
+            ``"targets"``, how many it has, (N,) int64.
 
     Example:
         >>> drift = Drift(0.0123, 0.0119, 0.98, 0.97, samples=64, head="own", of="samples")

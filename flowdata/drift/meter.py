@@ -241,15 +241,16 @@ class DriftMeter:
             "agreement": agreement,
         }
         means = {name: float(values.mean()) for name, values in per_target.items()}
+        per_sample = {
+            name: torch.segment_reduce(values.cpu(), "mean", lengths=base.counts)
+            for name, values in per_target.items()
+        }
         return Drift(
             **means,
             samples=len(base.counts),
             head="own" if is_own else "frozen",
             of="tokens" if self.reader.is_of_language else "samples",
-            per_sample={
-                name: torch.segment_reduce(values.cpu(), "mean", lengths=base.counts)
-                for name, values in per_target.items()
-            },
+            per_sample=per_sample | {"targets": base.counts},
         )
 
     def is_own(self, layer: Head | nn.Module) -> bool:
