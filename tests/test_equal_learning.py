@@ -66,6 +66,19 @@ def test_what_is_kept_is_read_off_the_fronts():
     assert (better.rates, better.seeds, slow.rates) == (2, 3, 1)
 
 
+def test_what_the_reference_learned_itself_is_reached_whatever_is_rounded():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        first, last = generator.integers(80, 350, 3), generator.integers(700, 950, 3)
+        points = {(START, 0.0): (first, 80), (STANDARD, 0.1): (last, 40)}
+        of_seeds = {
+            key: {seed: Items(hit(new[seed] / 10, 1000), hit(old)) for seed in range(3)}
+            for key, (new, old) in points.items()
+        }
+        (standard,) = kept_at_equal_learning(of_seeds, STANDARD, START, draws=1)
+        assert standard.at[-1] == pytest.approx(40)
+
+
 def test_a_smaller_step_alone_gains_nothing():
     # The same front, walked at half the rate: it keeps more at every rate, not at equal learning.
     points = {

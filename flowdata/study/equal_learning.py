@@ -289,6 +289,8 @@ def old_at(levels: _Floats, points: _Floats) -> _Floats:
     best_first = points[np.lexsort((-points[:, 1], -points[:, 0]))]  # by falling new
     highest_before = np.maximum.accumulate(np.concatenate([[-np.inf], best_first[:-1, 1]]))
     front = best_first[best_first[:, 1] > highest_before][::-1]
+    end = front[-1, 0]  # which a level misses by the rounding of sums that are equal
+    levels = np.where(np.isclose(levels, end, rtol=1e-12, atol=0), end, levels)
     old: _Floats = np.interp(levels, front[:, 0], front[:, 1], right=np.nan)
     return old
 
