@@ -119,6 +119,22 @@ def test_bfloat16_parameters_give_a_float32_penalty():
     assert model[0].weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("wide", [0, 3])
+def test_parameters_of_several_dtypes_give_a_penalty_in_the_widest(wide):
+    model = network()
+    model[wide].double()
+    started = [p.double() for p in started_from(model)]
+    anchor = ParameterAnchor(model, strength=1.0)
+    move(model)
+    penalty = anchor()
+    assert penalty.dtype == torch.float64
+    now = [p.double() for p in model.parameters()]
+    assert penalty.item() == pytest.approx(reference.anchor_penalty(now, started, "l2", 1.0))
+    penalty.backward()
+    for p, then in zip(model.parameters(), started, strict=True):
+        torch.testing.assert_close(p.grad, 2 * (p.detach() - then.to(p)))
+
+
 def test_a_reference_given_is_what_counts_even_if_the_model_has_moved(tmp_path):
     model = network()
     started = started_from(model)

@@ -11,6 +11,7 @@ backward pass. Here both passes take them anew, some parameters at a time:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ _BUCKET = 1 << 26  # bytes of differences in memory at a time
 
 
 def distance(order: int, parameters: Sequence[Tensor], starts: list[Tensor]) -> Tensor:
-    """Return Σ |θ − θ*|^order: 0-d, float32 or wider, on the device of the first parameter.
+    """Return Σ |θ − θ*|^order: 0-d, on the device of the first parameter.
+
+    It has the widest dtype of the parameters, and float32 at least.
 
     Args:
         order: 1 or 2; 1 of real parameters alone.
@@ -42,7 +45,8 @@ class _Distance(torch.autograd.Function):
     def forward(ctx: Any, order: int, starts: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.order, ctx.starts = order, starts
         ctx.save_for_backward(*parameters)
-        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        dtypes = (parameter.dtype for parameter in parameters)
+        dtype = reduce(torch.promote_types, dtypes, torch.float32)
         total = torch.zeros((), dtype=dtype, device=parameters[0].device)
         for differences in _differences(parameters, starts):
             # One kernel for a whole bucket: a loop over hundreds of small tensors would launch
