@@ -122,16 +122,21 @@ class WeightedCollator:
         tokens = [torch.as_tensor(sample["input_ids"]) for sample in samples]
         if weights[0].dim() == 0:
             weights = [weight.expand(len(ids)) for weight, ids in zip(weights, tokens, strict=True)]
-        return {**batch, self.key: lay_along(weights, tokens, batch["input_ids"])}
+        along = lay_along(weights, tokens, batch["input_ids"], batch.get("attention_mask"))
+        return {**batch, self.key: along}
 
 
-def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor) -> Tensor:
+def lay_along(
+    weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor, mask: Any = None
+) -> Tensor:
     """Return token weights where a collator put the tokens, 0 on padding: the shape of `batch`.
 
     Args:
         weights: for each sample (T,) floating, one for each of its tokens.
         tokens: the samples' `input_ids`, (T,).
         batch: the collated `input_ids`: (B, T) padded on either side, or (1, ΣT) joined.
+        mask: the batch's `attention_mask`, which tells the side where tokens don't: one of the
+            batch's shape; others are not looked at.
 
     Raises:
         ValueError: a sample has more weights than tokens or fewer, or its tokens are not in the
@@ -154,20 +159,44 @@ def lay_along(weights: Sequence[Tensor], tokens: Sequence[Tensor], batch: Tensor
     if len(batch) == 1 and len(tokens) > 1:
         # A single row of several samples is a joined one: it is looked at as one long sample.
         weights, tokens = [torch.cat(list(weights))], [torch.cat(list(tokens))]
-    # A collator does not say on which side it padded, so the tokens are looked for at both ends.
     token_weights = torch.zeros(batch.shape)
-    for row, (weight, ids) in enumerate(zip(weights, tokens, strict=True)):
-        width = len(ids)
-        if torch.equal(batch[row, :width], ids):
-            token_weights[row, :width] = weight
-        elif width <= batch.shape[1] and torch.equal(batch[row, batch.shape[1] - width :], ids):
-            token_weights[row, batch.shape[1] - width :] = weight
-        else:
+    for row, start, weight in zip(
+        token_weights, _starts(tokens, batch, mask), weights, strict=True
+    ):
+        row[start : start + len(weight)] = weight
+    return token_weights
+
+
+def _starts(tokens: Sequence[Tensor], batch: Tensor, mask: Any) -> list[int]:
+    """Where each sample's tokens begin in its row of the batch.
+
+    A collator does not say on which side it padded, so the tokens are looked for at both ends. A
+    sample of padding tokens is found at either: it lies where the others do, or, where these are
+    found at either end as well, where the mask is set.
+    """
+    sides = [[0] * len(tokens), [batch.shape[1] - len(ids) for ids in tokens]]
+    fits = [
+        [start >= 0 and torch.equal(row[start : start + len(ids)], ids) for start, row, ids in rows]
+        for rows in (zip(starts, batch, tokens, strict=True) for starts in sides)
+    ]
+    for number, fits_at in enumerate(zip(*fits, strict=True)):
+        if not any(fits_at):
             raise ValueError(
-                f"the collator changed the tokens of sample {row} of the batch, so its token "
+                f"the collator changed the tokens of sample {number} of the batch, so its token "
                 "weights can't follow; truncate and mask in the data set, not in the collator"
             )
-    return token_weights
+    is_mask = isinstance(mask, Tensor) and mask.shape == batch.shape
+
+    def found(side: int) -> tuple[int, int]:
+        rows = zip(sides[side], mask, tokens, strict=True) if is_mask else ()
+        masked = (int((row[start : start + len(ids)] != 0).sum()) for start, row, ids in rows)
+        return sum(fits[side]), sum(masked)
+
+    first, second = sorted((0, 1), key=found, reverse=True)
+    return [
+        sides[first][number] if fits[first][number] else sides[second][number]
+        for number in range(len(tokens))
+    ]
 
 
 def _is_joined(batch: Mapping[str, Any], size: int) -> bool:

@@ -58,6 +58,27 @@ def test_token_weights_go_where_the_collator_put_the_tokens():
         WeightedCollator(tiny.collate)(marked)
 
 
+@pytest.mark.parametrize("collate", [left_padded, tiny.collate])
+@pytest.mark.parametrize("others", [[[7, 8, 9]], [[7, 8, 9], [6]], []])
+def test_token_weights_of_a_sample_of_padding_lie_on_its_tokens(collate, others):
+    ids = [torch.tensor(each) for each in ([0, 0], *others, [0])]
+    samples = [{"input_ids": each, "labels": each} for each in ids]
+    weights = tiny.make_token_weights(samples)
+    weighted = [s | {"weight": w} for s, w in zip(samples, weights, strict=True)]
+
+    def with_mask(samples):  # by lengths, as tokenizers make it
+        ones = [
+            {"input_ids": torch.ones_like(s["input_ids"]), "labels": s["labels"]} for s in samples
+        ]
+        return collate(samples) | {"attention_mask": collate(ones)["input_ids"]}
+
+    for of_batch in [with_mask] + [collate] * any(len(each) == 1 for each in others):
+        batch = WeightedCollator(of_batch)(weighted)
+        expected = with_mask(samples)["attention_mask"].float()
+        expected[expected != 0] = torch.cat(weights)
+        torch.testing.assert_close(batch["weight"], expected)
+
+
 def test_the_collator_is_found_at_its_former_place_too():
     from flowdata.integrations import collator
 
