@@ -22,6 +22,7 @@ SIZES = (
     "at 0.03",
     "measured with its own",
     "with 10 to 50 %",
+    "with 10 to 33 % wrong",
     "with 10, 20 and 33 % wrong",
 )
 
@@ -89,9 +90,15 @@ def fragments():
         "at the true share: {:+.1f} to {:+.1f} beside FLOW … {:+.1f} with 50 %",
         [*span(trimmed[:4]), trimmed[4]],
     )
+    shares = {WRONG[0]: (5, 10, 20), WRONG[1]: (10, 20, 40), WRONG[2]: (16, 33, 66)}
+    of_shares = zip(
+        *([kept[f"trimmed, {each}%", name][0] for each in of] for name, of in shares.items()),
+        strict=True,
+    )
     yield (
-        "At half of the share it kept {:+.1f} … at the whole {:+.1f}, at twice {:+.1f}.",
-        [kept[f"trimmed, {share}%", WRONG[2]][0] for share in (16, 33, 66)],
+        "half of the share {:+.1f} to {:+.1f}, at the whole {:+.1f} to {:+.1f}, at twice {:+.1f} "
+        "to {:+.1f}, so",
+        [end for values in of_shares for end in span(values)],
     )
     small = [
         kept[f"small losses, {share}%", name][0]

@@ -21,7 +21,7 @@ from flowdata.study import LINEAR_PROBE, STANDARD, grids, run_study
 EVIDENCE = RESULTS / "evidence"
 SEEDS = range(5)
 # Where rows are wrong, what is learned most is learned at a larger rate.
-RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.1)
+RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.001, 0.003, 0.01, 0.03, 0.1)
 RATES_OF_RIVALS = (0.003, 0.01, 0.03)
 CLEAN = vision.TARGETS
 SHARES = {  # of the training rows that are wrong
@@ -52,12 +52,13 @@ _CLEAN_TRIM = 0.1  # what somebody would leave out who does not know that all ro
 def methods(target: str) -> dict[str, tuple[float, ...]]:
     """Return the methods of a target and the rates of each.
 
-    Trimming and small-loss selection are run at the true share of wrong rows, and where all rivals
-    are run trimming also at half and twice of it.
+    Trimming and small-loss selection are run at the true share of wrong rows, and where rows are
+    wrong or all rivals are run trimming also at half and twice of it.
     """
     share = SHARES.get(target, _CLEAN_TRIM)
-    shares = (share / 2, share, 2 * share) if target in WITH_ALL_RIVALS else (share,)
-    names = [*(f"trimmed, {each:.0%}" for each in shares), f"small losses, {share:.0%}"]
+    is_varied = target in SHARES or target in WITH_ALL_RIVALS
+    shares = (share / 2, share, 2 * share) if is_varied else (share,)
+    names = [*(f"trimmed, {each:.0%}" for each in shares if each < 1), f"small losses, {share:.0%}"]
     names += _RIVALS if target in WITH_ALL_RIVALS else ()
     names += ("l2", "FLOW + l2") if target in WITH_SUM else ()
     core = grids(CORE, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)

@@ -108,7 +108,7 @@ def _token_losses(scores: Scores) -> Tensor:
     return scores.flat_token_losses
 
 
-TRIMMED = (0.05, 0.1, 0.165, 0.2, 0.33, 0.5, 0.66)  # shares of the samples
+TRIMMED = (0.05, 0.1, 0.165, 0.2, 0.25, 0.33, 0.4, 0.5, 0.66)  # shares of the samples
 ABLATIONS: dict[str, Method] = {
     **TEMPERATURES,
     "FLOW, running median": Method(running_median),
