@@ -284,7 +284,7 @@ def children(pid):
     return [int(child) for child in listed]
 
 
-def wait_for(happened, seconds=90):
+def wait_for(happened, seconds=240):  # a busy machine takes its time
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert time.monotonic() < deadline, "it did not happen in time"
