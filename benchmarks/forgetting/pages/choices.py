@@ -32,7 +32,7 @@ def choices_page(studies: Studies) -> str:
             f"CIFAR-10's ResNet-20 learns other images: {counts(studies)}. Average of new and old "
             "accuracy of the run that a rule chooses among all methods and rates, in %, mean ± "
             "standard deviation over the seeds: by `flowdata.drift.choose` on each probe, and by "
-            f"rules that need none. The smallest rate and the least drift are taken among the runs "
+            "rules that need none. The smallest rate and the least drift are taken among the runs "
             f"within {POINTS:g} points of the best validation accuracy, the smallest rate of all "
             "among all, whatever they learn. The linear probe, a new head and nothing else, "
             "competes with the runs.",

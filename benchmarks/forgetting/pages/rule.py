@@ -30,7 +30,7 @@ AVERAGED = "WiSE-FT, 0.25"
 LARGE_RATE = 0.03
 _NEAR = 3.0  # points below the best possible choice that are near
 _SAME = "misjudged20_fashion_mnist"  # the runs of wrong20, but for validation
-_SHOWN = {  # rules of choosing, as a figure names them
+_SHOWN = {  # as a figure names rules: the one that is judged, its rival, others, the bound
     "": "by drift, inverted",
     "blind ": "blind",
     "smallest rate of all ": "smallest rate of all",
@@ -90,7 +90,7 @@ def _rows(clause: Clause, studies: Studies) -> Iterable[list[str]]:
 
 
 def _rate_by_drift(records: list[Record]) -> tuple[str, str]:
-    """Among the rates of standard fine-tuning: near the best possible, and better than blind."""
+    """Among standard's rates and a new head alone: near the best possible, better than blind."""
     rules, runs = all_rules(), of_standard(records)
     averages = {name: mean(outcomes(rules[rule], runs)) for name, rule in _SHOWN.items()}
     figure = ", ".join(f"{name}{value:.1f}" for name, value in averages.items())
