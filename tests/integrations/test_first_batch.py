@@ -514,10 +514,16 @@ def test_a_model_in_bfloat16_trains(tmp_path):
     assert (gradient - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
-def test_a_first_batch_without_a_target_lets_the_next_one_decide(tmp_path):
-    samples = copy.deepcopy(strange.LANGUAGE)
-    for sample in samples[:2]:
+def without_targets(samples, count):
+    """Copies of samples, of which the first `count` have no target."""
+    samples = copy.deepcopy(samples)
+    for sample in samples[:count]:
         sample["labels"] = torch.full_like(sample["labels"], -100)
+    return samples
+
+
+def test_a_first_batch_without_a_target_lets_the_next_one_decide(tmp_path):
+    samples = without_targets(strange.LANGUAGE, 2)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
     settings["train_sampling_strategy"] = "sequential"
     case = strange.llama, samples, strange.collate
@@ -531,9 +537,7 @@ def test_a_first_batch_without_a_target_lets_the_next_one_decide(tmp_path):
 
 @pytest.mark.parametrize("is_whole_step", [False, True])
 def test_a_first_batch_without_a_target_keeps_the_terms_named_apart(tmp_path, is_whole_step):
-    samples = copy.deepcopy(strange.LANGUAGE)
-    for sample in samples if is_whole_step else samples[: N // 2]:
-        sample["labels"] = torch.full_like(sample["labels"], -100)
+    samples = without_targets(strange.LANGUAGE, N if is_whole_step else N // 2)
     samples.append(strange.LANGUAGE[0])  # of a later step: data without any target is refused
     settings = {"per_device_train_batch_size": N // 2, "gradient_accumulation_steps": 2}
     settings["train_sampling_strategy"] = "sequential"
@@ -548,9 +552,7 @@ def test_a_first_batch_without_a_target_keeps_the_terms_named_apart(tmp_path, is
 
 
 def test_a_first_batch_without_a_target_names_no_loss_for_the_others(tmp_path):
-    samples = copy.deepcopy(strange.TAGS)
-    for sample in samples[:2]:
-        sample["labels"] = torch.full_like(sample["labels"], -100)
+    samples = without_targets(strange.TAGS, 2)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
     settings["train_sampling_strategy"] = "sequential"
     case = lambda: strange.Tokens(5, "in place"), samples, strange.without_mask
