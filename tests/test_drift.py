@@ -375,6 +375,26 @@ def test_dropout_in_the_output_layer_is_off_whatever_the_models_mode(kind, tmp_p
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("last", [nn.Linear, Dropping])
+@pytest.mark.parametrize("kind", ["classes", "answers"])
+def test_a_loops_autocast_does_not_reach_into_a_measurement(kind, last):
+    base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), last(8, 3))
+    samples = PIXELS[:, 0, 0, :4]
+    if kind == "answers":
+        samples = [(x, torch.tensor([1.0, 1.0, 0.0])) for x in samples]
+    tuned, meter = moved(base), DriftMeter(base, samples)
+    expected = meter(tuned)
+    with torch.autocast("cpu", torch.bfloat16):
+        within, meter_within = meter(tuned), DriftMeter(base, samples)
+    assert (within.kl, within.cosine) == (expected.kl, expected.cosine)
+    assert meter_within(tuned).kl == expected.kl
+    if kind == "classes":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(meter_within.outputs(), meter.outputs())
+        expected_outputs = base.eval()(samples)
+        torch.testing.assert_close(meter.outputs(), expected_outputs, rtol=0, atol=1e-6)
+
+
 def test_another_head_is_measured_through_the_frozen_one():
     base = TinyResNet()
     meter = DriftMeter(base, images(12))

@@ -30,7 +30,7 @@ from flowdata.drift.several import divergences_of_answers, has_several_labels
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels, weight_of
 from flowdata.models.calling import in_evaluation, unwrapped
-from flowdata.models.precision import name_of
+from flowdata.models.precision import name_of, without_autocast
 from flowdata.scoring.collate import Collate
 from flowdata.store.identity import features_identity
 from flowdata.store.kept import check_name, keep
@@ -216,8 +216,9 @@ class DriftMeter:
                 "would be too large to keep: hold the model with OutputAnchor, which makes them "
                 "tile by tile"
             )
-        layer = _on(self._rows.layer, torch.device("cpu"))
-        with torch.no_grad():
+        cpu = torch.device("cpu")
+        layer = _on(self._rows.layer, cpu)
+        with torch.no_grad(), without_autocast(cpu):
             return logits_of(Predictions(self._rows.values.cpu(), layer))
 
     def _compare(self, rows: Rows) -> Drift:

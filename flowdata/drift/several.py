@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowdata.head.kl import Divergences, Predictions, divergences, logits_of
 from flowdata.head.kl_logits import kl_of_logits
+from flowdata.models.precision import without_autocast
 from flowdata.targets.labels import split_batch
 from flowdata.targets.which_loss import are_probabilities, loss_of_batch, loss_of_model
 
@@ -67,7 +68,7 @@ def divergences_of_answers(base: Predictions, tuned: Predictions) -> Divergences
         (n,) float64 each, nats an answer.
     """
     count = len(base.rows)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(base.rows.device):
         one, other = (Predictions(_answers(each), nn.Identity()) for each in (base, tuned))
     return Divergences(*(values.view(count, -1).mean(1) for values in divergences(one, other)))
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdata.head.output_layer import Head, finish_logits
+from flowdata.models.precision import without_autocast
 
 # Rows and classes of a tile. On a CPU the three buffers of 2 MiB stay in the last-level cache.
 _TILE = {"cpu": (512, 1024), "cuda": (4096, 4096)}
@@ -76,7 +77,9 @@ def logits_of(predictions: Predictions) -> Tensor:
         logits: Tensor = layer(rows).float()
         return logits
     bias = None if layer.bias is None else layer.bias.float()
-    return finish_logits(rows.float() @ layer.weight.float().t(), bias, layer.scale, layer.softcap)
+    with without_autocast(rows.device):
+        products = rows.float() @ layer.weight.float().t()
+        return finish_logits(products, bias, layer.scale, layer.softcap)
 
 
 def divergences(base: Predictions, tuned: Predictions) -> Divergences:
@@ -94,7 +97,7 @@ def divergences(base: Predictions, tuned: Predictions) -> Divergences:
         >>> divergences(Predictions(rows, head), Predictions(rows, head)).kl
         tensor([0., 0., 0.], dtype=torch.float64)
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(base.rows.device):
         p, q = Sums.of(base, tuned)
         values = divergences_of(p, q)
         near = (values.kl < _NEAR).nonzero().flatten()

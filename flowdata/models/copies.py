@@ -6,7 +6,7 @@ import copy
 import operator
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowdata.models.calling import same_flags
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
-from flowdata.models.precision import runs_as_it_is
+from flowdata.models.precision import runs_as_it_is, without_autocast
 from flowdata.models.tensors import map_floating
 
 _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
@@ -43,7 +43,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ValueError: the model has to be converted, and it can't be copied.
     """
-    with torch.no_grad(), _without_autocast(device), _given_back(model):
+    with torch.no_grad(), without_autocast(device), _given_back(model):
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
         if copy_of_model is None:
             model.eval()
@@ -60,13 +60,6 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             )
         with _converting_inputs(copy_of_model, dtype):
             yield copy_of_model
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Let the dtypes of tensors alone decide on a device that knows autocast."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,13 @@ def has_memory_for_copy(model: nn.Module, dtype: torch.dtype, device: torch.devi
         return size < 2**33  # not Linux: 8 GiB are a guess
     free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return size < free_kib * 1024 / 2
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a block in which the dtypes of tensors alone decide, within autocast as well."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def name_of(dtype: torch.dtype) -> str:
