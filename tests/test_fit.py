@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowdata._common import progress
 from flowdata.probe.fit import fit_head
 from tests import reference
 
@@ -175,3 +176,15 @@ def test_bad_input_is_named_and_leaves_the_head_alone(head, features, targets, o
     with pytest.raises(ValueError, match=message):
         fit_head(head, features, targets, **options)
     assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_fits_that_take_long_show_their_progress(shown, capsys, monkeypatch):
+    features, targets = torch.randn(60, 3), torch.arange(60) % 2
+    fit_head(nn.Linear(3, 2), features, targets)
+    assert capsys.readouterr().err == ""  # not of quick ones
+    monkeypatch.setattr(progress, "_FIRST_LINE", 0.0)
+    fit_head(nn.Linear(3, 2), features, targets, progress=shown)
+    lines = capsys.readouterr().err.splitlines()
+    assert bool(lines) == shown
+    assert not shown or lines[-1].startswith("head: 135 of 135 fits (100%)")

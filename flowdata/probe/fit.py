@@ -26,6 +26,7 @@ def fit_head(
     loss: HeadLoss = "auto",
     strength: float | Literal["held_out"] = "held_out",
     folds: int = 5,
+    progress: bool = True,
 ) -> nn.Linear:
     """Fit a linear head to features on all samples at once, in float64, and return it.
 
@@ -51,6 +52,7 @@ def fit_head(
             between the others the loss is interpolated.
         folds: number of held-out folds, ≥ 2, with equal shares of the classes; with fewer samples
             there are as many folds as samples.
+        progress: shows it where the fits take more than a few seconds.
 
     Returns:
         `head`.
@@ -93,7 +95,13 @@ def fit_head(
         values = measure_values(targets, centre=has_bias)
         targets = values.standardise(targets)
     solution = _solution(
-        columns.standardise(features), targets, loss_name, head, strength, int(folds)
+        columns.standardise(features),
+        targets,
+        loss_name,
+        head,
+        strength,
+        int(folds),
+        progress=progress,
     )
     _fill(head, solution, columns, values)
     return head
@@ -106,6 +114,8 @@ def _solution(
     head: nn.Linear,
     strength: float | Literal["held_out"],
     folds: int,
+    *,
+    progress: bool,
 ) -> Tensor:
     """The parameters of least objective on standardised features, (C, D + 1) float64."""
     samples, width = features.shape
@@ -118,7 +128,8 @@ def _solution(
     problem = HeadProblem(features, targets, LOSSES[loss], head.out_features, head.bias is not None)
     if isinstance(strength, str):
         strengths = strengths_for(samples, width)
-        strength = best_strength(problem, strengths, strata(loss, targets), folds)
+        groups = strata(loss, targets)
+        strength = best_strength(problem, strengths, groups, folds, progress=progress)
     solution = problem.solve(problem.start(), float(strength), _TOLERANCE)
     if basis is None:
         return solution

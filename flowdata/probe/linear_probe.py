@@ -65,7 +65,7 @@ def linear_probe(
         num_workers: as for `torch.utils.data.DataLoader`.
         store: see `compute_features`.
         dataset_id: see `compute_features`.
-        progress: shows a bar while the features are computed.
+        progress: shows a bar while the features are computed, and where the fits take long.
 
     Returns:
         `head`.
@@ -99,4 +99,6 @@ def linear_probe(
         dataset_id=dataset_id,
         progress=progress,
     )
-    return fit_head(head, features, targets, loss=loss, strength=strength, folds=folds)
+    return fit_head(
+        head, features, targets, loss=loss, strength=strength, folds=folds, progress=progress
+    )

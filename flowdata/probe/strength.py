@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.notices import logger
+from flowdata._common.progress import progress_bar
 from flowdata.probe.problem import LOSSES, HeadProblem
 
 _WEAKEST, _STRONGEST = -6, 2  # powers of ten
@@ -38,7 +39,12 @@ def strengths_for(samples: int, width: int) -> list[float]:
 
 
 def best_strength(
-    problem: HeadProblem, strengths: list[float], strata: Tensor, folds: int
+    problem: HeadProblem,
+    strengths: list[float],
+    strata: Tensor,
+    folds: int,
+    *,
+    progress: bool = False,
 ) -> float:
     """Return the strength with the smallest held-out loss; a warning says if it is the last one.
 
@@ -52,6 +58,7 @@ def best_strength(
         strata: (N,) int64, what the folds hold equal shares of. A sample alone in its stratum is
             never held out, as nothing could be learnt about it from the others.
         folds: number of held-out folds; with fewer samples there are as many as samples.
+        progress: shows it where the search takes more than a few seconds.
     """
     held_out = _folds(strata, folds)
     if not held_out:
@@ -63,15 +70,18 @@ def best_strength(
         return _FALLBACK
     losses = [0.0] * len(strengths)
     is_training = torch.ones(len(strata), dtype=torch.bool, device=strata.device)
-    for indices in held_out:
-        is_training[indices] = False
-        training, testing = problem.rows(is_training.nonzero()[:, 0]), problem.rows(indices)
-        is_training[indices] = True
-        solution = problem.start()
-        for place, strength in enumerate(strengths):
-            # Each strength starts from the solution of the one before: they lie close together.
-            solution = training.solve(solution, strength, _TOLERANCE)
-            losses[place] += testing.mean_loss(solution) * len(indices)
+    fits = len(held_out) * len(strengths)
+    with progress_bar(fits, "head", "fits", shown=progress, patient=True) as advance:
+        for indices in held_out:
+            is_training[indices] = False
+            training, testing = problem.rows(is_training.nonzero()[:, 0]), problem.rows(indices)
+            is_training[indices] = True
+            solution = problem.start()
+            for place, strength in enumerate(strengths):
+                # Each starts from the solution of the one before: they lie close together.
+                solution = training.solve(solution, strength, _TOLERANCE)
+                losses[place] += testing.mean_loss(solution) * len(indices)
+                advance(1)
     slack = _SLACK if problem.loss is not LOSSES["mse"] else 0.0
     repeats = sum(map(len, held_out)) / len(torch.cat(held_out).unique())
     least = min(losses)
