@@ -1,5 +1,6 @@
 """What benchmarks/README.md says of weights in language is what the pages say."""
 
+import json
 import re
 
 from tests.result_pages import BENCHMARKS, RESULTS, check_section
@@ -35,9 +36,12 @@ def fragments():
     def of_noise(method, name="test"):
         return study["noisy", SMALL, method, name]
 
+    assert max(of_noise("FLOW")) < 0
+    yield "*noise*, 128 rows, {}; *rules*, 1,000 rows as they are, {}.", [*num_seeds()]
     yield (
-        "{:+.3f} ({:+.3f} to {:+.3f}) on test answers, {:+.3f} ({:+.3f} to {:+.3f}) on WikiText-2,"
-        "… has {:+.3f} and {:+.3f}:",
+        "**A third of the answers shuffled: FLOW learns more, by little.** {:+.3f} ({:+.3f} to "
+        "{:+.3f}) on test answers, {:+.3f} ({:+.3f} to {:+.3f}) on WikiText-2,… has {:+.3f} and "
+        "{:+.3f}: standard fine-tuning forgets nothing there.",
         [
             *of_noise("FLOW"),
             *of_noise("FLOW", "WikiText-2"),
@@ -50,14 +54,19 @@ def fragments():
         "as well on test answers, {:+.3f}, … that nobody has, {:+.3f}; … {:+.3f} and {:+.3f}.",
         [of_noise(rival, name)[0] for name in ("test", "WikiText-2") for rival in rivals],
     )
-    yield "fine-tuning does, {:+.3f}: AdamW", of_noise("standard, smaller steps")[:1]
+    assert max(map(abs, of_noise("standard, smaller steps"))) < 0.002
+    yield (
+        "Every row at FLOW's mean weight does as standard fine-tuning does, {:+.3f}: AdamW",
+        of_noise("standard, smaller steps")[:1],
+    )
 
     def of_rules(method, name="test"):
         return study["gsm8k", SMALL, method, name]
 
+    assert of_rules("FLOW")[1] > 0
     yield (
-        "{:+.3f} ({:+.3f} to {:+.3f}) on test answers with 1,000 rows, {:+.3f} ({:+.3f} to "
-        "{:+.3f})",
+        "**GSM8K alone: weights cost a little, or nothing**: {:+.3f} ({:+.3f} to {:+.3f}) on test "
+        "answers with 1,000 rows, {:+.3f} ({:+.3f} to {:+.3f})",
         [*of_rules("FLOW"), *of_rules("FLOW", "WikiText-2")],
     )
     alone, mixed = (
@@ -90,19 +99,32 @@ def fragments():
         [min(raised), max(raised), min(lowered), max(lowered)],
     )
     rules = ("TALR", "DFT", "ASFT", "EAFT")
+    assert min(of_rules(rule)[1] for rule in rules) > 0  # each interval lies above 0
     yield (
-        "with 1,000 rows by {:.3f} (TALR), {:.3f} (DFT), {:.3f} (ASFT) and {:.3f} (EAFT)",
+        "**Weights from the current model's own losses** raise the loss of test answers, with "
+        "1,000 rows by {:.3f} (TALR), {:.3f} (DFT), {:.3f} (ASFT) and {:.3f} (EAFT), as was "
+        "predicted;",
         [of_rules(rule)[0] for rule in rules],
     )
     drift = column(OF_STUDY, "gsm8k", "KL on own text")
+    assert max(drift["EAFT"], drift["ASFT"]) < drift["standard"] < min(drift["TALR"], drift["DFT"])
     yield (
-        "{:.3f} and {:.3f} (TALR, DFT) beside {:.3f}; EAFT has {:.3f}, and ASFT, … model, {:.3f}:",
+        "{:.3f} and {:.3f} (TALR, DFT) beside {:.3f}; EAFT has {:.3f}, and ASFT, … model, {:.3f}: "
+        "less, against the prediction.",
         [drift[rule] for rule in ("TALR", "DFT", "standard", "EAFT", "ASFT")],
     )
     answers = column(OF_STUDY, "gsm8k", "right answers, %").values()
     yield "all have {:.1f} to {:.1f} % of the answers right", [min(answers), max(answers)]
     orders = re.findall(r"of this one rate: own text (\d\.\d+)", OF_STUDY.read_text("utf-8"))
     yield "coefficient of {} with WikiText-2's loss in *noise*, {} in *rules*", orders
+
+
+def num_seeds():
+    """How many seeds each of the two studies has, in words."""
+    words = {2: "two seeds", 8: "eight seeds"}
+    for study in ("noise", "rules"):
+        runs = (OF_STUDY.parent / f"forgetting_language_{study}.jsonl").read_text("utf-8")
+        yield words[len({json.loads(line)["seed"] for line in runs.splitlines()})]
 
 
 def column(page, data, name):

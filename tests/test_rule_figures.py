@@ -5,6 +5,7 @@ import re
 import pytest
 
 from flowdata.report import rule
+from tests import test_evidence_figures as evidence
 from tests.result_pages import BENCHMARKS, RESULTS
 
 PAGE = (RESULTS / "evidence" / "forgetting_rule.md").read_text("utf-8")
@@ -79,7 +80,12 @@ def wrong():
 
 def share():
     rows = section("Their share known")
-    return f"Trimming kept {differences(rows)} beside FLOW ({outcomes(rows)})."
+    of_flow, of_trimming = map(span, evidence.hardest_of_wrong())
+    return (
+        f"Trimming kept {differences(rows)} beside FLOW; at equal learning the new task's hardest "
+        f"tenth was {of_trimming} beside plain fine-tuning's, FLOW's "
+        f"{of_flow.removesuffix(' points')} ({outcomes(rows)})."
+    )
 
 
 def hard():

@@ -1,16 +1,19 @@
 """The studies of vision that ask when weights help: python -m benchmarks forgetting evidence.
 
 What is run, and what was predicted, stands in registered_evidence.md, which was written first. All
-of it goes on where it was stopped; several processes with different seeds share the work.
+of it goes on where it was stopped. Several processes share the sets and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+
+import torch
 
 from benchmarks.forgetting import vision
 from benchmarks.forgetting.images import ASSETS
@@ -20,9 +23,10 @@ from flowdata.study import LINEAR_PROBE, STANDARD, grids, run_study
 
 EVIDENCE = RESULTS / "evidence"
 SEEDS = range(5)
-# Where rows are wrong, what is learned most is learned at a larger rate.
+# Where rows are wrong, what is learned most is learned at a larger rate, and the rivals' fronts are
+# flat at the smallest one.
 RATES, RATES_FOR_WRONG = (0.001, 0.003, 0.01, 0.03), (0.001, 0.003, 0.01, 0.03, 0.1)
-RATES_OF_RIVALS = (0.003, 0.01, 0.03)
+RATES_OF_RIVALS_FOR_WRONG = (0.003, 0.01, 0.03)
 CLEAN = vision.TARGETS
 SHARES = {  # of the training rows that are wrong
     **{f"wrong{percent}_fashion_mnist": percent / 100 for percent in (10, 20, 33, 50)},
@@ -61,8 +65,10 @@ def methods(target: str) -> dict[str, tuple[float, ...]]:
     names = [*(f"trimmed, {each:.0%}" for each in shares if each < 1), f"small losses, {share:.0%}"]
     names += _RIVALS if target in WITH_ALL_RIVALS else ()
     names += ("l2", "FLOW + l2") if target in WITH_SUM else ()
-    core = grids(CORE, RATES_FOR_WRONG if target in SHARES else RATES, vision.ALL)
-    return core | grids(names, RATES_OF_RIVALS, vision.ALL)
+    of_core, of_rivals = RATES, RATES
+    if target in SHARES:
+        of_core, of_rivals = RATES_FOR_WRONG, RATES_OF_RIVALS_FOR_WRONG
+    return grids(CORE, of_core, vision.ALL) | grids(names, of_rivals, vision.ALL)
 
 
 def runs(
@@ -80,15 +86,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--results", type=Path, default=EVIDENCE)
+    parser.add_argument("--processes", type=int, default=1, help="that share sets and seeds")
 
 
 def study(options: argparse.Namespace) -> None:
     """Run what the results files lack."""
+    if options.processes == 1:
+        _run_share(options, 0)
+        return
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        pool.starmap(_run_share, [(options, place) for place in range(options.processes)])
+
+
+def _run_share(options: argparse.Namespace, place: int) -> None:
+    """Run one process's sets and seeds, with its share of the threads."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
     tasks = {
         target: vision.task(options.assets, target, vision.SIZES, readouts)
         for target in options.targets
     }
-    for target, of_target, seed in runs(options.targets, options.seeds):
+    of_process = slice(place, None, options.processes)
+    for target, of_target, seed in [*runs(options.targets, options.seeds)][of_process]:
         run_study(
             options.results / f"forgetting_{target}.jsonl",
             {"study": "vision", "target": target, **asdict(vision.SIZES)},

@@ -12,9 +12,14 @@ from statistics import mean
 
 from benchmarks.forgetting.evidence import ANCHOR, FLOW, MEAN_WEIGHT
 from benchmarks.forgetting.pages.fronts import kept_on
-from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds, table_by_rate
-from flowdata.report.markdown import table
-from flowdata.study import STANDARD, Kept, Record
+from benchmarks.forgetting.pages.several import (
+    Studies,
+    counts,
+    of_whole_seeds,
+    table_by_rate,
+    table_of_studies,
+)
+from flowdata.study import LINEAR_PROBE, STANDARD, Kept, Record
 from flowdata.study.table import difference
 
 ANEW, HEAD = "statistics anew", "head anew"
@@ -38,7 +43,7 @@ def batch_norm_page(studies: Studies) -> str:
             "/ with statistics taken anew on 1,000 old images / with a head fitted anew as well. "
             "The last two take old data, which nobody has who asks what is forgotten.",
             "",
-            *table_by_rate(studies, (STANDARD, FLOW, *FIXED), _cell),
+            *table_by_rate(studies, (LINEAR_PROBE, STANDARD, FLOW, *FIXED), _cell),
             "",
             "At equal learning, the difference from standard fine-tuning in points, by each of the "
             "three, and where 95 % of the draws lie (of seeds and items; where statistics are "
@@ -82,7 +87,7 @@ def _differences(studies: Studies) -> list[str]:
             rows.append(
                 [f"{method}, {name}", *("–" if c is None else difference(c) for c in cells)]
             )
-    return table(["method, readout", *studies], rows)
+    return table_of_studies("method, readout", studies, rows)
 
 
 def _by(place: int, record: Record) -> float:

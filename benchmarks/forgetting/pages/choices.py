@@ -8,8 +8,13 @@ from __future__ import annotations
 from benchmarks.forgetting.pages.choosing_rules import POINTS, average, rules
 from benchmarks.forgetting.pages.drift import LARGEST_RATE, OLD, with_all_drifts
 from benchmarks.forgetting.pages.drift_measures import agreement_table, agreement_with
-from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds
-from flowdata.report.markdown import spread, table
+from benchmarks.forgetting.pages.several import (
+    Studies,
+    counts,
+    of_whole_seeds,
+    table_of_studies,
+)
+from flowdata.report.markdown import spread
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.choices import Rule, on_whole_seeds
 from flowdata.study.runs import validation_of
@@ -87,7 +92,7 @@ def _choices(studies: Studies) -> list[str]:
         [name, *(spread(outcomes(rule, records), 1) for records in studies.values())]
         for name, rule in all_rules().items()
     ]
-    return table(["rule", *studies], rows)
+    return table_of_studies("rule", studies, rows)
 
 
 def _smallest_of_all(runs: list[Record]) -> Record:

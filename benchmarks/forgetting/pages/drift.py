@@ -169,7 +169,8 @@ def _held(studies: Studies) -> list[str]:
     """What each method holds of the old task, where the answers to each item were kept."""
     if not all("hits" in record for records in studies.values() for record in records):
         return []
-    kept = {name: kept_on(records) for name, records in of_whole_seeds(studies).items()}
+    studies = of_whole_seeds(studies)
+    kept = {name: kept_on(records) for name, records in studies.items()}
     return [
         "## What holds the old task?",
         "",
@@ -178,6 +179,6 @@ def _held(studies: Studies) -> list[str]:
         "95 % of the draws of seeds and test items lie. A star: p, corrected by Holm for the "
         "target's methods, is below 0.05.",
         "",
-        *table_of_sets(kept),
+        *table_of_sets(kept, studies),
         "",
     ]

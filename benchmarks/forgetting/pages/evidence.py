@@ -70,9 +70,10 @@ def evidence_page(studies: Studies) -> str:
             "Old accuracy at equal new accuracy, the mean difference from standard fine-tuning in "
             "points, and where 95 % of the draws of seeds and test items lie. A star: p, corrected "
             "by Holm for the methods of the set, is below 0.05. A difference is the mean over the "
-            "new accuracies that both methods reach, which other two methods may reach less far:",
+            "new accuracies that both methods reach, which other two methods may reach less far. "
+            "Each method's front begins at the linear probe, a new head and nothing else:",
             "",
-            *table_of_sets(standard),
+            *table_of_sets(standard, studies),
             "",
             "## What was predicted",
             "",

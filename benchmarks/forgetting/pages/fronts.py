@@ -7,7 +7,8 @@ from statistics import mean
 
 import numpy as np
 
-from flowdata.report.markdown import spread, table
+from benchmarks.forgetting.pages.several import Studies, table_of_studies
+from flowdata.report.markdown import spread
 from flowdata.study import (
     LINEAR_PROBE,
     STANDARD,
@@ -85,18 +86,18 @@ def _line(records: list[Record], method: str, value: Callable[[Record], float]) 
     return points[points[:, 0].argsort(kind="stable")]
 
 
-def table_of_sets(all_kept: Kepts, reference: str = STANDARD) -> list[str]:
-    """Return a Markdown table of the differences from the reference, a column for each set.
+def table_of_sets(all_kept: Kepts, studies: Studies) -> list[str]:
+    """Return a Markdown table of the differences from standard fine-tuning, a column for each set.
 
     A star marks those whose p, corrected for the number of methods of the set, is below 0.05.
     """
     methods = list(dict.fromkeys(name for of_set in all_kept.values() for name in of_set))
-    methods.remove(reference)
+    methods.remove(STANDARD)
     rows = []
     for method in methods:
         of_sets = [of_set.get(method) for of_set in all_kept.values()]
         rows.append([method, *("–" if each is None else _starred(each) for each in of_sets)])
-    return table(["method", *all_kept], rows)
+    return table_of_studies("method", studies, rows)
 
 
 def _starred(kept: Kept) -> str:

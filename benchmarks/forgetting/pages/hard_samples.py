@@ -11,9 +11,14 @@ from statistics import mean
 
 from benchmarks.forgetting.evidence import ANCHOR, FLOW, MEAN_WEIGHT
 from benchmarks.forgetting.pages.fronts import at_equal_learning, signed_spread
-from benchmarks.forgetting.pages.several import Studies, counts, of_whole_seeds, table_by_rate
-from flowdata.report.markdown import table
-from flowdata.study import STANDARD, Record
+from benchmarks.forgetting.pages.several import (
+    Studies,
+    counts,
+    of_whole_seeds,
+    table_by_rate,
+    table_of_studies,
+)
+from flowdata.study import LINEAR_PROBE, STANDARD, Record
 
 MEASURES = {
     "hardest tenth": "target of the hardest tenth",
@@ -39,7 +44,7 @@ def hard_samples_page(studies: Studies) -> str:
             "At one rate, accuracy in %, means over the seeds: all test images / the hardest tenth "
             "/ the worst class.",
             "",
-            *table_by_rate(studies, (STANDARD, FLOW), _cell),
+            *table_by_rate(studies, (LINEAR_PROBE, STANDARD, FLOW), _cell),
             "",
             "At equal learning, where a method has learned as much of all test images together: "
             "the difference from standard fine-tuning in points, mean ± standard deviation over "
@@ -70,7 +75,7 @@ def _at_equal_learning(studies: Studies) -> list[str]:
         for name, key in MEASURES.items()
         for method in methods
     ]
-    return table(["method, of", *studies], rows)
+    return table_of_studies("method, of", studies, rows)
 
 
 def _difference(records: list[Record], method: str, key: str) -> str:

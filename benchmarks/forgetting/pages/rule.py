@@ -28,6 +28,7 @@ SUM_AND_PARTS = (f"{FLOW} + l2", FLOW, "l2", STANDARD)
 RARE = "rare_fashion_mnist"
 AVERAGED = "WiSE-FT, 0.25"
 LARGE_RATE = 0.03
+_ANEW = "Worded anew when all runs were known"
 _NEAR = 3.0  # points below the best possible choice that are near
 _SAME = "misjudged20_fashion_mnist"  # the runs of wrong20, but for validation
 _SHOWN = {  # as a figure names rules: the one that is judged, its rival, others, the bound
@@ -153,7 +154,7 @@ CLAUSES = (
         "Choose the rate by drift",
         "Average of new and old accuracy in %, chosen among standard fine-tuning's rates and no "
         "fine-tuning at all, a new head alone, by drift on inverted images; holds within "
-        f"{_NEAR:g} points of the best possible and above the blind choice",
+        f"{_NEAR:g} points of the best possible and above the blind choice. {_ANEW}",
         (*CLEAN, *NOISY),
         (*_OTHERS_WRONG, _SAME, RARE),
         _rate_by_drift,
@@ -178,7 +179,7 @@ CLAUSES = (
     Clause(
         "A tenth of the rows wrong, or more: take the weights",
         "What FLOW keeps at equal learning beside standard fine-tuning, in points, and what with "
-        "BatchNorm's statistics taken anew; holds if the first interval lies above 0",
+        f"BatchNorm's statistics taken anew; holds if the first interval lies above 0. {_ANEW}",
         NOISY,
         _OTHERS_WRONG,
         _flow_keeps_more,
@@ -195,7 +196,7 @@ CLAUSES = (
         "A large rate needed: FLOW with ℓ2",
         f"Average of new and old accuracy in % at a rate of {LARGE_RATE:g}, and what the sum keeps "
         "at equal learning beside standard fine-tuning, in points; holds if the sum has the "
-        "largest average on every seed, fails if on none",
+        f"largest average on every seed, fails if on none. {_ANEW}",
         WITH_ALL_RIVALS,
         WITH_SUM,
         _sum_is_best_at_a_large_rate,
@@ -206,7 +207,7 @@ CLAUSES = (
         "FLOW's accuracy less standard fine-tuning's, in points: on the new task's hardest tenth "
         "and worst class at equal learning, on the hardest tenth at the same rates, and what it "
         "keeps of the old task; holds unless the first two gain more than the old task loses. "
-        "Worded anew when all runs were known",
+        f"{_ANEW}",
         (*FIRST, *_OTHERS_CLEAN),
         (),
         _hard_rows_gain_less_than_is_lost,

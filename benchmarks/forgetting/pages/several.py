@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypeAlias
 
@@ -34,6 +34,18 @@ def of_whole_seeds(studies: Studies) -> Studies:
     }
 
 
+def table_of_studies(heading: str, studies: Studies, rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a Markdown table with a column for each study; its first row counts their seeds.
+
+    Args:
+        heading: of the first column.
+        studies: the runs of each, of whole seeds, so that all cells of a study have as many.
+        rows: the cells of each, the row's name first.
+    """
+    seeds = (str(len({record["seed"] for record in records})) for records in studies.values())
+    return table([heading, *studies], [["seeds", *seeds], *rows])
+
+
 def table_by_rate(
     studies: Studies, methods: Sequence[str], cell: Callable[[list[Record]], str]
 ) -> list[str]:
@@ -54,4 +66,4 @@ def table_by_rate(
         [f"{methods[place]}, {rate:g}", *(cell(row[n]) if n in row else "–" for n in studies)]
         for (place, rate), row in sorted(by_run.items())
     ]
-    return table(["method, rate", *studies], rows)
+    return table_of_studies("method, rate", studies, rows)
