@@ -70,6 +70,17 @@ def test_the_line_of_python_leaves_out_the_hardest_rows_and_those_without_a_loss
         assert len(names["scores"]) == 40 - len(left_out)
 
 
+def test_no_more_rows_are_to_be_read_than_there_are():
+    for count, which in ((51, "the 50 hardest, where wrong rows gather,"), (20, "all 20")):
+        tail, even = torch.full((count,), 0.5), torch.linspace(0.1, 2.0, count)
+        tail[3] = 6.0
+        for losses in (tail, even):
+            advice = f"a hard one: read {which} and count the wrong."
+            assert advice in verdict_on(losses).plain_text()
+    even[-1] = torch.nan
+    assert "read all 19 and count" in verdict_on(even).plain_text()
+
+
 def test_lists_and_tables_say_where_rows_count_from(tmp_path):
     page = write_report(Scores(torch.rand(50) + 1), tmp_path).page.read_text("utf-8")
     assert page.count("Rows count from 0.") == 3  # all samples, the easiest, the hardest

@@ -32,14 +32,11 @@ _NEXT_TO_NOTHING = 1e-3  # mean weight below which training hardly moves
 _FAR = 3.0  # temperatures above the origin: a weight below exp(−3) = 0.05
 _FEW = 0.1  # effective share of the samples below which few of them decide
 _KNOWN = 0.1  # nats: a probability of 0.9
+_READ = 50  # of the hardest samples, to count the wrong
 _HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
 _ALIKE_WRONG_OR_RIGHT = (
     "That does not say that all rows are right: if some are wrong, these losses hardly tell them "
     "from the others, and neither weights nor leaving out the hardest has much to go by."
-)
-_COUNT = (
-    "Losses can't tell a wrong row from a hard one: read the 50 hardest, where wrong rows gather, "
-    "and count the wrong."
 )
 _CAUSES = {  # marks that may explain a large loss, as words for one sample and for several
     "outlier": ("an outlier", "outliers"),
@@ -125,13 +122,13 @@ def judge(
         leave_out = "This line of Python leaves out the N hardest, as many as you found wrong"
         leave_out += f", and the {missing:,} without a loss" if missing else ""
         leave_out += " (of images, `rows = torch.utils.data.Subset(rows, keep)`):"
-        text = [*verdict.text, _COUNT, leave_out]
+        text = [*verdict.text, _counting(present), leave_out]
         return replace(verdict, text=text, code=_leaving_out(missing))
     if share >= _ALIKE:
         title = "Nearly all losses are alike: weights would only make each step smaller."
         return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], name, RATE, AVERAGE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
-    return _by_rule(title, [effect, _COUNT], name, RIGHT, AVERAGE, WRONG, RATE, LARGE)
+    return _by_rule(title, [effect, _counting(present)], name, RIGHT, AVERAGE, WRONG, RATE, LARGE)
 
 
 def _least_known(largest: float) -> str:
@@ -140,6 +137,13 @@ def _least_known(largest: float) -> str:
         f"The largest loss is {largest:.2g} nats: of no sample have the targets less than "
         f"{math.floor(100 * math.exp(-largest))}%, in the geometric mean."
     )
+
+
+def _counting(present: int) -> str:
+    """How to tell which rows are wrong, of so many that have a loss."""
+    most = f"the {_READ} hardest, where wrong rows gather,"
+    which = most if present > _READ else f"all {present}"
+    return f"Losses can't tell a wrong row from a hard one: read {which} and count the wrong."
 
 
 def _leaving_out(missing: int) -> str:
