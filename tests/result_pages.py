@@ -7,6 +7,7 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+GUIDES = BENCHMARKS.parent / "examples" / "guides"
 CODE_OR_LINK = re.compile(r"`[^`]*`|\]\([^)]*\)")
 FIGURE = re.compile(r"(?<![\w.,^-])\d[\d.,]*(?![\w^-])")
 

@@ -211,3 +211,16 @@ def test_every_figure_on_drift_is_one_of_the_pages():
         *(*what_language_tells(), *what_language_chooses()),
     ]
     result_pages.check_section(result_pages.BENCHMARKS / "README.md", "Drift", fragments, SIZES)
+
+
+def test_the_guide_on_drift_says_the_same():
+    old, _, with_anchor, *_ = tables(VISION)
+    signs = ("cosine, inverted", "cosine, noise")
+    spans = [span(t, *signs, part=part) for t in (old, with_anchor) for part in (0, 1)]
+    said = (
+        "rank correlation was {:.2f} to {:.2f}, among runs at the same rate {:.2f} to {:.2f} (the… "
+        "with these it was {:.2f} to {:.2f}, and {:.2f} to {:.2f}."
+    )
+    guide = result_pages.GUIDES / "drift.md"
+    figures = [value for each in spans for value in each]
+    result_pages.check_section(guide, "Drift: what did my model forget?", [(said, figures)])

@@ -5,7 +5,7 @@ import re
 from statistics import mean
 
 from benchmarks.forgetting.evidence import CLEAN, STRENGTHS
-from tests.result_pages import BENCHMARKS, RESULTS, check_section, tables, text
+from tests.result_pages import BENCHMARKS, GUIDES, RESULTS, check_section, tables, text
 
 PAGES = RESULTS / "evidence"
 RARE = "rare_fashion_mnist"
@@ -250,3 +250,10 @@ def test_what_is_registered_tells_of_the_outcome_that_changed():
 
 def test_every_figure_on_weights_is_one_of_the_pages():
     check_section(BENCHMARKS / "README.md", "When do weights help?", fragments(), SIZES)
+
+
+def test_the_guide_on_vision_says_the_same_of_batch_norm():
+    row = "standard, BatchNorm fixed"
+    assert min(kept for (name, _), (kept, *_) in cells("evidence").items() if name == row) > 0
+    said = "evaluation mode, with which plain fine-tuning kept as much of the old task or more"
+    assert said in text(GUIDES / "vision.md")

@@ -65,6 +65,8 @@ def test_a_guides_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, caps
         else:
             exec(compile(code, str(page), "exec"), names)
     assert_the_model_before_competes(names)
+    if page.stem == "vision":
+        assert "\nchosen probe alone\n" in capsys.readouterr().out  # as the guide says
 
 
 def assert_the_model_before_competes(names):
