@@ -11,6 +11,7 @@ from benchmarks.forgetting.pages import choosing_rules, drift_measures
 from benchmarks.forgetting.pages import drift as drift_page
 from benchmarks.forgetting.readouts import retake_statistics
 from flowdata.drift import DriftMeter
+from flowdata.report.pictures import png
 from flowdata.study import hits, packed, unpacked
 from flowdata.study.choices import on_whole_seeds
 
@@ -101,10 +102,23 @@ def test_the_page_shows_every_part(records):
     assert drift_page.can_tell(records)
 
 
-def test_the_picture_marks_the_two_choices(records):
-    from benchmarks.forgetting.pages.drift_picture import draw_drift
+def test_the_picture_marks_the_two_choices(records, monkeypatch):
+    from benchmarks.forgetting.pages import drift_picture
 
-    assert draw_drift(records, "new task", drift_page.OLD)[:4] == b"\x89PNG"
+    drawings = []
+    monkeypatch.setattr(drift_picture, "png", lambda each: drawings.append(each) or png(each))
+    drawn = drift_picture.draw_drift(records, "new task", drift_page.OLD)
+    assert drawn[:4] == b"\x89PNG"
+    left, right = drawings[0].axes
+    assert left.get_xlabel() == "what drift says is kept (order only)"
+    assert right.get_xlabel() == "accuracy on the old task (%)"
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "FLOW (easy samples count more), at several learning rates",
+        "plain fine-tuning, at several learning rates",
+        "other methods and rates",
+        "chosen by drift",
+        "chosen by validation alone",
+    ]
 
 
 def test_right_answers_survive_their_text_and_count():

@@ -11,9 +11,15 @@ from flowdata.report.pictures import BLUE, GREEN, ORANGE, figure, png
 from flowdata.study import STANDARD, Record
 from flowdata.study.runs import records_by
 
-COLOURS = {STANDARD: BLUE, "FLOW": GREEN}
+_LINES = {  # over a method's rates: their colour and name
+    STANDARD: (BLUE, "plain fine-tuning, at several learning rates"),
+    "FLOW": (GREEN, "FLOW (easy samples count more), at several learning rates"),
+}
 _OTHERS = "#9aa2b1"
-_MARKS = {"chosen by drift": ("*", 260, ORANGE), "chosen blind": ("X", 110, "#c0392b")}
+_MARKS = {
+    "chosen by drift": ("*", 260, ORANGE),
+    "chosen by validation alone": ("X", 110, "#c0392b"),
+}
 
 
 def draw_drift(records: list[Record], probe: str, old: str) -> bytes:
@@ -35,17 +41,17 @@ def draw_drift(records: list[Record], probe: str, old: str) -> bytes:
     )
     marks = {
         "chosen by drift": ranking[0].name,
-        "chosen blind": max(runs, key=lambda name: runs[name]["validation"]),
+        "chosen by validation alone": max(runs, key=lambda name: runs[name]["validation"]),
     }
     with figure(10, 4.4, panels=2, sharey=True) as (drawing, (left, right)):
         _draw(left, runs, marks, lambda run: run["drift"].kept, "validation")
         left.set(
             title="What you see: no old data",
-            xlabel="kept of the old task, as the drift tells it (an order: 1 is all)",
+            xlabel="what drift says is kept (order only)",
             ylabel="accuracy on the new task (%)",
         )
         _draw(right, runs, marks, lambda run: run["old"], "new")
-        right.set(title="What was true", xlabel=f"{old} (%)")
+        right.set(title="What was true", xlabel="accuracy on the old task (%)")
         before = max(record["retained"][old] for record in records if record["rate"] == 0)
         right.axvline(before, color=_OTHERS, linestyle="--", linewidth=1)
         right.annotate(
@@ -90,15 +96,15 @@ def _draw(
     across: Callable[[Mapping[str, Any]], float],
     up: str,
 ) -> None:
-    """Draw all runs as points, and the marked ones with their names."""
+    """Draw all runs as points, and the marked ones in shapes of their own."""
     for method in dict.fromkeys(run["method"] for run in runs.values()):
         points = [(across(run), run[up]) for run in runs.values() if run["method"] == method]
-        colour = COLOURS.get(method, _OTHERS)
+        colour, label = _LINES.get(method, (_OTHERS, ""))
         axes.scatter(*zip(*points, strict=True), s=26, color=colour, linewidths=0)
-        if method in COLOURS:  # a line over the rates
-            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.5, label=method)
+        if label:
+            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.5, label=label)
     axes.scatter([], [], s=26, color=_OTHERS, linewidths=0, label="other methods and rates")
     for what, name in marks.items():
         shape, size, colour = _MARKS[what]
         place = across(runs[name]), runs[name][up]
-        axes.scatter(*place, marker=shape, s=size, color=colour, zorder=3, label=f"{what}: {name}")
+        axes.scatter(*place, marker=shape, s=size, color=colour, zorder=3, label=what)
