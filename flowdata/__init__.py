@@ -1,8 +1,9 @@
-"""Fine-tuning without forgetting, in the data layer.
+"""What fine-tuning forgets, without the old data, and weights by the pre-trained model's loss.
 
-Score every sample once with the frozen pre-trained model, then weight or resample by
-w = exp(−loss / temperature), so that easy samples count more and the model drifts less
-(FLOW: Sanyal et al., ICML 2025, arXiv:2502.02797).
+`DriftMeter` measures how far a model has moved from what it was. Where rows may be wrong, score
+every sample once with the frozen pre-trained model, then weight or resample by
+w = exp(−loss / temperature), so that easy samples count more (FLOW: Sanyal et al., ICML 2025,
+arXiv:2502.02797).
 """
 
 from importlib import import_module

@@ -11,6 +11,7 @@ import pytest
 
 import flowdata
 from flowdata.cli.commands import COMMANDS
+from flowdata.cli.parser import make_parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +25,17 @@ def seconds_to_import(name):
     return float(
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     )
+
+
+def test_the_package_describes_itself_in_the_same_words_everywhere():
+    written = {
+        name: (ROOT / name).read_text("utf-8")
+        for name in ("pyproject.toml", "CITATION.cff", "examples/site/mkdocs.yml")
+    }
+    said = re.search(r'^description = "(.*)"$', written["pyproject.toml"], re.M)[1]
+    assert f'\ntitle: "flowdata: {said[0].lower()}{said[1:]}"\n' in written["CITATION.cff"]
+    assert f"\nsite_description: {said}\n" in written["examples/site/mkdocs.yml"]
+    assert make_parser().description == f"{said}."
 
 
 def test_importing_takes_little_more_than_importing_torch():

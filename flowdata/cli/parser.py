@@ -59,7 +59,9 @@ def _use_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser; `options.run` of what it parses is the command's function."""
     parser = argparse.ArgumentParser(
-        prog="flowdata", description="Fine-tuning without forgetting, in the data layer."
+        prog="flowdata",
+        description="Shows what fine-tuning forgets, without the old data, and weighs samples by "
+        "the pre-trained model's loss.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
