@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowdata.cli import demo_run
-from flowdata.cli.demo_picture import draw_demo
+from flowdata.cli.demo_picture import SIZE, draw_demo
 from flowdata.cli.demo_result import BEST, BLIND, BY_DRIFT, RIGHT, WRONG
 from flowdata.drift import Drift
 from flowdata.report.pictures import figure
@@ -95,7 +95,7 @@ def test_the_picture_is_written_and_the_figures_are_json(short):
 
 
 def test_both_panels_show_the_choices_and_the_legend_covers_neither(short):
-    with figure(11, 4.6, panels=2, sharey=True) as (drawing, panels):
+    with figure(*SIZE, panels=2, sharey=True) as (drawing, panels):
         draw_demo(panels, short)
         drawing.draw_without_rendering()
         (legend,) = drawing.legends
@@ -112,10 +112,26 @@ def test_both_panels_show_the_choices_and_the_legend_covers_neither(short):
                 new = mean(run["target"]["accuracy"] for run in runs)
                 assert places == [[old, new]]
                 kept = mean(Drift(**run["drift"]["new task"]).kept for run in runs)
-                assert f"drift says: kept {kept:.2f}" in [text.get_text() for text in axes.texts]
+                assert f"drift: kept {kept:.2f} (order only)" in [t.get_text() for t in axes.texts]
     texts = [text.get_text() for text in legend.get_texts()]
     assert len(texts) == len(set(texts)) == 5
     assert panels[0].get_ylabel() == "accuracy on the new task (%)"
+
+
+def test_the_picture_says_what_the_tasks_and_flow_are_and_clips_no_text(short):
+    with figure(*SIZE, panels=2, sharey=True) as (drawing, panels):
+        draw_demo(panels, short)
+        drawing.draw_without_rendering()
+        (legend,) = drawing.legends
+        assert drawing.get_suptitle().startswith("A network that reads upright digits (the old")
+        names = [text.get_text() for text in legend.get_texts()]
+        assert "FLOW (easy samples count more), same rates" in names
+        texts = [*panels[0].texts, *panels[1].texts, *drawing.texts, *legend.get_texts()]
+        for text in texts:
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= drawing.bbox.width, text.get_text()
+            assert 0 <= box.y0 < box.y1 <= drawing.bbox.height, text.get_text()
+        assert len(texts) > 15
 
 
 def test_the_same_seed_measures_the_same(monkeypatch, tmp_path):

@@ -20,18 +20,21 @@ from flowdata.report.pictures import BLUE, GREEN, ORANGE
 from flowdata.study import LINEAR_PROBE, STANDARD, Record
 from flowdata.study.runs import records_by
 
+SIZE = (9.5, 5.2)  # inches
+_TITLE = "A network that reads upright digits (the old task) learns turned ones (the new task)"
 _GREY, _RED = "#9aa2b1", "#c0392b"
 _COLOURS = {STANDARD: BLUE, MEAN_WEIGHT: _GREY, FLOW: GREEN}
 _NAMES = {
-    STANDARD: "standard fine-tuning (rates beside its points)",
+    STANDARD: "standard fine-tuning (learning rates beside its points)",
     MEAN_WEIGHT: "every sample at FLOW's mean weight, same rates",
-    FLOW: "FLOW, same rates",
+    FLOW: "FLOW (easy samples count more), same rates",
 }
-_CHOICES = {  # the shape, colour and name of their marks, and where what drift says of them stands
-    BY_DRIFT: ("*", ORANGE, "chosen by drift, without old data", (-30, -42)),
-    BLIND: ("X", _RED, "chosen by new accuracy alone", (-14, 18)),
+_CHOICES = {  # the shape, colour and name of their marks, and how far off what drift says stands
+    BY_DRIFT: ("*", ORANGE, "chosen by drift, without old data", (30, -42)),
+    BLIND: ("X", _RED, "chosen by new accuracy alone", (14, 18)),
 }
-_LEGEND_COLUMNS = 3
+_LEGEND_COLUMNS = 2
+_MOST = 103  # accuracy in % at the edge, so that marks at 100 are whole
 
 
 def draw_demo(panels: Sequence[Any], result: DemoResult) -> None:
@@ -51,21 +54,24 @@ def draw_demo(panels: Sequence[Any], result: DemoResult) -> None:
         axes.annotate("better ↗", (0.02, 0.03), xycoords="axes fraction", fontsize=9)
         _draw_choices(axes, result.choices(case))
     panels[0].set_ylabel("accuracy on the new task (%)")
+    panels[0].figure.suptitle(_TITLE, fontsize=12, weight="bold")
     # A run far below the probe has diverged: its point would press all others together.
     lowest = min(_start(records)[1] for records in result.records.values())
     for axes in panels:
-        axes.set(xlim=(0, 103), ylim=(lowest - 5, 100))
+        axes.set(xlim=(0, _MOST), ylim=(lowest - 5, _MOST))
     _draw_legend(panels)
 
 
 def _draw_choices(axes: Any, chosen: Mapping[str, list[Record]]) -> None:
     """Draw where each rule's choices lie, the means over the seeds, and what drift says of them."""
-    for rule, (shape, colour, name, away) in _CHOICES.items():
+    for rule, (shape, colour, name, (across, up)) in _CHOICES.items():
         place = _middle(chosen[rule])
+        is_left = place[0] < _MOST / 2  # where words have room on the other side alone
         axes.scatter(*place, marker=shape, s=130, color=colour, zorder=4, label=name)
         axes.annotate(
-            f"drift says: kept {mean(map(_kept, chosen[rule])):.2f}", place, color=colour,
-            fontsize=8, ha="right", xytext=away, textcoords="offset points",
+            f"drift: kept {mean(map(_kept, chosen[rule])):.2f} (order only)", place, color=colour,
+            fontsize=8, ha="left" if is_left else "right",
+            xytext=(across if is_left else -across, up), textcoords="offset points",
             arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5},
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from flowdata._common.progress import progress_bar
 from flowdata._common.rng import preserved_rng
-from flowdata.cli.demo_picture import draw_demo
+from flowdata.cli.demo_picture import SIZE, draw_demo
 from flowdata.cli.demo_result import FLOW, MEAN_WEIGHT, OLD, RIGHT, WRONG, DemoResult
 from flowdata.report.pictures import figure, png
 from flowdata.study import (
@@ -67,7 +67,7 @@ def run_demo(output: str | Path, *, seeds: int = 4, progress: bool = True) -> De
         raise ValueError(f"output must name a file, and {output} is a folder")
     images, labels = _digits()
     # The figure is opened first, so that a missing matplotlib is reported before the training.
-    with figure(11, 4.6, panels=2, sharey=True) as (drawing, panels):
+    with figure(*SIZE, panels=2, sharey=True) as (drawing, panels):
         result = DemoResult(*_measure(images, labels, seeds, progress), Path(output))
         draw_demo(panels, result)
         result.picture.parent.mkdir(parents=True, exist_ok=True)
