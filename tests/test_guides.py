@@ -8,10 +8,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import flowdata
+from examples.site import in_a_clone
 from examples.site.command_line import on_page_markdown
 from flowdata import study
 from flowdata.cli import main
@@ -169,6 +171,18 @@ def test_every_page_of_the_reference_says_how_to_read_it_in_a_clone():
             )
             docstring = pkgutil.resolve_name(name).__doc__
             assert docstring.splitlines()[0] in done.stdout
+
+
+def test_the_site_leaves_out_how_to_read_the_reference_in_a_clone():
+    for page in REFERENCE.glob("*.md"):
+        title, first, *others = page.read_text().split("\n\n")
+        assert first.startswith("In a clone ")
+        place = SimpleNamespace(file=SimpleNamespace(src_uri=f"reference/{page.name}"))
+        text = in_a_clone.on_page_markdown(page.read_text(), page=place)
+        assert text.split("\n\n") == [title, *others]
+    guide = SimpleNamespace(file=SimpleNamespace(src_uri="README.md"))
+    said = "How?\n\nIn a clone of it:\n\npip"
+    assert in_a_clone.on_page_markdown(said, page=guide) == said
 
 
 def test_pictures_of_guides_are_small():
