@@ -3,9 +3,9 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.models import tiny_llama
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 TRIED = ("Install", "A language model", "An image model, in a loop of your own", "More")
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of this name stands in for the hub's
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of this name may stand in for the hub's
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -46,12 +46,25 @@ def save_stand_in(folder):
     tokenizer.save_pretrained(folder)
 
 
-def is_reachable(host):
+def is_on_the_hub():
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        socket.create_connection((host, 443), timeout=5).close()
+        urlopen(f"{hub}/api/models/{MODEL}", timeout=5).close()
     except OSError:
         return False
     return True
+
+
+@pytest.fixture(params=["stand-in", pytest.param("hub", marks=pytest.mark.slow)])
+def put_model(request, monkeypatch):
+    """Puts the stand-in for the model into a folder, or leaves the name to the hub."""
+    pytest.importorskip("transformers")
+    if request.param == "stand-in":
+        return lambda folder: save_stand_in(folder / MODEL)
+    if not is_on_the_hub():
+        pytest.skip(f"no network: {MODEL} can't be reached")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # see conftest.py
+    return lambda folder: None
 
 
 def test_it_fits_on_a_page_and_every_block_is_tried():
@@ -60,10 +73,9 @@ def test_it_fits_on_a_page_and_every_block_is_tried():
     assert len(blocks) == README.count("\n```") / 2
 
 
-def test_the_language_models_blocks_run(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("transformers")
+def test_the_language_models_blocks_run(put_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save_stand_in(MODEL)
+    put_model(tmp_path)
     (_, shell), (_, python) = section("A language model")
     assert MODEL in shell
     assert MODEL in python
@@ -104,11 +116,9 @@ def test_a_fresh_environment_gets_the_extras_that_the_blocks_need():
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_the_page_runs_from_top_to_bottom_in_a_fresh_clone(tmp_path):
-    """With the hub's model; where the hub can't be reached, with the folder that stands for it."""
+def test_the_page_runs_from_top_to_bottom_in_a_fresh_clone(put_model, tmp_path):
     subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
-    if not is_reachable("huggingface.co"):
-        save_stand_in(tmp_path / "clone" / MODEL)
+    put_model(tmp_path / "clone")
     script = ["set -euo pipefail"]
     for title in TRIED[:3]:
         for number, (language, code) in enumerate(section(title)):
