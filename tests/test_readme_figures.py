@@ -6,10 +6,10 @@ from benchmarks.forgetting.evidence import CLEAN
 from flowdata.report import rule
 from tests import test_drift_figures as drift
 from tests import test_evidence_figures as evidence
-from tests.result_pages import BENCHMARKS, check_section, tables, text
+from tests.result_pages import BENCHMARKS, GUIDES, check_section, tables, text
 
 README = BENCHMARKS.parent / "README.md"
-WHEN = BENCHMARKS.parent / "examples" / "guides" / "when.md"
+WHEN = GUIDES / "when.md"
 PAGE = text(BENCHMARKS / "README.md")  # whose figures have tests of their own
 PROBES = ("inverted", "noise")
 TENTH, THIRD = "wrong10_fashion_mnist", "wrong33_fashion_mnist"
