@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIGURES = (
-    "The figures behind this: small networks on eleven sets of images, five seeds each; kept is the "
-    "accuracy on the old task where as much of the new one is learned"
+    "The figures behind this: small networks on eleven sets of images, five seeds each; kept is "
+    "the accuracy on the old task where as much of the new one is learned"
 )
 
 
@@ -52,9 +52,9 @@ WRONG = Clause(
 )
 SHARE = Clause(
     "Where you know how many are wrong, leave out as many of the hardest: as good, or better.",
-    "Trimming kept -2.0 to +26.6 points beside FLOW; at equal learning the new task's hardest tenth "
-    "was -9.6 to -3.6 points beside plain fine-tuning's, FLOW's -6.5 to -0.3 (held on 1 of 1 sets "
-    "known before, 4 of 4 others).",
+    "Trimming kept -2.0 to +26.6 points beside FLOW; at equal learning the new task's hardest "
+    "tenth was -9.6 to -3.6 points beside plain fine-tuning's, FLOW's -6.5 to -0.3 (held on 1 of 1 "
+    "sets known before, 4 of 4 others).",
 )
 HARD = Clause(
     "Where hard rows are right and matter to you, leave the weights out too: the old task loses "
