@@ -1,8 +1,10 @@
 """Choosing among runs by validation and drift."""
 
+import json
 import logging
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 
 from flowdata.drift import Drift, choose, draw_front, rank
 from flowdata.drift.choosing import _Terms
+
+ONES = torch.ones(64, dtype=torch.float64)
 
 
 def drift(kl=0.1, agreement=0.9, cosine=0.9, *, of="tokens", samples=64, per_sample=None):
@@ -311,3 +315,25 @@ def test_what_accuracies_are_weighed_with_is_in_a_drifts_repr():
 def test_a_number_in_the_place_of_a_drift_is_refused():
     with pytest.raises(TypeError, match=r"runs must be \(name, validation, Drift\), got float"):
         choose([("a", 1.0, 0.1)])
+
+
+@pytest.mark.parametrize("of", ["tokens", "samples"])
+@pytest.mark.parametrize("value", [0.1234567890123456789, 1e-300, math.inf, math.nan])
+def test_a_saved_drift_makes_the_same_drift_again(value, of):
+    runs = [("a", 0.5, drift(of=of)), ("b", 0.4, drift(value, of=of, per_sample={"kl": ONES}))]
+    saved = [(name, score, json.dumps(each.to_dict())) for name, score, each in runs]
+    again = [(name, score, Drift(**json.loads(each))) for name, score, each in saved]
+    for (*_, before), (*_, after) in zip(runs, again, strict=True):
+        assert repr(after.to_dict()) == repr(before.to_dict())
+        assert set(after.to_dict()) == {field.name for field in fields(Drift)} - {"per_sample"}
+        assert after.kept == before.kept
+    assert choose(again) == choose(runs)
+
+
+def test_what_was_saved_of_a_drift_is_refused_with_how_to_make_one_of_it():
+    for saved in (drift().to_dict(), 0.1):
+        with pytest.raises(TypeError, match=r"for 'b'; what .* one again: Drift\(\*\*saved\)"):
+            choose([("a", 1.0, drift()), ("b", 0.9, saved)])
+    printed = drift(math.inf).to_dict() | {"kl": None}  # as the command line writes inf
+    with pytest.raises(TypeError, match=r"drift of 'b' must have a number as kl, got None"):
+        choose([("a", 1.0, drift()), ("b", 0.9, Drift(**printed))])

@@ -174,7 +174,13 @@ def _checked(run: Run) -> Run:
     name, score, drift = run
     if not isinstance(drift, Drift):
         raise TypeError(
-            f"runs must be (name, validation, Drift), got {type(drift).__name__} for {name!r}"
+            f"runs must be (name, validation, Drift), got {type(drift).__name__} for {name!r}; "
+            "what Drift.to_dict() returned makes one again: Drift(**saved)"
+        )
+    if as_float(drift.kl) is None:
+        raise TypeError(
+            f"the drift of {name!r} must have a number as kl, got {drift.kl!r}; that of a model "
+            "which gives no numbers, null on the command line, is float('inf')"
         )
     number = as_float(score)
     if number is None:

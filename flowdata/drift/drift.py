@@ -64,7 +64,18 @@ class Drift:
         return f"Drift({values}, kept={self.kept:.4g}, samples={self.samples})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the measures by name, JSON-like, without those of single samples."""
+        """Return the measures by name, JSON-like, without those of single samples.
+
+        They make the same Drift again. `choose` then takes it as exact: what tells how certain it
+        is lies in `per_sample`.
+
+        Example:
+            >>> import json
+            >>> drift = Drift(0.0123, 0.0119, 0.98, 0.97, samples=64, head="own", of="samples")
+            >>> saved = json.dumps(drift.to_dict())
+            >>> Drift(**json.loads(saved)) == drift
+            True
+        """
         names = ("kl", "reverse_kl", "cosine", "agreement", "samples", "head", "of")
         return {name: getattr(self, name) for name in names}
 
