@@ -341,6 +341,27 @@ def test_adapters_are_measured_as_they_are_merged_or_not(targets):
         assert meter(tuned).kl < 1e-6
 
 
+def test_a_meter_may_be_made_before_or_after_new_adapters_and_its_file_not(tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, store = tiny_llama(), tmp_path / "meter.safetensors"
+    before = DriftMeter(model, TOKENS, store=store)
+    tuned = get_peft_model(model, config)
+    after = DriftMeter(tuned, TOKENS)
+    with pytest.raises(ScoreMismatchError, match="another body"):
+        DriftMeter(tuned, TOKENS, store=store)
+    assert before(tuned).to_dict() == after(tuned).to_dict()
+    assert before(tuned).kl == 0
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert before(tuned).kl > 1e-4
+    assert before(tuned).to_dict() == after(tuned).to_dict()
+    trained = DriftMeter(tuned, TOKENS)  # takes the adapters for a part of the model as it was
+    assert trained(tuned).kl == 0
+    assert DriftMeter(tiny_llama(), TOKENS, store=store)(tuned).kl == before(tuned).kl
+
+
 class Dropping(nn.Linear):
     """A linear layer with dropout of its own, which has to be called."""
 
