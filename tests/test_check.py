@@ -151,6 +151,31 @@ def test_the_shortest_and_the_longest_of_all_are_checked():
     assert max(checked) == max(len(sample["input_ids"]) for sample in samples)
 
 
+NOTED = []
+
+
+class Noting(nn.Linear):
+    """Notes the single samples that it is run on, and in which dtype."""
+
+    def forward(self, x):
+        if len(x) == 1:
+            NOTED.append((self.weight.dtype, x[0, 0].item()))
+        return super().forward(x)
+
+
+def test_of_a_small_data_set_each_sample_is_looked_at_alone_once_in_each_dtype():
+    NOTED.clear()
+    inputs = torch.arange(16.0)[:, None].expand(16, 4)  # all are numbers in bfloat16, too
+    scorer = LossScorer(Noting(4, 3), "cross_entropy", dtype="bfloat16", progress=False)
+    scorer.score(TensorDataset(inputs, torch.arange(16) % 3))
+    exact, plain = (
+        [place for at, place in NOTED if at == dtype] for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert sorted(exact) == list(range(16))
+    assert set(plain) == set(range(16))
+    assert len(plain) < 2 * 16  # one or another is looked at for what the model makes, too
+
+
 def test_suspects_of_another_data_set_are_none_of_this():
     samples = token_samples(30)
     scorer = LossScorer(tiny_llama(), "causal_lm", dtype="float32", progress=False)

@@ -56,7 +56,9 @@ from flowdata.targets.target_losses import Way, joined
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
 _MOST_SOUGHT = 1000  # samples that are looked through for one whose shape tells the axis of classes
-_MOST_CHECKED = 8  # samples before a run; of a data set as small as `FEW`, all are
+# Samples before a run. Of a data set as small as `FEW` all are: a single wrong one would be a large
+# share of its figures, and too few are looked at during the run to meet it there.
+_MOST_CHECKED = 8
 _MOST_ASKED = 3  # samples whose loss is compared with the model's own
 
 

@@ -129,7 +129,9 @@ def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str
 def _look_again(truth: Truth, evidence: Evidence) -> None:
     """Learn the truth of all samples in float32, and what rounding costs on further ones."""
     evidence.is_whole = True
-    further = [truth.job.collate([each]) for each in truth.job.few_samples if is_short(each)]
+    known = set(map(id, evidence.samples))  # of a small data set all
+    others = [each for each in truth.job.few_samples if is_short(each) and id(each) not in known]
+    further = list(map(truth.job.collate, ([each] for each in others)))
     with truth.exact_model() as model:
         if model is None:
             truth.is_last_look = True
