@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flowdata import LossScorer
+from flowdata import DriftMeter, LossScorer
 from flowdata.scoring.check import agreed_way, samples_to_check
 from flowdata.scoring.grouping import alike, alone, together
 from flowdata.scoring.job import Job
@@ -149,6 +151,30 @@ def test_the_shortest_and_the_longest_of_all_are_checked():
     checked = [len(sample["input_ids"]) for sample in samples_to_check(job, make_plan(job, 1, {}))]
     assert min(checked) == 3
     assert max(checked) == max(len(sample["input_ids"]) for sample in samples)
+
+
+@pytest.mark.parametrize("size", [16, 40])
+@pytest.mark.parametrize("measure", [LossScorer.score, DriftMeter])
+def test_a_model_that_refuses_batches_is_given_samples_alone_however_many_there_are(size, measure):
+    # Without a token to pad with. Those that are checked differ in length: each a batch of its own.
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, num_labels=3)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    samples = [
+        {"input_ids": torch.arange(4 + place % 8) + place % 8, "labels": place % 3}
+        for place in range(size)
+    ]
+    if measure is DriftMeter:
+        assert DriftMeter(model, samples)(model).kl == 0
+        return
+    scorer = LossScorer(model, "cross_entropy", dtype="float32", progress=False)
+    scores = scorer.score(samples)
+    with torch.no_grad():
+        logits = [model(sample["input_ids"][None]).logits for sample in samples]
+    labels = torch.tensor([sample["labels"] for sample in samples])
+    expected = F.cross_entropy(torch.cat(logits), labels, reduction="none")
+    torch.testing.assert_close(scores.losses, expected, rtol=1e-5, atol=1e-5)
+    scorer._suspects = (1,)  # is looked at beside all of its pack
+    torch.testing.assert_close(scorer.score(samples).losses, expected, rtol=1e-5, atol=1e-5)
 
 
 NOTED = []

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowdata._common.excerpts import first_line
 from flowdata._common.unreadable import Unreadable
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.grouping import alike, alone
@@ -74,7 +75,10 @@ def disagreement_among_alike(candidate: Candidate, truth: Truth, plan: Plan) -> 
         return ""
     left, collate = FEW, truth.job.collate
     for group in _groups_of_one_shape(truth.job, plan):
-        losses = candidate.way(truth.model, collate(group)).columns(token_losses=False)
+        try:
+            losses = candidate.way(truth.model, collate(group)).columns(token_losses=False)
+        except Exception as error:  # whatever it is, samples alone do without
+            return f"among samples of one shape, {first_line(error)}"
         for row, sample in enumerate(group[:left]):
             batch = collate([sample])
             columns = {name: values[row : row + 1] for name, values in losses.items()}
@@ -108,7 +112,10 @@ def _disagreement_of(index: int, candidate: Candidate, truth: Truth, plan: Plan)
     indices = next(pack for pack in map(plan.pack, range(len(plan))) if index in pack)
     readable = _readable(job, indices)
     groups = candidate.grouping([sample for _, sample in readable])
-    losses = joined([candidate.way(truth.model, job.collate(group)) for group in groups])
+    try:
+        losses = joined([candidate.way(truth.model, job.collate(group)) for group in groups])
+    except Exception as error:  # whatever it is, samples alone do without
+        return first_line(error)
     row = [each for each, _ in readable].index(index)
     columns = {
         name: values[row : row + 1] for name, values in losses.columns(token_losses=False).items()
