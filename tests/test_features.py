@@ -58,6 +58,11 @@ class FailsAtLast(nn.Linear):
         return super().forward(x)
 
 
+def test_features_show_what_is_run(capsys):
+    compute_features(nn.Linear(3, 2), TensorDataset(torch.randn(7, 3), torch.zeros(7)))
+    assert "features: running the body: 7 of 7 samples (100%)" in capsys.readouterr().err
+
+
 def test_a_body_that_does_not_run_in_a_dtype_is_told_which_it_runs_in():
     data = TensorDataset(torch.randn(70, 3), torch.zeros(70))
     options = {"batch_size": 64, "progress": False}

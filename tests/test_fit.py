@@ -187,4 +187,4 @@ def test_fits_that_take_long_show_their_progress(shown, capsys, monkeypatch):
     fit_head(nn.Linear(3, 2), features, targets, progress=shown)
     lines = capsys.readouterr().err.splitlines()
     assert bool(lines) == shown
-    assert not shown or lines[-1].startswith("head: 135 of 135 fits (100%)")
+    assert not shown or lines[-1].startswith("head: choosing its strength: 135 of 135 fits (100%)")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from flowdata import LossScorer
 from flowdata._common import progress
 from flowdata.drift import DriftMeter, inverted_images, own_text, smooth_images
 from flowdata.errors import ScoreMismatchError
@@ -56,14 +57,25 @@ def test_writing_and_measuring_that_take_long_show_their_progress(capsys, monkey
     for options in ({}, {"progress": False}):
         texts = own_text(model, Tokenizer(), samples=70, length=6, **options)
         err = capsys.readouterr().err
-        assert ("writing: 420 of 420 tokens (100%)" in err) == (not options)
+        assert ("own text: writing: 420 of 420 tokens (100%)" in err) == (not options)
         assert "writing: 64 of 420 tokens (15%)" in err or options
         meter = DriftMeter(model, texts, **options)
         shown = capsys.readouterr().err, (meter(model), capsys.readouterr().err)[1]
-        assert all(("probe: 70 of 70 samples (100%)" in err) == (not options) for err in shown)
+        line = "drift: reading the probe: 70 of 70 samples (100%)"
+        assert all((line in err) == (not options) for err in shown)
     monkeypatch.setenv("RANK", "1")
     DriftMeter(model, own_text(model, Tokenizer(), samples=2, length=2))
     assert capsys.readouterr().err == ""
+
+
+def test_a_check_that_takes_long_says_what_it_looks_at(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 5).__next__)  # seconds
+    samples = [{"input_ids": torch.arange(4 + place)} for place in range(16)]
+    DriftMeter(tiny_llama(), samples, dtype="bfloat16")
+    LossScorer(tiny_llama(), dtype="float32").score(samples)
+    err = capsys.readouterr().err
+    for name in ("prediction alone", "prediction alone, in float32", "loss alone"):
+        assert f"checking each sample's {name}: 16 of 16 samples (100%)" in err
 
 
 def test_texts_begin_where_a_users_words_would_and_end_where_the_model_ends_them():
@@ -239,7 +251,8 @@ def test_inverted_images_that_take_long_show_their_progress(capsys, monkeypatch)
     monkeypatch.setattr(progress, "monotonic", itertools.count(0, 5).__next__)  # seconds
     for options in ({}, {"progress": False}):
         inverted_images(convolutional(), (3, 16, 16), 32, steps=3, **options)
-        assert ("images: 3 of 3 steps (100%)" in capsys.readouterr().err) == (not options)
+        line = "making inverted images: 3 of 3 steps (100%)"
+        assert (line in capsys.readouterr().err) == (not options)
 
 
 def test_inverted_images_want_statistics_and_logits():

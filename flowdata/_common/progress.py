@@ -32,7 +32,8 @@ def progress_bar(
 
     Args:
         total: number of units in the whole work.
-        name: the work's name, at the beginning of the line.
+        name: what is done and for whom, in a few words, at the beginning of each line: a log holds
+            those of others as well.
         unit: the unit's name, in the plural.
         initial: number of units that an earlier run has done; the share includes them, the speed
             does not.

@@ -96,10 +96,11 @@ def inverted_images(
         device = home(model)
         parts = starts.to(device).tensor_split(max(1, samples // _AT_ONCE))
         shown, total = progress and is_first_rank(), steps * len(parts)
+        name = "making inverted images"
         with (
             preserved_rng(seed),
             frozen_model(model, torch.float32, device) as frozen,
-            progress_bar(total, "images", "steps", shown=shown, patient=True) as advance,
+            progress_bar(total, name, "steps", shown=shown, patient=True) as advance,
         ):
             check_has_head(frozen, lambda: _logits(frozen, parts[0][:1]))
             images = torch.cat([_invert(frozen, part, steps, advance) for part in parts]).cpu()

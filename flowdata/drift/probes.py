@@ -144,10 +144,11 @@ def _write_texts(
     device = home(model)
     dtype = resolve_dtype("auto", model, device)
     parts, is_shown = [], progress and is_first_rank()
+    total, name = samples * length, "own text: writing"
     with (
         preserved_rng(seed),
         frozen_model(model, dtype, device) as frozen,
-        progress_bar(samples * length, "writing", "tokens", shown=is_shown, patient=True) as bar,
+        progress_bar(total, name, "tokens", shown=is_shown, patient=True) as bar,
     ):
         for start in range(0, samples, _AT_ONCE):
             rows = min(_AT_ONCE, samples - start)

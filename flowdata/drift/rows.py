@@ -276,8 +276,8 @@ class Reader:
     def _by_way(self, job: Job, model: nn.Module, way: Candidate) -> TargetLosses:
         self._last_ways[_structure(model)] = way.name
         parts: list[TargetLosses] = []
-        size = len(job.dataset)
-        with progress_bar(size, "probe", "samples", shown=job.progress, patient=True) as advance:
+        size, name = len(job.dataset), "drift: reading the probe"
+        with progress_bar(size, name, "samples", shown=job.progress, patient=True) as advance:
             for number in range(len(self._plan)):
                 pack = self._plan.pack(number).tolist()
                 groups = way.grouping([job.dataset[index] for index in pack])

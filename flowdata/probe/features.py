@@ -108,7 +108,8 @@ def compute_features(
                 generator=torch.Generator(),
             )
             explain = partial(_explain, model, body_dtype, device)
-            with progress_bar(len(dataset), "features", "samples", shown=progress) as advance:
+            name = "features: running the body"
+            with progress_bar(len(dataset), name, "samples", shown=progress) as advance:
                 features, targets = _run_body(body, loader, device, advance, explain)
         return {"feature": features, "target": targets}
 

@@ -70,8 +70,8 @@ def best_strength(
         return _FALLBACK
     losses = [0.0] * len(strengths)
     is_training = torch.ones(len(strata), dtype=torch.bool, device=strata.device)
-    fits = len(held_out) * len(strengths)
-    with progress_bar(fits, "head", "fits", shown=progress, patient=True) as advance:
+    fits, name = len(held_out) * len(strengths), "head: choosing its strength"
+    with progress_bar(fits, name, "fits", shown=progress, patient=True) as advance:
         for indices in held_out:
             is_training[indices] = False
             training, testing = problem.rows(is_training.nonzero()[:, 0]), problem.rows(indices)

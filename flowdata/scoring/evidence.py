@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from flowdata._common.excerpts import first_line
 from flowdata._common.progress import progress_bar
 from flowdata.models.compiled import give_up, is_compiled
@@ -75,12 +77,15 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
     return evidence
 
 
-def _columns_of_each(truth: Truth, batches: list[Any]) -> list[Columns]:
+def _columns_of_each(
+    truth: Truth, batches: list[Any], model: nn.Module | None = None
+) -> list[Columns]:
     """Each batch's columns, under a progress bar: a large model takes a while."""
-    columns, shown = [], truth.job.progress
-    with progress_bar(len(batches), "checking", "samples", shown=shown, patient=True) as advance:
+    columns, shown, size = [], truth.job.progress, len(batches)
+    name = f"checking each sample's {truth.noun} alone" + ", in float32" * (model is not None)
+    with progress_bar(size, name, "samples", shown=shown, patient=True) as advance:
         for batch in batches:
-            columns.append(truth.columns(batch))
+            columns.append(truth.columns(batch, model))
             advance(1)
     return columns
 
@@ -137,10 +142,10 @@ def _look_again(truth: Truth, evidence: Evidence) -> None:
             truth.is_last_look = True
             return
         rest = evidence.batches[len(evidence.exact) :]
-        evidence.exact.extend(truth.columns(batch, model) for batch in rest)
-        exact = [truth.columns(batch, model) for batch in further]
+        exact = _columns_of_each(truth, [*rest, *further], model)
+    evidence.exact.extend(exact[: len(rest)])
     truth.learn_errors(evidence.plain, evidence.exact)
-    truth.learn_errors([truth.columns(batch) for batch in further], exact)
+    truth.learn_errors([truth.columns(batch) for batch in further], exact[len(rest) :])
 
 
 def _columns_of(candidate: Candidate, truth: Truth, evidence: Evidence) -> list[Columns]:
