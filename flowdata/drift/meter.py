@@ -25,6 +25,7 @@ from flowdata._common.offsets import offsets_of
 from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
+from flowdata.drift.refusals import check_batch_norm, check_logits, check_model, check_numbers
 from flowdata.drift.rows import Reader, Rows
 from flowdata.drift.several import divergences_of_answers, has_several_labels
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
@@ -34,7 +35,6 @@ from flowdata.models.precision import name_of, without_autocast
 from flowdata.scoring.collate import Collate
 from flowdata.store.identity import features_identity
 from flowdata.store.kept import check_name, keep
-from flowdata.targets.which_loss import are_probabilities
 
 BatchNorm = Literal["reference", "own"]
 # The cosine between two output layers' weights above which one is taken for a later state of the
@@ -102,8 +102,8 @@ class DriftMeter:
         dataset_id: str | None = None,
         progress: bool = True,
     ) -> None:
-        _check_model(model)
-        _check_batch_norm(batch_norm)
+        check_model(model)
+        check_batch_norm(batch_norm)
         check_map_style(probe)
         check_name(store, dataset_id)
         if len(probe) == 0:
@@ -116,8 +116,8 @@ class DriftMeter:
             if not len(rows.values):
                 raise ValueError("probe has no target: all its labels are −100")
             classes = count_classes(Predictions(rows.values[:1], rows.layer))
-        _check_numbers(rows)
-        _check_logits(rows, classes)
+        check_numbers(rows)
+        check_logits(rows, classes)
         self.has_several_labels = not self.reader.is_of_language and has_several_labels(
             model, self.reader.first_batch(), classes
         )
@@ -164,8 +164,8 @@ class DriftMeter:
             ValueError: the model has another body: its output layer is given another width, or it
                 has none.
         """
-        _check_model(model)
-        _check_batch_norm(batch_norm or self.batch_norm)
+        check_model(model)
+        check_batch_norm(batch_norm or self.batch_norm)
         model = unwrapped(model)
         # The output layer may have to be called, once the reader has given the model back.
         with in_evaluation(model), self.batch_norm_in(model, batch_norm), preserved_rng():
@@ -279,59 +279,6 @@ class DriftMeter:
                 "served (Drift.head is 'frozen')"
             )
         return False
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _check_numbers(rows: Rows) -> None:
-    """Raise ValueError unless a model makes numbers of every sample."""
-    are_numbers = rows.values.isfinite().all(1).cpu()
-    if not are_numbers.all():
-        row = int((~are_numbers).nonzero()[0])
-        sample = int(torch.searchsorted(rows.counts.cumsum(0), row, right=True))
-        what = (
-            "its output layer is given inf or NaN"
-            if weight_of(rows.layer) is not None
-            else "it returns inf or NaN; leave out a class that is never meant, instead of −inf"
-        )
-        raise ValueError(
-            f"the model before training gives no numbers for sample {sample} of the probe "
-            f"({what}), so that no other can be compared with it"
-        )
-    weight = weight_of(rows.layer)
-    if weight is not None and not weight.isfinite().all():
-        raise ValueError(
-            "the output layer of the model before training holds inf or NaN, so that no other can "
-            "be compared with it"
-        )
-
-
-def _check_logits(rows: Rows, classes: int) -> None:
-    """Raise ValueError unless a model's outputs can be logits of two classes or more."""
-    if classes < 2:
-        raise ValueError(
-            "the model has one output, which is no distribution over classes, so that it has no "
-            "KL; drift is for classifiers and language models. One that says yes or no by one "
-            "logit can be put into a module that returns both, torch.cat([torch.zeros_like(z), z], "
-            "1)"
-        )
-    outputs = rows.values.float()
-    is_given = weight_of(rows.layer) is None  # by the model itself, and by no linear layer
-    are_shares = bool(((outputs >= 0) & (outputs <= 1)).all() and outputs.any())
-    if is_given and (are_shares or are_probabilities(outputs)):
-        raise ValueError(
-            "the model returns probabilities, all from 0 to 1, where logits are needed; put it "
-            "into a module that returns what it has before its softmax or sigmoid, or the "
-            "logarithm of what softmax gives"
-        )
-
-
-def _check_batch_norm(batch_norm: object) -> None:
-    if batch_norm not in ("reference", "own"):
-        raise ValueError(f"batch_norm must be 'reference' or 'own', got {batch_norm!r}")
 
 
 def _frozen(layer: Head | nn.Module) -> Head | nn.Module:
