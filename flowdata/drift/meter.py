@@ -112,15 +112,19 @@ class DriftMeter:
         self.batch_norm: BatchNorm = batch_norm
         with in_evaluation(model), preserved_rng():
             self.reader = Reader(model, probe, collate_fn, dtype, progress=progress)
-            rows = self._reference_rows(model, probe, collate_fn, store, dataset_id)
+            labels: list[Tensor | None] = []
+            rows = self._reference_rows(model, probe, collate_fn, store, dataset_id, labels)
             if not len(rows.values):
                 raise ValueError("probe has no target: all its labels are −100")
             classes = count_classes(Predictions(rows.values[:1], rows.layer))
-        check_numbers(rows)
-        check_logits(rows, classes)
-        self.has_several_labels = not self.reader.is_of_language and has_several_labels(
-            model, self.reader.first_batch(), classes
-        )
+            check_numbers(rows)
+            check_logits(rows, classes)
+            self.has_several_labels = not self.reader.is_of_language and has_several_labels(
+                model,
+                labels or self.reader.labels(),  # none are noted where the rows were kept
+                classes,
+                one_each=bool((rows.counts == 1).all()),
+            )
         with torch.inference_mode(False):  # else no gradient could go through what is kept
             self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
             self._batch_norm_state = BatchNormState(model)
@@ -133,10 +137,12 @@ class DriftMeter:
         collate_fn: Collate | None,
         store: str | Path | None,
         dataset_id: str | None,
+        labels: list[Tensor | None],
     ) -> Rows:
-        """The frozen model's rows, from the file if there is one."""
+        """The frozen model's rows, from the file if there is one; else its labels are noted."""
+        noted = None if self.reader.is_of_language else labels
         if store is None:
-            return self.reader.read(model)
+            return self.reader.read(model, noted)
         identity = features_identity(
             body=model,
             dataset=probe,
@@ -147,7 +153,7 @@ class DriftMeter:
         identity["kind"] = "drift"
 
         def make() -> dict[str, Tensor]:
-            rows = self.reader.read(model)
+            rows = self.reader.read(model, noted)
             return {"row": rows.values, "count": rows.counts}
 
         tensors = keep(store, identity, make)

@@ -7,7 +7,7 @@ of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable
 from flowdata.drift.check import find_suspect, right_way
 from flowdata.drift.headless import check_has_head
+from flowdata.drift.several import rows_of_labels, with_note
 from flowdata.drift.ways import (
     name_of_head,
     output_layer,
@@ -139,14 +140,29 @@ class Reader:
         """Return a batch of the probe's first sample."""
         return self._job.collate([self._job.dataset[0]])
 
-    def read(self, model: nn.Module) -> Rows:
+    def labels(self) -> Iterator[Tensor | None]:
+        """Yield each sample's labels, as `read` hands them out."""
+        size, name = len(self._job.dataset), "drift: reading the labels"
+        with progress_bar(size, name, "samples", shown=self._job.progress, patient=True) as advance:
+            for index in range(size):
+                yield rows_of_labels(self._job.collate([self._job.dataset[index]]))
+                advance(1)
+
+    def read(self, model: nn.Module, labels: list[Tensor | None] | None = None) -> Rows:
         """Return a model's rows; the model comes back as it was.
+
+        Args:
+            model: the model.
+            labels: is given the (B, C) labels of each batch that is read, None for labels of
+                another shape. Samples that are checked are in more than one batch.
 
         Raises:
             ValueError: no way gives samples the rows that they have alone, or the model has no
                 such layer as the first one that was read.
         """
         job = self._job_of(model)
+        if labels is not None:
+            job = replace(job, collate=with_note(job.collate, labels))
         with lent_model(job, self._plan.options) as lent:
             head = self._head_of(lent)
             rows = self._read(job, lent, head)

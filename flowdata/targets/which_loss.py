@@ -24,6 +24,12 @@ PREDICTION_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
 OWN = "own"  # the model's own loss, whatever it is, one sample at a time
 LOSSES = (*LANGUAGE_LOSSES, *PREDICTION_LOSSES, OWN)
 
+# What floating targets are, of which two losses could be meant.
+SINGLE_ONES = (
+    "with a single 1 in each row: they can be one class for each sample or a yes or no for each "
+    "class"
+)
+
 # The ends of Hugging Face's class names, and the `problem_type` of its classifiers' configurations.
 _LOSS_OF_CLASS = {
     "ForCausalLM": "causal_lm",
@@ -119,8 +125,7 @@ def loss_of_batch(batch: Any) -> str:
     if targets.dim() == 2 and targets.shape[1] > 1 and are_probabilities(targets):
         if ((targets == 0) | (targets == 1)).all():
             raise ValueError(
-                "loss='auto' found floating targets with a single 1 in each row: they can be one "
-                "class for each sample or a yes or no for each class; pass loss='cross_entropy' or "
+                f"loss='auto' found floating targets {SINGLE_ONES}; pass loss='cross_entropy' or "
                 "'binary_cross_entropy'"
             )
         return "cross_entropy"
