@@ -13,6 +13,7 @@ from flowdata import LossScorer
 from flowdata._common import progress
 from flowdata.drift import DriftMeter, inverted_images, own_text, smooth_images
 from flowdata.errors import ScoreMismatchError
+from flowdata.store.format import read_file, write_file
 from tests.models import TinyResNet, tiny_gpt2, tiny_llama
 from tests.test_drift import moved, t5
 
@@ -245,6 +246,27 @@ def test_inverted_images_have_the_statistics_that_the_network_keeps(tmp_path):
     assert torch.equal(images, inverted_images(model, (3, 16, 16), 40, steps=200, store=file))
     with pytest.raises(ScoreMismatchError, match="seed"):
         inverted_images(model, (3, 16, 16), 40, seed=1, steps=200, store=file)
+
+
+@pytest.mark.parametrize(("samples", "parts"), [(200, 1), (384, 3)])
+def test_inverted_images_are_the_same_number_of_each_class(monkeypatch, tmp_path, samples, parts):
+    model = nn.Sequential(convolutional(), nn.ReLU(), nn.Linear(5, 150))
+    given, cross_entropy, file = [], F.cross_entropy, tmp_path / "images.safetensors"
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda *args: (given.append(args[1]), cross_entropy(*args))[1]
+    )
+    images = inverted_images(model, (3, 8, 8), samples, steps=1, store=file)
+    assert len(given) == parts
+    assert torch.equal(torch.cat(given), torch.arange(samples) % 150)
+    tensors, manifest = read_file(file)
+    scheme = manifest["identity"].pop("scheme", None)
+    assert scheme == (2 if parts > 1 else None)  # the files of one part were right before
+    write_file(file, tensors, manifest)
+    if parts > 1:
+        with pytest.raises(ScoreMismatchError, match=r"another scheme: .* there, 2 here\. Name"):
+            inverted_images(model, (3, 8, 8), samples, steps=1, store=file)
+    else:
+        assert torch.equal(images, inverted_images(model, (3, 8, 8), samples, steps=1, store=file))
 
 
 def test_inverted_images_that_take_long_show_their_progress(capsys, monkeypatch):

@@ -33,6 +33,7 @@ from flowdata.store.kept import keep
 from flowdata.targets.predictions import logits_of
 
 _AT_ONCE = 128  # images whose statistics are compared with the kept ones
+_SCHEME = 2  # of images in several parts; before it classes began anew in each part
 _RATE = 0.05  # of Adam, in standard deviations of a pixel
 _SURENESS, _ROUGHNESS = 0.3, 0.1  # weights beside the statistics' 1
 
@@ -51,8 +52,8 @@ def inverted_images(
 
     Smooth noise is changed by Adam, all pixels freely, to lower Σ over the layers of the distance
     between the images' mean and variance and the kept ones, the loss of a class given to each
-    image, the same number of images for each class, and differences between neighbouring pixels.
-    It costs `steps` passes forward and backward over the images, in float32.
+    image, the same number of images for each class, up to one, and differences between neighbouring
+    pixels. It costs `steps` passes forward and backward over the images, in float32.
 
     Source: DeepInversion, Yin et al., CVPR 2020, arXiv:1912.08795.
 
@@ -89,12 +90,13 @@ def inverted_images(
             "the model has no BatchNorm layer that keeps statistics, so that no image can be made "
             "to have them; take drift.smooth_images, or the new task's own samples"
         )
-    starts = smooth_images(shape, samples, seed)
+    starts, count = smooth_images(shape, samples, seed), max(1, samples // _AT_ONCE)
 
     @torch.inference_mode(False)  # gradients are needed, whatever the caller is about
     def make() -> Tensor:
         device = home(model)
-        parts = starts.to(device).tensor_split(max(1, samples // _AT_ONCE))
+        parts = starts.to(device).tensor_split(count)
+        places = torch.arange(samples, device=device).tensor_split(count)
         shown, total = progress and is_first_rank(), steps * len(parts)
         name = "making inverted images"
         with (
@@ -103,7 +105,10 @@ def inverted_images(
             progress_bar(total, name, "steps", shown=shown, patient=True) as advance,
         ):
             check_has_head(frozen, lambda: _logits(frozen, parts[0][:1]))
-            images = torch.cat([_invert(frozen, part, steps, advance) for part in parts]).cpu()
+            inverted = [
+                _invert(frozen, *part, steps, advance) for part in zip(parts, places, strict=True)
+            ]
+            images = torch.cat(inverted).cpu()
         if not images.isfinite().all():
             raise ValueError(
                 "the images became inf or NaN, as the model's outputs or the statistics in its "
@@ -121,11 +126,15 @@ def inverted_images(
         "seed": seed,
         "steps": steps,
     }
+    if count > 1:
+        identity["scheme"] = _SCHEME
     return keep(store, identity, lambda: {"image": make()})["image"]
 
 
-def _invert(model: nn.Module, images: Tensor, steps: int, advance: Advance) -> Tensor:
-    """Change images for a number of steps."""
+def _invert(
+    model: nn.Module, images: Tensor, places: Tensor, steps: int, advance: Advance
+) -> Tensor:
+    """Change images, whose places among all tell their classes, for a number of steps."""
     _logits(model, images)  # a layout that the model's code can't do with is found out unrecorded
     with torch.enable_grad(), _statistics_of(model) as distances:
         images = images.clone().requires_grad_(True)
@@ -133,8 +142,8 @@ def _invert(model: nn.Module, images: Tensor, steps: int, advance: Advance) -> T
         for _ in range(steps):
             distances.clear()
             logits = _logits(model, images)
-            classes = torch.arange(len(images), device=images.device) % logits.shape[1]
-            loss = torch.stack(distances).sum() + _SURENESS * F.cross_entropy(logits, classes)
+            sureness = F.cross_entropy(logits, places % logits.shape[1])
+            loss = torch.stack(distances).sum() + _SURENESS * sureness
             loss = loss + _ROUGHNESS * _roughness(images)
             (images.grad,) = torch.autograd.grad(loss, [images])
             optimizer.step()
