@@ -9,6 +9,7 @@ import torch
 
 from flowdata.drift.comparing import compare
 from flowdata.report import Piece
+from flowdata.report.pictures import sample_points
 from flowdata.report.report import write_report
 from flowdata.report.summary import QUANTILES, extremes
 from flowdata.scores import Scores
@@ -65,6 +66,16 @@ def test_extremes_are_those_of_a_full_sort():
     assert easy == ordered[:7]
     assert hard == ordered[::-1][:7]
     assert sorted(extremes(scores.losses, 1000)[0]) == present
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4999, 5000, 5001, 2**24 + 3, 20_000_000, 2**31 + 5])
+def test_points_are_of_samples_that_there_are(samples):
+    places, _ = sample_points(samples)
+    assert len(places) == min(samples, 5000)
+    assert (places[0], places[-1]) == (0, samples - 1)
+    steps = places.diff()
+    assert not len(steps) or steps.max() - steps.min() <= 1
+    assert places.dtype == torch.int64
 
 
 def test_the_picture_is_a_png_of_the_distribution_asked_for(tmp_path):

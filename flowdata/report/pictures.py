@@ -213,7 +213,8 @@ def sample_points(samples: int) -> tuple[Tensor, float]:
     Returns:
         (n,) int64 places, all of them up to 5,000, and an area in square points.
     """
-    places = torch.linspace(0, samples - 1, min(samples, _MOST_POINTS)).long()
+    count = min(samples, _MOST_POINTS)
+    places = torch.arange(count) * (samples - 1) // max(1, count - 1)
     return places, float(np.clip(9000 / len(places), 6, 24))
 
 
