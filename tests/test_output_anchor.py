@@ -239,6 +239,15 @@ def test_a_small_drift_costs_strength_times_kl():
     assert output_penalty(rows, rows, strength=0.1, head=head) == 0
 
 
+def test_a_penalty_is_float64_where_outputs_are_and_no_head_is_given():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rows, head = torch.ones(2, 4, dtype=dtype), nn.Linear(4, 3, dtype=dtype)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        assert output_penalty(rows, rows, strength=0.1).dtype == exact
+        penalty = output_penalty(rows, rows, strength=0.1, head=head.requires_grad_(False))
+        assert penalty.dtype == torch.float32
+
+
 def test_the_frozen_model_itself_costs_nothing():
     base = TinyResNet()
     for strength in (0.1, 1000):

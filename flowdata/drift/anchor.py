@@ -180,7 +180,8 @@ def output_penalty(
         logit_scale: factor on the head's logits.
 
     Returns:
-        0-d float32, the mean over the n targets; 0 without any.
+        0-d, the mean over the n targets; 0 without any. It is float32, but float64 of float64
+        `outputs` without `head`.
 
     Raises:
         TypeError, ValueError: `strength` is no finite number ≥ 0, the shapes differ or are not
