@@ -1,12 +1,24 @@
 """A sampler's weights beside the data set of the loader that asks for its indices."""
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Sampler,
+    Subset,
+    WeightedRandomSampler,
+    random_split,
+)
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata import FlowWeightedDataset
+from flowdata.integrations.checks import check_loader
 from flowdata.sampler import FlowSampler
+from flowdata.sampler.carried_weights import carried_weights
 
 
 class Mapped(Sampler):
@@ -72,6 +84,52 @@ def test_weights_that_would_act_twice_are_refused():
     loader = DataLoader(weighted, sampler=FlowSampler(3 * weights))
     with pytest.raises(ValueError, match=r"act twice: load the unweighted data set"):
         next(iter(loader))
+
+
+def views(weighted):
+    """Views of a `FlowWeightedDataset` of 10 samples, with the weights that theirs carry."""
+    weights = weighted.weights
+    one, other = random_split(weighted, [6, 4], generator=torch.Generator().manual_seed(0))
+    places = [7, 2, -1, 2, 5]
+    tenfold = FlowWeightedDataset(range(5), 10 * weights[:5])
+    return {
+        "subset": (Subset(weighted, range(8)), weights[:8]),
+        "repeated": (Subset(weighted, places), weights[places]),
+        "array": (Subset(weighted, np.array(places)), weights[places]),
+        "tensor": (Subset(weighted, torch.tensor(places)), weights[places]),
+        "nested": (Subset(Subset(weighted, places), [4, 0]), weights[[5, 7]]),
+        "split": (one, weights[one.indices]),
+        "together": (ConcatDataset([other, one]), weights[other.indices + one.indices]),
+        "several": (ConcatDataset([weighted, tenfold]), torch.cat([weights, 10 * weights[:5]])),
+        "of several": (
+            Subset(ConcatDataset([tenfold, weighted]), [0, 6, 14]),
+            torch.stack([10 * weights[0], weights[1], weights[9]]),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", views(FlowWeightedDataset(range(10), torch.ones(10))))
+def test_weights_that_would_act_twice_are_refused_through_views(name):
+    view, weights = views(FlowWeightedDataset(range(10), torch.arange(1.0, 11)))[name]
+    carried = torch.stack([weight for _, weight in (view[place] for place in range(len(view)))])
+    assert torch.equal(torch.from_numpy(carried_weights(view)), carried)
+    loader = DataLoader(view, sampler=FlowSampler(3 * weights))
+    with pytest.raises(ValueError, match=r"act twice: load the unweighted data set"):
+        next(iter(loader))
+    with pytest.raises(ValueError, match="act twice: a FlowSampler draws"):
+        check_loader(loader)
+    with pytest.raises(ValueError, match="act twice: a WeightedRandomSampler draws"):
+        check_loader(DataLoader(view, sampler=WeightedRandomSampler(3 * weights, 4)))
+    others = torch.arange(len(view) + 1.0, 1, -1)
+    check_loader(DataLoader(view, sampler=WeightedRandomSampler(others, 4)))
+    assert len(list(DataLoader(view, sampler=FlowSampler(others)))) == len(view)
+
+
+def test_views_of_plain_data_carry_no_weights():
+    weighted = FlowWeightedDataset(range(4), torch.ones(4))
+    for plain in (Subset(range(4), [1]), ConcatDataset([weighted, range(4)]), range(4)):
+        assert carried_weights(plain) is None
+    assert len(carried_weights(Subset(weighted, []))) == 0
 
 
 def test_other_weights_than_the_samplers_are_taken():

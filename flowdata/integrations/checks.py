@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import WeightedRandomSampler
 
 from flowdata._common.data_sets import is_map_style
-from flowdata.dataset import FlowWeightedDataset
 from flowdata.sampler import FlowSampler
+from flowdata.sampler.carried_weights import are_alike, carried_weights
 from flowdata.sampler.sharing import check_sharing, parts_of
 from flowdata.streaming import FlowWeightedIterable
 from flowdata.weights import Temperature
@@ -36,7 +36,7 @@ def check_loader(loader: Any, *, weighted_loss: bool = False, num_ranks: int = 1
     sampler = flow_sampler_of(loader)
     if sampler is not None:
         check_sharing(loader, sampler.num_replicas, num_ranks)
-    weighs_again = sampler is not None and (weighted_loss or _loads_weights(loader))
+    weighs_again = sampler is not None and (weighted_loss or _weights_in(loader) is not None)
     if weighs_again or _draws_by_its_weights(loader):
         name = "WeightedRandomSampler" if sampler is None else "FlowSampler"
         raise ValueError(
@@ -77,7 +77,7 @@ def carries_weights(dataset: Any, key: str, *, stream_does: bool = False) -> boo
         return False
     if (stream := stream_of(dataset)) is not None:
         return not stream.resample
-    if key in (getattr(dataset, "column_names", None) or ()) or _loads_weights(dataset):
+    if key in (getattr(dataset, "column_names", None) or ()) or _weights_in(dataset) is not None:
         return True
     if not is_map_style(dataset):
         return stream_does
@@ -89,23 +89,15 @@ def _draws_by_its_weights(loader: Any) -> bool:
     """Whether torch's own weighted sampler draws by the weights that the samples carry."""
     samplers = (part for part in parts_of(loader) if isinstance(part, WeightedRandomSampler))
     sampler, weights = next(samplers, None), _weights_in(loader)
-    if sampler is None or weights is None or len(sampler.weights) != len(weights):
+    if sampler is None or weights is None:
         return False
-    drawn, weights = sampler.weights.double(), weights.double()
-    is_uniform = bool((weights == weights[0]).all())
-    return not is_uniform and torch.allclose(drawn / drawn.sum(), weights / weights.sum(), 1e-4, 0)
+    return are_alike(sampler.weights.numpy(), weights)
 
 
-def _weights_in(loader: Any) -> Tensor | None:
-    """The weights of all samples of a loader, where its data set has them at hand."""
-    sources = (part for part in _sources_of(loader) if isinstance(part, FlowWeightedDataset))
-    source = next(sources, None)
-    return None if source is None else source.weights
-
-
-def _loads_weights(loader: Any) -> bool:
-    """Return whether a `FlowWeightedDataset` is at the bottom of loaders and data sets."""
-    return any(isinstance(part, FlowWeightedDataset) for part in _sources_of(loader))
+def _weights_in(loader: Any) -> NDArray[np.float32] | None:
+    """The weights of all samples of a loader or data set, where these carry them."""
+    found = (carried_weights(part) for part in _sources_of(loader))
+    return next((weights for weights in found if weights is not None), None)
 
 
 def _sources_of(loader: Any) -> Iterator[Any]:

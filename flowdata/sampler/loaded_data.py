@@ -10,10 +10,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from flowdata.dataset import FlowWeightedDataset
+from flowdata.sampler.carried_weights import are_alike, carried_weights
 
 # Who hands indices on as they are. What others ask for may be meant for a map of their own.
 _HAND_ON = ("torch.utils.data", "torchdata", "accelerate")
@@ -35,20 +34,13 @@ def check_loaded(weights: NDArray[Any]) -> None:
             f"{len(dataset)}: pass the scores of the rows that are loaded, in their order; where "
             "rows were left out after scoring, scores[keep] with their places before that"
         )
-    if isinstance(dataset, FlowWeightedDataset) and _are_alike(weights, dataset.weights.numpy()):
+    carried = carried_weights(dataset)
+    if carried is not None and are_alike(weights, carried):
         raise ValueError(
             "FlowSampler draws samples by the weights that the loader's FlowWeightedDataset gives "
             "to the loss, so that they would act twice: load the unweighted data set, or leave the "
             "sampler out"
         )
-
-
-def _are_alike(weights: NDArray[Any], others: NDArray[Any]) -> bool:
-    """Whether weights are those of others, up to a factor, and not all the same."""
-    if not others.any():
-        return False
-    shares, other_shares = (each.astype(np.float64) / each.sum() for each in (weights, others))
-    return bool(np.ptp(shares) > 0 and np.allclose(shares, other_shares, rtol=1e-4, atol=0))
 
 
 def _loaded_data() -> Any:
