@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks.forgetting import evidence, vision
+from benchmarks.forgetting import evidence, main, vision
 from benchmarks.forgetting.corruptions import corrupted
 from benchmarks.forgetting.images import read_arrays
 from flowdata.study import LINEAR_PROBE, STANDARD, read_records
@@ -79,3 +79,15 @@ def test_an_unknown_set_is_refused():
     evidence.add_options(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--targets", "cifar100"])
+
+
+@pytest.mark.skipif(not vision.ASSETS.is_dir(), reason="needs the shared assets")
+def test_processes_share_the_sets_and_do_what_is_lacking(tmp_path, capfd):
+    (tmp_path / "forgetting_letters.jsonl").write_text(
+        (evidence.EVIDENCE / "forgetting_letters.jsonl").read_text("utf-8"), "utf-8"
+    )
+    words = ["evidence", "--processes", "2", "--targets", "letters", "--seeds", "0", "1"]
+    main([*words, "--results", str(tmp_path)])
+    assert "rate" not in capfd.readouterr().err  # all are there
+    page = (tmp_path / "forgetting_evidence.md").read_text("utf-8")
+    assert "letters (165 runs, 5 seeds)" in page

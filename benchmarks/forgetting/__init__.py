@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         module = importlib.import_module(f"benchmarks.forgetting.{name}")
         command = commands.add_parser(name.replace("_", "-"))
         module.add_options(command)
-        command.set_defaults(module=module)
+        command.set_defaults(study=module.study)
     table = commands.add_parser("table")
     theory = commands.add_parser("theory")
     for command in (table, theory):
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command in ("vision", "language"):
         _study(options)
     elif options.command.startswith("evidence"):
-        options.module.study(options)
+        options.study(options)
         _tables(options.results)
     elif options.command == "theory":
         from benchmarks.forgetting.theory_picture import draw

@@ -7,6 +7,7 @@ of it goes on where it was stopped. Several processes share the sets and seeds.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from benchmarks.forgetting import vision
 from benchmarks.forgetting.images import ASSETS
 from benchmarks.forgetting.readouts import readouts
 from benchmarks.rows import RESULTS
-from flowdata.study import LINEAR_PROBE, STANDARD, grids, run_study
+from flowdata.study import LINEAR_PROBE, STANDARD, HeadTask, Record, grids, run_study
 
 EVIDENCE = RESULTS / "evidence"
 SEEDS = range(5)
@@ -101,16 +102,20 @@ def study(options: argparse.Namespace) -> None:
 def _run_share(options: argparse.Namespace, place: int) -> None:
     """Run one process's sets and seeds, with its share of the threads."""
     torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
-    tasks = {
-        target: vision.task(options.assets, target, vision.SIZES, readouts)
-        for target in options.targets
-    }
+
+    @functools.cache  # made once it is needed, since a network is inverted for it
+    def task(target: str) -> HeadTask:
+        return vision.task(options.assets, target, vision.SIZES, readouts)
+
+    def run(target: str, method: str, rate: float, seed: int) -> Record:
+        return task(target).run(method, rate, seed)
+
     of_process = slice(place, None, options.processes)
     for target, of_target, seed in [*runs(options.targets, options.seeds)][of_process]:
         run_study(
             options.results / f"forgetting_{target}.jsonl",
             {"study": "vision", "target": target, **asdict(vision.SIZES)},
-            tasks[target].run,
+            functools.partial(run, target),
             methods=of_target,
             seeds=[seed],
         )
