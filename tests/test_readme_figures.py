@@ -56,9 +56,9 @@ def what_drift_tells():
     least = min(off_the_best("blind"))
     assert least > max(off_the_best("by drift, inverted")), "drift chooses better than validation"
     yield (
-        "**Choosing by it**, on images made from the network's own statistics, loses {:.1f} points "
-        "of old and new accuracy's average at most (by smooth noise {:.1f}), by validation alone "
-        "{:.0f} to {:.0f}. For text that does better: drift learns {} to {} of the loss less.",
+        "**Choosing by it**, on `inverted_images` of the network, loses {:.1f} points of old and "
+        "new accuracy's average at most (on `smooth_images` {:.1f}), by validation alone {:.0f} to "
+        "{:.0f}. For text that chose best: by drift {} to {} of the loss is not learned.",
         [
             *(max(off_the_best(f"by drift, {probe}")) for probe in PROBES),
             *evidence.span(off_the_best("blind")),
