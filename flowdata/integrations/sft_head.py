@@ -101,6 +101,8 @@ class Rows:
     def check(self, log_probs: Tensor, labels: Tensor) -> None:
         """Refuse an output layer whose logits are not those that SFTTrainer's head makes.
 
+        The autocast around the call has to be that in which the head was run.
+
         Args:
             log_probs: (B, T − 1) floating, of SFTTrainer.
             labels: (B, T) int64, without those of virtual tokens.
@@ -141,7 +143,7 @@ def recorded_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def base_hidden(model: nn.Module, fields: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states, (B, T, d), of a PEFT model's base.
+    """Return the hidden states, (B, T, d), of a PEFT model's base, past the model's own forward.
 
     Args:
         model: the model.

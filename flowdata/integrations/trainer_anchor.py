@@ -48,7 +48,8 @@ def add_anchor(trainer: Any, anchor: OutputAnchor | ParameterAnchor) -> None:
         _check_model(anchor, model)
 
         def penalty() -> Tensor:
-            with trainer.compute_loss_context_manager():  # autocast, as for the loss
+            # A subclass may put its own autocast there; Accelerate's is in the model's forward.
+            with trainer.compute_loss_context_manager():
                 value = anchor(model) if isinstance(anchor, OutputAnchor) else anchor()
             share: Tensor = value / trainer.current_gradient_accumulation_steps
             return share

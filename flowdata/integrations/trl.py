@@ -211,12 +211,16 @@ class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):  # type: ignore[misc]
         weighted: list[Tensor] = []
 
         def weighted_model(**fields: Any) -> Any:
-            base = base_hidden(model, fields) if self.kl_to_reference else None
+            # Accelerate's autocast lies in the model's own forward alone. What is run past it, the
+            # base's backbone and the output layer, has to be run as the model is.
+            with self.accelerator.autocast():
+                base = base_hidden(model, fields) if self.kl_to_reference else None
             with recorded_hidden(model) as states:
                 output = model(**fields)
             if getattr(output, "log_probs", None) is not None:
-                rows = self._rows(output.log_probs, token_weights, states[-1], labels)
-                terms = self._weigh(output.log_probs, token_weights, rows, base)
+                with self.accelerator.autocast():
+                    rows = self._rows(output.log_probs, token_weights, states[-1], labels)
+                    terms = self._weigh(output.log_probs, token_weights, rows, base)
                 output.log_probs = terms / divisor
                 weighted.append(output.log_probs)
             outputs.append(output)

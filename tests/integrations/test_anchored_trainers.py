@@ -90,11 +90,11 @@ def arguments(cls, folder, **settings):
     )
 
 
-def trainer_gradient(folder, model, weights, options):
+def trainer_gradient(folder, model, weights, options, **settings):
     gradients = []
     FlowTrainer(
         model,
-        arguments(TrainingArguments, folder),
+        arguments(TrainingArguments, folder, **settings),
         train_dataset=tiny.make_samples(),
         data_collator=tiny.collate,
         scores=weights,
@@ -371,6 +371,33 @@ def test_bfloat16_is_trained_about_the_same(tmp_path):
     expected = by_hand(adapted(), weights, BOTH)
     gradient = sft_gradient(tmp_path, adapted(), weights, BOTH, bf16=True)
     assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def sharp():
+    """A model whose larger logits bfloat16 rounds by more than float32 ever does."""
+    model = tiny.make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("options", [EAFT, SFT_AND_KL, BOTH], ids=str)
+def test_autocast_is_no_other_output_layer(tmp_path, options):
+    expected = by_hand(adapted(make=sharp), tiny.make_weights(), options)
+    model = adapted(make=sharp)
+    gradient = sft_gradient(tmp_path, model, tiny.make_weights(), options, bf16=True)
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("gradient_of", [trainer_gradient, sft_gradient])
+def test_adapters_that_have_not_moved_are_held_by_nothing_under_autocast(tmp_path, gradient_of):
+    def gradient(**options):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(sharp(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        return gradient_of(tmp_path, model, tiny.make_weights(), options, bf16=True)
+
+    held = gradient(kl_to_reference=1e4, reference="base")
+    assert torch.equal(held, gradient())
 
 
 def test_adapters_that_trl_makes_and_scores_that_it_makes_itself(tmp_path):
