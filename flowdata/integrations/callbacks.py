@@ -100,8 +100,9 @@ class StepAccount(TrainerCallback):  # type: ignore[misc]
         self._steps = 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a stream that is too short for a step: the Trainer would end without a word.
+        """Refuse a stream that is too short for a step: the Trainer ends there without a word.
 
+        It goes on where it skipped the stream's other batches, which a checkpoint had trained on.
         An epoch stopped within a step would leave its gradients to the next step.
         """
         if self._batches and not control.should_training_stop:
@@ -109,7 +110,7 @@ class StepAccount(TrainerCallback):  # type: ignore[misc]
                 "control.should_epoch_stop was set within an optimiser step, whose gradients would "
                 "be added to the next one: set it in on_step_end, not in on_substep_end"
             )
-        if self._left and not self._steps:
+        if self._left and not self._steps and control.should_training_stop:
             raise ValueError(
                 f"the training stream ended after {len(self._left)} batches, before its first step "
                 f"of gradient_accumulation_steps={args.gradient_accumulation_steps}: accumulate "

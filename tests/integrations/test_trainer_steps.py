@@ -230,6 +230,26 @@ def test_a_stream_that_is_too_short_for_a_step_is_refused(tmp_path):
         run(tmp_path, data_collator=collate, **data)
 
 
+def rows_of_steps(folder, checkpoint=None, rows=tiny.N):
+    """Passes have 11 batches and steps 3: the third step leaves 2 batches, and a fourth none."""
+    data = {"train_dataset": stream(tiny.make_weights(), rows), "data_collator": collate}
+    settings = {**SETTINGS, "per_device_train_batch_size": 3, "max_steps": 6}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    trainer = flow_trainer(folder, settings=settings, **data)
+    steps = Steps(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint and str(folder / f"checkpoint-{checkpoint}"))
+    return [rows for rows, _ in steps.steps]
+
+
+def test_a_stream_goes_on_where_a_checkpoint_left_less_than_a_step_of_it(tmp_path):
+    whole = rows_of_steps(tmp_path)
+    assert whole[3][:5] == [27, 28, 29, 30, 31]
+    for checkpoint in (2, 3):
+        assert rows_of_steps(tmp_path, checkpoint) == whole[checkpoint:]
+    with pytest.raises(ValueError, match=r"ended after 2 batches, before its first step of .*=3"):
+        rows_of_steps(tmp_path, 3, rows=5)
+
+
 def test_a_run_broken_off_leaves_no_step_behind(tmp_path):
     class Stop(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):

@@ -41,6 +41,7 @@ def arguments(folder, **options):
         "max_steps": 6,
         "learning_rate": 1e-2,
         "logging_steps": 1,
+        "save_strategy": "no",
         **options,
     }
     return TrainingArguments(
@@ -48,7 +49,6 @@ def arguments(folder, **options):
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        save_strategy="no",
         dataloader_pin_memory=False,
         **options,
     )
