@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.state import PartialState  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
+from flowdata._common.notices import is_first_rank, logger
 from flowdata.sampler import FlowSampler
 
 
@@ -102,8 +103,9 @@ class StepAccount(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a stream that is too short for a step: the Trainer ends there without a word.
 
-        It goes on where it skipped the stream's other batches, which a checkpoint had trained on.
-        An epoch stopped within a step would leave its gradients to the next step.
+        It goes on where it skipped the stream's other batches, which a checkpoint had trained on;
+        where it skipped all of them, its place in a later pass is lost, which is warned of. An
+        epoch stopped within a step would leave its gradients to the next step.
         """
         if self._batches and not control.should_training_stop:
             raise RuntimeError(
@@ -115,6 +117,16 @@ class StepAccount(TrainerCallback):  # type: ignore[misc]
                 f"the training stream ended after {len(self._left)} batches, before its first step "
                 f"of gradient_accumulation_steps={args.gradient_accumulation_steps}: accumulate "
                 "fewer, or repeat the stream"
+            )
+        is_over = control.should_training_stop or state.global_step >= state.max_steps
+        if not (self._left or self._steps or is_over) and is_first_rank():
+            logger.warning(
+                "the checkpoint was saved after %d batches, and a pass over the training stream "
+                "has no more: the Trainer skips batches within one pass alone, so that the run "
+                "goes on at the stream's first sample, wherever in a later pass it stood; each "
+                "sample's weight stays right. To resume where a run stood, train it on a stream "
+                "that repeats itself (of datasets: stream.repeat(None))",
+                state.global_step * args.gradient_accumulation_steps,
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -230,9 +230,10 @@ def test_a_stream_that_is_too_short_for_a_step_is_refused(tmp_path):
         run(tmp_path, data_collator=collate, **data)
 
 
-def rows_of_steps(folder, checkpoint=None, rows=tiny.N):
+def rows_of_steps(folder, checkpoint=None, train_dataset=None):
     """Passes have 11 batches and steps 3: the third step leaves 2 batches, and a fourth none."""
-    data = {"train_dataset": stream(tiny.make_weights(), rows), "data_collator": collate}
+    dataset = train_dataset or stream(tiny.make_weights())
+    data = {"train_dataset": dataset, "data_collator": collate}
     settings = {**SETTINGS, "per_device_train_batch_size": 3, "max_steps": 6}
     settings |= {"save_strategy": "steps", "save_steps": 1}
     trainer = flow_trainer(folder, settings=settings, **data)
@@ -247,7 +248,24 @@ def test_a_stream_goes_on_where_a_checkpoint_left_less_than_a_step_of_it(tmp_pat
     for checkpoint in (2, 3):
         assert rows_of_steps(tmp_path, checkpoint) == whole[checkpoint:]
     with pytest.raises(ValueError, match=r"ended after 2 batches, before its first step of .*=3"):
-        rows_of_steps(tmp_path, 3, rows=5)
+        rows_of_steps(tmp_path, 3, stream(tiny.make_weights(), 5))
+
+
+def test_a_stream_resumed_in_a_later_pass_begins_anew_with_a_warning(tmp_path, caplog):
+    def warnings():
+        return [record.getMessage() for record in caplog.records if record.name == "flowdata"]
+
+    whole = rows_of_steps(tmp_path)
+    rows_of_steps(tmp_path, 3)
+    assert not warnings()
+    assert rows_of_steps(tmp_path, 4) == whole[:2]
+    (message,) = warnings()
+    assert "saved after 12 batches, and a pass over the training stream has no more" in message
+
+    repeated = stream(tiny.make_weights()).repeat(None)  # as the warning says
+    whole = rows_of_steps(tmp_path, train_dataset=repeated)
+    assert rows_of_steps(tmp_path, 4, repeated) == whole[4:]
+    assert len(warnings()) == 1
 
 
 def test_a_run_broken_off_leaves_no_step_behind(tmp_path):
