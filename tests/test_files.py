@@ -89,6 +89,25 @@ def test_tables_from_spreadsheets_are_read(tmp_path):
     ]
 
 
+def test_a_carriage_return_without_quotes_ends_no_row(tmp_path):
+    """As pandas writes it where Python's own csv module puts quotes around line feeds alone."""
+    file, rows = tmp_path / "a.csv", [{"a": "1\r2"}, {"a": "3"}, {"a": "\r4\r\r5"}, {"a": "6\n7"}]
+    content = b'a\n1\r2\n3\n\r4\r\r5\n"6\n7"\n'
+    for begin in (b"", b"sep=;\r\n", b"\r\n"):
+        file.write_bytes(begin + content)
+        found = read_rows(str(file), on_error="skip")
+        assert [type(row) for row in found] == [Unreadable, dict, Unreadable, dict]
+        assert found[1::2] == rows[1::2]
+        line = 3 if begin else 2
+        assert f"a.csv, line {line}: has a carriage return in a cell without" in found[0].reason
+    with pytest.raises(ValueError, match=r"a cell with '\\r' in it needs quotes .*QUOTE_ALL"):
+        read_rows(str(file))
+    datasets.Dataset.from_list(rows).to_csv(file, quoting=csv.QUOTE_ALL)
+    assert read_rows(str(file)) == rows
+    file.write_bytes(b'a,b\r1,2\r\r"3\n4\r5",6\r')  # of an old Mac
+    assert read_rows(str(file)) == [{"a": "1", "b": "2"}, {"a": "3\n4\r5", "b": "6"}]
+
+
 def test_one_object_over_many_lines_is_one_row(tmp_path):
     file = tmp_path / "one.json"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}, indent=2))

@@ -173,7 +173,11 @@ def _text_rows(text: TextIO, file: Path) -> Iterator[Row]:
 
 
 def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
-    """The rows below a header; every cell is text, as it is written."""
+    """The rows below a header; every cell is text, as it is written.
+
+    A carriage return alone ends a line of an old Mac file, as it does the header. In other files it
+    stands within a cell: pandas puts no quotes around such a cell.
+    """
     csv.field_size_limit(sys.maxsize)
     number, header = _first_line(text)
     mark = _EXCELS_MARK.fullmatch(header)
@@ -182,16 +186,32 @@ def _csv_rows(text: TextIO, file: Path) -> Iterator[Row | Unreadable]:
         number += lines
     is_tsv = ".tsv" in file.name.lower()
     delimiter = mark[1] if mark else "\t" if is_tsv else max(_DELIMITERS, key=header.count)
-    reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
+    last = ""  # character of what the reader has taken
+
+    def taken() -> Iterator[str]:
+        nonlocal last
+        for each in chain([header], text):
+            last = each[-1:]
+            yield each
+
+    reader = csv.reader(taken(), delimiter=delimiter, strict=True)
     line = number
     try:
         names = next(reader, [])
+        is_mac = last == "\r"
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:
             raise ValueError(f"{file}, line {number}: the header has {double!r} more than once")
         line = number + reader.line_num
         for cells in reader:
-            if len(cells) == len(names):
+            if last == "\r" and not is_mac:
+                while last == "\r" and next(reader, None) is not None:
+                    pass  # what follows belongs to this row
+                yield Unreadable(
+                    f"{file}, line {line}: has a carriage return in a cell without quotes; a cell "
+                    "with '\\r' in it needs quotes (pandas' to_csv: quoting=csv.QUOTE_ALL)"
+                )
+            elif len(cells) == len(names):
                 yield dict(zip(names, cells, strict=True))
             elif cells:
                 yield Unreadable(
