@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from flowdata.models.calling import same_flags
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
-from flowdata.models.precision import runs_as_it_is, without_autocast
+from flowdata.models.precision import (
+    forwards_without_autocast,
+    runs_as_it_is,
+    without_autocast,
+)
 from flowdata.models.tensors import map_floating
 
 _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
@@ -30,7 +34,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     memory of what had to be converted. That includes the weights of convolutions, where another
     layout is faster. Floating inputs are converted to the dtype on the way in, and a copy's outputs
     to float32 on the way out. An autocast around the block, such as that of a training loop, does
-    not reach into it.
+    not reach into it, and neither does one that Accelerate put around the model's forward.
 
     The caller's model is in eval mode as well, since functions that a copy took over from it may
     call its layers. Flags and running statistics are put back at the end.
@@ -43,7 +47,12 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ValueError: the model has to be converted, and it can't be copied.
     """
-    with torch.no_grad(), without_autocast(device), _given_back(model):
+    with (
+        torch.no_grad(),
+        without_autocast(device),
+        forwards_without_autocast(model),
+        _given_back(model),
+    ):
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
         if copy_of_model is None:
             model.eval()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -117,6 +119,35 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def forwards_without_autocast(model: nn.Module) -> Iterator[None]:
+    """Let a model run as it did before Accelerate prepared it for mixed precision, for a block.
+
+    Accelerate, and with it Hugging Face's Trainer, puts an autocast and a conversion of outputs to
+    float32 around the `forward` of a model that it trains, and leaves them there.
+
+    Args:
+        model: the model, or one that holds it.
+    """
+    prepared = [each for each in model.modules() if _is_prepared(vars(each).get("forward"))]
+    forwards = [module.forward for module in prepared]
+    try:
+        for module, forward in zip(prepared, forwards, strict=True):
+            own: Any = forward
+            while _is_prepared(own):
+                own = own.__wrapped__.__wrapped__.__wrapped__  # of the conversion, of the autocast
+            module.forward = MethodType(own, module) if isinstance(forward, MethodType) else own
+        yield
+    finally:
+        for module, forward in zip(prepared, forwards, strict=True):
+            module.forward = forward
+
+
+def _is_prepared(forward: Any) -> bool:
+    """Whether a forward is one that Accelerate has put around another."""
+    return type(getattr(forward, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32"
 
 
 def name_of(dtype: torch.dtype) -> str:

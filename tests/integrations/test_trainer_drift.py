@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from flowdata import LossScorer
 from flowdata.drift import DriftMeter
 from flowdata.integrations.trainer_drift import DriftCallback
 from flowdata.scoring.collate import pad_collate
@@ -64,6 +65,17 @@ def test_every_evaluation_has_the_drift_among_its_metrics(tmp_path):
     last = DriftMeter(base, PROBE, dtype="float32")(trainer.model)
     assert last.kl == evaluations[-1]["eval_drift_kl"]
     assert trainer.evaluate()["eval_drift_kl"] == last.kl
+
+
+def test_the_mixed_precision_of_training_is_no_drift(tmp_path):
+    trainer, callback = run(tmp_path, [DriftCallback], learning_rate=0.0, bf16=True, max_steps=2)
+    scorer = LossScorer(trainer.model, dtype="float32", progress=False)
+    before = scorer.score(PROBE).losses
+    trainer.train()
+    assert [drift.kl for drift in callback.drifts.values()] == [0.0]
+    forward = vars(trainer.model)["forward"]
+    assert torch.equal(scorer.score(PROBE).losses, before)
+    assert vars(trainer.model)["forward"] is forward  # training may go on
 
 
 def test_a_new_run_forgets_the_drifts_of_the_one_before_and_a_resumed_one_keeps_them(tmp_path):
