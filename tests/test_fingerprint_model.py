@@ -533,9 +533,14 @@ def called(model):
 
 
 def prepared(model):
+    """A model under bfloat16's autocast, whatever other tests of this process have prepared."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    return Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    AcceleratorState._reset_state()
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    AcceleratorState._reset_state()
+    return model
 
 
 def cloned(model):
