@@ -460,7 +460,10 @@ def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(tmp_path, monkeyp
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {2}
-    assert "threads: 2 instead of 1, chosen for speed when the run began" in scorer.explain()
+    assert (
+        "threads: 2 instead of 1, as when the store was begun, since the last bits of its losses "
+        "depend on the number; to compute with 1, score into another store"
+    ) in scorer.explain()
     assert Scores.load(tmp_path).metadata["plan"]["threads"] == 2
 
 

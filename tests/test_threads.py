@@ -103,5 +103,5 @@ def test_a_run_takes_the_number_says_it_and_gives_it_back(monkeypatch, tmp_path)
     scores = scorer.score(images, store=tmp_path)
     assert numbers == {1}
     assert scores.metadata["plan"]["threads"] == 1
-    assert "threads: 1 instead of 4" in scorer.explain()
+    assert "threads: 1 instead of 4, chosen for speed; " in scorer.explain()
     assert torch.get_num_threads() == 4

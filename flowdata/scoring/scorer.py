@@ -180,8 +180,9 @@ class LossScorer:
         Inside a process group of `torch.distributed` all ranks make the same call, share the
         work and get the same scores. The losses are the same to the last bit for any number of
         ranks on like machines with the same number of threads. On a CPU a new run takes the number
-        that is fastest there at that time, at most PyTorch's own; a run that goes on keeps its
-        number, and ``OMP_NUM_THREADS`` sets it.
+        that ``OMP_NUM_THREADS`` sets, else the one that is fastest there at that time, at most
+        PyTorch's own. A run that goes on keeps the number that its store was begun with, whatever
+        is set by then; another number takes another store.
 
         Args:
             dataset: map-style: `__len__` and `__getitem__`.

@@ -40,17 +40,23 @@ def choose_threads(dtype: torch.dtype, device: torch.device) -> int:
     return _fastest(min(threads, usable_cpus()), dtype)
 
 
-def describe_threads(threads: int, device: torch.device) -> str:
+def describe_threads(threads: int, device: torch.device, *, goes_on: bool) -> str:
     """Return a clause on the number of threads of a run, "" where it is PyTorch's own.
 
     Args:
         threads: the run's.
         device: on which it computes.
+        goes_on: whether a part of the run's losses is there already.
     """
     own = torch.get_num_threads()
     if device.type != "cpu" or threads == own:
         return ""
-    return f"threads: {threads} instead of {own}, chosen for speed when the run began"
+    if not goes_on:
+        return f"threads: {threads} instead of {own}, chosen for speed"
+    return (
+        f"threads: {threads} instead of {own}, as when the store was begun, since the last bits of "
+        f"its losses depend on the number; to compute with {own}, score into another store"
+    )
 
 
 @functools.cache
