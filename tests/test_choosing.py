@@ -122,8 +122,54 @@ def test_runs_that_can_not_be_told_apart_are_said(caplog):
         best = choose(runs)
     least, other = sorted(runs[:2], key=lambda run: run[2].kl)
     assert f"{best} can't be told apart from {'b' if best == 'a' else 'a'}; of" in caplog.text
-    assert f"of these {least[0]} drifted least" in caplog.text
+    assert f"of these {least[0]} drifted least: take it" in caplog.text
     assert not rank([runs[0], runs[2]])[0].is_tied  # the best alone is none of several
+
+
+def test_of_runs_that_can_not_be_told_apart_it_says_which_to_take(caplog):
+    def advice(best, other):
+        caplog.clear()
+        runs = [("best", *best), ("other", *other)]
+        with caplog.at_level(logging.INFO, "flowdata"):
+            assert choose(runs, validation="accuracy", validation_samples=1000) == "best"
+        return caplog.messages[-1]
+
+    near, far = (drift(kl, cosine=1 - kl, of="samples") for kl in (0.0, 0.1))
+    assert advice((0.8, near), (0.98, far)) == (
+        "best can't be told apart from other; of these best drifted least: take it, for it is the "
+        "best estimate as well"
+    )
+    found = advice((0.85, far), (0.64, near))
+    assert found == (
+        "best can't be told apart from other; of these other drifted least: take it where you "
+        "can't afford to forget, else best, the best estimate; about 15,000 validation samples "
+        "would tell these two apart, if they differ by as much as here"
+    )
+    # 4 * (0.85 * 0.15 + 0.64 * 0.36) / 0.01**2 are 14,316, of which two digits are said.
+    runs = [("best", 0.85, far), ("other", 0.64, near)]
+    for samples, is_tied in ((14_300, True), (14_330, False)):
+        ranking = rank(runs, validation="accuracy", validation_samples=samples)
+        assert ranking[1].is_tied == is_tied
+    alike = drift(0.1, cosine=1.0, of="samples")
+    more = "; more validation samples or a larger probe may tell these two apart"
+    assert advice((0.8, alike), (0.8, near)).endswith(more)
+
+
+def test_samples_tell_nothing_apart_that_a_probe_leaves_open(caplog):
+    off = torch.linspace(-0.2, 0.2, 64).double()
+    near, far = (
+        drift(kl, cosine=0.99 - kl / 10, of="samples", per_sample={"cosine": 0.9 + kl * off})
+        for kl in (0.0, 0.1)
+    )
+    runs = [("best", 0.83, far), ("other", 0.80, near)]
+    with caplog.at_level(logging.INFO, "flowdata"):
+        assert choose(runs, validation="accuracy", validation_samples=1000) == "best"
+    assert "about " in caplog.messages[-1]
+    noisy = drift(0.1, cosine=0.98, of="samples", per_sample={"cosine": 0.9 + off})
+    runs = [("best", 0.83, noisy), ("other", 0.80, near)]
+    with caplog.at_level(logging.INFO, "flowdata"):
+        assert choose(runs, validation="accuracy", validation_samples=1000) == "best"
+    assert caplog.messages[-1].endswith("a larger probe may tell these two apart")
 
 
 def share_told_apart(lengths, *, of_kept=False, draws=300, samples=64):

@@ -18,18 +18,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from flowdata._common.notices import say_once
 from flowdata._common.real_numbers import as_float, check_factor
 from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
+from flowdata.drift.uncertainty import variance_of_difference
 from flowdata.drift.validation import Kind, Validation, kind_and_unit
 
 Run = tuple[str, float, Drift]  # name, validation score, drift
 _NEXT = 2  # runs that the best is compared with in words
 _CERTAIN = 2.0  # standard errors from which on two runs can be told apart
+_MOST_SAMPLES = 10_000_000  # of validation, that are named as what tells two runs apart
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,10 @@ def choose(
 ) -> str:
     """Return the name of the run that learned most for what it forgot.
 
-    It says why, with the figures of the best and of the next ones (`Candidate.reason`), which runs
-    the best can't be told apart from and which of them drifted least, which are left out because
-    they diverged, and what it took the scores for.
+    It says why, with the figures of the best and of the next ones (`Candidate.reason`), which are
+    left out because they diverged, and what it took the scores for. It returns the best estimate
+    also where other runs can't be told apart from it, and then says which of them drifted least,
+    for those who can't afford to forget, and about how many validation samples would tell the two.
 
     Args:
         runs: (name, validation, drift) of each; see `rank`.
@@ -86,9 +86,7 @@ def choose(
         >>> choose([("1e-5", 0.99, near), ("1e-3", 0.95, far)], validation="loss")
         '1e-5'
     """
-    ranking = rank(
-        runs, validation=validation, exchange=exchange, validation_samples=validation_samples
-    )
+    ranking, terms = _rank(runs, validation, exchange, validation_samples)
     if len(ranking) > 1:
         say_once(ranking[0].reason)
     out = [candidate.reason for candidate in ranking if math.isinf(candidate.cost)]
@@ -96,12 +94,7 @@ def choose(
         say_once(f"left out: {'; '.join(out)}")
     tied = [candidate for candidate in ranking if candidate.is_tied]
     if tied:
-        least = min(tied, key=lambda candidate: candidate.drift.kl)
-        others = ", ".join(str(candidate.name) for candidate in tied[1:])
-        say_once(
-            f"{ranking[0].name} can't be told apart from {others}; of these {least.name} drifted "
-            "least"
-        )
+        say_once(_advice(tied, terms))
     return ranking[0].name
 
 
@@ -133,6 +126,13 @@ def rank(
             what `validation` says; `exchange` or `validation_samples` is too small, or the latter
             is given for losses.
     """
+    return _rank(runs, validation, exchange, validation_samples)[0]
+
+
+def _rank(
+    runs: Iterable[Run], validation: Validation, exchange: float, validation_samples: int | None
+) -> tuple[list[Candidate], _Terms]:
+    """The candidates that `rank` returns, with what they were weighed in."""
     runs = [_checked(run) for run in runs]
     _check_runs(runs)
     exchange = check_factor("exchange", exchange)
@@ -154,7 +154,7 @@ def rank(
     is_near = [
         terms.cost(point) - lowest <= _CERTAIN * terms.error(run, best) for run, point in ranking
     ]
-    return [
+    candidates = [
         Candidate(
             *run,
             cost=terms.cost(point),
@@ -165,6 +165,30 @@ def rank(
         )
         for place, (run, point) in enumerate(ranking)
     ]
+    return candidates, terms
+
+
+def _advice(tied: Sequence[Candidate], terms: _Terms) -> str:
+    """Which to take of several runs that can't be told apart, the best first."""
+    best, least = tied[0], min(tied, key=lambda candidate: candidate.drift.kl)
+    others = ", ".join(str(candidate.name) for candidate in tied[1:])
+    found = f"{best.name} can't be told apart from {others}; of these {least.name} drifted least"
+    if least is best:
+        return f"{found}: take it, for it is the best estimate as well"
+    samples = terms.samples_to_tell(
+        *((each.name, each.validation, each.drift) for each in (best, least))
+    )
+    unit = 10 ** max(0, int(math.log10(samples)) - 1) if samples <= _MOST_SAMPLES else 0
+    remedy = (
+        f"about {math.ceil(samples / unit) * unit:,} validation samples would tell these two "
+        "apart, if they differ by as much as here"
+        if unit
+        else "more validation samples or a larger probe may tell these two apart"
+    )
+    return (
+        f"{found}: take it where you can't afford to forget, else {best.name}, the best estimate; "
+        f"{remedy}"
+    )
 
 
 def _checked(run: Run) -> Run:
@@ -279,38 +303,33 @@ class _Terms:
 
     def error(self, run: Run, other: Run) -> float:
         """Return the standard error of the difference of two runs' costs."""
+        of_drift, of_a_sample = self._variances(run, other)
+        samples = self.validation_samples or math.inf
+        return math.sqrt(of_drift + of_a_sample / samples)
+
+    def samples_to_tell(self, run: Run, other: Run) -> float:
+        """Return how many validation samples tell two runs apart whose costs differ as they do.
+
+        inf where no number does, or none is known, as of losses.
+        """
+        if self.validation_samples is None:
+            return math.inf
+        of_drift, of_a_sample = self._variances(run, other)
+        difference = self.cost(self.point(run)) - self.cost(self.point(other))
+        rest = (difference / _CERTAIN) ** 2 - of_drift
+        return of_a_sample / rest if rest > 0 else math.inf
+
+    def _variances(self, run: Run, other: Run) -> tuple[float, float]:
+        """Of the difference of two runs' costs: by their drift, and by one validation sample."""
         (_, score, drift), (_, other_score, other_drift) = run, other
         name, factor = ("kl", 1.0) if self.kind == "loss" else part_of_kept(drift)
-        variance = 0.0
-        if name in drift.per_sample and name in other_drift.per_sample:
-            # Both are measured on the same samples, so the error is that of their differences.
-            differences = factor * (drift.per_sample[name] - other_drift.per_sample[name])
-            counts = drift.per_sample.get("targets", torch.ones_like(differences))
-            variance += self.exchange**2 * _variance_of_mean(differences, counts)
+        of_drift = (self.exchange * factor) ** 2 * variance_of_difference(drift, other_drift, name)
+        of_a_sample = 0.0
         if self.validation_samples:
             scores = filter(math.isfinite, (score, other_score))
             shares = [min(each / self.unit, 1.0) for each in scores]
-            variance += sum(share * (1 - share) for share in shares) / self.validation_samples
-        return math.sqrt(variance)
-
-
-def _variance_of_mean(values: Tensor, counts: Tensor) -> float:
-    """The variance of the mean over all targets, from the means of samples; 0 where none tells.
-
-    Samples are drawn, not targets, so that the mean is a ratio of two sums over samples (Cochran,
-    1977); where all have as many targets the variance is that of a mean.
-
-    Args:
-        values: (N,) floating means; what is not finite, as without a target, is left out.
-        counts: (N,) targets of each sample.
-    """
-    is_finite = values.isfinite()
-    values, counts = values[is_finite].double(), counts[is_finite].double()
-    size, total = len(values), counts.sum()
-    if size < 2 or not total:
-        return 0.0
-    off = counts * (values - (counts * values).sum() / total)
-    return float(off.square().sum() / total**2) * size / (size - 1)
+            of_a_sample = sum(share * (1 - share) for share in shares)
+        return of_drift, of_a_sample
 
 
 def _is_on_front(point: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:
