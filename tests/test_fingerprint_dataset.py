@@ -451,7 +451,7 @@ def test_what_may_read_any_column_is_held_to_all_of_them():
     ):
         scores = lm.score(data, **options)
         wider = token_rows(note=note()).with_format(**data.format)
-        with pytest.raises(ScoreMismatchError, match=r"with a column more.*weights\(\)"):
+        with pytest.raises(ScoreMismatchError, match=r"weights\(\).*with a column more"):
             FlowWeightedDataset(wider, scores)
 
 

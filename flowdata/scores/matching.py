@@ -167,22 +167,26 @@ def _check_content(identity: str, dataset: Any, skips: bool, *, view: bool) -> N
     whole = "" if is_random else whole_fingerprint(identity)
     if whole and is_of_same_samples(whole, dataset, skip_unreadable=skips):
         return
-    difference = dataset_difference(identity, here)
-    found = f"the scores were made from another data set of the same length: {difference}. "
-    score = "score this data set"
     weights = (
-        "if its samples are those that were scored, in the same order, and only held by another "
-        "class, augmented or transformed otherwise, or with a column more that the model is not "
-        "given, pass scores.weights() instead of scores"
+        "pass scores.weights() instead of scores if these are the samples that were scored, in the "
+        "same order"
     )
     if is_random:
-        remedy = f"It gives other samples at each reading, as augmentation does: {weights}"
-    elif same_rows(identity, here):
-        remedy = f"{weights.capitalize()}; else {score}"
+        raise ScoreMismatchError(
+            f"{weights}: this data set gives other samples at each reading, as augmentation does, "
+            "so that they can't be compared"
+        )
+    if same_rows(identity, here):
+        remedy = f"{weights}, only transformed otherwise; else score this data set"
     else:
-        remedy = f"{score.capitalize()}; or, {weights}"
+        remedy = (
+            f"score this data set, or {weights}, only held by another class, transformed otherwise "
+            "or with a column more that the model is not given"
+        )
     raise ScoreMismatchError(
-        f"{found}{remedy}. Scores made with dataset_id='a-name' are not compared by content at all"
+        f"{remedy}: the scores were made from another data set of the same length: "
+        f"{dataset_difference(identity, here)}. Scores made with dataset_id='a-name' are not "
+        "compared by content at all"
     )
 
 
