@@ -16,8 +16,36 @@ def test_a_log_gets_a_line_in_a_while_and_one_at_the_end(capsys, monkeypatch):
         advance(400)  # at 50: too early again
     assert capsys.readouterr().err.splitlines() == [
         "scoring: 1,040 of 2,000 samples (52%), 10/s, 2 min left",
-        "scoring: 1,600 of 2,000 samples (80%), 15/s, 27 s left",
+        "scoring: 1,600 of 2,000 samples (80%), 15/s, 26 s left",
         "scoring: 2,000 of 2,000 samples (100%), 17/s",
+    ]
+
+
+def test_no_time_is_told_before_enough_is_done_and_the_first_advance_is_not_counted(
+    capsys, monkeypatch
+):
+    clock = iter([0.0, 10.0, 10.0, 11.0, 14.0, 14.0, 20.0, 45.0, 45.0])
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
+    with progress_bar(2500, "scoring", "samples") as advance:
+        advance(16)  # at 10 seconds: most of them for what comes once
+        advance(16)  # at 11: too early for a line
+        advance(48)  # at 14: the third advance
+        advance(100)  # at 20: time was told, so that the next line has time
+        advance(2320)  # at 45
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 16 of 2,500 samples (1%)",
+        "scoring: 80 of 2,500 samples (3%), 16/s, 3 min left",
+        "scoring: 2,500 of 2,500 samples (100%), 71/s",
+    ]
+    clock = iter([0.0, 10.0, 10.0, 15.0, 15.0, 16.0, 17.0])
+    with progress_bar(4, "checking", "samples") as advance:
+        advance(1)
+        advance(1)
+        advance(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "checking: 1 of 4 samples (25%)",
+        "checking: 2 of 4 samples (50%), 0.2/s, 10 s left",
+        "checking: 4 of 4 samples (100%), 0.43/s",
     ]
 
 

@@ -9,7 +9,8 @@ from time import monotonic
 from typing import Protocol
 
 _LINE_EVERY = 30.0  # seconds between plain lines
-_FIRST_LINE = 3.0  # seconds to the first one, which tells how long the work will take
+_FIRST_LINE = 3.0  # seconds between them until one has told how long the work will take
+_ADVANCES, _SHARE = 3, 0.05  # of which either is enough to tell it
 
 
 class Advance(Protocol):
@@ -65,20 +66,26 @@ def progress_bar(
 class _Lines:
     """Plain lines, one in half a minute: in a log file every step of a bar would be a line.
 
-    The first comes sooner, for it is the first to tell how much time is left.
+    They come sooner until one has told how much time is left. What comes before the first advance,
+    such as compiling or starting workers, comes once: the speed leaves it out.
     """
 
     def __init__(self, total: int, name: str, unit: str, initial: int) -> None:
         self.total, self.name, self.unit = total, name, unit
-        self.position = self.initial = initial
-        self.start_time = self.last_time = monotonic()
+        self.position = initial
+        self.last_time = monotonic()
+        self.advances = 0
+        self.first = (initial, self.last_time)  # position and time that the speed counts from
         self.pause = _FIRST_LINE
         self.written = -1  # the position that the last line told of
 
     def advance(self, amount: int, /) -> None:
         self.position += amount
-        if monotonic() - self.last_time > self.pause:
-            self.pause = _LINE_EVERY
+        self.advances += 1
+        now = monotonic()
+        if self.advances == 1 and self.position < self.total:
+            self.first = (self.position, now)
+        if now - self.last_time > self.pause:
             self.write()
 
     def end(self) -> None:
@@ -87,13 +94,17 @@ class _Lines:
 
     def write(self) -> None:
         self.last_time, self.written = monotonic(), self.position
-        rate = (self.position - self.initial) / max(self.last_time - self.start_time, 1e-9)
         share = self.position / max(self.total, 1)
-        progress = f"{self.position:,} of {self.total:,} {self.unit} ({share:.0%})"
-        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        line = f"{self.name}: {self.position:,} of {self.total:,} {self.unit} ({share:.0%})"
+        position, time = self.first
+        rate = (self.position - position) / max(self.last_time - time, 1e-9)
+        if rate > 0:
+            line += f", {rate:,.0f}/s" if rate >= 10 else f", {rate:.2g}/s"
         left = self.total - self.position
-        time = f", {duration(left / rate)} left" if rate > 0 and left > 0 else ""
-        print(f"{self.name}: {progress}, {speed}/s{time}", file=sys.stderr, flush=True)
+        if rate > 0 and left > 0 and (self.advances >= _ADVANCES or share >= _SHARE):
+            line += f", {duration(left / rate)} left"
+            self.pause = _LINE_EVERY
+        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
