@@ -7,10 +7,10 @@ import datasets
 import pytest
 import torch
 
-from flowdata import Scores
+from flowdata import LossScorer, Scores
 from flowdata.cli.commands import COMMANDS
 from flowdata.cli.main import main
-from tests.models import tiny_llama
+from tests.models import TinyResNet, tiny_llama
 from tests.test_text import tokenizer
 
 __all__ = ["tokenizer"]  # the fixture
@@ -123,6 +123,21 @@ def test_score_report_and_verify(capsys, model_folder, data, tmp_path):
     code, out, _ = run(capsys, "verify", store)
     assert code == 1
     assert out.endswith("the same flowdata score command scores what is damaged or missing\n")
+
+
+def test_verify_says_of_a_store_made_in_python_that_the_call_mends_it(capsys, tmp_path):
+    def remedy():
+        return run(capsys, "verify", tmp_path)[1].splitlines()[-1]
+
+    samples = [(torch.randn(3, 8, 8), index % 4) for index in range(8)]
+    LossScorer(TinyResNet(), progress=False).score(samples, store=tmp_path)
+    (tmp_path / "scores.safetensors").write_bytes(b"")
+    assert remedy() == "the same call of LossScorer.score scores what is damaged or missing"
+    (tmp_path / "manifest.json").write_bytes(b"")
+    assert remedy() == (
+        "the same flowdata score command, or the same call of LossScorer.score, scores what is "
+        "damaged or missing"
+    )
 
 
 def test_what_a_tuned_model_learned_and_forgot_is_reported(capsys, model_folder, data, tmp_path):
