@@ -358,6 +358,25 @@ def test_scores_say_that_a_sample_of_the_samples_was_fingerprinted(tmp_path, cap
     assert sampling_note(small.metadata["identity"]["dataset"]) == ""
 
 
+def test_that_some_samples_were_fingerprinted_is_said_once_for_a_data_set(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "flowdata")
+
+    def times_said(count, store=None):
+        caplog.clear()
+        torch.manual_seed(0)
+        shown = LossScorer(nn.Linear(4, 3), "cross_entropy", progress=True)
+        shown.score(Folder(count=count), store=store)
+        note = f"only 512 of the {count} samples were fingerprinted"
+        assert note in shown.explain()
+        return sum(note in message for message in caplog.messages)
+
+    assert times_said(700, tmp_path) == 1
+    assert times_said(700) == 0
+    assert times_said(700, tmp_path) == 1  # now of losses that are returned as they are
+    assert times_said(700, tmp_path) == 0
+    assert times_said(800) == 1
+
+
 # --- scores of earlier versions ------------------------------------------------------------------
 
 

@@ -84,6 +84,17 @@ def say_once(message: str) -> None:
         say(message)
 
 
+def is_first_time(matter: str) -> bool:
+    """Return whether a matter comes up for the first time in this process, at whatever line.
+
+    It is for what is part of other sentences, and would be repeated with each of them.
+    """
+    is_first = matter not in _come_up
+    _come_up.add(matter)
+    return is_first
+
+
+_come_up: set[str] = set()
 _said: set[tuple[str, str, int]] = set()  # matters, with the file and line that they came up at
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flowdata._common.notices import logger, say
+from flowdata._common.notices import is_first_time, logger, say
 from flowdata.errors import DisagreementError, SampleError, StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.report.guessing import guessing_remark
@@ -97,8 +97,8 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
             # Another process may have held the lock until now, and finished the store.
             scores = _finished_scores(folder, job, draft)
         if ranks.from_first("finished", scores is not None):
-            job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
             _warn_of_sampling(folder, draft, ranks)
+            job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
         else:
             scores = _score_the_rest(folder, job, draft, ranks)
     if ranks.is_first and scores is not None and draft["details"]:
@@ -126,9 +126,14 @@ def _finished_scores(folder: Place, job: Job, draft: Manifest) -> Scores | None:
 
 
 def _warn_of_sampling(folder: Place, draft: Manifest, ranks: Ranks) -> None:
-    """Warn where losses are returned of samples that were not all compared."""
-    note = sampling_note(draft["identity"]["dataset"])
-    if ranks.is_first and note:
+    """Warn once for a data set where losses are returned of samples not all of which were compared.
+
+    The announcement need not say so again.
+    """
+    identity = draft["identity"]["dataset"]
+    note = sampling_note(identity)
+    if ranks.is_first and note and is_first_time(f"found: {identity}"):
+        is_first_time(identity)
         logger.warning(
             "the losses in %s are returned as they are: %s, so that a change to others goes "
             "unnoticed; if you changed any, score into another folder",

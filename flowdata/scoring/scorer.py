@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from flowdata._common.notices import say
+from flowdata._common.notices import is_first_time, say
 from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import CollateReadable, Readable, first_readable, some_readable
 from flowdata.errors import DisagreementError
@@ -153,7 +153,7 @@ class LossScorer:
         self.progress = progress
         self._is_shown = progress
         self._explanation = "nothing scored yet"
-        self._note = ""  # on the data set's identity
+        self._dataset_id = ""
         self._losses_of_kinds: dict[Hashable, str] = {}
         self._suspects: tuple[int, ...] = ()
         self.is_for_windows = False  # of a stream, which reads their losses alone
@@ -222,7 +222,7 @@ class LossScorer:
             if dataset_id is None:
                 fields = fields_given(self.model, dataset, collate_fn, job.loss)
                 dataset_id = content_identity(dataset, fields=fields, skip_unreadable=skip)
-            self._note = sampling_note(dataset_id)
+            self._dataset_id = dataset_id
             identity = self._identity(job, dataset_id, collate_fn)
             draft = make_manifest(identity, {}, details or {})
             check_same_call(ranks, draft["identity"], has_store=store is not None)
@@ -340,6 +340,7 @@ class LossScorer:
         return fingerprint_model(self.model, skip_adapters=self.reference == "base")
 
     def _announce(self, sentence: str) -> None:
-        sentence = "; ".join(filter(None, [sentence, self._note]))
-        self._explanation = sentence
-        say(sentence, shown=self._is_shown)
+        note = sampling_note(self._dataset_id)
+        self._explanation = "; ".join(filter(None, [sentence, note]))
+        is_told = bool(note) and self._is_shown and not is_first_time(self._dataset_id)
+        say(sentence if is_told else self._explanation, shown=self._is_shown)
