@@ -441,7 +441,9 @@ def test_a_new_output_layer_is_told_once_for_a_meter_and_as_no_alarm(caplog):
         meter(tuned)
         meter(tuned)  # another line of the same program
     (record,) = [record for record in caplog.records if "output layer" in record.message]
-    assert record.message.startswith("new output layer: drift is read through the old one")
+    assert record.message == (
+        "new output layer: drift is read through the old one, which the old task would still use"
+    )
     assert record.levelno == logging.INFO
 
 

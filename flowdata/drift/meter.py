@@ -281,8 +281,8 @@ class DriftMeter:
         if not self._has_told:
             self._has_told = True
             say_once(
-                "new output layer: drift is read through the old one, as the old task would be "
-                "served (Drift.head is 'frozen')"
+                "new output layer: drift is read through the old one, which the old task would "
+                "still use"
             )
         return False
 
