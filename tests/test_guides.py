@@ -69,6 +69,17 @@ def test_a_guides_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, caps
     assert_the_model_before_competes(names)
     if page.stem == "vision":
         assert "\nchosen probe alone\n" in capsys.readouterr().out  # as the guide says
+        assert_weights_find_wrong_labels(names)
+
+
+def assert_weights_find_wrong_labels(names):
+    """The hardest samples are wrong labels; weighted runs learn and keep more than plain ones."""
+    assert names["is_wrong"][names["hardest"][:100]].all()
+    runs = {name: (accuracy, drift.kept) for name, accuracy, drift in names["runs"]}
+    rates = [name.removeprefix("FLOW ") for name in runs if name.startswith("FLOW ")]
+    pairs = [(*runs[f"FLOW {rate}"], *runs[f"plain {rate}"]) for rate in rates]
+    assert all(learned > by_plain for learned, _, by_plain, _ in pairs)
+    assert all(kept > by_plain for _, kept, _, by_plain in pairs[1:])  # at the larger rates
 
 
 def assert_the_model_before_competes(names):
