@@ -228,6 +228,14 @@ def test_a_share_of_few_is_not_none_and_one_of_nearly_all_not_all(browser, tmp_p
     assert "(> 99 %)" in text(browser, "#effect")
 
 
+def test_of_few_samples_no_share_is_shown(browser, tmp_path):
+    browser.open(write_report(Scores(some_losses(19)), tmp_path).page)
+    assert "mean weight" in text(browser, "#effect")
+    assert "effective" not in text(browser, "#effect")
+    browser.open(write_report(Scores(some_losses(20)), tmp_path).page)
+    assert "effective sample size" in text(browser, "#effect")
+
+
 def test_arrow_keys_go_from_sample_to_sample(browser, page):
     browser.open(page)
     first, second = indices(browser)[:2]

@@ -31,6 +31,26 @@ def test_losses_that_lie_close_together_are_said_to_be_alike():
     assert verdict.plain_text().endswith(f"go by.\n{RATE.advice} {AVERAGE.advice}")
 
 
+def test_of_few_rows_with_a_loss_no_verdict_and_no_share_is_given(tmp_path):
+    few, enough = 1.4 + 0.2 * noise(19), 1.4 + 0.2 * noise(20)
+    missing = torch.cat([few, torch.full((5,), torch.nan)])
+    for losses, rows in ((few[:1], "1 row"), (few, "19 rows"), (missing, "19 rows")):
+        report = write_report(Scores(losses), tmp_path)
+        title = f"{rows} with a loss: too few to tell what weights would do."
+        assert report.verdict.plain_text() == f"{title}\nScore 20 rows or more for a verdict."
+        page = report.page.read_text("utf-8")
+        assert f"<b>{title}</b>" in page
+        assert "effectively" not in page
+        assert RATE.advice not in page
+    report = write_report(Scores(enough), tmp_path)
+    assert report.verdict.clauses == (RATE, AVERAGE)
+    assert "effectively" in report.page.read_text("utf-8")
+    summary = summarize(few, torch.ones(19))
+    odd = find_oddities(few, torch.ones(19))
+    verdict = judge(few, torch.ones(19), summary, odd, "the median loss is large")
+    assert verdict.text[0] == "The median loss is large."
+
+
 def test_rows_that_the_model_knows_have_nothing_to_sort_out():
     losses = (0.01 * noise()).abs() ** 1.5
     losses[7] = 0.09
@@ -71,14 +91,14 @@ def test_the_line_of_python_leaves_out_the_hardest_rows_and_those_without_a_loss
 
 
 def test_no_more_rows_are_to_be_read_than_there_are():
-    for count, which in ((51, "the 50 hardest, where wrong rows gather,"), (20, "all 20")):
+    for count, which in ((51, "the 50 hardest, where wrong rows gather,"), (21, "all 21")):
         tail, even = torch.full((count,), 0.5), torch.linspace(0.1, 2.0, count)
         tail[3] = 6.0
         for losses in (tail, even):
             advice = f"a hard one: read {which} and count the wrong."
             assert advice in verdict_on(losses).plain_text()
     even[-1] = torch.nan
-    assert "read all 19 and count" in verdict_on(even).plain_text()
+    assert "read all 20 and count" in verdict_on(even).plain_text()
 
 
 def test_lists_and_tables_say_where_rows_count_from(tmp_path):

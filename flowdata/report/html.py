@@ -25,7 +25,7 @@ from flowdata.report.page import (
 from flowdata.report.pictures import draw_lengths, draw_losses, draw_weights
 from flowdata.report.rule import FIGURES
 from flowdata.report.samples import SampleText
-from flowdata.report.summary import drop_missing, extremes, in_unit, unit_of
+from flowdata.report.summary import FEWEST, drop_missing, extremes, in_unit, unit_of
 from flowdata.report.table import Column, Tokens, table
 from flowdata.report.thumbnails import thumbnails
 from flowdata.report.verdict import Verdict, origin_of, temperatures
@@ -202,7 +202,7 @@ def _hardest_first(scores: Scores) -> Tensor:
 
 def _figures(summary: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
     rule, missing = summary["temperature_rule"], summary["missing"]
-    return [
+    figures = [
         (f"{summary['samples']:,}", "samples" + (f", {missing:,} without a loss" * (missing > 0))),
         (number(summary["loss"]["mean"]), in_unit("mean loss", unit)),
         (
@@ -210,6 +210,11 @@ def _figures(summary: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
             "temperature" + ("" if rule == "given" else f" ({rule})"),
         ),
         (number(summary["weight"]["mean"]), "mean weight"),
+    ]
+    if summary["samples"] - missing < FEWEST:  # of few the share says nothing of the data
+        return figures
+    return [
+        *figures,
         (f"{summary['effective_sample_size']:,.0f}", "effective sample size"),
         (percent(summary["effective_share"]), "of the samples, effectively"),
     ]

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata.report.samples import SampleText
-from flowdata.report.summary import NATS
+from flowdata.report.summary import FEWEST, NATS
 
 _STANDING_OUT = 5.0  # robust standard deviations above the median from which a loss stands out
 _LEAST_NATS = 0.1  # above the median, too: a tenth less likely
 _LEAST = 1e-6  # of losses in another unit
-_FEWEST = 20  # samples of like length that one can stand out of
 _MOST_GROUPS = 10  # by length
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
 
@@ -111,14 +110,14 @@ def _outliers(
     """
     is_outlier = np.zeros(len(losses), dtype=np.bool_)
     present = np.flatnonzero(np.isfinite(losses))
-    if len(present) < _FEWEST:
+    if len(present) < FEWEST:
         return is_outlier
-    num_groups = int(np.clip(len(present) // _FEWEST, 1, _MOST_GROUPS))
+    num_groups = int(np.clip(len(present) // FEWEST, 1, _MOST_GROUPS))
     edges = np.unique(np.quantile(lengths[present], np.linspace(0, 1, num_groups + 1)[1:-1]))
     groups = np.searchsorted(edges, lengths[present], side="left")
     for group in np.unique(groups):
         samples = present[groups == group]
-        if len(samples) < _FEWEST:
+        if len(samples) < FEWEST:
             continue
         above = losses[samples] - np.median(losses[samples])
         deviation = _TO_DEVIATION * np.median(np.abs(above))

@@ -20,6 +20,7 @@ from flowdata.weights import (
 )
 
 NATS = "nats"
+FEWEST = 20  # samples with a loss; what fewer show may be chance
 _LIKELIHOODS = (*LANGUAGE_LOSSES, "cross_entropy", "binary_cross_entropy")
 QUANTILES = {
     "min": 0.0,

@@ -290,12 +290,14 @@ function shareText(share) { // as `percent` of page.py
 }
 
 function showEffect(temperature, mean, size, present) {
-  const share = shareText(size / present);
   const bold = (text) => make("b", {}, text);
+  const effective = [
+    ", effective sample size ", bold(Math.round(size).toLocaleString("en")), " of ",
+    present.toLocaleString("en"), " (", bold(shareText(size / present)), ")",
+  ];
   get("effect").replaceChildren(
     "temperature ", bold(numberText(temperature)), ", mean weight ", bold(numberText(mean)),
-    ", effective sample size ", bold(Math.round(size).toLocaleString("en")), " of ",
-    present.toLocaleString("en"), " (", bold(share), ")",
+    ...(present < data.fewest ? [] : effective), // of few it says nothing of the data
     state.origin ? `; weights relative to the loss ${numberText(state.origin)}` : "",
   );
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 from flowdata._common.excerpts import FROM_0
 from flowdata.report.oddities import MARKS, Oddities
 from flowdata.report.samples import SampleText, is_longer, shorten, spelt_out
-from flowdata.report.summary import NATS
+from flowdata.report.summary import FEWEST, NATS
 
 # A page of 100,000 samples should open at once and travel by mail.
 _MOST_CHARACTERS = 20_000_000  # of all texts together
@@ -97,6 +97,7 @@ def table(
             for each in columns
         ],
         "temperatures": temperatures,
+        "fewest": FEWEST,
         "marks": _marks(oddities),
         "texts": None if texts is None else _texts(texts, hardest[:num_texts].tolist(), limit),
         "tokens": None if tokens is None else _token_losses(tokens, hardest.tolist()),

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdata.report.markdown import count
 from flowdata.report.oddities import Oddities
 from flowdata.report.page import percent
 from flowdata.report.rule import AVERAGE, HARD, LARGE, RATE, RIGHT, SHARE, WRONG, Clause
-from flowdata.report.summary import NATS
+from flowdata.report.summary import FEWEST, NATS
 from flowdata.weights import RelativeTemperature, effective_sample_size, resolve_temperature, weigh
 
 Mask: TypeAlias = "NDArray[np.bool_]"
@@ -85,10 +86,14 @@ def judge(
         guessing: as `guessing_remark` returns it.
         unit: of the losses.
     """
+    values = losses[~losses.isnan()]
+    remark = [f"{guessing[0].upper()}{guessing[1:]}."] if guessing else []
+    if len(values) < FEWEST:
+        title = f"{count(len(values), 'row')} with a loss: too few to tell what weights would do."
+        return Verdict(title, [*remark, f"Score {FEWEST} rows or more for a verdict."])
     if guessing:
         title = "The model does no better than guessing: check it before you weigh by its losses."
-        return Verdict(title, [f"{guessing[0].upper()}{guessing[1:]}."])
-    values = losses[~losses.isnan()]
+        return Verdict(title, remark)
     picks = temperatures(values)
     usual, name, share = _by_the_median(values, summary, picks)
     present = len(values)
