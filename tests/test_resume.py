@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -410,6 +411,47 @@ def test_a_call_that_kept_nothing_may_go_on_with_other_options(first, then, monk
     plan = quiet(model, **then).score(samples, store=tmp_path).metadata["plan"]
     asked = {"max_tokens": 4096, "batch_size": None} | then
     assert {name: plan[name] for name in asked} == asked
+
+
+def test_a_call_that_stops_says_what_the_same_call_does_and_what_is_there(tmp_path, caplog):
+    caplog.set_level("INFO", logger="flowdata")
+    tokens, images = (token_samples(12), tiny_llama()), (numbers(12), nn.Linear(4, 3))
+    for name, (samples, model), options in (
+        ("max_tokens", tokens, {}),
+        ("batch_size", images, {"batch_size": 9}),
+    ):
+        store = tmp_path / name
+        for pack, told in (
+            (0, f"begins again, and with a smaller {name}=N keeps something sooner"),
+            (1, "goes on from there"),
+        ):
+            caplog.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                stop_before(patch, pack)
+                options = {"max_tokens": 100} if name == "max_tokens" and pack else options
+                with pytest.raises(MemoryError):
+                    LossScorer(model, **options).score(samples, store=store)
+            (stopped,) = [line for line in caplog.messages if line.startswith("stopped with")]
+            assert stopped.startswith("stopped with 0 of 12 samples kept") == (pack == 0)
+            assert stopped.endswith(f"; the same call {told}")
+            assert "already" not in caplog.text
+        kept = int(re.search("with (.*) of 12", stopped)[1])
+        caplog.clear()
+        LossScorer(model, **options).score(samples, store=store)
+        said = [line for line in caplog.messages if "already" in line]
+        assert said == [f"{kept} of 12 samples {'is' if kept == 1 else 'are'} there already"]
+        caplog.clear()
+        LossScorer(model, **options).score(samples, store=store)
+        assert "already" not in caplog.text
+
+
+def test_the_command_names_its_flag_where_nothing_is_kept(
+    capsys, score_command, monkeypatch, tmp_path
+):
+    stop_before(monkeypatch, 0)
+    with pytest.raises(MemoryError):
+        main([*map(str, score_command[2:]), "--store", str(tmp_path)])
+    assert "with a smaller --max-tokens N keeps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,10 @@ def _begin(folder: Place, job: Job, plan: Plan, manifest: Manifest) -> list[int]
     for finished in read_finished_packs(folder, manifest, plan.order, plan.sizes):
         _check_skipped(folder, job, finished.skipped)
         is_there[list(finished.packs)] = True
+    if is_there.any():
+        kept = int(plan.sizes[is_there].sum())
+        are = "is" if kept == 1 else "are"
+        say(f"{kept:,} of {len(job.dataset):,} samples {are} there already", shown=job.progress)
     lacking: list[int] = (~is_there).nonzero().flatten().tolist()
     return lacking
 
@@ -256,9 +260,13 @@ def _write_parts(
         raise
     except BaseException:
         at_least = "at least " if ranks.size > 1 else ""
+        then = "the same call goes on from there"
+        if not (samples_kept or at_least):
+            size = "batch_size" if plan.options.max_tokens is None else "max_tokens"
+            then = f"the same call begins again, and with a smaller {size}=N keeps something sooner"
         say(
             f"stopped with {at_least}{samples_kept:,} of {len(job.dataset):,} samples kept in "
-            f"{folder}; the same call goes on from there",
+            f"{folder}; {then}",
             shown=job.progress,
         )
         raise
