@@ -23,12 +23,16 @@ def noise(count=1000):
     return torch.randn(count, generator=torch.Generator().manual_seed(0))
 
 
-def test_losses_that_lie_close_together_are_said_to_be_alike():
-    verdict = verdict_on(1.4 + 0.2 * noise())
-    assert verdict.title.startswith("Nearly all losses are alike: weights would only make")
+@pytest.mark.parametrize("losses", [1.4 + 0.2 * noise(), torch.linspace(3.0, 9.3, 100)])
+def test_of_weights_that_change_little_the_share_is_told_and_what_to_do_in_doubt(losses):
+    verdict = verdict_on(losses)
+    share = summarize(losses, torch.ones(len(losses)))["effective_share"]
+    assert verdict.title.startswith("The weights would change little but the size of each step: ")
+    assert verdict.title.endswith(f"at the median they count as {share:.0%} of the rows.")
     assert verdict.text[1].startswith("That does not say that all rows are right: if some are")
+    assert "If you doubt some rows, read the hardest; if few of these are wrong" in verdict.text[1]
     assert RIGHT not in verdict.clauses
-    assert verdict.plain_text().endswith(f"go by.\n{RATE.advice} {AVERAGE.advice}")
+    assert verdict.plain_text().endswith(f"second reader.\n{RATE.advice} {AVERAGE.advice}")
 
 
 def test_of_few_rows_with_a_loss_no_verdict_and_no_share_is_given(tmp_path):
@@ -116,7 +120,7 @@ def test_a_temperature_that_a_user_tries_does_not_change_what_losses_are():
     alike, even = 1.4 + 0.2 * noise(), torch.linspace(0.1, 2.0, 500)
     for temperature in (0.3, 100.0, "ess0.5"):
         verdict = verdict_on(alike, temperature=temperature)
-        assert verdict.title.startswith("Nearly all losses are alike")
+        assert verdict.title.startswith("The weights would change little")
         assert "At the median of the losses, 1.4" in verdict.text[0]
     assert "without a heavy tail" in verdict_on(even, temperature=100.0).title
     sparse = torch.tensor([0.0] * 60 + [0.5] * 40)  # the median is none

@@ -35,9 +35,10 @@ _FEW = 0.1  # effective share of the samples below which few of them decide
 _KNOWN = 0.1  # nats: a probability of 0.9
 _READ = 50  # of the hardest samples, to count the wrong
 _HEAVY = 0.01  # share of the samples that lie so far from which on a tail is heavy
-_ALIKE_WRONG_OR_RIGHT = (
-    "That does not say that all rows are right: if some are wrong, these losses hardly tell them "
-    "from the others, and neither weights nor leaving out the hardest has much to go by."
+_WRONG_OR_RIGHT = (
+    "That does not say that all rows are right: if some are wrong, weights hardly tell them from "
+    "the others. If you doubt some rows, read the hardest; if few of these are wrong, losses are "
+    "no help: check by other means, such as known answers or a second reader."
 )
 _CAUSES = {  # marks that may explain a large loss, as words for one sample and for several
     "outlier": ("an outlier", "outliers"),
@@ -130,8 +131,9 @@ def judge(
         text = [*verdict.text, _counting(present), leave_out]
         return replace(verdict, text=text, code=_leaving_out(missing))
     if share >= _ALIKE:
-        title = "Nearly all losses are alike: weights would only make each step smaller."
-        return _by_rule(title, [effect, _ALIKE_WRONG_OR_RIGHT], name, RATE, AVERAGE)
+        title = "The weights would change little but the size of each step: "
+        title += f"at {name} they count as {percent(share)} of the rows."
+        return _by_rule(title, [effect, _WRONG_OR_RIGHT], name, RATE, AVERAGE)
     title = "The losses differ, without a heavy tail: weigh only if you know that rows are wrong."
     return _by_rule(title, [effect, _counting(present)], name, RIGHT, AVERAGE, WRONG, RATE, LARGE)
 
@@ -168,7 +170,7 @@ def _by_the_median(
 ) -> tuple[float, str, float]:
     """The temperature that losses are judged at, its name, and the effective share of the samples.
 
-    It is the median, whatever temperature a user tries: the same losses are alike, or have a tail.
+    It is the median, whatever temperature a user tries: the same losses have the same verdict.
     Only where the median is none does the user's take its place.
     """
     if "median" in picks:
