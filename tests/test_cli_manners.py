@@ -486,6 +486,15 @@ def test_tools_that_the_template_leaves_out_name_the_flag_that_helps(
     assert code == 2
     assert "read no column of tools (--tools-column '')" in err
     assert run(capsys, *score, "--tools-column", "")[0] == 0
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Oslo"}}}
+    chat.insert(1, {"role": "assistant", "content": "", "tool_calls": [call]})
+    chat.insert(2, {"role": "tool", "content": "4"})
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat, "tools": tools}) + "\n")
+    for more in ((), ("--tools-column", "")):
+        code, _, err = run(capsys, *score, "--overwrite", *more)
+        assert code == 2
+        assert f"name a template that writes {'it' if more else 'them'} (--chat-template" in err
+        assert "--tools-column" not in err
 
 
 def test_empty_replies_are_said(caplog, tokenizer):

@@ -373,7 +373,7 @@ def test_tool_calls_are_written_as_the_template_reads_them():
     assert 'weather{"city": "Rome"}' in target
     chat = [says("user", "x"), says("assistant", "", tool_calls=[call("weather", city="Rome")])]
     tokenizer.chat_template = SEPARATED
-    with pytest.raises(ValueError, match="leaves a tool call of a message"):
+    with pytest.raises(ValueError, match=r"leaves a tool call of .*; name a template that writes"):
         tokenize(tokenizer, {"messages": chat})
 
 

@@ -86,9 +86,11 @@ def _cuts(
     extras: Any = {"tools": conversation.tools, "options": options}
     write: Write = partial(template.write, **extras)
     if conversation.tools and write(messages) == write(messages, tools=None):
+        calls = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
         raise LeftOutError(
             "the chat template leaves out the tools that come with the chat; name a template that "
-            "writes them (--chat-template FILE), or read no column of tools (tools='')"
+            "writes them (--chat-template FILE)"
+            + ("" if calls else ", or read no column of tools (tools='')")
         )
     without = {**options, "documents": None}
     if conversation.documents and write(messages) == write(messages, options=without):

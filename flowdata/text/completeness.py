@@ -167,11 +167,9 @@ def _left_out(thing: str, piece: str, message: Message, *, is_target: bool) -> L
     piece = piece.strip()
     excerpt = piece if len(piece) <= _MOST_CHARACTERS else f"{piece[: _MOST_CHARACTERS - 1]}…"
     place = "the targets" if is_target else "the text"
-    remedy = ""
-    if thing == "reasoning":
-        remedy = "; name a template that writes it, or leave it out of the data"
+    leave_out = ", or leave it out of the data" if thing == "reasoning" else ""
     return LeftOutError(
         f"the chat template leaves {thing} of a message of role {message['role']!r} out of {place} "
-        f"({excerpt!r}){remedy}",
+        f"({excerpt!r}); name a template that writes it (--chat-template FILE){leave_out}",
         is_content=thing == "content",
     )
