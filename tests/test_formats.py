@@ -735,6 +735,12 @@ def test_fractional_weights_are_targets_and_said(tokenizer, caplog):
             "closest: a pair, with 'prompt' as its prompt and no 'completion' or 'response' or",
         ),
         ({"input_ids": [1], "labels": [1]}, "its rows are tokens already"),
+        (
+            {"goal": "a", "sol1": "b", "sol2": "c", "label": 1},
+            "a pair, 'goal' and 'sol1' ('sol2', 'label' would not be read; if one of several "
+            "answers is right, write it into a column of its own first)",
+        ),
+        ({"x": "a", "ends": ["b"], "y": "c"}, "a pair, 'x' and 'y' ('ends' would not be read"),
         ({"turnlist": [{"role": "user"}]}, "closest: a chat in 'turnlist'"),
     ],
 )
@@ -742,6 +748,7 @@ def test_an_unknown_shape_gets_its_columns_the_flags_and_the_closest_format(row,
     with pytest.raises(ValueError, match="no known text columns among") as caught:
         find_fields(row)
     assert message in str(caught.value)
+    assert len(row) > 2 or "would not be read" not in str(caught.value)
     for part in (*map(repr, row), "--prompt-column", "--completion-column", "--messages-column"):
         assert part in str(caught.value)
 

@@ -252,7 +252,7 @@ def _unknown(row: Row) -> str:
         if name.lower() != known
     ]
     texts = [name for name in row if isinstance(row[name], str)]
-    chats = [str(name) for name in row if isinstance(row[name], list)]
+    chats = [str(name) for name in row if _may_be_chat(row[name])]
     if "input_ids" in row:
         closest = "; its rows are tokens already: LossScorer scores them in Python"
     elif prompts:
@@ -264,12 +264,21 @@ def _unknown(row: Row) -> str:
         closest = f"; closest: a chat in {chats[0]!r}"
     elif len(texts) > 1:
         closest = f"; closest: a pair, {texts[0]!r} and {texts[1]!r}"
+        if others := {name: row[name] for name in row if name not in texts[:2]}:
+            closest += (
+                f" ({_names_of(others)} would not be read; if one of several answers is right, "
+                "write it into a column of its own first)"
+            )
     else:
         closest = ""
     return (
         f"no known text columns among {_names_of(row)}{closest}; name them (prompt and completion, "
         "messages, or completion alone: --prompt-column, --completion-column, --messages-column)"
     )
+
+
+def _may_be_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _names_of(row: Row) -> str:
