@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import html
 import json
 import math
 import os
@@ -495,6 +496,23 @@ def test_tools_that_the_template_leaves_out_name_the_flag_that_helps(
         assert code == 2
         assert f"name a template that writes {'it' if more else 'them'} (--chat-template" in err
         assert "--tools-column" not in err
+
+
+def test_a_row_that_is_skipped_is_counted_and_reported_with_its_reason(
+    capsys, model_folder, tmp_path
+):
+    (tmp_path / "a.jsonl").write_text(json.dumps(HONEY[0]) + "\n" + '{"prompt": "a"}\n')
+    store = ("--store", tmp_path / "s")
+    code, out, _ = run(
+        capsys, "score", model_folder, tmp_path / "a.jsonl", *store, "--on-error", "skip"
+    )
+    assert (code, out.splitlines()[0]) == (0, f"1 of 2 samples scored into {tmp_path / 's'}")
+    _, out, _ = run(capsys, "report", tmp_path / "s")
+    told = out.splitlines()[0]
+    assert told.startswith("1 row could not be read: row 1")
+    page = (tmp_path / "s" / "report" / "report.html").read_text("utf-8")
+    assert f"<b>1</b>{html.escape(told[2:], quote=False)}<button" in page
+    assert "one that is blank" not in page
 
 
 def test_empty_replies_are_said(caplog, tokenizer):

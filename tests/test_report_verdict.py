@@ -240,10 +240,41 @@ def test_copies_contradictions_empty_and_missing_samples_are_marked():
         "copy": [1, 6],
         "contradiction": [0, 1, 2, 3, 4],
         "cut": [2],
+        "unreadable": [],
         "empty": [3, 7],
         "no loss": [7],
     }
     assert odd.first.tolist() == [0, 0, 2, 3, 4, 5, 5, 7]
+
+
+def test_a_row_that_could_not_be_read_is_said_to_be_that_and_not_empty(tmp_path):
+    losses, counts = torch.rand(30) + 1, torch.ones(30).long()
+    losses[[3, 7]], counts[[3, 7]] = torch.nan, 0
+    reasons = {"7": "ValueError: row 7: it has <no> text\u202e"}
+    report = write_report(Scores(losses, counts, metadata={"skipped": reasons}), tmp_path)
+    page = report.page.read_text("utf-8")
+    assert "<b>1</b>row could not be read: row 7: it has &lt;no&gt; text\\x202e<button" in page
+    assert "<b>1</b>sample without a target, or with one that is blank<" in page
+    assert "<b>2</b>samples without a loss<" in page
+    skipped = {str(row): "OSError: gone" for row in range(5)}
+    many = Scores(torch.tensor([torch.nan] * 5 + [1.0]), metadata={"skipped": skipped})
+    page = write_report(many, tmp_path).page.read_text("utf-8")
+    assert f"<b>5</b>rows could not be read: {'OSError: gone; ' * 3}…<" in page
+
+
+def test_one_is_no_plural(tmp_path):
+    losses = torch.full((100,), 1.0)
+    losses[4] = 30.0
+    counts = torch.full((100,), 2)
+    report = write_report(Scores(losses, counts), tmp_path)
+    assert "FLOW acts most on 1 sample (1.0%): at the median its weight" in report.verdict.text[0]
+    assert "It has 2 targets, the others 2 in the median." in report.verdict.text[0]
+    assert "<b>1</b>outlier: its loss lies" in report.page.read_text("utf-8")
+    one = Scores(losses[:1], metadata={"details": {"num_cut": 1, "max_length": 9}})
+    page = write_report(one, tmp_path).page.read_text("utf-8")
+    assert "<b>1</b>sample</div>" in page
+    assert "<b>1</b>sample was longer than 9 tokens and was cut" in page
+    assert repr(one) == "Scores(1 sample, 0 without a loss)"
 
 
 def test_short_pieces_leave_their_room_to_long_ones():

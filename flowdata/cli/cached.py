@@ -18,6 +18,7 @@ from flowdata._common.notices import logger, say
 from flowdata._version import __version__
 from flowdata.errors import StoreError
 from flowdata.report.guessing import guessing_remark
+from flowdata.report.markdown import count
 from flowdata.scores import Scores
 from flowdata.scoring.ranks import ranks_of_this_call
 from flowdata.store.folder import SCORES, read_manifest
@@ -70,7 +71,7 @@ def cached_scores(
         ranks.leave()
     if scores is not None:
         say(
-            f"losses of {len(scores):,} samples found in {store}; the model is not loaded",
+            f"losses of {count(len(scores), 'sample')} found in {store}; the model is not loaded",
             shown=shown and ranks.is_first,
         )
         if ranks.is_first and (remark := guessing_remark(scores.losses, scores.metadata)):

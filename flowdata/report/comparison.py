@@ -125,7 +125,7 @@ def _figures(
     compared, missing = summary["compared"], summary["samples"] - summary["compared"]
     without = f", {missing:,} without both losses" * (missing > 0)
     return [
-        (f"{compared:,}", f"samples compared{without}"),
+        (f"{compared:,}", f"sample{'s' * (compared != 1)} compared{without}"),
         (number(before.double().mean().item()), in_unit("mean loss before", unit)),
         (number(after.double().mean().item()), "mean loss after"),
         (_signed(summary["mean_difference"]), "mean change"),

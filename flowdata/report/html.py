@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowdata.report.oddities import Oddities, meaning_of
+from flowdata.report.oddities import Oddities, meaning_of, reasons_in
 from flowdata.report.page import (
     definitions,
     number,
@@ -24,7 +24,7 @@ from flowdata.report.page import (
 )
 from flowdata.report.pictures import draw_lengths, draw_losses, draw_weights
 from flowdata.report.rule import FIGURES
-from flowdata.report.samples import SampleText
+from flowdata.report.samples import SampleText, spelt_out
 from flowdata.report.summary import FEWEST, drop_missing, extremes, in_unit, unit_of
 from flowdata.report.table import Column, Tokens, table
 from flowdata.report.thumbnails import thumbnails
@@ -149,19 +149,22 @@ def _pictures(scores: Scores, losses: Tensor, temperature: float) -> list[str]:
 
 def _odd(oddities: Oddities, scores: Scores) -> str:
     """How many samples bear each mark, each with a button that shows them in the table."""
-    counts = {name: int(marks.sum()) for name, marks in oddities.marks.items()}
-    lines = [
-        f"<li><b>{count:,}</b>{escape(meaning_of(name, scores.counts), quote=False)}"
-        f'<button type="button" data-mark="{name}" hidden>show</button></li>'
-        for name, count in counts.items()
-        if count
-    ]
+    numbers = {name: int(marks.sum()) for name, marks in oddities.marks.items() if marks.any()}
+    lines = []
+    for name, total in numbers.items():
+        meaning = meaning_of(name, total, scores.counts)
+        if name == "unreadable":
+            meaning += f": {spelt_out(reasons_in(scores.metadata))}"
+        lines.append(
+            f"<li><b>{total:,}</b>{escape(meaning, quote=False)}"
+            f'<button type="button" data-mark="{name}" hidden>show</button></li>'
+        )
     details = scores.metadata.get("details") or {}
     if num_cut := details.get("num_cut", 0):
         lines.append(
-            f"<li><b>{num_cut:,}</b>samples were longer than {details.get('max_length'):,} tokens "
-            f"and were cut; {details.get('num_cut_targets', 0):,} of them lost part or all of "
-            "their target</li>"
+            f"<li><b>{num_cut:,}</b>{'sample was' if num_cut == 1 else 'samples were'} longer than "
+            f"{details.get('max_length'):,} tokens and {'was' if num_cut == 1 else 'were'} cut; "
+            f"{details.get('num_cut_targets', 0):,} of them lost part or all of their target</li>"
         )
     return f'<ul class="odd">{"".join(lines)}</ul>' if lines else "<p>Nothing that we look for.</p>"
 
@@ -201,9 +204,10 @@ def _hardest_first(scores: Scores) -> Tensor:
 
 
 def _figures(summary: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
-    rule, missing = summary["temperature_rule"], summary["missing"]
+    rule, samples, missing = (summary[name] for name in ("temperature_rule", "samples", "missing"))
+    things = "sample" if samples == 1 else "samples"
     figures = [
-        (f"{summary['samples']:,}", "samples" + (f", {missing:,} without a loss" * (missing > 0))),
+        (f"{samples:,}", things + f", {missing:,} without a loss" * (missing > 0)),
         (number(summary["loss"]["mean"]), in_unit("mean loss", unit)),
         (
             number(summary["temperature"]),
@@ -211,7 +215,7 @@ def _figures(summary: Mapping[str, Any], unit: str) -> list[tuple[str, str]]:
         ),
         (number(summary["weight"]["mean"]), "mean weight"),
     ]
-    if summary["samples"] - missing < FEWEST:  # of few the share says nothing of the data
+    if samples - missing < FEWEST:  # of few the share says nothing of the data
         return figures
     return [
         *figures,

@@ -44,5 +44,10 @@ def spread(values: Sequence[float], places: int) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """Return a number of things, in words."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    """Return a number of things, in words.
+
+    Example:
+        >>> count(1, "sample"), count(2000, "sample")
+        ('1 sample', '2,000 samples')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"

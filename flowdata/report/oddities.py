@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,30 +17,62 @@ _STANDING_OUT = 5.0  # robust standard deviations above the median from which a 
 _LEAST_NATS = 0.1  # above the median, too: a tenth less likely
 _LEAST = 1e-6  # of losses in another unit
 _MOST_GROUPS = 10  # by length
+_MOST_REASONS = 3  # that are told
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
 
-# The marks a sample may bear, by name, each with what it means.
+# The marks a sample may bear, by name, each with what it means, of one sample and of several.
 MARKS = {
-    "outlier": "outliers: their losses lie far above those of samples as long. They may be wrong, "
-    "or right and hard; where many are wrong, none stands out",
-    "copy": "copies: the same text as an earlier sample",
-    "contradiction": "contradictions: the same prompt has another target elsewhere",
-    "cut": "samples as long as the longest allowed, which were cut or just fit",
-    "empty": "samples without a target, or with one that is blank",
-    "no loss": "samples without a loss",
+    "outlier": (
+        "outlier: its loss lies far above those of samples as long. It may be wrong, or right and "
+        "hard; where many are wrong, none stands out",
+        "outliers: their losses lie far above those of samples as long. They may be wrong, or "
+        "right and hard; where many are wrong, none stands out",
+    ),
+    "copy": (
+        "copy: the same text as an earlier sample",
+        "copies: the same text as an earlier sample",
+    ),
+    "contradiction": (
+        "contradiction: the same prompt has another target elsewhere",
+        "contradictions: the same prompt has another target elsewhere",
+    ),
+    "cut": (
+        "sample as long as the longest allowed, which was cut or just fits",
+        "samples as long as the longest allowed, which were cut or just fit",
+    ),
+    "unreadable": ("row could not be read", "rows could not be read"),
+    "empty": (
+        "sample without a target, or with one that is blank",
+        "samples without a target, or with one that is blank",
+    ),
+    "no loss": ("sample without a loss", "samples without a loss"),
 }
 
 
-def meaning_of(mark: str, counts: Tensor) -> str:
+def meaning_of(mark: str, number: int, counts: Tensor) -> str:
     """Return what a mark means, as a page lists it.
 
     Args:
         mark: one of `MARKS`.
+        number: how many samples bear it.
         counts: (N,) int64, targets of each sample: where all have as many, none is longer.
     """
+    meaning = MARKS[mark][number > 1]
     if len(counts[counts > 0].unique()) <= 1:
-        return MARKS[mark].replace("those of samples as long", "the others'")
-    return MARKS[mark]
+        return meaning.replace("those of samples as long", "the others'")
+    return meaning
+
+
+def reasons_in(metadata: Mapping[str, Any]) -> str:
+    """Return why samples could not be read, by their scores' metadata; of many the first few.
+
+    Example:
+        >>> reasons_in({"skipped": {"3": "ValueError: row 3: it has no text"}})
+        'row 3: it has no text'
+    """
+    # Whoever refuses a row says what is wrong with it in a ValueError; others' names tell more.
+    reasons = [reason.removeprefix("ValueError: ") for reason in metadata["skipped"].values()]
+    return "; ".join(reasons[:_MOST_REASONS]) + "; …" * (len(reasons) > _MOST_REASONS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +95,7 @@ def find_oddities(
     is_cut: NDArray[np.bool_] | None = None,
     *,
     unit: str = NATS,
+    unreadable: Collection[int] = (),
 ) -> Oddities:
     """Return what is odd in samples.
 
@@ -71,6 +105,7 @@ def find_oddities(
         texts: of all samples, or None where they are not known.
         is_cut: (N,), as `write_report` takes it.
         unit: of the losses, see `unit_of`.
+        unreadable: samples that could not be read, which are not known to be empty.
 
     Example:
         >>> import torch
@@ -81,11 +116,14 @@ def find_oddities(
     """
     values, lengths = losses.double().numpy(), counts.numpy()
     none = np.zeros(len(values), dtype=np.bool_)
+    is_read = ~none
+    is_read[[*unreadable]] = False
     marks = {
         "outlier": _outliers(values, lengths, _LEAST_NATS if unit == NATS else _LEAST),
         "copy": none,
         "contradiction": none,
         "cut": none if is_cut is None else is_cut,
+        "unreadable": ~is_read,
         "empty": lengths == 0,
         "no loss": np.isnan(values),
     }
@@ -96,6 +134,7 @@ def find_oddities(
         marks["copy"] = first < np.arange(len(values))
         marks["contradiction"] = _contradictions(pairs)
         marks["empty"] |= np.array([not target.strip() for _, target in pairs], dtype=np.bool_)
+    marks["empty"] &= is_read
     return Oddities(marks, first)
 
 

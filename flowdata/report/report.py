@@ -89,7 +89,10 @@ def write_report(
     picture = plot_losses(scores.losses, place, temperature=temperature, unit=unit)
     texts = None if samples is None else [samples(index) for index in range(len(scores))]
     contents = texts if images is None else None  # what is said of an image is not the sample
-    oddities = find_oddities(scores.losses, scores.counts, contents, is_cut, unit=unit)
+    unreadable = [int(index) for index in scores.metadata.get("skipped", {})]
+    oddities = find_oddities(
+        scores.losses, scores.counts, contents, is_cut, unit=unit, unreadable=unreadable
+    )
     guessing = guessing_remark(scores.losses, scores.metadata)
     verdict = judge(scores.losses, scores.counts, summary, oddities, guessing, unit=unit)
     html = render(

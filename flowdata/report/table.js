@@ -106,7 +106,7 @@ function select() {
   state.order = Uint32Array.from(indices.values).filter(fits);
   sort();
   get("number").textContent = `${state.order.length.toLocaleString("en")} of ` +
-    `${count.toLocaleString("en")} samples`;
+    `${count.toLocaleString("en")} sample${count === 1 ? "" : "s"}`;
   get("pad").style.height = `${Math.min(state.order.length * ROW, TALLEST)}px`;
   get("view").scrollTop = 0;
   draw();

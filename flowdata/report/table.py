@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdata._common.excerpts import FROM_0
+from flowdata.report.markdown import count as count_of
 from flowdata.report.oddities import MARKS, Oddities
 from flowdata.report.samples import SampleText, is_longer, shorten, spelt_out
 from flowdata.report.summary import FEWEST, NATS
@@ -128,11 +129,11 @@ def _note(texts: Any, num_texts: int, limit: int, tokens: Any, count: int, addre
         notes.append(f"The first {limit:,} characters of each sample are here, for the search too.")
     if tokens is not None:
         notes.append(
-            f"Token losses are kept for {len(tokens['samples']):,} samples, the hardest first, and "
-            f"for the first {_MOST_TOKENS_OF_ONE:,} targets of each."
+            f"Token losses are kept for {count_of(len(tokens['samples']), 'sample')}, the hardest "
+            f"first, and for the first {_MOST_TOKENS_OF_ONE:,} targets of each."
         )
     if addresses is not None and len(addresses) < count:
-        notes.append(f"The images of {len(addresses):,} samples are here.")
+        notes.append(f"The images of {count_of(len(addresses), 'sample')} are here.")
     return " ".join(notes)
 
 

@@ -118,9 +118,10 @@ def judge(
     if num_far >= max(1, _HEAVY * present):
         title = "Some samples are far harder than the rest: read them before you weigh."
         about = _about(is_far, (~losses.isnan()).numpy(), counts, oddities)
+        weights_lie = "its weight lies" if num_far == 1 else "their weights lie"
         text = [
-            f"{effect} FLOW acts most on {num_far:,} samples ({num_far / present:.1%}): at {name} "
-            f"their weights lie below a twentieth of the largest possible one.{about}"
+            f"{effect} FLOW acts most on {count(num_far, 'sample')} ({num_far / present:.1%}): at "
+            f"{name} {weights_lie} below a twentieth of the largest possible one.{about}"
         ]
         text += _at_few(share, picks)
         verdict = _by_rule(title, text, name, WRONG, SHARE, HARD, RATE)
@@ -213,7 +214,11 @@ def _about(is_far: Mask, is_there: Mask, counts: Tensor, oddities: Oddities) -> 
     lengths, is_near = counts.numpy(), is_there & ~is_far
     if (lengths != 1).any() and is_near.any():
         far, near = np.median(lengths[is_far]), np.median(lengths[is_near])
-        text += f" They have {far:,.0f} targets in the median, the others {near:,.0f}."
+        targets = count(round(far), "target")
+        if is_far.sum() == 1:
+            text += f" It has {targets}, the others {near:,.0f} in the median."
+        else:
+            text += f" They have {targets} in the median, the others {near:,.0f}."
     marks = {name: int((oddities.marks[name] & is_far).sum()) for name in _CAUSES}
     words = [f"{size:,} as {_CAUSES[name][size > 1]}" for name, size in marks.items() if size]
     if words:

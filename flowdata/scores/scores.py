@@ -14,6 +14,7 @@ from flowdata._common.data_sets import check_takes_column
 from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
 from flowdata.errors import ScoreMismatchError
+from flowdata.report.markdown import count
 from flowdata.report.pictures import plot_losses
 from flowdata.report.summary import summarize, unit_of
 from flowdata.scores.matching import check_match
@@ -94,7 +95,7 @@ class Scores:
 
     def __repr__(self) -> str:
         num_missing = int(self.losses.isnan().sum())
-        return f"Scores({len(self)} samples, {num_missing} without a loss)"
+        return f"Scores({count(len(self), 'sample')}, {num_missing:,} without a loss)"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the first and the last samples as a table."""

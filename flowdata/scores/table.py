@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowdata._common.offsets import offsets_of
+from flowdata.report.markdown import count
 from flowdata.store.identity import PART_PREFIX
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _caption(scores: Scores) -> str:
     present = scores.losses[~scores.losses.isnan()]
     missing = len(scores) - len(present)
     middle = f", median loss {np.median(present.numpy()):.4g} nats" if len(present) else ""
-    return f"Scores of {len(scores):,} samples{middle}, {missing:,} without a loss"
+    return f"Scores of {count(len(scores), 'sample')}{middle}, {missing:,} without a loss"
 
 
 def _cell(value: float) -> str:

@@ -16,6 +16,7 @@ from flowdata._common.notices import is_first_time, logger, say
 from flowdata.errors import DisagreementError, SampleError, StoreError
 from flowdata.models.placement import is_sharded
 from flowdata.report.guessing import guessing_remark
+from flowdata.report.markdown import count
 from flowdata.scores import Scores
 from flowdata.scoring.job import Job
 from flowdata.scoring.plan.packs import Plan
@@ -98,7 +99,7 @@ def score_into_store(folder: Place, job: Job, draft: Manifest, ranks: Ranks) -> 
             scores = _finished_scores(folder, job, draft)
         if ranks.from_first("finished", scores is not None):
             _warn_of_sampling(folder, draft, ranks)
-            job.announce(f"losses of {len(job.dataset):,} samples found in {folder}")
+            job.announce(f"losses of {count(len(job.dataset), 'sample')} found in {folder}")
         else:
             scores = _score_the_rest(folder, job, draft, ranks)
     if ranks.is_first and scores is not None and draft["details"]:

@@ -10,6 +10,8 @@ from flowdata.cli.growing import REPORT
 from flowdata.cli.options import add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.drift.comparing import compare
+from flowdata.report.markdown import count
+from flowdata.report.oddities import reasons_in
 from flowdata.report.report import write_report
 from flowdata.scores import Scores
 from flowdata.store.places import local_path
@@ -48,6 +50,10 @@ def run(options: argparse.Namespace) -> int:
         words=None if targets is None else targets.words,
         is_cut=None if targets is None else targets.is_cut,
     )
+    parts = [report.verdict.plain_text(), f"{report.page}\n{report.picture}"]
+    if skipped := scores.metadata.get("skipped"):
+        rows = count(len(skipped), "row")
+        parts.insert(0, f"{rows} could not be read: {reasons_in(scores.metadata)}")
     print_result(
         options,
         {
@@ -57,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             "page": str(report.page),
             "picture": str(report.picture),
         },
-        f"{report.verdict.plain_text()}\n{report.page}\n{report.picture}",
+        "\n".join(parts),
     )
     return DONE
 

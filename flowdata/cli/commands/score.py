@@ -19,6 +19,7 @@ from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.process_group import process_group
 from flowdata.cli.refusal import explained_refusal
 from flowdata.cli.text_samples import add_text_options, cuts_of, preview_text, text_samples
+from flowdata.report.markdown import count
 from flowdata.scores import Scores
 from flowdata.scoring.arguments import check_counts
 from flowdata.scoring.scorer import LossScorer
@@ -143,8 +144,10 @@ def _print_scores(
     options: argparse.Namespace, scores: Scores, remark: str, cuts: dict[str, int]
 ) -> None:
     summary = scores.summary(temperature=options.temperature)
+    samples, missing = count(len(scores), "sample"), summary["missing"]
+    scored = f"{len(scores) - missing:,} of {samples}" if missing else samples
     lines = [
-        f"{len(scores):,} sample{'s' * (len(scores) != 1)} scored into {options.store}{remark}",
+        f"{scored} scored into {options.store}{remark}",
         list_figures(summary),  # of samples that were cut, a warning tells
         f"next: flowdata report {options.store}",
     ]

@@ -15,6 +15,7 @@ from flowdata.cli.exit_codes import DONE
 from flowdata.cli.options import add_temperature
 from flowdata.cli.output import list_figures, print_result
 from flowdata.cli.weighing import Weighing
+from flowdata.report.markdown import count
 from flowdata.scores import Scores
 from flowdata.scores.matching import rows_identity
 from flowdata.store.places import local_path
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     print_result(
         options,
         {"output": str(options.output), **figures},
-        f"{weighing.written:,} rows written to {options.output}\n{list_figures(figures)}",
+        f"{count(weighing.written, 'row')} written to {options.output}\n{list_figures(figures)}",
     )
     return DONE
 
