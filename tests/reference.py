@@ -237,6 +237,11 @@ def quantile(losses, share):
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def mean_ranks(values):
+    """The place of each value among all, from 1; equal ones share the mean of theirs."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
 def target_columns(hidden, weight, targets, bias=None, scale=1.0, softcap=None):
     """(entropy, correct, gradient norm) of every row, the last through autograd, in float64."""
     import torch

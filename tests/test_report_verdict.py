@@ -11,6 +11,7 @@ from flowdata.report.samples import Piece, shorten
 from flowdata.report.summary import summarize
 from flowdata.report.verdict import judge, temperatures
 from flowdata.scores import Scores
+from tests import reference
 
 
 def verdict_on(losses, counts=None, temperature="median"):
@@ -260,6 +261,37 @@ def test_a_row_that_could_not_be_read_is_said_to_be_that_and_not_empty(tmp_path)
     many = Scores(torch.tensor([torch.nan] * 5 + [1.0]), metadata={"skipped": skipped})
     page = write_report(many, tmp_path).page.read_text("utf-8")
     assert f"<b>5</b>rows could not be read: {'OSError: gone; ' * 3}…<" in page
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_losses_that_go_by_the_length_are_said_to(sign, tmp_path):
+    counts = torch.arange(60) % 12 + 1
+    losses = 4 + sign * counts / 6 + 0.3 * noise(60)
+    hard = {-1: "short", 1: "long"}[sign]
+    told = f"{hard} replies are the hard ones: weights would mostly discount {hard} replies ("
+    ranks = [torch.tensor(reference.mean_ranks(each.tolist())) for each in (losses, counts)]
+    correlation = torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+    metadata = {"identity": {"loss": "causal_lm"}}
+
+    def page(scores):
+        return write_report(scores, tmp_path).page.read_text("utf-8")
+
+    told += f"rank correlation of loss and number of targets: {correlation:+.2f})"
+    missing = torch.tensor([torch.nan] * 5)
+    with_missing = Scores(
+        torch.cat([losses, missing]),
+        torch.cat([counts, torch.zeros(5).long()]),
+        metadata=metadata,
+    )
+    for scores in (Scores(losses, counts, metadata=metadata), with_missing):
+        assert told.replace("-", "−") in page(scores)
+    assert "targets are the hard ones" in page(Scores(losses, counts))
+    for scores in (
+        Scores(losses[:19], counts[:19]),
+        Scores(losses),
+        Scores(losses[torch.randperm(60, generator=torch.Generator().manual_seed(1))], counts),
+    ):
+        assert "the hard ones" not in page(scores)
 
 
 def test_one_is_no_plural(tmp_path):

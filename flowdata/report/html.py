@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowdata.report.oddities import Oddities, meaning_of, reasons_in
+from flowdata.report.oddities import Oddities, length_remark, meaning_of, reasons_in
 from flowdata.report.page import (
     definitions,
     number,
@@ -159,6 +159,8 @@ def _odd(oddities: Oddities, scores: Scores) -> str:
             f"<li><b>{total:,}</b>{escape(meaning, quote=False)}"
             f'<button type="button" data-mark="{name}" hidden>show</button></li>'
         )
+    if remark := length_remark(scores.losses, scores.counts, scores.metadata):
+        lines.append(f"<li><b></b>{remark}</li>")
     details = scores.metadata.get("details") or {}
     if num_cut := details.get("num_cut", 0):
         lines.append(

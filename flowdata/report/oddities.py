@@ -1,4 +1,7 @@
-"""What is odd in a data set: copies, contradictions, empty samples, and losses that stand out."""
+"""What is odd in a data set: copies, contradictions, empty samples, and losses that stand out.
+
+Or losses that go by the length of samples.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ from torch import Tensor
 
 from flowdata.report.samples import SampleText
 from flowdata.report.summary import FEWEST, NATS
+from flowdata.targets.which_loss import LANGUAGE_LOSSES
 
 _STANDING_OUT = 5.0  # robust standard deviations above the median from which a loss stands out
 _LEAST_NATS = 0.1  # above the median, too: a tenth less likely
 _LEAST = 1e-6  # of losses in another unit
 _MOST_GROUPS = 10  # by length
 _MOST_REASONS = 3  # that are told
+_STRONG = 0.5  # a rank correlation from which losses go by the length
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median deviation
 
 # The marks a sample may bear, by name, each with what it means, of one sample and of several.
@@ -136,6 +141,49 @@ def find_oddities(
         marks["empty"] |= np.array([not target.strip() for _, target in pairs], dtype=np.bool_)
     marks["empty"] &= is_read
     return Oddities(marks, first)
+
+
+def length_remark(losses: Tensor, counts: Tensor, metadata: Mapping[str, Any]) -> str:
+    """Return a sentence where losses rise or fall with the number of targets, else ``""``.
+
+    Args:
+        losses: (N,) floating; NaN where there is none.
+        counts: (N,) int64, targets of each sample.
+        metadata: the scores'; the loss tells whether samples are replies.
+
+    Example:
+        >>> import torch
+        >>> remark = length_remark(torch.arange(20.0), torch.arange(20), {})
+        >>> remark[:63]
+        'samples of many targets are the hard ones: weights would mostly'
+        >>> length_remark(torch.arange(19.0), torch.arange(19), {})
+        ''
+    """
+    is_there = ~losses.isnan().numpy()
+    if is_there.sum() < FEWEST:
+        return ""
+    ranks = [_ranks(values.numpy()[is_there]) for values in (losses, counts)]
+    if any(np.ptp(each) == 0 for each in ranks):
+        return ""
+    correlation = float(np.asarray(np.corrcoef(ranks))[0, 1])
+    if abs(correlation) < _STRONG:
+        return ""
+    is_text = (metadata.get("identity") or {}).get("loss") in LANGUAGE_LOSSES
+    kinds = ("short replies", "long replies")
+    if not is_text:
+        kinds = ("samples of few targets", "samples of many targets")
+    hard = kinds[correlation > 0]
+    return (
+        f"{hard} are the hard ones: weights would mostly discount {hard} (rank correlation of loss "
+        f"and number of targets: {correlation:+.2f})".replace("-", "−")
+    )
+
+
+def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
+    """The rank of each value (N,); equal ones share the mean of theirs."""
+    _, places, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = np.asarray(np.cumsum(sizes) - (sizes - 1) / 2)
+    return ranks[places]
 
 
 def _outliers(
