@@ -9,7 +9,13 @@ import torch
 
 from flowdata.drift.comparing import compare
 from flowdata.report import Piece
-from flowdata.report.pictures import sample_points
+from flowdata.report.pictures import (
+    draw_lengths,
+    draw_losses,
+    draw_weights,
+    figure,
+    sample_points,
+)
 from flowdata.report.report import write_report
 from flowdata.report.summary import QUANTILES, extremes
 from flowdata.scores import Scores
@@ -188,6 +194,35 @@ def test_losses_that_are_no_likelihoods_have_no_nats(tmp_path, monkeypatch):
         assert ("mean loss (nats)" in page) == ("mean loss before (nats)" in page) == has_unit
         assert any("nats" in label for label in labels) == has_unit
         assert ("loss" in labels) != has_unit
+
+
+@pytest.mark.parametrize(("outside", "told"), [(0, ""), (1, "1 larger one"), (2, "2 larger ones")])
+def test_the_last_bar_says_how_many_larger_losses_it_holds(outside, told):
+    losses = torch.ones(1000)
+    losses[:outside] = 9.0
+    with figure(4, 3) as (_, axes):
+        draw_losses(axes, losses, 1.0)
+        label = axes.get_xlabel()
+    assert label == "loss (nats)" + f"; the last bar holds {told}, up to 9" * bool(told)
+
+
+def test_samples_are_counted_in_whole_numbers():
+    for draw in (lambda axes: draw_losses(axes, torch.ones(1), 1.0),
+                 lambda axes: draw_weights(axes, torch.ones(2))):  # fmt: skip
+        with figure(4, 3) as (_, axes):
+            draw(axes)
+            assert all(tick == int(tick) for tick in axes.get_yticks())
+
+
+@pytest.mark.parametrize("counts", [torch.full((30,), 8), torch.arange(30) % 2 + 7])
+def test_targets_are_drawn_at_whole_numbers_and_the_line_has_a_name(counts):
+    with figure(4, 3) as (_, axes):
+        draw_lengths(axes, torch.rand(30), counts)
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        (name,) = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert ticks == sorted({*counts.tolist()})
+    assert name == "median of samples about as long"
 
 
 def test_few_samples_are_not_none_and_nearly_all_not_all(tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from flowdata.report.markdown import count
 from flowdata.report.page import (
     definitions,
     number,
@@ -175,7 +176,7 @@ def _draw_changes(axes: Any, differences: Tensor, unit: str) -> None:
     axes.set(
         title="Change of loss",
         xlabel=in_unit("loss after less loss before", unit)
-        + (f"; the outer bars hold {further:,} larger ones" * (further > 0)),
+        + f"; the outer bars hold {count(further, 'larger one')}" * (further > 0),
         ylabel="samples",
         xlim=(-top, top),
     )

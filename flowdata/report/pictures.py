@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdata.report.markdown import count
 from flowdata.report.summary import NATS, drop_missing, in_unit
 from flowdata.store.places import local_path
 from flowdata.weights import Temperature, resolve_temperature, weigh
@@ -136,10 +137,11 @@ def draw_losses(axes: Any, losses: Tensor, temperature: float, unit: str = NATS)
     name = in_unit("loss", unit)
     axes.set(title="Losses before fine-tuning", xlabel=name, ylabel="samples")
     axes.set_xlim(0, top)
-    axes.margins(y=0.14)  # room for the mark's name
+    _count_samples(axes)
     if (num_larger := int((values > top).sum())) > 0:
         axes.set_xlabel(
-            f"{name}; the last bar holds {num_larger:,} larger ones, up to {values.max():.3g}"
+            f"{name}; the last bar holds {count(num_larger, 'larger one')}, up to "
+            f"{values.max():.3g}"
         )
     weight = axes.twinx()
     weight.grid(False)
@@ -158,7 +160,7 @@ def draw_weights(axes: Any, weights: Tensor) -> None:
     mark(axes, values.mean(), "mean")
     axes.set(title="Weights", xlabel="weight", ylabel="samples")
     axes.set_xlim(0, max(1.0, values.max()))
-    axes.margins(y=0.14)  # room for the mark's name
+    _count_samples(axes)
 
 
 def draw_lengths(axes: Any, losses: Tensor, counts: Tensor, unit: str = NATS) -> None:
@@ -171,16 +173,25 @@ def draw_lengths(axes: Any, losses: Tensor, counts: Tensor, unit: str = NATS) ->
     groups = np.searchsorted(edges[1:-1], x, side="right")
     present = np.unique(groups)
     medians = [(np.median(x[groups == group]), np.median(y[groups == group])) for group in present]
-    axes.plot(*zip(*medians, strict=True), color=ORANGE, linewidth=1.8, marker="o", markersize=4)
+    line = {"color": ORANGE, "linewidth": 1.8, "marker": "o", "markersize": 4}
+    axes.plot(*zip(*medians, strict=True), label="median of samples about as long", **line)
+    axes.legend(loc="best", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set(
         title="Loss against length",
         xlabel="targets" + "; larger losses at the edge" * bool((y > top).any()),
-        ylabel=f"{in_unit('loss', unit)}; the line: medians",
+        ylabel=in_unit("loss", unit),
         ylim=(min(0.0, float(y.min())), top),
     )
     if x.max() > 50 * x.min():
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _count_samples(axes: Any) -> None:
+    """Let a histogram's axis of samples count them, and leave room for a mark's name."""
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.14)
 
 
 def mark(axes: Any, value: float, name: str, *, color: str = ORANGE) -> None:
