@@ -201,6 +201,37 @@ def test_a_chat_is_shown_as_one_and_is_text_alone(browser, page, scores):
     assert all(cell[1].endswith(" nats") for cell in cells)
 
 
+def test_a_row_shows_where_the_reply_begins_however_long_the_prompt_is(browser, tmp_path):
+    texts = [
+        [Piece("Be kind.", "system"), Piece("q" * 3000, "user"), Piece("Yes, I do.", "a", True)],
+        [Piece("Why?", "prompt"), Piece("So\nthere.", "completion", True), Piece("And?", "user")],
+        [Piece("all is target", "completion", True)],
+        "plain text",
+        [Piece("no reply", "user")],
+    ]
+    losses = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    browser.open(write_report(Scores(losses), tmp_path, samples=texts.__getitem__).page)
+    cells = browser.run(
+        "[...document.querySelectorAll('#rows .words')].map(cell =>"
+        "[...cell.childNodes].map(node => node.textContent.slice(0, 20)))"
+    )
+    assert cells == [
+        ["q" * 20, "→ Yes, I do."],
+        ["Why?", "→ So there. And?"],
+        ["all is target"],
+        ["plain text"],
+        ["no reply"],
+    ]
+    begin, end, cell = browser.run(
+        "{ const cell = document.querySelector('#rows .words'); const range ="
+        "document.createRange(); range.selectNodeContents(cell.lastChild); const box ="
+        "range.getBoundingClientRect(); [box.left, box.right,"
+        "cell.getBoundingClientRect().right] }"
+    )
+    assert begin < end < cell  # the whole reply is in view
+    assert browser.errors == []
+
+
 def test_token_losses_say_where_they_end_and_where_there_is_none(browser, tmp_path):
     tokens = torch.tensor([0.5, 25.0, torch.nan, torch.inf, 15.8, 15.9]).repeat(20)
     losses = torch.rand(40) + 1

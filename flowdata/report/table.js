@@ -137,8 +137,24 @@ function rowOf(index) {
   const cell = (name, text) => make("span", { className: name, textContent: text, role: "cell" });
   if (data.images) row.append(make("span", { role: "cell" }, ...imageOf(index)));
   if (marks) row.append(cell("marks", markNames(index).join(", ")));
-  if (data.texts) row.append(cell("words", textOf(index).slice(0, 200).replace(/\s+/g, " ")));
+  if (data.texts) row.append(excerptOf(index));
   return row;
+}
+
+// The beginning of what a sample says: of its reply, too, however long the prompt is.
+function excerptOf(index) {
+  const pieces = piecesOf(index);
+  const isTarget = (piece) => data.texts.speakers[pieces[2 * piece]][1];
+  const says = (from, to) => pieces.slice(2 * from, 2 * to).filter((_, place) => place % 2)
+    .join(" ").slice(0, 200).replace(/\s+/g, " ");
+  const count = pieces.length / 2;
+  let reply = 0;
+  while (reply < count && !isTarget(reply)) reply++;
+  if (reply === 0 || reply === count) {
+    return make("span", { className: "words", role: "cell" }, says(0, count));
+  }
+  const parts = [make("i", {}, says(reply - 1, reply)), make("b", {}, `→ ${says(reply, count)}`)];
+  return make("span", { className: "words exchange", role: "cell" }, ...parts);
 }
 
 function placesInView() {
