@@ -129,7 +129,8 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
                 truth,
                 list(map(kind_of, samples)),
             )
-        logger.warning("not scoring by %s: %s", candidate.name or "whole batches", reason)
+        way = candidate.name or "whole batches"
+        logger.warning("a slower, exact way is tried (by %s: %s)", way, reason)
     raise ValueError(
         f"the model gives a sample another loss each time it is run alone ({reason}); it has to be "
         "deterministic in eval mode"
