@@ -278,7 +278,6 @@ def test_what_is_recognised_is_told_before_the_second_row_is_read(
         assert code == 2
         assert "row 1: column 'completion' should hold text" in err
         assert "target > b</s>" in caplog.text
-        assert "a reply is what the chat template adds to the chat" in caplog.text
     assert run(capsys, "score", model_folder, data, "--preview", "--limit", 1)[0] == 0
     broken = tmp_path / "broken.jsonl"
     broken.write_text('no row\n{"id": 7}\n' + data.read_text())

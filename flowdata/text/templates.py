@@ -17,9 +17,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _DATE = re.compile(r"\bstrftime_now\s*\(")
 _PROBE = "Is it written?"
-_CHOICES = {
-    "own": "a reply is what the chat template adds to the chat for it, as usual: the template has "
-    "no {% generation %} marks",
+_CHOICES = {  # what the marks decide; a template has none as a rule, which nobody need know
     "marked": "replies are what the chat template marks as generated",
     "training": "replies are what TRL's training form of this chat template marks as generated",
 }
@@ -115,7 +113,7 @@ class ChatTemplate:
         Args:
             target: the text of a chat's targets.
         """
-        sentences = [_CHOICES[self.form]]
+        sentences = [_CHOICES[self.form]] if self.form in _CHOICES else []
         if not target.rstrip().endswith(tuple(self.special_tokens)):
             sentences.append(
                 "the chat template writes no token that ends a reply, so none is scored: "
