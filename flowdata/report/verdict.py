@@ -126,7 +126,7 @@ def judge(
         text += _at_few(share, picks)
         verdict = _by_rule(title, text, name, WRONG, SHARE, HARD, RATE)
         missing = len(losses) - present
-        leave_out = "This line of Python leaves out the N hardest, as many as you found wrong"
+        leave_out = "This line of Python leaves out the N hardest, about as many as are wrong"
         leave_out += f", and the {missing:,} without a loss" if missing else ""
         leave_out += " (of images, `rows = torch.utils.data.Subset(rows, keep)`):"
         text = [*verdict.text, _counting(present), leave_out]
@@ -149,9 +149,14 @@ def _least_known(largest: float) -> str:
 
 def _counting(present: int) -> str:
     """How to tell which rows are wrong, of so many that have a loss."""
-    most = f"the {_READ} hardest, where wrong rows gather,"
-    which = most if present > _READ else f"all {present}"
-    return f"Losses can't tell a wrong row from a hard one: read {which} and count the wrong."
+    unknown = "Losses can't tell a wrong row from a hard one: read"
+    if present <= _READ:
+        return f"{unknown} all {present} and count the wrong."
+    return (
+        f"{unknown} the {_READ} hardest, where wrong rows gather, and count the wrong. If nearly "
+        "all of these are, there are more: read on until half are right. The share of wrong ones "
+        f"among {_READ} rows drawn at random is about that of all."
+    )
 
 
 def _leaving_out(missing: int) -> str:
