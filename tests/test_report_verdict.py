@@ -77,7 +77,9 @@ def test_a_heavy_tail_is_told_with_what_is_in_it():
     assert verdict.clauses == (WRONG, SHARE, HARD, RATE)
     assert verdict.text[1].startswith(WRONG.advice)
     assert verdict.text[2].startswith("Losses can't tell a wrong row from a hard one: read the 50")
-    assert verdict.text[3].startswith("This line of Python leaves out the N hardest, about as many as")
+    assert verdict.text[3].startswith(
+        "This line of Python leaves out the N hardest, about as many as"
+    )
 
 
 def test_the_line_of_python_leaves_out_the_hardest_rows_and_those_without_a_loss(tmp_path):

@@ -130,7 +130,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
                 list(map(kind_of, samples)),
             )
         way = candidate.name or "whole batches"
-        logger.warning("a slower, exact way is tried (by %s: %s)", way, reason)
+        logger.warning("a slower, exact way than by %s is tried: %s", way, reason)
     raise ValueError(
         f"the model gives a sample another loss each time it is run alone ({reason}); it has to be "
         "deterministic in eval mode"
