@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import flowdata
-from examples.site import in_a_clone
+from examples.site import formats, in_a_clone
 from examples.site.command_line import on_page_markdown
 from flowdata import study
 from flowdata.cli import main
@@ -105,6 +105,12 @@ def test_a_notebook_runs_and_holds_no_output(path, tmp_path, monkeypatch, capsys
     table = [line for line in printed.splitlines() if ", rate " in line and "chosen:" not in line]
     assert len(table) == 7  # six fine-tunings, and the model without one
     assert sum(line.endswith("<- chosen") for line in table) == 1
+
+
+def test_the_guide_on_files_has_the_names_that_the_reader_knows():
+    page = formats.GUIDE.read_text("utf-8")
+    assert page == formats.with_table(page)
+    assert "| prompt and reply | `prompt` with `completion`," in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

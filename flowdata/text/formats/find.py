@@ -21,7 +21,7 @@ CHAT_TEMPLATE_OPTIONS = "chat_template_kwargs"
 
 # The names that prompts go under, and those of the replies that go with each, the likelier first.
 # The order is that of preference: `input` is the prompt only where no `instruction` is.
-_PAIRS = {
+PAIRS = {
     "prompt": ("completion", "response", "output", "answer", "reply", "target"),
     "instruction": ("output", "response", "completion", "answer"),
     "question": ("answer", "response", "output", "solution"),
@@ -34,9 +34,9 @@ _PAIRS = {
     "input": ("output", "target", "response", "completion", "answer"),
     "context": ("response", "completion"),
 }
-_PREFERENCE_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs")
-_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-_TEXTS = ("text", "content", "completion", "response")
+PREFERENCE_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs")
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+TEXTS = ("text", "content", "completion", "response")
 # Columns that go with a prompt or a chat, by the attribute of Fields: the usual names of each.
 COMPANIONS = {
     "input": ("input", "context"),
@@ -47,11 +47,11 @@ COMPANIONS = {
     "rejected": ("rejected_response", "rejected_messages", "rejected"),
 }
 _LABELS = ("label", "kto_tag")
-_CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
+CHOSEN = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
 _TEXT = "plain text"
 _MESSAGE = {"role": {"content", "text", "value"}, "from": {"value", "content"}}
 _MOST_NAMES = 24  # of columns in a message
-_KNOWN = {*_PAIRS, *_CHATS, *_TEXTS, "chosen", "completion", "response", "output", "answer"}
+_KNOWN = {*PAIRS, *CHATS, *TEXTS, "chosen", "completion", "response", "output", "answer"}
 
 
 def find_fields(row: Row, fields: Fields | None = None) -> Fields:
@@ -134,16 +134,16 @@ def _is_message(names: Collection[str]) -> bool:
 
 def _preference(names: Mapping[str, str]) -> Fields | None:
     """A preference set: two replies to a prompt, of which the chosen one is scored."""
-    for preferred, other in _CHOSEN.items():
+    for preferred, other in CHOSEN.items():
         if preferred not in names or other not in names:
             continue
         replies = {"completion": names[preferred], "rejected": names[other]}
         if preferred == "preferred_output" and "input" in names:
             return Fields(messages=names["input"], name="OpenAI preference", **replies)
-        prompt = _first(_PREFERENCE_PROMPTS, names)
+        prompt = _first(PREFERENCE_PROMPTS, names)
         if prompt:
             return Fields(prompt=prompt, name="preference", **replies)
-        if chat := _first(_CHATS, names):
+        if chat := _first(CHATS, names):
             return Fields(messages=chat, name="preference (chat)", **replies)
         return Fields(name="preference (prompt within the replies)", **replies)
     if "chosen_messages" in names:
@@ -153,7 +153,7 @@ def _preference(names: Mapping[str, str]) -> Fields | None:
 
 
 def _chat(names: Mapping[str, str], row: Row) -> Fields | None:
-    chats = [names[name] for name in _CHATS if name in names]
+    chats = [names[name] for name in CHATS if name in names]
     chat = next((name for name in chats if _is_chat(row[name])), None)
     return None if chat is None else Fields(messages=chat, name=_chat_name(row[chat]))
 
@@ -181,7 +181,7 @@ def _chat_name(value: Any) -> str:
 
 
 def _pair(names: Mapping[str, str]) -> Fields | None:
-    for prompt, replies in _PAIRS.items():
+    for prompt, replies in PAIRS.items():
         reply = _first(replies, names)
         if prompt in names and reply:
             return Fields(
@@ -191,7 +191,7 @@ def _pair(names: Mapping[str, str]) -> Fields | None:
 
 
 def _text(names: Mapping[str, str]) -> Fields | None:
-    text = _first(_TEXTS, names)
+    text = _first(TEXTS, names)
     return Fields(completion=text, name=_TEXT) if text else None
 
 
@@ -244,7 +244,7 @@ def _first(candidates: Sequence[str], names: Mapping[str, str]) -> str | None:
 
 def _unknown(row: Row) -> str:
     """What to say of a row of an unknown shape: its columns, the flags, the closest format."""
-    prompts = [str(name) for name in row if str(name).lower() in _PAIRS]
+    prompts = [str(name) for name in row if str(name).lower() in PAIRS]
     close = [
         (name, known)
         for name in map(str, row)
@@ -256,7 +256,7 @@ def _unknown(row: Row) -> str:
     if "input_ids" in row:
         closest = "; its rows are tokens already: LossScorer scores them in Python"
     elif prompts:
-        replies = " or ".join(map(repr, _PAIRS[prompts[0].lower()][:3]))
+        replies = " or ".join(map(repr, PAIRS[prompts[0].lower()][:3]))
         closest = f"; closest: a pair, with {prompts[0]!r} as its prompt and no {replies}"
     elif close:
         closest = "; closest: " + ", ".join(f"{name!r} to {known!r}" for name, known in close[:3])
