@@ -120,15 +120,21 @@ def _short_name(name: str) -> str:
 
 
 def _verdict(verdict: Verdict) -> str:
-    text = "".join(f"<p>{escape(part)}</p>" for part in verdict.text)
+    text = "".join(f"<p>{_with_code(part)}</p>" for part in verdict.text)
     if verdict.code:
         text += f"<p><code>{escape(verdict.code)}</code></p>"
     figures = "".join(
-        f"<li>{escape(clause.advice)} {escape(clause.figure)}</li>" for clause in verdict.clauses
+        f"<li>{_with_code(clause.advice)} {escape(clause.figure)}</li>"
+        for clause in verdict.clauses
     )
     if figures:
         text += f"<details><summary>{escape(FIGURES)}</summary><ul>{figures}</ul></details>"
     return f'<div class="verdict"><b>{escape(verdict.title)}</b>{text}</div>'
+
+
+def _with_code(text: str) -> str:
+    """A text as HTML, with what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _pictures(scores: Scores, losses: Tensor, temperature: float) -> list[str]:

@@ -154,8 +154,9 @@ def _counting(present: int) -> str:
         return f"{unknown} all {present} and count the wrong."
     return (
         f"{unknown} the {_READ} hardest, where wrong rows gather, and count the wrong. If nearly "
-        "all of these are, there are more: read on until half are right. The share of wrong ones "
-        f"among {_READ} rows drawn at random is about that of all."
+        f"all of these are, there are more: read on until half of the last {_READ} are right, and "
+        f"leave out as many as you have read by then; right ones go with them. Among {_READ} rows "
+        "drawn at random the share of wrong ones is that of all, give or take 14 points at most."
     )
 
 

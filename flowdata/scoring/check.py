@@ -117,7 +117,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
         _refuse_comparing(job, reason)
     reshard(model)  # else a sharded head would look like a whole one
     whole, _ = collate_groups(truth, samples, together)
-    for candidate in candidates_of(job, plan, model, whole, plain_of(model)):
+    for place, candidate in enumerate(candidates_of(job, plan, model, whole, plain_of(model))):
         reason = disagreement(candidate, truth, evidence, plan)
         if reason and callable(job.loss) and _are_all_zero(evidence):
             _refuse_comparing(job, reason)
@@ -130,7 +130,8 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
                 list(map(kind_of, samples)),
             )
         way = candidate.name or "whole batches"
-        logger.warning("a slower, exact way than by %s is tried: %s", way, reason)
+        tell = logger.debug if place else logger.warning  # the ways after the first are details
+        tell("a slower, exact way than by %s is tried: %s", way, reason)
     raise ValueError(
         f"the model gives a sample another loss each time it is run alone ({reason}); it has to be "
         "deterministic in eval mode"
