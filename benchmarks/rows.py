@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping
@@ -101,9 +102,6 @@ def _status(name: str) -> int:
 def machine() -> dict[str, Any]:
     """Return the hardware and the versions that rows are measured with."""
     names = ("torch", "transformers", "datasets", "torchdata", "numpy", "triton")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "processor": cpu(),
         "cores": torch.get_num_threads(),
@@ -112,8 +110,16 @@ def machine() -> dict[str, Any]:
         else "none: CUDA is not measured",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
-        "commit": commit,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit of the code; empty where no git can tell it."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:

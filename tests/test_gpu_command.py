@@ -40,6 +40,34 @@ def test_every_part_runs_at_a_tiny_size(tmp_path):
     assert (tmp_path / "trace-llama-1b.json.gz").stat().st_size > 1000
 
 
+# Everything beyond PyTorch, transformers and Triton that the command could ask for.
+BEYOND = ("datasets", "torchdata", "trl", "accelerate", "peft", "pytest", "lm_eval", "vllm")
+
+
+def test_pytorch_transformers_and_triton_suffice(tmp_path):
+    # As if none were installed: not to be imported, nor to be found. No git either.
+    hide = f"import sys\nsys.modules.update(dict.fromkeys({BEYOND}))\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    bare = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
+    parts = ["checks", "scoring", "fused_loss", "steps", "drift"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--tiny", "--output", tmp_path / "rows"]
+        + ["--parts", *parts],
+        cwd=REPOSITORY,
+        env=bare,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    ((result),) = json.loads((tmp_path / "rows/gpu.json").read_text())
+    assert {row["part"] for row in result["rows"]} == set(parts)
+    left_out = {row["what"]: row["left_out"] for row in result["rows"] if "left_out" in row}
+    assert left_out["tests"] == "pytest is not installed"
+    assert left_out["trainer"] == "accelerate is not installed"
+
+
 def test_without_a_gpu_it_measures_nothing(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--output", tmp_path]
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

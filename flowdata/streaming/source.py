@@ -13,13 +13,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchdata.nodes import BaseNode, Loader
 
 from flowdata._common.data_sets import is_map_style
 from flowdata._common.notices import logger
@@ -43,8 +43,10 @@ class StreamSource:
 
     def __init__(self, dataset: Any, rank: int, num_replicas: int) -> None:
         # A node by itself can't be saved and resumed as a loader of nodes can.
-        is_node = isinstance(dataset, BaseNode)
-        self.dataset = Loader(dataset, restart_on_stop_iteration=False) if is_node else dataset
+        nodes = _nodes()
+        is_node = nodes is not None and isinstance(dataset, nodes.BaseNode)
+        options = {"restart_on_stop_iteration": False}
+        self.dataset = nodes.Loader(dataset, **options) if is_node else dataset
         self.rank, self.num_replicas = rank, num_replicas
         self.position = 0  # samples of this process before the current window
         self._state: Any = None  # the dataset's, at the start of the current window
@@ -97,7 +99,7 @@ class StreamSource:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the dataset, and of what a loader reads, where they have epochs."""
         parts = [self.dataset]
-        if isinstance(self.dataset, Loader):
+        if _is_loader(self.dataset):
             parts = [self.dataset.root]
         elif isinstance(self.dataset, DataLoader):
             parts += [self.dataset.dataset, self.dataset.sampler]
@@ -198,7 +200,7 @@ class StreamSource:
         What begins at its start of its own accord needs none: a loader of nodes, and one whose
         workers are started anew, which would be started to be asked.
         """
-        begins_anew = isinstance(self.dataset, Loader) or (
+        begins_anew = _is_loader(self.dataset) or (
             isinstance(self.dataset, DataLoader)
             and self.dataset.num_workers > 0
             and not self.dataset.persistent_workers
@@ -234,9 +236,20 @@ def _reference(iterator: Any) -> Callable[[], Any]:
         return lambda: iterator
 
 
+def _nodes() -> Any:
+    """torchdata's nodes; None where nobody has imported them, so that no dataset is one."""
+    return sys.modules.get("torchdata.nodes")
+
+
+def _is_loader(dataset: Any) -> bool:
+    """Whether a dataset is torchdata's loader of nodes."""
+    nodes = _nodes()
+    return nodes is not None and isinstance(dataset, nodes.Loader)
+
+
 def _reads_generator(dataset: Any) -> bool:
     """Whether at the beginning of a chain of torchdata's nodes stands a generator, or the like."""
-    node: Any = dataset.root if isinstance(dataset, Loader) else None
+    node: Any = dataset.root if _is_loader(dataset) else None
     while hasattr(node, "source"):
         node = node.source
     leaf = getattr(node, "iterable", None)
