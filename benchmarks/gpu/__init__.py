@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[Measure, float]] = {
 def main(argv: list[str]) -> None:
     """Run all parts, keep rows as they come, and say which goals were met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu")
-    parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
+    parser.add_argument("--minutes", type=float, help="for all parts together: 8, or 4 if tiny")
     parser.add_argument("--output", type=Path, help="a folder; without it a new temporary one")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--tiny", action="store_true", help="small sizes: a try of the command")
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--commit", help="of this code, where no git can tell it")
     options = parser.parse_args(argv)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # no context yet: each part makes its own
+    minutes = options.minutes or (4 if options.tiny else 8)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         sys.exit("no GPU is here; --tiny tries the command on a CPU")
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
             is_tiny=options.tiny,
             output=output,
             assets=options.assets,
-            deadline=start + 60 * options.minutes * share_behind / shares,
+            deadline=start + 60 * minutes * share_behind / shares,
             rows=tuple(rows_so_far.rows),
         )
         print(f"== {name}, at most {setting.seconds_left():.0f} s", flush=True)
