@@ -51,6 +51,7 @@ HOPPER_COLUMNS = Shape(128, 128, 128, 8, 2, descriptors=True)
 # (tests/test_triton_builds.py). Float32 inputs are multiplied in full precision.
 BLACKWELL = Shape(128, 128, 64, 8, 3, descriptors=True)
 OTHERS = Shape(128, 128, 64, 8, 3)
+UNALIGNED = Shape(64, 128, 64, 8, 3)  # inputs come one by one, whose addresses need registers
 FLOAT32 = Shape(64, 64, 16, 4, 3)
 
 
@@ -142,7 +143,9 @@ def shape_for(dtype: torch.dtype, major: int, *, is_aligned: bool, columns: bool
     """
     if dtype == torch.float32:
         return FLOAT32
-    if major not in (9, 10) or not is_aligned:  # 12, of workstations, has too little shared memory
+    if not is_aligned:
+        return UNALIGNED
+    if major not in (9, 10):  # 12, of workstations, has too little shared memory
         return OTHERS
     if major == 10:
         return BLACKWELL
