@@ -27,6 +27,8 @@ from benchmarks.rows import RESULTS
 from flowdata.report.markdown import table
 
 _MODELS = {
+    "0.1B": (Shape("Llama", 576, 30, 1536, 9, 3, 64), 49_152),  # SmolLM2's smallest
+    "0.5B": (SHAPES["llama-0.5b"], 32_000),
     "1B": (SHAPES["llama-1b"], 128_256),
     "8B": (Shape("Llama", 4096, 32, 14336, 32, 8, 128), 128_256),
     "70B": (Shape("Llama", 8192, 80, 28672, 64, 8, 128), 128_256),
