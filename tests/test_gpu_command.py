@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import PARTS, goals
 from benchmarks.gpu.parts import Setting, run_part
+from benchmarks.scoring import peers
+from tests.models import tiny_llama, token_samples
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -52,9 +56,9 @@ def test_pytorch_transformers_and_triton_suffice(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(hide)
     bare = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
     parts = ["checks", "scoring", "fused_loss", "steps", "drift"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--tiny", "--parts", *parts]
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--tiny", "--output", tmp_path / "rows"]
-        + ["--parts", *parts],
+        [*command, "--output", tmp_path / "rows"],
         cwd=REPOSITORY,
         env=bare,
         capture_output=True,
@@ -132,3 +136,36 @@ def test_the_summary_says_which_goals_were_met(speed, met):
     assert "reaches 60 % of the matrix products' rate | a 70% | yes |" in summary
     assert "| weights cost at most 3 % of a training step | – | not measured |" in summary
     assert "- head, the rest of this part: room" in summary
+
+
+class PretendLLM:
+    """As vLLM documents its class; the log-probabilities are transformers'."""
+
+    loads = 0
+
+    def __init__(self, *, model, dtype, **_):
+        from transformers import AutoModelForCausalLM
+
+        PretendLLM.loads += 1
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+
+    def generate(self, prompts, sampling_params, *, use_tqdm):
+        assert sampling_params["prompt_logprobs"] == 0
+        return [self.read(torch.tensor(prompt["prompt_token_ids"])) for prompt in prompts]
+
+    @torch.no_grad()
+    def read(self, ids):
+        table = self.model(ids[None]).logits[0].log_softmax(-1).tolist()
+        pairs = zip(ids[1:].tolist(), table, strict=False)
+        logprobs = [{token: SimpleNamespace(logprob=row[token])} for token, row in pairs]
+        return SimpleNamespace(prompt_logprobs=[None, *logprobs])
+
+
+def test_losses_are_read_from_what_vllm_documents(monkeypatch):
+    module = SimpleNamespace(LLM=PretendLLM, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    model, samples = tiny_llama().eval(), token_samples(3)
+    first, second = (peers.vllm(model, samples) for _ in range(2))
+    assert torch.equal(first, second)
+    assert PretendLLM.loads == 1
+    torch.testing.assert_close(first, peers.one_at_a_time(model, samples))

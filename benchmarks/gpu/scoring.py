@@ -36,7 +36,8 @@ CASES = (
     Case("gemma2-2b", 256000, 0.5, 512, ("flowdata", PEERS[0])),
     Case("llama-1b", 128256, 0.9, 1024, ("flowdata", PEERS[0])),
     Case("llama-0.5b", 32000, 0.9, 2048, ("flowdata", PEERS[0])),
-    Case("gemma-2b", 256000, 0.9, 512, ("flowdata", PEERS[0])),
+    # vLLM last of all: it loads for long, and computes prompts' losses too, here few.
+    Case("gemma-2b", 256000, 0.9, 512, ("flowdata", PEERS[0], "vLLM")),
 )
 
 

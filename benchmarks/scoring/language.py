@@ -32,12 +32,13 @@ LOOPS: dict[str, Loop] = {
     "one sample at a time": peers.one_at_a_time,
     "lm-eval": peers.lm_eval,
     "TRL": peers.trl,
+    "vLLM": peers.vllm,
     "sorted, logits of targets only": peers.sorted_targets,
     "flowdata": lambda m, s: peers.scored(m, s, dtype="bfloat16"),
     "flowdata, prompts apart": peers.prompts_apart,
     "flowdata, compiled": lambda m, s: peers.scored(m, s, dtype="bfloat16", compile=True),
 }
-PACKAGES = {"lm-eval": "lm_eval", "TRL": "trl", "8-bit weights": "torchao"}
+PACKAGES = {"lm-eval": "lm_eval", "TRL": "trl", "vLLM": "vllm", "8-bit weights": "torchao"}
 
 
 def measure(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,46 @@ def trl(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
         sums = DPOTrainer.compute_ref_log_probs(trainer, model, {**batch, "completion_mask": mask})
         losses.append((-torch.cat(sums).float() / mask[:, 1:].sum(1)).cpu())
     return torch.cat(losses)
+
+
+def vllm(model: Any, samples: Samples) -> Tensor:
+    """Return the losses by vLLM's log-probabilities of prompts; never run, by its documents alone.
+
+    It computes those of every token, the prompt's too. Loading the model is the first call's.
+    """
+    from vllm import SamplingParams
+
+    engine = _engine(model)
+    options = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
+    prompts = [{"prompt_token_ids": sample["input_ids"].tolist()} for sample in samples]
+    outputs = engine.generate(prompts, options, use_tqdm=False)  # in the prompts' order
+    losses = []
+    for output, sample in zip(outputs, samples, strict=True):
+        # Of each token a dict {token: Logprob}, which holds the token's own; None of the first.
+        pairs = zip(sample["input_ids"].tolist(), output.prompt_logprobs, strict=True)
+        each = torch.tensor([0.0 if of is None else -of[token].logprob for token, of in pairs])
+        losses.append(each[1:][sample["labels"][1:] != IGNORE_INDEX].mean())
+    return torch.stack(losses)
+
+
+_ENGINES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # vLLM's, each as long as its model
+
+
+def _engine(model: Any) -> Any:
+    """vLLM with a model's weights, loaded once."""
+    if model not in _ENGINES:
+        from vllm import LLM
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            _ENGINES[model] = LLM(
+                model=folder,
+                dtype=str(model.dtype).removeprefix("torch."),
+                skip_tokenizer_init=True,  # samples are tokens already
+                enable_prefix_caching=False,  # a run would find what the one before computed
+                gpu_memory_utilization=0.5,  # the model itself and the other loops need the rest
+            )
+    return _ENGINES[model]
 
 
 def _tokenizer() -> Any:
