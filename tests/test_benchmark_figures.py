@@ -29,7 +29,7 @@ SIZES = (
     "Llama of 1.2 billion random parameters, 1,024 samples",
     "The goal of 60 %",
     "trace, of 400 samples",
-    "at 1, 8 and 70 billion parameters",
+    "at 0.1 to 70 billion parameters",
 )
 
 LOOPS = USUAL, SORTED, OURS = "usual loop", "sorted, logits of targets only", "flowdata"
@@ -404,6 +404,7 @@ def gpu_scoring():
     limits = [cells for cells in tables(RESULTS / "roofline.md")[1] if cells[1] == "H200"]
     shares_of = {cells[0]: cells[2:] for cells in limits}
     plain, fused, host = shares_of["1B"]
+    small = [shares_of[size][-1] for size in ("0.5B", "0.1B")]
     assert all(int(shares_of[size][-1].strip("%")) < int(host.strip("%")) for size in ("8B", "70B"))
     yield (
         "At 1B an H200 leaves {} of the products' rate to layers as they are written, and {} to "
@@ -412,8 +413,9 @@ def gpu_scoring():
     )
     yield (
         "the {:.0%} of the time in which the GPU idled and the {:.0%} of its work that were "
-        "copies. Launches take the host {} of",
-        [1 - busy, trace[2], host],
+        "copies. Launches take the host {} of the chip's time at 1B and less above, {} at 0.5B and "
+        "{} at 0.1B:",
+        [1 - busy, trace[2], host, *small],
     )
 
 
