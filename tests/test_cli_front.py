@@ -68,6 +68,9 @@ def test_the_front_of_two_models_is_measured_drawn_and_written(
     assert f"chosen: α = {facts['chosen']:g}" in out
     assert "← chosen" in out
     assert ("--write FOLDER writes" in out) == (facts["chosen"] != 1)  # 1 is there already
+    assert ("no average has a smaller sum" in out) == (facts["chosen"] in (0, 1))
+    code, out, _ = run(capsys, *command, "--exchange", 1e6)
+    assert "that is the model before fine-tuning as it is" in out
 
 
 def test_one_model_is_in_memory_at_a_time(
@@ -183,3 +186,4 @@ def test_a_gguf_file_is_refused_before_anything_is_read(capsys, tuned_folder, da
     code, _, err = run(capsys, "front", gguf, tuned_folder, "--valid", data, *SMALL)
     assert code == 2
     assert "model.gguf is a GGUF file: write a folder of it first" in err
+    assert "load_tokenizer(FILE).save_pretrained(FOLDER)" in err

@@ -383,6 +383,16 @@ def test_reasoning_that_a_template_never_writes_is_refused_in_the_last_turn_too(
         tokenize(tokenizer, {"messages": THOUGHTFUL[:2]})
 
 
+def test_the_template_of_the_guide_on_files_writes_reasoning():
+    guide = (Path(__file__).parents[1] / "examples" / "guides" / "files.md").read_text("utf-8")
+    template = guide.partition("```jinja\n")[2].partition("```")[0]
+    tokenizer = tokenizer_with(template)
+    (sample,) = tokenize(tokenizer, {"messages": THOUGHTFUL[:2]})
+    targets = tokenizer.decode(sample["labels"][sample["labels"] != -100])
+    assert targets.startswith("<think>Thought one.</think>")
+    assert "Ask" not in targets
+
+
 @pytest.mark.parametrize("name", ["llama3_1", "gemma3", "qwen2_5", "idefics3", "deepseekv3"])
 def test_reasoning_in_the_words_of_the_question_is_missed_all_the_same(name):
     reply = says("assistant", "Reply one.") | {"reasoning_content": "What is it?"}

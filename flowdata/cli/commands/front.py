@@ -24,6 +24,7 @@ from flowdata.scoring.scorer import LossScorer
 from flowdata.text.models import load_model
 
 _ALPHAS = tuple(step / 10 for step in range(11))
+_ENDS = {"0": "the model before fine-tuning", "1": "the tuned model"}  # by α
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +107,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(
                 "front averages the weights of two hub ids or folders, and "
                 f"{source} is a GGUF file: write a folder of it first, by "
-                "flowdata.text.load_model(FILE).save_pretrained(FOLDER), with its tokenizer"
+                "flowdata.text.load_model(FILE).save_pretrained(FOLDER) and "
+                "flowdata.text.load_tokenizer(FILE).save_pretrained(FOLDER)"
             )
     if options.write is not None and options.write.exists():
         raise ValueError(f"--write must name a new folder, and {options.write} is there already")
@@ -180,6 +182,11 @@ def _text(options: argparse.Namespace, candidates: list[Candidate]) -> str:
         "in nats a token",
         f"picture: {options.picture}",
     ]
+    if best.name in _ENDS:
+        lines.append(
+            f"that is {_ENDS[best.name]} as it is: no average has a smaller sum; another "
+            "--exchange weighs drift otherwise"
+        )
     if options.write is not None:
         lines.append(f"written: {options.write}")
     elif best.name != "1":  # α = 1 is the tuned model as it is
