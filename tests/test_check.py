@@ -231,7 +231,7 @@ def test_a_model_that_changes_its_logits_is_run_through_its_own_head(caplog):
         "target positions through the model's head, samples padded ("
     )
     assert agreed.grouping is together
-    assert "exact way than by target positions through a tiled head" in caplog.text
+    assert "not by target positions through a tiled head" in caplog.text
 
 
 def test_what_is_run_once_is_described():

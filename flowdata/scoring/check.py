@@ -131,7 +131,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
             )
         way = candidate.name or "whole batches"
         tell = logger.debug if place else logger.warning  # the ways after the first are details
-        tell("a slower, exact way than by %s is tried: %s", way, reason)
+        tell("not by %s: %s; a slower, exact way is tried", way, reason)
     raise ValueError(
         f"the model gives a sample another loss each time it is run alone ({reason}); it has to be "
         "deterministic in eval mode"

@@ -51,7 +51,7 @@ def scored_part(row: Row, fields: Fields) -> str:
         part = f"the assistant's {replies} in {fields.messages!r}"
     elif fields.prompt or not isinstance(chat_in(row.get(fields.completion or "")), str):
         part = f"the reply in {fields.completion!r}"
-        if fields.history and not fields.label:
+        if fields.history and row.get(fields.history) and not fields.label:
             part += f", and those in {fields.history!r}"
     else:
         part = f"all of the text in {fields.completion!r}"
