@@ -132,6 +132,24 @@ def test_views_of_plain_data_carry_no_weights():
     assert len(carried_weights(Subset(weighted, []))) == 0
 
 
+class Unweighted(Subset):
+    """A view of somebody's own that takes the weights off."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0]
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def test_a_view_that_takes_weights_off_may_be_drawn_from_by_them():
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.125])
+    view = Unweighted(FlowWeightedDataset(torch.arange(4), weights), range(4))
+    assert carried_weights(view) is None
+    loader = DataLoader(view, batch_size=2, sampler=FlowSampler(weights))
+    assert len(torch.cat(list(loader))) == 4
+
+
 def test_other_weights_than_the_samplers_are_taken():
     for weights in (torch.ones(10), torch.arange(10.0, 0, -1)):
         loader = DataLoader(FlowWeightedDataset(range(10), weights), sampler=flow_sampler(10))

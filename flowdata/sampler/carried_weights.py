@@ -20,7 +20,7 @@ def carried_weights(dataset: Any) -> NDArray[np.float32] | None:
 
     Args:
         dataset: a `FlowWeightedDataset`, or PyTorch's views of such, inside one another; anything
-            else carries none, as it may take the weights off.
+            else, a class made of these views too, carries none, as it may take the weights off.
 
     Example:
         >>> import torch
@@ -30,14 +30,20 @@ def carried_weights(dataset: Any) -> NDArray[np.float32] | None:
     """
     if isinstance(dataset, FlowWeightedDataset):
         return dataset.weights.numpy()
-    if isinstance(dataset, Subset):
+    if _gives_samples_of(Subset, dataset):
         weights = carried_weights(dataset.dataset)
         return None if weights is None else weights[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, ConcatDataset):
+    if _gives_samples_of(ConcatDataset, dataset):
         found = [carried_weights(part) for part in dataset.datasets]
         parts = [weights for weights in found if weights is not None]
         return np.concatenate(parts) if len(parts) == len(found) else None
     return None
+
+
+def _gives_samples_of(view: type, dataset: Any) -> bool:
+    """Whether a data set is a view that gives samples as the view's own class does."""
+    is_own = getattr(type(dataset), "__getitem__", None) is getattr(view, "__getitem__", None)
+    return isinstance(dataset, view) and is_own
 
 
 def are_alike(weights: NDArray[Any], others: NDArray[Any]) -> bool:
