@@ -17,6 +17,14 @@ from tests.models import tiny_llama, token_samples
 from tests.test_columns import gemma
 
 
+def attended(q, k, v, scaling, window):
+    """Attention by products, (samples, H, length, d_v), written among strides as a pack has them."""
+    samples, heads, length, _ = q.shape
+    output = q.new_empty(samples, length, heads, v.shape[3]).transpose(1, 2)
+    attend_by_products(q, k, v, scaling, window, Masks(), output)
+    return output
+
+
 @pytest.fixture
 def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
@@ -42,7 +50,7 @@ def test_products_are_attention(samples, length, before, window, heads, rows, at
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_ROWS", rows)
         patch.setattr(products, "_SCORES", at_once)
-        out = attend_by_products(q, k, v, 0.3, window, Masks())
+        out = attended(q, k, v, 0.3, window)
     for sample in range(samples):
         expected = reference.attention(q[sample], k[sample], v[sample], 0.3, window=window)
         torch.testing.assert_close(out[sample].double(), expected, atol=1e-5, rtol=1e-4)
@@ -52,8 +60,8 @@ def test_products_are_attention(samples, length, before, window, heads, rows, at
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_that_is_used_again_leaves_nothing_behind(dtype):
     q, k, v = (torch.randn(2, 2, 150, 8).to(dtype) for _ in range(3))
-    out = attend_by_products(q, k, v, 0.3, None, Masks())
-    again = attend_by_products(q[:1], k[:1], v[:1], 0.3, None, Masks())
+    out = attended(q, k, v, 0.3, None)
+    again = attended(q[:1], k[:1], v[:1], 0.3, None)
     torch.testing.assert_close(out[:1], again, atol=1e-2, rtol=1e-2)
     assert out.isfinite().all()
 

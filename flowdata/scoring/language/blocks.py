@@ -94,20 +94,21 @@ def attend_by_block(
         masks: of the pass.
         by_products: whether plain attention is made by products.py instead of PyTorch's kernel.
     """
-    outputs: list[Tensor] = []
+    heads, tokens = query.shape[1:3]
+    output = query.new_empty(1, tokens, heads, value.shape[3])
     of_blocks: list[KeysAndValues] = []
     start = 0
     for samples, length, after in blocks:
         stop = start + samples * length
-        q, k, v = (_view(flat, start, stop, samples) for flat in (query, key, value))
+        flat = query, key, value, output.transpose(1, 2)
+        q, k, v, into = (_view(each, start, stop, samples) for each in flat)
         of_blocks.append((k, v))
         earlier = [] if before is None else [before]
         if after is not None:
             earlier.append(of_blocks[after])
-        output = _attend_block(q, k, v, earlier, options, masks, by_products=by_products)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        _attend_block(q, k, v, earlier, options, masks, into, by_products=by_products)
         start = stop
-    return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None].contiguous()
+    return output
 
 
 def _view(flat: Tensor, start: int, stop: int, samples: int) -> Tensor:
@@ -123,10 +124,14 @@ def _attend_block(
     earlier: Sequence[KeysAndValues],
     options: AttentionOptions,
     masks: Masks,
+    into: Tensor,
     *,
     by_products: bool,
-) -> Tensor:
-    """One block's attention, behind what all its samples see before: (samples, H, length, d)."""
+) -> None:
+    """Write one block's attention, behind what all its samples see before.
+
+    Args as for `attend_by_block`, but `into`: (samples, H, length, d), what is written.
+    """
     length, before = q.shape[2], sum(keys.shape[2] for keys, _ in earlier)
     uses_kernel = options.is_plain and not by_products
     multiple = _KEYS if uses_kernel and q.is_cpu and q.dtype == torch.bfloat16 else 1
@@ -137,15 +142,17 @@ def _attend_block(
     window = options.window if is_windowed else None
     if not options.is_plain:
         unseen = masks.mask(length, before, window, k.shape[2], k)
-        return _attend_explicitly(q, k, v, unseen, options)
-    if by_products:
-        return attend_by_products(q, k, v, options.scaling, window, masks)
-    # `is_causal` lets query i see keys 0 to i: right where each sample's own keys come first.
-    needs_mask = before or is_windowed
-    mask = masks.mask(length, before, window, k.shape[2], k) if needs_mask else None
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=options.scaling, enable_gqa=True
-    )
+        into.copy_(_attend_explicitly(q, k, v, unseen, options))
+    elif by_products:
+        attend_by_products(q, k, v, options.scaling, window, masks, into)
+    else:
+        # `is_causal` lets query i see keys 0 to i: right where each sample's own keys come first.
+        needs_mask = before or is_windowed
+        mask = masks.mask(length, before, window, k.shape[2], k) if needs_mask else None
+        output = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=options.scaling, enable_gqa=True
+        )
+        into.copy_(output)
 
 
 def _behind(earlier: Sequence[Tensor], own: Tensor, multiple: int) -> Tensor:

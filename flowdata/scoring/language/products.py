@@ -16,6 +16,7 @@ Heads that share keys lie in one product with them, and no key is copied for eac
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from flowdata._common.processor import has_amx, has_bfloat16
 from flowdata.scoring.language.masks import Masks
 
 _ROWS = 32  # queries of a sample in one product
-_SCORES = 2**20  # in one product, 4 MiB in float32: more does not gain, fewer cost calls
+_SCORES = 2**19  # in one product, 2 MiB in float32: half and twice as many were slower
 
 
 def products_gain(dtype: torch.dtype, device: torch.device) -> bool:
@@ -37,9 +38,15 @@ def products_gain(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, masks: Masks
-) -> Tensor:
-    """Return the causal attention of samples of one length, (samples, H, length, d_v).
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    masks: Masks,
+    into: Tensor,
+) -> None:
+    """Write the causal attention of samples of one length.
 
     Scores and their softmax are float32, as in the kernel: rounded to bfloat16, scores of 16 and
     more, which trained models have, would be off by 0.06. The values' shares are in their dtype.
@@ -51,28 +58,37 @@ def attend_by_products(
         scaling: factor on the products.
         window: keys that a query sees at most, itself included; None for all.
         masks: of the pass.
+        into: (samples, H, length, d_v), of any strides, what is written.
     """
     samples, heads, length, _ = query.shape
     groups, before = key.shape[1], key.shape[2] - length
-    all_rows = query.unflatten(1, (groups, -1))  # (samples, groups, heads, length, d)
+    # (samples, groups, heads, length, d)
+    queries, outputs = (each.unflatten(1, (groups, -1)) for each in (query, into))
     # There are fewer keys than queries, so that the factor is theirs.
-    key, value = (key.float() * scaling).flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
-    output = query.new_empty(samples * groups, heads // groups, length, value.shape[2])
+    key, value = (key.float() * scaling).contiguous().transpose(2, 3), value.contiguous()
     # New memory for each product would cost as much as the product.
-    most = max(_SCORES, heads // groups * _ROWS * key.shape[2])
+    most = max(_SCORES, heads // groups * _ROWS * key.shape[3])
     memory = key.new_empty(most), value.new_empty(most)
     for start in range(0, length, _ROWS):
-        stop = min(start + _ROWS, length)
+        rows = slice(start, min(start + _ROWS, length))
         first = 0 if window is None else max(0, before + start + 1 - window)
-        seen = slice(first, before + stop)
-        rows = all_rows[:, :, :, start:stop].flatten(0, 1).float()
-        heads_and_rows = rows.shape[1:3]
-        mask = _mask(stop - start, seen.stop - seen.start, window, masks, rows)
-        step = max(1, _SCORES // (heads_and_rows.numel() * (seen.stop - seen.start)))
-        for part in (slice(i, i + step) for i in range(0, len(rows), step)):
-            shares = _shares(rows[part], key[part, :, seen], mask, memory)
-            output[part, :, start:stop] = (shares @ value[part, seen]).unflatten(1, heads_and_rows)
-    return output.view(samples, heads, length, -1)
+        seen = slice(first, before + rows.stop)
+        mask = _mask(rows.stop - start, seen.stop - first, window, masks, key)
+        fit = _SCORES // (heads // groups * (rows.stop - start) * (seen.stop - first))
+        for part in _parts(samples, groups, max(1, fit)):
+            queried = queries[part][..., rows, :].float().flatten(0, 1)
+            shares = _shares(queried, key[part][..., seen].flatten(0, 1), mask, memory)
+            output = shares @ value[part][..., seen, :].flatten(0, 1)
+            written = outputs[part][..., rows, :]
+            written.copy_(output.view_as(written))
+
+
+def _parts(samples: int, groups: int, fit: int) -> Iterator[tuple[slice, slice]]:
+    """Which samples, and which groups of their heads, one product takes: at most `fit` groups."""
+    some, few = max(1, fit // groups), min(fit, groups)
+    for sample in range(0, samples, some):
+        for group in range(0, groups, few):
+            yield slice(sample, sample + some), slice(group, group + few)
 
 
 def _mask(queries: int, keys: int, window: int | None, masks: Masks, like: Tensor) -> Tensor:
