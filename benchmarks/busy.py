@@ -1,8 +1,10 @@
-"""Scoring on a machine that others use too: python -m benchmarks busy [--others 0 1 2] …
+"""Scoring with less than a machine: python -m benchmarks busy [--others 0 1 2] [--quotas 0.5 1] …
 
 Other processes multiply matrices without end while `flowdata bench` runs in a process of its own:
 the usual loop, with PyTorch's own number of threads, and scoring take turns, after their losses
 have been compared. Each repeat is a new process, since the number of threads is chosen once in one.
+With quotas, which root alone can set, that process is in a control group that has the time of so
+many CPUs, as containers are.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import line, row, write
 
+# Where control groups that share out CPUs lie: version 1, version 2.
+_GROUPS = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 _OTHER = """
 import torch
 torch.set_num_threads(1)
@@ -38,10 +45,35 @@ def others(count: int) -> Iterator[None]:
             process.wait()
 
 
-def bench(samples: int) -> dict[str, float]:
-    """Return the figures of `flowdata bench`, with the threads that PyTorch chooses."""
+@contextmanager
+def quota(cpus: float) -> Iterator[list[str]]:
+    """Make a control group with the time of some CPUs, for a block.
+
+    Gives the words before a command that is to run in it.
+    """
+    mount = next(path for path in _GROUPS if path.exists())
+    group = Path(tempfile.mkdtemp(prefix="flowdata-", dir=mount))
+    microseconds = round(1e5 * cpus)  # of each 100 ms
+    try:
+        if (group / "cpu.max").exists():
+            (group / "cpu.max").write_text(f"{microseconds} 100000")
+        else:
+            (group / "cpu.cfs_quota_us").write_text(str(microseconds))
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "in-group"]
+    finally:
+        group.rmdir()
+
+
+def bench(samples: int, before: Sequence[str] = ()) -> dict[str, float]:
+    """Return the figures of `flowdata bench`, with the threads that PyTorch chooses.
+
+    Args:
+        samples: how many are scored.
+        before: the words before the command.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", "flowdata", "bench", "--json", "--samples", str(samples)]
+    command = [*before, *command]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
     figures: dict[str, float] = json.loads(output)
     if figures["largest_difference"] > 0.1:  # nats; bfloat16's rounding is a few hundredths
@@ -52,21 +84,30 @@ def bench(samples: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure with each number of other processes; write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks busy", description=__doc__)
-    parser.add_argument("--others", nargs="+", type=int, default=[0, 1, 2], help="processes")
+    parser.add_argument("--others", nargs="*", type=int, default=[0, 1, 2], help="processes")
+    parser.add_argument("--quotas", nargs="*", type=float, default=[], help="CPUs; needs root")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=32)
     options = parser.parse_args(argv)
-    rows = []
+    results = []
     for count in options.others:
         with others(count):
             figures = [bench(options.samples) for _ in range(options.repeats)]
-        for what, unit in {"usual_loop": "tokens/s", "flowdata": "tokens/s", "ratio": "×"}.items():
-            values = [each[what] for each in figures]
-            rows.append(row(f"{what}, beside {count} others", values, unit, worst=min(values)))
-            print(line(rows[-1]), flush=True)
-    words = [f"--{name} {value}" for name, value in vars(options).items() if name != "others"]
-    numbers = " ".join(map(str, options.others))
-    write("busy", rows, f"python -m benchmarks busy --others {numbers} {' '.join(words)}")
+        results += list(rows_of(figures, f"beside {count} others"))
+    for cpus in options.quotas:
+        with quota(cpus) as before:
+            figures = [bench(options.samples, before) for _ in range(options.repeats)]
+        results += list(rows_of(figures, f"with {cpus:g} CPUs"))
+    write("busy", results, " ".join(["python -m benchmarks busy", *(argv or [])]))
+
+
+def rows_of(figures: Sequence[dict[str, float]], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some repeats, and print them."""
+    for what, unit in {"usual_loop": "tokens/s", "flowdata": "tokens/s", "ratio": "×"}.items():
+        values = [each[what] for each in figures]
+        result = row(f"{what}, {where}", values, unit, worst=min(values))
+        print(line(result), flush=True)
+        yield result
 
 
 if __name__ == "__main__":

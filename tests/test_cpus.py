@@ -28,7 +28,8 @@ def sixteen_cores(monkeypatch):
     [
         (V2.format("/"), {"sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
         (V2.format("/"), {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 16),
-        (V2.format("/"), {"sys/fs/cgroup/cpu.max": "350000 100000\n"}, 3),
+        (V2.format("/"), {"sys/fs/cgroup/cpu.max": "350000 100000\n"}, 4),
+        (V2.format("/"), {"sys/fs/cgroup/cpu.max": "149000 100000\n"}, 1),
         (V2.format("/"), {"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),  # half a CPU
         (V2.format("/"), {"sys/fs/cgroup/cpu.max": "what?\n"}, 16),
         (V2.format("/"), {}, 16),
@@ -62,7 +63,7 @@ def sixteen_cores(monkeypatch):
         ("", {}, 16),
     ],
 )
-def test_a_quota_allows_whole_cpus(tmp_path, groups, files, cpus):
+def test_a_quota_allows_as_many_cpus_as_it_is_nearest_to(tmp_path, groups, files, cpus):
     assert usable_cpus(system(tmp_path, groups, files)) == cpus
 
 

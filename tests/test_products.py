@@ -18,7 +18,7 @@ from tests.test_columns import gemma
 
 
 def attended(q, k, v, scaling, window):
-    """Attention by products, (samples, H, length, d_v), written among strides as a pack has them."""
+    """Attention by products, (samples, H, length, d_v), written into strides as a pack has them."""
     samples, heads, length, _ = q.shape
     output = q.new_empty(samples, length, heads, v.shape[3]).transpose(1, 2)
     attend_by_products(q, k, v, scaling, window, Masks(), output)

@@ -44,7 +44,7 @@ def takes(monkeypatch, seconds):
         ({1: 0.008, 2: 0.004, 4: 0.002}, 4),
         ({1: 0.008, 2: 0.004, 4: 0.006}, 2),
         ({1: 0.004, 2: 0.02, 4: 0.04}, 1),
-        ({1: 0.03, 2: 0.01, 4: 0.01}, 4),  # of two that are as fast, the more
+        ({1: 0.03, 2: 0.01, 4: 0.01}, 2),  # of two that are as fast, the fewer
     ],
 )
 def test_the_fastest_number_is_taken(monkeypatch, seconds, fastest):

@@ -21,7 +21,9 @@ _WIDTH = 1024  # of the product
 _SUMS = 6  # for each product: a layer has about as many passes over its activations
 _ROUNDS, _SECONDS = 4, 0.008  # in turn, so that all numbers meet the same moments
 _HOPELESS = 3.0  # times the best number's time: such a number is not measured again
-_NEARLY = 1.1  # times the best number's time: the most threads of these are taken
+# Times the best number's time: the fewest threads of these are taken. Numbers are alike where other
+# processes want the cores, and later moments are worse for those who wait for more threads.
+_NEARLY = 1.1
 
 
 def choose_threads(dtype: torch.dtype, device: torch.device) -> int:
@@ -69,7 +71,7 @@ def _fastest(most: int, dtype: torch.dtype) -> int:
         times = _times(numbers, _layer_like(dtype))
     finally:
         torch.set_num_threads(before)
-    return max(number for number in times if times[number] <= _NEARLY * min(times.values()))
+    return min(number for number in times if times[number] <= _NEARLY * min(times.values()))
 
 
 def _times(numbers: list[int], work: Callable[[], None]) -> dict[int, float]:
