@@ -24,7 +24,10 @@ SIZES = (
     "weights in 8 bits",
     "18 samples of 16,384 tokens",
     "version 0.1's",
-    "under the 0.5 s",
+    "0.5 s was the goal",
+    "slices of 1,024 tokens",
+    "with 64 samples",
+    "s with 1,024,",
     "runs 8 alone",
     "Llama of 1.2 billion random parameters, 1,024 samples",
     "The goal of 60 %",
@@ -41,16 +44,18 @@ SAMPLERS = {
     "numpy Generator.choice": "NumPy's `Generator.choice`",
 }
 # Files and, where a file has several runs, a part of the run's command that the others lack.
-GSM8K, PROFILE, CASES = [("scoring", mark) for mark in ("--samples 128", "--profile", "resnet-50")]
-ELSEWHERE = ON_AMD, LONG_4K, LONG_16K, OTHERS = [
-    ("scoring", mark)
-    for mark in ("--samples 1024", "--cases long-4k", "--cases long-16k", "--cases experts")
+GSM8K, PROFILE, CASES = [
+    ("scoring", mark) for mark in ("--samples 128", "template --samples 256", "resnet-50")
 ]
+ON_AMD, ON_AMD_PROFILE = ("scoring", "--samples 1024"), ("scoring", "gsm8k --samples 256 --profile")
+LONG_4K, LONG_16K, OTHERS = [
+    ("scoring", f"--cases {case}") for case in ("long-4k", "long-16k", "experts")
+]
+ELSEWHERE = ON_AMD, ON_AMD_PROFILE, LONG_4K, LONG_16K, OTHERS
 GPU_1, GPU_2, GPU_3 = [("gpu", f"gpu {mark}") for mark in ("--minutes 3", "--minutes 4", "--parts")]
 DRIFT_OF_TEXT, DRIFT_OF_IMAGES = [("drift", mark) for mark in ("language", "resnet-20")]
-HEAD, SCALE, SAMPLER, BUSY, ATTENTION, ROWS = [
-    (name, "") for name in ("head", "scale", "sampler", "busy", "attention", "many_rows")
-]
+NAMES = "head", "scale", "sampler", "busy", "attention", "many_rows", "passes", "start_up"
+HEAD, SCALE, SAMPLER, BUSY, ATTENTION, ROWS, PASSES, START_UP = [(name, "") for name in NAMES]
 MOST = "10,000,000"
 GPU_CASE = "llama-1b, 128k, 50% completions: {}"
 GPU_HEAD = "{}, 8192 x 2048 x 128256"
@@ -160,25 +165,42 @@ def scoring_without_amx():
             *span(100 * np.divide(of_ours, of_loop)),
         ],
     )
+    yield (
+        "{:.0%} of the time goes into the products with weights, {:.0%} into those of attention, "
+        "{:.0%} into the head's exponentials",
+        figures(ON_AMD_PROFILE, "gsm8k: aten::{}", "mm", "bmm", "exp_"),
+    )
     sizes = "96 tokens x 42", "176 tokens x 23", "320 tokens x 12"
     by_products = figures(ATTENTION, "{}: products", *sizes, field="kernel_by_this")
-    at_4k = figures(ATTENTION, "{}: products", "4096 tokens x 1", field="kernel_by_this")
+    longer = "1024 tokens x 4", "4096 tokens x 1"
+    at_1k, at_4k = figures(ATTENTION, "{}: products", *longer, field="kernel_by_this")
+    assert round(min(by_products), 1) == round(max(by_products), 1)
+    assert round(at_4k, 1) == 1
     yield (
-        "takes {:.1f} to {:.1f} times as long at 96 to 320 tokens, and {:.1f} times at 4,096",
-        [*span(by_products), *at_4k],
+        "takes {:.1f} times as long at 96 to 320 tokens, {:.1f} times at 1,024, and as long at "
+        "4,096",
+        [min(by_products), at_1k],
     )
-    ways = "products, rounded scores", "PyTorch's kernel", "products"
-    rounded = "320 tokens x 12: {}"
-    few = [f"{each}: {{}}" for each in ("16 tokens x 256", "32 tokens x 128", sizes[0])]
-    assert all(ratio(ATTENTION, each, ways[0], ways[2]) < 1 for each in few)
-    errors = [
-        np.divide(*figures(ATTENTION, each, ways[0], ways[2], field="error"))
-        for each in (*few, rounded)
-    ]
+
+
+def passes():
+    def share(part, way, before="as written"):
+        return ratio(PASSES, part + ": {}", way, before)
+
+    parts = "norms", "rotations", "swiglu", "exponentials"
     yield (
-        "faster up to 96 tokens, take {:.1f} times the kernel's time at 320, and have {:.0f} to "
-        "{:.0f} times the error",
-        [ratio(ATTENTION, rounded, *ways[:2]), *span(errors)],
+        "a norm takes {:.2f} of its time as transformers writes it, a rotation {:.2f}, SwiGLU "
+        "{:.2f}, the head's exponentials {:.2f}",
+        [share(part, "compiled") for part in parts],
+    )
+    yield (
+        "PyTorch's own norm {:.2f} of the time, SwiGLU in place {:.2f}, the feed-forward module … "
+        "caches, {:.2f}",
+        [
+            share("norms", "in fewer passes"),
+            share("swiglu", "in fewer passes"),
+            share("feed_forward", "slices of 1024"),
+        ],
     )
     yield (
         "q, k and v as one product {:.2f} of their time alone, gate and up {:.2f}",
@@ -187,6 +209,36 @@ def scoring_without_amx():
             for what in ("q, k and v", "gate and up")
         ],
     )
+    ways = "products, rounded scores", "PyTorch's kernel", "products"
+    sizes = "16 tokens x 256", "32 tokens x 128", "96 tokens x 42", "176 tokens x 23"
+    *few, at_320 = (f"{each}: {{}}" for each in (*sizes, "320 tokens x 12"))
+    assert all(ratio(ATTENTION, each, *ways[:2]) < 1 for each in few)
+    errors = [
+        np.divide(*figures(ATTENTION, each, ways[0], ways[2], field="error"))
+        for each in (*few, at_320)
+    ]
+    yield (
+        "faster up to 176 tokens, take {:.1f} times the kernel's time at 320, and have {:.0f} to "
+        "{:.0f} times the error",
+        [ratio(ATTENTION, at_320, *ways[:2]), *span(errors)],
+    )
+    yield (
+        "Rotations without copies take {:.2f} and exponentials in bfloat16 {:.2f}",
+        [share("rotations", "in fewer passes"), share("exponentials", "in bfloat16")],
+    )
+
+
+def start_up():
+    rows = "64", "1024"
+    shares = figures(START_UP, "{} samples: before the first pack", *rows, field="share_of_check")
+    assert round(min(shares), 2) == round(max(shares), 2)
+    yield (
+        "{:.2f} s pass with 64 samples and {:.2f} s with 1,024, {:.0%} of it for the check",
+        [*figures(START_UP, "{} samples: before the first pack", *rows), min(shares)],
+    )
+
+
+def other_models():
     yield (
         "experts, two of eight, score {:,.0f} tokens/s … {:,.0f} by flowdata",
         figures(OTHERS, "experts: {}", SORTED, OURS),
@@ -249,6 +301,10 @@ def busy():
             *figures(BUSY, "{}", alone, beside),
             *figures(BUSY, "{}", beside, field="worst"),
         ],
+    )
+    yield (
+        "with the time of one CPU {:.1f} times, of one and a half {:.1f}",
+        figures(BUSY, "ratio, with {} CPUs", "1", "1.5"),
     )
 
 
@@ -492,6 +548,9 @@ PAGES = {
     (PAGE, "Scoring, training, loading"): [
         scoring,
         scoring_without_amx,
+        passes,
+        start_up,
+        other_models,
         head,
         busy,
         many_rows,

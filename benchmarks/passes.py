@@ -1,0 +1,165 @@
+"""What lies between a layer's products on a CPU, each alone: python -m benchmarks passes
+
+Norms, rotations, SwiGLU and the head's exponentials, in bfloat16, of as many tokens as a pack has
+and with SmolLM2's sizes: as transformers, or the library, writes them; in fewer passes where
+PyTorch has them; and compiled. Their error is relative, against the same in float32. A last row
+gives SwiGLU's whole module, products included, all tokens at once or slice by slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import rows
+
+TOKENS = 4096
+WIDTH, HEADS, GROUPS, HIDDEN = 576, 9, 3, 1536
+HEAD_WIDTH = WIDTH // HEADS
+SLICE = 1024
+WRITTEN, FEWER, COMPILED = "as written", "in fewer passes", "compiled"
+
+Ways = dict[str, Callable[[], Any]]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure every part, and write the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks passes", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--repeats", type=int, default=21)
+    options = parser.parse_args(argv)
+    results = []
+    with torch.no_grad():
+        for part in (norms, rotations, swiglu, exponentials, feed_forward):
+            for row in compare(part, options.tokens, options.repeats):
+                print(rows.line(row), flush=True)
+                results.append(row)
+    print(rows.write("passes", results, " ".join(["python -m benchmarks passes", *argv])))
+
+
+def compare(
+    part: Callable[[int, torch.dtype], Ways], tokens: int, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way to make a part: milliseconds, times the first way's, its error."""
+    exact = flat(next(iter(part(tokens, torch.float32).values()))())
+    ways = part(tokens, torch.bfloat16)
+    errors = {way: float((flat(run()) - exact).norm() / exact.norm()) for way, run in ways.items()}
+    if max(errors.values()) > 0.05:
+        raise SystemExit(f"a way is wrong: {part.__name__}, {errors}")
+    seconds = rows.timed_in_turn(ways, repeats, warmup=1)
+    first = statistics.median(next(iter(seconds.values())))
+    for way, times in seconds.items():
+        row = rows.row(f"{part.__name__}: {way}", [1e3 * s for s in times], "ms")
+        yield row | {"first_by_this": first / statistics.median(times), "error": errors[way]}
+
+
+def flat(result: Tensor | Sequence[Tensor]) -> Tensor:
+    """All values of a result in float32, as one."""
+    parts = [result] if isinstance(result, Tensor) else result
+    return torch.cat([part.float().flatten() for part in parts])
+
+
+def norms(tokens: int, dtype: torch.dtype) -> Ways:
+    """A layer's root-mean-square norm."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    hidden = random(tokens, WIDTH).to(dtype)
+    norm = LlamaRMSNorm(WIDTH).to(dtype)
+    fewer = partial(F.rms_norm, hidden, (WIDTH,), norm.weight, norm.variance_epsilon)
+    return {
+        WRITTEN: partial(norm, hidden),
+        FEWER: fewer,
+        COMPILED: partial(torch.compile(norm.forward), hidden),
+    }
+
+
+def rotations(tokens: int, dtype: torch.dtype) -> Ways:
+    """The rotation of a layer's queries and keys."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    each = [
+        random(1, tokens, heads, HEAD_WIDTH).to(dtype).transpose(1, 2) for heads in (HEADS, GROUPS)
+    ]
+    angles = torch.outer(torch.arange(tokens), 10000 ** -torch.linspace(0, 1, HEAD_WIDTH // 2))
+    tables = [
+        table(torch.cat([angles, angles], 1)).to(dtype)[None] for table in (torch.cos, torch.sin)
+    ]
+    joined = torch.compile(apply_rotary_pos_emb)
+    return {
+        WRITTEN: lambda: apply_rotary_pos_emb(*each, *tables),
+        FEWER: lambda: [rotated(one, *tables) for one in each],
+        COMPILED: lambda: joined(*each, *tables),
+    }
+
+
+def rotated(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(1, H, T, d) values turned, half by half, without a copy of the halves changed over."""
+    output = values * cos[:, None]
+    (low, high), half = values.chunk(2, -1), values.shape[-1] // 2
+    output[..., :half].addcmul_(high, sin[:, None, :, :half], value=-1)
+    output[..., half:].addcmul_(low, sin[:, None, :, half:])
+    return output
+
+
+def swiglu(tokens: int, dtype: torch.dtype) -> Ways:
+    """SwiGLU of the products with the gate's and the up weights, which it may overwrite."""
+    gate, up = (random(tokens, HIDDEN).to(dtype) for _ in range(2))
+    again = gate.clone()  # what is overwritten is written anew, which counts as well
+    joined = torch.compile(multiplied)
+    return {
+        WRITTEN: partial(multiplied, gate, up),
+        FEWER: lambda: F.silu(again.copy_(gate), inplace=True).mul_(up),
+        COMPILED: partial(joined, gate, up),
+    }
+
+
+def multiplied(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU, as transformers writes it."""
+    return F.silu(gate) * up
+
+
+def exponentials(tokens: int, dtype: torch.dtype) -> Ways:
+    """The sums of exponentials of a tile of the head, from its products; rows as tokens."""
+    products = (4 * random(tokens // 4, 2048)).bfloat16().to(dtype)
+    targets = products.float().amax(1, keepdim=True)
+    memory = torch.empty(products.shape)
+    joined = torch.compile(summed)
+    return {
+        WRITTEN: lambda: memory.copy_(products).sub_(targets).exp_().sum(1),
+        "in bfloat16": lambda: products.sub(targets.to(dtype)).exp_().sum(1, dtype=torch.float),
+        COMPILED: partial(joined, products, targets),
+    }
+
+
+def summed(products: Tensor, targets: Tensor) -> Tensor:
+    """The sums of exponentials, in one expression."""
+    return (products.float() - targets).exp().sum(1)
+
+
+def feed_forward(tokens: int, dtype: torch.dtype) -> Ways:
+    """A layer's whole feed-forward module, its three products included."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    torch.manual_seed(0)
+    module = LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=HIDDEN)).to(dtype)
+    hidden = random(1, tokens, WIDTH).to(dtype)
+    joined = torch.compile(module.forward, dynamic=True)
+    return {
+        WRITTEN: partial(module, hidden),
+        COMPILED: partial(joined, hidden),
+        f"slices of {SLICE}": lambda: [module(part) for part in hidden.split(SLICE, 1)],
+        f"slices of {SLICE}, compiled": lambda: [joined(part) for part in hidden.split(SLICE, 1)],
+    }
+
+
+def random(*shape: int) -> Tensor:
+    """Random values, the same for the same shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,76 @@
+"""What scoring does before its first pack: python -m benchmarks start_up [--samples 1 1024]
+
+The library says how it scores just before the first pack, and how long that took is what counts
+here: reading lengths and prompts, planning, counting threads, the fingerprint, and the check of a
+few samples alone, whose share a profile of one more run tells. The model and data are those of
+`python -m benchmarks scoring --cases gsm8k`; compiling, which is done in the first pack, is not
+part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import logging
+import pstats
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.scoring.cases import CASES, make
+from benchmarks.scoring.peers import scored
+from flowdata.cli.bench_inputs import Samples
+
+
+class Begun(BaseException):
+    """Ends a run where its first pack would begin."""
+
+
+class _Announcement(logging.Handler):
+    """Raises `Begun` at the sentence that says how samples are scored."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "checked alone" in record.getMessage():
+            raise Begun
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure each number of samples, and write the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks start_up", description=__doc__)
+    parser.add_argument("--samples", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args(argv)
+    logger = logging.getLogger("flowdata")
+    logger.addHandler(_Announcement())
+    logger.setLevel(logging.DEBUG)
+    results = []
+    for count in options.samples:
+        model, samples = make(CASES["gsm8k"], count, "")
+        model = model.bfloat16()
+        start_up(model, samples)
+        times = [start_up(model, samples) for _ in range(options.repeats)]
+        row = rows.row(f"{count} samples: before the first pack", times, "s")
+        row |= {"share_of_check": share_of_check(model, samples)}
+        print(rows.line(row), flush=True)
+        results.append(row)
+    print(rows.write("start_up", results, " ".join(["python -m benchmarks start_up", *argv])))
+
+
+def start_up(model: Any, samples: Samples) -> float:
+    """Return the seconds that a run takes before its first pack."""
+    start = perf_counter()
+    try:
+        scored(model, samples, dtype="bfloat16")
+    except Begun:
+        return perf_counter() - start
+    raise SystemExit("the library didn't say how it scores")
+
+
+def share_of_check(model: Any, samples: Samples) -> float:
+    """Return the share of that time in which a few samples are checked alone."""
+    profile = cProfile.Profile()
+    profile.runcall(start_up, model, samples)
+    times: Any = pstats.Stats(profile)
+    check = next(v for k, v in times.stats.items() if k[2] == "agreed_way")
+    return float(check[3] / times.total_tt)
