@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, goals
+from benchmarks.gpu import PARTS, goals, scoring
 from benchmarks.gpu.parts import Setting, run_part
 from benchmarks.scoring import peers
 from tests.models import tiny_llama, token_samples
@@ -97,6 +97,20 @@ def rows_of(part, tmp_path, seconds=60):
     machine, *rows = run_part(part, setting(tmp_path, seconds))
     assert "machine" in machine
     return rows
+
+
+def test_libraries_are_measured_on_every_shape_and_a_missing_one_makes_no_model(
+    tmp_path, monkeypatch
+):
+    kinds = {case[:3] for case in scoring.CASES if "flowdata" in case.loops}
+    for library in ("TRL", "lm-eval"):
+        assert {case.shape for case in scoring.CASES if library in case.loops} == {
+            *("llama-1b", "gemma-2b", "llama-3b", "llama-0.5b")
+        }
+    assert all(case[:3] in kinds for case in scoring.CASES)
+    monkeypatch.setattr(scoring, "make_model", None)
+    monkeypatch.setattr(scoring, "is_installed", lambda loop: False)
+    assert not list(scoring.measure(setting(tmp_path, 60)))
 
 
 def test_an_error_of_a_part_is_a_row_and_what_came_before_stays(tmp_path):

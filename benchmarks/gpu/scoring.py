@@ -27,15 +27,20 @@ class Case(NamedTuple):
     loops: tuple[str, ...] = ("flowdata", *PEERS[:2])
 
 
+OTHERS = (
+    ("gemma-2b", 256000, 0.5, 512),
+    ("llama-3b", 128256, 0.9, 512),
+    ("llama-0.5b", 32000, 0.5, 2048),
+)
 # The most telling first: a limit cuts the list.
 CASES = (
     Case("llama-1b", 128256, 0.5, 1024, ("flowdata", *PEERS)),
-    Case("gemma-2b", 256000, 0.5, 512),
-    Case("llama-3b", 128256, 0.9, 512),
-    Case("llama-0.5b", 32000, 0.5, 2048),
+    *(Case(*sizes) for sizes in OTHERS),
     Case("gemma2-2b", 256000, 0.5, 512, ("flowdata", PEERS[0])),
     Case("llama-1b", 128256, 0.9, 1024, ("flowdata", PEERS[0])),
     Case("llama-0.5b", 32000, 0.9, 2048, ("flowdata", PEERS[0])),
+    # The libraries' loops on other shapes: the first case has them already.
+    *(Case(*sizes, PEERS[2:]) for sizes in OTHERS),
     # vLLM last of all: it loads for long, and computes prompts' losses too, here few.
     Case("gemma-2b", 256000, 0.9, 512, ("flowdata", PEERS[0], "vLLM")),
 )
@@ -46,7 +51,8 @@ def measure(setting: Setting) -> Iterator[Row]:
     costs = [0.0]  # seconds of the cases so far: the next is begun if the dearest would fit
     for case in CASES[:2] if setting.is_tiny else CASES:
         if setting.seconds_left() < max(costs):
-            yield {"what": name_of(case), "error": "not measured: no time left"}
+            what = f"{name_of(case)}: {', '.join(case.loops)}"
+            yield {"what": what, "error": "not measured: no time left"}
             continue
         before = setting.seconds_left()
         yield from measure_case(case, setting)
@@ -60,6 +66,9 @@ def measure_compiled(setting: Setting) -> Iterator[Row]:
 
 def measure_case(case: Case, setting: Setting) -> Iterator[Row]:
     """Yield a row for each loop, equality checked first, timed in turn."""
+    loops = list(filter(is_installed, case.loops))
+    if not loops:
+        return
     shape, vocabulary, count = SHAPES[case.shape], case.vocabulary, case.samples
     if setting.is_tiny:
         shape, vocabulary, count = shape.tiny(), 512, EXACT
@@ -68,7 +77,7 @@ def measure_case(case: Case, setting: Setting) -> Iterator[Row]:
     exact = peers.one_at_a_time(model, samples[:EXACT])
     model = model.bfloat16()
     device, repeats = torch.device(setting.device), 1 if setting.is_tiny else 3
-    for loop in filter(is_installed, case.loops):
+    for loop in loops:
         # Each by itself and not in turn: a GPU has no slow moments, and a limit loses no loop.
         yield from compare(name_of(case), {loop: (model, samples)}, exact, repeats, device)
 
