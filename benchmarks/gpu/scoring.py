@@ -32,17 +32,22 @@ OTHERS = (
     ("llama-3b", 128256, 0.9, 512),
     ("llama-0.5b", 32000, 0.5, 2048),
 )
+MOSTLY_COMPLETIONS = (
+    ("llama-1b", 128256, 0.9, 1024),
+    ("llama-0.5b", 32000, 0.9, 2048),
+    ("gemma-2b", 256000, 0.9, 512),
+)
 # The most telling first: a limit cuts the list.
 CASES = (
     Case("llama-1b", 128256, 0.5, 1024, ("flowdata", *PEERS)),
     *(Case(*sizes) for sizes in OTHERS),
     Case("gemma2-2b", 256000, 0.5, 512, ("flowdata", PEERS[0])),
-    Case("llama-1b", 128256, 0.9, 1024, ("flowdata", PEERS[0])),
-    Case("llama-0.5b", 32000, 0.9, 2048, ("flowdata", PEERS[0])),
-    # The libraries' loops on other shapes: the first case has them already.
+    *(Case(*sizes, ("flowdata", PEERS[0])) for sizes in MOSTLY_COMPLETIONS),
+    # The loops that those cases lack: the first has all but vLLM, which is last because it loads
+    # for long. It computes prompts' losses, too.
     *(Case(*sizes, PEERS[2:]) for sizes in OTHERS),
-    # vLLM last of all: it loads for long, and computes prompts' losses too, here few.
-    Case("gemma-2b", 256000, 0.9, 512, ("flowdata", PEERS[0], "vLLM")),
+    *(Case(*sizes, PEERS[1:]) for sizes in MOSTLY_COMPLETIONS),
+    *(Case(*sizes, ("vLLM",)) for sizes in (("llama-1b", 128256, 0.5, 1024), *MOSTLY_COMPLETIONS)),
 )
 
 

@@ -1,7 +1,7 @@
 """Attention by plain matrix products, for CPUs on which PyTorch's attention kernel is slow.
 
-On an AMD EPYC with AVX-512's bfloat16 the kernel takes 1.4 to 2.1 times as long as these products
-at 96 to 320 tokens, and 1.0 to 1.2 times at 4,096 (`python -m benchmarks attention`, run twice).
+On an AMD EPYC with AVX-512's bfloat16 the kernel takes 1.8 times as long as these products at 96 to
+320 tokens, and as long at 4,096 (`python -m benchmarks attention`).
 Queries are taken a few rows at a time, all samples and heads in one product, so that a row meets no
 keys that lie wholly behind it:
 
