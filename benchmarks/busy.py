@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from benchmarks.rows import line, row, write
 
 # Where control groups that share out CPUs lie: version 1, version 2.
 _GROUPS = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+_LEAST = 0.01  # CPUs of a quota
 _OTHER = """
 import torch
 torch.set_num_threads(1)
@@ -51,17 +53,29 @@ def quota(cpus: float) -> Iterator[list[str]]:
 
     Gives the words before a command that is to run in it.
     """
-    mount = next(path for path in _GROUPS if path.exists())
-    group = Path(tempfile.mkdtemp(prefix="flowdata-", dir=mount))
-    microseconds = round(1e5 * cpus)  # of each 100 ms
+    group = _group(round(1e5 * cpus))
+    try:
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "in-group"]
+    finally:
+        group.rmdir()
+
+
+def _group(microseconds: int) -> Path:
+    """A new control group with a quota of so many microseconds in each 100 ms."""
+    mount = next((path for path in _GROUPS if path.exists()), _GROUPS[-1])
+    try:
+        group = Path(tempfile.mkdtemp(prefix="flowdata-", dir=mount))
+    except OSError as error:
+        raise SystemExit(f"--quotas takes root, and control groups in {mount}: {error}") from error
     try:
         if (group / "cpu.max").exists():
             (group / "cpu.max").write_text(f"{microseconds} 100000")
         else:
             (group / "cpu.cfs_quota_us").write_text(str(microseconds))
-        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "in-group"]
-    finally:
+    except OSError as error:
         group.rmdir()
+        raise SystemExit(f"--quotas: {mount} shares out no CPUs: {error}") from error
+    return group
 
 
 def bench(samples: int, before: Sequence[str] = ()) -> dict[str, float]:
@@ -81,7 +95,7 @@ def bench(samples: int, before: Sequence[str] = ()) -> dict[str, float]:
     return figures
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure with each number of other processes; write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks busy", description=__doc__)
     parser.add_argument("--others", nargs="*", type=int, default=[0, 1, 2], help="processes")
@@ -89,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=32)
     options = parser.parse_args(argv)
+    if not all(_LEAST <= cpus < math.inf for cpus in options.quotas):
+        parser.error(f"--quotas takes numbers of CPUs, {_LEAST} or more: the kernel gives no less")
     results = []
     for count in options.others:
         with others(count):
@@ -98,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with quota(cpus) as before:
             figures = [bench(options.samples, before) for _ in range(options.repeats)]
         results += list(rows_of(figures, f"with {cpus:g} CPUs"))
-    write("busy", results, " ".join(["python -m benchmarks busy", *(argv or [])]))
+    write("busy", results, " ".join(["python -m benchmarks busy", *argv]))
 
 
 def rows_of(figures: Sequence[dict[str, float]], where: str) -> Iterator[dict[str, Any]]:
@@ -108,7 +124,3 @@ def rows_of(figures: Sequence[dict[str, float]], where: str) -> Iterator[dict[st
         result = row(f"{what}, {where}", values, unit, worst=min(values))
         print(line(result), flush=True)
         yield result
-
-
-if __name__ == "__main__":
-    main()

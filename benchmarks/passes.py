@@ -1,9 +1,9 @@
 """What lies between a layer's products on a CPU, each alone: python -m benchmarks passes
 
 Norms, rotations, SwiGLU and the head's exponentials, in bfloat16, of as many tokens as a pack has
-and with SmolLM2's sizes: as transformers, or the library, writes them; in fewer passes where
-PyTorch has them; and compiled. Their error is relative, against the same in float32. A last row
-gives SwiGLU's whole module, products included, all tokens at once or slice by slice.
+and with SmolLM2's sizes: as transformers, or the library, writes them; in fewer passes, where
+PyTorch has such; and compiled. Their error is relative, against the same in float32. The last rows
+give SwiGLU's whole module, products included, all tokens at once or slice by slice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
+from flowdata.head.tiled import add_odds
+from flowdata.head.tiles import ROWS_OF_A_CORE
 
 TOKENS = 4096
 WIDTH, HEADS, GROUPS, HIDDEN = 576, 9, 3, 1536
@@ -72,10 +74,9 @@ def norms(tokens: int, dtype: torch.dtype) -> Ways:
 
     hidden = random(tokens, WIDTH).to(dtype)
     norm = LlamaRMSNorm(WIDTH).to(dtype)
-    fewer = partial(F.rms_norm, hidden, (WIDTH,), norm.weight, norm.variance_epsilon)
     return {
         WRITTEN: partial(norm, hidden),
-        FEWER: fewer,
+        FEWER: partial(F.rms_norm, hidden, (WIDTH,), norm.weight, norm.variance_epsilon),
         COMPILED: partial(torch.compile(norm.forward), hidden),
     }
 
@@ -126,21 +127,20 @@ def multiplied(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def exponentials(tokens: int, dtype: torch.dtype) -> Ways:
-    """The sums of exponentials of a tile of the head, from its products; rows as tokens."""
+    """The sums of exponentials of one slice of the head's products, a quarter of the tokens."""
     products = (4 * random(tokens // 4, 2048)).bfloat16().to(dtype)
-    targets = products.float().amax(1, keepdim=True)
-    memory = torch.empty(products.shape)
-    joined = torch.compile(summed)
+    targets = products.float().amax(1)
+    step = ROWS_OF_A_CORE * torch.get_num_threads()  # the rows of an eager tile
+    buffer = torch.empty(step * products.shape[1])
+    tiles = list(zip(products.split(step), targets.split(step), strict=True))
+    joined = torch.compile(add_odds)
     return {
-        WRITTEN: lambda: memory.copy_(products).sub_(targets).exp_().sum(1),
-        "in bfloat16": lambda: products.sub(targets.to(dtype)).exp_().sum(1, dtype=torch.float),
-        COMPILED: partial(joined, products, targets),
+        WRITTEN: lambda: [add_odds(tile, buffer, None, 1.0, None, few) for tile, few in tiles],
+        "in bfloat16": lambda: [
+            tile.sub(few.to(dtype)[:, None]).exp_().sum(1, dtype=torch.float) for tile, few in tiles
+        ],
+        COMPILED: lambda: joined(products, None, None, 1.0, None, targets),
     }
-
-
-def summed(products: Tensor, targets: Tensor) -> Tensor:
-    """The sums of exponentials, in one expression."""
-    return (products.float() - targets).exp().sum(1)
 
 
 def feed_forward(tokens: int, dtype: torch.dtype) -> Ways:

@@ -24,7 +24,7 @@ def _many_small_tiles(monkeypatch):
     """No tile's size divides the vocabulary, and slices are smaller than 20 classes."""
     monkeypatch.setattr(tile_gradients, "_LOGITS_OF_A_TILE", 4 * V)
     monkeypatch.setattr(tile_gradients, "_FEWEST_ROWS", 2)
-    monkeypatch.setattr(head_tiles, "_ROWS_OF_A_CORE", 3)
+    monkeypatch.setattr(head_tiles, "ROWS_OF_A_CORE", 3)
     monkeypatch.setattr(head_tiles, "tile_size", lambda hidden: (7, 12))
     monkeypatch.setattr("flowdata.head.largest.tile_size", lambda hidden: (7, 12))
     monkeypatch.setitem(kl._TILE, "cpu", (5, 31))

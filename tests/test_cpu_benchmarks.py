@@ -1,7 +1,8 @@
 """The benchmarks of a CPU: real quotas, what comes before the first pack, the passes of a layer."""
 
-import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,41 +10,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import busy, passes, rows, start_up
+from benchmarks import busy, passes, start_up
 from benchmarks.scoring.cases import Case
 
 CPUS = "from flowdata._common.cpus import usable_cpus; print(usable_cpus())"
 
 
-def can_make_groups():
-    return any(os.access(mount, os.W_OK) for mount in busy._GROUPS) and os.geteuid() == 0
-
-
-@pytest.mark.skipif(not can_make_groups(), reason="control groups take root and a writable mount")
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a quota of one CPU limits two or more")
-@pytest.mark.parametrize(("cpus", "usable"), [(0.5, "1"), (1, "1"), (1.5, "2")])
-def test_the_library_reads_the_quota_of_a_real_control_group(cpus, usable):
+@pytest.fixture
+def quotas_can_be_set():
     try:
-        with busy.quota(cpus) as before:
-            group = before[2].split()[3].removesuffix("/cgroup.procs")
-            command = [*before, sys.executable, "-c", CPUS]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except OSError as error:
-        pytest.skip(f"this system lets nobody set a quota: {error}")
-    assert output.strip() == usable
+        with busy.quota(1):
+            pass
+    except SystemExit as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("quotas_can_be_set")
+@pytest.mark.parametrize(("cpus", "usable"), [(0.5, 1), (1, 1), (1.5, 2)])
+def test_the_library_reads_the_quota_of_a_real_control_group(cpus, usable):
+    with busy.quota(cpus) as before:
+        command = [*before, sys.executable, "-c", CPUS]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(output) == min(usable, len(os.sched_getaffinity(0)))
+    group = re.search(r"> (\S+)/cgroup.procs", before[2])[1]
     assert not Path(group).exists()
 
 
-def test_start_up_ends_before_the_first_pack(monkeypatch, tmp_path):
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    small = Case(width=192, layers=2, vocabulary=512)
-    monkeypatch.setattr(start_up, "CASES", {"gsm8k": small})
-    start_up.main(["--samples", "12", "--repeats", "2"])
-    (run,) = json.loads((tmp_path / "start_up.json").read_text())
-    (row,) = run["rows"]
-    assert row["what"] == "12 samples: before the first pack"
-    assert 0 < row["spread"][0] <= row["median"]
-    assert 0.05 < row["share_of_check"] < 1
+@pytest.mark.parametrize("quota", ["0", "-1", "nan", "inf", "0.001"])
+def test_a_quota_that_the_kernel_would_take_for_none_is_refused(quota, capsys):
+    with pytest.raises(SystemExit):
+        busy.main(["--others", "--quotas", quota])
+    assert "--quotas takes numbers of CPUs, 0.01 or more" in capsys.readouterr().err
+
+
+def test_a_place_without_control_groups_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(busy, "_GROUPS", (tmp_path / "cpu", tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"takes root, and control groups in .*nowhere"):
+        busy.main(["--others", "--quotas", "1"])
+
+
+def test_start_up_ends_before_the_first_pack(monkeypatch):
+    monkeypatch.setattr(start_up, "CASES", {"gsm8k": Case(width=192, layers=2, vocabulary=512)})
+    first, again, share = start_up.measure(12)
+    assert min(first, again) > 0
+    assert 0.05 < share < 1
+    assert not logging.getLogger("flowdata").isEnabledFor(logging.DEBUG)
 
 
 @pytest.mark.parametrize("part", [passes.norms, passes.rotations, passes.swiglu])

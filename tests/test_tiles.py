@@ -9,7 +9,7 @@ from flowdata.head.tiles import tiles
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     monkeypatch.setattr(head_tiles, "tile_size", lambda hidden: (100, 16))
-    monkeypatch.setattr(head_tiles, "_ROWS_OF_A_CORE", 4)
+    monkeypatch.setattr(head_tiles, "ROWS_OF_A_CORE", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 

@@ -14,9 +14,9 @@ For whoever has a GPU for a quarter of an hour. In this order, each part with it
 Rows are kept as they are made, so that whatever stops the command loses nothing: DIR/gpu.json, in
 the form of the other results, beside summary.md, the tests' report and a trace for
 https://ui.perfetto.dev. PyTorch, transformers and Triton suffice, and pytest for the tests; what is
-not installed is named and left out. In eight minutes the first cases of scoring are reached; the
-others are, and vLLM, by `--parts scoring --minutes 30`. `--tiny` runs every part at a small size,
-on a CPU too, and measures nothing.
+not installed is named and left out. Where a limit cuts scoring's cases short, `--parts scoring
+--minutes 30` gives them more. `--tiny` runs every part at a small size, on a CPU too, and measures
+nothing.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def usable_cpus(root: Path = _ROOT) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     quotas = [quota for folder in _groups(root) if (quota := _quota(folder)) is not None]
-    # The kernel stops all threads of a group together, once its time is used up. Two threads scored
-    # 1.2 times as fast as one at a quota of 1.5 CPUs, and as fast at 1.25.
+    # The kernel stops all threads of a group together, once its time is used up: two threads with
+    # 1.5 CPUs score 1.3 times as fast as one with one (`python -m benchmarks busy --quotas 1 1.5`).
     return max(1, math.floor(min([cpus, *quotas]) + 0.5))
 
 

@@ -104,12 +104,12 @@ def _odds(hidden: Tensor, head: Head, targets: Tensor, target_logits: Tensor) ->
     """
     odds = torch.zeros_like(target_logits)
     for rows, products, bias, buffer in tiles(hidden, head, targets):
-        add = _add_odds if head.kernel == "eager" else one_pass(_add_odds)
+        add = add_odds if head.kernel == "eager" else one_pass(add_odds)
         odds[rows] += add(products, buffer, bias, head.scale, head.softcap, target_logits[rows])
     return odds
 
 
-def _add_odds(
+def add_odds(
     products: Tensor,
     buffer: Tensor | None,
     bias: Tensor | None,

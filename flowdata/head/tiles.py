@@ -24,7 +24,7 @@ from flowdata.head.output_layer import Head
 
 # Rows of an eager tile for each thread: with 2,048 classes in float32 half a MiB, which fits the
 # second-level cache of the CPUs measured (1 MiB on AMD EPYC, 2 MiB on Intel with AMX).
-_ROWS_OF_A_CORE = 64
+ROWS_OF_A_CORE = 64
 
 
 class Tile(NamedTuple):
@@ -84,7 +84,7 @@ def tiles(hidden: Tensor, head: Head, targets: Tensor) -> Iterator[Tile]:
 
 def _rows_of_a_tile(hidden: Tensor, head: Head) -> int:
     makes_passes = head.kernel == "eager" and not hidden.is_cuda
-    rows = _ROWS_OF_A_CORE * torch.get_num_threads() if makes_passes else len(hidden)
+    rows = ROWS_OF_A_CORE * torch.get_num_threads() if makes_passes else len(hidden)
     return max(1, min(rows, len(hidden)))
 
 

@@ -22,7 +22,7 @@ _SUMS = 6  # for each product: a layer has about as many passes over its activat
 _ROUNDS, _SECONDS = 4, 0.008  # in turn, so that all numbers meet the same moments
 _HOPELESS = 3.0  # times the best number's time: such a number is not measured again
 # Times the best number's time: the fewest threads of these are taken. Numbers are alike where other
-# processes want the cores, and later moments are worse for those who wait for more threads.
+# processes want the cores, and there each further thread is one more to wait for.
 _NEARLY = 1.1
 
 

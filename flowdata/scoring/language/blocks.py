@@ -130,7 +130,13 @@ def _attend_block(
 ) -> None:
     """Write one block's attention, behind what all its samples see before.
 
-    Args as for `attend_by_block`, but `into`: (samples, H, length, d), what is written.
+    Args:
+        q, k, v: (samples, heads, length, width), the block's own.
+        earlier: what its samples see before themselves, (1, H_kv, P, d) each.
+        options: of the layer.
+        masks: of the pass.
+        into: (samples, H, length, d_v), what is written.
+        by_products: see `attend_by_block`.
     """
     length, before = q.shape[2], sum(keys.shape[2] for keys, _ in earlier)
     uses_kernel = options.is_plain and not by_products

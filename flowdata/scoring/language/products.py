@@ -1,9 +1,9 @@
 """Attention by plain matrix products, for CPUs on which PyTorch's attention kernel is slow.
 
 On an AMD EPYC with AVX-512's bfloat16 the kernel takes 1.8 times as long as these products at 96 to
-320 tokens, and as long at 4,096 (`python -m benchmarks attention`).
-Queries are taken a few rows at a time, all samples and heads in one product, so that a row meets no
-keys that lie wholly behind it:
+320 tokens, and as long at 4,096 (`python -m benchmarks attention`). Queries are taken a few rows at
+a time, of as many samples and heads as one product takes, so that a row meets no keys that lie
+wholly behind it:
 
             keys  0 .. 31    32 .. 63    64 ..
     rows  0 .. 31   masked
@@ -76,8 +76,8 @@ def attend_by_products(
         mask = _mask(rows.stop - start, seen.stop - first, window, masks, key)
         fit = _SCORES // (heads // groups * (rows.stop - start) * (seen.stop - first))
         for part in _parts(samples, groups, max(1, fit)):
-            queried = queries[part][..., rows, :].float().flatten(0, 1)
-            shares = _shares(queried, key[part][..., seen].flatten(0, 1), mask, memory)
+            few = queries[part][..., rows, :].float().flatten(0, 1)
+            shares = _shares(few, key[part][..., seen].flatten(0, 1), mask, memory)
             output = shares @ value[part][..., seen, :].flatten(0, 1)
             written = outputs[part][..., rows, :]
             written.copy_(output.view_as(written))
