@@ -28,7 +28,7 @@ SIZES = (
     "slices of 1,024 tokens",
     "with 64 samples",
     "s with 1,024, later",
-    "runs 8 alone",
+    "2 of its 20 forwards",
     "Llama of 1.2 billion random parameters, 1,024 samples",
     "The goal of 60 %",
     "trace, of 400 samples",
@@ -261,7 +261,7 @@ def other_models():
     )
     yield (
         "once, by 2 layers the sorted loop scores {:,.0f} tokens/s and flowdata {:,.0f}, with "
-        "{:,.0f} and {:,.0f} MiB, so that flowdata is slower",
+        "{:,.0f} and {:,.0f} MiB: of so few",
         [
             *figures(LONG_16K, "long-16k: {}", SORTED, OURS),
             *figures(LONG_16K, "long-16k: {}", SORTED, OURS, field="memory_mib"),

@@ -7,7 +7,7 @@ import torch
 
 from flowdata import LossScorer
 from flowdata.scoring import threads
-from flowdata.scoring.threads import choose_threads
+from flowdata.scoring.threads import choose_threads, describe_threads
 from tests.models import TinyResNet
 
 CPU = torch.device("cpu")
@@ -105,3 +105,18 @@ def test_a_run_takes_the_number_says_it_and_gives_it_back(monkeypatch, tmp_path)
     assert scores.metadata["plan"]["threads"] == 1
     assert "threads: 1 instead of 4, chosen for speed; " in scorer.explain()
     assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "cpus", "said"),
+    [
+        (4, 8, "threads: 4"),
+        (4, 2, "threads: 4"),  # set by the user
+        (2, 2, "threads: 2 instead of 4, the CPUs that this process may use"),
+        (1, 2, "threads: 1 instead of 4, chosen for speed"),
+    ],
+)
+def test_the_number_and_its_reason_are_said(number, cpus, said, monkeypatch):
+    monkeypatch.setattr(threads, "usable_cpus", lambda: cpus)
+    assert describe_threads(number, CPU, goes_on=False) == said
+    assert not describe_threads(number, torch.device("cuda"), goes_on=False)

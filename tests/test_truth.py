@@ -12,6 +12,8 @@ from torch.utils.data import TensorDataset
 from flowdata import LossScorer
 from flowdata.errors import DisagreementError
 from flowdata.scoring.collate import pad_collate
+from flowdata.scoring.kinds import LONGEST_CHECKED
+from flowdata.scoring.language.inputs import last_tokens
 from tests.models import TinyResNet, images, tiny_llama, token_samples
 
 VOCABULARY, CLASSES = 199, 5
@@ -182,6 +184,60 @@ def test_a_wrapped_masked_model_is_not_shifted(wrap):
     torch.testing.assert_close(scores.losses, own_losses(model, samples), rtol=1e-4, atol=1e-4)
     # Round a module that nobody knows it is a class for each token, which is the same.
     assert how.startswith("cross_entropy" if wrap is Wrapper else "masked_lm")
+
+
+class Shouting(nn.Module):
+    """A causal model that keeps the lengths it is given with labels, and can smooth its loss."""
+
+    def __init__(self, smoothing):
+        super().__init__()
+        self.inner, self.smoothing, self.lengths = tiny_llama(), smoothing, []
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        out = self.inner(input_ids, attention_mask, use_cache=False)
+        if labels is not None:
+            self.lengths.append(input_ids.shape[1])
+            out.loss = F.cross_entropy(
+                out.logits[0, :-1].float(), labels[0, 1:], label_smoothing=self.smoothing
+            )
+        return out
+
+
+@pytest.mark.parametrize("loss", ["auto", "causal_lm"])
+def test_the_own_loss_of_long_texts_is_compared_at_their_end(loss):
+    texts = [{"input_ids": torch.randint(2, 50, (length,))} for length in (2500, 2600)]
+    for text in texts:
+        text["labels"] = text["input_ids"].clone()
+    model = Shouting(0.0)
+    scores, how = scored(model, texts, loss)
+    assert how.startswith("causal_lm")
+    assert set(model.lengths) == {LONGEST_CHECKED}  # no others have all logits in float32
+    torch.testing.assert_close(scores.losses, own_losses(model.inner, texts), rtol=1e-4, atol=1e-4)
+    if loss != "auto":
+        with pytest.raises(ValueError, match="the model's own loss is"):
+            scored(Shouting(0.3), texts, loss)
+
+
+def test_only_texts_with_targets_at_their_end_are_cut():
+    ids = torch.arange(2, 12)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    end = last_tokens(batch, 4)
+    assert {name: values.tolist() for name, values in end.items()} == {
+        "input_ids": [[8, 9, 10, 11]],
+        "attention_mask": [[1, 1, 1, 1]],
+        "labels": [[8, 9, 10, 11]],
+    }
+    no_targets = torch.full_like(ids, -100).index_fill(1, torch.tensor([0, 6]), 5)  # 6 has no past
+    whole = [
+        batch | {"labels": no_targets},
+        batch | {"pixel_values": torch.ones(1, 3, 4, 4)},
+        batch | {"labels": torch.tensor([1])},
+        {"input_ids": ids, "attention_mask": (ids < 8).long()},
+        {"inputs": ids},
+        [ids],
+    ]
+    assert all(last_tokens(each, 4) is each for each in whole)
+    assert last_tokens(batch, 10) is batch
 
 
 def test_a_loss_by_name_that_is_not_the_models_own_is_refused():

@@ -38,7 +38,8 @@ from flowdata.scoring.evidence import (
 )
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
-from flowdata.scoring.kinds import differing, is_short, kind_of
+from flowdata.scoring.kinds import LONGEST_CHECKED, differing, is_short, kind_of
+from flowdata.scoring.language.inputs import last_tokens
 from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import loss_with_labels, losses_with_labels, output_with_labels
 from flowdata.scoring.plan.packs import Plan
@@ -215,11 +216,13 @@ def _further_batches(job: Job) -> Iterator[Any]:
 
 
 def _check_loss(truth: Truth, evidence: Evidence) -> None:
-    """Raise ValueError where the loss by name is not the model's own."""
-    places = _asked(truth, evidence)
-    batches, plain = (
-        [each[place] for place in places] for each in (evidence.batches, evidence.plain)
-    )
+    """Raise ValueError where the loss by name is not the model's own; long texts are cut."""
+    batches, plain = [], []
+    for place in _asked(truth, evidence):
+        whole = evidence.batches[place]
+        batch = last_tokens(whole, LONGEST_CHECKED)
+        batches.append(batch)
+        plain.append(evidence.plain[place] if batch is whole else truth.columns(batch))
     if not _has_own_loss(truth, truth.model, batches, plain):
         with truth.exact_model() as model:  # it may have been rounding
             exact = [] if model is None else [truth.columns(batch, model) for batch in batches]

@@ -43,7 +43,7 @@ def choose_threads(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def describe_threads(threads: int, device: torch.device, *, goes_on: bool) -> str:
-    """Return a clause on the number of threads of a run, "" where it is PyTorch's own.
+    """Return a clause on the number of threads of a run on a CPU, "" on another device.
 
     Args:
         threads: the run's.
@@ -51,14 +51,18 @@ def describe_threads(threads: int, device: torch.device, *, goes_on: bool) -> st
         goes_on: whether a part of the run's losses is there already.
     """
     own = torch.get_num_threads()
-    if device.type != "cpu" or threads == own:
+    if device.type != "cpu":
         return ""
-    if not goes_on:
-        return f"threads: {threads} instead of {own}, chosen for speed"
-    return (
-        f"threads: {threads} instead of {own}, as when the store was begun, since the last bits of "
-        f"its losses depend on the number; to compute with {own}, score into another store"
-    )
+    if threads == own:
+        return f"threads: {threads}"
+    said = f"threads: {threads} instead of {own}"
+    if goes_on:
+        return (
+            f"{said}, as when the store was begun, since the last bits of its losses depend on the "
+            f"number; to compute with {own}, score into another store"
+        )
+    is_most = threads == usable_cpus()
+    return f"{said}, {'the CPUs that this process may use' if is_most else 'chosen for speed'}"
 
 
 @functools.cache

@@ -82,6 +82,22 @@ def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     return fields
 
 
+def last_tokens(batch: Any, most: int) -> Any:
+    """Return the last `most` tokens of a batch of texts; all where it can't be cut, or is shorter.
+
+    For what need not be known of whole texts: a model's own loss makes all their logits in float32.
+    Texts of another layout, and those whose end has no target, are not cut.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] <= most:
+        return batch
+    if any(not isinstance(value, Tensor) or value.shape != ids.shape for value in batch.values()):
+        return batch
+    end = {name: value[:, -most:] for name, value in batch.items()}
+    is_target = labels_of(end, "causal_lm")[:, 1:] != IGNORE_INDEX
+    return end if bool(is_target.any(1).all()) else batch
+
+
 def inputs_and_targets(
     model: nn.Module, batch: Any, loss: str, *, keep_mask: bool = False
 ) -> tuple[dict[str, Any], Tensor]:

@@ -113,8 +113,8 @@ def _gathered(output_layer: nn.Module, config: Any, columns: Sequence[str]) -> R
             last_call(_recorded(output_layer, columns)) as calls,
         ):
             logits = logits_of(call_with(model, work.inputs, use_cache=False))
-        rows = [Call(call.input[0], call.output[0]) for call in calls]
-        return _losses_of_logits(logits[0], work, columns, rows, config)
+        places = torch.arange(logits.shape[1], device=logits.device)
+        return _losses_of_logits(logits, places, work, columns, calls, config)
 
     return run
 
@@ -129,8 +129,7 @@ def _full_logits(output_layer: nn.Module | None, config: Any, columns: Sequence[
                 f"{tuple(work.shape)}; they should be (B, T, V) and (B, T). "
                 "Pass loss=callable(model, batch)"
             )
-        rows = [Call(work.of_targets(call.input), work.of_targets(call.output)) for call in calls]
-        return _losses_of_logits(work.of_targets(logits), work, columns, rows, config)
+        return _losses_of_logits(logits, work.places, work, columns, calls, config)
 
     return run
 
@@ -143,22 +142,35 @@ def _recorded(output_layer: nn.Module | None, columns: Sequence[str]) -> list[nn
 
 
 def _losses_of_logits(
-    logits: Tensor, work: Work, columns: Sequence[str], calls: list[Call], config: Any
+    logits: Tensor,
+    places: Tensor,
+    work: Work,
+    columns: Sequence[str],
+    calls: list[Call],
+    config: Any,
 ) -> TargetLosses:
-    """Cross-entropies of (n, V) logits and further columns, a few rows in float32 at a time.
+    """Cross-entropies of logits and further columns, a few rows in float32 at a time.
 
-    `calls` holds what the output layer was given and returned for them, (n, d) and (n, V), or
-    nothing where no column needs it.
+    Args:
+        logits: (B, T, V) those of the model.
+        places: (n,) of the targets among the B·T positions; (n, V) logits are never copied whole.
+        work: whose targets they are.
+        columns: the further ones.
+        calls: what the output layer was given and returned, (B, T, d) and (B, T, V), or nothing
+            where no column needs it.
+        config: the model's.
     """
     scale, softcap = logit_options(config)
+    logits = logits.flatten(0, 1)
+    calls = [Call(*(values.flatten(0, 1) for values in call)) for call in calls]
     for call in calls:
-        _check_logit_options(call.output, logits, work.targets, scale, softcap)
-    hidden = calls[0].input if calls else None
+        output, actual = (values[places, work.targets].float() for values in (call.output, logits))
+        _check_logit_options(output, actual, scale, softcap)
     parts = []
-    for start in range(0, max(1, len(work.targets)), _ROWS_AT_ONCE):  # once without targets, too
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        targets, few = work.targets[rows], logits[rows].float()
-        inputs = None if hidden is None else hidden[rows]
+    for start in range(0, max(1, len(places)), _ROWS_AT_ONCE):  # once without targets, too
+        rows = places[start : start + _ROWS_AT_ONCE]
+        targets, few = work.targets[start : start + _ROWS_AT_ONCE], logits[rows].float()
+        inputs = calls[0].input[rows] if calls else None
         further = columns_of_logits(few, targets, columns, inputs, scale=scale, softcap=softcap)
         losses = F.cross_entropy(few, targets, reduction="none")
         parts.append(TargetLosses(losses, work.counts[:0], further))
@@ -167,14 +179,13 @@ def _losses_of_logits(
 
 
 def _check_logit_options(
-    output: Tensor, logits: Tensor, targets: Tensor, scale: float, softcap: float | None
+    output: Tensor, actual: Tensor, scale: float, softcap: float | None
 ) -> None:
     """Raise unless the logits are what the configuration makes of the output layer's values.
 
-    Only the targets' logits are compared: those of all classes would be as much work again.
+    Both are of the targets alone, (n,): those of all classes would be as much work again.
     """
-    expected = finish_logits(output.gather(1, targets[:, None]).float(), None, scale, softcap)
-    actual = logits.gather(1, targets[:, None]).float()
+    expected = finish_logits(output, None, scale, softcap)
     if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
         raise ValueError(
             "the column 'gradient_norm' needs to know how logits follow from the output layer, but "
