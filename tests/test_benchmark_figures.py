@@ -317,14 +317,19 @@ def busy():
 
 def many_rows():
     yield (
-        "{}, beside other work: {:.0f} µs of CPU a row",
-        [machine("many_rows"), *figures(ROWS, "its CPU time, {} rows", MOST, field="us_each")],
+        "{}, beside other work: {:.0f} µs of CPU a row, {:.1f} minutes in all",
+        [
+            machine("many_rows"),
+            *figures(ROWS, "its CPU time, {} rows", MOST, field="us_each"),
+            *(seconds / 60 for seconds in figures(ROWS, "scoring {} rows", MOST)),
+        ],
     )
     yield (
-        "{:.0f} MiB of memory, {:.0f} bytes for each row",
+        "{:.0f} MiB of memory, {:.0f} bytes for each row … {:,.0f} MiB with",
         [
             *figures(ROWS, "its memory, {} rows", MOST),
             *figures(ROWS, "memory that grows with the rows", ""),
+            *figures(ROWS, "its memory, {} rows", MOST, field="with_mapped_files"),
         ],
     )
     yield (
