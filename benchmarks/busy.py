@@ -3,8 +3,8 @@
 Other processes multiply matrices without end while `flowdata bench` runs in a process of its own:
 the usual loop, with PyTorch's own number of threads, and scoring take turns, after their losses
 have been compared. Each repeat is a new process, since the number of threads is chosen once in one.
-With quotas, which root alone can set, that process is in a control group that has the time of so
-many CPUs, as containers are.
+With quotas, which root alone can set, that process runs in a control group with the time of so many
+CPUs, as a container does; `--others` without numbers measures these alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import line, row, write
+from benchmarks import rows
 
 # Where control groups that share out CPUs lie: version 1, version 2.
 _GROUPS = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
@@ -79,15 +79,14 @@ def _group(microseconds: int) -> Path:
 
 
 def bench(samples: int, before: Sequence[str] = ()) -> dict[str, float]:
-    """Return the figures of `flowdata bench`, with the threads that PyTorch chooses.
+    """Return the figures of `flowdata bench`, in which each loop has the threads it takes unasked.
 
     Args:
         samples: how many are scored.
         before: the words before the command.
     """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "flowdata", "bench", "--json", "--samples", str(samples)]
-    command = [*before, *command]
+    command = [*before, sys.executable, "-m", "flowdata", "bench", "--json", f"--samples={samples}"]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
     figures: dict[str, float] = json.loads(output)
     if figures["largest_difference"] > 0.1:  # nats; bfloat16's rounding is a few hundredths
@@ -96,7 +95,7 @@ def bench(samples: int, before: Sequence[str] = ()) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure with each number of other processes; write the rows."""
+    """Measure beside each number of other processes and with each quota; write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks busy", description=__doc__)
     parser.add_argument("--others", nargs="*", type=int, default=[0, 1, 2], help="processes")
     parser.add_argument("--quotas", nargs="*", type=float, default=[], help="CPUs; needs root")
@@ -114,13 +113,13 @@ def main(argv: Sequence[str]) -> None:
         with quota(cpus) as before:
             figures = [bench(options.samples, before) for _ in range(options.repeats)]
         results += list(rows_of(figures, f"with {cpus:g} CPUs"))
-    write("busy", results, " ".join(["python -m benchmarks busy", *argv]))
+    print(rows.write("busy", results, " ".join(["python -m benchmarks busy", *argv])))
 
 
 def rows_of(figures: Sequence[dict[str, float]], where: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of some repeats, and print them."""
     for what, unit in {"usual_loop": "tokens/s", "flowdata": "tokens/s", "ratio": "×"}.items():
         values = [each[what] for each in figures]
-        result = row(f"{what}, {where}", values, unit, worst=min(values))
-        print(line(result), flush=True)
+        result = rows.row(f"{what}, {where}", values, unit, worst=min(values))
+        print(rows.line(result), flush=True)
         yield result

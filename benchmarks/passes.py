@@ -9,7 +9,6 @@ give SwiGLU's whole module, products included, all tokens at once or slice by sl
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from flowdata.head.tiled import add_odds
+from flowdata.head.tiled import odds_of_tile
 from flowdata.head.tiles import ROWS_OF_A_CORE
 
 TOKENS = 4096
@@ -49,17 +48,16 @@ def main(argv: Sequence[str]) -> None:
 def compare(
     part: Callable[[int, torch.dtype], Ways], tokens: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each way to make a part: milliseconds, times the first way's, its error."""
+    """Yield a row for each way to make a part: milliseconds, and its error."""
     exact = flat(next(iter(part(tokens, torch.float32).values()))())
     ways = part(tokens, torch.bfloat16)
     errors = {way: float((flat(run()) - exact).norm() / exact.norm()) for way, run in ways.items()}
     if max(errors.values()) > 0.05:
         raise SystemExit(f"a way is wrong: {part.__name__}, {errors}")
     seconds = rows.timed_in_turn(ways, repeats, warmup=1)
-    first = statistics.median(next(iter(seconds.values())))
     for way, times in seconds.items():
-        row = rows.row(f"{part.__name__}: {way}", [1e3 * s for s in times], "ms")
-        yield row | {"first_by_this": first / statistics.median(times), "error": errors[way]}
+        what = f"{part.__name__}: {way}"
+        yield rows.row(what, [1e3 * each for each in times], "ms", error=errors[way])
 
 
 def flat(result: Tensor | Sequence[Tensor]) -> Tensor:
@@ -85,25 +83,26 @@ def rotations(tokens: int, dtype: torch.dtype) -> Ways:
     """The rotation of a layer's queries and keys."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    each = [
+    queries_and_keys = [
         random(1, tokens, heads, HEAD_WIDTH).to(dtype).transpose(1, 2) for heads in (HEADS, GROUPS)
     ]
     angles = torch.outer(torch.arange(tokens), 10000 ** -torch.linspace(0, 1, HEAD_WIDTH // 2))
     tables = [
         table(torch.cat([angles, angles], 1)).to(dtype)[None] for table in (torch.cos, torch.sin)
     ]
-    joined = torch.compile(apply_rotary_pos_emb)
+    compiled = torch.compile(apply_rotary_pos_emb)
     return {
-        WRITTEN: lambda: apply_rotary_pos_emb(*each, *tables),
-        FEWER: lambda: [rotated(one, *tables) for one in each],
-        COMPILED: lambda: joined(*each, *tables),
+        WRITTEN: lambda: apply_rotary_pos_emb(*queries_and_keys, *tables),
+        FEWER: lambda: [rotated(values, *tables) for values in queries_and_keys],
+        COMPILED: lambda: compiled(*queries_and_keys, *tables),
     }
 
 
 def rotated(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(1, H, T, d) values turned, half by half, without a copy of the halves changed over."""
+    """Rotate (1, H, T, d) values half by half, in place of a copy with its halves swapped."""
     output = values * cos[:, None]
-    (low, high), half = values.chunk(2, -1), values.shape[-1] // 2
+    low, high = values.chunk(2, -1)
+    half = values.shape[-1] // 2
     output[..., :half].addcmul_(high, sin[:, None, :, :half], value=-1)
     output[..., half:].addcmul_(low, sin[:, None, :, half:])
     return output
@@ -113,11 +112,11 @@ def swiglu(tokens: int, dtype: torch.dtype) -> Ways:
     """SwiGLU of the gate's and the up product; each way first gets a copy of the gate to spoil."""
     gate, up = (random(tokens, HIDDEN).to(dtype) for _ in range(2))
     fresh = torch.empty_like(gate)
-    joined = torch.compile(multiplied)
+    compiled = torch.compile(multiplied)
     return {
         WRITTEN: lambda: multiplied(fresh.copy_(gate), up),
         FEWER: lambda: F.silu(fresh.copy_(gate), inplace=True).mul_(up),
-        COMPILED: lambda: joined(fresh.copy_(gate), up),
+        COMPILED: lambda: compiled(fresh.copy_(gate), up),
     }
 
 
@@ -133,13 +132,13 @@ def exponentials(tokens: int, dtype: torch.dtype) -> Ways:
     step = ROWS_OF_A_CORE * torch.get_num_threads()  # the rows of an eager tile
     buffer = torch.empty(step * products.shape[1])
     tiles = list(zip(products.split(step), targets.split(step), strict=True))
-    joined = torch.compile(add_odds)
+    compiled = torch.compile(odds_of_tile)
     return {
-        WRITTEN: lambda: [add_odds(tile, buffer, None, 1.0, None, few) for tile, few in tiles],
+        WRITTEN: lambda: [odds_of_tile(tile, buffer, None, 1.0, None, few) for tile, few in tiles],
         "in bfloat16": lambda: [
             tile.sub(few.to(dtype)[:, None]).exp_().sum(1, dtype=torch.float) for tile, few in tiles
         ],
-        COMPILED: lambda: joined(products, None, None, 1.0, None, targets),
+        COMPILED: lambda: compiled(products, None, None, 1.0, None, targets),
     }
 
 
@@ -151,12 +150,12 @@ def feed_forward(tokens: int, dtype: torch.dtype) -> Ways:
     torch.manual_seed(0)
     module = LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=HIDDEN)).to(dtype)
     hidden = random(1, tokens, WIDTH).to(dtype)
-    joined = torch.compile(module.forward, dynamic=True)
+    compiled = torch.compile(module.forward, dynamic=True)
     return {
         WRITTEN: partial(module, hidden),
-        COMPILED: partial(joined, hidden),
+        COMPILED: partial(compiled, hidden),
         f"slices of {SLICE}": lambda: [module(part) for part in hidden.split(SLICE, 1)],
-        f"slices of {SLICE}, compiled": lambda: [joined(part) for part in hidden.split(SLICE, 1)],
+        f"slices of {SLICE}, compiled": lambda: [compiled(part) for part in hidden.split(SLICE, 1)],
     }
 
 

@@ -1,8 +1,8 @@
 """What scoring does before its first pack: python -m benchmarks start_up [--samples 64 1024]
 
-The library says how it scores just before the first pack, and how long that took is what counts
-here: reading lengths and prompts, planning, the fingerprint, and the check of a few samples alone,
-whose share a profile of a third run tells. Each repeat is a new process, whose first run also
+The library says how it scores just before the first pack; what counts here is the time until then:
+reading lengths and prompts, planning, the fingerprint, and the check of a few samples alone. A
+profile of a third run tells the check's share. Each repeat is a new process, whose first run also
 measures the number of threads. The model and data are those of `python -m benchmarks scoring
 --cases gsm8k`; jobs of this size are not compiled.
 """
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(count: int) -> tuple[float, float, float]:
-    """Return the seconds of a process's first run and of a second, and the check's share in one."""
+    """Return the seconds of a process's first and second run, and the check's share of a third."""
     model, samples = make(CASES["gsm8k"], count, "")
     model = model.bfloat16()
     return start_up(model, samples), start_up(model, samples), share_of_check(model, samples)
@@ -84,5 +84,6 @@ def share_of_check(model: Any, samples: Samples) -> float:
     profile = cProfile.Profile()
     profile.runcall(start_up, model, samples)
     times: Any = pstats.Stats(profile)
-    check = next(v for k, v in times.stats.items() if k[2] == "agreed_way")
-    return float(check[3] / times.total_tt)
+    check = next(entry for (_, _, name), entry in times.stats.items() if name == "agreed_way")
+    cumulative = check[3]
+    return float(cumulative / times.total_tt)

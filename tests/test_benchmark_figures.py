@@ -28,7 +28,7 @@ SIZES = (
     "slices of 1,024 tokens",
     "with 64 samples",
     "s with 1,024, later",
-    "2 of its 20 forwards",
+    "Of its 20 forwards of whole samples 2 are",
     "Llama of 1.2 billion random parameters, 1,024 samples",
     "The goal of 60 %",
     "trace, of 400 samples",
@@ -156,7 +156,7 @@ def scoring_without_amx():
     yield (
         "sorted loop scores {:,.0f} tokens/s, flowdata {:,.0f}, and {:,.0f} with compiled layers "
         "({:.0%} of what the products allow, {:.2f} times the sorted loop; errors of {:.1e} and "
-        "{:.1e}), in {:.0f} to {:.0f} % of its memory. 70 % was the goal;",
+        "{:.1e}), in {:.0f} to {:.0f} % of its memory. 70 % was the goal.",
         [
             *rows,
             *figures(ON_AMD, "gsm8k: {}", COMPILED, field="share_of_matmul"),
@@ -168,7 +168,7 @@ def scoring_without_amx():
     (spread,) = figures(ON_AMD, "gsm8k: {}", COMPILED, field="spread")
     (share,) = figures(ON_AMD, "gsm8k: {}", COMPILED, field="share_of_matmul")
     yield (
-        "the three repeats lie from {:.0f} to {:.0f} %",
+        "The three repeats lie from {:.0f} to {:.0f} %",
         [100 * share * speed / rows[2] for speed in spread],
     )
     yield (
@@ -190,33 +190,33 @@ def scoring_without_amx():
 
 
 def passes():
-    def share(part, way, before="as written"):
-        return ratio(PASSES, part + ": {}", way, before)
+    def share(part, way):
+        return ratio(PASSES, part + ": {}", way, "as written")
 
     parts = "norms", "rotations", "swiglu", "exponentials"
     yield (
         "a norm takes {:.2f} of its time as transformers writes it, a rotation {:.2f}, SwiGLU "
-        "{:.2f}, the head's exponentials {:.2f}",
+        "{:.2f} … and the head's exponentials {:.2f}",
         [share(part, "compiled") for part in parts],
     )
     yield (
-        "PyTorch's own norm takes {:.2f} of the time, the feed-forward module … caches, {:.2f}",
+        "PyTorch's own norm takes {:.2f} of the time, and the feed-forward module … caches, {:.2f}",
         [share("norms", "in fewer passes"), share("feed_forward", "slices of 1024")],
     )
     yield (
-        "q, k and v as one product {:.2f} of their time alone, gate and up {:.2f}",
+        "q, k and v as one product take {:.2f} of their time alone, gate and up {:.2f}",
         [
             ratio(ATTENTION, what + ", {}", "joined", "alone")
             for what in ("q, k and v", "gate and up")
         ],
     )
     sizes = "16 tokens x 256", "32 tokens x 128", "96 tokens x 42", "176 tokens x 23"
-    each = [f"{size}: {{}}" for size in sizes]
+    forms = [f"{size}: {{}}" for size in sizes]
     ways = "products, rounded scores", "products"
-    *few, at_176 = (ratio(ATTENTION, size, *ways) for size in each)
-    errors = [np.divide(*figures(ATTENTION, size, *ways, field="error")) for size in each]
+    *few, at_176 = (ratio(ATTENTION, form, *ways) for form in forms)
+    errors = [np.divide(*figures(ATTENTION, form, *ways, field="error")) for form in forms]
     yield (
-        "take {:.1f} to {:.1f} of the time of those in float32 up to 96 tokens and {:.1f} times at "
+        "takes {:.1f} to {:.1f} of the time of that in float32 up to 96 tokens and {:.1f} times at "
         "176, with {:.0f} to {:.0f} times the error",
         [*span(few), at_176, *span(errors)],
     )
@@ -238,11 +238,11 @@ def start_up():
     )
     assert round(min(shares), 2) == round(max(shares), 2)
     yield (
-        "takes {:.2f} s before its first pack with 64 samples and {:.2f} s with 1,024, later ones "
-        "{:.2f} and {:.2f} s.",
+        "takes {:.2f} s before its first pack with 64 samples and {:.2f} s with 1,024, its second "
+        "{:.2f} and {:.2f} s;",
         [*first, *again],
     )
-    yield "{:.0%} of a later run's start is the check", [min(shares)]
+    yield "the check of a few samples alone takes {:.0%} of that", [min(shares)]
 
 
 def other_models():
@@ -261,7 +261,7 @@ def other_models():
     )
     yield (
         "once, by 2 layers the sorted loop scores {:,.0f} tokens/s and flowdata {:,.0f}, with "
-        "{:,.0f} and {:,.0f} MiB: of so few",
+        "{:,.0f} and {:,.0f} MiB.",
         [
             *figures(LONG_16K, "long-16k: {}", SORTED, OURS),
             *figures(LONG_16K, "long-16k: {}", SORTED, OURS, field="memory_mib"),
@@ -302,7 +302,8 @@ def head():
 def busy():
     alone, beside = (f"ratio, beside {count} others" for count in (0, 2))
     yield (
-        "{}: alone scoring is {:.1f} times as fast … {:.1f} times, and {:.1f} in the worst",
+        "{}: without other processes scoring is {:.1f} times as fast … {:.1f} times, and {:.1f} in "
+        "the worst",
         [
             machine("busy"),
             *figures(BUSY, "{}", alone, beside),
@@ -310,7 +311,7 @@ def busy():
         ],
     )
     yield (
-        "with the time of one CPU {:.1f} times, of one and a half {:.1f}",
+        "{:.1f} times as fast with the time of one CPU and {:.1f} with that of one and a half",
         figures(BUSY, "ratio, with {} CPUs", "1", "1.5"),
     )
 

@@ -99,15 +99,16 @@ def rows_of(part, tmp_path, seconds=60):
     return rows
 
 
-def test_libraries_are_measured_on_every_shape_and_a_missing_one_makes_no_model(
-    tmp_path, monkeypatch
-):
+def test_every_loop_is_measured_once_on_every_shape():
     loops = {}
     for case in scoring.CASES:
         loops.setdefault(case[:3], []).extend(case.loops)
     assert all(len(each) == len(set(each)) for each in loops.values())
     del loops["gemma2-2b", 256000, 0.5]  # the same as Gemma's but for its softcaps
     assert all({"flowdata", *scoring.PEERS} <= set(each) for each in loops.values())
+
+
+def test_without_an_installed_loop_no_model_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "make_model", None)
     monkeypatch.setattr(scoring, "is_installed", lambda loop: False)
     assert not list(scoring.measure(setting(tmp_path, 60)))

@@ -186,10 +186,10 @@ def test_a_wrapped_masked_model_is_not_shifted(wrap):
     assert how.startswith("cross_entropy" if wrap is Wrapper else "masked_lm")
 
 
-class Shouting(nn.Module):
-    """A causal model that keeps the lengths it is given with labels, and can smooth its loss."""
+class WithOwnLoss(nn.Module):
+    """A causal model with a loss of its own, which notes the lengths that it is asked of."""
 
-    def __init__(self, smoothing):
+    def __init__(self, smoothing=0.0):
         super().__init__()
         self.inner, self.smoothing, self.lengths = tiny_llama(), smoothing, []
 
@@ -197,25 +197,43 @@ class Shouting(nn.Module):
         out = self.inner(input_ids, attention_mask, use_cache=False)
         if labels is not None:
             self.lengths.append(input_ids.shape[1])
-            out.loss = F.cross_entropy(
-                out.logits[0, :-1].float(), labels[0, 1:], label_smoothing=self.smoothing
-            )
+            logits, targets = out.logits[0, :-1].float(), labels[0, 1:]
+            out.loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
         return out
 
 
+@pytest.fixture
+def long_texts():
+    texts = [torch.randint(2, 50, (length,)) for length in (2500, 2600)]
+    return [{"input_ids": ids, "labels": ids.clone()} for ids in texts]
+
+
 @pytest.mark.parametrize("loss", ["auto", "causal_lm"])
-def test_the_own_loss_of_long_texts_is_compared_at_their_end(loss):
-    texts = [{"input_ids": torch.randint(2, 50, (length,))} for length in (2500, 2600)]
-    for text in texts:
-        text["labels"] = text["input_ids"].clone()
-    model = Shouting(0.0)
-    scores, how = scored(model, texts, loss)
+def test_the_own_loss_of_long_texts_is_compared_at_their_end(loss, long_texts):
+    model = WithOwnLoss()
+    scores, how = scored(model, long_texts, loss)
     assert how.startswith("causal_lm")
     assert set(model.lengths) == {LONGEST_CHECKED}  # no others have all logits in float32
-    torch.testing.assert_close(scores.losses, own_losses(model.inner, texts), rtol=1e-4, atol=1e-4)
-    if loss != "auto":
-        with pytest.raises(ValueError, match="the model's own loss is"):
-            scored(Shouting(0.3), texts, loss)
+    own = own_losses(model.inner, long_texts)
+    torch.testing.assert_close(scores.losses, own, rtol=1e-4, atol=1e-4)
+
+
+def test_another_own_loss_of_long_texts_is_refused(long_texts):
+    with pytest.raises(ValueError, match="the model's own loss is"):
+        scored(WithOwnLoss(smoothing=0.3), long_texts, "causal_lm")
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_loss_that_is_compared_with_none_sees_whole_texts(is_own, long_texts):
+    lengths = []
+
+    def loss(model, batch):
+        lengths.append(batch["input_ids"].shape[1])
+        return model(**batch).loss.expand(len(batch["labels"]))
+
+    model = WithOwnLoss(smoothing=0.3)
+    scored(model, long_texts, "own" if is_own else loss)
+    assert set(model.lengths if is_own else lengths) == {2500, 2600}
 
 
 def test_only_texts_with_targets_at_their_end_are_cut():

@@ -27,27 +27,28 @@ class Case(NamedTuple):
     loops: tuple[str, ...] = ("flowdata", *PEERS[:2])
 
 
-OTHERS = (
+FIRST = ("llama-1b", 128256, 0.5, 1024)
+BESIDE_TWO_LOOPS = (
     ("gemma-2b", 256000, 0.5, 512),
     ("llama-3b", 128256, 0.9, 512),
     ("llama-0.5b", 32000, 0.5, 2048),
 )
-MOSTLY_COMPLETIONS = (
+BESIDE_ONE_LOOP = (
     ("llama-1b", 128256, 0.9, 1024),
     ("llama-0.5b", 32000, 0.9, 2048),
     ("gemma-2b", 256000, 0.9, 512),
 )
 # The most telling first: a limit cuts the list.
 CASES = (
-    Case("llama-1b", 128256, 0.5, 1024, ("flowdata", *PEERS)),
-    *(Case(*sizes) for sizes in OTHERS),
+    Case(*FIRST, ("flowdata", *PEERS)),
+    *(Case(*sizes) for sizes in BESIDE_TWO_LOOPS),
     Case("gemma2-2b", 256000, 0.5, 512, ("flowdata", PEERS[0])),
-    *(Case(*sizes, ("flowdata", PEERS[0])) for sizes in MOSTLY_COMPLETIONS),
-    # The loops that those cases lack: the first has all but vLLM, which is last because it loads
-    # for long. It computes prompts' losses, too.
-    *(Case(*sizes, PEERS[2:]) for sizes in OTHERS),
-    *(Case(*sizes, PEERS[1:]) for sizes in MOSTLY_COMPLETIONS),
-    *(Case(*sizes, ("vLLM",)) for sizes in (("llama-1b", 128256, 0.5, 1024), *MOSTLY_COMPLETIONS)),
+    *(Case(*sizes, ("flowdata", PEERS[0])) for sizes in BESIDE_ONE_LOOP),
+    # The loops that are left. vLLM comes last, since it loads for long, and only at some sizes,
+    # since it computes prompts' losses too.
+    *(Case(*sizes, PEERS[2:]) for sizes in BESIDE_TWO_LOOPS),
+    *(Case(*sizes, PEERS[1:]) for sizes in BESIDE_ONE_LOOP),
+    *(Case(*sizes, ("vLLM",)) for sizes in (FIRST, *BESIDE_ONE_LOOP)),
 )
 
 
@@ -70,7 +71,7 @@ def measure_compiled(setting: Setting) -> Iterator[Row]:
 
 
 def measure_case(case: Case, setting: Setting) -> Iterator[Row]:
-    """Yield a row for each loop, equality checked first, timed in turn."""
+    """Yield a row for each installed loop: equality is checked first, and each is timed alone."""
     loops = list(filter(is_installed, case.loops))
     if not loops:
         return
@@ -83,7 +84,7 @@ def measure_case(case: Case, setting: Setting) -> Iterator[Row]:
     model = model.bfloat16()
     device, repeats = torch.device(setting.device), 1 if setting.is_tiny else 3
     for loop in loops:
-        # Each by itself and not in turn: a GPU has no slow moments, and a limit loses no loop.
+        # Not in turn: a GPU has no slow moments, and a limit loses no loop.
         yield from compare(name_of(case), {loop: (model, samples)}, exact, repeats, device)
 
 

@@ -21,7 +21,7 @@ _ROOT = Path("/")
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
-    """Return how many CPUs this process may use at once, 1 or more; half a CPU counts as one.
+    """Return how many CPUs this process may use at once, a half rounded up, 1 or more.
 
     Args:
         root: of the files ``proc`` and ``sys``; other systems than Linux have none and no quota.
@@ -29,8 +29,9 @@ def usable_cpus(root: Path = _ROOT) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     quotas = [quota for folder in _groups(root) if (quota := _quota(folder)) is not None]
-    # The kernel stops all threads of a group together, once its time is used up: two threads with
-    # 1.5 CPUs score 1.3 times as fast as one with one (`python -m benchmarks busy --quotas 1 1.5`).
+    # A half is rounded up: with the time of 1.5 CPUs, two threads, which the kernel stops together
+    # once it is used up, score 1.3 times as fast as one thread, which can use one CPU at most
+    # (`python -m benchmarks busy --quotas 1 1.5`).
     return max(1, math.floor(min([cpus, *quotas]) + 0.5))
 
 

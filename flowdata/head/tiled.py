@@ -104,12 +104,12 @@ def _odds(hidden: Tensor, head: Head, targets: Tensor, target_logits: Tensor) ->
     """
     odds = torch.zeros_like(target_logits)
     for rows, products, bias, buffer in tiles(hidden, head, targets):
-        add = add_odds if head.kernel == "eager" else one_pass(add_odds)
-        odds[rows] += add(products, buffer, bias, head.scale, head.softcap, target_logits[rows])
+        share = odds_of_tile if head.kernel == "eager" else one_pass(odds_of_tile)
+        odds[rows] += share(products, buffer, bias, head.scale, head.softcap, target_logits[rows])
     return odds
 
 
-def add_odds(
+def odds_of_tile(
     products: Tensor,
     buffer: Tensor | None,
     bias: Tensor | None,
@@ -117,7 +117,16 @@ def add_odds(
     softcap: float | None,
     target_logits: Tensor,
 ) -> Tensor:
-    """A tile's share of the odds of its rows."""
+    """Return a tile's share of the odds, (rows,) float32: Σ exp(z − z of the target).
+
+    Args:
+        products: (rows, classes) of hidden states and the head's weights.
+        buffer: float32 memory for the logits, or None.
+        bias: (classes,), or None.
+        scale: see `finish_logits`.
+        softcap: see `finish_logits`.
+        target_logits: (rows,) float32.
+    """
     logits = _logits(products, buffer, bias, scale, softcap)
     return logits.sub_(target_logits[:, None]).exp_().sum(1)
 

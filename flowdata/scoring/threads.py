@@ -21,16 +21,16 @@ _WIDTH = 1024  # of the product
 _SUMS = 6  # for each product: a layer has about as many passes over its activations
 _ROUNDS, _SECONDS = 4, 0.008  # in turn, so that all numbers meet the same moments
 _HOPELESS = 3.0  # times the best number's time: such a number is not measured again
-# Times the best number's time: the fewest threads of these are taken. Numbers are alike where other
-# processes want the cores, and there each further thread is one more to wait for.
+# Of the numbers that take at most this many times the best one's time the fewest threads are taken:
+# where other processes want the cores, each further thread is one more to wait for.
 _NEARLY = 1.1
 
 
 def choose_threads(dtype: torch.dtype, device: torch.device) -> int:
-    """Return the number of threads with which PyTorch computes fastest, at most those it has now.
+    """Return the fewest threads with which PyTorch computes about as fast as it can.
 
-    A number that the user has set, by ``OMP_NUM_THREADS``, is kept. Where there are several, they
-    are measured once for the process, in 0.1 to 0.2 seconds.
+    They are at most those that it has now. A number that the user has set, by ``OMP_NUM_THREADS``,
+    is kept. Numbers are measured once for the process, in 0.1 to 0.2 seconds.
 
     Args:
         dtype: in which the run computes.
@@ -55,14 +55,15 @@ def describe_threads(threads: int, device: torch.device, *, goes_on: bool) -> st
         return ""
     if threads == own:
         return f"threads: {threads}"
-    said = f"threads: {threads} instead of {own}"
+    numbers = f"threads: {threads} instead of {own}"
     if goes_on:
         return (
-            f"{said}, as when the store was begun, since the last bits of its losses depend on the "
-            f"number; to compute with {own}, score into another store"
+            f"{numbers}, as when the store was begun, since the last bits of its losses depend on "
+            f"the number; to compute with {own}, score into another store"
         )
-    is_most = threads == usable_cpus()
-    return f"{said}, {'the CPUs that this process may use' if is_most else 'chosen for speed'}"
+    is_one_for_each = threads == usable_cpus()
+    reason = "one for each CPU that this process may use" if is_one_for_each else "chosen for speed"
+    return f"{numbers}, {reason}"
 
 
 @functools.cache

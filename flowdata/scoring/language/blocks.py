@@ -131,7 +131,8 @@ def _attend_block(
     """Write one block's attention, behind what all its samples see before.
 
     Args:
-        q, k, v: (samples, heads, length, width), the block's own.
+        q: (samples, H, length, d), the block's own.
+        k, v: (samples, H_kv, length, d) and (samples, H_kv, length, d_v).
         earlier: what its samples see before themselves, (1, H_kv, P, d) each.
         options: of the layer.
         masks: of the pass.
@@ -148,7 +149,7 @@ def _attend_block(
     window = options.window if is_windowed else None
     if not options.is_plain:
         unseen = masks.mask(length, before, window, k.shape[2], k)
-        into.copy_(_attend_explicitly(q, k, v, unseen, options))
+        _attend_explicitly(q, k, v, unseen, options, into)
     elif by_products:
         attend_by_products(q, k, v, options.scaling, window, masks, into)
     else:
@@ -174,14 +175,16 @@ def _behind(earlier: Sequence[Tensor], own: Tensor, multiple: int) -> Tensor:
 
 
 def _attend_explicitly(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions
-) -> Tensor:
-    """Softmax in float32 over capped scores and a sink, a few queries at a time."""
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions, into: Tensor
+) -> None:
+    """Write attention by a softmax in float32 over capped scores and a sink, a few queries at once.
+
+    Tensors are those of `_attend_block`; the mask is (length, keys), added to scores.
+    """
     groups, keys = k.shape[1:3]
     # Each head of keys serves a group of query heads: (samples, groups, heads, queries, d).
-    q = q.unflatten(1, (groups, -1))
+    q, outputs = (each.unflatten(1, (groups, -1)) for each in (q, into))
     k, v = k.unsqueeze(2), v.unsqueeze(2)
-    output = q.new_empty(*q.shape[:-1], v.shape[-1])
     step = max(1, _SCORES_AT_ONCE // (q.shape[:3].numel() * keys))
     for start in range(0, q.shape[3], step):
         rows = slice(start, start + step)
@@ -193,5 +196,4 @@ def _attend_explicitly(
             sinks = options.sinks.float().view(1, groups, -1, 1, 1)
             scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
         weights = scores.softmax(-1)[..., :keys].to(v.dtype)  # the sink has no value
-        output[..., rows, :] = weights @ v
-    return output.flatten(1, 2)
+        outputs[..., rows, :] = weights @ v

@@ -83,10 +83,15 @@ def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def last_tokens(batch: Any, most: int) -> Any:
-    """Return the last `most` tokens of a batch of texts; all where it can't be cut, or is shorter.
+    """Return the last `most` tokens of a batch of texts, or the batch itself where it isn't cut.
 
-    For what need not be known of whole texts: a model's own loss makes all their logits in float32.
-    Texts of another layout, and those whose end has no target, are not cut.
+    A model's own loss makes the logits of all its tokens in float32, and what it means shows at the
+    end of a text. A batch is not cut if it is no longer, if a field is not of its tokens' shape, or
+    if the end of a text has no target.
+
+    Args:
+        batch: as collated; texts are mappings of (B, T) tensors.
+        most: tokens.
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] <= most:

@@ -2,8 +2,8 @@
 
 On an AMD EPYC with AVX-512's bfloat16 the kernel takes 1.8 times as long as these products at 96 to
 320 tokens, and as long at 4,096 (`python -m benchmarks attention`). Queries are taken a few rows at
-a time, of as many samples and heads as one product takes, so that a row meets no keys that lie
-wholly behind it:
+a time, so that a row meets no keys that lie wholly behind it. One product takes the rows of as many
+samples and heads as fit into a buffer:
 
             keys  0 .. 31    32 .. 63    64 ..
     rows  0 .. 31   masked
@@ -67,28 +67,28 @@ def attend_by_products(
     # There are fewer keys than queries, so that the factor is theirs.
     key, value = (key.float() * scaling).contiguous().transpose(2, 3), value.contiguous()
     # New memory for each product would cost as much as the product.
-    most = max(_SCORES, heads // groups * _ROWS * key.shape[3])
-    memory = key.new_empty(most), value.new_empty(most)
+    size = max(_SCORES, heads // groups * _ROWS * key.shape[3])
+    memory = key.new_empty(size), value.new_empty(size)
     for start in range(0, length, _ROWS):
         rows = slice(start, min(start + _ROWS, length))
         first = 0 if window is None else max(0, before + start + 1 - window)
-        seen = slice(first, before + rows.stop)
-        mask = _mask(rows.stop - start, seen.stop - first, window, masks, key)
-        fit = _SCORES // (heads // groups * (rows.stop - start) * (seen.stop - first))
-        for part in _parts(samples, groups, max(1, fit)):
-            few = queries[part][..., rows, :].float().flatten(0, 1)
-            shares = _shares(few, key[part][..., seen].flatten(0, 1), mask, memory)
-            output = shares @ value[part][..., seen, :].flatten(0, 1)
-            written = outputs[part][..., rows, :]
-            written.copy_(output.view_as(written))
+        keys = slice(first, before + rows.stop)
+        mask = _mask(rows.stop - start, keys.stop - first, window, masks, key)
+        scores_of_group = heads // groups * (rows.stop - start) * (keys.stop - first)
+        for part in _parts(samples, groups, max(1, _SCORES // scores_of_group)):
+            part_queries = queries[part][..., rows, :].float().flatten(0, 1)
+            shares = _shares(part_queries, key[part][..., keys].flatten(0, 1), mask, memory)
+            output = shares @ value[part][..., keys, :].flatten(0, 1)
+            place = outputs[part][..., rows, :]
+            place.copy_(output.view_as(place))
 
 
-def _parts(samples: int, groups: int, fit: int) -> Iterator[tuple[slice, slice]]:
-    """Which samples, and which groups of their heads, one product takes: at most `fit` groups."""
-    some, few = max(1, fit // groups), min(fit, groups)
-    for sample in range(0, samples, some):
-        for group in range(0, groups, few):
-            yield slice(sample, sample + some), slice(group, group + few)
+def _parts(samples: int, groups: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the samples, and the groups of their heads, of each product: at most `most` groups."""
+    sample_step, group_step = max(1, most // groups), min(most, groups)
+    for sample in range(0, samples, sample_step):
+        for group in range(0, groups, group_step):
+            yield slice(sample, sample + sample_step), slice(group, group + group_step)
 
 
 def _mask(queries: int, keys: int, window: int | None, masks: Masks, like: Tensor) -> Tensor:

@@ -152,8 +152,9 @@ def _losses_of_logits(
     """Cross-entropies of logits and further columns, a few rows in float32 at a time.
 
     Args:
-        logits: (B, T, V) those of the model.
-        places: (n,) of the targets among the B·T positions; (n, V) logits are never copied whole.
+        logits: the model's, (B, T, V).
+        places: (n,), where the targets lie among the B·T positions. Rows are taken by them a few at
+            a time, since a copy of all n would be as large as the logits.
         work: whose targets they are.
         columns: the further ones.
         calls: what the output layer was given and returned, (B, T, d) and (B, T, V), or nothing
@@ -167,9 +168,9 @@ def _losses_of_logits(
         output, actual = (values[places, work.targets].float() for values in (call.output, logits))
         _check_logit_options(output, actual, scale, softcap)
     parts = []
-    for start in range(0, max(1, len(places)), _ROWS_AT_ONCE):  # once without targets, too
-        rows = places[start : start + _ROWS_AT_ONCE]
-        targets, few = work.targets[start : start + _ROWS_AT_ONCE], logits[rows].float()
+    few_places, few_targets = places.split(_ROWS_AT_ONCE), work.targets.split(_ROWS_AT_ONCE)
+    for rows, targets in zip(few_places, few_targets, strict=True):  # one empty part without any
+        few = logits[rows].float()
         inputs = calls[0].input[rows] if calls else None
         further = columns_of_logits(few, targets, columns, inputs, scale=scale, softcap=softcap)
         losses = F.cross_entropy(few, targets, reduction="none")
