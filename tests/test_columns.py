@@ -11,7 +11,14 @@ from flowdata.targets.columns import COLUMNS, check_columns, columns_of_logits
 from flowdata.targets.predictions import prediction_way
 from flowdata.targets.target_losses import joined
 from tests import reference
-from tests.models import TinyResNet, images, scale_logits, tiny_llama, token_samples
+from tests.models import (
+    VOCABULARY,
+    TinyResNet,
+    images,
+    scale_logits,
+    tiny_llama,
+    token_samples,
+)
 
 HEADS = [(False, 1.0, None), (True, 0.3, None), (True, 0.7, 5.0)]
 
@@ -223,6 +230,41 @@ def test_a_head_that_configurations_do_not_tell_of_has_no_gradient_norm():
     assert scores.columns["entropy"].isfinite().all()
     with pytest.raises(ValueError, match="its configuration doesn't tell; leave it out of columns"):
         LossScorer(model, columns=["gradient_norm"], **options).score(samples)
+
+
+class Flat(nn.Module):
+    """A model that makes rows of its hidden states before its head, as some do."""
+
+    def __init__(self, *, keeps_all):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+        self.keeps_all = keeps_all
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None):
+        rows = self.embedding(input_ids).cumsum(1).reshape(-1, 16)
+        logits = self.head(rows if self.keeps_all else torch.cat([rows, rows]))
+        return logits[: len(rows)].view(*input_ids.shape, -1)
+
+
+def test_rows_that_a_model_makes_before_its_head_have_their_gradients_norm():
+    model, samples = Flat(keeps_all=True), token_samples(4)
+    options = {"columns": ["gradient_norm"], "dtype": "float32", "progress": False}
+    scores = LossScorer(model, "causal_lm", **options).score(samples)
+    for sample, norm in zip(samples, scores.columns["gradient_norm"], strict=True):
+        logits, targets = model(sample["input_ids"][None])[0, :-1], sample["labels"][1:]
+        norms = []
+        for row, target in zip(logits, targets, strict=True):
+            if target != -100:
+                loss = nn.functional.cross_entropy(row[None], target[None])
+                (gradient,) = torch.autograd.grad(loss, model.head.weight, retain_graph=True)
+                norms.append(gradient.norm())
+        torch.testing.assert_close(norm, torch.stack(norms).mean(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="leave it out of columns"):
+        LossScorer(Flat(keeps_all=False), "causal_lm", **options).score(samples)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -120,3 +120,10 @@ def test_the_number_and_its_reason_are_said(number, cpus, said, monkeypatch):
     monkeypatch.setattr(threads, "usable_cpus", lambda: cpus)
     assert describe_threads(number, CPU, goes_on=False) == said
     assert not describe_threads(number, torch.device("cuda"), goes_on=False)
+
+
+def test_a_number_that_was_chosen_elsewhere_says_where():
+    said = describe_threads(8, CPU, goes_on=False)  # of a store whose parts are all damaged
+    assert said.startswith("threads: 8 instead of 4, as when the store was begun")
+    of_rank_1 = describe_threads(2, CPU, goes_on=False, is_first=False)
+    assert of_rank_1 == "threads: 2 instead of 4, as rank 0 chose"

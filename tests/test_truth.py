@@ -186,54 +186,100 @@ def test_a_wrapped_masked_model_is_not_shifted(wrap):
     assert how.startswith("cross_entropy" if wrap is Wrapper else "masked_lm")
 
 
-class WithOwnLoss(nn.Module):
-    """A causal model with a loss of its own, which notes the lengths that it is asked of."""
-
-    def __init__(self, smoothing=0.0):
-        super().__init__()
-        self.inner, self.smoothing, self.lengths = tiny_llama(), smoothing, []
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        out = self.inner(input_ids, attention_mask, use_cache=False)
-        if labels is not None:
-            self.lengths.append(input_ids.shape[1])
-            logits, targets = out.logits[0, :-1].float(), labels[0, 1:]
-            out.loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
-        return out
-
-
 @pytest.fixture
 def long_texts():
+    """Texts of a prompt without targets and a longer reply."""
     texts = [torch.randint(2, 50, (length,)) for length in (2500, 2600)]
-    return [{"input_ids": ids, "labels": ids.clone()} for ids in texts]
+    labels = [ids.clone().index_fill(0, torch.arange(300), -100) for ids in texts]
+    return [{"input_ids": ids, "labels": each} for ids, each in zip(texts, labels, strict=True)]
+
+
+def llama_for_long_texts():
+    return tiny_llama(max_position_embeddings=4096).eval()
 
 
 @pytest.mark.parametrize("loss", ["auto", "causal_lm"])
-def test_the_own_loss_of_long_texts_is_compared_at_their_end(loss, long_texts):
-    model = WithOwnLoss()
+def test_transformers_own_loss_of_long_texts_is_asked_of_their_ends(loss, long_texts, monkeypatch):
+    from transformers.loss import loss_utils
+
+    lengths, loss_function = [], loss_utils.LOSS_MAPPING["ForCausalLM"]
+
+    def noting(logits, labels, **options):
+        lengths.append(labels.shape[1])
+        return loss_function(logits, labels, **options)
+
+    model = llama_for_long_texts()
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", noting)
     scores, how = scored(model, long_texts, loss)
     assert how.startswith("causal_lm")
-    assert set(model.lengths) == {LONGEST_CHECKED}  # no others have all logits in float32
-    own = own_losses(model.inner, long_texts)
+    assert set(lengths) == {LONGEST_CHECKED}  # no more have all logits in float32
+    own = own_losses(model, long_texts)
     torch.testing.assert_close(scores.losses, own, rtol=1e-4, atol=1e-4)
 
 
-def test_another_own_loss_of_long_texts_is_refused(long_texts):
+def mean_over_prompts_too(logits, labels, **_):
+    logits, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, reduction="none").mean()
+
+
+def with_replaced_loss(model):
+    model.loss_function = mean_over_prompts_too
+    return model
+
+
+def with_replaced_forward(model):
+    forward = model.forward
+
+    def replaced(*args, labels=None, **fields):
+        output = forward(*args, **fields)
+        output.loss = None if labels is None else mean_over_prompts_too(output.logits, labels)
+        return output
+
+    model.forward = replaced
+    return model
+
+
+class WithOwnLoss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        output = self.inner(input_ids, attention_mask)
+        output.loss = None if labels is None else mean_over_prompts_too(output.logits, labels)
+        return output
+
+
+@pytest.mark.parametrize("change", [with_replaced_loss, with_replaced_forward, WithOwnLoss])
+def test_another_loss_of_long_texts_is_asked_of_whole_ones(change, long_texts):
+    """Their ends would not tell: the prompts that this loss counts lie before them."""
+    model = change(llama_for_long_texts())
+    scores, how = scored(model, long_texts)
+    assert how.startswith("own")
+    torch.testing.assert_close(scores.losses, own_losses(model, long_texts))
     with pytest.raises(ValueError, match="the model's own loss is"):
-        scored(WithOwnLoss(smoothing=0.3), long_texts, "causal_lm")
+        scored(model, long_texts, "causal_lm")
 
 
-@pytest.mark.parametrize("is_own", [False, True])
-def test_a_loss_that_is_compared_with_none_sees_whole_texts(is_own, long_texts):
+def test_a_callable_is_given_whole_texts(long_texts):
     lengths = []
 
     def loss(model, batch):
         lengths.append(batch["input_ids"].shape[1])
         return model(**batch).loss.expand(len(batch["labels"]))
 
-    model = WithOwnLoss(smoothing=0.3)
-    scored(model, long_texts, "own" if is_own else loss)
-    assert set(model.lengths if is_own else lengths) == {2500, 2600}
+    scored(llama_for_long_texts(), long_texts, loss)
+    assert set(lengths) == {2500, 2600}
+
+
+def test_too_few_positions_are_told_of_a_whole_text(long_texts):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    )
+    with pytest.raises(ValueError, match="a sample has 2,500 tokens and the model 64 positions"):
+        scored(model, long_texts)
 
 
 def test_only_texts_with_targets_at_their_end_are_cut():

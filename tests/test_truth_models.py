@@ -155,6 +155,26 @@ def test_virtual_tokens(kind, dtype):
     check(peft.get_peft_model(tiny_llama(), config), token_samples(12), dtype)
 
 
+def test_logits_of_virtual_tokens_are_nobodys():
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, samples = peft.get_peft_model(tiny_llama(), config).eval(), token_samples(6)
+    scores = LossScorer(model, "causal_lm", dtype="float32", progress=False).score(samples)
+    torch.testing.assert_close(scores.losses, own_losses(model, samples), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_a_base_is_chosen_with_its_adapters_off():
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, samples = peft.get_peft_model(tiny_llama(), config), token_samples(6)
+    scorer = LossScorer(model, reference="base", dtype="float32", progress=False)
+    own = own_losses(tiny_llama().eval(), samples)
+    torch.testing.assert_close(scorer.score(samples).losses, own, rtol=1e-4, atol=1e-4)
+    assert scorer.explain().startswith("causal_lm")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["ConvBert", "FNet", "Canine"])
 def test_encoders_whose_padding_leaks(family, dtype):

@@ -30,10 +30,10 @@ from flowdata.integrations.trainer_loss import (
     takes_labels,
     weighted_loss,
 )
+from flowdata.models.as_loaded import as_loaded
 from flowdata.models.calling import output_layer_of, unwrapped
 from flowdata.models.compiled import as_written
 from flowdata.models.copies import same_buffers
-from flowdata.models.rope import loaded_frequencies
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.meaning import agreed_name, check_are_logits, name_by_labels
 from flowdata.targets.own_loss import term_factors
@@ -91,7 +91,7 @@ def decide(
     tells = loss != OWN or tells_unit(inputs, size)
     if before is not None and not tells:
         return before
-    with preserved_rng(), same_buffers(model), as_written(model), loaded_frequencies(model):
+    with preserved_rng(), same_buffers(model), as_written(model), as_loaded(model):
         if loss == OWN:
             return Decision(own_run(model, inputs, size), is_settled=tells, is_known=tells)
         with torch.set_grad_enabled(_logits_are_small(model, inputs)):

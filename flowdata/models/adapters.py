@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flowdata.models.calling import in_evaluation, is_peft_model, same_flags, unwrapped
+from flowdata.models.calling import as_it_was, in_evaluation, is_peft_model, unwrapped
 
 # Initialisations of LoRA, by their names in PEFT, that leave the weights beneath as they are.
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
@@ -132,7 +132,7 @@ def _changed_by_its_kind(model: Any) -> str:
 def _adapters_off(model: Any) -> Iterator[str]:
     """Turn a PEFT model's adapters off for a block, and say what of the base model is trained."""
     trained_names = {name for name, each in model.named_parameters() if each.requires_grad}
-    with same_flags(model), model.disable_adapter():
+    with as_it_was(model), model.disable_adapter():
         yield _trained_beside(model, trained_names)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowdata.models.as_loaded import putting_back
+
 # What Python says of a call without an argument that the function can't do without.
 _MISSING = re.compile(r"forward\(\) missing \d+ required")
 _OF_A_LAYOUT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -242,23 +244,25 @@ def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a block, and every module's flag back after it."""
-    with same_flags(model):
+    """Put a model into eval mode for a block, and what it was back after it."""
+    with as_it_was(model):
         model.eval()
         yield
 
 
 @contextmanager
-def same_flags(model: nn.Module) -> Iterator[None]:
-    """Put back, after a block, which modules are in training mode and what has a gradient.
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back, after a block, modules' modes and parts, and which parameters have a gradient.
 
     PEFT marks all adapters as trained when it turns them on again, the frozen ones included.
     """
+    put_back = putting_back(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
+        put_back()
         for module, flag in modes:
             module.training = flag
         for parameter, flag in gradients:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import same_flags
+from flowdata.models.calling import as_it_was
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import (
@@ -75,7 +75,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 def _given_back(model: nn.Module) -> Iterator[None]:
     """Put every flag, and what forwards write into small buffers, back after a block."""
     is_whole = not is_placed(model)  # a buffer on the meta device has nothing to keep
-    with same_flags(model), same_buffers(model) if is_whole else nullcontext():
+    with as_it_was(model), same_buffers(model) if is_whole else nullcontext():
         yield
 
 

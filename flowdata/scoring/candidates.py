@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from flowdata.models.as_loaded import putting_back
 from flowdata.models.compiled import is_compiled
 from flowdata.models.rope import longest_as_loaded
 from flowdata.scoring.grouping import Grouping, alike, alone, together
@@ -18,7 +19,7 @@ from flowdata.scoring.language.packable import why_batch_not_packed, why_not_pac
 from flowdata.scoring.language.packed import Packing
 from flowdata.scoring.language.ways import ways_of
 from flowdata.scoring.plan.packs import Plan
-from flowdata.targets.target_losses import Way
+from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
 
 
@@ -47,7 +48,20 @@ def candidates_of(
         candidates.append(Candidate("", whole))
     candidates.append(Candidate(f"{name}samples of one length at a time", whole, alike))
     candidates.append(Candidate(f"{name}one sample at a time", plain, alone))
-    return candidates
+    put_back = putting_back(model)
+    return [replace(each, way=_followed(each.way, put_back)) for each in candidates]
+
+
+def _followed(way: Way, put_back: Callable[[], None]) -> Way:
+    """A way, and after each call what puts the model back."""
+
+    def followed(model: nn.Module, batch: Any) -> TargetLosses:
+        try:
+            return way(model, batch)
+        finally:
+            put_back()
+
+    return followed
 
 
 def _language_ways(

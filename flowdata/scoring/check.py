@@ -38,10 +38,14 @@ from flowdata.scoring.evidence import (
 )
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
-from flowdata.scoring.kinds import LONGEST_CHECKED, differing, is_short, kind_of
-from flowdata.scoring.language.inputs import last_tokens
+from flowdata.scoring.kinds import differing, is_short, kind_of
 from flowdata.scoring.language.ways import plain_way
-from flowdata.scoring.meaning import loss_with_labels, losses_with_labels, output_with_labels
+from flowdata.scoring.meaning import (
+    loss_with_labels,
+    losses_with_labels,
+    output_with_labels,
+    part_to_compare,
+)
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.truth import Truth
@@ -218,14 +222,14 @@ def _further_batches(job: Job) -> Iterator[Any]:
 def _check_loss(truth: Truth, evidence: Evidence) -> None:
     """Raise ValueError where the loss by name is not the model's own.
 
-    Of a long text only the end is compared, since its own loss needs all logits in float32.
+    They are compared on whole samples but for some long texts, see `part_to_compare`.
     """
     if not isinstance(truth.job.loss, str) or truth.job.loss == OWN:
         return
     batches, plain = [], []
     for place in _asked(truth, evidence):
         whole = evidence.batches[place]
-        batch = last_tokens(whole, LONGEST_CHECKED)
+        batch = part_to_compare(truth.model, whole)
         batches.append(batch)
         plain.append(evidence.plain[place] if batch is whole else truth.columns(batch))
     if not _has_own_loss(truth, truth.model, batches, plain):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from flowdata.models.as_loaded import as_loaded
 from flowdata.models.compiled import compiled_layers
 from flowdata.models.copies import frozen_model
 from flowdata.models.placement import reshard
-from flowdata.models.rope import loaded_frequencies
 from flowdata.scoring.job import Job
 from flowdata.scoring.plan.packs import PlanOptions
 
@@ -28,9 +28,8 @@ def lent_model(job: Job, options: PlanOptions) -> Iterator[nn.Module]:
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(options.threads))
         model = stack.enter_context(frozen_model(job.model, job.dtype, job.device))
-        stack.enter_context(loaded_frequencies(model))
-        if job.reference == "base":
-            stack.enter_context(_adapters_off(model))
+        stack.enter_context(as_loaded(model))
+        stack.enter_context(adapters_of(job.reference, model))
         if options.compile:
             stack.enter_context(compiled_layers(model))
         yield model
@@ -48,6 +47,9 @@ def _torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _adapters_off(model: Any) -> AbstractContextManager[None]:
-    off: AbstractContextManager[None] = model.disable_adapter()
+def adapters_of(reference: str, model: Any) -> AbstractContextManager[None]:
+    """Return what turns a PEFT model's adapters off for a block if the reference is its base."""
+    off: AbstractContextManager[None] = (
+        model.disable_adapter() if reference == "base" else nullcontext()
+    )
     return off

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from flowdata._common.notices import logger
+from flowdata.models.as_loaded import as_loaded
 from flowdata.models.calling import call_in_order, call_with, innermost, parameters_of, takes_field
 from flowdata.models.positions import check_positions
 from flowdata.models.precision import dtype_of
-from flowdata.models.rope import loaded_frequencies
 from flowdata.models.tensors import to_device
-from flowdata.scoring.language.inputs import labels_of
+from flowdata.scoring.kinds import LONGEST_CHECKED
+from flowdata.scoring.language.inputs import labels_of, last_tokens
 from flowdata.targets.labels import LABEL_FIELDS, label_field, split_batch, split_unread
 from flowdata.targets.meaning import (
     agreed_name,
@@ -30,7 +31,13 @@ from flowdata.targets.meaning import (
 )
 from flowdata.targets.own_loss import own_loss_alone, own_losses
 from flowdata.targets.predictions import logits_of, predict
-from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN, is_hugging_face, loss_of_model
+from flowdata.targets.which_loss import (
+    LANGUAGE_LOSSES,
+    OWN,
+    has_known_loss,
+    is_hugging_face,
+    loss_of_model,
+)
 
 
 def decide_loss(
@@ -49,6 +56,7 @@ def decide_loss(
     """
     for batch in batches:
         _check_positions(model, batch)
+    batches = [part_to_compare(model, batch) for batch in batches]
     try:
         calls = [_call_with_labels(model, to_device(batch, device)) for batch in batches]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
@@ -127,6 +135,16 @@ def losses_with_labels(model: nn.Module, batch: Any) -> list[float]:
     return own_losses(model, output, is_labelled=took_labels)
 
 
+def part_to_compare(model: nn.Module, batch: Any) -> Any:
+    """Return what of a sample, collated alone, its loss by name and the model's own are made of.
+
+    It is all of it but for long texts, all of whose logits transformers' losses make in float32.
+    These losses weigh all tokens alike, so that the end of a text tells what they mean. A loss of
+    somebody's own may weigh the first tokens, or count those that are no targets.
+    """
+    return last_tokens(batch, LONGEST_CHECKED) if has_known_loss(model) else batch
+
+
 def loss_with_labels(model: nn.Module, batch: Any) -> float | None:
     """Return the own loss of such an output (`own_loss_alone`)."""
     output, took_labels = _call_with_labels(model, batch)
@@ -135,7 +153,7 @@ def loss_with_labels(model: nn.Module, batch: Any) -> float | None:
 
 def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
     """The output for a batch with its labels, and whether the model took these."""
-    with loaded_frequencies(model), _same_problem(model):
+    with as_loaded(model), _same_problem(model):
         inputs, targets = split_unread(batch)
         if not isinstance(batch, Mapping):
             name = _label_argument(model)

@@ -89,8 +89,9 @@ def run_packs(
     """
     if not todo:
         return
-    goes_on = len(todo) < len(plan)
-    threads = describe_threads(plan.options.threads, job.device, goes_on=goes_on)
+    threads = describe_threads(
+        plan.options.threads, job.device, goes_on=len(todo) < len(plan), is_first=ranks.is_first
+    )
     with lent_model(job, plan.options) as model, _progress(job, plan, todo) as show:
         try:
             agreed = agreed_way(job, plan, model, ranks)

@@ -30,8 +30,8 @@ from flowdata.scoring.arguments import (
 )
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate, fields_given
 from flowdata.scoring.job import Job, LossFunction
-from flowdata.scoring.kinds import LONGEST_CHECKED, differing, has_target, kind_of
-from flowdata.scoring.language.inputs import last_tokens
+from flowdata.scoring.kinds import differing, has_target, kind_of
+from flowdata.scoring.lend import adapters_of
 from flowdata.scoring.meaning import decide_loss
 from flowdata.scoring.planning import check_same_call
 from flowdata.scoring.ranks import ranks_of_this_call
@@ -312,8 +312,11 @@ class LossScorer:
         few = [samples[index] for index in differing(samples, _SAMPLES_TO_ASK)]
         place = home(self.model)
         dtype = resolve_dtype("auto", self.model, place, one_target=True)  # the model's own
-        with frozen_model(self.model, dtype, place) as model:
-            batches = [last_tokens(collate([sample]), LONGEST_CHECKED) for sample in few]
+        with (
+            frozen_model(self.model, dtype, place) as model,
+            adapters_of(self.reference, model),
+        ):
+            batches = [collate([sample]) for sample in few]
             many = partial(some_readable, dataset, _SAMPLES_FOR_AUTO)
             return decide_loss(model, batches, lambda: collate(many()), place)
 

@@ -42,28 +42,34 @@ def choose_threads(dtype: torch.dtype, device: torch.device) -> int:
     return _fastest(min(threads, usable_cpus()), dtype)
 
 
-def describe_threads(threads: int, device: torch.device, *, goes_on: bool) -> str:
+def describe_threads(
+    threads: int, device: torch.device, *, goes_on: bool, is_first: bool = True
+) -> str:
     """Return a clause on the number of threads of a run on a CPU, "" on another device.
 
     Args:
         threads: the run's.
         device: on which it computes.
         goes_on: whether a part of the run's losses is there already.
+        is_first: whether this is rank 0, which chooses for all.
     """
     own = torch.get_num_threads()
     if device.type != "cpu":
         return ""
     if threads == own:
         return f"threads: {threads}"
-    numbers = f"threads: {threads} instead of {own}"
-    if goes_on:
-        return (
-            f"{numbers}, as when the store was begun, since the last bits of its losses depend on "
-            f"the number; to compute with {own}, score into another store"
+    if goes_on or (is_first and threads > own):  # more than its own are chosen in no run
+        reason = (
+            "as when the store was begun, since the last bits of its losses depend on the number; "
+            f"to compute with {own}, score into another store"
         )
-    is_one_for_each = threads == usable_cpus()
-    reason = "one for each CPU that this process may use" if is_one_for_each else "chosen for speed"
-    return f"{numbers}, {reason}"
+    elif not is_first:
+        reason = "as rank 0 chose"
+    elif threads == usable_cpus():
+        reason = "one for each CPU that this process may use"
+    else:
+        reason = "chosen for speed"
+    return f"threads: {threads} instead of {own}, {reason}"
 
 
 @functools.cache

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdata.models.as_loaded import as_loaded
 from flowdata.models.compiled import as_written
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import has_memory_for_copy, name_of
-from flowdata.models.rope import loaded_frequencies
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import PlanOptions
@@ -98,7 +98,7 @@ class Truth:
             model: the model in float32; None for that of the run.
         """
         model = self.model if model is None else model
-        with as_written(model), loaded_frequencies(model):
+        with as_written(model), as_loaded(model):
             losses = self.plain_of(model)(model, batch)
         self.classes.add(losses.num_classes)
         columns = losses.columns(token_losses=False)
@@ -152,7 +152,7 @@ class Truth:
 
     def start(self, batch: Any) -> Fetched:
         """Return the losses of a sample collated alone on their way to the host."""
-        with as_written(self.model), loaded_frequencies(self.model):
+        with as_written(self.model), as_loaded(self.model):
             return Fetched(self.plain_of(self.model)(self.model, batch))
 
     def difference(self, columns: Columns, true: Columns, batch: Any) -> str:

@@ -77,6 +77,17 @@ def is_hugging_face(model: nn.Module) -> bool:
     return module is not None and isinstance(config, module.PretrainedConfig)
 
 
+def has_known_loss(model: nn.Module) -> bool:
+    """Return whether a model's own loss is made by transformers' code, with nothing in its place.
+
+    Somebody may have replaced its `forward` or its `loss_function`, or look on by a hook.
+    """
+    model = innermost(model)
+    is_known = type(model).__module__.startswith("transformers.models.")
+    own = {"forward", "_loss_function"} & set(vars(model))
+    return is_hugging_face(model) and is_known and not own and not model._forward_hooks
+
+
 def loss_of_model(model: nn.Module) -> str | None:
     """Return the name of the loss that a Hugging Face model's class is made for.
 

@@ -85,9 +85,8 @@ def rows_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
 def last_tokens(batch: Any, most: int) -> Any:
     """Return the last `most` tokens of a batch of texts, or the batch itself where it isn't cut.
 
-    A model's own loss makes the logits of all its tokens in float32, and what it means shows at the
-    end of a text. A batch is not cut if it is no longer, if a field is not of its tokens' shape, or
-    if the end of a text has no target.
+    A batch is not cut if it is no longer, if a field is not of its tokens' shape, or if the end of
+    a text has no target.
 
     Args:
         batch: as collated; texts are mappings of (B, T) tensors.

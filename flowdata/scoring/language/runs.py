@@ -123,6 +123,8 @@ def _full_logits(output_layer: nn.Module | None, config: Any, columns: Sequence[
     def run(model: nn.Module, work: Work) -> TargetLosses:
         with last_call(_recorded(output_layer, columns)) as calls:
             logits = logits_of(call_with(model, work.inputs, use_cache=False))
+        if logits.dim() == 3:
+            logits = without_virtual_tokens(model, logits, work.shape[1])
         if logits.shape[:2] != work.shape:
             raise ValueError(
                 f"the model gives logits of shape {tuple(logits.shape)} for labels of shape "
@@ -163,10 +165,9 @@ def _losses_of_logits(
     """
     scale, softcap = logit_options(config)
     logits = logits.flatten(0, 1)
-    calls = [Call(*(values.flatten(0, 1) for values in call)) for call in calls]
+    calls = [Call(*map(_rows, call)) for call in calls]
     for call in calls:
-        output, actual = (values[places, work.targets].float() for values in (call.output, logits))
-        _check_logit_options(output, actual, scale, softcap)
+        _check_logit_options(call.output, logits, (places, work.targets), scale, softcap)
     parts = []
     few_places, few_targets = places.split(_ROWS_AT_ONCE), work.targets.split(_ROWS_AT_ONCE)
     for rows, targets in zip(few_places, few_targets, strict=True):  # one empty part without any
@@ -179,17 +180,33 @@ def _losses_of_logits(
     return TargetLosses(whole.values, work.counts, whole.further, logits.shape[-1])
 
 
+def _rows(values: Tensor) -> Tensor:
+    """(B, T, …) to (B·T, …), which some models make of them before their output layer."""
+    return values.flatten(0, 1) if values.dim() == 3 else values
+
+
 def _check_logit_options(
-    output: Tensor, actual: Tensor, scale: float, softcap: float | None
+    output: Tensor,
+    logits: Tensor,
+    places: tuple[Tensor, Tensor],
+    scale: float,
+    softcap: float | None,
 ) -> None:
     """Raise unless the logits are what the configuration makes of the output layer's values.
 
-    Both are of the targets alone, (n,): those of all classes would be as much work again.
+    Args:
+        output: the layer's values, one row for each of the logits, (B·T, V) each.
+        logits: the model's.
+        places: rows and classes that are compared: the targets alone, since all would be as much
+            work again.
+        scale: see `finish_logits`.
+        softcap: see `finish_logits`.
     """
-    expected = finish_logits(output, None, scale, softcap)
-    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
-        raise ValueError(
-            "the column 'gradient_norm' needs to know how logits follow from the output layer, but "
-            "the model does something to them that its configuration doesn't tell; leave it out "
-            "of columns"
-        )
+    if output.shape == logits.shape:
+        expected = finish_logits(output[places].float(), None, scale, softcap)
+        if torch.allclose(logits[places].float(), expected, rtol=2e-2, atol=2e-2):
+            return
+    raise ValueError(
+        "the column 'gradient_norm' needs to know how logits follow from the output layer, but the "
+        "model does something to them that its configuration doesn't tell; leave it out of columns"
+    )

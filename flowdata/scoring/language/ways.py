@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdata.models.rope import loaded_frequencies, longest_as_loaded
+from flowdata.models.as_loaded import as_loaded
+from flowdata.models.rope import longest_as_loaded
 from flowdata.models.tensors import CPU
 from flowdata.scoring.language.inputs import padded, rows_of
 from flowdata.scoring.language.packed import Packing
@@ -126,7 +127,7 @@ def _one_by_one(way: Way) -> Way:
         parts = []
         for row in range(len(batch["input_ids"])):
             # Each with the model's rotary frequencies as loaded, not as left by a longer sample.
-            with loaded_frequencies(model):
+            with as_loaded(model):
                 parts.append(way(model, rows_of(batch, row, row + 1)))
         return joined(parts)
 
