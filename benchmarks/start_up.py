@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import logging
 import pstats
 import statistics
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import rows
+from benchmarks.first_pack import at_first_pack
 from benchmarks.scoring.cases import CASES, make
 from benchmarks.scoring.peers import scored
 from flowdata.cli.bench_inputs import Samples
@@ -27,14 +27,6 @@ from flowdata.cli.bench_inputs import Samples
 
 class Begun(BaseException):
     """Ends a run where its first pack would begin."""
-
-
-class _Announcement(logging.Handler):
-    """Raises `Begun` at the sentence that says how samples are scored."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "checked alone" in record.getMessage():
-            raise Begun
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,19 +56,18 @@ def measure(count: int) -> tuple[float, float, float]:
 
 def start_up(model: Any, samples: Samples) -> float:
     """Return the seconds that a run takes before its first pack."""
-    logger, listener = logging.getLogger("flowdata"), _Announcement()
-    level = logger.level
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)  # at which a run without progress says it
     start = perf_counter()
     try:
-        scored(model, samples, dtype="bfloat16")
+        with at_first_pack(end):
+            scored(model, samples, dtype="bfloat16")
     except Begun:
         return perf_counter() - start
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
     raise SystemExit("the library didn't say how it scores")
+
+
+def end() -> None:
+    """End a run."""
+    raise Begun
 
 
 def share_of_check(model: Any, samples: Samples) -> float:

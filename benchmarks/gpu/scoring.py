@@ -10,11 +10,11 @@ import torch
 from benchmarks.gpu.parts import Row, Setting
 from benchmarks.gpu.shapes import SHAPES, make_model, make_samples
 from benchmarks.scoring import peers
-from benchmarks.scoring.cases import EXACT
+from benchmarks.scoring.cases import EXACT, has_gsm8k
 from benchmarks.scoring.language import compare, is_installed
 
 OURS = ("flowdata", "flowdata, compiled")
-PEERS = ("sorted, logits of targets only", "usual loop", "TRL", "lm-eval")
+PEERS = ("sorted, logits of targets only", "usual loop", "sorted, flash-attn", "TRL", "lm-eval")
 
 
 class Case(NamedTuple):
@@ -80,12 +80,14 @@ def measure_case(case: Case, setting: Setting) -> Iterator[Row]:
         shape, vocabulary, count = shape.tiny(), 512, EXACT
     model = make_model(shape, vocabulary, setting.device)
     samples = make_samples(setting, count, vocabulary, case.share)
+    lengths = "GSM8K" if has_gsm8k(setting.assets) else "lognormal"
     exact = peers.one_at_a_time(model, samples[:EXACT])
     model = model.bfloat16()
     device, repeats = torch.device(setting.device), 1 if setting.is_tiny else 3
     for loop in loops:
         # Not in turn: a GPU has no slow moments, and a limit loses no loop.
-        yield from compare(name_of(case), {loop: (model, samples)}, exact, repeats, device)
+        for row in compare(name_of(case), {loop: (model, samples)}, exact, repeats, device):
+            yield row | {"lengths": lengths}
 
 
 def name_of(case: Case) -> str:

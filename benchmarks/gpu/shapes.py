@@ -30,7 +30,7 @@ class Shape:
 
 
 SHAPES = {
-    "llama-0.5b": Shape("Llama", 1024, 24, 4096, 16, 4, 64),
+    "llama-0.5b": Shape("Llama", 1024, 31, 4096, 16, 4, 64),
     "llama-1b": Shape("Llama", 2048, 16, 8192, 32, 8, 64),
     "llama-3b": Shape("Llama", 3072, 28, 8192, 24, 8, 128),
     "gemma-2b": Shape("Gemma", 2048, 18, 16384, 8, 1, 256),

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import rows
+from benchmarks.first_pack import at_first_pack
 from benchmarks.gpu.parts import Row, Setting
 from benchmarks.gpu.scoring import CASES, Case, name_of
 from benchmarks.gpu.shapes import SHAPES, make_model, make_samples
@@ -44,20 +45,23 @@ def share_of(case: Case, rows_so_far: tuple[Row, ...]) -> float | None:
 
 
 def trace_case(case: Case, setting: Setting) -> Iterator[Row]:
-    """Write a trace of scoring a few packs, and yield where the time went."""
+    """Write a trace of scoring a few packs, and yield where their time went."""
     shape, vocabulary, count = SHAPES[case.shape], case.vocabulary, 400
     if setting.is_tiny:
         shape, vocabulary, count = shape.tiny(), 512, 12
     model = make_model(shape, vocabulary, setting.device).bfloat16()
     samples = make_samples(setting, count, vocabulary, case.share)
     peers.scored(model, samples, dtype="bfloat16")
-    start = perf_counter()
-    peers.scored(model, samples, dtype="bfloat16")
-    seconds = perf_counter() - start
+    starts: list[float] = []
+    with at_first_pack(lambda: starts.append(perf_counter())):  # after plan and check
+        peers.scored(model, samples, dtype="bfloat16")
+    seconds = perf_counter() - starts[0]
     on_gpu = setting.device == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, activity] if on_gpu else [activity]) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU, activity] if on_gpu else [activity])
+    with at_first_pack(profiler.start):
         peers.scored(model, samples, dtype="bfloat16")
+    profiler.stop()
     profiler.export_chrome_trace(str(setting.output / f"trace-{case.shape}.json.gz"))
     kernels = times_of(profiler, on_gpu=on_gpu)
     total = sum(kernels.values())

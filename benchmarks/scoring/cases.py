@@ -13,6 +13,7 @@ from flowdata.cli.bench_inputs import Samples, lognormal_lengths, random_llama, 
 from flowdata.targets.labels import IGNORE_INDEX
 
 ASSETS = ALL_ASSETS / "language"
+GSM8K = "gsm8k_train.jsonl"
 CHARACTERS_PER_TOKEN = 3.4  # of GSM8K under SmolLM2's tokenizer
 EXACT = 12  # samples whose losses are compared, and that the float32 loops are timed on
 
@@ -145,10 +146,15 @@ def answers(samples: Samples) -> Samples:
     ]
 
 
+def has_gsm8k(folder: Path = ASSETS) -> bool:
+    """Return whether GSM8K's rows are there; else lognormal lengths stand in for theirs."""
+    return (folder / GSM8K).exists()
+
+
 def gsm8k_lengths(count: int, folder: Path = ASSETS) -> list[list[int]]:
     """Return the tokens of GSM8K's questions and answers; empty if the data is missing."""
-    file = folder / "gsm8k_train.jsonl"
-    if not file.exists():
+    file = folder / GSM8K
+    if not has_gsm8k(folder):
         print(f"{file} is missing: lognormal lengths stand in for it")
         return []
     from flowdata.text import read_rows

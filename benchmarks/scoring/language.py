@@ -34,11 +34,18 @@ LOOPS: dict[str, Loop] = {
     "TRL": peers.trl,
     "vLLM": peers.vllm,
     "sorted, logits of targets only": peers.sorted_targets,
+    "sorted, flash-attn": peers.sorted_flash,
     "flowdata": lambda m, s: peers.scored(m, s, dtype="bfloat16"),
     "flowdata, prompts apart": peers.prompts_apart,
     "flowdata, compiled": lambda m, s: peers.scored(m, s, dtype="bfloat16", compile=True),
 }
-PACKAGES = {"lm-eval": "lm_eval", "TRL": "trl", "vLLM": "vllm", "8-bit weights": "torchao"}
+PACKAGES = {
+    "lm-eval": "lm_eval",
+    "TRL": "trl",
+    "vLLM": "vllm",
+    "sorted, flash-attn": "flash_attn",
+    "8-bit weights": "torchao",
+}
 
 
 def measure(

@@ -71,6 +71,16 @@ def sorted_targets(model: Any, samples: Samples, max_tokens: int = 4096) -> Tens
     return losses
 
 
+def sorted_flash(model: Any, samples: Samples) -> Tensor:
+    """Return the losses by the expert's loop with the package flash-attn, which skips padding."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("flash_attention_2")
+    try:
+        return sorted_targets(model, samples)
+    finally:
+        model.set_attn_implementation(before)
+
+
 def lm_eval(model: Any, samples: Samples, batch_size: int = 16) -> Tensor:
     """Return the losses by lm-eval's `HFLM._loglikelihood_tokens`: sorted, padded, full logits."""
     from lm_eval.models.huggingface import HFLM
