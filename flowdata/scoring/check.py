@@ -229,7 +229,7 @@ def _check_loss(truth: Truth, evidence: Evidence) -> None:
     batches, plain = [], []
     for place in _asked(truth, evidence):
         whole = evidence.batches[place]
-        batch = part_to_compare(truth.model, whole)
+        batch = part_to_compare(truth.job.model, whole)  # a copy has hooks
         batches.append(batch)
         plain.append(evidence.plain[place] if batch is whole else truth.columns(batch))
     if not _has_own_loss(truth, truth.model, batches, plain):
