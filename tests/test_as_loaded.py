@@ -67,6 +67,47 @@ def test_the_model_comes_back_with_its_parts(block):
     assert all(parts[name] is module for name, module in model.named_modules())
 
 
+class TakesAnotherHead(torch.nn.Module):
+    """Takes its other head for good once it has met a large input."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        self.head, self.kind = self.small, "small"
+
+    def forward(self, inputs):
+        if inputs.abs().max() > 1.5:
+            self.head, self.kind = self.large, "large"
+        return self.head(inputs)
+
+
+def quiet_losses(model, data):
+    scorer = LossScorer(model, "cross_entropy", dtype="float32", progress=False)
+    return scorer.score(data, dataset_id="rows").losses
+
+
+def rows(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(4, generator=generator), index % 3) for index in range(count)]
+
+
+def test_a_model_of_somebodys_own_that_swaps_its_head_is_scored_as_it_was_loaded():
+    model, data = TakesAnotherHead(), rows()
+    losses = quiet_losses(model, data)
+    assert model.head is model.small
+    assert model.kind == "small"
+    for (inputs, target), loss in zip(data, losses, strict=True):
+        head = model.large if inputs.abs().max() > 1.5 else model.small
+        expected = torch.nn.functional.cross_entropy(head(inputs[None]), torch.tensor([target]))
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_torchscript_has_no_parts_to_put_back():
+    model, data = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)), rows()
+    losses = quiet_losses(torch.jit.script(model), data)
+    torch.testing.assert_close(losses, quiet_losses(model, data))
+
+
 def test_numbers_that_a_model_counts_are_left_to_it():
     model = tiny_llama()
     model.calls, model.kind = 0, "whole"

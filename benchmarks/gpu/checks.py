@@ -59,6 +59,10 @@ def run_tests(report: Path, results: SimpleQueue[Row | None]) -> None:
     # Neither the options of pyproject.toml nor the plugins that they need.
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
     files = [str(TESTS / name) for name in FILES]
-    with report.open("w") as output, contextlib.redirect_stdout(output):
-        pytest.main([*options, *files], plugins=[Results(results)])
-    results.put(None)
+    try:
+        with report.open("w") as output, contextlib.redirect_stdout(output):
+            pytest.main([*options, *files], plugins=[Results(results)])
+    except Exception as error:  # pytest's own, or of the file
+        results.put({"what": "tests", "error": f"{type(error).__name__}: {error}"})
+    finally:
+        results.put(None)

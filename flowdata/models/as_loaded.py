@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from flowdata.models.rope import loaded_frequencies
@@ -30,9 +31,10 @@ def putting_back(model: nn.Module) -> Callable[[], None]:
     """Return what puts a model's parts back as they are now, and attributes that are words.
 
     It is called after each call of the model, and takes a fraction of a millisecond where nothing
-    has changed.
+    has changed. TorchScript's modules can't swap their parts.
     """
-    before = [(module, dict(module._modules), _words(module)) for module in model.modules()]
+    modules = (each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule))
+    before = [(module, dict(module._modules), _words(module)) for module in modules]
 
     def put_back() -> None:
         for module, parts, words in before:
