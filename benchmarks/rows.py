@@ -125,15 +125,21 @@ def _commit() -> str:
 def write(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     """Add a run's rows to benchmarks/results/NAME.json, a list of runs, and return its path.
 
-    An older run of the same command is replaced.
+    An older run of the same command on the same kind of processor is replaced.
     """
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else []
-    runs = [run for run in runs if run["command"] != command]
-    runs.append({"command": command, "machine": machine(), "rows": rows})
+    new = {"command": command, "machine": machine(), "rows": rows}
+    runs = [run for run in runs if _origin(run) != _origin(new)]
+    runs.append(new)
     path.write_text(json.dumps(runs, indent=1) + "\n")
     return path
+
+
+def _origin(run: dict[str, Any]) -> tuple[str, str]:
+    """The command and the processor of a run."""
+    return run["command"], run["machine"]["processor"]
 
 
 def _version(name: str) -> str:

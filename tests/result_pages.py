@@ -34,9 +34,13 @@ def runs(name):
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def run(name, mark):
-    """The one run of a file whose command holds `mark`."""
-    (only,) = [run for run in runs(name) if mark in run["command"]]
+def run(name, *marks):
+    """The one run of a file whose command and processor hold all marks."""
+    (only,) = [
+        run
+        for run in runs(name)
+        if all(mark in run["command"] + run["machine"]["processor"] for mark in marks)
+    ]
     return only
 
 

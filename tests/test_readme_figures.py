@@ -103,7 +103,7 @@ def when_weights_help():
 def what_it_costs():
     tokens = on_the_page(r"usual padded loop scores ([\d,]+) tokens/s.*?, flowdata ([\d,]+), and")
     yield (
-        "on two cores (Xeon, AMX, by 0.1) a small language model is scored at {1} tokens/s, by the "
+        "on two cores (Xeon, AMX) a small language model is scored at {1} tokens/s, by the "
         "usual padded loop at {0};",
         tokens,
     )

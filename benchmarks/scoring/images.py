@@ -34,8 +34,8 @@ def vit() -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {  # model, size, classes, images
     "resnet-20": (resnet20, 32, 10, 1024),
-    "resnet-50": (resnet50, 224, 1000, 64),
-    "vit": (vit, 224, 1000, 64),
+    "resnet-50": (resnet50, 224, 1000, 256),
+    "vit": (vit, 224, 1000, 256),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +19,18 @@ from benchmarks import rows
 from benchmarks.scoring import peers
 from benchmarks.scoring.cases import CASES, make
 from flowdata.cli.bench_inputs import Samples
-from flowdata.cli.bench_yardsticks import flops, matmul_rate, usual_loop
+from flowdata.cli.bench_yardsticks import (
+    flops,
+    matmul_rate,
+    seconds_of,
+    square_product,
+    usual_loop,
+)
 
 LARGEST_ERRORS = {"float32": 1e-4, "bfloat16": 0.1}
 
 Loop = Callable[[Any, Samples], Tensor]
+_PRODUCTS = "products alone"
 
 LOOPS: dict[str, Loop] = {
     "usual loop, float32": usual_loop,
@@ -96,19 +103,21 @@ def compare(
         except (ImportError, torch.OutOfMemoryError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             yield {"what": f"{name}: {loop}", "left_out": reason}
-    seconds, rate = time_in_turn(runs, repeats, device)
+    work = {loop: flops(*pairs[loop]) for loop in runs}
+    seconds, best, steady = time_in_turn(runs, max(work.values(), default=0.0), repeats, device)
     loop_rows = []
     for loop in runs:
-        model, samples = pairs[loop]
-        tokens = sum(len(sample["input_ids"]) for sample in samples)
+        tokens = sum(len(sample["input_ids"]) for sample in pairs[loop][1])
         speeds = [tokens / s for s in seconds[loop]]
         row = rows.row(f"{name}: {loop}", speeds, "tokens/s", dtype=dtype_of(loop))
         row |= accuracy[loop]
-        row["share_of_matmul"] = flops(model, samples) / tokens * row["median"] / rate
+        row["share_of_matmul"] = work[loop] / tokens * row["median"] / best
+        row["share_of_steady_matmul"] = work[loop] / tokens * row["median"] / steady
         loop_rows.append(row)
     ours = max((row["median"] for row in loop_rows if "flowdata" in row["what"]), default=None)
     for row in loop_rows:
-        row["matmul_tflops"] = rate / 1e12
+        row["matmul_tflops"] = best / 1e12
+        row["steady_matmul_tflops"] = steady / 1e12
         row["best_flowdata_ratio"] = ours and ours / row["median"]
         yield row
 
@@ -136,16 +145,31 @@ def check(
 
 
 def time_in_turn(
-    runs: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device
-) -> tuple[dict[str, list[float]], float]:
-    """Return the seconds of each run, and the rate of matrix products between them in FLOP/s."""
-    seconds: dict[str, list[float]] = {loop: [] for loop in runs}
+    runs: Mapping[str, Callable[[], object]], work: float, repeats: int, device: torch.device
+) -> tuple[dict[str, list[float]], float, float]:
+    """Return the seconds of each run, and two rates of matrix products in FLOP/s.
+
+    The first is the best of ten products, between rounds of the runs. The second is that of
+    products as long as a run, in turn with the runs: neighbours on a host can halve the rate for
+    seconds, and then this one says what the machine allowed in the time of the runs.
+
+    Args:
+        runs: what to time.
+        work: FLOPs of the long products.
+        repeats: rounds.
+        device: of the products.
+    """
+    product, flops_of_it = square_product(torch.bfloat16, device)
+    count = max(1, round(work / flops_of_it))
+    all_runs = {**runs, _PRODUCTS: lambda: seconds_of(lambda: [product() for _ in range(count)])}
+    seconds: dict[str, list[float]] = {loop: [] for loop in all_runs}
     rates = [matmul_rate(torch.bfloat16, device)]
     for _ in range(repeats):
-        for loop, times in rows.timed_in_turn(runs, 1).items():
+        for loop, times in rows.timed_in_turn(all_runs, 1).items():
             seconds[loop] += times
         rates.append(matmul_rate(torch.bfloat16, device))
-    return seconds, statistics.median(rates)
+    steady = count * flops_of_it / statistics.median(seconds.pop(_PRODUCTS))
+    return seconds, statistics.median(rates), steady
 
 
 def profile_case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -38,15 +39,19 @@ def usual_loop(model: Any, samples: Samples, batch_size: int = 8) -> Tensor:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
     """Return the FLOP/s of large square matrix products, the best of ten."""
+    product, flops_of_it = square_product(dtype, device, size)
+    product()
+    return flops_of_it / min(seconds_of(product) for _ in range(10))
+
+
+def square_product(
+    dtype: torch.dtype, device: torch.device, size: int | None = None
+) -> tuple[Callable[[], object], float]:
+    """Return a call that multiplies two large square matrices, and its FLOPs."""
     size = size or (8192 if device.type == "cuda" else 2048)
     left = torch.randn(size, size, device=device).to(dtype)
     right, out = torch.randn(size, size, device=device).to(dtype), torch.empty_like(left)
-
-    def product() -> None:
-        torch.mm(left, right, out=out)
-
-    product()
-    return 2 * size**3 / min(seconds_of(product) for _ in range(10))
+    return partial(torch.mm, left, right, out=out), 2.0 * size**3
 
 
 def flops(model: Any, samples: Samples) -> float:

@@ -116,10 +116,16 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
             queue.append(part.__wrapped__)
 
 
-def is_cached_property(kind: type, name: str) -> bool:
-    """Return whether objects of a class hold under this name what its code has computed once."""
-    attribute = inspect.getattr_static(kind, name, None)
-    return isinstance(attribute, functools.cached_property)
+def cached_properties(kind: type) -> set[str]:
+    """Return the names under which objects of a class hold what its code has computed once."""
+    attributes: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        attributes |= vars(base)
+    return {
+        name
+        for name, attribute in attributes.items()
+        if isinstance(attribute, functools.cached_property)
+    }
 
 
 def filled_by_calls(kind: type, entry: str | None = None) -> set[str]:

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdata.store.fingerprint.code import (
+    cached_properties,
     home_of,
-    is_cached_property,
     is_of_library,
     names_read_by,
 )
@@ -136,9 +136,10 @@ def _settings(describer: Describer, module: nn.Module, kind: type, path: str) ->
         scaling = str(getattr(module, "scaling", None))
         settings["adapters"] = [active, bool(module.disable_adapters), scaling]
     chooses, filled = _chooser(describer, module, kind), describer.filled(kind)
+    computed = cached_properties(kind)
     for name, value in sorted(vars(module).items()):
         place = f"{path}.{name}" if path else name
-        if name in _FORWARDS or is_cached_property(kind, name):
+        if name in _FORWARDS or name in computed:
             continue
         if name in _VOLATILE or name in _INTERNAL or "checkpointing" in name:
             continue

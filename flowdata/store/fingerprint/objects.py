@@ -30,11 +30,11 @@ from flowdata.store.fingerprint.attributes import (
     state_of,
 )
 from flowdata.store.fingerprint.code import (
+    cached_properties,
     describe_code,
     filled_by_calls,
     functions_in,
     home_of,
-    is_cached_property,
     is_of_library,
     names_read_by,
 )
@@ -341,9 +341,9 @@ class Describer:
         by_calls = self.filled(kind)
         if is_of_library(kind.__module__):  # which knows what it keeps
             attributes = {k: v for k, v in attributes.items() if k not in by_calls}
-        filled = filled | by_calls
+        filled, computed = filled | by_calls, cached_properties(kind)
         return {
             name: self.describe(attribute, f"{place}.{name}", filled=below(filled, name))
             for name, attribute in sorted(self._kept(attributes, place, filled).items())
-            if not is_cached_property(kind, name)
+            if name not in computed
         }
