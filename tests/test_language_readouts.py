@@ -44,8 +44,9 @@ def test_the_drift_on_few_texts_is_that_of_a_meter_on_these_alone(task):  # noqa
     few = readouts.of_few(meter(tuned), counts)
     alone = DriftMeter(task.model, [validation[place] for place in range(4)])(tuned)
     assert list(few) == ["4"]
-    assert few["4"]["kl"] == pytest.approx(alone.kl, rel=1e-3)
-    assert few["4"]["cosine"] == pytest.approx(alone.cosine, rel=1e-3)
+    # In bfloat16 a text's rounding depends on those that it is packed with.
+    assert few["4"]["kl"] == pytest.approx(alone.kl, rel=5e-3)
+    assert few["4"]["cosine"] == pytest.approx(alone.cosine, rel=5e-3)
 
 
 def test_an_average_is_that_of_the_method_itself(task):  # noqa: F811

@@ -74,12 +74,19 @@ def test_a_convolutional_network_runs_with_channels_last_and_shares_the_rest():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.randn(4, 3, 8, 8)
     with frozen_model(model, torch.float32, CPU) as lent:
-        weight = lent.block[0].weight
-        assert weight.is_contiguous(memory_format=torch.channels_last)
-        assert lent.block(lent.stem(images)).is_contiguous(memory_format=torch.channels_last)
+        layouts = []
+        lent.block[0].register_forward_hook(
+            lambda layer, args, maps: layouts.append(
+                maps.is_contiguous(memory_format=torch.channels_last)
+            )
+        )
+        lent(images)
+        assert layouts == [False, True]  # compared once
+        assert lent.block[0].weight.is_contiguous()  # for a function that calls the block
         assert lent.head.weight.data_ptr() == model.head.weight.data_ptr()
         assert lent.stem[1].running_mean.data_ptr() != model.stem[1].running_mean.data_ptr()
         found = lent(images)
+        assert layouts == [False, True, True]
     assert model.training
     assert model.block[0].weight.is_contiguous()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -265,6 +272,55 @@ def test_a_layout_depends_on_the_call_alone_and_other_errors_are_not_met_by_anot
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             lent(two)
         assert len(calls) == 1
+
+
+class Windows(Plain):
+    """Takes overlapping windows by the strides of contiguous maps."""
+
+    def flat(self, maps):
+        images, channels, height, width = maps.shape
+        strides = channels * height * width, height * width, width, 1, width, 1
+        shape = images, channels, height - 1, width - 1, 2, 2
+        return maps.as_strided(shape, strides).amax((-1, -2)).mean((2, 3))
+
+
+class InPlace(ByView):
+    """Normalises its input where it lies."""
+
+    def body(self, pixels):
+        pixels -= 0.5
+        pixels *= 3
+        return super().body(pixels)
+
+
+@pytest.mark.parametrize("kind", [Windows, InPlace])
+@pytest.mark.parametrize("loss", ["cross_entropy", "callable"])
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+def test_code_that_counts_on_strides_or_changes_its_input_is_run_as_written(
+    kind, loss, dtype, near
+):
+    data, model = images(), trained(kind).eval()
+    pixels, targets = data.tensors
+    with torch.no_grad():
+        expected = F.cross_entropy(model(pixels.clone()), targets, reduction="none")
+    data = TensorDataset(pixels, targets)
+
+    def own(lent, batch):
+        return F.cross_entropy(lent(batch[0].clone()), batch[1], reduction="none")
+
+    options = {"dtype": dtype, "batch_size": 7, "progress": False}
+    losses = LossScorer(model, own if loss == "callable" else loss, **options).score(data).losses
+    assert torch.allclose(losses, expected, atol=near, rtol=near)
+
+
+def test_a_function_may_call_parts_that_view_their_maps():
+    data, model = images(), trained(ByView).eval()
+
+    def own(lent, batch):
+        return F.cross_entropy(lent.head(lent.body(batch[0])), batch[1], reduction="none")
+
+    losses = LossScorer(model, own, dtype="float32", progress=False).score(data).losses
+    assert torch.allclose(losses, own(model, data.tensors).detach(), atol=1e-5)
 
 
 def test_maps_that_a_network_returns_are_contiguous():

@@ -1,25 +1,37 @@
 """Channels last: the layout in which convolutional networks run fastest, where their code can.
 
-Outputs of convolutions in this layout are not contiguous, and code such as ``x.view(len(x), -1)``
-fails on them. A call that fails so is repeated in PyTorch's own layout. Which of both a call is run
-in depends on nothing but the shapes of its inputs, so that its outputs are the same to the last bit
-in every process, whatever it ran before::
+Outputs of convolutions in this layout are not contiguous. Code such as ``x.view(len(x), -1)`` fails
+on them, and code that counts on strides, such as ``as_strided``, computes something else. So the
+first call with inputs of some shapes, of one sample or of more, is run in both layouts. Channels
+last are taken for such calls where the outputs are the same but for rounding::
 
-    call ── channels last ──┬── outputs
-                            └── fails on strides ── contiguous ── outputs
+    first call of some shapes ──┬── contiguous ─────┬── the same? ── how later ones are run
+                                └── channels last ──┘
+
+Outside the model's forward the weights lie as PyTorch lays them, for functions that call its parts.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowdata.models.tensors import map_tensors
 
-_OF_A_LAYOUT = ("stride", "contiguous")  # words of errors that another layout may spare
+_ROUNDING, _LOW_ROUNDING = 2.0**-8, 2.0**-4  # of the largest output: TF32's, 16 bits' after layers
+
+
+class _Weight(NamedTuple):
+    """A convolution's weight in both layouts."""
+
+    layer: nn.Conv2d
+    plain: nn.Parameter
+    channels_last: nn.Parameter
 
 
 def convolutions(model: nn.Module) -> list[nn.Conv2d]:
@@ -37,43 +49,76 @@ def run_channels_last(model: nn.Module) -> None:
     Its outputs are contiguous, as whatever reads them expects.
     """
     layers, forward = convolutions(model), model.forward
-    failing: set[Any] = set()  # shapes of inputs
-    current = _lay_out(layers, torch.channels_last)
+    weights = _weights_of(layers)
+    rounding = _ROUNDING if layers[0].weight.dtype.itemsize >= 4 else _LOW_ROUNDING
+    fits: dict[Any, bool] = {}  # by the shapes of inputs
 
     @functools.wraps(forward)
     def laid_out(*args: Any, **kwargs: Any) -> Any:
-        nonlocal current
-        if torch.compiler.is_compiling():  # an error ends that, and the model is run as written
+        if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         shapes = _shapes_of((args, kwargs))
-        layout = torch.contiguous_format if shapes in failing else torch.channels_last
-        if current != layout:
-            current = _lay_out(layers, layout)
-        try:
-            return map_tensors(forward(*args, **kwargs), _contiguous)
-        except RuntimeError as error:
-            if shapes in failing or not any(word in str(error) for word in _OF_A_LAYOUT):
-                raise
-        current = _lay_out(layers, torch.contiguous_format)
+        if fits.get(shapes):
+            return by_channels_last(args, kwargs)
+        # A forward may change its inputs.
+        inputs = None if shapes in fits else map_tensors((args, kwargs), Tensor.clone)
         outputs = map_tensors(forward(*args, **kwargs), _contiguous)
-        failing.add(shapes)
-        return outputs
+        if inputs is not None:
+            try:
+                others = by_channels_last(*inputs)
+                fits[shapes] = _are_same(outputs, others, rounding)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # of strides
+                fits[shapes] = False
+        return others if inputs is not None and fits[shapes] else outputs
+
+    def by_channels_last(args: Any, kwargs: Any) -> Any:
+        with _channels_last(weights):
+            return map_tensors(forward(*args, **kwargs), _contiguous)
 
     model.forward = laid_out
 
 
-def _lay_out(layers: list[nn.Conv2d], layout: torch.memory_format) -> torch.memory_format:
-    """Give convolutions weights in a layout, a tied one once; return the layout."""
-    weights: dict[int, nn.Parameter] = {}
+def _weights_of(layers: Sequence[nn.Conv2d]) -> list[_Weight]:
+    """The weights of convolutions, but those that a function computes; a tied one is laid once."""
+    laid: dict[int, nn.Parameter] = {}
+    weights = []
     for layer in layers:
         weight = layer._parameters.get("weight")
-        if weight is None:  # a function computes it
-            continue
-        if id(weight) not in weights:
-            value = weight.detach().contiguous(memory_format=layout)
-            weights[id(weight)] = nn.Parameter(value, requires_grad=False)
-        layer._parameters["weight"] = weights[id(weight)]
-    return layout
+        if weight is not None:
+            if id(weight) not in laid:
+                value = weight.detach().contiguous(memory_format=torch.channels_last)
+                laid[id(weight)] = nn.Parameter(value, requires_grad=False)
+            weights.append(_Weight(layer, weight, laid[id(weight)]))
+    return weights
+
+
+@contextmanager
+def _channels_last(weights: Sequence[_Weight]) -> Iterator[None]:
+    """Lay the weights with channels last for a block."""
+    for each in weights:
+        each.layer._parameters["weight"] = each.channels_last
+    try:
+        yield
+    finally:
+        for each in weights:
+            each.layer._parameters["weight"] = each.plain
+
+
+def _are_same(outputs: Any, others: Any, rounding: float) -> bool:
+    """Whether two outputs are the same but for rounding; not where no tensor of them is seen."""
+    tensors, others = _tensors_of(outputs), _tensors_of(others)
+    if not tensors or len(tensors) != len(others):
+        return False
+    return all(_is_same(*pair, rounding) for pair in zip(tensors, others, strict=True))
+
+
+def _is_same(one: Tensor, other: Tensor, rounding: float) -> bool:
+    if one.shape != other.shape or not one.is_floating_point():
+        return torch.equal(one, other)
+    largest = float(one.abs().nan_to_num(posinf=0).max()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=0, atol=rounding * largest, equal_nan=True)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -82,11 +127,17 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 
 def _shapes_of(inputs: Any) -> tuple[Any, ...]:
-    shapes: list[Any] = []
+    """The shapes of inputs, where two samples are as many as more: strides differ for one alone."""
+    shapes = (tuple(tensor.shape) for tensor in _tensors_of(inputs))
+    return tuple((*(min(size, 2) for size in shape[:1]), *shape[1:]) for shape in shapes)
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        shapes.append(tuple(tensor.shape))
+        tensors.append(tensor)
         return tensor
 
-    map_tensors(inputs, note)
-    return tuple(shapes)
+    map_tensors(value, note)
+    return tensors
