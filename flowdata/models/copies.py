@@ -31,8 +31,8 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
     Where nothing has to be converted it is the caller's own model. Otherwise it is a copy, whose
     parameters are converted one by one: the caller's are never touched, and the copy takes only the
-    memory of what had to be converted. That includes the weights of convolutions, where another
-    layout is faster. Floating inputs are converted to the dtype on the way in, and a copy's outputs
+    memory of what had to be converted, and of the weights of convolutions in a second, faster
+    layout. Floating inputs are converted to the dtype on the way in, and a copy's outputs
     to float32 on the way out. An autocast around the block, such as that of a training loop, does
     not reach into it, and neither does one that Accelerate put around the model's forward.
 

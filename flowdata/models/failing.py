@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowdata.errors import OutOfRangeError
-from flowdata.models.tensors import map_tensors
+from flowdata.models.tensors import tensors_in
 
 _PIXELS_DIMS = {torch.uint8: 3}  # from which on a batch of whole numbers is one of pixels
 _IMAGES_DIMS = 4  # of other numbers; wider integers may be tokens of several choices
@@ -76,26 +76,15 @@ def _first_line(error: BaseException) -> str:
 
 def _has_channels_last(inputs: Any) -> bool:
     """Whether a batch holds what can be images of shape (H, W, C), and not of (C, H, W)."""
-    images = [tensor for tensor in _tensors_in(inputs) if tensor.dim() == _IMAGES_DIMS]
+    images = [tensor for tensor in tensors_in(inputs) if tensor.dim() == _IMAGES_DIMS]
     return any(each.shape[-1] in _CHANNELS and each.shape[1] not in _CHANNELS for each in images)
 
 
 def _pixels_of(inputs: Any) -> str:
     """The dtype of a batch's pixels where they are whole numbers, else ""."""
-    for tensor in _tensors_in(inputs):
+    for tensor in tensors_in(inputs):
         is_whole = not (tensor.is_floating_point() or tensor.is_complex())
         dims = _PIXELS_DIMS.get(tensor.dtype, _IMAGES_DIMS)
         if is_whole and tensor.dtype != torch.bool and tensor.dim() >= dims:
             return str(tensor.dtype).removeprefix("torch.")
     return ""
-
-
-def _tensors_in(inputs: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-
-    def look(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    map_tensors(inputs, look)
-    return tensors

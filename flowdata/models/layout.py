@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.tensors import map_tensors
+from flowdata.models.tensors import map_tensors, tensors_in
 
 _ROUNDING, _LOW_ROUNDING = 2.0**-8, 2.0**-4  # of the largest output: TF32's, 16 bits' after layers
 
@@ -58,24 +58,25 @@ def run_channels_last(model: nn.Module) -> None:
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         shapes = _shapes_of((args, kwargs))
-        if fits.get(shapes):
-            return by_channels_last(args, kwargs)
-        # A forward may change its inputs.
-        inputs = None if shapes in fits else map_tensors((args, kwargs), Tensor.clone)
-        outputs = map_tensors(forward(*args, **kwargs), _contiguous)
-        if inputs is not None:
-            try:
-                others = by_channels_last(*inputs)
-                fits[shapes] = _are_same(outputs, others, rounding)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # of strides
-                fits[shapes] = False
-        return others if inputs is not None and fits[shapes] else outputs
+        if shapes in fits:
+            return by_channels_last(args, kwargs) if fits[shapes] else plainly(args, kwargs)
+        inputs = map_tensors((args, kwargs), Tensor.clone)  # a forward may change its own
+        outputs = plainly(args, kwargs)
+        try:
+            others = by_channels_last(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever the code says of strides: it runs without
+            others = None
+        fits[shapes] = _are_same(outputs, others, rounding)
+        return others if fits[shapes] else outputs
+
+    def plainly(args: Any, kwargs: Any) -> Any:
+        return map_tensors(forward(*args, **kwargs), _contiguous)
 
     def by_channels_last(args: Any, kwargs: Any) -> Any:
         with _channels_last(weights):
-            return map_tensors(forward(*args, **kwargs), _contiguous)
+            return plainly(args, kwargs)
 
     model.forward = laid_out
 
@@ -108,7 +109,7 @@ def _channels_last(weights: Sequence[_Weight]) -> Iterator[None]:
 
 def _are_same(outputs: Any, others: Any, rounding: float) -> bool:
     """Whether two outputs are the same but for rounding; not where no tensor of them is seen."""
-    tensors, others = _tensors_of(outputs), _tensors_of(others)
+    tensors, others = tensors_in(outputs), tensors_in(others)
     if not tensors or len(tensors) != len(others):
         return False
     return all(_is_same(*pair, rounding) for pair in zip(tensors, others, strict=True))
@@ -128,16 +129,5 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 def _shapes_of(inputs: Any) -> tuple[Any, ...]:
     """The shapes of inputs, where two samples are as many as more: strides differ for one alone."""
-    shapes = (tuple(tensor.shape) for tensor in _tensors_of(inputs))
+    shapes = (tuple(tensor.shape) for tensor in tensors_in(inputs))
     return tuple((*(min(size, 2) for size in shape[:1]), *shape[1:]) for shape in shapes)
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    map_tensors(value, note)
-    return tensors

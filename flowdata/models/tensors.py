@@ -57,3 +57,15 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
         is_subclass = isinstance(value, dict) and type(value) is not dict
         return type(value)(**entries) if is_subclass else entries
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return every tensor in a value's tuples, lists and mappings, in order."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return tensors
