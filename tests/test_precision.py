@@ -284,6 +284,12 @@ class Windows(Plain):
         return maps.as_strided(shape, strides).amax((-1, -2)).mean((2, 3))
 
 
+class Asserts(Plain):
+    def flat(self, maps):
+        assert maps.is_contiguous()
+        return super().flat(maps)
+
+
 class InPlace(ByView):
     """Normalises its input where it lies."""
 
@@ -293,7 +299,7 @@ class InPlace(ByView):
         return super().body(pixels)
 
 
-@pytest.mark.parametrize("kind", [Windows, InPlace])
+@pytest.mark.parametrize("kind", [Windows, Asserts, InPlace])
 @pytest.mark.parametrize("loss", ["cross_entropy", "callable"])
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-5), ("bfloat16", 5e-2)])
 def test_code_that_counts_on_strides_or_changes_its_input_is_run_as_written(
