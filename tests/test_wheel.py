@@ -46,8 +46,15 @@ def test_the_study_is_in_the_wheel(environment, tmp_path):
 
 
 def test_the_demo_runs_from_the_wheel(environment, tmp_path):
-    command = environment / "bin" / "flowdata"
-    printed = run(command, "demo", "--seeds", "1", **elsewhere(tmp_path))
+    code = (
+        "from dataclasses import replace\n"
+        "from flowdata.cli import demo_run, main\n"
+        "demo_run.RATES = (0.003, 0.03)  # fewer, and fewer epochs\n"
+        "demo_run._SIZES = replace(demo_run._SIZES, epochs=3)\n"
+        "demo_run._PRETRAINING_EPOCHS = 15\n"
+        "main(['demo', '--seeds', '1'])"
+    )
+    printed = run(environment / "bin" / "python", "-c", code, **elsewhere(tmp_path))
     assert "at equal learning" in printed
     assert (tmp_path / "flowdata-demo.png").stat().st_size > 10_000
 
