@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers.modeling_outputs import CausalLMOutput
 
 from flowdata import DriftMeter, LossScorer
 from flowdata.models.copies import frozen_model
 from flowdata.models.precision import resolve_dtype
 from flowdata.probe.features import compute_features
+from tests import reference
 from tests.models import TinyResNet, images, tiny_llama
 
 CPU = torch.device("cpu")
@@ -119,6 +121,76 @@ def test_auto_is_bfloat16_where_it_is_fast_and_costs_nothing(monkeypatch, fast):
     model = nn.Linear(2, 2)
     model._hf_hook = SimpleNamespace(execution_device=0)  # as accelerate places a model
     assert resolve_dtype("auto", model, CPU) == torch.float32
+
+
+class Clock(nn.Module):
+    """Takes seconds since 1970 in float64, which float32 knows to two minutes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, seconds):
+        minutes = (seconds - 1.7e9) / 60
+        circle = torch.stack([minutes.sin(), minutes.cos()], -1)
+        return self.head(circle.to(self.head.weight.dtype)) * 3
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_inputs_that_a_model_takes_as_they_are_keep_their_digits(dtype):
+    torch.manual_seed(0)
+    model = Clock()
+    seconds, labels = 1.7e9 + torch.rand(200, dtype=torch.float64) * 1e5, torch.arange(200) % 3
+    data, before = TensorDataset(seconds, labels), seconds.clone()
+    scores = LossScorer(model, dtype=dtype, progress=False).score(data)
+    expected = F.cross_entropy(model(seconds), labels, reduction="none")
+    off = 0 if dtype == "auto" else 5e-2
+    torch.testing.assert_close(scores.losses, expected.detach(), rtol=1e-5, atol=1e-5 + off)
+    assert torch.equal(seconds, before)
+
+
+class Counting(nn.Module):
+    """Predicts 1, 2, 3, … by the positions that it holds, up to a thousand; odd ones the surer."""
+
+    def __init__(self, size=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((16,), size))
+        self.register_buffer("place", torch.arange(1024.0))
+
+    def forward(self, input_ids):
+        places = self.place[: input_ids.shape[1], None] + 1
+        far = (places % 16 - torch.arange(16)).square() * (1 + places % 2)
+        logits = -far.to(self.weight.dtype) * self.weight
+        return CausalLMOutput(logits=logits.expand(len(input_ids), -1, -1))
+
+
+def counted(length):
+    labels = torch.arange(length) % 16
+    return {"input_ids": torch.zeros(length, dtype=torch.long), "labels": labels}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("number", [10, 40])
+def test_a_dtype_that_costs_a_model_its_positions_is_refused(number, dtype):
+    longest = 900 if dtype == "bfloat16" else 60
+    size = 1.0 if dtype == "bfloat16" else 1e5  # which is infinite in float16
+    model, samples = Counting(size), [counted(40 + i) for i in range(number - 1)]
+    samples.insert(3, counted(longest))
+    exact = LossScorer(model, loss="causal_lm", dtype="float32", progress=False).score(samples)
+    expected = [reference.causal_lm_sample_loss(model, sample) for sample in samples]
+    torch.testing.assert_close(exact.losses, torch.tensor([loss for loss, _ in expected]))
+    said = f"in {dtype} a sample's loss is .*more than rounding.*Pass dtype='float32'"
+    with pytest.raises(ValueError, match=said):
+        LossScorer(model, loss="causal_lm", dtype=dtype, progress=False).score(samples)
+    own = Counting(size).to(getattr(torch, dtype))  # so it is meant to be
+    assert len(LossScorer(own, loss="causal_lm", progress=False).score(samples)) == number
+
+
+def test_drift_in_a_dtype_that_costs_a_model_its_positions_is_refused():
+    samples = [counted(40 + i) for i in range(30)] + [counted(900)]
+    assert DriftMeter(Counting(0.1), samples, progress=False)(Counting(0.05)).kl > 0.01
+    with pytest.raises(ValueError, match=r"in bfloat16 a sample's prediction .*more than rounding"):
+        DriftMeter(Counting(0.1), samples, dtype="bfloat16", progress=False)
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float64])

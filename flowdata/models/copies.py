@@ -20,7 +20,7 @@ from flowdata.models.precision import (
     runs_as_it_is,
     without_autocast,
 )
-from flowdata.models.tensors import map_floating
+from flowdata.models.tensors import map_floating, map_tensors, tensors_in
 
 _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
 
@@ -32,9 +32,10 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     Where nothing has to be converted it is the caller's own model. Otherwise it is a copy, whose
     parameters are converted one by one: the caller's are never touched, and the copy takes only the
     memory of what had to be converted, and of the weights of convolutions in a second, faster
-    layout. Floating inputs are converted to the dtype on the way in, and a copy's outputs
-    to float32 on the way out. An autocast around the block, such as that of a training loop, does
-    not reach into it, and neither does one that Accelerate put around the model's forward.
+    layout. Floating inputs are converted to the dtype on the way in, where the model doesn't take
+    them as they are, and a copy's outputs to float32 on the way out. An autocast around the block,
+    such as that of a training loop, does not reach into it, and neither does one that Accelerate
+    put around the model's forward.
 
     The caller's model is in eval mode as well, since functions that a copy took over from it may
     call its layers. Flags and running statistics are put back at the end.
@@ -205,15 +206,38 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
 
 @contextmanager
 def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model take floating inputs of any dtype, for a block."""
+    """Let a model take floating inputs of any dtype, for a block.
+
+    Those that its own code takes as they are stay so: of seconds since 1970 in float64, say, it may
+    take the difference first. So the first call with inputs of other dtypes is tried with these.
+    """
     if isinstance(model, torch.jit.ScriptModule):  # takes no hooks
         yield
         return
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: map_floating((args, kwargs), lambda tensor: tensor.to(dtype)),
-        with_kwargs=True,
-    )
+    takes: dict[tuple[torch.dtype, ...], bool] = {}  # by the dtypes of inputs
+
+    def convert(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        dtypes = tuple(tensor.dtype for tensor in tensors_in((args, kwargs)))
+        if not any(each.is_floating_point and each != dtype for each in dtypes):
+            return None
+        if dtypes not in takes:
+            takes[dtypes] = _runs(model, args, kwargs)
+        if takes[dtypes]:
+            return None
+        return map_floating((args, kwargs), lambda tensor: tensor.to(dtype))
+
+    handle = model.register_forward_pre_hook(convert, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _runs(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a model runs with inputs as they are; a copy of them, since it may change them."""
+    args, kwargs = map_tensors((args, kwargs), Tensor.clone)
+    try:
+        model.forward(*args, **kwargs)
+    except Exception:  # whatever it says of dtypes
+        return False
+    return True

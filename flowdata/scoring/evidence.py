@@ -29,6 +29,8 @@ from flowdata.store.packs import Columns
 from flowdata.targets.labels import split_unread
 from flowdata.targets.target_losses import joined
 
+_ENDS = 2  # the first of `differing` samples are the shortest and the longest
+
 
 @dataclass
 class Evidence:
@@ -62,7 +64,8 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
         batches: each collated alone.
 
     Raises:
-        ValueError: the model does not run in the run's dtype, or fails on a sample.
+        ValueError: the model does not run in the run's dtype, which is lower than its own, or loses
+            more than rounding there; or it fails on a sample.
     """
     try:
         plain = _columns_of_each(truth, batches)
@@ -74,6 +77,10 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
     evidence = Evidence(samples, batches, plain, list(plain) if truth.is_exact else [])
     if not truth.is_exact and len(truth.job.dataset) <= FEW:
         _look_again(truth, evidence)
+    elif truth.is_lowered:
+        _look_at_ends(truth, evidence)
+    if truth.is_lowered and evidence.exact:
+        truth.check_rounding(plain[: len(evidence.exact)], evidence.exact)
     return evidence
 
 
@@ -129,6 +136,15 @@ def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str
             for place, each in enumerate(columns)
         )
     return reason
+
+
+def _look_at_ends(truth: Truth, evidence: Evidence) -> None:
+    """Learn the truth of the first samples in float32: suspects, the shortest, and the longest."""
+    batches = evidence.batches[: len(truth.job.suspects) + _ENDS]
+    with truth.exact_model() as model:
+        if model is not None:
+            evidence.exact.extend(_columns_of_each(truth, batches, model))
+    truth.learn_errors(evidence.plain[: len(evidence.exact)], evidence.exact)
 
 
 def _look_again(truth: Truth, evidence: Evidence) -> None:

@@ -9,10 +9,14 @@ Nothing is cut out of a batch for it. What a way makes of samples in a pack is j
 Rounding averages out over a sample's targets, and a text's first tokens are off by more than later
 ones. So what a dtype costs is carried from long samples to short ones by a power of how many
 targets they have.
+
+Where the library lowers the dtype it may cost no more than rounding does. Positions up to a
+thousand, say, have no place in bfloat16, and each way would make the same wrong losses of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from flowdata.models.as_loaded import as_loaded
 from flowdata.models.compiled import as_written
 from flowdata.models.placement import is_placed
-from flowdata.models.precision import has_memory_for_copy, name_of
+from flowdata.models.precision import dtype_of, has_memory_for_copy, name_of
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import PlanOptions
@@ -39,6 +43,8 @@ LEEWAY = 1e-3  # nats that any way may differ by; of other losses, a thousandth 
 # samples: differences of two low-precision runs that are rounding, in nats below a loss of 1 nat
 # and as a share of the loss above.
 _ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_OF_TARGETS = 100  # how many a sample had of which that is known
+_MORE_THAN_ROUNDING = 2.5  # times as much, in a long sample, is no rounding
 # The power of the number of targets by which rounding falls: 0.5 if it were the same at each token.
 _AVERAGING = 0.7
 # A run looks at many samples, and the largest rounding of many is larger than that of the few that
@@ -84,6 +90,11 @@ class Truth:
     def num_classes(self) -> int:
         """The number of classes, or tokens, if all samples have the same; 0 where none is known."""
         return max(self.classes) if len(self.classes) == 1 else 0
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether the model's own dtype is another one than the run's, which is a low one."""
+        return not self.is_exact and self.job.dtype != dtype_of(self.job.model)
 
     @property
     def is_exact(self) -> bool:
@@ -140,6 +151,29 @@ class Truth:
                 f"({reason}); convert the model to one of them, as by model.float(), or between "
                 "its parts in its forward"
             ) from error
+
+    def check_rounding(self, plain: Sequence[Columns], exact: Sequence[Columns]) -> None:
+        """Raise ValueError where the run's dtype costs samples more than rounding.
+
+        Args:
+            plain: their columns in the run's dtype.
+            exact: the same in float32.
+        """
+        sizes = torch.cat([true["loss"].abs() for true in exact])
+        least = 1.0 if self.in_nats else float(sizes.median())
+        for rounded, true in zip(plain, exact, strict=True):
+            value, expected = float(rounded["loss"]), float(true["loss"])
+            averaging = (_OF_TARGETS / max(int(true["count"]), 1)) ** _AVERAGING
+            share = _ROUNDING[self.job.dtype] * max(averaging, _MORE_THAN_ROUNDING)
+            is_rounding = abs(value - expected) <= share * max(abs(expected), least)
+            if math.isfinite(expected) and not is_rounding:
+                dtype = name_of(self.job.dtype)
+                raise ValueError(
+                    f"in {dtype} a sample's {self.noun} is {value:.4g}, in float32 {expected:.4g}, "
+                    "which is more than rounding: something of the model, such as positions or "
+                    "frequencies, needs more digits. Pass dtype='float32'; or load the model in "
+                    f"{dtype}, if that is how it is meant to run"
+                )
 
     def learn_errors(self, plain: Sequence[Columns], exact: Sequence[Columns]) -> None:
         """Take the plain way's errors on samples into account."""
