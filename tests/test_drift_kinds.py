@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
@@ -652,3 +653,34 @@ def test_as_many_classes_as_tokens_are_refused(order):
     probe = [{"input_ids": torch.arange(5) + shift} for shift in range(3)]
     with pytest.raises(ValueError, match="either axis could be the classes'; measure drift on"):
         DriftMeter(Tagger(order, is_linear=False), probe)
+
+
+class Centred(nn.Module):
+    """Depends on its batch, so that samples are run alone; a scale stands behind its head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return self.head(torch.tanh(hidden - hidden.mean(0) / 2)) * self.scale
+
+
+@pytest.mark.parametrize("number", [40, 300])
+def test_a_tuned_model_is_checked_where_samples_are_run_alone(number):
+    base, tuned = Centred(), Centred()
+    probe = torch.randn(number, 6)
+    meter = DriftMeter(base, probe, progress=False)
+    with torch.no_grad():
+        tuned.head.weight.mul_(2)
+        ours, theirs = (
+            torch.cat([model(x[None]) for x in probe]).log_softmax(1) for model in (base, tuned)
+        )
+        kl = F.kl_div(theirs, ours, reduction="batchmean", log_target=True)
+        assert meter(tuned).kl == pytest.approx(kl.item(), rel=1e-4)
+        tuned.scale.fill_(3.0)  # which the head alone doesn't tell
+    with pytest.raises(ValueError, match="not what its output layer makes of a row"):
+        meter(tuned)

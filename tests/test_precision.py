@@ -149,6 +149,89 @@ def test_inputs_that_a_model_takes_as_they_are_keep_their_digits(dtype):
     assert torch.equal(seconds, before)
 
 
+class Since(nn.Module):
+    """Takes differences from a buffer that is exacter than its parameters."""
+
+    def __init__(self, start, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(2, 3)
+        self.register_buffer("start", start)
+        self.head.to(dtype)
+
+    def forward(self, times):
+        since = times - self.start
+        circle = torch.stack([since.sin(), since.cos()], -1)
+        return self.head(circle.to(self.head.weight.dtype)).float() * 3
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_buffers_that_are_exacter_than_parameters_stay_so(own):
+    exacter = torch.float64 if own == torch.float32 else torch.float32
+    start = torch.tensor(1.7e9 + 0.7 if own == torch.float32 else 1000.7, dtype=exacter)
+    times = start + torch.linspace(0, 6, 60, dtype=exacter)
+    labels = torch.arange(60) % 3
+    model = Since(start, own)
+    expected = F.cross_entropy(model(times), labels, reduction="none").detach()
+    losses = LossScorer(model, progress=False).score(TensorDataset(times, labels)).losses
+    torch.testing.assert_close(losses, expected)
+    features, _ = compute_features(model, TensorDataset(times, labels), progress=False)
+    torch.testing.assert_close(features, model(times).detach())
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+@pytest.mark.parametrize("targets", [torch.float64, torch.int64])
+def test_squared_errors_of_large_numbers_keep_their_digits(own, targets):
+    inputs = torch.arange(1.7e9, 1.7e9 + 6400, 64, dtype=torch.float64)[:, None]
+    labels = (inputs[:, 0] + torch.arange(100) % 7).to(targets)
+    model = nn.Linear(1, 1).to(own)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.fill_(0.0)
+    data = TensorDataset(inputs.to(own), labels)
+    predictions = model(inputs.to(own)).double()[:, 0]
+    losses = LossScorer(model, loss="mse", progress=False).score(data).losses
+    expected = (predictions - labels.double()).square().float()
+    torch.testing.assert_close(losses, expected.detach())
+
+
+class Merging(nn.Linear):
+    """Adds its adapter to its weight in eval mode, as loralib's layers do."""
+
+    def __init__(self):
+        super().__init__(4, 8)
+        self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(8, 2))
+        self.is_merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.is_merged:
+            sign = -1 if mode else 1
+            self.weight.data += sign * (self.b @ self.a)
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x):
+        more = 0 if self.is_merged else x @ self.a.T @ self.b.T
+        return F.linear(x, self.weight, self.bias) + more
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_that_change_their_weights_in_eval_mode_come_back_as_they_were(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(Merging(), nn.ReLU(), nn.Linear(8, 3)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = TensorDataset(torch.randn(30, 4), torch.arange(30) % 3)
+    expected = F.cross_entropy(model(data.tensors[0]), data.tensors[1], reduction="none").detach()
+    losses = LossScorer(model, dtype=dtype, progress=False).score(data).losses
+    torch.testing.assert_close(losses, expected, rtol=2e-2, atol=0.1 if dtype == "bfloat16" else 0)
+    DriftMeter(model, data.tensors[0], dtype=dtype, progress=False)(model)
+    compute_features(model, data, dtype=dtype, progress=False)
+    assert not model[0].is_merged
+    assert model[0].training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 class Counting(nn.Module):
     """Predicts 1, 2, 3, … by the positions that it holds, up to a thousand; odd ones the surer."""
 
@@ -360,6 +443,23 @@ class Asserts(Plain):
     def flat(self, maps):
         assert maps.is_contiguous()
         return super().flat(maps)
+
+
+@pytest.mark.parametrize("number", [1, 16])
+def test_a_blank_first_image_tells_nothing_of_layouts(number):
+    torch.manual_seed(0)
+    model, pixels = Windows().eval(), torch.randn(80, 3, 8, 8)
+    pixels[:number] = 0
+    labels = torch.arange(80) % 5
+    with torch.no_grad():
+        outputs = torch.cat([model(each[None]) for each in pixels])
+    features, _ = compute_features(
+        model, TensorDataset(pixels, labels), batch_size=number, progress=False
+    )
+    torch.testing.assert_close(features, outputs, rtol=1e-4, atol=1e-4)
+    losses = LossScorer(model, progress=False).score(TensorDataset(pixels, labels)).losses
+    expected = F.cross_entropy(outputs, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
 class InPlace(ByView):

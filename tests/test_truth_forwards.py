@@ -583,3 +583,46 @@ def test_labels_of_any_tensor_are_counted(change):
     assert torch.equal(losses, expected)
     by_hand = F.cross_entropy(model(X), soft.float(), reduction="none").detach()
     torch.testing.assert_close(losses, by_hand)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_forward_that_changes_its_input_is_right(dtype):
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, pixels):
+            return self.layer(pixels.sub_(0.5).div_(0.25))
+
+    model = seeded(Segmenter)
+    pixels, labels = torch.rand(40, 3, 8, 8), torch.arange(40 * 64).view(40, 8, 8) % 4
+    before = pixels.clone()
+    losses = LossScorer(model, dtype=dtype, progress=False).score(TensorDataset(pixels, labels))
+    assert torch.equal(pixels, before)
+    expected = F.cross_entropy(model(before), labels, reduction="none").mean((1, 2)).detach()
+    near = 1e-5 if dtype == "auto" else 1e-2
+    torch.testing.assert_close(losses.losses, expected, rtol=near, atol=near)
+
+
+def test_a_mask_that_is_added_hides_what_lies_far_below_zero():
+    class Embeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embed(input_ids) * attention_mask.exp()[..., None]
+            return self.head(hidden)
+
+    model = seeded(Embeds)
+    masks = torch.zeros(12, 7)
+    masks[::3, :2] = -1e4
+    rows = [{"input_ids": i, "attention_mask": m} for i, m in zip(TOKENS, masks, strict=True)]
+    scores = LossScorer(model, "causal_lm", dtype="float32", progress=False).score(rows)
+    assert scores.counts.tolist() == [4, 6, 6] * 4
+    with torch.no_grad():
+        logits = model(TOKENS, masks)[:, :-1]
+    each = F.cross_entropy(logits.transpose(1, 2), TOKENS[:, 1:], reduction="none")
+    expected = torch.stack([e[-n:].mean() for e, n in zip(each, scores.counts, strict=True)])
+    torch.testing.assert_close(scores.losses, expected)

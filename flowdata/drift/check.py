@@ -24,7 +24,6 @@ from flowdata.scoring.batches import is_drawn
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.check import samples_to_check
 from flowdata.scoring.evidence import disagreement, gather_evidence
-from flowdata.scoring.grouping import alone
 from flowdata.scoring.job import Job
 from flowdata.scoring.kinds import is_short
 from flowdata.scoring.plan.packs import Plan
@@ -116,8 +115,6 @@ def find_suspect(
         way: by which the rows were read.
         rows: of all samples, in the order of the data set.
     """
-    if way.grouping is alone and not job.suspects:
-        return None
     indices = in_largest_pack(plan, of_few=True) | set(filter(is_drawn, range(len(job.dataset))))
     # By luck one sample's rounding can be tiny, so it is learned from those of the check as well.
     truth = _truth(job, plan, model, head, _batches_to_check(job, plan))

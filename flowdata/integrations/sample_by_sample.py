@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flowdata.integrations.trainer_loss import RunLoss, Unit, counts_of_samples
 from flowdata.losses import Normalize, weighted_mean
 from flowdata.models.batch_norm import batch_norm_layers
+from flowdata.models.calling import in_evaluation
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.own_loss import agrees, own_loss_of
@@ -38,8 +39,7 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
             "mode, which take their statistics from the batch; pass loss=(outputs, batch) -> (B,) "
             "losses instead"
         )
-    model.eval()  # else dropout would make each call differ
-    with torch.no_grad():
+    with torch.no_grad(), in_evaluation(model):  # else dropout would make each call differ
         whole = own_loss_of(model(**inputs))
         if whole is None:
             raise ValueError(
@@ -47,7 +47,6 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
                 f"{describe_batch(inputs)}; its forward has to take the labels and return `loss`"
             )
         losses = own_sample_losses(model, inputs, size).double().cpu()
-    model.train()
     for unit in _units(model, inputs):
         counts = counts_of_samples(RunLoss(OWN, unit=unit), inputs, torch.ones(size)).double().cpu()
         mean = float((torch.where(counts > 0, losses, 0.0) * counts).sum() / counts.sum())

@@ -61,7 +61,17 @@ def call_with(model: nn.Module, fields: Mapping[str, Any], **options: Any) -> An
     by = "" if by_place is None else f", and {by_place!r} was given by its place"
     given = f"{', '.join(map(repr, fields))}{by}"
     with _explained(model, given, is_guess=by_place is not None), _shown(fields):
-        return model(*first, **arguments, **{name: options[name] for name in switches})
+        try:
+            return model(*first, **arguments, **{name: options[name] for name in switches})
+        except TypeError as error:
+            if not any(is_unexpected(name, error) for name in switches - parameters.keys()):
+                raise
+            return model(*first, **arguments)  # what it passes `**kwargs` on to takes no switch
+
+
+def is_unexpected(name: str, error: TypeError) -> bool:
+    """Return whether an error says that some function doesn't take a keyword of this name."""
+    return f"unexpected keyword argument {name!r}" in str(error)
 
 
 def call_in_order(model: nn.Module, inputs: Any) -> Any:
@@ -246,8 +256,14 @@ def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a block, and what it was back after it."""
     with as_it_was(model):
-        model.eval()
+        stop_training(model)
         yield
+
+
+def stop_training(model: nn.Module) -> None:
+    """Put all parts of a model into eval mode, without its own `eval`: loralib's merges weights."""
+    for module in model.modules():
+        module.training = False
 
 
 @contextmanager

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import as_it_was
+from flowdata.models.calling import as_it_was, stop_training
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import (
+    dtype_of,
     forwards_without_autocast,
     runs_as_it_is,
     without_autocast,
 )
-from flowdata.models.tensors import map_floating, map_tensors, tensors_in
+from flowdata.models.tensors import cloned, map_floating, tensors_in
 
 _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
 
@@ -55,13 +56,11 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         _given_back(model),
     ):
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
+        stop_training(model)
         if copy_of_model is None:
-            model.eval()
             with nullcontext() if is_placed(model) else _converting_inputs(model, dtype):
                 yield model
             return
-        for module in model.modules():  # without its own `eval`, which may write to parameters
-            module.training = False
         if convolutions(copy_of_model):
             run_channels_last(copy_of_model)
         if dtype != torch.float32:
@@ -110,10 +109,15 @@ class _Conversion(NamedTuple):
 def _conversions(model: nn.Module, dtype: torch.dtype) -> list[_Conversion]:
     """Every parameter and buffer with the dtype that it has in the copy.
 
-    What loses its meaning in 8 bits of mantissa keeps its dtype: integers, rotary frequencies,
-    BatchNorm, and the modules that a Hugging Face model names as strictly float32.
+    In the model's own dtype nothing is converted: its buffers may have another one, which its code
+    counts on. In a lower one that keeps its dtype which loses its meaning in 8 bits of mantissa:
+    integers, rotary frequencies, BatchNorm, and the modules that a Hugging Face model names as
+    strictly float32.
     """
-    if runs_as_it_is(model) and dtype in {p.dtype for p in model.parameters()}:
+    own_dtypes = {dtype_of(model)}
+    if runs_as_it_is(model):
+        own_dtypes |= {parameter.dtype for parameter in model.parameters()}
+    if dtype in own_dtypes:
         tensors = [*model.parameters(), *model.buffers()]
         return [_Conversion(tensor, tensor.dtype) for tensor in tensors]
     strict_names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
@@ -156,7 +160,7 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         value = tensor.detach().to(device, target_dtype, copy=not is_parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     try:
-        copy_of_model = copy.deepcopy(model, memo).eval()
+        copy_of_model = copy.deepcopy(model, memo)
     except Exception as error:  # locks, open files, activations that a user's hook keeps
         if is_needed:
             raise ValueError(
@@ -164,6 +168,7 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
                 f"needs ({type(error).__name__}: {error}); convert it before, and score it as it is"
             ) from error
         return None
+    stop_training(copy_of_model)
     _bind_forwards(copy_of_model, memo)
     return copy_of_model
 
@@ -235,7 +240,7 @@ def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def _runs(model: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether a model runs with inputs as they are; a copy of them, since it may change them."""
-    args, kwargs = map_tensors((args, kwargs), Tensor.clone)
+    args, kwargs = cloned((args, kwargs))
     try:
         model.forward(*args, **kwargs)
     except Exception:  # whatever it says of dtypes

@@ -8,6 +8,9 @@ last are taken for such calls where the outputs are the same but for rounding::
     first call of some shapes ──┬── contiguous ─────┬── the same? ── how later ones are run
                                 └── channels last ──┘
 
+Inputs of one number, as a blank image, tell nothing. The truth about samples is made `as_laid_out`,
+so that the check sees where the first call told too little; then the layout is given up.
+
 Outside the model's forward the weights lie as PyTorch lays them, for functions that call its parts.
 """
 
@@ -16,13 +19,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.tensors import map_tensors, tensors_in
+from flowdata.models.tensors import cloned, map_tensors, tensors_in
 
+_MARK = "takes_channels_last"  # of a forward that may be run so
+_is_plain = ContextVar("is_plain", default=False)
 _ROUNDING, _LOW_ROUNDING = 2.0**-8, 2.0**-4  # of the largest output: TF32's, 16 bits' after layers
 
 
@@ -58,9 +64,12 @@ def run_channels_last(model: nn.Module) -> None:
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         shapes = _shapes_of((args, kwargs))
+        is_told = shapes in fits or not _are_blank((args, kwargs))
+        if _is_plain.get() or not is_told or not is_channels_last(model):
+            return plainly(args, kwargs)
         if shapes in fits:
             return by_channels_last(args, kwargs) if fits[shapes] else plainly(args, kwargs)
-        inputs = map_tensors((args, kwargs), Tensor.clone)  # a forward may change its own
+        inputs = cloned((args, kwargs))  # a forward may change its own
         outputs = plainly(args, kwargs)
         try:
             others = by_channels_last(*inputs)
@@ -78,7 +87,28 @@ def run_channels_last(model: nn.Module) -> None:
         with _channels_last(weights):
             return plainly(args, kwargs)
 
+    vars(laid_out)[_MARK] = True
     model.forward = laid_out
+
+
+@contextmanager
+def as_laid_out() -> Iterator[None]:
+    """Run convolutional networks in the layout that they are written for, for a block."""
+    before = _is_plain.set(True)
+    try:
+        yield
+    finally:
+        _is_plain.reset(before)
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Return whether a model may run with channels last: not after `give_up_channels_last`."""
+    return bool(getattr(model.forward, _MARK, False))
+
+
+def give_up_channels_last(model: nn.Module) -> None:
+    """Run a model in the layout that it is written for from now on."""
+    vars(model.forward)[_MARK] = False
 
 
 def _weights_of(layers: Sequence[nn.Conv2d]) -> list[_Weight]:
@@ -120,6 +150,11 @@ def _is_same(one: Tensor, other: Tensor, rounding: float) -> bool:
         return torch.equal(one, other)
     largest = float(one.abs().nan_to_num(posinf=0).max()) if one.numel() else 0.0
     return torch.allclose(one, other, rtol=0, atol=rounding * largest, equal_nan=True)
+
+
+def _are_blank(inputs: Any) -> bool:
+    """Whether each tensor of inputs is of one number, so that no output tells layouts apart."""
+    return all(bool((tensor == tensor.flatten()[:1]).all()) for tensor in tensors_in(inputs))
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def cloned(batch: Any) -> Any:
+    """Return a copy of a batch, for a forward that may change its inputs."""
+    return map_tensors(batch, Tensor.clone)
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """Return every tensor in a value's tuples, lists and mappings, in order."""
     tensors: list[Tensor] = []

@@ -28,7 +28,7 @@ from flowdata.models.compiled import as_written
 from flowdata.models.failing import order_explained
 from flowdata.models.placement import reshard
 from flowdata.models.precision import dtype_of
-from flowdata.models.tensors import to_device
+from flowdata.models.tensors import cloned, to_device
 from flowdata.scoring.candidates import candidates_of, describe
 from flowdata.scoring.evidence import (
     Evidence,
@@ -41,6 +41,7 @@ from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.kinds import differing, is_short, kind_of
 from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import (
+    further_to_ask,
     loss_with_labels,
     losses_with_labels,
     output_with_labels,
@@ -50,7 +51,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks
 from flowdata.scoring.truth import Truth
 from flowdata.store.packs import Columns
-from flowdata.targets.own_loss import agrees
+from flowdata.targets.own_loss import agrees, least_difference
 from flowdata.targets.predictions import (
     callable_way,
     classes_come_last,
@@ -58,7 +59,7 @@ from flowdata.targets.predictions import (
     prediction_way,
 )
 from flowdata.targets.target_losses import Way, joined
-from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN
+from flowdata.targets.which_loss import LANGUAGE_LOSSES, OWN, has_known_loss
 
 _MOST_SOUGHT = 1000  # samples that are looked through for one whose shape tells the axis of classes
 # Samples before a run. Of a data set as small as `FEW` all are: a single wrong one would be a large
@@ -232,6 +233,10 @@ def _check_loss(truth: Truth, evidence: Evidence) -> None:
         batch = part_to_compare(truth.job.model, whole)  # a copy has hooks
         batches.append(batch)
         plain.append(evidence.plain[place] if batch is whole else truth.columns(batch))
+    if not has_known_loss(truth.job.model) and _makes_loss(truth, batches[:1], plain[:1]):
+        further = further_to_ask(truth.job.model, truth.job.dataset, truth.job.collate)
+        batches += further
+        plain += map(truth.columns, further)
     if not _has_own_loss(truth, truth.model, batches, plain):
         with truth.exact_model() as model:  # it may have been rounding
             exact = [] if model is None else [truth.columns(batch, model) for batch in batches]
@@ -253,12 +258,18 @@ def _asked(truth: Truth, evidence: Evidence) -> list[int]:
     return list(firsts.values())
 
 
+def _makes_loss(truth: Truth, batches: Sequence[Any], columns: Sequence[Columns]) -> bool:
+    """Whether the model makes a loss itself."""
+    return any(values for values, _ in _own_and_named(truth, truth.model, batches, columns))
+
+
 def _has_own_loss(
     truth: Truth, model: nn.Module, batches: Sequence[Any], columns: Sequence[Columns]
 ) -> bool:
     """Whether the loss by name is that which the model makes itself, if it makes one."""
+    least = least_difference(str(truth.job.loss), [float(each["loss"]) for each in columns])
     return all(
-        not values or any(agrees(value, true, torch.float32) for value in values)
+        not values or any(agrees(value, true, torch.float32, least) for value in values)
         for values, true in _own_and_named(truth, model, batches, columns)
     )
 
@@ -270,7 +281,8 @@ def _own_and_named(
     for batch, true in zip(batches, columns, strict=True):
         try:
             with as_written(model):
-                values = losses_with_labels(model, to_device(batch, truth.job.device))
+                own = cloned(batch)  # a forward may change its inputs
+                values = losses_with_labels(model, to_device(own, truth.job.device))
         except Exception:  # a model that can't take its labels along makes no loss
             return
         yield values, float(true["loss"])
@@ -281,8 +293,9 @@ def _refuse_loss(
 ) -> None:
     """Raise ValueError, with both numbers, where the difference is no rounding of the model's."""
     dtype = dtype_of(model)
+    least = least_difference(str(truth.job.loss), [float(each["loss"]) for each in columns])
     for values, named in _own_and_named(truth, model, batches, columns):
-        if values and not any(agrees(value, named, dtype) for value in values):
+        if values and not any(agrees(value, named, dtype, least) for value in values):
             own = " or ".join(f"{value:.6g}" for value in values)
             raise ValueError(
                 f"loss={truth.job.loss!r} gives a sample {named:.6g}, and the model's own loss is "

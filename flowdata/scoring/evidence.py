@@ -18,6 +18,7 @@ from flowdata._common.excerpts import first_line
 from flowdata._common.progress import progress_bar
 from flowdata.models.compiled import give_up, is_compiled
 from flowdata.models.failing import explain_failure
+from flowdata.models.layout import give_up_channels_last, is_channels_last
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW
@@ -28,8 +29,6 @@ from flowdata.scoring.truth import Truth, check_size, difference
 from flowdata.store.packs import Columns
 from flowdata.targets.labels import split_unread
 from flowdata.targets.target_losses import joined
-
-_ENDS = 2  # the first of `differing` samples are the shortest and the longest
 
 
 @dataclass
@@ -78,9 +77,9 @@ def gather_evidence(truth: Truth, samples: list[Any], batches: list[Any]) -> Evi
     if not truth.is_exact and len(truth.job.dataset) <= FEW:
         _look_again(truth, evidence)
     elif truth.is_lowered:
-        _look_at_ends(truth, evidence)
+        _look_in_float32(truth, evidence)
     if truth.is_lowered and evidence.exact:
-        truth.check_rounding(plain[: len(evidence.exact)], evidence.exact)
+        truth.check_rounding(plain, evidence.exact)
     return evidence
 
 
@@ -111,7 +110,16 @@ def disagreement(candidate: Candidate, truth: Truth, evidence: Evidence, plan: P
     if reason and is_compiled_way:
         give_up(truth.model, reason)  # it may fail on account of the compiled layers
         reason = _disagreement(candidate, truth, evidence)
-    reason = reason or disagreement_among_all(candidate, truth, plan)
+    reason = reason or _disagreement_in_packs(candidate, truth, plan)
+    if reason and is_channels_last(truth.model):
+        give_up_channels_last(truth.model)
+        return disagreement(candidate, truth, evidence, plan)
+    return reason
+
+
+def _disagreement_in_packs(candidate: Candidate, truth: Truth, plan: Plan) -> str:
+    """The same of suspects among all samples of their pack, and of samples of one shape."""
+    reason = disagreement_among_all(candidate, truth, plan)
     return reason or disagreement_among_alike(candidate, truth, plan)
 
 
@@ -138,13 +146,12 @@ def _disagreement(candidate: Candidate, truth: Truth, evidence: Evidence) -> str
     return reason
 
 
-def _look_at_ends(truth: Truth, evidence: Evidence) -> None:
-    """Learn the truth of the first samples in float32: suspects, the shortest, and the longest."""
-    batches = evidence.batches[: len(truth.job.suspects) + _ENDS]
+def _look_in_float32(truth: Truth, evidence: Evidence) -> None:
+    """Learn the truth of the samples in float32."""
     with truth.exact_model() as model:
         if model is not None:
-            evidence.exact.extend(_columns_of_each(truth, batches, model))
-    truth.learn_errors(evidence.plain[: len(evidence.exact)], evidence.exact)
+            evidence.exact.extend(_columns_of_each(truth, evidence.batches, model))
+            truth.learn_errors(evidence.plain, evidence.exact)
 
 
 def _look_again(truth: Truth, evidence: Evidence) -> None:

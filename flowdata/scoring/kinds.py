@@ -130,7 +130,8 @@ def differing(samples: Sequence[Any], most: int) -> list[int]:
     places += list(kinds.values())[:_MOST_KINDS]
     # Of samples that are alike there are still several, so that some share a batch.
     others = [place for place in few_enough if place not in places]
-    places += others[: max(0, _FEWEST - len(set(places)))]
+    missing = max(0, _FEWEST - len(set(places)))
+    places += [others[number * len(others) // missing] for number in range(missing) if others]
     return list(dict.fromkeys(places))[:most]
 
 

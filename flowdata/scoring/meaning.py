@@ -8,18 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdata._common.notices import logger
+from flowdata._common.unreadable import some_readable
 from flowdata.models.as_loaded import as_loaded
-from flowdata.models.calling import call_in_order, call_with, innermost, parameters_of, takes_field
+from flowdata.models.calling import (
+    call_in_order,
+    call_with,
+    innermost,
+    is_unexpected,
+    parameters_of,
+    takes_field,
+)
 from flowdata.models.positions import check_positions
 from flowdata.models.precision import dtype_of
-from flowdata.models.tensors import to_device
-from flowdata.scoring.kinds import LONGEST_CHECKED
+from flowdata.models.tensors import cloned, to_device
+from flowdata.scoring.collate import Collate
+from flowdata.scoring.kinds import (
+    LONGEST_CHECKED,
+    differing,
+    has_target,
+    is_short,
+    tokens_of,
+)
 from flowdata.scoring.language.inputs import labels_of, last_tokens
 from flowdata.targets.labels import LABEL_FIELDS, label_field, split_batch, split_unread
 from flowdata.targets.meaning import (
@@ -39,33 +55,37 @@ from flowdata.targets.which_loss import (
     loss_of_model,
 )
 
+_TO_CHOOSE, _TO_ASK = 8, 3  # samples of which the model is asked for its own loss
+_MANY = 64  # samples from which the kind of targets is told, and on which an unknown loss is asked
+_TEXTS = 16  # of which such a loss is asked
 
-def decide_loss(
-    model: nn.Module, batches: Sequence[Any], many: Callable[[], Any], device: torch.device
-) -> str:
+
+def decide_loss(model: nn.Module, dataset: Any, collate: Collate, device: torch.device) -> str:
     """Return the name of the loss that labels are for: one of `LOSSES`, or ``"own"``.
 
     Args:
         model: the model in eval mode, on the device.
-        batches: samples, each collated alone.
-        many: makes a batch of more samples, for a model without a loss of its own.
+        dataset: whose labels.
+        collate: makes a batch of samples.
         device: where the model takes its inputs.
 
     Raises:
         ValueError: nothing tells, or too much does; the message says what `loss` could be.
     """
+    batches = [collate([sample]) for sample in _few_samples(dataset)]
     for batch in batches:
         _check_positions(model, batch)
     batches = [part_to_compare(model, batch) for batch in batches]
-    try:
-        calls = [_call_with_labels(model, to_device(batch, device)) for batch in batches]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        # Labels that are no classes, or a batch of another layout: the run's own checks say which.
-        calls = []
+    calls = _calls_with_labels(model, batches, device)
+    if any(own_losses(model, output, is_labelled=took) for output, took in calls):
+        further = further_to_ask(model, dataset, collate)
+        if more := _calls_with_labels(model, further, device):
+            batches, calls = [*batches, *further], [*calls, *more]
     outputs = [output for output, _ in calls]
     own_values = [own_losses(model, output, is_labelled=took) for output, took in calls]
     if not any(own_values):
-        return _name_without_own_loss(model, batches, many, device)
+        many = partial(some_readable, dataset, _MANY)
+        return _name_without_own_loss(model, batches, lambda: collate(many()), device)
 
     def values_of(name: str) -> list[float | None]:
         return [_named_loss(name, *pair) for pair in zip(outputs, batches, strict=True)]
@@ -74,7 +94,7 @@ def decide_loss(
     name = agreed_name(model, own_values, values_of, dtype)
     if name is not None and (
         (name in LANGUAGE_LOSSES and is_hugging_face(model))  # they make it in ways of their own
-        or all_agree(_named_without_labels(model, name, batches, device), own_values, dtype)
+        or all_agree(name, _named_without_labels(model, name, batches, device), own_values, dtype)
     ):
         return name
     first = next(call for call, values in zip(calls, own_values, strict=True) if values)
@@ -87,6 +107,43 @@ def decide_loss(
         reason,
     )
     return OWN
+
+
+def _few_samples(dataset: Any) -> list[Any]:
+    """A few samples with targets that differ, of which a model is asked for its own loss."""
+    samples = some_readable(dataset, _TO_CHOOSE)
+    if not any(map(has_target, samples)):
+        samples = some_readable(dataset, _MANY)
+    samples = list(filter(has_target, samples)) or samples
+    return [samples[place] for place in differing(samples, _TO_ASK)]
+
+
+def further_to_ask(model: nn.Module, dataset: Any, collate: Collate) -> list[Any]:
+    """Return more samples, each collated alone, to ask a loss of somebody's own about.
+
+    It may weigh some classes or samples alone. Nobody changes what transformers' own losses mean,
+    so that none is returned for these; of texts, which have many targets each, fewer are.
+    """
+    if has_known_loss(model):
+        return []
+    samples = [
+        each for each in some_readable(dataset, _MANY) if is_short(each) and has_target(each)
+    ]
+    if any(map(tokens_of, samples)):
+        samples = samples[:: -(-len(samples) // _TEXTS)]
+    return [collate([sample]) for sample in samples]
+
+
+def _calls_with_labels(
+    model: nn.Module, batches: Sequence[Any], device: torch.device
+) -> list[tuple[Any, bool]]:
+    """The outputs for batches with their labels, and whether the model took these."""
+    try:
+        copies = (cloned(batch) for batch in batches)  # a forward may change it
+        return [_call_with_labels(model, to_device(batch, device)) for batch in copies]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        # Labels that are no classes, or a batch of another layout: the run's own checks say which.
+        return []
 
 
 def _name_without_own_loss(
@@ -171,7 +228,7 @@ def _call_with_labels(model: nn.Module, batch: Any) -> tuple[Any, bool]:
         try:
             return call_with(model, {**inputs, name: targets}, use_cache=False), True
         except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
+            if not is_unexpected(name, error):
                 raise
             # A wrapper that takes anything, round a model that takes no labels.
             return call_with(model, inputs, use_cache=False), False
@@ -209,7 +266,9 @@ def _named_loss(name: str, output: Any, batch: Any) -> float | None:
     if not isinstance(targets, Tensor):
         return None
     try:
-        values = losses_by_name(name, logits_of(output).float().cpu(), targets.cpu()).values
+        logits = logits_of(output).cpu()
+        logits = logits if name == "mse" else logits.float()
+        values = losses_by_name(name, logits, targets.cpu()).values
     except (ValueError, RuntimeError, IndexError):
         return None
     return float(values.mean()) if len(values) else float("nan")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from flowdata._common.notices import is_first_time, say
 from flowdata._common.rng import preserved_rng
-from flowdata._common.unreadable import CollateReadable, Readable, first_readable, some_readable
+from flowdata._common.unreadable import CollateReadable, Readable, first_readable
 from flowdata.errors import DisagreementError
 from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import unwrapped
@@ -30,7 +29,7 @@ from flowdata.scoring.arguments import (
 )
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate, fields_given
 from flowdata.scoring.job import Job, LossFunction
-from flowdata.scoring.kinds import differing, has_target, kind_of
+from flowdata.scoring.kinds import kind_of
 from flowdata.scoring.lend import adapters_of
 from flowdata.scoring.meaning import decide_loss
 from flowdata.scoring.planning import check_same_call
@@ -54,9 +53,6 @@ from flowdata.targets.which_loss import (
     PREDICTION_LOSSES,
     loss_of_model,
 )
-
-_SAMPLES_FOR_AUTO = 64  # from which loss="auto" tells the kind of targets
-_SAMPLES_TO_CHOOSE, _SAMPLES_TO_ASK = 8, 3  # of which the model is asked for its own loss
 
 
 class Scorer(Protocol):
@@ -305,20 +301,13 @@ class LossScorer:
     def _decide_loss(self, dataset: Any, first: Any, collate_fn: Collate | None) -> str:
         loss_of_class = loss_of_model(self.model)
         collate = choose_collate(collate_fn, first, self.model, loss_of_class)
-        samples = some_readable(dataset, _SAMPLES_TO_CHOOSE)
-        if not any(map(has_target, samples)):
-            samples = some_readable(dataset, _SAMPLES_FOR_AUTO)
-        samples = list(filter(has_target, samples)) or samples
-        few = [samples[index] for index in differing(samples, _SAMPLES_TO_ASK)]
         place = home(self.model)
         dtype = resolve_dtype("auto", self.model, place, one_target=True)  # the model's own
         with (
             frozen_model(self.model, dtype, place) as model,
             adapters_of(self.reference, model),
         ):
-            batches = [collate([sample]) for sample in few]
-            many = partial(some_readable, dataset, _SAMPLES_FOR_AUTO)
-            return decide_loss(model, batches, lambda: collate(many()), place)
+            return decide_loss(model, dataset, collate, place)
 
     def _identity(self, job: Job, dataset_id: str, collate_fn: Collate | None) -> dict[str, Any]:
         return scores_identity(

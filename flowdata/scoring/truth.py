@@ -16,7 +16,6 @@ thousand, say, have no place in bfloat16, and each way would make the same wrong
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,10 @@ from torch import Tensor, nn
 
 from flowdata.models.as_loaded import as_loaded
 from flowdata.models.compiled import as_written
+from flowdata.models.layout import as_laid_out
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import dtype_of, has_memory_for_copy, name_of
+from flowdata.models.tensors import cloned
 from flowdata.scoring.job import FEW, Job
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.plan.packs import PlanOptions
@@ -109,7 +110,8 @@ class Truth:
             model: the model in float32; None for that of the run.
         """
         model = self.model if model is None else model
-        with as_written(model), as_loaded(model):
+        batch = cloned(batch)  # a forward may change its inputs
+        with as_written(model), as_laid_out(), as_loaded(model):
             losses = self.plain_of(model)(model, batch)
         self.classes.add(losses.num_classes)
         columns = losses.columns(token_losses=False)
@@ -159,21 +161,29 @@ class Truth:
             plain: their columns in the run's dtype.
             exact: the same in float32.
         """
-        sizes = torch.cat([true["loss"].abs() for true in exact])
-        least = 1.0 if self.in_nats else float(sizes.median())
-        for rounded, true in zip(plain, exact, strict=True):
-            value, expected = float(rounded["loss"]), float(true["loss"])
-            averaging = (_OF_TARGETS / max(int(true["count"]), 1)) ** _AVERAGING
-            share = _ROUNDING[self.job.dtype] * max(averaging, _MORE_THAN_ROUNDING)
-            is_rounding = abs(value - expected) <= share * max(abs(expected), least)
-            if math.isfinite(expected) and not is_rounding:
-                dtype = name_of(self.job.dtype)
-                raise ValueError(
-                    f"in {dtype} a sample's {self.noun} is {value:.4g}, in float32 {expected:.4g}, "
-                    "which is more than rounding: something of the model, such as positions or "
-                    "frequencies, needs more digits. Pass dtype='float32'; or load the model in "
-                    f"{dtype}, if that is how it is meant to run"
-                )
+        values = torch.cat([each["loss"] for each in plain])
+        expected = torch.cat([each["loss"] for each in exact])
+        counts = torch.cat([each["count"] for each in exact]).clamp_min(1)
+        share = _ROUNDING[self.job.dtype] * (_OF_TARGETS / counts) ** _AVERAGING
+        share = share.clamp_min(_MORE_THAN_ROUNDING * _ROUNDING[self.job.dtype])
+        usual = float(expected.abs().nanmedian())  # beside which a small loss may be off by more
+        least = min(max(usual, 0.1), 1.0) if self.in_nats else usual
+        errors, most = values - expected, share * expected.abs().clamp_min(least)
+        is_number = expected.isfinite()
+        is_off = is_number & ~(errors.abs() <= most)
+        # Rounding errors have either sign, so that those of several samples cancel.
+        mean, mean_most = errors[is_number].mean(), most[is_number].mean()
+        if bool(is_off.any()) or bool(mean.abs() > mean_most / is_number.sum().sqrt()):
+            place = int(
+                (errors.abs() / most).masked_fill(~is_number, 0.0).nan_to_num(torch.inf).argmax()
+            )
+            dtype = name_of(self.job.dtype)
+            raise ValueError(
+                f"in {dtype} a sample's {self.noun} is {float(values[place]):.4g}, in float32 "
+                f"{float(expected[place]):.4g}, which is more than rounding: something of the "
+                "model, such as positions or frequencies, needs more digits. Pass dtype='float32'; "
+                f"or load the model in {dtype}, if that is how it is meant to run"
+            )
 
     def learn_errors(self, plain: Sequence[Columns], exact: Sequence[Columns]) -> None:
         """Take the plain way's errors on samples into account."""
@@ -186,7 +196,7 @@ class Truth:
 
     def start(self, batch: Any) -> Fetched:
         """Return the losses of a sample collated alone on their way to the host."""
-        with as_written(self.model), as_loaded(self.model):
+        with as_written(self.model), as_laid_out(), as_loaded(self.model):
             return Fetched(self.plain_of(self.model)(self.model, batch))
 
     def difference(self, columns: Columns, true: Columns, batch: Any) -> str:

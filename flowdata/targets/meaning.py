@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowdata.models.calling import innermost, output_layer_of
 from flowdata.targets.labels import IGNORE_INDEX, next_tokens, split_batch, token_ids_of
-from flowdata.targets.own_loss import agrees
+from flowdata.targets.own_loss import agrees, least_difference
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses
 from flowdata.targets.which_loss import PREDICTION_LOSSES, loss_of_batch, loss_of_model
@@ -44,7 +44,7 @@ def agreed_name(
     """
     by_class = loss_of_model(model)
     names = filter(None, (by_class, *_names(model)))
-    return next((n for n in names if all_agree(values_of(n), own_values, dtype)), None)
+    return next((n for n in names if all_agree(n, values_of(n), own_values, dtype)), None)
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:
@@ -58,13 +58,17 @@ def _names(model: nn.Module) -> tuple[str, ...]:
 
 
 def all_agree(
-    named: Sequence[float | None], own_values: Sequence[Sequence[float]], dtype: torch.dtype
+    name: str,
+    named: Sequence[float | None],
+    own_values: Sequence[Sequence[float]],
+    dtype: torch.dtype,
 ) -> bool:
     """Return whether a loss by name is the model's own on every batch, and a number on one."""
     pairs = list(zip(named, own_values, strict=True))
+    least = least_difference(name, named)
     is_known = any(value is not None and value == value for value in named)  # NaN: no target
     return is_known and all(
-        value is not None and any(agrees(each, value, dtype) for each in values)
+        value is not None and any(agrees(each, value, dtype, least) for each in values)
         for value, values in pairs
         if values
     )

@@ -6,7 +6,7 @@ class weights or smoothing, of classes or of numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +185,24 @@ def _field(output: Any, name: str) -> Any:
     return getattr(output, name, None)
 
 
-def agrees(own_loss: float, named_loss: float, dtype: torch.dtype) -> bool:
+def least_difference(loss: str, named_losses: Sequence[float | None]) -> float:
+    """Return how far two losses may be apart by rounding, however small they are.
+
+    Args:
+        loss: the loss's name. Squared errors have a unit of their own.
+        named_losses: those of a few batches by this name, None or NaN where there is none.
+
+    Example:
+        >>> least_difference("cross_entropy", [0.5]), f"{least_difference('mse', [1e-9, None]):g}"
+        (0.0001, '1e-11')
+    """
+    if loss != "mse":
+        return 1e-4
+    largest = max((each for each in named_losses if each is not None and each == each), default=1.0)
+    return 1e-2 * min(largest, 1e-2)
+
+
+def agrees(own_loss: float, named_loss: float, dtype: torch.dtype, least: float = 1e-4) -> bool:
     """Return whether two losses of the same logits are the same but for rounding.
 
     A model may add its own loss up in the dtype that it runs in.
@@ -194,8 +211,9 @@ def agrees(own_loss: float, named_loss: float, dtype: torch.dtype) -> bool:
         own_loss: the model's.
         named_loss: that by a loss's name.
         dtype: that the model runs in.
+        least: see `least_difference`.
     """
     if own_loss != own_loss or named_loss != named_loss:  # NaN: a sample without a target
         return own_loss != own_loss and named_loss != named_loss
     eps = torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-5
-    return abs(own_loss - named_loss) <= 1e-4 + 4 * eps * abs(named_loss)
+    return abs(own_loss - named_loss) <= least + 4 * eps * abs(named_loss)

@@ -135,9 +135,17 @@ def squared_error(predictions: Tensor, targets: Tensor) -> TargetLosses:
     """Return the squared errors of predictions and targets of one shape, (B, …)."""
     predictions = _without_last_one(predictions, targets)
     _check_shapes("mse", predictions, targets, predictions.shape)
-    losses = (predictions - to_device(targets, predictions.device).float()).square()
+    is_wide = torch.float64 in (predictions.dtype, targets.dtype) or _is_large(targets)
+    dtype = torch.float64 if is_wide else torch.float32  # a difference may be small beside both
+    targets = to_device(targets, predictions.device)
+    losses = (predictions.to(dtype) - targets.to(dtype)).square().float()
     each = losses.reshape(len(losses), -1)
     return TargetLosses(each.flatten(), torch.full((len(each),), each.shape[1]))
+
+
+def _is_large(targets: Tensor) -> bool:
+    """Whether targets are integers that float32 doesn't know apart."""
+    return targets.dtype == torch.int64 and bool((targets.abs() >= 2**24).any())
 
 
 def _without_last_one(predictions: Tensor, targets: Tensor) -> Tensor:

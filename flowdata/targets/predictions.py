@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowdata.models.calling import call_in_order, call_with
 from flowdata.models.hooks import last_call
-from flowdata.models.tensors import CPU, to_device
+from flowdata.models.tensors import CPU, cloned, to_device
 from flowdata.targets.labels import describe_batch, split_batch, strings_for_targets
 from flowdata.targets.prediction_losses import binary_cross_entropy, cross_entropy, squared_error
 from flowdata.targets.target_losses import TargetLosses, Way
@@ -52,11 +52,12 @@ def prediction_way(
             )
         layers = _linear_layers(model) if "gradient_norm" in columns else []
         with last_call(layers) as calls:
-            predictions = predict(model, to_device(inputs, device)).float()
-        if loss == "binary_cross_entropy":
-            return binary_cross_entropy(predictions, targets)
+            predictions = predict(model, to_device(inputs, device))
         if loss == "mse":
             return squared_error(predictions, targets)
+        predictions = predictions.float()
+        if loss == "binary_cross_entropy":
+            return binary_cross_entropy(predictions, targets)
         # The layer that was called last need not have made the logits: look whether it has.
         inputs_of_logits = (
             call.input for call in calls if torch.equal(call.output.float(), predictions)
@@ -92,7 +93,7 @@ def classes_come_last(model: nn.Module, batches: Iterable[Any], device: torch.de
             return False
         if shape is not None and targets.shape[1:] == shape[2:]:
             continue  # as many places as before tell no more
-        logits = predict(model, to_device(inputs, device))
+        logits = predict(model, to_device(cloned(inputs), device))
         is_second = targets.shape == logits.shape[:1] + logits.shape[2:]
         is_last = targets.shape == logits.shape[:-1]
         if not (is_second and is_last):

@@ -166,10 +166,18 @@ def labels_of(batch: Mapping[str, Any], loss: str) -> Tensor:
                 f"input_ids, {tuple(ids.shape)}, got {shape}; give 'labels', {IGNORE_INDEX} where "
                 "nothing counts"
             )
-        ids = ids.masked_fill(mask == 0, IGNORE_INDEX)
+        is_hidden = _is_hidden(mask)
+        ids = ids.masked_fill(is_hidden, IGNORE_INDEX)
         if name == "attention_mask":
-            ids = ids.masked_fill((mask.cumsum(1) <= 1) & (mask[:, :1] == 0), IGNORE_INDEX)
+            is_first = ((~is_hidden).cumsum(1) <= 1) & is_hidden[:, :1]
+            ids = ids.masked_fill(is_first, IGNORE_INDEX)
     return ids.long()
+
+
+def _is_hidden(mask: Tensor) -> Tensor:
+    """Where a mask hides tokens: where it is 0, or far below 0 if it is added to scores."""
+    is_added = mask.is_floating_point() and not bool((mask > 0).any())
+    return mask < 0 if is_added else mask == 0
 
 
 def requires_mask(model: nn.Module) -> bool:
