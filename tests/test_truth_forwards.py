@@ -5,6 +5,7 @@ from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -626,3 +627,28 @@ def test_a_mask_that_is_added_hides_what_lies_far_below_zero():
     each = F.cross_entropy(logits.transpose(1, 2), TOKENS[:, 1:], reduction="none")
     expected = torch.stack([e[-n:].mean() for e, n in zip(each, scores.counts, strict=True)])
     torch.testing.assert_close(scores.losses, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.empty, np.empty])
+def test_a_data_set_that_reads_into_one_buffer_is_refused(kind):
+    class Buffered(torch.utils.data.Dataset):
+        def __init__(self):
+            self.buffer = kind(4)
+
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, index):
+            self.buffer[:] = X[index] if kind is torch.empty else X[index].numpy()
+            return {"x": self.buffer, "labels": CLASSES[index]}
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match="every sample in the same memory"):
+        LossScorer(seeded(Classifier), progress=False).score(Buffered())

@@ -102,13 +102,13 @@ def as_laid_out() -> Iterator[None]:
 
 
 def is_channels_last(model: nn.Module) -> bool:
-    """Return whether a model may run with channels last: not after `give_up_channels_last`."""
+    """Return whether a model may run with channels last."""
     return bool(getattr(model.forward, _MARK, False))
 
 
-def give_up_channels_last(model: nn.Module) -> None:
-    """Run a model in the layout that it is written for from now on."""
-    vars(model.forward)[_MARK] = False
+def let_channels_last(model: nn.Module, is_let: bool) -> None:
+    """Say whether a model that `run_channels_last` was given may still run so."""
+    vars(model.forward)[_MARK] = is_let
 
 
 def _weights_of(layers: Sequence[nn.Conv2d]) -> list[_Weight]:
@@ -153,8 +153,10 @@ def _is_same(one: Tensor, other: Tensor, rounding: float) -> bool:
 
 
 def _are_blank(inputs: Any) -> bool:
-    """Whether each tensor of inputs is of one number, so that no output tells layouts apart."""
-    return all(bool((tensor == tensor.flatten()[:1]).all()) for tensor in tensors_in(inputs))
+    """Whether each map of inputs is of one number, so that no output tells layouts apart."""
+    tensors = [tensor for tensor in tensors_in(inputs) if tensor.numel()]
+    maps = [tensor for tensor in tensors if tensor.dim() >= 3] or tensors
+    return all(bool((each == each.flatten()[0]).all()) for each in maps)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

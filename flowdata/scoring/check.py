@@ -234,9 +234,10 @@ def _check_loss(truth: Truth, evidence: Evidence) -> None:
         batches.append(batch)
         plain.append(evidence.plain[place] if batch is whole else truth.columns(batch))
     if not has_known_loss(truth.job.model) and _makes_loss(truth, batches[:1], plain[:1]):
-        further = further_to_ask(truth.job.model, truth.job.dataset, truth.job.collate)
-        batches += further
-        plain += map(truth.columns, further)
+        for batch in further_to_ask(truth.job.dataset, truth.job.collate):
+            with contextlib.suppress(RuntimeError):  # the run will meet it and say so
+                plain.append(truth.columns(batch))
+                batches.append(batch)
     if not _has_own_loss(truth, truth.model, batches, plain):
         with truth.exact_model() as model:  # it may have been rounding
             exact = [] if model is None else [truth.columns(batch, model) for batch in batches]

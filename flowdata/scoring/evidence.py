@@ -18,7 +18,7 @@ from flowdata._common.excerpts import first_line
 from flowdata._common.progress import progress_bar
 from flowdata.models.compiled import give_up, is_compiled
 from flowdata.models.failing import explain_failure
-from flowdata.models.layout import give_up_channels_last, is_channels_last
+from flowdata.models.layout import is_channels_last, let_channels_last
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW
@@ -112,8 +112,9 @@ def disagreement(candidate: Candidate, truth: Truth, evidence: Evidence, plan: P
         reason = _disagreement(candidate, truth, evidence)
     reason = reason or _disagreement_in_packs(candidate, truth, plan)
     if reason and is_channels_last(truth.model):
-        give_up_channels_last(truth.model)
-        return disagreement(candidate, truth, evidence, plan)
+        let_channels_last(truth.model, False)
+        reason = disagreement(candidate, truth, evidence, plan)
+        let_channels_last(truth.model, bool(reason))  # it was not the layout
     return reason
 
 

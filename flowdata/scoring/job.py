@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,10 +60,13 @@ class Job:
     @functools.cached_property
     def few_samples(self) -> list[Any]:
         """Some readable samples from all over the data set, shortest first."""
-        samples = []
+        samples: list[Any] = []
+        before: list[bytes] = []
         for index in range(0, len(self.dataset), -(-len(self.dataset) // FEW)):
             with contextlib.suppress(SampleError):  # the run will meet it and say so
                 samples.append(self.dataset[index])
+                before = before or _contents_of(samples[0])
+        _check_memory(samples, before)
         readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
         readable = readable or [first_readable(self.dataset)]
         return sorted(readable, key=lambda sample: length_of(sample) or 0)
@@ -74,3 +78,27 @@ class Job:
         if not is_packed or len(self.few_samples) < 2:
             return torch.empty(0, dtype=torch.long)
         return common_prefix(self.collate(self.few_samples), "causal_lm")
+
+
+def _check_memory(samples: list[Any], before: list[bytes]) -> None:
+    """Raise ValueError where the first sample isn't what it was `before` others were read."""
+    if samples and _contents_of(samples[0]) != before:
+        raise ValueError(
+            "the data set gives every sample in the same memory: the first one changed when others "
+            "were read, so that a batch would hold one of them several times; return a copy from "
+            "its __getitem__, as by tensor.clone() or array.copy()"
+        )
+
+
+def _contents_of(value: Any) -> list[bytes]:
+    """The bytes of a sample's tensors and arrays, in order."""
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        return [flat.view(torch.uint8).numpy().tobytes()]
+    if isinstance(value, np.ndarray):
+        return [value.tobytes()]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list) and not (value and isinstance(value[0], int | float)):
+        return [each for item in value for each in _contents_of(item)]
+    return []

@@ -60,7 +60,9 @@ _MANY = 64  # samples from which the kind of targets is told, and on which an un
 _TEXTS = 16  # of which such a loss is asked
 
 
-def decide_loss(model: nn.Module, dataset: Any, collate: Collate, device: torch.device) -> str:
+def decide_loss(
+    model: nn.Module, dataset: Any, collate: Collate, device: torch.device, *, is_known: bool
+) -> str:
     """Return the name of the loss that labels are for: one of `LOSSES`, or ``"own"``.
 
     Args:
@@ -68,6 +70,7 @@ def decide_loss(model: nn.Module, dataset: Any, collate: Collate, device: torch.
         dataset: whose labels.
         collate: makes a batch of samples.
         device: where the model takes its inputs.
+        is_known: whether transformers' code makes the model's own loss (`has_known_loss`).
 
     Raises:
         ValueError: nothing tells, or too much does; the message says what `loss` could be.
@@ -77,8 +80,9 @@ def decide_loss(model: nn.Module, dataset: Any, collate: Collate, device: torch.
         _check_positions(model, batch)
     batches = [part_to_compare(model, batch) for batch in batches]
     calls = _calls_with_labels(model, batches, device)
-    if any(own_losses(model, output, is_labelled=took) for output, took in calls):
-        further = further_to_ask(model, dataset, collate)
+    makes_loss = any(own_losses(model, output, is_labelled=took) for output, took in calls)
+    if makes_loss and not is_known:
+        further = further_to_ask(dataset, collate)
         if more := _calls_with_labels(model, further, device):
             batches, calls = [*batches, *further], [*calls, *more]
     outputs = [output for output, _ in calls]
@@ -118,20 +122,21 @@ def _few_samples(dataset: Any) -> list[Any]:
     return [samples[place] for place in differing(samples, _TO_ASK)]
 
 
-def further_to_ask(model: nn.Module, dataset: Any, collate: Collate) -> list[Any]:
+def further_to_ask(dataset: Any, collate: Collate) -> list[Any]:
     """Return more samples, each collated alone, to ask a loss of somebody's own about.
 
-    It may weigh some classes or samples alone. Nobody changes what transformers' own losses mean,
-    so that none is returned for these; of texts, which have many targets each, fewer are.
+    It may weigh some classes or samples alone. Texts have many targets each, so that fewer do.
     """
-    if has_known_loss(model):
-        return []
     samples = [
         each for each in some_readable(dataset, _MANY) if is_short(each) and has_target(each)
     ]
     if any(map(tokens_of, samples)):
         samples = samples[:: -(-len(samples) // _TEXTS)]
-    return [collate([sample]) for sample in samples]
+    batches = []
+    for sample in samples:
+        with suppress(Exception):  # the run will meet it and say so
+            batches.append(collate([sample]))
+    return batches
 
 
 def _calls_with_labels(

@@ -51,6 +51,7 @@ from flowdata.targets.which_loss import (
     LANGUAGE_LOSSES,
     LOSSES,
     PREDICTION_LOSSES,
+    has_known_loss,
     loss_of_model,
 )
 
@@ -307,7 +308,8 @@ class LossScorer:
             frozen_model(self.model, dtype, place) as model,
             adapters_of(self.reference, model),
         ):
-            return decide_loss(model, dataset, collate, place)
+            is_known = has_known_loss(self.model)
+            return decide_loss(model, dataset, collate, place, is_known=is_known)
 
     def _identity(self, job: Job, dataset_id: str, collate_fn: Collate | None) -> dict[str, Any]:
         return scores_identity(
