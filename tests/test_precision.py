@@ -195,6 +195,26 @@ def test_squared_errors_of_large_numbers_keep_their_digits(own, targets):
     torch.testing.assert_close(losses, expected.detach())
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_an_input_that_is_taken_stays_beside_one_that_is_not(given):
+    class Both(Since):
+        def forward(self, times, shift):
+            return super().forward(times) + self.head(shift)
+
+    start = torch.tensor(1.7e9, dtype=torch.float64)
+    shift = torch.randn(60, 2)
+    times = start + torch.linspace(0, 6, 60, dtype=torch.float64)
+    labels = torch.arange(60) % 3
+    model = Both(start, torch.float32)
+    expected = F.cross_entropy(model(times, shift), labels, reduction="none").detach()
+    rows = [
+        {"times": at, "shift": by.to(given), "labels": label}
+        for at, by, label in zip(times, shift, labels, strict=True)
+    ]
+    losses = LossScorer(model, progress=False).score(rows).losses
+    torch.testing.assert_close(losses, expected)
+
+
 class Merging(nn.Linear):
     """Adds its adapter to its weight in eval mode, as loralib's layers do."""
 

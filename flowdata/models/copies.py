@@ -7,6 +7,7 @@ import operator
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from flowdata.models.precision import (
     runs_as_it_is,
     without_autocast,
 )
-from flowdata.models.tensors import cloned, map_floating, tensors_in
+from flowdata.models.tensors import cloned, map_floating, map_tensors, tensors_in
 
 _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
 
@@ -219,17 +220,16 @@ def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     if isinstance(model, torch.jit.ScriptModule):  # takes no hooks
         yield
         return
-    takes: dict[tuple[torch.dtype, ...], bool] = {}  # by the dtypes of inputs
+    kept: dict[tuple[torch.dtype, ...], frozenset[int]] = {}  # by the dtypes of inputs
 
     def convert(_: nn.Module, args: Any, kwargs: Any) -> Any:
         dtypes = tuple(tensor.dtype for tensor in tensors_in((args, kwargs)))
-        if not any(each.is_floating_point and each != dtype for each in dtypes):
+        others = [at for at, own in enumerate(dtypes) if own.is_floating_point and own != dtype]
+        if not others:
             return None
-        if dtypes not in takes:
-            takes[dtypes] = _runs(model, args, kwargs)
-        if takes[dtypes]:
-            return None
-        return map_floating((args, kwargs), lambda tensor: tensor.to(dtype))
+        if dtypes not in kept:
+            kept[dtypes] = _taken(model, (args, kwargs), frozenset(others), dtype)
+        return _converted((args, kwargs), kept[dtypes], dtype)
 
     handle = model.register_forward_pre_hook(convert, with_kwargs=True)
     try:
@@ -238,11 +238,31 @@ def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         handle.remove()
 
 
-def _runs(model: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a model runs with inputs as they are; a copy of them, since it may change them."""
-    args, kwargs = cloned((args, kwargs))
-    try:
-        model.forward(*args, **kwargs)
-    except Exception:  # whatever it says of dtypes
-        return False
-    return True
+def _converted(inputs: Any, kept: frozenset[int], dtype: torch.dtype) -> Any:
+    """Inputs with floating tensors in a dtype, but for those at the places that are kept."""
+    places = count()
+
+    def convert(tensor: Tensor) -> Tensor:
+        is_kept = next(places) in kept
+        return tensor if is_kept or not tensor.is_floating_point() else tensor.to(dtype)
+
+    return map_tensors(inputs, convert)
+
+
+def _taken(
+    model: nn.Module, inputs: Any, others: frozenset[int], dtype: torch.dtype
+) -> frozenset[int]:
+    """The places of those inputs of other dtypes that a model takes as they are."""
+
+    def runs(kept: frozenset[int]) -> bool:
+        args, kwargs = _converted(cloned(inputs), kept, dtype)  # a forward may change its own
+        try:
+            model.forward(*args, **kwargs)
+        except Exception:  # whatever it says of dtypes
+            return False
+        return True
+
+    if runs(others):
+        return others
+    each = frozenset(at for at in others if len(others) > 1 and runs(frozenset([at])))
+    return each if each and runs(each) else frozenset()

@@ -197,7 +197,7 @@ class Truth:
     def start(self, batch: Any) -> Fetched:
         """Return the losses of a sample collated alone on their way to the host."""
         with as_written(self.model), as_laid_out(), as_loaded(self.model):
-            return Fetched(self.plain_of(self.model)(self.model, batch))
+            return Fetched(self.plain_of(self.model)(self.model, cloned(batch)))
 
     def difference(self, columns: Columns, true: Columns, batch: Any) -> str:
         """Return "" if a sample of the run is right, else how it differs from the truth.
