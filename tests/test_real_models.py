@@ -94,7 +94,7 @@ def test_one_line_trains_smollm2_on_what_it_scored_itself(smollm2, data, tmp_pat
             "prompt": [{"role": "user", "content": row["question"]}],
             "completion": [{"role": "assistant", "content": row["answer"]}],
         }
-        for row in read_rows(str(data), limit=16)
+        for row in read_rows(str(data), limit=8)
     ]
     arguments = {
         "output_dir": str(tmp_path / "out"),
@@ -121,9 +121,9 @@ def test_one_line_trains_smollm2_on_what_it_scored_itself(smollm2, data, tmp_pat
         model, trl.SFTConfig(**arguments), scores="auto", store=store, **options
     )
     weights = torch.tensor(trainer.train_dataset["weight"][:])
-    assert len(weights) == 16
+    assert len(weights) == 8
     assert torch.equal(weights, by_hand.weights())
-    for index in (0, 7, 15):
+    for index in (0, 7):
         row = trainer.train_dataset[index]
         sample = {name: torch.tensor(row[name]) for name in ("input_ids", "labels")}
         loss, count = reference.causal_lm_sample_loss(loaded, sample)
