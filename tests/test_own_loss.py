@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from flowdata import LossScorer
+from flowdata.targets.which_loss import has_known_loss
+from tests.models import tiny_llama
 
 
 class OwnLoss(nn.Module):
@@ -106,3 +108,32 @@ def test_a_small_squared_error_is_one():
     scorer = LossScorer(model, progress=False)
     torch.testing.assert_close(scorer.score(rows).losses, alone(model, rows), rtol=1e-3, atol=0)
     assert scorer.explain().startswith("mse")
+
+
+def replaced(model):
+    """The model with a `forward` of somebody's own, which could make any loss."""
+    inner = model.forward
+    model.forward = lambda *arguments, **fields: inner(*arguments, **fields)
+    return model
+
+
+def accelerated(model):
+    accelerate = pytest.importorskip("accelerate")
+    hook = accelerate.hooks.AlignDevicesHook()
+    return accelerate.hooks.add_hook_to_module(model, hook)
+
+
+def with_the_head_of_trl(model):
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs Python 3.11")
+    utils.add_fused_lm_head(model)
+    return model
+
+
+@pytest.mark.parametrize("around", [accelerated, with_the_head_of_trl])
+def test_a_forward_that_calls_the_models_has_its_loss(around):
+    assert has_known_loss(tiny_llama())
+    assert has_known_loss(around(tiny_llama()))
+    assert has_known_loss(around(accelerated(tiny_llama())))
+    assert not has_known_loss(replaced(tiny_llama()))
+    assert not has_known_loss(around(replaced(tiny_llama())))
+    assert not has_known_loss(replaced(around(tiny_llama())))

@@ -37,6 +37,8 @@ _LOSS_OF_CLASS = {
     "ForMaskedLM": "masked_lm",
     "ForTokenClassification": "cross_entropy",
 }
+# Libraries that put a `forward` of their own round a model's, with the loss that that one makes.
+_PASS_ON = ("accelerate.", "torch.", "transformers.", "trl.")
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 _LOSS_OF_PROBLEM = {
     "regression": "mse",
@@ -80,12 +82,34 @@ def is_hugging_face(model: nn.Module) -> bool:
 def has_known_loss(model: nn.Module) -> bool:
     """Return whether a model's own loss is made by transformers' code, with nothing in its place.
 
-    Somebody may have replaced its `forward` or its `loss_function`, or look on by a hook.
+    Somebody may have replaced its `forward` or its `loss_function`, or look on by a hook. That of
+    accelerate or TRL calls the one before.
     """
     model = innermost(model)
-    is_known = type(model).__module__.startswith("transformers.models.")
-    own = {"forward", "_loss_function"} & set(vars(model))
-    return is_hugging_face(model) and is_known and not own and not model._forward_hooks
+    own = vars(model)
+    forwards = [own[name] for name in ("forward", "_old_forward") if name in own]
+    return (
+        is_hugging_face(model)
+        and type(model).__module__.startswith("transformers.models.")
+        and "_loss_function" not in own
+        and not model._forward_hooks
+        and all(_is_of(_PASS_ON, forward, set()) for forward in forwards)
+    )
+
+
+def _is_of(libraries: tuple[str, ...], call: Any, seen: set[int]) -> bool:
+    """Whether libraries made a function, a method or a partial one, and all that it holds."""
+    function = getattr(call, "func", call)
+    function = getattr(function, "__func__", function)
+    if not inspect.isfunction(function) or id(function) in seen:
+        return id(function) in seen
+    seen.add(id(function))
+    held = inspect.getclosurevars(function).nonlocals.values()
+    return function.__globals__["__name__"].startswith(libraries) and all(
+        _is_of(libraries, each, seen)
+        for each in held
+        if callable(each) and not isinstance(each, nn.Module | type)
+    )
 
 
 def loss_of_model(model: nn.Module) -> str | None:
