@@ -655,7 +655,7 @@ def test_as_many_classes_as_tokens_are_refused(order):
         DriftMeter(Tagger(order, is_linear=False), probe)
 
 
-class Centred(nn.Module):
+class Scaled(nn.Module):
     """Depends on its batch, so that samples are run alone; a scale stands behind its head."""
 
     def __init__(self):
@@ -671,7 +671,7 @@ class Centred(nn.Module):
 
 @pytest.mark.parametrize("number", [40, 300])
 def test_a_tuned_model_is_checked_where_samples_are_run_alone(number):
-    base, tuned = Centred(), Centred()
+    base, tuned = Scaled(), Scaled()
     probe = torch.randn(number, 6)
     meter = DriftMeter(base, probe, progress=False)
     with torch.no_grad():
@@ -682,5 +682,23 @@ def test_a_tuned_model_is_checked_where_samples_are_run_alone(number):
         kl = F.kl_div(theirs, ours, reduction="batchmean", log_target=True)
         assert meter(tuned).kl == pytest.approx(kl.item(), rel=1e-4)
         tuned.scale.fill_(3.0)  # which the head alone doesn't tell
-    with pytest.raises(ValueError, match="not what its output layer makes of a row"):
+    with pytest.raises(ValueError, match="not what its output layer 'head' makes of a row"):
         meter(tuned)
+
+
+class Bounded(Body):
+    """A model with a bound on its logits."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-2, 2)
+
+
+def test_logits_that_are_bounded_for_few_samples_are_refused():
+    base, tuned, probe = Bounded(), Bounded(), MANY.repeat(20, 1, 1, 1).clone()
+    probe[900] *= 20
+    meter = DriftMeter(base, probe[:900], progress=False)
+    with torch.no_grad():
+        assert 0 < int((tuned.head(tuned.features(probe)).abs() > 2).any(1).sum()) < 3
+        assert meter(tuned).kl == 0
+    with pytest.raises(ValueError, match="not what its output layer 'head' makes of a row"):
+        DriftMeter(base, probe, progress=False)

@@ -131,14 +131,29 @@ def _prediction_way(
     def way(model: nn.Module, batch: Any) -> TargetLosses:
         inputs = to_device(split_batch(batch)[0], job.device)
         with last_call(layers) as calls:
-            rows = predict(model, inputs).float()
+            logits = predict(model, inputs)
         if head is None:
-            rows = _classes_last(model, rows, inputs)
-        elif not to_logits:
+            rows = _classes_last(model, logits.float(), inputs)
+        elif to_logits:
+            rows = logits.float()
+        else:
             rows = calls[0].input
+            _check_unchanged(model, head, calls[0].output, logits)
         return _of_samples(rows, _mask_of(inputs))
 
     return way
+
+
+def _check_unchanged(model: nn.Module, head: str, made: Any, logits: Tensor) -> None:
+    """Raise ValueError where a model changes what its output layer made, be it of one sample."""
+    if made is logits or not isinstance(made, Tensor) or made.shape != logits.shape:
+        return
+    if not _same(made, logits):
+        raise ValueError(
+            f"the model's logits are not what its output layer {head!r} makes of a row: it changes "
+            "them afterwards, as a scale, a bias or a bound of its own does; so its drift can't be "
+            "measured from what the layer is given"
+        )
 
 
 def _classes_last(model: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
