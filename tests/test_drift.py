@@ -13,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from flowdata.drift import DriftMeter
+from flowdata.drift import DriftMeter, OutputAnchor
 from flowdata.errors import ScoreMismatchError
 from tests import reference
 from tests.models import TinyResNet, images, tiny_gpt2, tiny_llama, token_samples
@@ -442,18 +442,39 @@ def test_a_new_output_layer_is_told_once_for_a_meter_and_as_no_alarm(caplog):
         meter(tuned)  # another line of the same program
     (record,) = [record for record in caplog.records if "output layer" in record.message]
     assert record.message == (
-        "new output layer: drift is read through the old one, which the old task would still use"
+        "new output layer: drift is read through the old one, which the old task would still use; "
+        "if it is the old one, and training took it so far, make the meter with head='own'"
     )
     assert record.levelno == logging.INFO
 
 
-def test_a_language_model_with_more_tokens_is_measured_through_the_frozen_head():
+@pytest.mark.parametrize("tokens", [205, 197])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_language_model_with_other_tokens_is_measured_by_those_that_both_have(tokens, bias):
     base = tiny_llama()
-    meter = DriftMeter(base, TOKENS)
+    if bias:
+        base.lm_head = nn.Linear(base.lm_head.in_features, base.lm_head.out_features)
+    samples = [{name: ids.clamp_max(190) for name, ids in each.items()} for each in TOKENS]
+    meter = DriftMeter(base, samples, dtype="float32")
     tuned = copy.deepcopy(base)
-    tuned.resize_token_embeddings(205, mean_resizing=False)
+    tuned.resize_token_embeddings(tokens, mean_resizing=False)
     drift = meter(tuned)
-    assert (drift.head, drift.kl) == ("frozen", 0)
+    assert (drift.head, drift.kl < 1e-9) == ("own", True)
+    with torch.no_grad():
+        tuned.lm_head.weight[:190].add_(0.1 * torch.randn(190, 32))
+    shared, kl = min(199, tokens), []
+    for sample in samples:
+        one, other = (
+            of_causal(each, sample)[:, :shared].double().log_softmax(1) for each in (base, tuned)
+        )
+        kl.append((one.exp() * (one - other)).sum(1))
+    drift = meter(tuned)
+    assert drift.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
+    penalty = OutputAnchor(meter, 1e-3, batch_size=len(samples))(tuned)
+    assert 1e3 * penalty.item() == pytest.approx(drift.kl, rel=0.1)
+    (gradient,) = torch.autograd.grad(penalty, tuned.lm_head.weight)
+    assert gradient[:shared].any()
+    assert not gradient[shared:].any()
 
 
 def test_batch_norm_is_the_frozen_models_unless_asked_otherwise():

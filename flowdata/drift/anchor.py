@@ -34,6 +34,7 @@ from flowdata._common.real_numbers import RealNumber, check_factor
 from flowdata._common.resumable import check_natural
 from flowdata.drift.meter import DriftMeter
 from flowdata.drift.several import kl_to_answers
+from flowdata.drift.which_head import of_shared_classes
 from flowdata.head.kl import Predictions
 from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.kl_loss import kl_to, kl_to_called
@@ -133,7 +134,11 @@ class OutputAnchor:
             tuned = Predictions(rows.values, _InEvaluation(module) if is_own else base.layer)
             divergence = kl_to_answers(base, tuned)
         else:
-            divergence = _divergence(base, rows.values, module, is_own)
+            layer = _in_training(module) if is_own else base.layer
+            tuned = Predictions(rows.values, layer)
+            if self.meter.reader.is_of_language:
+                base, tuned = of_shared_classes(base, tuned)
+            divergence = _divergence(base, tuned)
         ratio = 1.0 if is_own else _ratio(module, base.layer)
         return _bounded(divergence, self.strength, ratio)
 
@@ -244,22 +249,27 @@ def _ratio(module: nn.Module, frozen: Head | nn.Module) -> Tensor | float:
     return ratio
 
 
-def _divergence(base: Predictions, rows: Tensor, module: OutputModule, is_own: bool) -> Tensor:
-    """KL(base ‖ tuned) of every row, through the model's own output layer or the frozen one."""
-    layer = module.layer if is_own else base.layer
+def _divergence(base: Predictions, tuned: Predictions) -> Tensor:
+    """KL(base ‖ tuned) of every row, with gradients through the tuned model's output layer."""
+    layer = tuned.layer
     if isinstance(layer, Head):
-        return kl_to(base, rows, layer.weight, layer.bias, scale=layer.scale, softcap=layer.softcap)
-    if is_own and type(layer) is nn.Linear and module.bias is None:
-        if hasattr(layer.weight, "full_tensor"):
-            raise TypeError(
-                "the output layer's weight is sharded (a DTensor), so that its gradients could not "
-                "be put together; let FSDP leave it whole after the model's forward: fully_shard("
-                "model, reshard_after_forward=False) of the whole model, whose layers may have True"
-            )
-        scale, softcap = module.scale, module.softcap
-        return kl_to(base, rows, layer.weight, layer.bias, scale=scale, softcap=softcap)
-    called: Any = module if is_own else layer
-    return kl_to_called(base, rows, _InEvaluation(called))
+        options: Any = {"scale": layer.scale, "softcap": layer.softcap}
+        return kl_to(base, tuned.rows, layer.weight, layer.bias, **options)
+    return kl_to_called(base, tuned.rows, _InEvaluation(layer))
+
+
+def _in_training(module: OutputModule) -> Head | nn.Module:
+    """An output layer of a model in training, read where it can be, with its gradients."""
+    layer: Any = module.layer
+    if type(layer) is not nn.Linear or module.bias is not None:
+        return module
+    if hasattr(layer.weight, "full_tensor"):
+        raise TypeError(
+            "the output layer's weight is sharded (a DTensor), so that its gradients could not be "
+            "put together; let FSDP leave it whole after the model's forward: fully_shard(model, "
+            "reshard_after_forward=False) of the whole model, whose layers may have True"
+        )
+    return Head(layer.weight, layer.bias, module.scale, module.softcap)
 
 
 class _InEvaluation(nn.Module):

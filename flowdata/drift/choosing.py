@@ -224,6 +224,14 @@ def _check_runs(runs: Sequence[Run]) -> None:
         raise ValueError(f"two runs are named {twice!r}; give each a name of its own")
     if len({(drift.samples, drift.of) for _, _, drift in runs}) > 1:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
+    heads = {drift.head: name for name, _, drift in runs if drift.kl}  # at 0 it is the base itself
+    if len(heads) > 1:
+        raise ValueError(
+            f"the drift of {heads['own']!r} is that of its own output layer and that of "
+            f"{heads['frozen']!r} was measured through the frozen one, so that they can't be "
+            "compared; make the meter with head='own' if all have the old layer in a later state, "
+            "or with head='frozen'"
+        )
 
 
 @dataclass(frozen=True)

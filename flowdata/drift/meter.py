@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata._common.data_sets import check_map_style
-from flowdata._common.notices import say_once
 from flowdata._common.offsets import offsets_of
 from flowdata._common.rng import preserved_rng
 from flowdata.drift.batch_norm import BatchNormState
@@ -28,8 +27,9 @@ from flowdata.drift.drift import Drift
 from flowdata.drift.refusals import check_batch_norm, check_logits, check_model, check_numbers
 from flowdata.drift.rows import Reader, Rows
 from flowdata.drift.several import divergences_of_answers, has_several_labels
+from flowdata.drift.which_head import HeadChoice, Renewed, WhichHead, check_head, of_shared_classes
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
-from flowdata.head.output_layer import Head, kernels, weight_of
+from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import in_evaluation, unwrapped
 from flowdata.models.precision import name_of, without_autocast
 from flowdata.scoring.collate import Collate
@@ -37,9 +37,6 @@ from flowdata.store.identity import features_identity
 from flowdata.store.kept import check_name, keep
 
 BatchNorm = Literal["reference", "own"]
-# The cosine between two output layers' weights above which one is taken for a later state of the
-# other. A layer that was made anew has a cosine of about 0, one in training of nearly 1.
-_SAME_LAYER = 0.5
 
 
 class DriftMeter:
@@ -60,6 +57,10 @@ class DriftMeter:
         batch_norm: ``"reference"`` measures with the frozen model's BatchNorm parameters and
             statistics, as the old task would be served (Sanyal et al., arXiv:2502.02797, section
             5); ``"own"`` with the tuned model's.
+        head: ``"own"`` measures tuned models by their own output layer, which has to be the frozen
+            model's in a later state; ``"frozen"`` by the frozen model's, as the old task would
+            be served where a new task has a layer of its own; ``"auto"`` tells by its weights when
+            it first sees one. A language model's is its own, by the tokens that both have.
         dtype: ``"auto"`` is the model's own; else see `LossScorer`. In bfloat16 the KL of models
             that lie close together is rounding for a good part.
         dataset_id: names the probe's content for `store`; None fingerprints its samples.
@@ -98,12 +99,14 @@ class DriftMeter:
         store: str | Path | None = None,
         *,
         batch_norm: BatchNorm = "reference",
+        head: HeadChoice = "auto",
         dtype: str | torch.dtype = "auto",
         dataset_id: str | None = None,
         progress: bool = True,
     ) -> None:
         check_model(model)
         check_batch_norm(batch_norm)
+        check_head(head)
         check_map_style(probe)
         check_name(store, dataset_id)
         if len(probe) == 0:
@@ -128,7 +131,9 @@ class DriftMeter:
         with torch.inference_mode(False):  # else no gradient could go through what is kept
             self._rows = replace(rows, values=rows.values.clone(), layer=_frozen(rows.layer))
             self._batch_norm_state = BatchNormState(model)
-        self._has_told = False  # of a new output layer
+        is_of_language = self.reader.is_of_language
+        self._which_head = WhichHead(self._rows.layer, head, is_of_language=is_of_language)
+        self._renewed = Renewed(model)
 
     def _reference_rows(
         self,
@@ -175,7 +180,13 @@ class DriftMeter:
         model = unwrapped(model)
         # The output layer may have to be called, once the reader has given the model back.
         with in_evaluation(model), self.batch_norm_in(model, batch_norm), preserved_rng():
-            return self._compare(self.reader.read(model))
+            rows = self.reader.read(model)
+            self._renewed.warn(model, rows.layer)
+            return self._compare(rows)
+
+    def is_own(self, layer: Head | nn.Module) -> bool:
+        """Return whether a model's own output layer makes the predictions that are compared."""
+        return self._which_head.is_own(layer)
 
     def __len__(self) -> int:
         """Return the number of samples in the probe."""
@@ -235,9 +246,12 @@ class DriftMeter:
                 f"probe, the frozen model's was given {tuple(base.values.shape)}: it has another "
                 "body; make a meter of the model that this one was tuned from"
             )
-        frozen = Predictions(base.values.to(device), _on(base.layer, device))
+        layer = _on(base.layer, device)
         is_own = self.is_own(rows.layer)
-        tuned = Predictions(rows.values, rows.layer if is_own else frozen.layer)
+        frozen = Predictions(base.values.to(device), layer)
+        tuned = Predictions(rows.values, rows.layer if is_own else layer)
+        if self.reader.is_of_language:
+            frozen, tuned = of_shared_classes(frozen, tuned)
         measure = divergences_of_answers if self.has_several_labels else divergences
         kl, reverse_kl, agreement = measure(frozen, tuned)
         cosine = F.cosine_similarity(frozen.rows.double(), tuned.rows.double(), dim=1)
@@ -259,32 +273,6 @@ class DriftMeter:
             of="tokens" if self.reader.is_of_language else "samples",
             per_sample=per_sample | {"targets": base.counts},
         )
-
-    def is_own(self, layer: Head | nn.Module) -> bool:
-        """Return whether a layer is a later state of the frozen one, and no other in its place.
-
-        The output layer of a language model is one if it has as many tokens. A classifier's may
-        have been replaced by that of a new task with as many classes, unless the frozen one holds
-        zeros alone: any layer may have come of that, and it tells nothing itself.
-        """
-        one, other = weight_of(self._rows.layer), weight_of(layer)
-        if one is None or other is None:
-            return one is None and other is None  # the rows are logits
-        if one.shape != other.shape or self.reader.is_of_language:
-            return one.shape == other.shape
-        if not one.any():
-            return True
-        other = other.to(one.device)
-        cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
-        if not bool(cosine <= _SAME_LAYER):  # a layer that diverged is no number
-            return True
-        if not self._has_told:
-            self._has_told = True
-            say_once(
-                "new output layer: drift is read through the old one, which the old task would "
-                "still use"
-            )
-        return False
 
 
 def _frozen(layer: Head | nn.Module) -> Head | nn.Module:

@@ -20,9 +20,9 @@ from flowdata._common.rng import preserved_rng
 from flowdata._common.unreadable import Readable
 from flowdata.drift.check import find_suspect, right_way
 from flowdata.drift.headless import check_has_head
+from flowdata.drift.heads import name_of_head
 from flowdata.drift.several import rows_of_labels, with_note
 from flowdata.drift.ways import (
-    name_of_head,
     output_layer,
     output_module,
     ways_in_training,

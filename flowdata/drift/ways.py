@@ -9,13 +9,13 @@ The ways of one model differ in speed alone, as those to losses do (flowdata/sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowdata.drift.heads import rows_of_call, told_of_linear_layers
 from flowdata.head.output_layer import (
     Head,
     OutputModule,
@@ -24,7 +24,6 @@ from flowdata.head.output_layer import (
     logit_options,
 )
 from flowdata.models.calling import (
-    call_in_order,
     call_with,
     innermost,
     output_layer_of,
@@ -42,7 +41,7 @@ from flowdata.scoring.language.runs import Run, hidden_states
 from flowdata.scoring.language.ways import way_alone, way_of
 from flowdata.scoring.language.work import Work
 from flowdata.scoring.plan.packs import Plan
-from flowdata.targets.labels import split_batch, token_ids_of
+from flowdata.targets.labels import IGNORE_INDEX, split_batch, token_ids_of
 from flowdata.targets.predictions import logits_of, predict
 from flowdata.targets.target_losses import TargetLosses, Way
 from flowdata.targets.which_loss import LANGUAGE_LOSSES, is_hugging_face
@@ -129,130 +128,60 @@ def _prediction_way(
     layers = [] if head is None else [model.get_submodule(head)]
 
     def way(model: nn.Module, batch: Any) -> TargetLosses:
-        inputs = to_device(split_batch(batch)[0], job.device)
+        inputs, labels = split_batch(to_device(batch, job.device))
+        if head is None:
+            rows = _logits(model, inputs)
+            return _of_samples(rows, _mask_of(inputs), labels)
         with last_call(layers) as calls:
             logits = predict(model, inputs)
-        if head is None:
-            rows = _classes_last(model, logits.float(), inputs)
-        elif to_logits:
-            rows = logits.float()
-        else:
-            rows = calls[0].input
-            _check_unchanged(model, head, calls[0].output, logits)
-        return _of_samples(rows, _mask_of(inputs))
+        rows = logits.float() if to_logits else rows_of_call(calls[0], logits, head)
+        return _of_samples(rows, _mask_of(inputs), labels)
 
     return way
 
 
-def _check_unchanged(model: nn.Module, head: str, made: Any, logits: Tensor) -> None:
-    """Raise ValueError where a model changes what its output layer made, be it of one sample."""
-    if made is logits or not isinstance(made, Tensor) or made.shape != logits.shape:
-        return
-    if not _same(made, logits):
-        raise ValueError(
-            f"the model's logits are not what its output layer {head!r} makes of a row: it changes "
-            "them afterwards, as a scale, a bias or a bound of its own does; so its drift can't be "
-            "measured from what the layer is given"
-        )
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
+    """A model's logits (B, …, C), which it makes as (B, C), or of places.
 
-
-def _classes_last(model: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
-    """Logits (B, …, C), of (B, C), of tokens' (B, T, C) or (B, C, T), or of PyTorch's (B, C, …)."""
+    Those of tokens are (B, T, C) or (B, C, T), those of a linear layer (B, …, C), and others
+    PyTorch's (B, C, …).
+    """
+    of_linear = set()
+    with told_of_linear_layers(model, lambda _, made: of_linear.add(made.shape)):
+        logits = predict(model, inputs).float()
     if logits.dim() == 2:
         return logits
     tokens = token_ids_of(inputs) if logits.dim() == 3 else None
     is_last, is_second = (
         tokens is not None and tokens.shape[1] == places for places in logits.shape[1:3]
     )
+    if tokens is None and logits.shape in of_linear:
+        is_last, is_second = True, logits.shape == logits.movedim(1, -1).shape
     if is_last and is_second and not is_hugging_face(model):
         raise ValueError(
             f"the model returns logits of shape {tuple(logits.shape)} for as many classes as "
-            "tokens, so that either axis could be the classes'; measure drift on samples of other "
-            "lengths"
+            f"{'places' if tokens is None else 'tokens'}, so that either axis could be the "
+            "classes'; measure drift on samples of other lengths"
         )
     is_known = tokens is not None and is_hugging_face(model)  # virtual tokens may come before
     return logits if is_last or (is_known and not is_second) else logits.movedim(1, -1)
 
 
-def _of_samples(rows: Tensor, mask: Tensor | None) -> TargetLosses:
-    """(B, d), or (B, T, d) without what is masked, as rows of samples."""
+def _of_samples(rows: Tensor, mask: Tensor | None, labels: Any) -> TargetLosses:
+    """(B, d), or (B, …, d) without what is masked or labelled as no target, as rows of samples."""
     if rows.dim() == 2:
         return TargetLosses(rows, torch.ones(len(rows), dtype=torch.long))
-    places = rows.flatten(1, -2)  # (B, T, d)
-    if mask is None or mask.shape != places.shape[:2]:
-        counts = torch.full((len(places),), places.shape[1])
-        return TargetLosses(places.flatten(0, 1), counts)
-    return TargetLosses(places[mask.bool()], mask.bool().sum(1).cpu())
+    is_target = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+    if mask is not None and mask.shape == rows.shape[:2]:
+        is_target &= mask.bool()[(...,) + (None,) * (rows.dim() - 3)]
+    if isinstance(labels, Tensor) and labels.shape == rows.shape[:-1]:
+        is_target &= labels != IGNORE_INDEX
+    return TargetLosses(rows[is_target], is_target.flatten(1).sum(1).cpu())
 
 
 def _mask_of(inputs: Any) -> Tensor | None:
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def name_of_head(model: nn.Module, batch: Any, device: torch.device) -> str | None:
-    """Return the name of the linear layer whose output the logits are, None where there is none.
-
-    Args:
-        model: the model as it is run.
-        batch: of samples that are no targets of a language model.
-        device: where the model takes its inputs.
-
-    Raises:
-        ValueError: the model returns no logits, or several tensors that could be meant.
-    """
-    inputs = to_device(split_batch(batch)[0], device)
-    with _outputs_of_linear_layers(model) as outputs:
-        output = (
-            call_with(model, inputs)
-            if isinstance(inputs, Mapping)
-            else call_in_order(model, inputs)
-        )
-    try:
-        logits = logits_of(output)
-    except ValueError as error:
-        raise ValueError(
-            f"{type(model).__name__} returns no logits by which it could be compared "
-            f"({str(error).partition(';')[0]}); put it into a module that returns them, of shape "
-            "(B, …, C), under the name `logits`"
-        ) from error
-    names = [
-        name
-        for name, output in outputs.items()
-        if output.shape == logits.shape and _same(output, logits)
-    ]
-    return names[-1] if names else None
-
-
-def _same(output: Tensor, logits: Tensor) -> bool:
-    """Whether both have the same values; a model that diverged has some that are no numbers."""
-    return torch.equal(output.float().nan_to_num(), logits.float().nan_to_num())
-
-
-@contextmanager
-def _outputs_of_linear_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What linear layers, also those with adapters, return last in a block, by name."""
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            outputs.pop(name, None)
-            if isinstance(output, Tensor):
-                outputs[name] = output
-
-        return hook
-
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or hasattr(module, "base_layer")
-    ]
-    handles = [module.register_forward_hook(record(name)) for name, module in layers]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def output_layer(model: nn.Module, loss: Any, head: str | None) -> Head | nn.Module:

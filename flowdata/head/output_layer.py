@@ -70,7 +70,15 @@ def weight_of(layer: Head | nn.Module) -> Tensor | None:
     Args:
         layer: a head that is read, or a module that has to be called.
     """
-    return layer.weight if isinstance(layer, Head) else next(iter(layer.parameters()), None)
+    if isinstance(layer, Head):
+        return layer.weight
+    inner = layer.layer if isinstance(layer, OutputModule) else layer
+    weight = getattr(
+        inner, "weight", None
+    )  # of a layer with a parametrization it is made of others
+    if isinstance(weight, Tensor) and weight.dim() > 1:
+        return weight
+    return next((each for each in layer.parameters() if each.dim() > 1), None)
 
 
 def read_head(module: nn.Module | None, config: Any) -> Head | None:

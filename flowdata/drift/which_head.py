@@ -1,0 +1,192 @@
+"""Which head: a tuned model's predictions are those of its own output layer or of the frozen one.
+
+    own       it is a later state of the frozen layer, however far
+    frozen    another layer is in its place, such as a new task's, which the old one wouldn't use
+
+The two can't always be told by their weights, so the user may say it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdata._common.notices import say_once, warn_once
+from flowdata.head.kl import Predictions, count_classes
+from flowdata.head.output_layer import Head, weight_of
+from flowdata.models.placement import is_sharded
+
+HeadChoice = Literal["auto", "own", "frozen"]
+# The cosine between two layers' weights above which one is taken for a later state of the other.
+# A layer that was made anew has a cosine of about 0, one in training of nearly 1.
+_SAME_LAYER = 0.5
+_MOST_KEPT = 4096  # numbers of each matrix by which a layer that was made anew is known
+_MOST_NAMED = 3
+
+
+def check_head(head: object) -> None:
+    """Raise ValueError unless it is a way to choose the output layer."""
+    if head not in ("auto", "own", "frozen"):
+        raise ValueError(f"head must be 'auto', 'own' or 'frozen', got {head!r}")
+
+
+class WhichHead:
+    """Tells a later state of a frozen output layer from another one in its place.
+
+    Args:
+        frozen: the layer before training.
+        choice: ``"own"`` and ``"frozen"`` are the user's word; ``"auto"`` goes by the weights.
+        is_of_language: an output layer of a language model is a later state, whatever its weights,
+            and may have got further tokens.
+    """
+
+    def __init__(
+        self, frozen: Head | nn.Module, choice: HeadChoice, *, is_of_language: bool
+    ) -> None:
+        self.frozen, self.choice, self.is_of_language = frozen, choice, is_of_language
+        self._has_told = False
+
+    def is_own(self, layer: Head | nn.Module) -> bool:
+        """Return whether a model's own layer makes the predictions that count.
+
+        Raises:
+            ValueError: the user said so, and it makes others.
+        """
+        if self.choice == "frozen" or self.is_of_language:
+            return self.choice != "frozen"
+        one, other = weight_of(self.frozen), weight_of(layer)
+        if one is None or other is None:
+            is_own = one is None and other is None  # the rows are logits
+        else:
+            is_own = one.shape == other.shape and self._is_later_state(one, other)
+        if self.choice == "own" and not is_own:
+            raise ValueError(
+                f"head='own' was passed, and the model's output layer is another one: its weight "
+                f"is {_shape(other)}, the frozen model's {_shape(one)}; pass head='frozen'"
+            )
+        return is_own
+
+    def _is_later_state(self, one: Tensor, other: Tensor) -> bool:
+        if self.choice == "own" or not one.any():  # of zeros any layer may have come
+            return True
+        other = other.detach().to(one.device)
+        cosine = F.cosine_similarity(one.flatten().float(), other.flatten().float(), 0)
+        if not bool(cosine <= _SAME_LAYER):  # a layer that diverged is no number
+            return True
+        if not self._has_told:
+            self._has_told = True
+            say_once(
+                "new output layer: drift is read through the old one, which the old task would "
+                "still use; if it is the old one, and training took it so far, make the meter with "
+                "head='own'"
+            )
+        return False
+
+
+def _shape(weight: Tensor | None) -> str:
+    return "none" if weight is None else str(tuple(weight.shape))
+
+
+def of_shared_classes(frozen: Predictions, tuned: Predictions) -> tuple[Predictions, Predictions]:
+    """Return both predictions without the tokens that only one of two vocabularies has, its last.
+
+    Args:
+        frozen: of the model before training.
+        tuned: of a later one, whose vocabulary may have been extended, or cut.
+    """
+    counts = [count_classes(each) for each in (frozen, tuned)]
+    if counts[0] == counts[1]:
+        return frozen, tuned
+    count = min(counts)
+    say_once(
+        f"the model has {counts[1]} tokens, the one before training {counts[0]}: drift is that of "
+        f"the first {count}"
+    )
+    one, other = (
+        Predictions(each.rows, _first_classes(each.layer, count)) for each in (frozen, tuned)
+    )
+    return one, other
+
+
+def _first_classes(layer: Head | nn.Module, count: int) -> Head | nn.Module:
+    """An output layer's first classes alone."""
+    if isinstance(layer, Head):
+        bias = None if layer.bias is None else layer.bias[:count]
+        return replace(layer, weight=layer.weight[:count], bias=bias)
+    return _FirstClasses(layer, count)
+
+
+class _FirstClasses(nn.Module):
+    """The first classes of an output layer that has to be called."""
+
+    def __init__(self, layer: nn.Module, count: int) -> None:
+        super().__init__()
+        self.layer, self.count = layer, count
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.layer(rows)
+        return logits[:, : self.count]
+
+
+class Renewed:
+    """Tells layers that were made anew, by numbers of each matrix of the model before training.
+
+    Args:
+        model: before training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = {name: _some(matrix) for name, matrix in _matrices(model)}
+        self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def warn(self, model: nn.Module, layer: Head | nn.Module) -> None:
+        """Warn of layers that have nothing in common with the old ones, once for each model.
+
+        Args:
+            model: a tuned one.
+            layer: its output layer, of which it is told elsewhere.
+        """
+        if model in self._met:
+            return
+        self._met.add(model)
+        head = weight_of(layer)
+        renewed = [
+            name
+            for name, matrix in _matrices(model)
+            if name in self._kept
+            and (head is None or matrix.data_ptr() != head.data_ptr())
+            and _has_nothing_of(self._kept[name], _some(matrix))
+        ]
+        if renewed:
+            more = f" and {len(renewed) - _MOST_NAMED} more" * (len(renewed) > _MOST_NAMED)
+            names = ", ".join(renewed[:_MOST_NAMED]) + more
+            warn_once(
+                f"drift: {names} have nothing in common with the model before training. If that "
+                "took them so far, it is part of the drift; if they were made anew, as a head of "
+                "several layers for a new task is, the old ones aren't measured, which the old "
+                "task would still use: put them back before",
+                about=f"renewed layers, {names}",
+            )
+
+
+def _has_nothing_of(old: Tensor, new: Tensor) -> bool:
+    is_same_shape = old.shape == new.shape and bool(old.any() and new.any())
+    return is_same_shape and bool(F.cosine_similarity(old, new, 0) <= _SAME_LAYER)
+
+
+def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters of two dimensions and more, by name, whose values are at hand."""
+    if is_sharded(model):
+        return []
+    return [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and not p.is_meta]
+
+
+def _some(matrix: Tensor) -> Tensor:
+    """Some numbers of a matrix, from all over it, on the host."""
+    values = matrix.detach().flatten()
+    step = -(-len(values) // _MOST_KEPT) if len(values) else 1
+    return values[:: step | 1].float().cpu()  # an odd step meets all columns of most matrices
