@@ -159,7 +159,7 @@ def lay_along(
     if len(batch) == 1 and len(tokens) > 1:
         # A single row of several samples is a joined one: it is looked at as one long sample.
         weights, tokens = [torch.cat(list(weights))], [torch.cat(list(tokens))]
-    token_weights = torch.zeros(batch.shape)
+    token_weights = torch.zeros(batch.shape, dtype=torch.float32)
     for row, start, weight in zip(
         token_weights, _starts(tokens, batch, mask), weights, strict=True
     ):

@@ -5,7 +5,7 @@ import torch
 
 from flowdata import LossScorer
 from flowdata.models.as_loaded import as_loaded, putting_back
-from flowdata.models.calling import in_evaluation
+from flowdata.models.evaluation import in_evaluation
 from tests.models import tiny_llama
 
 SPARSE = 5 * 16  # tokens up to which all are attended to, as a short text makes it for good

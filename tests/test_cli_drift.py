@@ -40,8 +40,9 @@ def one_model_at_a_time(monkeypatch):
         gc.collect()
         assert len(models) == 0, "another model is still in memory"
         loads.append(args)
-        models.add(model := load(*args, **kwargs))
-        return model
+        model, found = load(*args, **kwargs)
+        models.add(model)
+        return model, found
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_alone)
     return loads

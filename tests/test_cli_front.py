@@ -82,6 +82,18 @@ def test_one_model_is_in_memory_at_a_time(
     assert len(one_model_at_a_time) == 4  # the base, and three averages
 
 
+def test_models_that_differ_in_more_than_their_weights_are_refused(
+    capsys, model_folder, tuned_folder, data, tmp_path
+):
+    config = json.loads((tuned_folder / "config.json").read_text())
+    config["rms_norm_eps"] = 1.0
+    (tuned_folder / "config.json").write_text(json.dumps(config))
+    command = ("front", model_folder, tuned_folder, "--valid", data, *SMALL)
+    code, _, err = run(capsys, *command, "--picture", tmp_path / "front.png", "--alphas", 0, 1)
+    assert code == 2
+    assert f"without its changes to weights {tuned_folder} is not {model_folder}" in err
+
+
 def test_alpha_scales_what_adapters_add(capsys, model_folder, data, tmp_path, tokenizer):
     config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=32)
     model = trained(get_peft_model(tiny_llama(), config), data, tokenizer)

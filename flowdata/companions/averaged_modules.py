@@ -23,6 +23,7 @@ from flowdata.companions.sharding import is_sharded
 from flowdata.companions.state import match_entries, plain_names
 from flowdata.companions.ties import check_same_scaling
 from flowdata.models.calling import is_peft_model, unwrapped
+from flowdata.models.copies import deep_copied
 
 _ENDS = ("pretrained", "finetuned")
 
@@ -58,7 +59,7 @@ class AveragedModule:
         configs = [getattr(model, "config", None) for model in ends.values()]
         if all(hasattr(config, "to_dict") for config in configs):
             check_same_scaling(*(config.to_dict() for config in configs))  # type: ignore[union-attr]
-        self.model = copy.deepcopy(self._finetuned)
+        self.model = deep_copied(self._finetuned)
         _untie(self.model, self._pretrained)
 
     def load(self, alpha: float) -> None:

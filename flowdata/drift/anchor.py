@@ -39,8 +39,9 @@ from flowdata.head.kl import Predictions
 from flowdata.head.kl_logits import kl_of_logits
 from flowdata.head.kl_loss import kl_to, kl_to_called
 from flowdata.head.output_layer import Head, OutputModule, weight_of
-from flowdata.models.calling import in_evaluation, unwrapped
+from flowdata.models.calling import unwrapped
 from flowdata.models.checkpointing import without_checkpointing
+from flowdata.models.evaluation import in_evaluation
 
 # The longest gradient of a target's penalty, in the logits; that of a cross-entropy is √2. A longer
 # one lets large strengths and rates lose more than no anchor does.

@@ -173,7 +173,7 @@ def _way_to_signs(job: Job, way: Way, head: str | None) -> Way:
 def _signs(predictions: Predictions, counts: Tensor) -> TargetLosses:
     """Two numbers of each prediction, which differ where predictions do."""
     if not len(predictions.rows):
-        empty = torch.empty(0)
+        empty = torch.empty(0, dtype=torch.float32)
         return TargetLosses(empty, counts, {"class": empty})
     classes = count_classes(predictions)
     places = torch.arange(classes, device=predictions.rows.device, dtype=torch.float64)

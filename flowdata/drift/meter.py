@@ -8,7 +8,6 @@ No second model is in memory: the frozen one's rows are the inputs of its output
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from flowdata._common.data_sets import check_map_style
 from flowdata._common.offsets import offsets_of
 from flowdata._common.rng import preserved_rng
+from flowdata.dataset import FlowWeightedDataset
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.refusals import check_batch_norm, check_logits, check_model, check_numbers
@@ -30,7 +30,9 @@ from flowdata.drift.several import divergences_of_answers, has_several_labels
 from flowdata.drift.which_head import HeadChoice, Renewed, WhichHead, check_head, of_shared_classes
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels
-from flowdata.models.calling import in_evaluation, unwrapped
+from flowdata.models.calling import unwrapped
+from flowdata.models.copies import deep_copied
+from flowdata.models.evaluation import in_evaluation
 from flowdata.models.precision import name_of, without_autocast
 from flowdata.scoring.collate import Collate
 from flowdata.store.identity import features_identity
@@ -111,6 +113,8 @@ class DriftMeter:
         check_name(store, dataset_id)
         if len(probe) == 0:
             raise ValueError("probe is empty: there is nothing to compare models on")
+        if isinstance(probe, FlowWeightedDataset):
+            probe = probe.dataset
         model = unwrapped(model)
         self.batch_norm: BatchNorm = batch_norm
         with in_evaluation(model), preserved_rng():
@@ -202,7 +206,9 @@ class DriftMeter:
             batch_norm: see `__call__`.
         """
         is_own = (self.batch_norm if batch_norm is None else batch_norm) == "own"
-        return nullcontext() if is_own else self._batch_norm_state.put_into(model)
+        if is_own:
+            return nullcontext()
+        return self._batch_norm_state.put_into(model, self.reader.frozen_head)
 
     def base_of(self, places: Sequence[int], device: torch.device) -> Predictions:
         """Return the frozen model's predictions of some samples.
@@ -278,7 +284,7 @@ class DriftMeter:
 def _frozen(layer: Head | nn.Module) -> Head | nn.Module:
     """A copy of an output layer, which training leaves as it is."""
     if isinstance(layer, nn.Module):
-        return copy.deepcopy(layer).eval().requires_grad_(False)
+        return deep_copied(layer).eval().requires_grad_(False)
     bias = None if layer.bias is None else layer.bias.clone()
     return replace(layer, weight=layer.weight.clone(), bias=bias)
 

@@ -276,6 +276,6 @@ def smooth_images(
         check_natural(name, size, least=1)
     channels, height, width = shape
     generator = torch.Generator().manual_seed(seed)
-    grid = torch.randn(samples, channels, cells, cells, generator=generator)
+    grid = torch.randn(samples, channels, cells, cells, generator=generator, dtype=torch.float32)
     images = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
     return _SCALE * images

@@ -28,12 +28,14 @@ from flowdata.drift.ways import (
     ways_in_training,
     ways_to_rows,
 )
+from flowdata.drift.witnesses import Witnesses
 from flowdata.head.output_layer import Head
 from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import innermost, output_layer_of
+from flowdata.models.copies import Kept, converting_inputs
 from flowdata.models.failing import explain_failure
 from flowdata.models.placement import home, is_placed, reshard
-from flowdata.models.precision import name_of, resolve_dtype
+from flowdata.models.precision import dtype_of, name_of, resolve_dtype
 from flowdata.models.tensors import to_device
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.collate import Collate, check_stackable, choose_collate
@@ -116,14 +118,16 @@ class Reader:
             progress=progress and is_first_rank(),
             announce=logger.info,
         )
+        self._witnesses = Witnesses(len(probe), self._batch_of)
         self._plan: Plan = make_plan(self._job, torch.get_num_threads(), {})
         self._right_ways: dict[Hashable, str] = {}  # names, by the structure of models
         self._last_ways: dict[Hashable, str] = {}  # by which models were read at last
         self._heads: dict[Hashable, str | None] = {}
-        self._frozen_head: str | None = None
+        self.frozen_head: str | None = None  # of the first model, by name
+        self._kept_inputs: Kept = {}  # of models in training
         if not self.is_of_language:
             with lent_model(self._job, self._plan.options) as lent:
-                self._frozen_head = self._first_head(lent)
+                self.frozen_head = self._first_head(lent)
         self._job = replace(self._job, model=nn.Module())  # the first model may go
 
     @property
@@ -138,14 +142,17 @@ class Reader:
 
     def first_batch(self) -> Any:
         """Return a batch of the probe's first sample."""
-        return self._job.collate([self._job.dataset[0]])
+        return self._batch_of(0)
+
+    def _batch_of(self, place: int) -> Any:
+        return self._job.collate([self._job.dataset[place]])
 
     def labels(self) -> Iterator[Tensor | None]:
         """Yield each sample's labels, as `read` hands them out."""
         size, name = len(self._job.dataset), "drift: reading the labels"
         with progress_bar(size, name, "samples", shown=self._job.progress, patient=True) as advance:
             for index in range(size):
-                yield rows_of_labels(self._job.collate([self._job.dataset[index]]))
+                yield rows_of_labels(self._batch_of(index))
                 advance(1)
 
     def read(self, model: nn.Module, labels: list[Tensor | None] | None = None) -> Rows:
@@ -157,9 +164,10 @@ class Reader:
                 another shape. Samples that are checked are in more than one batch.
 
         Raises:
-            ValueError: no way gives samples the rows that they have alone, or the model has no
-                such layer as the first one that was read.
+            ValueError: no way gives samples the rows that they have alone, the model has no such
+                layer as the first one that was read, or the probe has changed.
         """
+        self._witnesses.check()
         job = self._job_of(model)
         if labels is not None:
             job = replace(job, collate=with_note(job.collate, labels))
@@ -184,10 +192,11 @@ class Reader:
             ValueError: see `read`.
         """
         job = self._job_of(model)
-        head = self._head_in_training(model)
-        way = self._way_in_training(job, model, head)
-        groups = way.grouping([job.dataset[place] for place in places])
-        rows = joined([way.way(model, job.collate(group)) for group in groups])
+        with converting_inputs(model, dtype_of(model), self._kept_inputs):
+            head = self._head_in_training(model)
+            way = self._way_in_training(job, model, head)
+            groups = way.grouping([job.dataset[place] for place in places])
+            rows = joined([way.way(model, job.collate(group)) for group in groups])
         return Rows(rows.values, rows.counts, output_module(model, job.loss, head))
 
     def layer(self, model: nn.Module) -> Head | nn.Module:
@@ -207,7 +216,7 @@ class Reader:
 
     def _head_of(self, model: nn.Module) -> str | None:
         """The name of the layer whose inputs are rows; None where these are logits."""
-        frozen = self._frozen_head
+        frozen = self.frozen_head
         if self.is_of_language and output_layer_of(model) is None:
             raise ValueError(
                 f"{type(model).__name__} names no output layer (`get_output_embeddings`), and the "

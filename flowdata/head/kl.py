@@ -289,7 +289,7 @@ def tiles(base: Predictions, tuned: Predictions) -> Iterator[Tile]:
     if any(isinstance(each.layer, nn.Module) for each in pair):
         height, width = max(1, _CALLED_LOGITS // classes), classes
     height = min(height, max(1, count))
-    memory = torch.empty(3, height * min(width, classes), device=device)
+    memory = torch.empty(3, height * min(width, classes), device=device, dtype=torch.float32)
     for first_class in range(0, classes, width):
         span = slice(first_class, min(first_class + width, classes))
         write_a, write_b = (_writer(each, span) for each in pair)

@@ -49,7 +49,7 @@ def partial_sums(base: Predictions, tuned: Predictions) -> tuple[Tensor, Tensor]
     ranges = max(1, min(triton.cdiv(_PROGRAMS, max(1, blocks)), slices))
     span = triton.cdiv(slices, ranges) * width
     ranges = triton.cdiv(classes, span)
-    sums = torch.zeros(6, ranges, n, device=device)
+    sums = torch.zeros(6, ranges, n, device=device, dtype=torch.float32)
     likeliest = torch.zeros(2, ranges, n, dtype=torch.long, device=device)
     if n:
         arguments = [part for each in (base, tuned) for part in _inputs(each)]

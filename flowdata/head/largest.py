@@ -44,7 +44,9 @@ def largest_logits(hidden: Tensor, head: Head, count: int) -> Tensor:
 
 def _of_rows(hidden: Tensor, head: Head, count: int) -> Tensor:
     """The same of the rows of one matrix product."""
-    largest = torch.full((len(hidden), count), -torch.inf, device=hidden.device)
+    largest = torch.full(
+        (len(hidden), count), -torch.inf, device=hidden.device, dtype=torch.float32
+    )
     no_targets = torch.full((len(hidden),), -1, device=hidden.device)  # no class is left out
     for rows, products, bias, buffer in tiles(hidden, head, no_targets):
         if buffer is None:

@@ -140,7 +140,7 @@ def _tally(hidden: Tensor, head: Head, targets: Tensor, *, columns: bool) -> Tal
             hidden, head.weight, head.bias, targets, head.scale, head.softcap, columns=columns
         )
         return merge(Tally(*parts))
-    sums = torch.zeros(4, len(hidden), device=hidden.device)
+    sums = torch.zeros(4, len(hidden), device=hidden.device, dtype=torch.float32)
     sums[0] = LOWEST
     for rows, products, bias, buffer in tiles(hidden, head, targets):
         add = _add_tally if head.kernel == "eager" else one_pass(_add_tally)

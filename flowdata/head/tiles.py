@@ -69,7 +69,11 @@ def tiles(hidden: Tensor, head: Head, targets: Tensor) -> Iterator[Tile]:
     """
     n, (_, width) = len(hidden), tile_size(hidden)
     step = _rows_of_a_tile(hidden, head)
-    buffer = torch.empty(step * width, device=hidden.device) if head.kernel == "eager" else None
+    buffer = (
+        torch.empty(step * width, device=hidden.device, dtype=torch.float32)
+        if head.kernel == "eager"
+        else None
+    )
     memory = hidden.new_empty(n * width, dtype=_product_dtype(hidden))
     for start in range(0, len(head.weight), width):
         weight = head.weight[start : start + width]

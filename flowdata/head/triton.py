@@ -99,7 +99,7 @@ def partial_sums(
     ranges = max(1, min(triton.cdiv(_PROGRAMS, max(1, blocks)), slices))
     span = triton.cdiv(slices, ranges) * shape.classes
     ranges = triton.cdiv(vocabulary, span)
-    sums = torch.zeros(4, ranges, n, device=hidden.device)
+    sums = torch.zeros(4, ranges, n, device=hidden.device, dtype=torch.float32)
     if n:
         left, right = hidden, weight
         if shape.descriptors:

@@ -129,7 +129,7 @@ class _Comparison:
     ) -> None:
         self.model, self.inputs, self.first = model, inputs, first
         self.labels = split_batch(inputs)[1]
-        self.weights = torch.ones(size)
+        self.weights = torch.ones(size, dtype=torch.float32)
         self.by_class = loss_of_model(model)
 
     def agreed(self, names: tuple[str, ...]) -> Decision | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class DriftCallback(Callback):  # type: ignore[misc]
         self.exchange = check_factor("exchange", exchange)
         self.drifts: dict[int, Drift] = {}
         self._before: dict[str, Tensor] = {}
+        self._drift: Drift | None = None  # of the validation that runs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the drifts of an earlier run."""
@@ -61,13 +63,20 @@ class DriftCallback(Callback):  # type: ignore[misc]
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the losses of the validation before, which stay among the metrics."""
-        self._before = self._losses(trainer)
+        self._before, self._drift = self._losses(trainer), None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **named: Any
+    ) -> None:
+        """Measure the model that is validated, in which averaged weights may be by now."""
+        if self._drift is None and not trainer.sanity_checking:
+            self._drift = self._measured(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure once the validation's losses are known, and before others read its metrics."""
+        """Log once the validation's losses are known, and before others read its metrics."""
         if trainer.sanity_checking:
             return
-        drift = self.meter(_model_of(pl_module) if self.model is None else self.model(pl_module))
+        drift = self._measured(pl_module) if self._drift is None else self._drift
         self.drifts[trainer.global_step] = drift
         pl_module.log("val_drift_kl", drift.kl, prog_bar=True)
         pl_module.log_dict(
@@ -85,6 +94,9 @@ class DriftCallback(Callback):  # type: ignore[misc]
             # Lightning adds the words "dataloader_idx" itself, and takes no name that has them.
             both = f"{self.loss}_and_drift" + name[len(self.loss) :].replace("dataloader_idx_", "")
             pl_module.log(both, float(value) + self.exchange * drift.kl, prog_bar=True)
+
+    def _measured(self, module: LightningModule) -> Drift:
+        return self.meter(_model_of(module) if self.model is None else self.model(module))
 
     def _losses(self, trainer: Trainer) -> dict[str, Tensor]:
         """The validation losses among a Trainer's metrics: one for each data set."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowdata.integrations.trainer_loss import RunLoss, Unit, counts_of_samples
 from flowdata.losses import Normalize, weighted_mean
 from flowdata.models.batch_norm import batch_norm_layers
-from flowdata.models.calling import in_evaluation
+from flowdata.models.evaluation import in_evaluation
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import describe_batch, split_batch
 from flowdata.targets.own_loss import agrees, own_loss_of
@@ -48,7 +48,8 @@ def own_run(model: nn.Module, inputs: Mapping[str, Any], size: int) -> RunLoss:
             )
         losses = own_sample_losses(model, inputs, size).double().cpu()
     for unit in _units(model, inputs):
-        counts = counts_of_samples(RunLoss(OWN, unit=unit), inputs, torch.ones(size)).double().cpu()
+        ones = torch.ones(size, dtype=torch.float32)
+        counts = counts_of_samples(RunLoss(OWN, unit=unit), inputs, ones).double().cpu()
         mean = float((torch.where(counts > 0, losses, 0.0) * counts).sum() / counts.sum())
         if agrees(float(whole), mean, whole.dtype):
             return RunLoss(OWN, unit=unit)
@@ -65,7 +66,8 @@ def tells_unit(inputs: Mapping[str, Any], size: int) -> bool:
     labels = split_batch(inputs)[1]
     if labels is None or labels.dim() < 2:
         return True  # samples, whatever the batch
-    counts = counts_of_samples(RunLoss(OWN, unit="labels"), inputs, torch.ones(size))
+    ones = torch.ones(size, dtype=torch.float32)
+    counts = counts_of_samples(RunLoss(OWN, unit="labels"), inputs, ones)
     return bool((counts != counts[0]).any())
 
 

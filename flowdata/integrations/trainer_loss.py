@@ -167,7 +167,7 @@ def counts_of_samples(run: RunLoss, batch: Mapping[str, Any], weights: Tensor | 
     if run.unit == "samples":
         tensors = (value for value in batch.values() if isinstance(value, Tensor))
         place = next(tensors) if weights is None else weights
-        return torch.ones(len(place), device=place.device)
+        return torch.ones(len(place), device=place.device, dtype=torch.float32)
     labels = labels_of(batch)
     labels = labels[:, 1:] if run.unit == "next labels" else labels
     return (labels != IGNORE_INDEX).reshape(len(labels), -1).sum(1).float()
@@ -262,7 +262,7 @@ def _label_name(batch: Mapping[str, Any]) -> str | None:
 def _targets(loss: str, labels: Tensor) -> Tensor:
     """1 at each label that has a loss, 0 elsewhere: (B, …); (B,) of class probabilities."""
     if loss == "cross_entropy" and labels.is_floating_point():
-        return torch.ones(len(labels), device=labels.device)  # of the classes together
+        return torch.ones_like(labels[:, 0], dtype=torch.float32)  # of the classes together
     if loss == "mse":
         return torch.ones_like(labels, dtype=torch.float32)
     return are_targets(labels).float()

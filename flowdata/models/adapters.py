@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from flowdata.models.calling import as_it_was, in_evaluation, is_peft_model, unwrapped
+from flowdata.models.calling import is_peft_model, unwrapped
+from flowdata.models.evaluation import as_it_was, in_evaluation
 
 # Initialisations of LoRA, by their names in PEFT, that leave the weights beneath as they are.
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from flowdata._common.notices import logger
 
@@ -10,12 +11,21 @@ from flowdata._common.notices import logger
 def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return a model's BatchNorm layers by their names, those of all dimensions and SyncBatchNorm.
 
+    A class of somebody's own is one if it keeps running means and variances as PyTorch's do.
+
     Example:
         >>> list(batch_norm_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']
     """
-    kind = nn.modules.batchnorm._BatchNorm
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
+    return {name: layer for name, layer in model.named_modules() if _is_batch_norm(layer)}
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.modules.batchnorm._NormBase):  # InstanceNorm is one, too
+        return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    if isinstance(layer, torch.jit.ScriptModule):
+        return False
+    return all(isinstance(layer._buffers.get(n), Tensor) for n in ("running_mean", "running_var"))
 
 
 def check_batch_norm(model: nn.Module, of: str = "loss") -> None:

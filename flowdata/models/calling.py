@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowdata.models.as_loaded import putting_back
-
 # What Python says of a call without an argument that the function can't do without.
 _MISSING = re.compile(r"forward\(\) missing \d+ required")
 _OF_A_LAYOUT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -250,37 +248,3 @@ def _named_layer(model: nn.Module, method: str) -> nn.Module | None:
     except NotImplementedError:
         return None
     return layer if isinstance(layer, nn.Module) else None
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a block, and what it was back after it."""
-    with as_it_was(model):
-        stop_training(model)
-        yield
-
-
-def stop_training(model: nn.Module) -> None:
-    """Put all parts of a model into eval mode, without its own `eval`: loralib's merges weights."""
-    for module in model.modules():
-        module.training = False
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back, after a block, modules' modes and parts, and which parameters have a gradient.
-
-    PEFT marks all adapters as trained when it turns them on again, the frozen ones included.
-    """
-    put_back = putting_back(model)
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        put_back()
-        for module, flag in modes:
-            module.training = flag
-        for parameter, flag in gradients:
-            if parameter.requires_grad != flag:  # of a model made in inference mode none can be set
-                parameter.requires_grad = flag

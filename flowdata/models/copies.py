@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.calling import as_it_was, stop_training
+from flowdata.models.evaluation import as_it_was, stop_training
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import (
@@ -25,6 +25,9 @@ from flowdata.models.precision import (
 from flowdata.models.tensors import cloned, map_floating, map_tensors, tensors_in
 
 _MOST_RESTORED = 2**20  # elements of a buffer: running statistics are small, quantised weights not
+
+
+Kept = dict[tuple[torch.dtype, ...], frozenset[int]]  # by the dtypes of inputs, places
 
 
 @contextmanager
@@ -56,10 +59,10 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         forwards_without_autocast(model),
         _given_back(model),
     ):
+        stop_training(model)  # before it is copied: a copy shares weights with it
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
-        stop_training(model)
         if copy_of_model is None:
-            with nullcontext() if is_placed(model) else _converting_inputs(model, dtype):
+            with nullcontext() if is_placed(model) else converting_inputs(model, dtype):
                 yield model
             return
         if convolutions(copy_of_model):
@@ -68,7 +71,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             copy_of_model.register_forward_hook(
                 lambda _, args, outputs: map_floating(outputs, Tensor.float)
             )
-        with _converting_inputs(copy_of_model, dtype):
+        with converting_inputs(copy_of_model, dtype):
             yield copy_of_model
 
 
@@ -154,7 +157,7 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         return None
     # `deepcopy` looks an object up in its memo before it copies it. With the converted tensors in
     # there it copies the modules alone, so no tensor is ever in memory twice in its old dtype.
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(each): each.detach().clone() for each in _made_tensors(model)}
     for tensor, target_dtype in conversions:
         is_parameter = isinstance(tensor, nn.Parameter)
         # Layers in training mode write to buffers, so that these are copied in any case.
@@ -169,9 +172,26 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
                 f"needs ({type(error).__name__}: {error}); convert it before, and score it as it is"
             ) from error
         return None
-    stop_training(copy_of_model)
     _bind_forwards(copy_of_model, memo)
     return copy_of_model
+
+
+def deep_copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, also of one with tensors that were computed of parameters.
+
+    `torch.nn.utils.weight_norm` and pruning keep the weight that they made among a layer's
+    attributes, and `deepcopy` refuses it.
+    """
+    memo = {id(each): each.detach().clone() for each in _made_tensors(model)}
+    copied: nn.Module = copy.deepcopy(model, memo)
+    return copied
+
+
+def _made_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
 
 
 def _bind_forwards(copy_of_model: nn.Module, memo: dict[int, Any]) -> None:
@@ -211,25 +231,33 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
 
 
 @contextmanager
-def _converting_inputs(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def converting_inputs(
+    model: nn.Module, dtype: torch.dtype, kept: Kept | None = None
+) -> Iterator[None]:
     """Let a model take floating inputs of any dtype, for a block.
 
     Those that its own code takes as they are stay so: of seconds since 1970 in float64, say, it may
     take the difference first. So the first call with inputs of other dtypes is tried with these.
+
+    Args:
+        model: the model.
+        dtype: what other inputs are converted to.
+        kept: remembers from block to block which inputs stay as they are.
     """
     if isinstance(model, torch.jit.ScriptModule):  # takes no hooks
         yield
         return
-    kept: dict[tuple[torch.dtype, ...], frozenset[int]] = {}  # by the dtypes of inputs
+    known = {} if kept is None else kept
 
     def convert(_: nn.Module, args: Any, kwargs: Any) -> Any:
         dtypes = tuple(tensor.dtype for tensor in tensors_in((args, kwargs)))
         others = [at for at, own in enumerate(dtypes) if own.is_floating_point and own != dtype]
         if not others:
             return None
-        if dtypes not in kept:
-            kept[dtypes] = _taken(model, (args, kwargs), frozenset(others), dtype)
-        return _converted((args, kwargs), kept[dtypes], dtype)
+        if dtypes not in known:
+            with torch.no_grad():
+                known[dtypes] = _taken(model, (args, kwargs), frozenset(others), dtype)
+        return _converted((args, kwargs), known[dtypes], dtype)
 
     handle = model.register_forward_pre_hook(convert, with_kwargs=True)
     try:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from flowdata._common.data_sets import check_map_style
 from flowdata._common.progress import Advance, progress_bar
 from flowdata._common.rng import preserved_rng
+from flowdata.dataset import FlowWeightedDataset
 from flowdata.models.batch_norm import check_batch_norm
 from flowdata.models.calling import call_in_order, call_with
 from flowdata.models.copies import frozen_model
@@ -80,7 +81,7 @@ def compute_features(
         ScoreMismatchError: `store` holds features of another body, data set or dtype.
         StoreError: `store` is damaged, or is no file of features.
     """
-    check_map_style(dataset)
+    _check_data_set(dataset)
     check_name(store, dataset_id)
     device = home(model)
     body_dtype = _dtype_of_body(dtype, model, device)
@@ -127,6 +128,16 @@ def compute_features(
             )
         tensors = keep(store, identity, compute)
     return tensors["feature"].to(device), tensors["target"].to(device)
+
+
+def _check_data_set(dataset: Any) -> None:
+    """Raise TypeError for a data set of another kind."""
+    if isinstance(dataset, FlowWeightedDataset):
+        raise TypeError(
+            "features have no use for weights, got a FlowWeightedDataset; pass the data set that "
+            "it weighs, dataset.dataset"
+        )
+    check_map_style(dataset)
 
 
 def _dtype_of_body(dtype: str | torch.dtype, model: nn.Module, device: torch.device) -> torch.dtype:

@@ -56,7 +56,7 @@ def weigh_targets(
     has_loss = _tokens_with_a_loss(scores, losses, missing)
     # The check is of all tokens, so that the index in its message is the token's own.
     present = check_values(losses.where(has_loss, 0.0), "token losses")[has_loss]
-    flat = torch.zeros(losses.shape)
+    flat = torch.zeros(losses.shape, dtype=torch.float32)
     flat[has_loss] = weigh(present, resolve_temperature(present, temperature))
     if mode == "both":
         factors = weigh_present(scores.losses, temperature, missing="zero")

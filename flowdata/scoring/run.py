@@ -216,7 +216,7 @@ class _StartedPack:
         if self.losses is not None:
             return self.losses.columns(token_losses=self.job.token_losses)
         names = ["loss", *(["token_loss"] if self.job.token_losses else []), *self.job.columns]
-        empty = {name: torch.empty(0) for name in names}
+        empty = {name: torch.empty(0, dtype=torch.float32) for name in names}
         return {**empty, "count": torch.empty(0, dtype=torch.long)}
 
 

@@ -318,7 +318,7 @@ class FlowWeightedIterable(IterableDataset[Any]):
                 f"sample {first} of the stream has no loss (no target, or a non-finite loss); drop "
                 "such samples from the source, or pass missing='zero' to give them weight 0"
             )
-        weights = torch.zeros(len(losses))
+        weights = torch.zeros(len(losses), dtype=torch.float32)
         if present.any():
             # The state of a resumed window brings its temperature and a median that has counted
             # its losses: to count them again would double them.

@@ -97,7 +97,7 @@ def joined(parts: list[TargetLosses]) -> TargetLosses:
 def _means(values: Tensor, counts: Tensor) -> Tensor:
     """The mean of each sample's values, added up in float64; NaN where it isn't finite."""
     if not len(counts):
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     sums = torch.segment_reduce(values.double(), "sum", lengths=counts, initial=0.0)
     means = (sums / counts).float()  # 0 / 0 is NaN: no target, no value
     return torch.where(means.isfinite(), means, torch.nan)

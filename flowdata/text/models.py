@@ -9,6 +9,7 @@ from typing import Any
 from flowdata._common.excerpts import first_line
 from flowdata.text.files.places import is_local, nothing_at
 from flowdata.text.hub import check_reachable, is_cached
+from flowdata.text.loaded import check_adapters, check_base, check_weights, explained_loading
 
 _WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # endings of files, not of hub ids
 
@@ -33,13 +34,22 @@ def load_model(source: str, *, trust_remote_code: bool = False, device: str | No
         FileNotFoundError: `source` names something on this machine that is not there.
         ConnectionError: it has to come from the hub, which can't be reached.
         ImportError: transformers is not installed.
-        ValueError: the folder `source` holds no model or several GGUF files.
+        ValueError: the folder `source` holds no model or several GGUF files; its file is damaged,
+            or lacks weights of the model that its config.json describes.
     """
     transformers = load_transformers()
     folder, options = _place_of(source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code, **options
-    )
+    if is_adapter(source):
+        check_base(source, check_model)
+    with explained_loading(source):
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    check_weights(source, found["missing_keys"], found["unexpected_keys"])
     _forget_quantisation(model)
     return model if device is None else model.to(device)
 
@@ -70,6 +80,7 @@ def load_tuned_model(
 
     Raises:
         ImportError: `source` holds adapters, and PEFT is not installed.
+        ValueError: see `load_model`; or they are adapters of another model.
     """
     if not is_adapter(source):
         return load_model(source, trust_remote_code=trust_remote_code, device=device)
@@ -80,7 +91,9 @@ def load_tuned_model(
             f'{source} holds adapters, which need PEFT: pip install "flowdata-torch[peft]"'
         ) from None
     model = load_model(base, trust_remote_code=trust_remote_code, device=device)
-    return peft.PeftModel.from_pretrained(model, source)
+    model = peft.PeftModel.from_pretrained(model, source)
+    check_adapters(source, model)
+    return model
 
 
 def is_adapter(source: str) -> bool:
@@ -156,8 +169,9 @@ def _place_of(source: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{source} holds several GGUF files; name one: {', '.join(names)}")
         if names:
             return source, {"gguf_file": names[0]}
-        if any((path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
-            return source, {}  # a tokenizer alone
+        others = ("adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+        if any((path / name).exists() for name in others):
+            return source, {}  # adapters, or a tokenizer alone
         raise ValueError(f"{source} holds neither a config.json nor a GGUF file: it is no model")
     return source, {}
 

@@ -5,7 +5,7 @@ import copy
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -150,3 +150,32 @@ def test_what_is_no_exchange_is_refused(exchange):
     meter = DriftMeter(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(ValueError, match="exchange must be finite and >= 0"):
         DriftCallback(meter, exchange=exchange)
+
+
+class Keeping(Module):
+    """Keeps the model that it validates."""
+
+    def validation_step(self, batch, index):
+        super().validation_step(batch, index)
+        self.validated = copy.deepcopy(self.model)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_drift_is_that_of_the_averaged_model_that_is_validated(tmp_path, first):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    module = Keeping(network, 0.5)
+    meter = DriftMeter(network, images(12, seed=5))
+    callbacks = [DriftCallback(meter), EMAWeightAveraging(decay=0.9, update_every_n_steps=1)]
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        callbacks=callbacks if first == 0 else callbacks[::-1],
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, DataLoader(images(20), 5), DataLoader(images(10, seed=1), 5))
+    (drift,) = callbacks[0].drifts.values()
+    assert drift.kl == pytest.approx(meter(module.validated).kl, rel=1e-5) != 0

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowdata._common.notices import is_first_rank
 from flowdata._common.progress import progress_bar
 from flowdata._common.real_numbers import check_factor
@@ -135,10 +137,24 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, float, Drift]]:
         gc.collect()
         advance(1)
         for alpha, model in models_of_front(options.base, options.tuned, options.alphas, **how):
-            runs.append((_name(alpha), _loss(options, model, samples), meter(model)))
+            drift = meter(model)
+            if alpha == 0:
+                _check_start(options, drift, meter.reader.dtype)
+            runs.append((_name(alpha), _loss(options, model, samples), drift))
             del model  # before the next one is loaded
             advance(1)
     return runs
+
+
+def _check_start(options: argparse.Namespace, drift: Drift, dtype: torch.dtype) -> None:
+    """Raise ValueError unless nothing of the fine-tuning is the base model."""
+    if drift.kl > torch.finfo(dtype).eps:
+        raise ValueError(
+            f"without its changes to weights {options.tuned} is not {options.base}: its drift is "
+            f"{drift.kl:.4g} nats a token at α = 0, so that averages of the weights tell nothing. "
+            "Its config.json may differ (positions, scales), or its adapters are of a kind that "
+            "changes the base: merge them (merge_and_unload()), save the model, and pass that"
+        )
 
 
 def _by_alpha(candidates: list[Candidate]) -> list[Candidate]:
