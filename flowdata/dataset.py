@@ -99,7 +99,7 @@ class FlowWeightedDataset(Dataset[Any]):
         self._attach = weight_attacher(layout, key)
         if layout == "dict" and key in (getattr(dataset, "column_names", None) or ()):
             raise ValueError(_collision(key))
-        _check_match(dataset, scores_or_weights)
+        check_match(dataset, scores_or_weights)
         weights = gather_weights(
             scores_or_weights,
             temperature=temperature,
@@ -319,10 +319,10 @@ def _collision(key: str) -> str:
     return f"the samples have a {key!r} already; pass another key= for the weight"
 
 
-def _check_match(dataset: Any, scores_or_weights: Any) -> None:
+def check_match(dataset: Any, scores_or_weights: Any, *, view: bool = True) -> None:
     """Check scores against the data set that they are to weigh, or against its parts."""
     if isinstance(scores_or_weights, Scores):
-        scores_or_weights.check_dataset(dataset)
+        scores_or_weights.check_dataset(dataset, view=view)
     elif is_several(scores_or_weights) and isinstance(dataset, ConcatDataset):
         _check_parts(dataset.datasets, scores_or_weights)
     elif is_several(scores_or_weights) and any(isinstance(s, Scores) for s in scores_or_weights):

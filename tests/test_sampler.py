@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from flowdata import LossScorer
 from flowdata.dataset import FlowWeightedDataset
+from flowdata.errors import ScoreMismatchError
 from flowdata.sampler import FlowSampler
 from flowdata.scores import Scores
 from tests import reference
@@ -648,3 +649,18 @@ def test_an_epoch_that_is_drawn_again_is_warned_of_once(caplog):
     for _ in range(2):  # left before its end
         next(iter(FlowSampler(torch.rand(9))))
     assert not caplog.records
+
+
+def test_scores_draw_from_the_samples_that_they_are_of():
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(40, 4), torch.randint(3, (40,))
+    dataset, order = TensorDataset(inputs, labels), torch.randperm(40)
+    scores = LossScorer(torch.nn.Linear(4, 3), progress=False).score(dataset)
+    permuted = TensorDataset(inputs[order], labels[order])
+    sampler = FlowSampler(scores)
+    assert len(list(DataLoader(dataset, sampler=sampler))) == 40
+    with pytest.raises(ScoreMismatchError, match="the scores were made from another data set"):
+        list(DataLoader(permuted, sampler=sampler))
+    assert len(list(DataLoader(dataset, sampler=pickle.loads(pickle.dumps(sampler))))) == 40
+    weights = FlowSampler(scores.weights())  # which are of no data set
+    assert len(list(DataLoader(permuted, sampler=weights))) == 40

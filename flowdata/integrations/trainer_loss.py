@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowdata.losses import Normalize, causal_lm_loss, count_items, weighted_mean
 from flowdata.models.adapters import base_model
-from flowdata.models.calling import innermost, takes_field
+from flowdata.models.calling import innermost, output_layer_of, takes_field
 from flowdata.models.tensors import to_device
 from flowdata.targets.labels import IGNORE_INDEX, are_targets, split_batch
 from flowdata.targets.meaning import losses_by_name
@@ -238,9 +238,10 @@ def takes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 def needs_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Return whether a model has to be called with its labels.
 
-    A model without labels spares itself a loss that nobody reads. Of Hugging Face's own classes it
-    is known that labels make nothing but the loss, unless a decoder's inputs are made from them.
-    Any other `forward` is given the labels if it takes them.
+    A language model without labels spares itself a large loss that nobody reads. Of Hugging Face's
+    own classes it is known that labels make nothing but the loss, unless a decoder's inputs are
+    made from them. Any other `forward` is given the labels if it takes them, so that each batch
+    tells whether the model's own loss is that of the run (later_batches.py).
     """
     name = _label_name(batch)
     if name is None or not takes_field(model, name):
@@ -249,7 +250,8 @@ def needs_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     parameter = inspect.signature(inner.forward).parameters.get(name)
     is_optional = parameter is not None and parameter.default is not inspect.Parameter.empty
     has_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
-    is_known = type(inner).__module__.startswith("transformers.models.") and not has_decoder
+    is_of_language = output_layer_of(inner) is not None and not has_decoder
+    is_known = type(inner).__module__.startswith("transformers.models.") and is_of_language
     return not (is_known and is_optional)
 
 

@@ -18,6 +18,7 @@ from flowdata.integrations.callbacks import LoaderCheck, SamplerEpoch, StepAccou
 from flowdata.integrations.checks import carries_weights, check_temperature_acts
 from flowdata.integrations.evaluation import UnweightedEvaluation, unweighted
 from flowdata.integrations.first_batch import Decision, decide, merged
+from flowdata.integrations.later_batches import proven_loss
 from flowdata.integrations.other_trainers import (
     adopt_order,
     check_data_by_name,
@@ -55,7 +56,6 @@ from flowdata.integrations.trainer_loss import (
     count_batch,
     fields_for,
     reference_options,
-    weighted_loss,
 )
 from flowdata.losses import Normalize
 from flowdata.sampler import FlowSampler
@@ -335,7 +335,7 @@ class FlowTrainerMixin(UnweightedEvaluation):
         if self.kl_to_reference:
             options |= reference_options(run, model, fields, self.kl_to_reference)
         outputs = model(**fields)
-        value = weighted_loss(run, outputs, inputs, weights, token_rule=rule, **options)
+        value = proven_loss(model, run, outputs, inputs, weights, token_rule=rule, **options)
         # A mixture of experts' balancing loss is a mean over a batch and not a sum over items.
         steps = 1 if num_items is None else self.current_gradient_accumulation_steps
         return value + named_terms(outputs, run.factors) / steps, outputs

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdata.models.evaluation import as_it_was, stop_training
+from flowdata.models.evaluation import as_it_was, without_training
 from flowdata.models.layout import convolutions, run_channels_last
 from flowdata.models.placement import is_placed
 from flowdata.models.precision import (
@@ -58,8 +58,8 @@ def frozen_model(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         without_autocast(device),
         forwards_without_autocast(model),
         _given_back(model),
+        without_training(model),  # before it is copied: a copy shares weights with it
     ):
-        stop_training(model)  # before it is copied: a copy shares weights with it
         copy_of_model = None if is_placed(model) else _frozen_copy(model, dtype, device)
         if copy_of_model is None:
             with nullcontext() if is_placed(model) else converting_inputs(model, dtype):

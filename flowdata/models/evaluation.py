@@ -22,21 +22,30 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a block, and what it was back after it."""
-    with as_it_was(model):
-        stop_training(model)
+    with as_it_was(model), without_training(model):
         yield
 
 
-def stop_training(model: nn.Module) -> None:
-    """Put all parts of a model into eval mode; weights that this would change stay as they are."""
-    own = _of_own_trains(model)
-    if own:
+@contextmanager
+def without_training(model: nn.Module) -> Iterator[None]:
+    """Put all parts of a model into eval mode for a block; what its own `eval` changes comes back.
+
+    Flags are for `as_it_was` to put back.
+    """
+    before = [_State.of(module) for module in model.modules() if _has_own_train(module)]
+    if before:
         model.eval()
-    for state in own:
+    undone = [state.changed() for state in before]
+    for state in undone:
         if state.has_merged():
             state.put_back()
     for module in model.modules():
         module.training = False
+    try:
+        yield
+    finally:
+        for state in undone:
+            state.put_back()
 
 
 @contextmanager
@@ -46,15 +55,12 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     PEFT marks all adapters as trained when it turns them on again, the frozen ones included.
     """
     put_back = putting_back(model)
-    own = _of_own_trains(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         put_back()
-        for state in own:
-            state.put_back()
         for module, flag in modes:
             module.training = flag
         for parameter, flag in gradients:
@@ -63,52 +69,56 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 class _State(NamedTuple):
-    """What a `train` of a module's own may change.
+    """What a `train` of a module's own may change, or has changed.
 
     Attributes:
         module: the module.
         attributes: its own, but for its tensors and parts.
         tensors: those of its own, each with a copy.
+        added: names of attributes that it didn't have.
     """
 
     module: nn.Module
     attributes: dict[str, Any]
     tensors: list[tuple[Tensor, Tensor]]
+    added: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        """Return a module's state."""
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        return cls(
+            module,
+            {name: value for name, value in vars(module).items() if name not in _TABLES},
+            [(t, t.detach().clone()) for t in tensors if t is not None and not t.is_meta],
+        )
+
+    def changed(self) -> _State:
+        """Return that part of the state which the module has another now."""
+        table = vars(self.module)
+        return _State(
+            self.module,
+            {n: value for n, value in self.attributes.items() if table.get(n) is not value},
+            [pair for pair in self.tensors if not torch.equal(*pair)],
+            frozenset(table.keys() - self.attributes.keys() - set(_TABLES)),
+        )
 
     def has_merged(self) -> bool:
-        """Return whether the module has changed its tensors, and noted that it did."""
-        table = vars(self.module)
-        flags = [name for name, value in self.attributes.items() if isinstance(value, bool)]
-        has_noted = any(
-            table.get(each) != self.attributes[each] for each in flags if each != "training"
-        )
-        return has_noted and any(not torch.equal(*pair) for pair in self.tensors)
+        """Return whether tensors were changed, and a flag says that they were."""
+        others = {name: value for name, value in self.attributes.items() if name != "training"}
+        return bool(self.tensors) and any(isinstance(each, bool) for each in others.values())
 
     def put_back(self) -> None:
         """Let the module have what it had."""
         table = vars(self.module)
-        for name in table.keys() - self.attributes.keys() - set(_TABLES):
+        for name in self.added & table.keys():
             del table[name]
         table.update(self.attributes)
         with torch.no_grad():
             for tensor, value in self.tensors:
-                if not torch.equal(tensor, value):
-                    tensor.data.copy_(value)
+                tensor.data.copy_(value)
 
 
-def _of_own_trains(model: nn.Module) -> list[_State]:
-    """The states of those modules whose classes have a `train` of their own."""
-    return [
-        _State(
-            module,
-            {name: value for name, value in vars(module).items() if name not in _TABLES},
-            [
-                (tensor, tensor.detach().clone())
-                for tensor in (*module._parameters.values(), *module._buffers.values())
-                if tensor is not None and not tensor.is_meta
-            ],
-        )
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        and type(module).train is not nn.Module.train
-    ]
+def _has_own_train(module: nn.Module) -> bool:
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    return not is_script and type(module).train is not nn.Module.train

@@ -15,7 +15,7 @@ from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_state
 from flowdata.dataset import gather_weights
 from flowdata.sampler.epoch_orders import EpochOrders
-from flowdata.sampler.loaded_data import check_loaded
+from flowdata.sampler.loaded_data import LoadedData
 from flowdata.sampler.sharing import Share
 from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
 
@@ -141,6 +141,7 @@ class FlowSampler(DistributedSampler[int]):
             max_weight=max_weight,
         )
         self.weights = weights.cpu().numpy()
+        self._loaded = LoadedData(self.weights, scores_or_weights)
         self._orders = EpochOrders(
             self.weights,
             len(weights) if num_samples is None else num_samples,
@@ -327,7 +328,7 @@ class FlowSampler(DistributedSampler[int]):
             start               _next, while the loop takes the first block
         """
         self._share.check_pass(self)  # at the first draw, when a process group exists if ever
-        check_loaded(self.weights)
+        self._loaded.check()
         if self._is_finished:
             warn_once(
                 f"FlowSampler draws epoch {self.epoch} again, the same samples in the same order: "

@@ -8,26 +8,53 @@ weights to the loss would apply them twice.
 from __future__ import annotations
 
 import inspect
+import weakref
+from contextlib import suppress
 from typing import Any
 
 from numpy.typing import NDArray
 
+from flowdata.dataset import check_match
 from flowdata.sampler.carried_weights import are_alike, carried_weights
 
 # Who hands indices on as they are. What others ask for may be meant for a map of their own.
 _HAND_ON = ("torch.utils.data", "torchdata", "accelerate")
 
 
-def check_loaded(weights: NDArray[Any]) -> None:
-    """Check, within a pass, that the data set of the loader which asks fits a sampler's weights.
+class LoadedData:
+    """The check of the data sets of loaders that ask for indices.
 
     Args:
         weights: (N,) the sampler's.
-
-    Raises:
-        ValueError: the data set has another number of samples, or gives the same weights.
+        scores: what they were made of: scores know their data set.
     """
-    dataset = _loaded_data()
+
+    def __init__(self, weights: NDArray[Any], scores: Any) -> None:
+        self.weights, self.scores = weights, scores
+        self._known: weakref.ref[Any] | None = None  # the data set that was checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled and copied: a copy has yet to see its data set."""
+        return {**vars(self), "_known": None}
+
+    def check(self) -> None:
+        """Check, within a pass, that the data set of the loader which asks fits the weights.
+
+        Raises:
+            ScoreMismatchError: the scores are of another data set.
+            ValueError: the data set has another number of samples, or gives the same weights.
+        """
+        dataset = _loaded_data()
+        if dataset is None or (self._known is not None and self._known() is dataset):
+            return
+        _check_weights(self.weights, dataset)
+        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+            check_match(dataset, self.scores, view=False)
+        with suppress(TypeError):  # a list has no weak references
+            self._known = weakref.ref(dataset)
+
+
+def _check_weights(weights: NDArray[Any], dataset: Any) -> None:
     if hasattr(dataset, "__len__") and len(dataset) != len(weights):
         raise ValueError(
             f"FlowSampler has weights of {len(weights)} samples, the loader's data set has "
