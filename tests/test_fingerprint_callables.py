@@ -1,5 +1,6 @@
 """The fingerprint of a function of batches: what it notices, and that use leaves it as it was."""
 
+import argparse
 import functools
 import importlib
 import sys
@@ -335,3 +336,42 @@ def test_attributes_of_a_function_count_but_for_those_that_it_fills():
         collate.calls, collate.length = calls, length
         prints.append(fingerprint_callable(collate))
     assert prints[0] == prints[1] != prints[2]
+
+
+OPTIONS = argparse.Namespace(scale=2.0, output="here")
+
+
+class Batcher:
+    """Reads an option of those that it is given."""
+
+    def __init__(self, options):
+        self.scale = options.scale
+
+
+def scaled(samples, options):
+    return samples * options.scale
+
+
+def by_helper(samples):
+    return scaled(samples, OPTIONS)
+
+
+def by_word(samples):
+    return samples * getattr(OPTIONS, "scale")  # noqa: B009
+
+
+def by_key(samples):
+    return samples * vars(OPTIONS)["scale"]
+
+
+def by_class(samples):
+    return samples * Batcher(OPTIONS).scale
+
+
+@pytest.mark.parametrize("collate", [by_helper, by_word, by_key, by_class])
+def test_options_that_are_handed_on_count_where_they_are_read(collate, monkeypatch):
+    first = fingerprint_callable(collate)
+    monkeypatch.setattr(OPTIONS, "output", "there")
+    assert fingerprint_callable(collate) == first
+    monkeypatch.setattr(OPTIONS, "scale", 5.0)
+    assert fingerprint_callable(collate) != first

@@ -786,3 +786,27 @@ def test_private_attributes_count_where_a_function_of_the_users_own_reads_them()
     assert fingerprint_model(model) == before
     model._scale = 2.0
     assert fingerprint_model(model) != before
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+class Tripling(nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2))]
+)
+def test_what_torch_jit_compiled_counts(compiled, tmp_path):
+    made = {}
+    for kind in (Doubling, Tripling):
+        torch.jit.save(compiled(kind()), tmp_path / kind.__name__)
+        model = torch.jit.load(tmp_path / kind.__name__)
+        made[kind] = fingerprint_model(model)
+        model.eval()(torch.ones(2))
+        assert fingerprint_model(model) == made[kind]
+    assert made[Doubling] != made[Tripling]

@@ -25,7 +25,7 @@ from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.check import samples_to_check
 from flowdata.scoring.evidence import disagreement, gather_evidence
 from flowdata.scoring.job import Job
-from flowdata.scoring.kinds import is_short
+from flowdata.scoring.kinds import longest_checked, tokens_of
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.suspects import in_largest_pack
 from flowdata.scoring.truth import Truth, difference
@@ -121,7 +121,7 @@ def find_suspect(
     offsets = offsets_of(rows.counts).tolist()
     for index in sorted(indices):
         sample = job.dataset[index]
-        if not is_short(sample):
+        if tokens_of(sample) > longest_checked(job.loss):
             continue
         part = rows.values[offsets[index] : offsets[index + 1]]
         layer = output_layer(model, job.loss, head)

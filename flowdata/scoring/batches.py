@@ -17,7 +17,7 @@ from flowdata._common.unreadable import Unreadable
 from flowdata.scoring.collate import Collate
 from flowdata.scoring.grouping import Grouping
 from flowdata.scoring.job import Job
-from flowdata.scoring.kinds import is_short, kind_of
+from flowdata.scoring.kinds import kind_of
 
 _IN_A_THOUSAND = 2  # samples that are checked
 _MOST_NEW_KINDS = 16  # of which a process checks the first sample
@@ -137,8 +137,6 @@ class _CollatePack:
             raise
 
     def _is_checked(self, index: int, sample: Any) -> bool:
-        if not is_short(sample):
-            return False
         kind = kind_of(sample)
         is_new = kind not in self.kinds and len(self.kinds) < self.most_kinds
         if is_new:

@@ -38,7 +38,7 @@ from flowdata.scoring.evidence import (
 )
 from flowdata.scoring.grouping import Grouping, together
 from flowdata.scoring.job import FEW, Job
-from flowdata.scoring.kinds import differing, is_short, kind_of
+from flowdata.scoring.kinds import differing, is_short, kind_of, longest_checked, tokens_of
 from flowdata.scoring.language.ways import plain_way
 from flowdata.scoring.meaning import (
     further_to_ask,
@@ -146,6 +146,7 @@ def choose_way(job: Job, plan: Plan, model: nn.Module) -> AgreedWay:
 
 def samples_to_check(job: Job, plan: Plan) -> list[Any]:
     """Return readable samples that differ; of a small data set all of them."""
+    longest = longest_checked(job.loss)
     ends = plan.order[[0, len(plan.order) // 2, -1]].tolist()  # plans begin with the longest
     samples = list(job.few_samples)
     for index in ends:
@@ -153,12 +154,14 @@ def samples_to_check(job: Job, plan: Plan) -> list[Any]:
             samples.append(job.dataset[index])
     samples = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if len(job.dataset) <= FEW:
-        short = [sample for sample in job.few_samples if is_short(sample)] or job.few_samples[:1]
+        short = [sample for sample in job.few_samples if tokens_of(sample) <= longest]
+        short = short or job.few_samples[:1]
         # Shortest and longest by turns, so that those that share a batch differ.
         halves = short[: (len(short) + 1) // 2], short[::-1][: len(short) // 2]
         return [each for pair in zip_longest(*halves) for each in pair if each is not None]
     suspects = [job.dataset[index] for index in job.suspects]
-    return [*suspects, *(samples[place] for place in differing(samples, _MOST_CHECKED))]
+    places = differing(samples, _MOST_CHECKED, longest)
+    return [*suspects, *(samples[place] for place in places)]
 
 
 def _plain_way(job: Job, batches: Sequence[Any]) -> Callable[[nn.Module], Way]:

@@ -7,6 +7,7 @@ looks for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flowdata.scoring.plan.lengths import length_of
 from flowdata.targets.labels import IGNORE_INDEX
+from flowdata.targets.which_loss import LANGUAGE_LOSSES
 
 _MOST_KINDS = 6  # of which a sample is checked before a run; others are as they come
 _FEWEST = 4  # samples, if there are so many
@@ -27,8 +29,10 @@ _Bools = np.ndarray[Any, np.dtype[np.bool_]]
 def kind_of(sample: Any) -> Hashable:
     """Return what tells kinds of samples apart: the fields that are there, and how many images.
 
-    Of samples of tokens it is as well where `attention_mask` hides tokens (on the left, inside, on
-    the right), whether these are targets or predict some, and whether `position_ids` begin again.
+    Tensors are told apart by their dtypes as well: a collation puts bytes and numbers into one. Of
+    samples of tokens it is whether they are long, where `attention_mask` hides tokens (on the left,
+    inside, on the right), whether these are targets or predict some, and whether `position_ids`
+    begin again.
 
     Example:
         >>> kind_of({"input_ids": [1, 2]}) == kind_of({"input_ids": [1]})
@@ -41,7 +45,7 @@ def kind_of(sample: Any) -> Hashable:
     if isinstance(sample, Mapping):
         fields = [(str(name), _kind_of_value(sample[name])) for name in sorted(sample, key=str)]
         hidden = _hidden(sample.get("attention_mask"), sample.get("labels"))
-        return (*fields, hidden, _begins_again(sample.get("position_ids")))
+        return (*fields, hidden, _begins_again(sample.get("position_ids")), is_short(sample))
     if isinstance(sample, tuple | list):
         return tuple(map(_kind_of_value, sample))
     return _kind_of_value(sample)
@@ -52,7 +56,8 @@ def _kind_of_value(value: Any) -> Hashable:
         # Several images, or what says of each how large it is, lie along the first axis. A long
         # axis is one of time, or of patches.
         size = value.shape[0] if len(value.shape) >= 2 else None
-        return (len(value.shape), size if size is None or size <= _MOST_IMAGES else "many")
+        number = size if size is None or size <= _MOST_IMAGES else "many"
+        return (len(value.shape), number, str(value.dtype))
     if isinstance(value, tuple | list):
         is_numbers = bool(value) and isinstance(value[0], int | float)
         return ("numbers",) if is_numbers else ("list", len(value))
@@ -104,7 +109,7 @@ def _is_row(values: Any) -> bool:
     return isinstance(values, list | tuple) and bool(values) and isinstance(values[0], int | float)
 
 
-def differing(samples: Sequence[Any], most: int) -> list[int]:
+def differing(samples: Sequence[Any], most: int, longest: float = LONGEST_CHECKED) -> list[int]:
     """Return the places of the samples that differ most: what a check should look at.
 
     They are the shortest, the longest, that with the fewest targets and that with the most, and
@@ -113,10 +118,11 @@ def differing(samples: Sequence[Any], most: int) -> list[int]:
     Args:
         samples: readable samples, at least one.
         most: places at most.
+        longest: tokens beyond which a sample is none of them, if there are others.
     """
     lengths = [tokens_of(sample) for sample in samples]
     targets = [_count_targets(sample) for sample in samples]
-    few_enough = [place for place, length in enumerate(lengths) if length <= LONGEST_CHECKED]
+    few_enough = [place for place, length in enumerate(lengths) if length <= longest]
     few_enough = few_enough or [int(np.argmin(lengths))]
     places = [
         min(few_enough, key=lambda place: lengths[place]),
@@ -138,6 +144,17 @@ def differing(samples: Sequence[Any], most: int) -> list[int]:
 def is_short(sample: Any) -> bool:
     """Return whether the full logits of a sample fit into memory, so that it can be checked."""
     return tokens_of(sample) <= LONGEST_CHECKED
+
+
+def longest_checked(loss: object) -> float:
+    """Return how many tokens a sample may have for its loss alone to be made of full logits.
+
+    Those of a language model would fill the memory; what others make for one is as large in a run.
+
+    Args:
+        loss: the job's.
+    """
+    return LONGEST_CHECKED if loss in LANGUAGE_LOSSES else math.inf
 
 
 def tokens_of(sample: Any) -> int:

@@ -6,11 +6,12 @@ its own is taken (flowdata/targets/meaning.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +58,7 @@ from flowdata.targets.which_loss import (
 
 _TO_CHOOSE, _TO_ASK = 8, 3  # samples of which the model is asked for its own loss
 _MANY = 64  # samples from which the kind of targets is told, and on which an unknown loss is asked
+_MOST_READ = 1024  # samples that are looked through for classes that none of these has
 _TEXTS = 16  # of which such a loss is asked
 
 
@@ -125,18 +127,50 @@ def _few_samples(dataset: Any) -> list[Any]:
 def further_to_ask(dataset: Any, collate: Collate) -> list[Any]:
     """Return more samples, each collated alone, to ask a loss of somebody's own about.
 
-    It may weigh some classes or samples alone. Texts have many targets each, so that fewer do.
+    It may weigh some classes or samples alone: so the first sample of each class is among them, as
+    far as these are met. Texts have many targets each, so that fewer do.
     """
     samples = [
         each for each in some_readable(dataset, _MANY) if is_short(each) and has_target(each)
     ]
     if any(map(tokens_of, samples)):
         samples = samples[:: -(-len(samples) // _TEXTS)]
+    samples += _of_other_classes(dataset, samples)
     batches = []
     for sample in samples:
         with suppress(Exception):  # the run will meet it and say so
             batches.append(collate([sample]))
     return batches
+
+
+def _of_other_classes(dataset: Any, samples: Sequence[Any]) -> list[Any]:
+    """The first sample of each class that none of some samples has, from all over a data set."""
+    known = {_class_of(sample) for sample in samples}
+    if None in known:
+        return []
+    others: dict[Hashable, Any] = {}
+    for index in range(0, len(dataset), -(-len(dataset) // _MOST_READ)):
+        with suppress(Exception):  # the run will meet it and say so
+            sample = dataset[index]
+            label = _class_of(sample)
+            if label not in known and label is not None and is_short(sample):
+                others.setdefault(label, sample)
+        if len(others) >= _TEXTS:
+            break
+    return list(others.values())
+
+
+def _class_of(sample: Any) -> Hashable:
+    """A sample's label where it is a single number, else None."""
+    label: Any = None
+    if isinstance(sample, Mapping):
+        name = label_field(sample)
+        label = None if name is None else sample[name]
+    elif isinstance(sample, tuple | list) and len(sample) == 2:
+        label = sample[1]
+    if isinstance(label, Tensor | np.ndarray | np.generic):
+        label = label.item() if np.prod(label.shape) == 1 else None
+    return label if isinstance(label, bool | int | float) else None
 
 
 def _calls_with_labels(

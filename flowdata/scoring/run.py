@@ -12,7 +12,7 @@ one pack is started ahead of the one whose losses are waited for, so that the GP
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,13 +28,14 @@ from flowdata.scoring.batches import Batch, load_batches
 from flowdata.scoring.check import AgreedWay, agreed_way
 from flowdata.scoring.grouping import alone
 from flowdata.scoring.job import Job
+from flowdata.scoring.kinds import longest_checked
 from flowdata.scoring.lend import lent_model
 from flowdata.scoring.locating import checked_indices, located
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks, one_rank
 from flowdata.scoring.suspects import in_largest_pack
 from flowdata.scoring.threads import describe_threads
-from flowdata.scoring.truth import Truth
+from flowdata.scoring.truth import Truth, difference
 from flowdata.store.packs import Columns
 from flowdata.targets.target_losses import Fetched
 
@@ -206,7 +207,11 @@ class _StartedPack:
                 if name != "token_loss"
             }
             true = losses.columns(token_losses=False)
-            if reason := self.truth.difference(sample, true, batch):
+            if _is_long(self.job, batch):
+                reason = difference(self.truth, sample, true)
+            else:
+                reason = self.truth.difference(sample, true, batch)
+            if reason:
                 index = int(self.samples[is_readable][place])
                 raise DisagreementError(index, reason)
             off = float((sample["loss"] - true["loss"]).abs().nan_to_num())
@@ -233,9 +238,25 @@ def _start_packs(
     for index, batch in share.batches():
         with _naming_samples(job, plan, index):
             losses = Fetched(agreed.way(model, batch.content)) if batch.content else None
-            few = {place: (each, truth.start(each)) for place, each in batch.alone.items()}
+            few = {
+                place: (each, _start_alone(agreed, model, each))
+                for place, each in batch.alone.items()
+            }
         samples = plan.pack(index)
         yield _StartedPack(job, index, samples, losses, batch.unreadable, few, truth, report)
+
+
+def _start_alone(agreed: AgreedWay, model: nn.Module, batch: Any) -> Fetched:
+    """Start a sample alone: by the model's own forward, or where it is long by the run's way."""
+    if _is_long(agreed.truth.job, batch):
+        return Fetched(agreed.way(model, [batch]))
+    return agreed.truth.start(batch)
+
+
+def _is_long(job: Job, batch: Any) -> bool:
+    """Return whether the full logits of a sample, collated alone, would be too large."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return isinstance(ids, Tensor) and ids.shape[-1] > longest_checked(job.loss)
 
 
 def _finish_packs(started: Iterable[_StartedPack], *, ahead: int) -> Iterator[FinishedPack]:

@@ -22,7 +22,7 @@ from flowdata._common.unreadable import Unreadable
 from flowdata.scoring.candidates import Candidate
 from flowdata.scoring.grouping import alike, alone
 from flowdata.scoring.job import FEW, Job
-from flowdata.scoring.kinds import is_short
+from flowdata.scoring.kinds import LONGEST_CHECKED, longest_checked, tokens_of
 from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.truth import Truth
 from flowdata.targets.target_losses import joined
@@ -32,18 +32,27 @@ _MOST_READ = 64  # samples in which some of one shape are looked for
 
 
 def in_largest_pack(plan: Plan, *, of_few: bool = False) -> frozenset[int]:
-    """Return the indices of a few samples of the pack that has most.
+    """Return the indices of a few samples of the pack that has most, and of the largest long one.
 
     Args:
         plan: whose packs.
         of_few: of a small data set as well; else none, because all of its samples, which are at
             most `FEW`, were checked together.
     """
-    if int(plan.sizes.sum()) <= FEW and not of_few:
-        return frozenset()
-    pack = plan.pack(int(plan.sizes.argmax()))
+    largest = []
+    if of_few or int(plan.sizes.sum()) > FEW:
+        largest.append(int(plan.sizes.argmax()))
+    if plan.options.max_tokens is not None:
+        # Long samples are none of those that are checked before a run.
+        sizes = plan.sizes * (plan.amounts > LONGEST_CHECKED * plan.sizes)
+        largest += [int(sizes.argmax())] * bool((sizes > 1).any())
+    return frozenset(index for number in largest for index in _some_of(plan.pack(number)))
+
+
+def _some_of(pack: Tensor) -> list[int]:
     places = torch.linspace(0, len(pack) - 1, _OF_LARGEST + 1)[1:].long()
-    return frozenset(pack[places].tolist())
+    some: list[int] = pack[places].tolist()
+    return some
 
 
 def disagreement_among_all(candidate: Candidate, truth: Truth, plan: Plan) -> str:
@@ -98,7 +107,9 @@ def _groups_of_one_shape(job: Job, plan: Plan) -> Iterator[list[Any]]:
             return
         samples = [sample for _, sample in _readable(job, plan.pack(place))]
         read += len(samples)
-        yield from (group for group in alike(samples) if len(group) > 1 and is_short(group[0]))
+        longest = longest_checked(job.loss)
+        groups = (group for group in alike(samples) if len(group) > 1)
+        yield from (group for group in groups if tokens_of(group[0]) <= longest)
 
 
 def _readable(job: Job, indices: Tensor) -> list[tuple[int, Any]]:

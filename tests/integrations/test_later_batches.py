@@ -66,9 +66,7 @@ def train(folder, model, samples, cls=FlowTrainer, **options):
     "loss", [weighing_the_last_class, ignoring_the_last_class, staying_near_its_start]
 )
 def test_a_loss_that_is_another_one_on_a_later_batch_is_refused(tmp_path, loss):
-    with pytest.raises(
-        ValueError, match=r"loss='cross_entropy', and the model's own is"
-    ):
+    with pytest.raises(ValueError, match=r"loss='cross_entropy', and the model's own is"):
         train(tmp_path, Net(loss), rows())
 
 

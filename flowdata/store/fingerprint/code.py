@@ -14,6 +14,7 @@ from collections.abc import Iterator, Set
 from typing import Any
 
 from flowdata.store.fingerprint.instructions import (
+    attributes_read,
     contents_of,
     globals_read,
     names_filled,
@@ -177,6 +178,26 @@ def names_read_by(kind: type, *, libraries: bool = False) -> set[str]:
         for function in ([own] if libraries else with_helpers(own))
         for name in names_read(function)
     }
+
+
+def attributes_read_by(function: types.FunctionType) -> set[str]:
+    """Return the names of attributes in a function and in what it calls by name.
+
+    Options that it hands on to functions and classes of the user's own are read by these.
+    """
+    names: set[str] = set()
+    for part in with_helpers(function):
+        named = (part.__globals__.get(name) for name in globals_read(part))
+        kinds = [each for each in named if isinstance(each, type)]
+        methods = (
+            own
+            for kind in kinds
+            if not is_of_library(kind.__module__)
+            for value in vars(kind).values()
+            for own in functions_in(value)
+        )
+        names = names.union(*map(attributes_read, (part, *methods)))
+    return names
 
 
 def with_helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:

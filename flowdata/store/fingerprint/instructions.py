@@ -44,6 +44,16 @@ def names_read(function: types.FunctionType) -> set[str]:
     return {name for code in code_within(function.__code__) for name in code.co_names}
 
 
+def attributes_read(function: types.FunctionType) -> set[str]:
+    """Return the names of attributes in a function and in those inside it, those in words too.
+
+    ``getattr(options, "scale")`` and ``vars(options)["scale"]`` read one as `options.scale` does.
+    """
+    names = {part for name in names_read(function) for part in name.split(".")}
+    constants = (each for code in code_within(function.__code__) for each in code.co_consts)
+    return names | {each for each in constants if isinstance(each, str) and each.isidentifier()}
+
+
 def globals_read(function: types.FunctionType) -> set[str]:
     """Return the names of the globals in a function and in those inside it."""
     return {

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowdata.store.fingerprint.code import (
@@ -105,7 +106,17 @@ def describe_module(describer: Describer, path: str, module: nn.Module) -> list[
         _settings(describer, module, kind, path),
         [describer.describe(hook, f"a hook of {place}") for hook in _hooks(module)],
         _packed_tensors(describer, module, place),
+        *_compiled_code(module),
     ]
+
+
+def _compiled_code(module: nn.Module) -> list[str]:
+    """What a module does that `torch.jit` compiled, which no class tells."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return []
+    graph = getattr(module, "inlined_graph", None)  # there is none without a `forward`
+    # Neither places in files nor the numbers by which a process tells classes apart count.
+    return [re.sub(r" *#[^\n]*|___torch_mangle_\d+\.?", "", str(graph))]
 
 
 def is_filled_by_calls(describer: Describer, module: nn.Module, name: str) -> bool:
@@ -192,6 +203,8 @@ def _replaced(module: nn.Module, kind: type, name: str) -> Any:
 
     Accelerate and torch.compile put wrappers in the place of `forward`, which keep it.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # holds its own method there once it has run
+        return None
     function = vars(module).get(name)
     own = getattr(kind, name, None)
     while function is not None and getattr(function, "__func__", function) is not own:

@@ -30,6 +30,7 @@ from flowdata.store.fingerprint.attributes import (
     state_of,
 )
 from flowdata.store.fingerprint.code import (
+    attributes_read_by,
     cached_properties,
     describe_code,
     filled_by_calls,
@@ -50,7 +51,6 @@ from flowdata.store.fingerprint.instructions import (
     below,
     contents_of,
     names_filled,
-    names_read,
 )
 from flowdata.store.fingerprint.named import values_named
 from flowdata.store.fingerprint.values import (
@@ -231,7 +231,7 @@ class Describer:
         gaps = dict.fromkeys(filled, "calls fill it")
         gaps |= {name: "is not there" for name, value in values.items() if value is None}
         self.gaps |= {f"{name!r} of {place} ({gaps[name]})": None for name in sorted(gaps)}
-        names = {part for name in names_read(function) for part in name.split(".")}
+        names = attributes_read_by(function)
         settings = {
             name: self.describe(value, f"{name!r} of {place}", names, below(paths, name))
             for name, value in sorted(values.items())
