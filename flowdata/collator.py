@@ -81,7 +81,7 @@ class WeightedCollator:
             return self.collate_fn(samples)
         originals = _copies(samples)
         batch = self.collate_fn(samples)
-        self._check_order(_rows(batch), originals)
+        self._check_order(_rows(batch, len(samples)), originals)
         return batch
 
     def _check_order(self, rows: list[bytes], samples: list[Any]) -> None:
@@ -92,11 +92,11 @@ class WeightedCollator:
         if len(rows) != len(samples) or len(set(rows)) < 2:
             return
         with preserved_rng():
-            backwards = _rows(self.collate_fn(_copies(samples[::-1])))
+            backwards = _rows(self.collate_fn(_copies(samples[::-1])), len(samples))
             if backwards[::-1] == rows or sorted(backwards) != sorted(rows):
                 return
             # Rows may be the places of sequences instead of samples, (T, B).
-            same = _rows(self.collate_fn(_copies(samples[:1] * len(samples))))
+            same = _rows(self.collate_fn(_copies(samples[:1] * len(samples))), len(samples))
             is_of_samples = len(set(same)) == 1
         if is_of_samples:
             raise ValueError(
@@ -244,15 +244,21 @@ def _copies(samples: Sequence[Any]) -> list[Any]:
     return [dict(sample) if isinstance(sample, Mapping) else sample for sample in samples]
 
 
-def _rows(batch: Any) -> list[bytes]:
-    """The content of each row of a batch, over all its tensors of as many rows; [] of none."""
+def _rows(batch: Any, size: int) -> list[bytes]:
+    """The content of each sample's row of a batch, over all its tensors of as many; [] of none.
+
+    Sequences may come first, (B, T, …), or last, (T, B, …).
+    """
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch
     parts = parts if isinstance(parts, tuple | list) else [parts]
     tensors = [p for p in parts if isinstance(p, Tensor) and p.dim() and p.layout == torch.strided]
-    size = len(tensors[0]) if tensors else 0
+    tensors = [p.mT if p.dim() == 2 and len(p) != size else p for p in tensors]
     columns = [each.detach().cpu() for each in tensors if len(each) == size]
+    if not columns:
+        return []
     return [b"".join(_bytes_of(column[row]) for column in columns) for row in range(size)]
 
 
 def _bytes_of(value: Tensor) -> bytes:
-    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    value = value.reshape(-1).clone(memory_format=torch.contiguous_format)
+    return value.view(torch.uint8).numpy().tobytes()

@@ -14,15 +14,13 @@ from torch.utils.data import ConcatDataset, Dataset
 from flowdata._common.data_sets import check_map_style
 from flowdata.errors import ScoreMismatchError
 from flowdata.report.summary import drop_missing
-from flowdata.scores import Scores, weights_of
+from flowdata.scores import Scores
+from flowdata.scores.gathering import gather_weights, is_several
 from flowdata.weights import (
     Missing,
     Normalize,
     Temperature,
     resolve_temperature,
-    shape_weights,
-    warn_of_likely_losses,
-    warn_of_useless_weights,
 )
 
 Layout: TypeAlias = Literal["pair", "triple", "dict"]
@@ -177,46 +175,6 @@ def joint_temperature(scores: Sequence[Scores], temperature: Temperature = "medi
     return resolve_temperature(drop_missing(losses), temperature)
 
 
-def gather_weights(
-    scores_or_weights: Any,
-    *,
-    temperature: Temperature = "median",
-    missing: Missing = "raise",
-    normalize: Normalize = "none",
-    max_weight: float | None = None,
-) -> Tensor:
-    """Return the weights of one data set, or of several one after another, as (N,) floating.
-
-    The temperature is of each data set by itself, and for its scores alone. Normalising and
-    capping concern all weights together, those that the user gives included: they are the last
-    step, and the ratios between data sets stay as they are. Whether the weights of scores are of
-    use is told of all together, too: one of several sets may rightly vanish beside the others.
-    """
-    several = scores_or_weights if is_several(scores_or_weights) else [scores_or_weights]
-    parts = [weights_of(s, temperature=temperature, missing=missing) for s in several]
-    pairs = [(s.losses, w) for s, w in zip(several, parts, strict=True) if isinstance(s, Scores)]
-    if pairs:
-        losses, weights = (_join(tensors) for tensors in zip(*pairs, strict=True))
-        is_normalized = normalize == "mean"
-        warn_of_useless_weights(losses, weights, temperature, is_normalized=is_normalized)
-    given = [w for s, w in zip(several, parts, strict=True) if not isinstance(s, Scores)]
-    if given:
-        warn_of_likely_losses(_join(given))
-    return shape_weights(_join(parts), normalize=normalize, max_weight=max_weight)
-
-
-def is_several(scores_or_weights: Any) -> bool:
-    """Return whether these are the scores or weights of several data sets, as a list of them.
-
-    A list of numbers is the weights of one data set.
-    """
-    return (
-        isinstance(scores_or_weights, list | tuple)
-        and len(scores_or_weights) > 0
-        and all(isinstance(s, Scores) or getattr(s, "ndim", 0) == 1 for s in scores_or_weights)
-    )
-
-
 def weight_attacher(layout: Layout, key: str) -> Callable[[Any, Tensor], Any]:
     """Return the function that attaches a weight to a sample as a layout says.
 
@@ -246,11 +204,6 @@ def check_bare(layout: Layout, key: str) -> None:
             f"resample=True yields samples without a weight, so that layout={layout!r} and "
             f"key={key!r} would be ignored; leave them out, or weigh with resample=False"
         )
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one after another; a single one, such as a memory map, stays as it is."""
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _to_float32(weights: Tensor) -> Tensor:

@@ -489,3 +489,11 @@ def test_scores_of_plain_images_say_first_what_to_do_with_augmented_ones():
         ScoreMismatchError, match=r"^score this data set, or pass .*class gives them"
     ):
         FlowWeightedDataset(images(12, seed=1), scores)
+
+
+@pytest.mark.parametrize("option", [{"temperature": "mean"}, {"missing": "zero"}])
+def test_options_of_scores_are_refused_for_weights(option):
+    (name,) = option
+    for make in (partial(FlowWeightedDataset, [1, 2]), FlowSampler):
+        with pytest.raises(ValueError, match=f"{name}=.* has no effect on weights"):
+            make(torch.ones(2), **option)

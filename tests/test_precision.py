@@ -13,7 +13,8 @@ from flowdata.models.copies import frozen_model
 from flowdata.models.precision import resolve_dtype
 from flowdata.probe.features import compute_features
 from tests import reference
-from tests.models import TinyResNet, images, tiny_llama
+from tests.models import TinyResNet, images, tiny_llama, token_samples
+from tests.test_drift import moved
 
 CPU = torch.device("cpu")
 
@@ -531,3 +532,21 @@ def test_maps_that_a_network_returns_are_contiguous():
 
     losses = LossScorer(maps, loss, progress=False).score(data).losses
     assert torch.allclose(losses, loss(maps, data.tensors).detach(), atol=1e-5)
+
+
+def test_products_of_low_precision_do_not_reach_into_scores_or_drift():
+    model, samples = tiny_llama(), token_samples(12)
+
+    def measured():
+        scores = LossScorer(model, dtype="float32", progress=False).score(samples)
+        return scores.losses, DriftMeter(model, samples, dtype="float32")(moved(model)).kl
+
+    losses, kl = measured()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        low = measured()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(low[0], losses, rtol=1e-6, atol=1e-6)
+    assert low[1] == pytest.approx(kl, rel=1e-4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flowdata.dataset import FlowWeightedDataset
+from flowdata.integrations.prepared import BatchCollator, EvaluationCollator
 
 if TYPE_CHECKING:
     # A type checker takes it for a Trainer; without a base it fits before any class of that kind.
@@ -18,6 +20,7 @@ class UnweightedEvaluation(_Base):  # type: ignore[misc]
     """The part of `FlowTrainerMixin` that evaluates: as the Trainer does, without weights."""
 
     weight_key: str
+    data_collator: Any
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation, without weights if the data has any."""
@@ -26,6 +29,26 @@ class UnweightedEvaluation(_Base):  # type: ignore[misc]
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's prediction, without weights if the data has any."""
         return super().predict(unweighted(test_dataset), *args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's loader, whose collator takes no label for a weight."""
+        with self._collating_without_weights():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's loader, whose collator takes no label for a weight."""
+        with self._collating_without_weights():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _collating_without_weights(self) -> Iterator[None]:
+        collator = self.data_collator
+        if isinstance(collator, BatchCollator):
+            self.data_collator = EvaluationCollator(collator.collate_fn, collator.key)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation step without weights, if the data has any."""

@@ -177,3 +177,13 @@ class BatchCollator(WeightedCollator):
         if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Mapping):
             return {**batch[0], self.key: batch[1]}
         return batch
+
+
+class EvaluationCollator(BatchCollator):
+    """The same for evaluation, whose pairs are an input and its label, which may be floating."""
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Return the batch; of mappings with the weights that they may have as a field."""
+        first = samples[0]
+        is_pair = isinstance(first, tuple | list) and not isinstance(first[0], tuple | list)
+        return self.collate_fn(list(samples)) if is_pair else super().__call__(samples)

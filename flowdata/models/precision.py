@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -114,11 +114,23 @@ def has_memory_for_copy(model: nn.Module, dtype: torch.dtype, device: torch.devi
     return size < free_kib * 1024 / 2
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a block in which the dtypes of tensors alone decide, within autocast as well."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Let the dtypes of tensors alone decide in a block, within autocast as well.
+
+    ``torch.set_float32_matmul_precision("medium")`` lets a CPU multiply float32 numbers as bfloat16
+    ones, whose rounding would be taken for a fault: it does not reach into the block either.
+    """
+    is_available = torch.amp.is_autocast_available(device.type)
+    precision = torch.get_float32_matmul_precision()
+    if precision == "medium":
+        torch.set_float32_matmul_precision("high")  # a GPU's is the same as by "medium"
+    try:
+        with torch.autocast(device.type, enabled=False) if is_available else nullcontext():
+            yield
+    finally:
+        if precision == "medium":
+            torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from torch.utils.data.distributed import DistributedSampler
 from flowdata._common.notices import logger, warn_once
 from flowdata._common.random_draws import sum_of
 from flowdata._common.resumable import check_natural, check_state
-from flowdata.dataset import gather_weights
 from flowdata.sampler.epoch_orders import EpochOrders
 from flowdata.sampler.loaded_data import LoadedData
 from flowdata.sampler.sharing import Share
+from flowdata.scores.gathering import gather_weights
 from flowdata.weights import Missing, Normalize, Temperature, effective_sample_size
 
 Method: TypeAlias = Literal["systematic", "multinomial"]

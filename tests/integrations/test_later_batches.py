@@ -94,3 +94,42 @@ def test_labels_that_a_class_of_transformers_masks_are_seen_on_the_batch_that_ha
     model = transformers.BioGptForTokenClassification(config)
     with pytest.raises(ValueError, match="by loss='cross_entropy', and the model's own is"):
         train(tmp_path, model, samples)
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.5])
+def test_floating_labels_of_pairs_are_no_weights_in_evaluation(tmp_path, shift):
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(4, generator=generator), torch.rand((), generator=generator) + shift)
+        for _ in range(16)
+    ]
+
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, x, labels=None):
+            values = self.head(x).squeeze(-1)
+            return {
+                "loss": None if labels is None else F.mse_loss(values, labels),
+                "logits": values,
+            }
+
+    def collate(rows):
+        inputs, labels = zip(*rows, strict=True)
+        return {"x": torch.stack(inputs), "labels": torch.stack(labels)}
+
+    losses = []
+    for cls, options in ((transformers.Trainer, {}), (FlowTrainer, {"scores": torch.ones(16)})):
+        trainer = cls(
+            Regression(),
+            arguments(tmp_path, remove_unused_columns=False),
+            train_dataset=pairs,
+            eval_dataset=pairs,
+            data_collator=collate,
+            **options,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]

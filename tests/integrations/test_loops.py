@@ -225,3 +225,16 @@ def test_a_count_that_is_not_a_number_of_items_is_refused():
             next(iter(AccumulatedBatches(loader, 2, count)))
     with pytest.raises(ValueError, match="count=len gives the parts of a batch that is a list"):
         next(iter(AccumulatedBatches(loader, 2, len)))
+
+
+def test_a_collator_that_sorts_is_seen_where_sequences_come_last():
+    def collate(samples):
+        samples.sort(key=lambda sample: len(sample[0]), reverse=True)
+        texts, labels = zip(*samples, strict=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        return pad_sequence(texts), lengths, torch.stack(labels)
+
+    samples = [(torch.arange(3 + i % 5), torch.tensor(i)) for i in range(16)]
+    weighted = FlowWeightedDataset(samples, torch.rand(16))
+    with pytest.raises(ValueError, match="the collator puts the samples of a batch in another"):
+        list(DataLoader(weighted, batch_size=8, collate_fn=WeightedCollator(collate)))
