@@ -141,6 +141,8 @@ def test_the_user_says_which_layer_counts_where_weights_can_not_tell():
     near.head = nn.Linear(8, 7)
     with pytest.raises(ValueError, match=r"head='own' .* \(7, 8\), the frozen model's \(4, 8\)"):
         DriftMeter(base, ROWS, head="own")(near)
+    with pytest.raises(ValueError, match="head='frozen' would have no effect: no linear layer"):
+        DriftMeter(Net(behind=lambda logits: 2 * logits), ROWS, head="frozen")
     with pytest.raises(ValueError, match="head must be 'auto', 'own' or 'frozen', got 'new'"):
         DriftMeter(base, ROWS, head="new")
 

@@ -61,8 +61,8 @@ class DriftMeter:
             5); ``"own"`` with the tuned model's.
         head: ``"own"`` measures tuned models by their own output layer, which has to be the frozen
             model's in a later state; ``"frozen"`` by the frozen model's, as the old task would
-            be served where a new task has a layer of its own; ``"auto"`` tells by its weights when
-            it first sees one. A language model's is its own, by the tokens that both have.
+            be served where a new task has a layer of its own; ``"auto"`` tells which by the layer's
+            weights. A language model's is its own, by the tokens that both have.
         dtype: ``"auto"`` is the model's own; else see `LossScorer`. In bfloat16 the KL of models
             that lie close together is rounding for a good part.
         dataset_id: names the probe's content for `store`; None fingerprints its samples.

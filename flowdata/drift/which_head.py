@@ -42,11 +42,19 @@ class WhichHead:
         choice: ``"own"`` and ``"frozen"`` are the user's word; ``"auto"`` goes by the weights.
         is_of_language: an output layer of a language model is a later state, whatever its weights,
             and may have got further tokens.
+
+    Raises:
+        ValueError: `choice` is ``"frozen"``, and there is no such layer.
     """
 
     def __init__(
         self, frozen: Head | nn.Module, choice: HeadChoice, *, is_of_language: bool
     ) -> None:
+        if choice == "frozen" and weight_of(frozen) is None:
+            raise ValueError(
+                "head='frozen' would have no effect: no linear layer makes the model's logits, so "
+                "that models are compared by their own; leave it out"
+            )
         self.frozen, self.choice, self.is_of_language = frozen, choice, is_of_language
         self._has_told = False
 

@@ -35,7 +35,7 @@ from flowdata.scoring.plan.packs import Plan
 from flowdata.scoring.ranks import Ranks, one_rank
 from flowdata.scoring.suspects import in_largest_pack
 from flowdata.scoring.threads import describe_threads
-from flowdata.scoring.truth import Truth, difference
+from flowdata.scoring.truth import Truth
 from flowdata.store.packs import Columns
 from flowdata.targets.target_losses import Fetched
 
@@ -208,7 +208,7 @@ class _StartedPack:
             }
             true = losses.columns(token_losses=False)
             if _is_long(self.job, batch):
-                reason = difference(self.truth, sample, true)
+                reason = self.truth.difference_to_same_way(sample, true)
             else:
                 reason = self.truth.difference(sample, true, batch)
             if reason:

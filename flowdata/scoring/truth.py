@@ -222,6 +222,18 @@ class Truth:
         self.learn_errors([self.columns(each) for each in batches], exact)
         return difference(self, columns, exact[-1], times=_RAREST)
 
+    def difference_to_same_way(self, columns: Columns, alone: Columns) -> str:
+        """Return "" if a sample of the run is as the same way makes it alone, else what differs.
+
+        Both may be rounded, and nothing in float32 tells by how much: what is usual is allowed.
+
+        Args:
+            columns: what the run made of the sample, beside others.
+            alone: what the same way makes of it alone.
+        """
+        usual = replace(self, errors={}, is_last_look=True)
+        return difference(usual, columns, alone, times=_RAREST)
+
     def allowance(self, name: str, true: Tensor, count: int) -> Tensor:
         """Return how far a column's values may lie from the true ones, (1,).
 
