@@ -66,7 +66,8 @@ def test_long_samples_of_classifiers_are_checked_beside_each_other(short):
 
 def test_long_samples_of_language_models_are_compared_with_the_same_alone():
     samples = long_texts(12, 100, labels=False)
-    scorer = LossScorer(MeanLanguageModel().eval(), "masked_lm", max_tokens=16384, progress=False)
+    options = {"max_tokens": 16384, "dtype": "float32", "progress": False}
+    scorer = LossScorer(MeanLanguageModel().eval(), "masked_lm", **options)
     with pytest.raises(DisagreementError, match="scored alone, does not have the loss"):
         scorer.score(samples)
 
