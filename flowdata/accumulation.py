@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowdata._common.resumable import check_natural
+
 
 class AccumulatedBatches:
     """A loader's batches with the `num_items` of the optimiser step they belong to.
@@ -49,8 +51,7 @@ class AccumulatedBatches:
         steps: int,
         count: Callable[[Any], float | Tensor],
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        steps = check_natural("steps", steps, least=1)
         if not callable(count):
             raise TypeError(
                 f"count must be a function, batch -> its items, got {type(count).__name__}"

@@ -331,7 +331,11 @@ def _count_batch(
 def _divide(total: Tensor, num_items: float | Tensor) -> Tensor:
     """Return total / num_items; a denominator of 0 counts as 1, as a sum over no items is 0."""
     if isinstance(num_items, Tensor):
-        items = to_device(num_items, total.device).to(total.dtype)
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
+        items = to_device(num_items, total.device).to(total.dtype).reshape(())
+    elif not num_items >= 0:
+        raise ValueError(f"num_items must be at least 0, got {num_items}")
     else:
         items = total.new_full((), num_items)  # a kernel fills it: no copy that the host waits for
     return total / torch.where(items == 0, 1.0, items)

@@ -253,3 +253,13 @@ def test_per_label_weights_belong_to_the_label_and_not_to_the_position_before(ba
 def test_what_cannot_be_right_is_refused(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_weights_and_items_below_0_are_refused():
+    losses = torch.ones(3)
+    with pytest.raises(ValueError, match=r"weights must be >= 0, got -1\.0"):
+        weighted_mean(losses, torch.tensor([-1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="num_items must be at least 0, got -2"):
+        weighted_mean(losses, losses, num_items=-2)
+    with pytest.raises(ValueError, match=r"num_items must be one number, got shape \(3,\)"):
+        weighted_mean(losses, losses, num_items=losses)

@@ -664,3 +664,15 @@ def test_scores_draw_from_the_samples_that_they_are_of():
     assert len(list(DataLoader(dataset, sampler=pickle.loads(pickle.dumps(sampler))))) == 40
     weights = FlowSampler(scores.weights())  # which are of no data set
     assert len(list(DataLoader(permuted, sampler=weights))) == 40
+
+
+@pytest.mark.parametrize("other", [{"temperature": "mean"}, {"max_weight": 0.3}])
+def test_weights_of_the_same_losses_act_once_whatever_their_temperature(other):
+    losses = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1
+    scores = Scores(losses, torch.ones(40, dtype=torch.long))
+    rows = list(range(40))
+    weighted = FlowWeightedDataset(rows, scores, **other)
+    with pytest.raises(ValueError, match="so that they would act twice"):
+        list(DataLoader(weighted, sampler=FlowSampler(scores)))
+    corrected = FlowWeightedDataset(rows, 1 / scores.weights())  # as importance sampling does
+    assert len(list(DataLoader(corrected, sampler=FlowSampler(scores.weights())))) == 40

@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from flowdata.dataset import check_match
+from flowdata.dataset import FlowWeightedDataset, check_match
 from flowdata.sampler.carried_weights import are_alike, carried_weights
 
 # Who hands indices on as they are. What others ask for may be meant for a map of their own.
@@ -48,8 +48,9 @@ class LoadedData:
         if dataset is None or (self._known is not None and self._known() is dataset):
             return
         _check_weights(self.weights, dataset)
-        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-            check_match(dataset, self.scores, view=False)
+        inner = dataset.dataset if isinstance(dataset, FlowWeightedDataset) else dataset
+        if hasattr(inner, "__len__") and hasattr(inner, "__getitem__"):
+            check_match(inner, self.scores, view=False)
         with suppress(TypeError):  # a list has no weak references
             self._known = weakref.ref(dataset)
 

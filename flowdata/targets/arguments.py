@@ -35,6 +35,10 @@ def check_losses(losses: Tensor, weights: Tensor) -> None:
             f"weights must have the shape of losses, {tuple(losses.shape)}, got "
             f"{tuple(weights.shape)}; nothing is broadcast{remedy if is_per_sample else ''}"
         )
+    # Elsewhere the host would wait for it, and compiled code can't branch by it.
+    is_at_hand = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_at_hand and bool((weights < 0).any()):
+        raise ValueError(f"weights must be >= 0, got {float(weights.min())}")
 
 
 def check_labels(values: Tensor, labels: Tensor, name: str) -> None:

@@ -212,8 +212,9 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches():
     for _ in range(2):  # a second epoch, too
         assert [items.item() for _, items in batches] == [8, 8, 2]
     assert len(batches) == 3
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        AccumulatedBatches(loader, 0, len)
+    for steps in (0, 2.0, "2"):
+        with pytest.raises(ValueError, match="steps must be an integer >= 1, got"):
+            AccumulatedBatches(loader, steps, len)
 
 
 def test_a_count_that_is_not_a_number_of_items_is_refused():
