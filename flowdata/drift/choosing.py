@@ -224,7 +224,8 @@ def _check_runs(runs: Sequence[Run]) -> None:
         raise ValueError(f"two runs are named {twice!r}; give each a name of its own")
     if len({(drift.samples, drift.of) for _, _, drift in runs}) > 1:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
-    heads = {drift.head: name for name, _, drift in runs if drift.kl}  # at 0 it is the base itself
+    # At 0 it is the base itself, and what diverged has no weights that would tell.
+    heads = {drift.head: name for name, _, drift in runs if 0 < drift.kl < math.inf}
     if len(heads) > 1:
         raise ValueError(
             f"the drift of {heads['own']!r} is that of its own output layer and that of "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowdata.models.as_loaded import putting_back
 
+_LIBRARIES = ("torch.nn.modules.", "transformers.")
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -120,5 +121,9 @@ class _State(NamedTuple):
 
 
 def _has_own_train(module: nn.Module) -> bool:
-    is_script = isinstance(module, torch.jit.ScriptModule)
-    return not is_script and type(module).train is not nn.Module.train
+    """Whether a module's class, and not PyTorch or transformers, says what training is.
+
+    That of transformers swaps kernels, which the flag does not need.
+    """
+    home: str = type(module).train.__module__
+    return not isinstance(module, torch.jit.ScriptModule) and not home.startswith(_LIBRARIES)
