@@ -24,6 +24,7 @@ from flowdata._common.resumable import check_natural
 from flowdata.drift.drift import Drift, part_of_kept
 from flowdata.drift.uncertainty import variance_of_difference
 from flowdata.drift.validation import Kind, Validation, kind_and_unit
+from flowdata.drift.which_head import check_same_head
 
 Run = tuple[str, float, Drift]  # name, validation score, drift
 _NEXT = 2  # runs that the best is compared with in words
@@ -145,6 +146,8 @@ def _rank(
             "validation_samples has no effect on losses: it says how certain an accuracy is; leave "
             "it out, or pass validation='accuracy' if the scores are accuracies"
         )
+    if kind == "loss":  # accuracies go with the features' cosine
+        check_same_head((name, drift) for name, _, drift in runs)
     terms = _Terms(kind, unit, exchange, validation_samples)
     points = [terms.point(run) for run in runs]
     ranking = sorted(zip(runs, points, strict=True), key=lambda pair: terms.cost(pair[1]))
@@ -224,15 +227,6 @@ def _check_runs(runs: Sequence[Run]) -> None:
         raise ValueError(f"two runs are named {twice!r}; give each a name of its own")
     if len({(drift.samples, drift.of) for _, _, drift in runs}) > 1:
         raise ValueError("the drifts of runs were measured on several probes; take one meter")
-    # At 0 it is the base itself, and what diverged has no weights that would tell.
-    heads = {drift.head: name for name, _, drift in runs if 0 < drift.kl < math.inf}
-    if len(heads) > 1:
-        raise ValueError(
-            f"the drift of {heads['own']!r} is that of its own output layer and that of "
-            f"{heads['frozen']!r} was measured through the frozen one, so that they can't be "
-            "compared; make the meter with head='own' if all have the old layer in a later state, "
-            "or with head='frozen'"
-        )
 
 
 @dataclass(frozen=True)

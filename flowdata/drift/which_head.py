@@ -8,7 +8,9 @@ The two can't always be told by their weights, so the user may say it.
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdata._common.notices import say_once, warn_once
+from flowdata.drift.drift import Drift
 from flowdata.head.kl import Predictions, count_classes
 from flowdata.head.output_layer import Head, weight_of
 from flowdata.models.placement import is_sharded
@@ -93,6 +96,26 @@ class WhichHead:
                 "head='own'"
             )
         return False
+
+
+def check_same_head(drifts: Iterable[tuple[str, Drift]]) -> None:
+    """Refuse to compare the KL of models of which some were measured through another layer.
+
+    Args:
+        drifts: the names of runs, each with its drift.
+
+    Raises:
+        ValueError: two runs were measured through different layers.
+    """
+    # At 0 it is the base itself, and what diverged has no weights that would tell.
+    heads = {drift.head: name for name, drift in drifts if 0 < drift.kl < math.inf}
+    if len(heads) > 1:
+        raise ValueError(
+            f"the drift of {heads['own']!r} is that of its own output layer and that of "
+            f"{heads['frozen']!r} was measured through the frozen one, so that their KL can't be "
+            "compared; make the meter with head='own' if all have the old layer in a later state, "
+            "or with head='frozen'"
+        )
 
 
 def _shape(weight: Tensor | None) -> str:

@@ -45,7 +45,7 @@ def kind_of(sample: Any) -> Hashable:
     if isinstance(sample, Mapping):
         fields = [(str(name), _kind_of_value(sample[name])) for name in sorted(sample, key=str)]
         hidden = _hidden(sample.get("attention_mask"), sample.get("labels"))
-        return (*fields, hidden, _begins_again(sample.get("position_ids")), is_short(sample))
+        return (*fields, is_short(sample), hidden, _begins_again(sample.get("position_ids")))
     if isinstance(sample, tuple | list):
         return tuple(map(_kind_of_value, sample))
     return _kind_of_value(sample)
