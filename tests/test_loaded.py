@@ -122,3 +122,9 @@ def test_adapters_whose_base_is_gone_name_it(adapters, folder):
     folder.rename(folder.with_name("moved"))
     with pytest.raises(FileNotFoundError, match=r"adapters holds adapters on .*model: there is no"):
         load_model(str(adapters))
+
+
+def test_adapters_whose_configuration_is_damaged_are_named(adapters):
+    (adapters / "adapter_config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"adapter_config.json of .*adapters can't be read .* get"):
+        load_model(str(adapters))

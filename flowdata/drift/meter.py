@@ -25,9 +25,10 @@ from flowdata.dataset import FlowWeightedDataset
 from flowdata.drift.batch_norm import BatchNormState
 from flowdata.drift.drift import Drift
 from flowdata.drift.refusals import check_batch_norm, check_logits, check_model, check_numbers
+from flowdata.drift.renewed import Renewed
 from flowdata.drift.rows import Reader, Rows
 from flowdata.drift.several import divergences_of_answers, has_several_labels
-from flowdata.drift.which_head import HeadChoice, Renewed, WhichHead, check_head, of_shared_classes
+from flowdata.drift.which_head import HeadChoice, WhichHead, check_head, of_shared_classes
 from flowdata.head.kl import Predictions, count_classes, divergences, logits_of
 from flowdata.head.output_layer import Head, kernels
 from flowdata.models.calling import unwrapped

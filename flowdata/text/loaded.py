@@ -79,8 +79,14 @@ def check_base(source: str, check: Callable[[str], None]) -> None:
 
     Raises:
         FileNotFoundError, ConnectionError: as `check` does, with the adapters' name.
+        ValueError: their configuration is damaged.
     """
-    config = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter_config.json of {source} can't be read ({first_line(error)}): get it again"
+        ) from None
     base = config.get("base_model_name_or_path")
     if not base:
         return
